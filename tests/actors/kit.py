@@ -1,8 +1,10 @@
-"""Messages of several tests."""
+"""Messages and an actor of several tests."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from actors import Actor, handles
 
 
 @dataclass(frozen=True)
@@ -18,3 +20,15 @@ class Finish:
 @dataclass(frozen=True)
 class Note:
     text: str
+
+
+class Crashing(Actor):
+    """Crashes or finishes when it is told to."""
+
+    @handles(Crash)
+    async def crash(self, message: Crash) -> None:
+        raise ValueError("crashed")
+
+    @handles(Finish)
+    async def finish(self, message: Finish) -> None:
+        self.ctx.stop()

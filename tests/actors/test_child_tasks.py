@@ -8,12 +8,12 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from actors import Actor, ActorDown, Child, Supervisor, handles, open_system
+from actors import ActorDown, Child, Supervisor, handles, open_system
 
-from .kit import Crash
+from .kit import Crash, Crashing
 
 
-class Parent(Actor):
+class Parent(Crashing):
     def __init__(self, log: list[tuple[float, str]], lasts_s: float = 0) -> None:
         self.log = log
         self.lasts_s = lasts_s
@@ -33,10 +33,6 @@ class Parent(Actor):
             with trio.CancelScope(shield=True, deadline=trio.current_time() + self.lasts_s):
                 await trio.sleep_forever()
             self.note("task ends")
-
-    @handles(Crash)
-    async def crash(self, message: Crash) -> None:
-        raise ValueError("crashed")
 
     async def on_stop(self) -> None:
         self.note("on_stop")

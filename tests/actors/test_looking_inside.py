@@ -13,7 +13,6 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from actors import (
     TRANSIENT,
-    Actor,
     ActorDown,
     AskTimeout,
     Child,
@@ -32,7 +31,7 @@ from actors import (
     open_system,
 )
 
-from .kit import Crash, Note
+from .kit import Crash, Crashing, Note
 
 
 class Refused(Exception):
@@ -50,7 +49,7 @@ class Later(Request[str]):
     seconds: float
 
 
-class Worker(Actor):
+class Worker(Crashing):
     mailbox = 3
 
     @handles(Work)
@@ -73,10 +72,6 @@ class Worker(Actor):
 
     @handles(Note)
     async def note(self, message: Note) -> None: ...
-
-    @handles(Crash)
-    async def crash(self, message: Crash) -> None:
-        raise ValueError("crashed")
 
 
 async def test_the_age_of_the_oldest_message_says_how_far_an_actor_is_behind(autojump_clock: MockClock) -> None:

@@ -14,7 +14,6 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from actors import (
     TRANSIENT,
-    Actor,
     Child,
     Down,
     DynamicSupervisor,
@@ -26,7 +25,7 @@ from actors import (
 )
 from actors.testing import kill
 
-from .kit import Crash, Finish, Note
+from .kit import Crash, Crashing, Finish, Note
 
 
 @dataclass(frozen=True)
@@ -40,17 +39,7 @@ class Sleep(Request[None]):
     seconds: float
 
 
-class Target(Actor):
-    @handles(Crash)
-    async def crash(self, message: Crash) -> None:
-        raise ValueError("crashed")
-
-    @handles(Finish)
-    async def finish(self, message: Finish) -> None:
-        self.ctx.stop()
-
-
-class Watcher(Target):
+class Watcher(Crashing):
     mailbox = 2
 
     def __init__(self, seen: list[str]) -> None:
@@ -76,22 +65,22 @@ class Watcher(Target):
         self.seen.append(f"{message.ref.name} {message.reason}")
 
 
-Ending = Callable[[DynamicSupervisor, System, Ref[Target]], Any]
+Ending = Callable[[DynamicSupervisor, System, Ref[Crashing]], Any]
 
 
-async def _stop(pool: DynamicSupervisor, system: System, ref: Ref[Target]) -> None:
+async def _stop(pool: DynamicSupervisor, system: System, ref: Ref[Crashing]) -> None:
     await pool.stop_child("target")
 
 
-async def _kill(pool: DynamicSupervisor, system: System, ref: Ref[Target]) -> None:
+async def _kill(pool: DynamicSupervisor, system: System, ref: Ref[Crashing]) -> None:
     kill(system, "target")
 
 
-async def _crash(pool: DynamicSupervisor, system: System, ref: Ref[Target]) -> None:
+async def _crash(pool: DynamicSupervisor, system: System, ref: Ref[Crashing]) -> None:
     ref.tell(Crash())
 
 
-async def _finish(pool: DynamicSupervisor, system: System, ref: Ref[Target]) -> None:
+async def _finish(pool: DynamicSupervisor, system: System, ref: Ref[Crashing]) -> None:
     ref.tell(Finish())
 
 
@@ -110,7 +99,7 @@ async def test_a_monitor_delivers_one_down_with_the_reason(
     seen: list[str] = []
     pool = DynamicSupervisor()
     async with open_system(pool) as system:
-        target = await pool.start_child(Child("target", Target, TRANSIENT))
+        target = await pool.start_child(Child("target", Crashing, TRANSIENT))
         watcher = await pool.start_child(Child("watcher", partial(Watcher, seen)))
         await watcher.ask(Watch(target), timeout_s=1)
         await ending(pool, system, target)
@@ -119,12 +108,12 @@ async def test_a_monitor_delivers_one_down_with_the_reason(
 
 
 @asynccontextmanager
-async def watched() -> AsyncIterator[tuple[Ref[Target], Ref[Watcher], list[str]]]:
+async def watched() -> AsyncIterator[tuple[Ref[Crashing], Ref[Watcher], list[str]]]:
     """Runs a target and a watcher of it; yields both, and what the watcher has seen."""
     seen: list[str] = []
     pool = DynamicSupervisor()
     async with open_system(pool):
-        target = await pool.start_child(Child("target", Target))
+        target = await pool.start_child(Child("target", Crashing))
         watcher = await pool.start_child(Child("watcher", partial(Watcher, seen)))
         await watcher.ask(Watch(target), timeout_s=1)
         yield target, watcher, seen
@@ -147,9 +136,9 @@ async def test_a_monitor_of_an_actor_that_does_not_run_delivers_at_once(autojump
     pool = DynamicSupervisor()
     async with open_system(pool):
         watcher = await pool.start_child(Child("watcher", partial(Watcher, seen)))
-        unborn = Child("unborn", Target)
+        unborn = Child("unborn", Crashing)
         await watcher.ask(Watch(unborn.ref), timeout_s=1)
-        target = await pool.start_child(Child("target", Target))
+        target = await pool.start_child(Child("target", Crashing))
         await pool.stop_child("target")
         await watcher.ask(Watch(target), timeout_s=1)
         await trio.sleep(1)
@@ -178,12 +167,12 @@ async def test_monitors_die_with_the_incarnation_that_set_them(autojump_clock: M
 
 
 async def test_an_actor_without_a_handler_for_down_cannot_monitor(autojump_clock: MockClock) -> None:
-    class Deaf(Target):
+    class Deaf(Crashing):
         async def on_start(self) -> None:
             with pytest.raises(TypeError, match="deaf monitors target, but has no handler for Down"):
                 self.ctx.monitor(target)
 
     pool = DynamicSupervisor()
     async with open_system(pool):
-        target = await pool.start_child(Child("target", Target))
+        target = await pool.start_child(Child("target", Crashing))
         await pool.start_child(Child("deaf", Deaf))

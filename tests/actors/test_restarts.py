@@ -30,7 +30,7 @@ from actors import (
     open_system,
 )
 
-from .kit import Crash
+from .kit import Crash, Crashing
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Ping(Request[str]):
     pass
 
 
-class Fragile(Actor):
+class Fragile(Crashing):
     def __init__(self, starts: list[float], failing: list[Exception] | None = None) -> None:
         self.starts = starts
         self.failing = failing if failing is not None else []
@@ -47,10 +47,6 @@ class Fragile(Actor):
         self.starts.append(trio.current_time())
         if self.failing:
             raise self.failing.pop(0)
-
-    @handles(Crash)
-    async def crash(self, message: Crash) -> None:
-        raise ValueError("crashed")
 
     @handles(Ping)
     async def ping(self, message: Ping) -> str:

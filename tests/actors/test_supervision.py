@@ -41,12 +41,12 @@ from actors import (
 )
 from actors.testing import kill
 
-from .kit import Crash, Finish
+from .kit import Crash, Crashing, Finish
 
 AT_ONCE = Backoff(base_s=0)
 
 
-class Worker(Actor):
+class Worker(Crashing):
     """Writes down what happens to it; fails to start as often as it is told to."""
 
     def __init__(self, name: str, log: list[str], failing_starts: list[Exception] | None = None) -> None:
@@ -60,14 +60,6 @@ class Worker(Actor):
         await trio.lowlevel.checkpoint()
         if self.failing_starts:
             raise self.failing_starts.pop(0)
-
-    @handles(Crash)
-    async def crash(self, message: Crash) -> None:
-        raise ValueError("crashed")
-
-    @handles(Finish)
-    async def finish(self, message: Finish) -> None:
-        self.ctx.stop()
 
 
 def worker(name: str, log: list[str], restart: Restart = PERMANENT) -> Child[Worker]:

@@ -15,7 +15,6 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from actors import (
     TRANSIENT,
-    Actor,
     ActorDown,
     Child,
     DynamicSupervisor,
@@ -27,7 +26,7 @@ from actors import (
     open_system,
 )
 
-from .kit import Crash
+from .kit import Crash, Crashing
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Work(Request[None]):
     seconds: float
 
 
-class Clock(Actor):
+class Clock(Crashing):
     mailbox = 2
 
     def __init__(self, ticks: list[tuple[float, str]]) -> None:
@@ -79,10 +78,6 @@ class Clock(Actor):
     @handles(Work)
     async def work(self, message: Work) -> None:
         await trio.sleep(message.seconds)
-
-    @handles(Crash)
-    async def crash(self, message: Crash) -> None:
-        raise ValueError("crashed")
 
     async def on_stop(self) -> None:
         with pytest.raises(ActorDown):
