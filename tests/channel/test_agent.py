@@ -167,13 +167,14 @@ async def test_both_bodies_stream(client: AgentClient, server: Server) -> None:
             assert await response.receive() == b""
 
 
-async def test_a_slow_reader_blocks_the_guest(client: AgentClient, server: Server, channel: Channel) -> None:
-    def handler(sock: socket.socket) -> None:
-        sock.recv(65536)
-        sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 10000000\r\n\r\n")
-        sock.sendall(bytes(10_000_000))
+def answer_at_length(sock: socket.socket) -> None:
+    sock.recv(65536)
+    sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 10000000\r\n\r\n")
+    sock.sendall(bytes(10_000_000))
 
-    server.handler = handler
+
+async def test_a_slow_reader_blocks_the_guest(client: AgentClient, server: Server, channel: Channel) -> None:
+    server.handler = answer_at_length
     with trio.fail_after(10):
         async with client.stream("GET", "/", timeout_s=5) as response:
             await trio.sleep(0.2)
@@ -275,12 +276,7 @@ async def test_the_block_s_own_errors_pass_through(client: AgentClient, server: 
 async def test_an_agent_that_dies_in_the_middle_of_its_answer_is_unreachable(
     client: AgentClient, server: Server, guest: Agent, way: Way
 ) -> None:
-    def handler(sock: socket.socket) -> None:
-        sock.recv(65536)
-        sock.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 10000000\r\n\r\n")
-        sock.sendall(bytes(10_000_000))
-
-    server.handler = handler
+    server.handler = answer_at_length
     with trio.fail_after(5):
         async with client.stream("GET", "/", timeout_s=5) as response:
             await response.receive()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from .kit import ENVIRONMENT, ROOT
+
 BUILD = ROOT / "examples/browser/build.py"
 WITHOUT = """
 import runpy, shutil, sys
@@ -27,7 +27,7 @@ def test_a_missing_program_and_its_package_are_named(tmp_path: Path, lacks: str,
     output = tmp_path / "browser"
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT, lacks, str(BUILD), "--output", str(output)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=60,

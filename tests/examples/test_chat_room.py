@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import pytest
 import trio
@@ -19,7 +17,7 @@ from actors import TEMPORARY, Child, DynamicSupervisor, Log, Supervisor, open_sy
 from examples.chat_room.connection import Connection
 from examples.chat_room.room import Room
 
-ROOT = Path(__file__).parents[2]
+from .kit import ENVIRONMENT, ROOT
 
 
 @pytest.fixture
@@ -27,7 +25,7 @@ def port() -> Iterator[int]:
     server = subprocess.Popen(
         [sys.executable, "-m", "examples.chat_room"],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

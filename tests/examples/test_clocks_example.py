@@ -2,32 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).parents[2]
+from .kit import run_module
 
 
 def test_the_example_passes() -> None:
-    ran = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-p",
-            "actors.testing.plugin",
-            "-p",
-            "no:cacheprovider",
-            "examples/test_clocks",
-        ],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    ran = run_module("pytest", "-p", "actors.testing.plugin", "-p", "no:cacheprovider", "examples/test_clocks")
     assert ran.returncode == 0, ran.stdout
     assert "25 runs, 93,000 virtual seconds" in ran.stdout

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -20,7 +17,8 @@ from actors import open_system
 from actors.testing import Simulation, simulate
 from examples.crawler.crawler import Finished, Summary, build
 
-ROOT = Path(__file__).parents[2]
+from .kit import run_module
+
 PAGES = 30
 
 
@@ -87,14 +85,6 @@ def site(tmp_path: Path) -> Iterator[str]:
 
 
 def test_it_crawls_over_http(site: str) -> None:
-    ran = subprocess.run(
-        [sys.executable, "-m", "examples.crawler", site, "50"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    ran = run_module("examples.crawler", site, "50")
     assert "3 pages fetched, 1 failed" in ran.stdout, ran.stderr
     assert ran.returncode == 1
