@@ -48,7 +48,7 @@ def event_options(function: F) -> F:
 @command(None, "events")
 @click.option("--vm", metavar="NAME", shell_complete=vm_names, help="Only of this VM.")
 @event_options
-async def group(session: Session, vm: str | None, **wanted: Any) -> None:
+async def group(session: Session, /, vm: str | None, **wanted: Any) -> None:
     """Print events of VMs as they happen, until interrupted.
 
     A connection that is lost is made again, for up to a minute, and goes on after the last event that was seen; where

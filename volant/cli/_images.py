@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec
+from typing import Any
 
 import click
 
@@ -32,8 +32,6 @@ from ._output import Output
 from ._run import Failure, guarded
 from ._text import safe, size
 
-P = ParamSpec("P")
-
 cache_option = click.option(
     "--cache",
     type=click.Path(file_okay=False, path_type=Path),
@@ -48,10 +46,10 @@ def group() -> None:
     """Manage boot images and boot artifacts in the cache, without a daemon."""
 
 
-def _command(name: str) -> Callable[[Callable[Concatenate[Output, Path, P], None]], click.Command]:
+def _command(name: str) -> Callable[[Callable[..., None]], click.Command]:
     """Makes a function a command of the group; it is given the output and the cache folder."""
 
-    def decorate(function: Callable[Concatenate[Output, Path, P], None]) -> click.Command:
+    def decorate(function: Callable[..., None]) -> click.Command:
         @functools.wraps(function)
         @pass_options
         def call(options: Options, /, cache: Path | None, **given: Any) -> int:

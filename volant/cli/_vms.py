@@ -385,7 +385,7 @@ async def devtools(session: Session, name: str) -> None:
 @command(group, "watch")
 @click.argument("name", required=False, shell_complete=vm_names)
 @event_options
-async def watch(session: Session, name: str | None, **wanted: Any) -> None:
+async def watch(session: Session, /, name: str | None, **wanted: Any) -> None:
     """Print the events of all VMs, or of one, until interrupted; `volar events` has more options."""
     await follow(session, name, **wanted)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 from volant.journal import VmChanged, VmCreated, VmForked
 from volant.model import (
@@ -160,7 +160,7 @@ async def delete_vm(context: Context, name: str) -> None:
     )
 
 
-def _command_at(word: str, to: Status, tool: str | None = None, **more: bool) -> Callable[[F], F]:
+def _command_at(word: str, to: Status, tool: str | None = None, **more: Any) -> Callable[[F], F]:
     """Declares a command that brings a VM to a status.
 
     :param tool: what models are told of it; None: they don't have it
