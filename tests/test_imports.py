@@ -14,7 +14,7 @@ OURS = {"actors", "volant"}
 MAY_USE = {
     "actors": {"trio", "pytest"},
     "volant/model": {"msgspec"},
-    "volant/client": {"httpx", "msgspec", "trio", "trio_websocket"},
+    "volant/client": {"h11", "httpx", "msgspec", "trio", "trio_websocket"},
     "volant/guest": {"h11", "h2", "wsproto"},
 }
 """Third-party libraries by package. `actors.testing` brings a pytest plugin."""

@@ -14,7 +14,7 @@ from tests.api.kit import Api, api
 from tests.api.test_mcp import call, rpc
 from volant.api._openapi import document
 from volant.client import Client, ClientProblem
-from volant.client._http import Http
+from volant.client._transport import Transport
 from volant.model import Problem
 from volant.operations import TABLE, Context, Permission, Table, Tool, find_vm
 from volant.operations._client import client_module
@@ -121,8 +121,8 @@ async def test_it_is_a_method_of_the_client(served: Api) -> None:
     exec(compile(source, "<client>", "exec"), names)
     names |= {"Greeting": Greeting, "Words": Words}
     async with Client(f"http://127.0.0.1:{served.server.port}") as client:
-        http: Http = client._http
-        vms = names["VmsOperations"](http)
+        transport: Transport = client._transport
+        vms = names["VmsOperations"](transport)
         assert await vms.greet("demo", Words("good", "morning"), times=2) == Greeting("good morning demo", 2)
         with pytest.raises(ClientProblem) as refused:
             await vms.greet("demo", Words("silence"))

@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 import trio
 
-from volant.client import Client, ClientProblem, ConnectionLost, DeadlineExceeded, UnexpectedAnswer, Unreachable, _http
+from volant.client import (
+    Client,
+    ClientProblem,
+    ConnectionLost,
+    DeadlineExceeded,
+    UnexpectedAnswer,
+    Unreachable,
+    _transport,
+)
 from volant.model import CreateVm, Problem, Status
 
 from .kit import Request, answer, not_found, problem, send_head, serving, vm
@@ -180,7 +188,7 @@ async def break_off(request: Request, stream: trio.abc.Stream) -> None:
 async def test_what_changes_something_is_sent_again_under_its_key_when_the_connection_breaks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(_http, "_AGAIN_PAUSE_S", 0.01)
+    monkeypatch.setattr(_transport, "_AGAIN_PAUSE_S", 0.01)
     async with serving() as server, Client(server.base_url) as client:
         busy = problem(409, "idempotency-key-in-use", "under way")
         server.routes["POST /api/v1/vms"] = [break_off, busy, break_off, answer(vm(), 201)]
@@ -197,8 +205,8 @@ async def test_what_changes_something_is_sent_again_under_its_key_when_the_conne
 
 
 async def test_sending_again_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_http, "_AGAIN_PAUSE_S", 0.01)
-    monkeypatch.setattr(_http, "_AGAIN_S", 0.1)
+    monkeypatch.setattr(_transport, "_AGAIN_PAUSE_S", 0.01)
+    monkeypatch.setattr(_transport, "_AGAIN_S", 0.1)
     async with serving() as server, Client(server.base_url) as client:
         server.routes["POST /api/v1/vms/demo/start"] = break_off
         with pytest.raises(ConnectionLost):

@@ -17,8 +17,7 @@ import msgspec
 import trio
 
 from volant.client import Client, ClientError, ConnectionLost, DeadlineExceeded, Unreachable
-from volant.client._address import SERVICE_SOCKET
-from volant.client._client import DEFAULT_BASE
+from volant.client._address import DEFAULT_BASE, SERVICE_SOCKET
 from volant.model import WAIT_STATES, Problem, parse_duration
 
 from ._options import Options, common

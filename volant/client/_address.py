@@ -1,28 +1,18 @@
-"""Where the daemon is: what people write, and how to connect to it."""
+"""Where the daemon is: what people write, and what to say when it is not there."""
 
 from __future__ import annotations
 
 import errno
 import os
-import socket
-import ssl
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-import trio
-
 from ._errors import Unreachable
 
+DEFAULT_BASE = "http://127.0.0.1:7777"
 _UNIX = "unix:"
 SERVICE_SOCKET = "/run/volant/volant.sock"
 """Where the service that `volar setup` installs listens."""
-# A command in a guest may be silent for hours; the kernel then finds out whether its host is still there.
-KEEPALIVE = [
-    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
-]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +50,11 @@ class Address:
         if parts.username is not None or parts.password is not None:
             raise ValueError("an address has no user and password; put the key into VOLANT_API_KEY")
         tls = parts.scheme == "https"
-        return cls(text, parts.hostname, port or (443 if tls else 80), tls=tls, prefix=parts.path.rstrip("/"))
+        try:
+            host = parts.hostname if parts.hostname.isascii() else parts.hostname.encode("idna").decode()
+        except UnicodeError:
+            raise ValueError(f"{text!r} is no address: its host is no name") from None
+        return cls(text, host, port or (443 if tls else 80), tls=tls, prefix=parts.path.rstrip("/"))
 
     @property
     def host_header(self) -> str:
@@ -72,28 +66,6 @@ class Address:
     def http_url(self) -> str:
         """The base address in the form that an HTTP client takes."""
         return f"{'https' if self.tls else 'http'}://{self.host_header}{self.prefix}"
-
-    async def connect(self, timeout_s: float, tls: ssl.SSLContext) -> trio.abc.Stream:
-        """Open a connection for something other than plain HTTP.
-
-        :raises Unreachable: nobody accepts within `timeout_s`.
-        """
-        try:
-            with trio.fail_after(timeout_s):
-                if self.socket_path is not None:
-                    return await trio.open_unix_socket(self.socket_path)
-                stream = await trio.open_tcp_stream(self.host, self.port)
-                for level, option, value in KEEPALIVE:
-                    stream.setsockopt(level, option, value)
-                if not self.tls:
-                    return stream
-                secured = trio.SSLStream(stream, tls, server_hostname=self.host, https_compatible=True)
-                await secured.do_handshake()
-                return secured
-        except trio.TooSlowError:
-            raise self.unreachable(f"no connection within {timeout_s:g} s") from None
-        except (OSError, trio.BrokenResourceError) as error:
-            raise self.unreachable(reason_of(error)) from error
 
     def unreachable(self, reason: str) -> Unreachable:
         """The error for people when nobody is there."""
@@ -114,7 +86,9 @@ def reason_of(error: BaseException) -> str:
     text = str(error) or type(error).__name__
     while found is not None:
         if isinstance(found, OSError) and found.errno is not None:
-            text = os.strerror(found.errno) if found.errno > 0 else found.strerror or text
+            # Errors of TLS and of name resolution have numbers of their own.
+            is_errno = found.errno > 0 and type(found).__module__ != "ssl"
+            text = os.strerror(found.errno) if is_errno else found.strerror or text
         inner = found.exceptions[0] if isinstance(found, BaseExceptionGroup) else None
         found = inner or found.__cause__ or found.__context__
     return text

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from ._errors import ClientError
-from ._http import Http, decode
+from ._transport import Transport, decode
 
 _WAIT_S = 90.0
 """Longer than the daemon waits for the VM and its browser."""
@@ -38,7 +38,7 @@ class _Version(msgspec.Struct, frozen=True):
     browser: str = msgspec.field(name="Browser", default="")
 
 
-async def find_browser(http: Http, path: str) -> Browser:
+async def find_browser(http: Transport, path: str) -> Browser:
     """The browser at `path`, which ends with `/devtools`."""
     version = decode(await http.request("GET", f"{path}/json/version", timeout_s=_WAIT_S), _Version)
     pages = await http.get(f"{path}/json/list", list[BrowserPage])
@@ -46,7 +46,7 @@ async def find_browser(http: Http, path: str) -> Browser:
     return Browser(version.browser, endpoint, f"ws{endpoint.removeprefix('http')}/browser", pages)
 
 
-async def _base(http: Http) -> str:
+async def _base(http: Transport) -> str:
     """Where programs that speak TCP alone reach the daemon."""
     if http.address.socket_path is None:
         return http.address.http_url

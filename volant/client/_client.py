@@ -7,7 +7,6 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal
-from urllib.parse import quote
 
 import trio
 
@@ -16,7 +15,6 @@ from volant.model import (
     ConsoleGap,
     CreateVm,
     Event,
-    Health,
     LogGap,
     LogLine,
     Restored,
@@ -30,47 +28,31 @@ from volant.model import (
 from volant.model.agent_types import ExecStart
 
 from ._actions import ACTION_S, ActionAnswer, Pieces, is_from_guest
-from ._address import Address
+from ._address import DEFAULT_BASE, Address
 from ._artifacts import send_artifact
 from ._backups import Backup, open_backup, send_backup
-from ._browser import Browser, find_browser
 from ._calls import duration, pairs
 from ._console import Console, Line, pump_console
 from ._errors import ClientProblem, UnexpectedAnswer
 from ._events import pump_events
 from ._exec import Process, request_body
-from ._exec_session import ExecSession, RemoteSession, RemoteSessions, attach_session, open_session
+from ._exec_session import ExecSession, attach_session, open_session
 from ._feed import Backoff, Feed, OnRetry, feeding
 from ._files import SILENCE_S, TAR, FileInfo, FileReader, file_url, open_file, put_file, stat_file
-from ._http import ANSWER_S, Http, Query, chunks_of, decode
+from ._http import Http, chunks_of
 from ._logs import pump_logs
-from ._operations import (
-    NetworksOperations,
-    PluginsOperations,
-    SnapshotsOperations,
-    SystemOperations,
-    TemplatesOperations,
-    VmsOperations,
-)
+from ._operations import PluginsOperations
+from ._requests import Requests, SystemRequests, VmsRequests, checked, vm_path
 from ._tcp import TcpStream
+from ._transport import ANSWER_S, Query, decode
 from ._types import Command, Reconnected, Waited
 from ._websocket import open_websocket
 
-DEFAULT_BASE = "http://127.0.0.1:7777"
-
 _PATIENCE_S = 60.0
 _MAX_WAIT_S = 600.0
-_DELETE_S = 75.0
-_PRUNE_S = 330.0
-_ORPHANS = "/api/v1/system/orphans"
-
-SNAPSHOT_S = 600.0
-"""How long a snapshot may take: a guest's memory goes to the disk."""
-BUILD_S = 600.0
-"""How long a template may take: others may be built before it."""
 
 
-class Client:
+class Client(Requests):
     """A connection to one daemon, for one Trio run: `async with Client("http://127.0.0.1:7777") as client`.
 
     `base_url` may also be `https://…`, `HOST:PORT` or `unix:/PATH`. Every method has a deadline. All raise
@@ -81,12 +63,10 @@ class Client:
 
     def __init__(self, base_url: str = DEFAULT_BASE, *, api_key: str | None = None) -> None:
         self._http = Http(Address.parse(base_url), api_key)
-        self.vms = _Vms(self._http)
-        self.plugins = _Plugins(self._http)
-        self.networks = NetworksOperations(self._http)
-        self.templates = TemplatesOperations(self._http)
-        self.snapshots = SnapshotsOperations(self._http)
-        self.system = _System(self._http)
+        super().__init__(self._http)
+        self.vms: _Vms = _Vms(self._http)
+        self.plugins: _Plugins = _Plugins(self._http)
+        self.system: _System = _System(self._http)
 
     async def __aenter__(self) -> Client:
         return self
@@ -95,10 +75,6 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self._http.aclose()
-
-    async def healthz(self) -> Health:
-        """Whether the daemon's tree is whole. An answer other than `ok` is no error here."""
-        return decode(await self._http.request("GET", "/healthz", also=(503,)), Health)
 
     @asynccontextmanager
     async def events(
@@ -131,30 +107,19 @@ class Client:
         async with feeding(partial(pump_events, self._http, query, last_event_id, backoff)) as feed:
             yield feed
 
-    async def newest_event(self) -> str:
-        """The id of the event up to which the daemon's answers are true now."""
-        response = await self._http.request("GET", "/api/v1/vms", query={"limit": 1})
-        event_id = response.headers.get("Volant-Event-Id")
-        if event_id is None:
-            raise UnexpectedAnswer("the daemon did not say up to which event its list is true")
-        return str(event_id)
 
-
-class _Vms(VmsOperations):
+class _Vms(VmsRequests):
     """`client.vms`: what the operations have, and what streams or waits."""
 
-    async def apply(
-        self, name: str, command: Command, *, grace_s: float | None = None, idempotency_key: str | None = None
-    ) -> VmView:
-        """Applies a command by its name; `grace_s` is for `stop` and `restart`."""
-        path = f"{_vm(name)}/{command}"
-        return decode(await self._http.once(path, key=idempotency_key, query={"grace": duration(grace_s)}), VmView)
+    def __init__(self, http: Http) -> None:
+        super().__init__(http)
+        self._http = http
 
     async def wait(
         self, name: str, states: Collection[Status | str] = (Status.RUNNING,), *, timeout_s: float = 60.0
     ) -> Waited:
         """Wait until the VM is in one of `states` (`"deleted"` is one too), comes to rest in another, or time is up."""
-        return await self._wait("GET", name, _vm(name), states, timeout_s)
+        return await self._wait("GET", name, vm_path(name), states, timeout_s)
 
     async def create_and_wait(
         self,
@@ -184,7 +149,7 @@ class _Vms(VmsOperations):
         """
         key = idempotency_key
         return await self._wait(
-            "POST", name, f"{_vm(name)}/{command}", states, timeout_s, {"grace": duration(grace_s)}, key
+            "POST", name, f"{vm_path(name)}/{command}", states, timeout_s, {"grace": duration(grace_s)}, key
         )
 
     async def _wait(
@@ -212,14 +177,14 @@ class _Vms(VmsOperations):
                 if gone.status == 404 and "deleted" in states and method == "GET":
                     return Waited("met", None)
                 raise
-            outcome = response.headers.get("Volant-Wait")
+            outcome: Any = response.headers.get("volant-wait")
             if outcome not in ("met", "failed", "timeout"):
                 raise UnexpectedAnswer(f"the daemon did not say how the wait ended: {outcome!r}")
             if outcome != "timeout" or trio.current_time() >= give_up_at:
                 return Waited(outcome, decode(response, VmView))
             # A daemon that stops lets go of those who wait; whoever asks again must not do so without a pause.
             await trio.sleep(0.2)
-            method, path, query = "GET", _vm(name), None
+            method, path, query = "GET", vm_path(name), None
 
     @asynccontextmanager
     async def exec(
@@ -238,7 +203,7 @@ class _Vms(VmsOperations):
         """
         body = request_body(list(command), dict(env or {}), cwd, user, timeout_s)
         silence_s = None if timeout_s is None else timeout_s + ANSWER_S
-        path = f"{_vm(name)}/agent/v1/exec"
+        path = f"{vm_path(name)}/agent/v1/exec"
         async with self._http.stream("POST", path, body=body, read_s=silence_s) as response:
             async with chunks_of(response) as chunks:
                 yield Process(chunks, name)
@@ -264,7 +229,7 @@ class _Vms(VmsOperations):
         """
         body = request_body(list(command), dict(env or {}), cwd, user, timeout_s)
         start: ExecStart = {**body, "tty": tty, "rows": rows, "cols": cols}
-        return open_session(self._http, f"{_vm(name)}/agent/v1/exec", name, start, detach=detach)
+        return open_session(self._http, f"{vm_path(name)}/agent/v1/exec", name, start, detach=detach)
 
     def attach(
         self, name: str, identifier: str, *, position: int | None = None
@@ -273,23 +238,15 @@ class _Vms(VmsOperations):
 
         :param position: of the output that is known already; None: begin with the oldest that is kept
         """
-        return attach_session(self._http, f"{_vm(name)}/agent/v1/exec", name, identifier, position)
-
-    async def exec_sessions(self, name: str) -> Sequence[RemoteSession]:
-        """The detached commands of a VM, those that ended a short while ago among them; the oldest first."""
-        return (await self._http.get(f"{_vm(name)}/agent/v1/exec/sessions", RemoteSessions)).sessions
-
-    async def end_exec_session(self, name: str, identifier: str) -> None:
-        """Kill a detached command, and forget it."""
-        await self._http.request("DELETE", f"{_vm(name)}/agent/v1/exec/sessions/{quote(identifier, safe='')}")
+        return attach_session(self._http, f"{vm_path(name)}/agent/v1/exec", name, identifier, position)
 
     async def stat_file(self, name: str, path: str) -> FileInfo:
         """What an absolute path in the guest leads to."""
-        return await stat_file(self._http, file_url(_vm(name), path))
+        return await stat_file(self._http, file_url(vm_path(name), path))
 
     def read_file(self, name: str, path: str, *, start: int = 0) -> AbstractAsyncContextManager[FileReader]:
         """A file of the guest, in pieces, from byte `start` on."""
-        return open_file(self._http, file_url(_vm(name), path), path, directory=False, start=start)
+        return open_file(self._http, file_url(vm_path(name), path), path, directory=False, start=start)
 
     async def write_file(
         self,
@@ -309,11 +266,11 @@ class _Vms(VmsOperations):
         """
         query = {"mode": None if mode is None else f"{mode:o}", "user": user}
         media = "application/octet-stream"
-        return await put_file(self._http, file_url(_vm(name), path), content, media=media, query=query, size=size)
+        return await put_file(self._http, file_url(vm_path(name), path), content, media=media, query=query, size=size)
 
     def get_tar(self, name: str, path: str) -> AbstractAsyncContextManager[FileReader]:
         """A directory of the guest as an uncompressed tar, in pieces; its members' names begin beneath it."""
-        return open_file(self._http, file_url(_vm(name), path), path, directory=True)
+        return open_file(self._http, file_url(vm_path(name), path), path, directory=True)
 
     async def put_tar(
         self, name: str, path: str, content: bytes | AsyncIterable[bytes], *, user: str | None = None
@@ -323,13 +280,13 @@ class _Vms(VmsOperations):
 
         :param user: who owns all of it; default: whom the tar names, by number
         """
-        url = file_url(_vm(name), path)
+        url = file_url(vm_path(name), path)
         return await put_file(self._http, url, content, media=TAR, query={"user": user})
 
     async def delete_file(self, name: str, path: str, *, recursive: bool = False) -> None:
         """Delete a file, a link, or a directory, which must be empty unless `recursive`."""
         query = {"recursive": "true" if recursive else None}
-        await self._http.request("DELETE", file_url(_vm(name), path), query=query, timeout_s=SILENCE_S)
+        await self._http.request("DELETE", file_url(vm_path(name), path), query=query, timeout_s=SILENCE_S)
 
     def logs(
         self,
@@ -355,7 +312,7 @@ class _Vms(VmsOperations):
         }
 
         async def pump(channel: trio.MemorySendChannel[LogLine | LogGap], started: Callable[[], None]) -> None:
-            await pump_logs(self._http, _name(name), query, Backoff(patience_s, on_retry), channel, started)
+            await pump_logs(self._http, checked(name), query, Backoff(patience_s, on_retry), channel, started)
 
         return feeding(pump)
 
@@ -382,7 +339,7 @@ class _Vms(VmsOperations):
         async def pump(
             channel: trio.MemorySendChannel[bytes | ConsoleGap | Reconnected], started: Callable[[], None]
         ) -> None:
-            await pump_console(self._http, _name(name), query, Backoff(patience_s, on_retry), line, channel, started)
+            await pump_console(self._http, checked(name), query, Backoff(patience_s, on_retry), line, channel, started)
 
         async with feeding(pump) as feed:
             yield Console(feed, line)
@@ -393,7 +350,7 @@ class _Vms(VmsOperations):
 
         Both ends must have ended their direction for a connection to be over in peace.
         """
-        path = f"/ws/v1/vms/{_name(name)}/tcp/{port}"
+        path = f"/ws/v1/vms/{checked(name)}/tcp/{port}"
         async with open_websocket(self._http, path, {}, pings=False) as socket:
             yield TcpStream(socket)
 
@@ -421,7 +378,7 @@ class _Vms(VmsOperations):
         if plugin is None:
             plugin = (await self.get(name)).plugin
         headers = {} if content_type is None else {"Content-Type": content_type}
-        path = f"{_vm(name)}/actions/{check_name(plugin, 'plugin')}/{check_name(action, 'action')}"
+        path = f"{vm_path(name)}/actions/{check_name(plugin, 'plugin')}/{check_name(action, 'action')}"
         raw = content if content is None or isinstance(content, bytes) else Pieces(content)
         async with self._http.stream(
             "POST", path, query=query, body=body, content=raw, headers=headers, read_s=ACTION_S, also=range(600)
@@ -431,25 +388,13 @@ class _Vms(VmsOperations):
             async with chunks_of(response) as chunks:
                 yield ActionAnswer(response, chunks)
 
-    async def openapi(self, name: str) -> dict[str, Any]:
-        """The workload's own OpenAPI document, its servers reached through the daemon."""
-        return await self._http.get(f"{_vm(name)}/openapi", dict[str, Any])
-
-    async def browser(self, name: str) -> Browser:
-        """Where DevTools clients find the browser in a VM. Waits for one that has just been started, a minute."""
-        return await find_browser(self._http, f"/ws/v1/vms/{_name(name)}/devtools")
-
-    async def agent_info(self, name: str) -> dict[str, Any]:
-        """What the guest's agent says of itself and its guest (`volant.model.agent.Info`)."""
-        return await self._http.get(f"{_vm(name)}/agent/v1/info", dict[str, Any])
-
-    async def agent_health(self, name: str) -> dict[str, Any]:
-        """The agent's own health and its workload's (`volant.model.agent.Healthz`)."""
-        return await self._http.get(f"{_vm(name)}/agent/healthz", dict[str, Any])
-
 
 class _Plugins(PluginsOperations):
     """`client.plugins`."""
+
+    def __init__(self, http: Http) -> None:
+        super().__init__(http)
+        self._http = http
 
     async def upload(self, sha256: str, content: AsyncIterable[bytes], size: int) -> ArtifactView:
         """Send a file that a manifest names, of `size` bytes, into the daemon's cache.
@@ -459,8 +404,12 @@ class _Plugins(PluginsOperations):
         return await send_artifact(self._http, sha256, content, size)
 
 
-class _System(SystemOperations):
+class _System(SystemRequests):
     """`client.system`."""
+
+    def __init__(self, http: Http) -> None:
+        super().__init__(http)
+        self._http = http
 
     def backup(self) -> AbstractAsyncContextManager[Backup]:
         """What the daemon must not lose, as one file in pieces: VMs, plugins, events; no disks and no logs."""
@@ -473,20 +422,3 @@ class _System(SystemOperations):
         :param replace: also when there are VMs that the backup does not know; what runs of them goes on
         """
         return await send_backup(self._http, content, size, replace=replace)
-
-    async def tasks(self) -> str:
-        """What every task and thread of the daemon is doing, for people."""
-        return (await self._http.request("GET", "/api/v1/system/tasks")).text
-
-    async def metrics(self) -> str:
-        """As Prometheus reads them."""
-        return (await self._http.request("GET", "/metrics")).text
-
-
-def _name(name: str) -> str:
-    """:raises Problem: 400; what is no name would be another path."""
-    return check_name(name, "name")
-
-
-def _vm(name: str) -> str:
-    return f"/api/v1/vms/{_name(name)}"

@@ -11,7 +11,8 @@ from volant.model import ConsoleGap, Problem
 
 from ._errors import ClientProblem, ConnectionLost, UnexpectedAnswer
 from ._feed import Backoff, Feed, is_passing, keep_connected
-from ._http import Http, Query, decode_json
+from ._http import Http
+from ._transport import Query, decode_json
 from ._types import Reconnected
 from ._websocket import Closed, Socket, open_websocket
 

@@ -10,8 +10,9 @@ from volant.model import Event, EventType, StreamGap
 
 from ._errors import ConnectionLost, UnexpectedAnswer
 from ._feed import Backoff, keep_connected
-from ._http import Http, Query, chunks_of, decode_json
+from ._http import Http, chunks_of
 from ._sse import Message, SseParser
+from ._transport import Query, decode_json
 
 PATH = "/api/v1/events/vms"
 # The daemon writes at least every 15 s.

@@ -10,7 +10,7 @@ import msgspec
 from volant.model import agent_types
 
 from ._errors import ConnectionLost, UnexpectedAnswer
-from ._http import decode_json
+from ._transport import decode_json
 
 # The agent sends pieces of at most 64 KiB, in base64.
 _MAX_LINE = 1024 * 1024
@@ -32,6 +32,27 @@ class ExecEnd(msgspec.Struct, frozen=True, omit_defaults=True):
     """It could not be run, or not to its end."""
     code: str | None = None
     """With `error`: `timeout`, `not_found`, `not_executable`, … (`agent_types.ExecEnd`)."""
+
+
+class RemoteSession(msgspec.Struct, frozen=True):
+    """A detached command, as `volant.model.agent_types.ExecSession` says."""
+
+    id: str
+    command: list[str]
+    tty: bool
+    user: str | None
+    attached: bool
+    age_s: float
+    position: int
+    pid: int | None
+    end: ExecEnd | None
+    ended_s: float | None = None
+
+
+class RemoteSessions(msgspec.Struct, frozen=True):
+    """The detached commands of a VM."""
+
+    sessions: list[RemoteSession]
 
 
 class _Line(msgspec.Struct):

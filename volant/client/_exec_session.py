@@ -14,7 +14,8 @@ from volant.model.agent_types import ExecStart
 
 from ._errors import ClientProblem, ConnectionLost, UnexpectedAnswer
 from ._exec import ExecEnd, ExecOutput
-from ._http import Http, Query, decode_json
+from ._http import Http
+from ._transport import Query, decode_json
 from ._websocket import Closed, Socket, open_websocket
 
 _MAX_MESSAGE = 64 * 1024
@@ -29,27 +30,6 @@ class ExecGap(msgspec.Struct, frozen=True):
     """Output that is not kept any more; positions, both included."""
 
     gap: LogRange
-
-
-class RemoteSession(msgspec.Struct, frozen=True):
-    """A detached command, as `volant.model.agent_types.ExecSession` says."""
-
-    id: str
-    command: list[str]
-    tty: bool
-    user: str | None
-    attached: bool
-    age_s: float
-    position: int
-    pid: int | None
-    end: ExecEnd | None
-    ended_s: float | None = None
-
-
-class RemoteSessions(msgspec.Struct, frozen=True):
-    """The detached commands of a VM."""
-
-    sessions: list[RemoteSession]
 
 
 class _Word(msgspec.Struct):

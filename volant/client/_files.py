@@ -11,13 +11,14 @@ import msgspec
 from ._actions import Pieces
 from ._calls import read_whole
 from ._errors import ClientProblem, UnexpectedAnswer
-from ._http import Http, Query, chunks_of
+from ._http import Http, chunks_of
+from ._transport import Query
 
 TAR = "application/x-tar"
 SILENCE_S = 630.0
 """A guest may be slow, and lets a client be as slow: ten minutes for a piece."""
 MAX_READ = 64 * 1024 * 1024
-_MODE = "Volant-File-Mode"
+_MODE = "volant-file-mode"
 
 
 class FileInfo(msgspec.Struct, frozen=True):
@@ -108,7 +109,7 @@ def _info(headers: Mapping[str, str]) -> FileInfo:
     mode = headers.get(_MODE, "")
     if not mode or mode.strip("01234567"):
         raise UnexpectedAnswer("the answer does not say what kind of file this is")
-    length = headers.get("Content-Length")
-    directory = headers.get("Content-Type") == TAR
+    length = headers.get("content-length")
+    directory = headers.get("content-type") == TAR
     size = int(length) if length is not None and length.isdecimal() and not directory else None
-    return FileInfo(directory, int(mode, 8), size, headers.get("ETag"))
+    return FileInfo(directory, int(mode, 8), size, headers.get("etag"))

@@ -12,7 +12,8 @@ from volant.model import LogGap, LogLine, LogRange
 
 from ._errors import ConnectionLost
 from ._feed import Backoff, keep_connected
-from ._http import Http, Query, decode_json
+from ._http import Http
+from ._transport import Query, decode_json
 from ._websocket import read_websocket
 
 

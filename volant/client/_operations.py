@@ -35,12 +35,12 @@ from volant.model import (
 )
 
 from ._calls import body_of, duration, flag, pairs, words
-from ._http import Http, decode
+from ._transport import Transport, decode
 
 
 class VmsOperations:
-    def __init__(self, http: Http) -> None:
-        self._http = http
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
 
     async def list(
         self,
@@ -60,7 +60,7 @@ class VmsOperations:
         :param cursor: as in the `Link` before; opaque
         """
         return decode(
-            await self._http.request(
+            await self._transport.request(
                 "GET",
                 "/api/v1/vms",
                 query={
@@ -83,11 +83,11 @@ class VmsOperations:
         Every later boot is an ordinary one, with the disk as it was left. If the first fails the VM is `crashed`;
         no cold boot follows.
         """
-        return decode(await self._http.once("/api/v1/vms", key=idempotency_key, body=body_of(request)), VmView)
+        return decode(await self._transport.once("/api/v1/vms", key=idempotency_key, body=body_of(request)), VmView)
 
     async def get(self, name: str) -> VmView:
         """Get a VM."""
-        return decode(await self._http.request("GET", f"/api/v1/vms/{check_name(name, 'name')}"), VmView)
+        return decode(await self._transport.request("GET", f"/api/v1/vms/{check_name(name, 'name')}"), VmView)
 
     async def delete(self, name: str, *, timeout_s: float = 75) -> None:
         """Delete a VM.
@@ -96,12 +96,12 @@ class VmsOperations:
 
         :param timeout_s: how long to wait for the answer
         """
-        await self._http.request("DELETE", f"/api/v1/vms/{check_name(name, 'name')}", timeout_s=timeout_s)
+        await self._transport.request("DELETE", f"/api/v1/vms/{check_name(name, 'name')}", timeout_s=timeout_s)
 
     async def start(self, name: str, *, idempotency_key: str | None = None) -> VmView:
         """Start a VM; nothing happens to one that runs."""
         return decode(
-            await self._http.once(f"/api/v1/vms/{check_name(name, 'name')}/start", key=idempotency_key), VmView
+            await self._transport.once(f"/api/v1/vms/{check_name(name, 'name')}/start", key=idempotency_key), VmView
         )
 
     async def stop(self, name: str, *, grace_s: float | None = None, idempotency_key: str | None = None) -> VmView:
@@ -110,7 +110,7 @@ class VmsOperations:
         :param grace_s: how long the guest has before it is killed: default `10s`, at most `10m`
         """
         return decode(
-            await self._http.once(
+            await self._transport.once(
                 f"/api/v1/vms/{check_name(name, 'name')}/stop", key=idempotency_key, query={"grace": duration(grace_s)}
             ),
             VmView,
@@ -122,7 +122,7 @@ class VmsOperations:
         :param grace_s: how long the guest has before it is killed: default `10s`, at most `10m`
         """
         return decode(
-            await self._http.once(
+            await self._transport.once(
                 f"/api/v1/vms/{check_name(name, 'name')}/restart",
                 key=idempotency_key,
                 query={"grace": duration(grace_s)},
@@ -133,19 +133,19 @@ class VmsOperations:
     async def pause(self, name: str, *, idempotency_key: str | None = None) -> VmView:
         """Pause a VM once it runs. Its memory, its process and open streams stay."""
         return decode(
-            await self._http.once(f"/api/v1/vms/{check_name(name, 'name')}/pause", key=idempotency_key), VmView
+            await self._transport.once(f"/api/v1/vms/{check_name(name, 'name')}/pause", key=idempotency_key), VmView
         )
 
     async def resume(self, name: str, *, idempotency_key: str | None = None) -> VmView:
         """Let a paused VM go on, with its clock set."""
         return decode(
-            await self._http.once(f"/api/v1/vms/{check_name(name, 'name')}/resume", key=idempotency_key), VmView
+            await self._transport.once(f"/api/v1/vms/{check_name(name, 'name')}/resume", key=idempotency_key), VmView
         )
 
     async def recover(self, name: str, *, idempotency_key: str | None = None) -> VmView:
         """Take control again of a VM whose reason is `control_lost`."""
         return decode(
-            await self._http.once(f"/api/v1/vms/{check_name(name, 'name')}/recover", key=idempotency_key), VmView
+            await self._transport.once(f"/api/v1/vms/{check_name(name, 'name')}/recover", key=idempotency_key), VmView
         )
 
     async def fork(
@@ -164,7 +164,7 @@ class VmsOperations:
         :param timeout_s: how long to wait for the answer
         """
         return decode(
-            await self._http.once(
+            await self._transport.once(
                 f"/api/v1/vms/{check_name(name, 'name')}/fork",
                 key=idempotency_key,
                 body=body_of(request or ForkVm()),
@@ -176,7 +176,7 @@ class VmsOperations:
     async def inspect(self, name: str) -> dict[str, Any]:
         """Show what the daemon does with a VM, to find a fault; its shape is no contract."""
         return decode(
-            await self._http.request("GET", f"/api/v1/vms/{check_name(name, 'name')}/inspect"), dict[str, Any]
+            await self._transport.request("GET", f"/api/v1/vms/{check_name(name, 'name')}/inspect"), dict[str, Any]
         )
 
     async def memory(self, name: str) -> VmMemory:
@@ -184,12 +184,12 @@ class VmsOperations:
 
         Costs the kernel some milliseconds for each GiB, so it is not for every second. 409: there is no process.
         """
-        return decode(await self._http.request("GET", f"/api/v1/vms/{check_name(name, 'name')}/memory"), VmMemory)
+        return decode(await self._transport.request("GET", f"/api/v1/vms/{check_name(name, 'name')}/memory"), VmMemory)
 
 
 class SnapshotsOperations:
-    def __init__(self, http: Http) -> None:
-        self._http = http
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
 
     async def take(
         self,
@@ -207,7 +207,7 @@ class SnapshotsOperations:
         :param timeout_s: how long to wait for the answer
         """
         return decode(
-            await self._http.once(
+            await self._transport.once(
                 f"/api/v1/vms/{check_name(name, 'name')}/snapshots",
                 key=idempotency_key,
                 body=body_of(request or TakeSnapshot()),
@@ -219,31 +219,32 @@ class SnapshotsOperations:
     async def list_of_vm(self, name: str) -> Sequence[SnapshotView]:
         """List the snapshots of a VM."""
         return decode(
-            await self._http.request("GET", f"/api/v1/vms/{check_name(name, 'name')}/snapshots"), list[SnapshotView]
+            await self._transport.request("GET", f"/api/v1/vms/{check_name(name, 'name')}/snapshots"),
+            list[SnapshotView],
         )
 
     async def list(self) -> Sequence[SnapshotView]:
         """List all snapshots, also those of VMs that are gone."""
-        return decode(await self._http.request("GET", "/api/v1/snapshots"), list[SnapshotView])
+        return decode(await self._transport.request("GET", "/api/v1/snapshots"), list[SnapshotView])
 
     async def get(self, snapshot: str) -> SnapshotView:
         """Get a snapshot."""
         return decode(
-            await self._http.request("GET", f"/api/v1/snapshots/{check_name(snapshot, 'snapshot')}"), SnapshotView
+            await self._transport.request("GET", f"/api/v1/snapshots/{check_name(snapshot, 'snapshot')}"), SnapshotView
         )
 
     async def remove(self, snapshot: str) -> None:
         """Remove a snapshot; VMs made from it go on."""
-        await self._http.request("DELETE", f"/api/v1/snapshots/{check_name(snapshot, 'snapshot')}")
+        await self._transport.request("DELETE", f"/api/v1/snapshots/{check_name(snapshot, 'snapshot')}")
 
 
 class PluginsOperations:
-    def __init__(self, http: Http) -> None:
-        self._http = http
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
 
     async def list(self) -> Sequence[PluginView]:
         """List plugins."""
-        return decode(await self._http.request("GET", "/api/v1/plugins"), list[PluginView])
+        return decode(await self._transport.request("GET", "/api/v1/plugins"), list[PluginView])
 
     async def install(
         self, request: Manifest | Mapping[str, Any], *, idempotency_key: str | None = None, timeout_s: float = 900
@@ -258,26 +259,30 @@ class PluginsOperations:
         :param timeout_s: how long to wait for the answer
         """
         return decode(
-            await self._http.once("/api/v1/plugins", key=idempotency_key, body=body_of(request), timeout_s=timeout_s),
+            await self._transport.once(
+                "/api/v1/plugins", key=idempotency_key, body=body_of(request), timeout_s=timeout_s
+            ),
             PluginView,
         )
 
     async def get(self, name: str) -> PluginView:
         """Get a plugin."""
-        return decode(await self._http.request("GET", f"/api/v1/plugins/{check_name(name, 'name')}"), PluginView)
+        return decode(await self._transport.request("GET", f"/api/v1/plugins/{check_name(name, 'name')}"), PluginView)
 
     async def remove(self, name: str) -> None:
         """Remove a plugin that no VM uses."""
-        await self._http.request("DELETE", f"/api/v1/plugins/{check_name(name, 'name')}")
+        await self._transport.request("DELETE", f"/api/v1/plugins/{check_name(name, 'name')}")
 
     async def manifest(self, name: str) -> Manifest:
         """Get what a plugin was installed from."""
-        return decode(await self._http.request("GET", f"/api/v1/plugins/{check_name(name, 'name')}/manifest"), Manifest)
+        return decode(
+            await self._transport.request("GET", f"/api/v1/plugins/{check_name(name, 'name')}/manifest"), Manifest
+        )
 
     async def enable(self, name: str, enabled: bool, *, idempotency_key: str | None = None) -> PluginView:
         """Let new VMs use a plugin, or not."""
         return decode(
-            await self._http.once(
+            await self._transport.once(
                 f"/api/v1/plugins/{check_name(name, 'name')}/enabled", key=idempotency_key, body={"enabled": enabled}
             ),
             PluginView,
@@ -285,36 +290,38 @@ class PluginsOperations:
 
 
 class NetworksOperations:
-    def __init__(self, http: Http) -> None:
-        self._http = http
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
 
     async def list(self) -> Sequence[NetworkView]:
         """List networks in which VMs reach each other."""
-        return decode(await self._http.request("GET", "/api/v1/networks"), list[NetworkView])
+        return decode(await self._transport.request("GET", "/api/v1/networks"), list[NetworkView])
 
     async def create(self, name: str, *, idempotency_key: str | None = None) -> NetworkView:
         """Create a network.
 
         VMs that are created with its name as `network` are in it, and reach each other there, by their names.
         """
-        return decode(await self._http.once("/api/v1/networks", key=idempotency_key, body={"name": name}), NetworkView)
+        return decode(
+            await self._transport.once("/api/v1/networks", key=idempotency_key, body={"name": name}), NetworkView
+        )
 
     async def get(self, name: str) -> NetworkView:
         """Get a network, with the VMs in it."""
-        return decode(await self._http.request("GET", f"/api/v1/networks/{check_name(name, 'name')}"), NetworkView)
+        return decode(await self._transport.request("GET", f"/api/v1/networks/{check_name(name, 'name')}"), NetworkView)
 
     async def remove(self, name: str) -> None:
         """Remove a network that no VM is in."""
-        await self._http.request("DELETE", f"/api/v1/networks/{check_name(name, 'name')}")
+        await self._transport.request("DELETE", f"/api/v1/networks/{check_name(name, 'name')}")
 
 
 class TemplatesOperations:
-    def __init__(self, http: Http) -> None:
-        self._http = http
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
 
     async def list(self) -> Sequence[TemplateView]:
         """List what VMs begin as clones of."""
-        return decode(await self._http.request("GET", "/api/v1/templates"), list[TemplateView])
+        return decode(await self._transport.request("GET", "/api/v1/templates"), list[TemplateView])
 
     async def build(
         self, request: BuildTemplate | Mapping[str, Any] | None = None, *, timeout_s: float = 600
@@ -327,7 +334,7 @@ class TemplatesOperations:
         :param timeout_s: how long to wait for the answer
         """
         return decode(
-            await self._http.request(
+            await self._transport.request(
                 "POST", "/api/v1/templates", body=body_of(request or BuildTemplate()), timeout_s=timeout_s
             ),
             TemplateView,
@@ -335,16 +342,16 @@ class TemplatesOperations:
 
     async def remove(self, digest: str) -> None:
         """Remove a template; its clones go on."""
-        await self._http.request("DELETE", f"/api/v1/templates/{quote(digest, safe='')}")
+        await self._transport.request("DELETE", f"/api/v1/templates/{quote(digest, safe='')}")
 
 
 class SystemOperations:
-    def __init__(self, http: Http) -> None:
-        self._http = http
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
 
     async def status(self) -> SystemStatus:
         """Show figures of the daemon and its host."""
-        return decode(await self._http.request("GET", "/api/v1/system/status"), SystemStatus)
+        return decode(await self._transport.request("GET", "/api/v1/system/status"), SystemStatus)
 
     async def drain(self, *, stop_vms: bool = False, grace_s: float | None = None) -> SystemStatus:
         """Let no VM be created or start, for maintenance.
@@ -357,7 +364,7 @@ class SystemOperations:
         :param grace_s: with `stop_vms`, for each guest: default `10s`, at most `10m`
         """
         return decode(
-            await self._http.request(
+            await self._transport.request(
                 "POST", "/api/v1/system/drain", query={"stop_vms": flag(stop_vms), "grace": duration(grace_s)}
             ),
             SystemStatus,
@@ -365,18 +372,18 @@ class SystemOperations:
 
     async def undrain(self) -> SystemStatus:
         """Let VMs start again; those that waited do."""
-        return decode(await self._http.request("POST", "/api/v1/system/undrain"), SystemStatus)
+        return decode(await self._transport.request("POST", "/api/v1/system/undrain"), SystemStatus)
 
     async def info(self) -> dict[str, Any]:
         """Show versions, addresses, the accelerator and the reason for it."""
-        return decode(await self._http.request("GET", "/api/v1/system/info"), dict[str, Any])
+        return decode(await self._transport.request("GET", "/api/v1/system/info"), dict[str, Any])
 
     async def orphans(self) -> Sequence[OrphanView]:
         """List hypervisors that run and that no VM owns.
 
         The daemon never touches them. Adopt one, or kill it.
         """
-        return decode(await self._http.request("GET", "/api/v1/system/orphans"), list[OrphanView])
+        return decode(await self._transport.request("GET", "/api/v1/system/orphans"), list[OrphanView])
 
     async def adopt_orphan(self, mark: str, *, name: str | None = None) -> VmView:
         """Make a VM of an orphaned hypervisor.
@@ -386,7 +393,7 @@ class SystemOperations:
         :param name: instead of its own name
         """
         return decode(
-            await self._http.request(
+            await self._transport.request(
                 "POST", f"/api/v1/system/orphans/{quote(mark, safe='')}/adopt", query={"name": name}
             ),
             VmView,
@@ -394,15 +401,15 @@ class SystemOperations:
 
     async def kill_orphan(self, mark: str) -> None:
         """Kill an orphaned hypervisor; its disk stays."""
-        await self._http.request("POST", f"/api/v1/system/orphans/{quote(mark, safe='')}/kill")
+        await self._transport.request("POST", f"/api/v1/system/orphans/{quote(mark, safe='')}/kill")
 
     async def tree(self) -> dict[str, Any]:
         """Show the supervisor tree."""
-        return decode(await self._http.request("GET", "/api/v1/system/tree"), dict[str, Any])
+        return decode(await self._transport.request("GET", "/api/v1/system/tree"), dict[str, Any])
 
     async def df(self) -> Usage:
         """Show what takes space on the host for the daemon."""
-        return decode(await self._http.request("GET", "/api/v1/system/df"), Usage)
+        return decode(await self._transport.request("GET", "/api/v1/system/df"), Usage)
 
     async def prune(
         self,
@@ -423,7 +430,7 @@ class SystemOperations:
         :param timeout_s: how long to wait for the answer
         """
         return decode(
-            await self._http.request(
+            await self._transport.request(
                 "POST",
                 "/api/v1/system/prune",
                 query={"dry_run": flag(dry_run), "kind": words(kinds), "unused_for": duration(unused_for_s)},
@@ -434,4 +441,4 @@ class SystemOperations:
 
     async def ticket(self, path: str | None = None) -> Ticket:
         """Create a ticket for a browser, which can't set headers on some streams."""
-        return decode(await self._http.request("POST", "/api/v1/tickets", body=body_of(WantTicket(path))), Ticket)
+        return decode(await self._transport.request("POST", "/api/v1/tickets", body=body_of(WantTicket(path))), Ticket)

@@ -7,7 +7,8 @@ from typing import NamedTuple, TypeVar
 
 from ._actions import Pieces
 from ._errors import UnexpectedAnswer
-from ._http import Http, chunks_of, decode_json
+from ._http import Http, chunks_of
+from ._transport import decode_json
 
 T = TypeVar("T")
 

@@ -11,8 +11,10 @@ import trio
 from trio_websocket import ConnectionClosed, ConnectionRejected, HandshakeError, WebSocketConnection, wrap_client_stream
 
 from ._address import Address
+from ._connection import connect
 from ._errors import ConnectionLost, UnexpectedAnswer
-from ._http import CONNECT_S, Http, Query, problem
+from ._http import Http
+from ._transport import CONNECT_S, Query, problem
 
 ABNORMAL = 1006
 """The code of a connection that broke without being closed."""
@@ -86,7 +88,7 @@ async def open_websocket(http: Http, path: str, query: Query, *, pings: bool = T
     :raises ClientProblem: the daemon answered with an error instead of the upgrade.
     :raises ClientError: nobody is there, or no WebSocket.
     """
-    stream: Any = await http.address.connect(CONNECT_S, http.tls)
+    stream: Any = await connect(http.address, CONNECT_S, http.tls)
     text = urlencode({key: value for key, value in query.items() if value is not None}, doseq=True)
     resource = f"{http.address.prefix}{path}" + (f"?{text}" if text else "")
     headers = [(name.encode(), value.encode()) for name, value in http.headers.items()]

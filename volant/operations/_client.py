@@ -28,6 +28,10 @@ process too, and get the first answer.
 """
 '''
 
+_INIT = """\
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport"""
+
 
 def client_module(table: Table) -> str:
     """Returns the source of the module."""
@@ -50,15 +54,13 @@ def client_module(table: Table) -> str:
         *(f"    {name}," for name in [*used, "check_name"]),
         ")\n",
         f"from ._calls import {', '.join(helpers)}" if helpers else "",
-        "from ._http import ANSWER_S, Http, decode",
+        "from ._transport import ANSWER_S, Transport, decode",
     ]
     return "\n".join(lines) + "\n\n\n" + text + "\n"
 
 
 def _class(resource: str, operations: Iterable[Operation]) -> str:
-    head = (
-        f"class {resource.title()}Operations:\n    def __init__(self, http: Http) -> None:\n        self._http = http"
-    )
+    head = f"class {resource.title()}Operations:\n{_INIT}"
     return "\n\n".join([head, *(textwrap.indent(_method(each), "    ") for each in operations)])
 
 
@@ -90,9 +92,9 @@ def _method(operation: Operation) -> str:
     returns = "None" if answer is None else _type(answer)
     path = _path(operation)
     if operation.idempotent:
-        call = f"self._http.once({', '.join([path, 'key=idempotency_key', *sent])})"
+        call = f"self._transport.once({', '.join([path, 'key=idempotency_key', *sent])})"
     else:
-        call = f"self._http.request({', '.join([repr(operation.method), path, *sent])})"
+        call = f"self._transport.request({', '.join([repr(operation.method), path, *sent])})"
     decoded = returns.replace("Sequence[", "list[")
     result = f"await {call}" if answer is None else f"return decode(await {call}, {decoded})"
     lines = [f"async def {name}({signature}) -> {returns}:", *_docstring(operation), f"    {result}"]

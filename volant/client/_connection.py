@@ -1,0 +1,41 @@
+"""Opens connections to the daemon for something other than plain HTTP."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+
+import trio
+
+from ._address import Address, reason_of
+
+# A command in a guest may be silent for hours; the kernel then finds out whether its host is still there.
+KEEPALIVE = [
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+]
+
+
+async def connect(address: Address, timeout_s: float, tls: ssl.SSLContext) -> trio.abc.Stream:
+    """Opens a connection.
+
+    :raises Unreachable: nobody accepts within `timeout_s`.
+    """
+    try:
+        with trio.fail_after(timeout_s):
+            if address.socket_path is not None:
+                return await trio.open_unix_socket(address.socket_path)
+            stream = await trio.open_tcp_stream(address.host, address.port)
+            for level, option, value in KEEPALIVE:
+                stream.setsockopt(level, option, value)
+            if not address.tls:
+                return stream
+            secured = trio.SSLStream(stream, tls, server_hostname=address.host, https_compatible=True)
+            await secured.do_handshake()
+            return secured
+    except trio.TooSlowError:
+        raise address.unreachable(f"no connection within {timeout_s:g} s") from None
+    except (OSError, trio.BrokenResourceError) as error:
+        raise address.unreachable(reason_of(error)) from error

@@ -1,0 +1,267 @@
+"""Requests over blocking sockets, for programs that ask and print: neither Trio nor httpx is imported.
+
+Methods are coroutines, as those of every transport, but never wait for an event loop: `run_plain` runs one to its end.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Collection, Coroutine, Mapping
+from typing import Any, TypeVar
+from urllib.parse import urlencode
+
+import h11
+import msgspec
+
+from ._address import DEFAULT_BASE, Address, reason_of
+from ._requests import Requests
+from ._transport import ANSWER_S, CONNECT_S, MAX_BODY, MAX_ERROR_BODY, Answer, Query, Transport, problem
+
+T = TypeVar("T")
+
+_MAX_HEAD = 100 * 1024
+"""Bytes of the head of an answer; httpx has the same limit."""
+_PIECE = 64 * 1024
+_FULL_S = 0.05
+"""How long to wait before another attempt at a Unix socket whose queue is full."""
+
+
+class PlainClient(Requests):
+    """A client for requests and answers alone: `run_plain(PlainClient().vms.list())`.
+
+    :param within_s: for all that it is asked, in seconds from now on; None: each request has its own deadline
+    :raises ValueError: `base_url` is no address, or `api_key` can't be one.
+    """
+
+    def __init__(
+        self, base_url: str = DEFAULT_BASE, *, api_key: str | None = None, within_s: float | None = None
+    ) -> None:
+        super().__init__(Plain(Address.parse(base_url), api_key, within_s))
+
+
+def run_plain(coroutine: Coroutine[Any, Any, T]) -> T:
+    """Runs a coroutine that only awaits methods of a `PlainClient`, and returns its result.
+
+    :raises RuntimeError: it waits for something else, which needs an event loop.
+    """
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        result: T = done.value
+        return result
+    name = getattr(coroutine, "__qualname__", repr(coroutine))
+    coroutine.close()
+    raise RuntimeError(f"{name} waits for something, and only an event loop could continue it")
+
+
+class Plain(Transport):
+    """Sends each request over a connection of its own."""
+
+    def __init__(self, address: Address, api_key: str | None, within_s: float | None = None) -> None:
+        super().__init__(address, api_key)
+        self._end = float("inf") if within_s is None else self._now() + within_s
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Query | None = None,
+        body: object = None,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float = ANSWER_S,
+        also: Collection[int] = (),
+    ) -> Answer:
+        give_up_at = min(self._now() + timeout_s, self._end)
+        content = b"" if body is None else msgspec.json.encode(body)
+        sent = {"Host": self.address.host_header, "Accept": "*/*", "Accept-Encoding": "identity"}
+        sent |= {"Connection": "close", **self.headers, **(headers or {})}
+        if body is not None:
+            sent["Content-Type"] = "application/json"
+        if content or method != "GET":
+            sent["Content-Length"] = str(len(content))
+        text = urlencode({key: value for key, value in (query or {}).items() if value is not None}, doseq=True)
+        target = f"{self.address.prefix}{path}" + (f"?{text}" if text else "")
+        request = h11.Request(method=method, target=target, headers=list(sent.items()))
+        exchange = _Exchange(give_up_at)
+        with _connect(self.address, min(give_up_at, self._now() + CONNECT_S)) as connection:
+            try:
+                exchange.send(connection, request, content)
+                head = exchange.read_head(connection)
+                is_error = not 200 <= head.status_code < 300 and head.status_code not in also
+                maximum = MAX_ERROR_BODY if is_error else MAX_BODY
+                answered = exchange.read_body(connection, maximum)
+            except TimeoutError:
+                raise self.too_slow(timeout_s) from None
+            except (OSError, h11.RemoteProtocolError) as error:
+                raise self.lost(reason_of(error)) from error
+        found = _headers(head)
+        if is_error:
+            raise problem(head.status_code, found, answered or b"")
+        if answered is None:
+            raise self.too_long(maximum)
+        return Answer(f"{method} {path}", head.status_code, found, answered)
+
+    def _now(self) -> float:
+        return time.monotonic()
+
+    async def _sleep(self, seconds: float) -> None:
+        _pause(seconds)
+
+
+class _Exchange:
+    """One request and its answer, until the deadline."""
+
+    def __init__(self, give_up_at: float) -> None:
+        self._give_up_at = give_up_at
+        self._parser = h11.Connection(h11.CLIENT, max_incomplete_event_size=_MAX_HEAD)
+
+    def send(self, connection: socket.socket, head: h11.Request, content: bytes) -> None:
+        """Sends the request. :raises TimeoutError: the deadline is over."""
+        data = (self._parser.send(head) or b"") + (self._parser.send(h11.Data(content)) or b"")
+        data += self._parser.send(h11.EndOfMessage()) or b""
+        connection.settimeout(_left(self._give_up_at))
+        try:
+            connection.sendall(data)
+        except TimeoutError:
+            raise
+        except OSError:
+            # A daemon that refuses a request may answer before it has read all of it; reading shows whether it did.
+            pass
+
+    def read_head(self, connection: socket.socket) -> h11.Response:
+        """Returns the status and the headers.
+
+        :raises TimeoutError: the deadline is over.
+        :raises OSError: the connection broke.
+        :raises h11.RemoteProtocolError: this is not HTTP, or ends too early.
+        """
+        while not isinstance(event := self._next(connection), h11.Response):
+            # What is before it announces it: 100, 102 or 103.
+            assert isinstance(event, h11.InformationalResponse), event
+        return event
+
+    def read_body(self, connection: socket.socket, maximum: int) -> bytes | None:
+        """Returns the body, None if it is longer than `maximum` bytes. Raises what `read_head` does."""
+        body = bytearray()
+        while isinstance(event := self._next(connection), h11.Data):
+            body += event.data
+            if len(body) > maximum:
+                return None
+        return bytes(body)
+
+    def _next(self, connection: socket.socket) -> object:
+        while (event := self._parser.next_event()) is h11.NEED_DATA:
+            connection.settimeout(_left(self._give_up_at))
+            data = connection.recv(_PIECE)
+            if not data and self._parser.their_state is h11.SEND_RESPONSE:
+                raise h11.RemoteProtocolError("Server disconnected without sending a response.")
+            self._parser.receive_data(data)
+        return event
+
+
+def _headers(head: h11.Response) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, value in head.headers:
+        key, text = name.decode("latin-1"), value.decode("latin-1")
+        found[key] = f"{found[key]}, {text}" if key in found else text
+    return found
+
+
+def _connect(address: Address, give_up_at: float) -> socket.socket:
+    """:raises Unreachable: nobody accepts in time."""
+    try:
+        if address.socket_path is not None:
+            return _connect_unix(address.socket_path, give_up_at)
+        connection = _connect_tcp(address.host, address.port, give_up_at)
+        return _secured(connection, address.host, give_up_at) if address.tls else connection
+    except TimeoutError:
+        raise address.unreachable(f"no connection within {CONNECT_S:g} s") from None
+    except (OSError, UnicodeError) as error:
+        raise address.unreachable(reason_of(error)) from error
+
+
+def _connect_unix(path: str, give_up_at: float) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        while True:
+            connection.settimeout(_left(give_up_at))
+            try:
+                connection.connect(path)
+            except BlockingIOError:
+                # Others wait to be accepted, as many as may.
+                _pause(_FULL_S)
+            else:
+                return connection
+    except BaseException:
+        connection.close()
+        raise
+
+
+def _connect_tcp(host: str, port: int, give_up_at: float) -> socket.socket:
+    """Tries the addresses of `host` in turn; each has an equal part of the time that is left."""
+    failure: OSError | None = None
+    addresses = _resolve(host, port, give_up_at)
+    for index, (family, kind, protocol, _, address) in enumerate(addresses):
+        connection = socket.socket(family, kind, protocol)
+        try:
+            connection.settimeout(_left(give_up_at) / (len(addresses) - index))
+            connection.connect(address)
+        except OSError as error:
+            connection.close()
+            failure = failure or error
+        except BaseException:
+            connection.close()
+            raise
+        else:
+            return connection
+    assert failure is not None
+    raise failure
+
+
+def _resolve(host: str, port: int, give_up_at: float) -> list[Any]:
+    """Looks up the addresses of `host` in a thread of its own, as a resolver knows no deadline."""
+    found: list[Any] = []
+    failure: list[Exception] = []
+
+    def resolve() -> None:
+        try:
+            found.extend(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except Exception as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=resolve, daemon=True)
+    thread.start()
+    thread.join(_left(give_up_at))
+    if failure:
+        raise failure[0]
+    if thread.is_alive():
+        raise TimeoutError
+    return found
+
+
+def _secured(connection: socket.socket, host: str, give_up_at: float) -> socket.socket:
+    import ssl
+
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        connection.settimeout(_left(give_up_at))
+        return context.wrap_socket(connection, server_hostname=host)
+    except BaseException:
+        connection.close()
+        raise
+
+
+def _left(give_up_at: float) -> float:
+    """Returns the seconds that are left. :raises TimeoutError: none are."""
+    left_s = give_up_at - time.monotonic()
+    if left_s <= 0:
+        raise TimeoutError
+    return left_s
+
+
+def _pause(seconds: float) -> None:
+    time.sleep(seconds)

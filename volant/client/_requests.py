@@ -1,0 +1,108 @@
+"""What of the client is a request and an answer, on any transport: the operations, and some requests beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import quote
+
+from volant.model import Health, VmView, check_name
+
+from ._browser import Browser, find_browser
+from ._calls import duration
+from ._errors import UnexpectedAnswer
+from ._exec import RemoteSession, RemoteSessions
+from ._operations import (
+    NetworksOperations,
+    PluginsOperations,
+    SnapshotsOperations,
+    SystemOperations,
+    TemplatesOperations,
+    VmsOperations,
+)
+from ._transport import Transport, decode
+from ._types import Command
+
+
+class Requests:
+    """The methods of a client that need no more than a transport, grouped as the API's paths are."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self.vms = VmsRequests(transport)
+        self.plugins = PluginsOperations(transport)
+        self.networks = NetworksOperations(transport)
+        self.templates = TemplatesOperations(transport)
+        self.snapshots = SnapshotsOperations(transport)
+        self.system = SystemRequests(transport)
+
+    async def healthz(self) -> Health:
+        """Whether the daemon's tree is whole. An answer other than `ok` is no error here."""
+        return decode(await self._transport.request("GET", "/healthz", also=(503,)), Health)
+
+    async def newest_event(self) -> str:
+        """The id of the event up to which the daemon's answers are true now."""
+        answer = await self._transport.request("GET", "/api/v1/vms", query={"limit": 1})
+        event_id = answer.headers.get("volant-event-id")
+        if event_id is None:
+            raise UnexpectedAnswer("the daemon did not say up to which event its list is true")
+        return event_id
+
+
+class VmsRequests(VmsOperations):
+    """The operations of VMs, and requests to their guests."""
+
+    async def apply(
+        self, name: str, command: Command, *, grace_s: float | None = None, idempotency_key: str | None = None
+    ) -> VmView:
+        """Applies a command by its name; `grace_s` is for `stop` and `restart`."""
+        path = f"{vm_path(name)}/{command}"
+        query = {"grace": duration(grace_s)}
+        return decode(await self._transport.once(path, key=idempotency_key, query=query), VmView)
+
+    async def exec_sessions(self, name: str) -> Sequence[RemoteSession]:
+        """The detached commands of a VM, those that ended a short while ago among them; the oldest first."""
+        return (await self._transport.get(f"{vm_path(name)}/agent/v1/exec/sessions", RemoteSessions)).sessions
+
+    async def end_exec_session(self, name: str, identifier: str) -> None:
+        """Kill a detached command, and forget it."""
+        path = f"{vm_path(name)}/agent/v1/exec/sessions/{quote(identifier, safe='')}"
+        await self._transport.request("DELETE", path)
+
+    async def openapi(self, name: str) -> dict[str, Any]:
+        """The workload's own OpenAPI document, its servers reached through the daemon."""
+        return await self._transport.get(f"{vm_path(name)}/openapi", dict[str, Any])
+
+    async def browser(self, name: str) -> Browser:
+        """Where DevTools clients find the browser in a VM. Waits for one that has just been started, a minute."""
+        return await find_browser(self._transport, f"/ws/v1/vms/{checked(name)}/devtools")
+
+    async def agent_info(self, name: str) -> dict[str, Any]:
+        """What the guest's agent says of itself and its guest (`volant.model.agent.Info`)."""
+        return await self._transport.get(f"{vm_path(name)}/agent/v1/info", dict[str, Any])
+
+    async def agent_health(self, name: str) -> dict[str, Any]:
+        """The agent's own health and its workload's (`volant.model.agent.Healthz`)."""
+        return await self._transport.get(f"{vm_path(name)}/agent/healthz", dict[str, Any])
+
+
+class SystemRequests(SystemOperations):
+    """The operations of the daemon, and what it prints for people and programs."""
+
+    async def tasks(self) -> str:
+        """What every task and thread of the daemon is doing, for people."""
+        return (await self._transport.request("GET", "/api/v1/system/tasks")).text
+
+    async def metrics(self) -> str:
+        """As Prometheus reads them."""
+        return (await self._transport.request("GET", "/metrics")).text
+
+
+def checked(name: str) -> str:
+    """Returns the name of a VM. :raises Problem: 400; what is no name would be another path."""
+    return check_name(name, "name")
+
+
+def vm_path(name: str) -> str:
+    """Returns the path of a VM. :raises Problem: 400 it is no name."""
+    return f"/api/v1/vms/{checked(name)}"

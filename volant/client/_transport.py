@@ -1,0 +1,202 @@
+"""What a request to the daemon is, whichever library sends it: its answer, its errors, and when it is sent again."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from typing import TypeVar
+from uuid import uuid4
+
+import msgspec
+
+from volant import __version__
+from volant.model import invalid
+
+from ._address import Address
+from ._errors import ClientProblem, ConnectionLost, DeadlineExceeded, UnexpectedAnswer, Unreachable
+
+T = TypeVar("T")
+
+Query = Mapping[str, str | int | Sequence[str] | None]
+"""A parameter that is None is left out; a sequence repeats it."""
+
+_KEY = re.compile(r"[\x21-\x7e]{1,1000}\Z")
+_ONCE = re.compile(r"[\x21-\x7e]{1,255}\Z")
+
+CONNECT_S = 5.0
+ANSWER_S = 30.0
+MAX_BODY = 64 * 1024 * 1024
+MAX_ERROR_BODY = 1024 * 1024
+_AGAIN_S = 20.0
+_AGAIN_PAUSE_S = 0.25
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """An answer that was read to its end."""
+
+    request: str
+    """What it answers: method and path."""
+    status: int
+    headers: Mapping[str, str]
+    """By name in lower case; one that came several times has its values joined with commas."""
+    content: bytes
+
+    @property
+    def text(self) -> str:
+        """The body as text."""
+        return self.content.decode(errors="replace")
+
+
+class Transport(ABC):
+    """Sends requests to one daemon.
+
+    :raises ValueError: `api_key` can't be one; the text does not show it.
+    """
+
+    def __init__(self, address: Address, api_key: str | None) -> None:
+        self.address = address
+        self.headers = {"User-Agent": f"volant-client/{__version__}"}
+        if api_key is not None:
+            if not _KEY.match(api_key):
+                raise ValueError("the API key is not 1 to 1000 characters of visible ASCII without spaces")
+            self.headers["X-Volant-API-Key"] = api_key
+
+    @abstractmethod
+    async def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: Query | None = None,
+        body: object = None,
+        headers: Mapping[str, str] | None = None,
+        timeout_s: float = ANSWER_S,
+        also: Collection[int] = (),
+    ) -> Answer:
+        """Sends one request and returns its whole answer, which is a success or has a status of `also`.
+
+        :param body: sent as JSON
+        :param timeout_s: for all of it, in seconds
+        :raises ClientProblem: the daemon answered with an error.
+        :raises ClientError: there is no answer, or one that is too long.
+        """
+
+    @abstractmethod
+    def _now(self) -> float:
+        """Returns the time on a clock that only goes forward, in seconds."""
+
+    @abstractmethod
+    async def _sleep(self, seconds: float) -> None:
+        """Returns after that time."""
+
+    async def get(self, path: str, kind: type[T], query: Query | None = None) -> T:
+        """Sends a `GET` and returns its answer, decoded."""
+        return decode(await self.request("GET", path, query=query), kind)
+
+    async def once(
+        self,
+        path: str,
+        *,
+        key: str | None,
+        query: Query | None = None,
+        body: object = None,
+        timeout_s: float = ANSWER_S,
+    ) -> Answer:
+        """Sends a `POST` that is done once, however often it has to be sent.
+
+        Where the connection breaks before the answer is there, it is sent again under the same `Idempotency-Key`, for
+        20 s: a daemon that is restarted meanwhile answers what it has done. A daemon that can't be reached in the first
+        place is not waited for.
+
+        :param key: None: one of its own; with a key of the caller's the caller can go on where this gives up
+        :raises Problem: 400 `key` can't be one.
+        :raises ClientProblem: the daemon answered with an error.
+        :raises ClientError: there is no answer; with `ConnectionLost` it may have been done.
+        """
+        if key is not None and not _ONCE.match(key):
+            raise invalid("idempotency_key", "the idempotency key is not 1 to 255 visible ASCII characters, no spaces")
+        headers = {"Idempotency-Key": key if key is not None else uuid4().hex}
+        lost: ConnectionLost | None = None
+        give_up_at = float("inf")
+        while True:
+            try:
+                return await self.request("POST", path, query=query, body=body, headers=headers, timeout_s=timeout_s)
+            except ConnectionLost as error:
+                if lost is None:
+                    give_up_at = self._now() + _AGAIN_S
+                lost = error
+            except Unreachable:
+                if lost is None:
+                    raise
+            except ClientProblem as problem:
+                # The one before may not have noticed yet that its client has left.
+                if lost is None or problem.code != "idempotency-key-in-use":
+                    raise
+            if self._now() + _AGAIN_PAUSE_S > give_up_at:
+                raise lost
+            await self._sleep(_AGAIN_PAUSE_S)
+
+    def too_slow(self, timeout_s: float) -> DeadlineExceeded:
+        """Returns the error for an answer that took longer than `timeout_s`."""
+        return DeadlineExceeded(
+            f"{self.address.text} did not answer within {timeout_s:g} s", hint="what was asked for may still be done"
+        )
+
+    def too_long(self, maximum: int) -> UnexpectedAnswer:
+        """Returns the error for an answer that is longer than `maximum` bytes."""
+        return UnexpectedAnswer(f"the answer of {self.address.text} is longer than {maximum} bytes")
+
+    def lost(self, reason: str) -> ConnectionLost:
+        """Returns the error for a connection that broke."""
+        return ConnectionLost(f"the connection to {self.address.text} broke: {reason}")
+
+
+def decode(answer: Answer, kind: type[T]) -> T:
+    """Returns the body of an answer as `kind`. :raises UnexpectedAnswer: it is not what the contract says."""
+    return decode_json(answer.content, kind, f"the answer to {answer.request}")
+
+
+def decode_json(data: bytes | str, kind: type[T], what: str) -> T:
+    """Returns `data` as `kind`. :raises UnexpectedAnswer: it is no JSON, or of other types."""
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise UnexpectedAnswer(
+            f"{what} is not understood: {error}",
+            hint="is this a volantd, and of about the same version as this client?",
+        ) from error
+
+
+class _WireProblem(msgspec.Struct):
+    type: str = ""
+    title: str = ""
+    detail: str = ""
+    request_id: str | None = None
+    vm: str | None = None
+    field: str | None = None
+    hint: str | None = None
+
+
+def problem(status: int, headers: Mapping[str, str], body: bytes) -> ClientProblem:
+    """Returns the exception for an answer that is an error, whoever gave it."""
+    request_id = headers.get("x-request-id")
+    try:
+        wire = msgspec.json.decode(body, type=_WireProblem)
+    except (msgspec.DecodeError, RecursionError):
+        return ClientProblem(
+            status,
+            "unexpected-answer",
+            f"the answer is HTTP status {status} without an explanation",
+            hint="is this a volantd, or a proxy before one?",
+            request_id=request_id,
+        )
+    return ClientProblem(
+        status,
+        wire.type.rstrip("/").rpartition("/")[2].rpartition(":")[2] or "problem",
+        wire.detail or wire.title or f"HTTP status {status}",
+        field=wire.field,
+        hint=wire.hint,
+        vm=wire.vm,
+        request_id=wire.request_id or request_id,
+    )
