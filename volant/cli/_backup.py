@@ -15,8 +15,8 @@ import trio
 from volant.client import ClientError
 
 from ._progress import progress
-from ._run import CONFLICT, TIMED_OUT, Failure, Session, command
-from ._system_group import group
+from ._run import CONFLICT, TIMED_OUT, Failure
+from ._streaming import Session, command
 from ._text import safe
 
 _PIECE = 256 * 1024
@@ -24,7 +24,7 @@ _BEGINS_ANEW_S = 60.0
 _ASK_AGAIN_S = 0.1
 
 
-@command(group, "backup")
+@command(None, "backup")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Overwrite an existing file.")
 async def backup(session: Session, file: Path, force: bool) -> None:
@@ -69,7 +69,7 @@ def _name(part: Path, path: Path, force: bool) -> None:
         os.close(descriptor)
 
 
-@command(group, "restore")
+@command(None, "restore")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
     "--replace", is_flag=True, help="Also if there are VMs that the backup does not know; those that run go on."

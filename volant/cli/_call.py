@@ -17,7 +17,8 @@ import trio
 from volant.client import ActionAnswer
 
 from ._complete import action_names, vm_names
-from ._run import FAILED, Failure, Session, command
+from ._run import FAILED, Failure
+from ._streaming import Session, command
 from ._text import safe
 
 _PIECE = 64 * 1024

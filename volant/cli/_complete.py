@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Coroutine, Iterable
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
@@ -11,7 +11,7 @@ from click.shell_completion import CompletionItem
 from ._options import Options
 
 if TYPE_CHECKING:
-    from volant.client import Client
+    from volant.client._requests import Requests
 
 _PATIENCE_S = 1.0
 
@@ -22,7 +22,7 @@ Complete = Callable[[click.Context, click.Parameter, str], list[str]]
 def _names(resource: str) -> Complete:
     """Returns what completes the name of a resource."""
 
-    async def listed(client: Client) -> Iterable[str]:
+    async def listed(client: Requests) -> Iterable[str]:
         return [each.name for each in await getattr(client, resource).list()]
 
     def complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
@@ -48,7 +48,7 @@ def action_names(ctx: click.Context, parameter: click.Parameter, incomplete: str
     del parameter
     vm = str(ctx.params["vm"])
 
-    async def actions(client: Client) -> Iterable[str]:
+    async def actions(client: Requests) -> Iterable[str]:
         return (await client.plugins.manifest((await client.vms.get(vm)).plugin)).actions
 
     return _ask(ctx, incomplete, actions)
@@ -60,20 +60,15 @@ def files_here_or_in_a_vm(ctx: click.Context, parameter: click.Parameter, incomp
     return [here, *(CompletionItem(f"{name}:") for name in vm_names(ctx, parameter, incomplete))]
 
 
-def _ask(ctx: click.Context, incomplete: str, wanted: Callable[[Client], Awaitable[Iterable[str]]]) -> list[str]:
-    import trio
+def _ask(
+    ctx: click.Context, incomplete: str, wanted: Callable[[Requests], Coroutine[Any, Any, Iterable[str]]]
+) -> list[str]:
+    from volant.client._plain import run_plain
 
-    from ._run import client_of
-
-    names: list[str] = []
-
-    async def ask() -> None:
-        with trio.move_on_after(_PATIENCE_S):
-            async with client_of(ctx.ensure_object(Options)) as client:
-                names.extend(await wanted(client))
+    from ._run import plain_client_of
 
     try:
-        trio.run(ask)
+        names = run_plain(wanted(plain_client_of(ctx.ensure_object(Options), within_s=_PATIENCE_S)))
     except Exception:
         # Whatever it is: the person is in the middle of a line.
         return []

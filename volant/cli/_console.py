@@ -17,16 +17,16 @@ from volant.client import ConnectionLost, Console, ConsoleGap, Reconnected
 
 from ._events import retrying
 from ._output import Output
-from ._run import Session, command
+from ._streaming import Session, command
 from ._terminal import ENDINGS, Escape, raw, read_input, write_output, written
 from ._text import safe
-from ._vms_group import group, name_argument
+from ._vms_group import name_argument
 
 _INTERRUPT = 0x03
 _BELL = b"\a"
 
 
-@command(group, "console")
+@command(None, "console")
 @name_argument
 @click.option("--read-only", is_flag=True, help="Watch without typing.")
 @click.option("--take", is_flag=True, help="Take the keyboard from the client that has it.")

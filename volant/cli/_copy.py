@@ -29,10 +29,10 @@ from volant.guest._tar import pack, unpack
 from ._complete import files_here_or_in_a_vm
 from ._guest import once_running
 from ._progress import Bar, progress
-from ._run import Failure, Session, command
+from ._run import Failure
+from ._streaming import Session, command
 from ._terminal import read_input, write_output
 from ._text import safe
-from ._vms_group import group
 
 _PIECE = 256 * 1024
 _REMOTE = re.compile(r"([a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?):(.*)\Z", re.DOTALL)
@@ -54,7 +54,7 @@ class _Remote:
         return f"{self.vm}:{self.path}"
 
 
-@command(group, "cp")
+@command(None, "cp")
 @click.argument("source", metavar="SRC", shell_complete=files_here_or_in_a_vm)
 @click.argument("target", metavar="DST", shell_complete=files_here_or_in_a_vm)
 @click.option("--user", help="Owner of what is copied into the VM, with an optional :GROUP; default: root.")

@@ -12,7 +12,8 @@ import trio
 from ._bundle import Bundle, gather
 from ._options import Options, common, pass_options
 from ._output import Output
-from ._run import CONFLICT, Failure, api_key_of, client_of, guarded
+from ._run import CONFLICT, Failure, api_key_of, guarded
+from ._streaming import client_of
 
 
 @click.group(name="debug")

@@ -35,8 +35,9 @@ def add_commands(group: click.Group, resource: str, operations: type, besides: C
     :param resource: the plural noun that the client calls them by: `networks`
     :param besides: methods that commands of other names stand for
     """
+    there = group.list_commands(click.Context(group))
     for name, method in vars(operations).items():
-        if inspect.iscoroutinefunction(method) and name not in besides and _dashed(name) not in group.commands:
+        if inspect.iscoroutinefunction(method) and name not in besides and _dashed(name) not in there:
             _add(group, resource, name, method)
 
 

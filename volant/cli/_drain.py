@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import click
-import trio
+from typing import TYPE_CHECKING
 
-from volant.client import Client
+import click
 
 from ._run import TIMED_OUT, Duration, Failure, Session, command
 from ._system_group import group
+
+if TYPE_CHECKING:
+    from volant.client import Client
+
+    from ._streaming import Session as Streaming
 
 _UNDER_WAY = ("starting", "running", "paused", "stopping", "deleting")
 _LOOK_S = 2.0
@@ -34,7 +38,7 @@ async def drain(session: Session, stop_vms: bool, grace: float | None, wait: boo
         raise click.UsageError("--grace goes with --stop-vms")
     found = await session.client.system.drain(stop_vms=stop_vms, grace_s=grace)
     if wait:
-        await _wait(session, timeout)
+        session.stream(lambda streaming: _wait(streaming, timeout))
     session.out.result(found, "draining: no VM starts until `volar system undrain`")
 
 
@@ -45,8 +49,10 @@ async def undrain(session: Session) -> None:
     session.out.result(found, "VMs start again")
 
 
-async def _wait(session: Session, timeout_s: float) -> None:
+async def _wait(session: Streaming, timeout_s: float) -> None:
     """:raises Failure: VMs are up after that time."""
+    import trio
+
     up: list[str] = []
     told = 0
     with trio.move_on_after(timeout_s):

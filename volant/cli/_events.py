@@ -1,30 +1,23 @@
-"""`volar events`, and how events look."""
+"""`volar events` and `volar vms watch`."""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 import click
 
 from volant.client import ClientError, OnRetry, StreamGap
-from volant.model import Event, EventType, Problem, Reason
+from volant.model import EventType, Problem
 
 from ._complete import vm_names
-from ._output import styled
-from ._run import Pair, Session, command
-from ._text import clock, safe
+from ._run import Pair
+from ._streaming import Session, command
+from ._vm_output import event_line
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-_COLOURS = {
-    EventType.VM_RUNNING: "green",
-    EventType.VM_CRASHED: "red",
-    EventType.VM_DELETED: "bright_black",
-    EventType.VM_STOPPED: "bright_black",
-}
 
 _SAME_OUTAGE_S = 12.0
 """Longer than an attempt takes."""
@@ -58,6 +51,14 @@ async def group(session: Session, /, vm: str | None, **wanted: Any) -> None:
     await follow(session, vm, **wanted)
 
 
+@command(None, "watch")
+@click.argument("name", required=False, shell_complete=vm_names)
+@event_options
+async def watch(session: Session, /, name: str | None, **wanted: Any) -> None:
+    """Print the events of all VMs, or of one, until interrupted; `volar events` has more options."""
+    await follow(session, name, **wanted)
+
+
 async def follow(
     session: Session,
     vm: str | None,
@@ -77,19 +78,6 @@ async def follow(
                 out.note("volar: events are lost: the daemon does not keep what came before the next one")
             else:
                 out.line(event_line(item, sys.stdout))
-
-
-def event_line(event: Event, terminal: TextIO) -> str:
-    """An event, for people."""
-    kind = styled(str(event.type).ljust(11), _COLOURS.get(event.type), terminal)
-    text = f"{clock(event.timestamp)}  {kind}  {safe(event.name)}  {safe(event.message)}"
-    return text + (f"\n{reason_lines(event.reason)}" if event.reason else "")
-
-
-def reason_lines(reason: Reason) -> str:
-    """Why a VM is down, for people."""
-    lines = [f"  {safe(reason.code)}: {safe(reason.message)}", *(f"  | {safe(line)}" for line in reason.console)]
-    return "\n".join(lines)
 
 
 def retrying(note: Callable[[str], None]) -> OnRetry:

@@ -1,4 +1,4 @@
-"""`volar vms exec` and `volar vms sessions`: commands in a VM, in a terminal, through pipes, or left to themselves."""
+"""`volar vms exec`: commands in a VM, in a terminal, through pipes, or left to themselves."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from volant.client import ConnectionLost, ExecEnd, ExecGap, ExecOutput, ExecSess
 from volant.model import LogRange
 
 from ._guest import START_S, once_running
-from ._run import FAILED, TIMED_OUT, Duration, Failure, Pair, Session, command
+from ._run import FAILED, TIMED_OUT, Duration, Failure, Pair
+from ._streaming import Session, command
 from ._terminal import ENDINGS, Escape, raw, read_input, write_output
-from ._text import safe, span
-from ._vms_group import group, name_argument
+from ._vms_group import name_argument
 
 _NOT_FOUND_IN_GUEST = 127
 _NOT_EXECUTABLE = 126
@@ -25,7 +25,7 @@ _PIECE = 64 * 1024
 
 
 @command(
-    group,
+    None,
     "exec",
     context_settings={"allow_interspersed_args": False},
     options_metavar="[OPTIONS]",
@@ -133,30 +133,6 @@ def _need_terminal() -> None:
         raise click.UsageError(
             "-t with -i needs a terminal, and standard input is not one; leave out -t to pass on a pipe or a file"
         )
-
-
-@command(group, "sessions")
-@name_argument
-@click.option("--end", metavar="ID", help="Kill this command and forget it.")
-async def sessions(session: Session, name: str, end: str | None) -> None:
-    """List the detached commands in a VM; an ended one is kept for ten minutes."""
-    if end is not None:
-        await session.client.vms.end_exec_session(name, end)
-        if not session.out.json:
-            session.out.line(f"{safe(end)} is ended")
-        return
-    found = await session.client.vms.exec_sessions(name)
-    rows = (
-        (
-            one.id,
-            "running" if one.end is None else _how(one.end),
-            "yes" if one.attached else "no",
-            span(one.age_s),
-            " ".join(one.command)[:60],
-        )
-        for one in found
-    )
-    session.out.listing(found, ("ID", "STATUS", "ATTACHED", "AGE", "COMMAND"), rows, status_column=1)
 
 
 async def _leave(session: Session, name: str, process: ExecSession, interactive: bool) -> int:
@@ -297,9 +273,3 @@ def _exit_code(session: Session, end: ExecEnd) -> int:
     if session.out.json:
         return code
     raise Failure(f"in the guest: {end.error}", code=code)
-
-
-def _how(end: ExecEnd) -> str:
-    if end.exit_code is not None:
-        return f"exit {end.exit_code}"
-    return f"signal {end.signal}" if end.signal is not None else end.code or "failed"

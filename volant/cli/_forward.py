@@ -16,9 +16,10 @@ from volant.client import ClientError, TcpStream
 from volant.model import Problem
 
 from ._output import Output
-from ._run import Failure, Session, command
+from ._run import Failure
+from ._streaming import Session, command
 from ._text import safe
-from ._vms_group import group, name_argument
+from ._vms_group import name_argument
 
 _CONNECTIONS = 128
 _PIECE = 64 * 1024
@@ -53,7 +54,7 @@ class PortsType(click.ParamType[Ports]):
         return Ports(int(numbers[0]), int(remote))
 
 
-@command(group, "forward")
+@command(None, "forward")
 @name_argument
 @click.argument("ports", metavar="[LOCAL:]PORT...", nargs=-1, required=True, type=PortsType())
 async def forward(session: Session, name: str, ports: tuple[Ports, ...]) -> None:

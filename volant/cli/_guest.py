@@ -8,7 +8,8 @@ from typing import TypeVar
 from volant.client import ClientError, ConnectionLost
 from volant.model import WAIT_STATES, Problem, Status
 
-from ._run import TIMED_OUT, Failure, Session
+from ._run import TIMED_OUT, Failure
+from ._streaming import Session
 from ._text import safe
 
 T = TypeVar("T")

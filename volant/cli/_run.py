@@ -1,4 +1,4 @@
-"""From a command's function to an exit code: connections, interrupts, and errors in words for people."""
+"""From a command's function to an exit code: clients, interrupts, and errors in words for people."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ import os
 import stat
 import sys
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Concatenate, NoReturn, ParamSpec
+from typing import TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 import click
 import msgspec
-import trio
 
-from volant.client import Client, ClientError, ConnectionLost, DeadlineExceeded, Unreachable
+from volant.client import ClientError, ConnectionLost, DeadlineExceeded, Unreachable
 from volant.client._address import DEFAULT_BASE, SERVICE_SOCKET
 from volant.model import WAIT_STATES, Problem, parse_duration
 
@@ -25,7 +24,16 @@ from ._output import Output, styled
 from ._streams import BROKEN_PIPE, OutputError, discard_output
 from ._text import safe
 
+if TYPE_CHECKING:
+    from volant.client._plain import PlainClient
+    from volant.client._requests import Requests
+
+    from . import _streaming
+
 P = ParamSpec("P")
+S = TypeVar("S")
+Work = Callable[[S], Coroutine[Any, Any, int | None]]
+"""What a command does with its session; it may return an exit code."""
 
 FAILED = 1
 NOT_FOUND = 3
@@ -48,28 +56,41 @@ class Failure(Exception):
 
 @dataclass(frozen=True)
 class Session:
-    """What a command works with."""
+    """What a command works with that asks and prints."""
 
-    client: Client
+    client: Requests
     out: Output
+    options: Options
+
+    def stream(self, work: Work[_streaming.Session]) -> int | None:
+        """Runs on Trio what needs more than requests and answers, and returns its exit code."""
+        from ._streaming import run
+
+        return run(self.options, work)
 
 
 def command(
     group: click.Group | None, name: str, **attributes: Any
-) -> Callable[[Callable[Concatenate[Session, P], Awaitable[int | None]]], click.Command]:
-    """Make an async function a command of `group`, or of `volar` itself; it may return an exit code."""
+) -> Callable[[Callable[Concatenate[Session, P], Coroutine[Any, Any, int | None]]], click.Command]:
+    """Makes an async function a command of `group`, or of `volar` itself; it may return an exit code.
 
-    def decorate(function: Callable[Concatenate[Session, P], Awaitable[int | None]]) -> click.Command:
+    It may await requests alone: these run on blocking sockets, as importing Trio and httpx takes longer than they do.
+    Commands that stream or wait are made by `_streaming.command`.
+    """
+    return made(_run, group, name, attributes)
+
+
+def made(
+    run: Callable[[Options, Work[S]], int | None], group: click.Group | None, name: str, attributes: dict[str, Any]
+) -> Callable[[Callable[Concatenate[S, P], Coroutine[Any, Any, int | None]]], click.Command]:
+    """Returns a decorator that makes a function a command, run by `run`."""
+
+    def decorate(function: Callable[Concatenate[S, P], Coroutine[Any, Any, int | None]]) -> click.Command:
         @functools.wraps(function)
         @click.pass_context
         def call(ctx: click.Context, /, *args: P.args, **kwargs: P.kwargs) -> int:
             options = ctx.ensure_object(Options)
-
-            async def work() -> int | None:
-                async with client_of(options) as client:
-                    return await function(Session(client, Output(options.json)), *args, **kwargs)
-
-            return guarded(options, lambda: trio.run(work))
+            return guarded(options, lambda: run(options, lambda session: function(session, *args, **kwargs)))
 
         make = click.command if group is None else group.command
         decorated: click.Command = make(name, **attributes)(common()(call))
@@ -78,11 +99,24 @@ def command(
     return decorate
 
 
-def client_of(options: Options) -> Client:
-    """The client that the options ask for. :raises click.UsageError: they ask for none that can be."""
+def _run(options: Options, work: Work[Session]) -> int | None:
+    from volant.client._plain import run_plain
+
+    return run_plain(work(Session(plain_client_of(options), Output(options.json), options)))
+
+
+def plain_client_of(options: Options, within_s: float | None = None) -> PlainClient:
+    """Returns the client for requests that the options ask for. :raises click.UsageError: they ask for none."""
+    from volant.client._plain import PlainClient
+
+    return asked_for(options, functools.partial(PlainClient, within_s=within_s))
+
+
+def asked_for(options: Options, client: Callable[..., S]) -> S:
+    """Returns a client for the address and the key of the options. :raises click.UsageError: these can't be."""
     api_key = api_key_of(options)
     try:
-        return Client(options.api or _default_address(), api_key=api_key)
+        return client(options.api or _default_address(), api_key=api_key)
     except ValueError as error:
         raise click.UsageError(f"--api or VOLANT_API_BASE, or the API key: {error}") from None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from volant.client import SnapshotsOperations
@@ -10,12 +12,12 @@ from volant.model import MAX_COPIES, ForkVm, SnapshotView, TakeSnapshot
 from ._complete import snapshot_names, vm_names
 from ._derived import add_commands
 from ._output import Output
-from ._run import FAILED, TIMED_OUT, Duration, Pair, Session, command
+from ._run import FAILED, TIMED_OUT, Pair, Session, command
 from ._text import safe, span
-from ._vms_group import group as vms_group
-from ._vms_group import name_argument
+from ._vms_group import name_argument, timeout_option
 
-_WAIT_S = 120.0
+if TYPE_CHECKING:
+    from ._streaming import Session as Streaming
 
 
 @click.group(name="snapshots")
@@ -60,7 +62,7 @@ async def show(session: Session, snapshot: str) -> None:
     _show(session.out, await session.client.snapshots.get(snapshot))
 
 
-@command(vms_group, "snapshot")
+@command(None, "snapshot")
 @name_argument
 @click.option("--name", "as_name", help="The snapshot's name; default: the VM's name and the time.")
 @click.option("--description", default="", help="A description.")
@@ -78,14 +80,12 @@ async def snapshot_(
     )
 
 
-@command(vms_group, "fork")
+@command(None, "fork")
 @name_argument
 @click.option("-n", "--count", type=click.IntRange(1, MAX_COPIES), help="How many copies; default 1.")
 @click.option("--as", "names", multiple=True, metavar="NAME", help="A name for a copy; may be repeated.")
 @click.option("--wait", is_flag=True, help="Wait until all of them run.")
-@click.option(
-    "--timeout", type=Duration(), default=_WAIT_S, show_default="2m", help="How long to wait: 500ms, 10s, 2m, …"
-)
+@timeout_option
 async def fork(
     session: Session, name: str, count: int | None, names: tuple[str, ...], wait: bool, timeout: float
 ) -> int:
@@ -97,11 +97,17 @@ async def fork(
     code = 0
     if wait:
         shown = []
-        for copy in copies:
-            waited = await session.client.vms.wait(copy.name, timeout_s=timeout)
-            shown.append(waited.vm or copy)
-            if waited.outcome != "met":
-                code = max(code, TIMED_OUT if waited.outcome == "timeout" else FAILED)
+
+        async def until_all_run(streaming: Streaming) -> int:
+            code = 0
+            for copy in copies:
+                waited = await streaming.client.vms.wait(copy.name, timeout_s=timeout)
+                shown.append(waited.vm or copy)
+                if waited.outcome != "met":
+                    code = max(code, TIMED_OUT if waited.outcome == "timeout" else FAILED)
+            return code
+
+        code = session.stream(until_all_run) or 0
         copies = shown
     if session.out.json:
         session.out.document(copies)

@@ -8,7 +8,7 @@ from typing import Any
 
 from volant.client import SystemOperations
 
-from . import _backup, _drain, _storage
+from . import _drain, _storage
 from ._derived import add_commands
 from ._output import styled
 from ._run import Session, command
@@ -18,7 +18,7 @@ from ._text import safe, span
 __all__ = ["group"]
 
 # Its commands are of this group, too.
-del _backup, _drain, _storage
+del _drain, _storage
 
 
 @command(group, "status")

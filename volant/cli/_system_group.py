@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import click
 
+from ._lazy_group import Lazy, LazyGroup
 
-@click.group(name="system")
+_LAZY = {
+    "backup": Lazy(
+        "_backup:backup",
+        "Back up the daemon's database to FILE while it works: VMs, plugins, events, stored responses.",
+    ),
+    "restore": Lazy("_backup:restore", "Restore the daemon's database from FILE."),
+}
+
+
+@click.group(name="system", cls=LazyGroup, lazy=_LAZY)
 def group() -> None:
     """Inspect, maintain and back up the daemon."""

@@ -1,14 +1,34 @@
-"""The group of commands `volar vms`, for the modules that have some of them."""
+"""The group of commands `volar vms`, and those of its commands that need more than a request and an answer."""
 
 from __future__ import annotations
 
 import click
 
 from ._complete import vm_names
+from ._lazy_group import Lazy, LazyGroup
+from ._run import Duration
 
 name_argument = click.argument("name", shell_complete=vm_names)
+timeout_option = click.option(
+    "--timeout", type=Duration(), default=120.0, show_default="2m", help="How long to wait: 500ms, 10s, 2m, …"
+)
+
+_LAZY = {
+    "console": Lazy("_console:console", "Connect to the serial console of a VM; Ctrl-] leaves."),
+    "cp": Lazy("_copy:copy", "Copy files and directories between here and a VM."),
+    "exec": Lazy("_exec:exec_", "Run a command in a VM; options stand before NAME."),
+    "fork": Lazy("_snapshots:fork", "Fork a running VM: create copies that continue from its present state."),
+    "forward": Lazy("_forward:forward", "Forward local ports to ports of a VM, until interrupted."),
+    "logs": Lazy("_logs:logs", "Print the log of a VM: its console, and what its workload wrote."),
+    "sessions": Lazy("_sessions:sessions", "List the detached commands in a VM; an ended one is kept for ten minutes."),
+    "snapshot": Lazy("_snapshots:snapshot_", "Take a snapshot of a VM: memory, devices and disk."),
+    "wait": Lazy("_waiting:wait_for", "Wait until a VM is in one of some states."),
+    "watch": Lazy(
+        "_events:watch", "Print the events of all VMs, or of one, until interrupted; `volar events` has more options."
+    ),
+}
 
 
-@click.group(name="vms")
+@click.group(name="vms", cls=LazyGroup, lazy=_LAZY)
 def group() -> None:
     """Create, watch and use VMs."""

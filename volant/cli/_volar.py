@@ -2,51 +2,42 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 
 import click
 
 from volant import __version__
 
+from ._lazy_group import Lazy, LazyGroup
 from ._options import common
 
 _GROUPS = {
-    "vms": ("volant.cli._vms", "Create, watch and use VMs."),
-    "events": ("volant.cli._events", "Print events of VMs as they happen."),
-    "images": ("volant.cli._images", "Build and list boot images, without a daemon."),
-    "call": ("volant.cli._call", "Call an action of a VM's workload."),
-    "plugins": ("volant.cli._plugins", "Manage plugins: kinds of VMs."),
-    "networks": ("volant.cli._networks", "Manage networks in which VMs reach each other."),
-    "snapshots": ("volant.cli._snapshots", "Manage snapshots of VMs."),
-    "templates": ("volant.cli._templates", "Manage templates, which new VMs are cloned from."),
-    "system": ("volant.cli._system", "Inspect and maintain the daemon."),
-    "mcp": ("volant.cli._mcp", "Print the configuration that MCP clients need."),
-    "debug": ("volant.cli._debug", "Collect information for a bug report."),
-    "setup": ("volant.cli._setup", "Install the daemon as a systemd service."),
-    "completion": ("volant.cli._completion", "Print completion scripts for shells."),
+    "vms": Lazy("_vms:group", "Create, watch and use VMs."),
+    "events": Lazy("_events:group", "Print events of VMs as they happen."),
+    "images": Lazy("_images:group", "Build and list boot images, without a daemon."),
+    "call": Lazy("_call:group", "Call an action of a VM's workload."),
+    "plugins": Lazy("_plugins:group", "Manage plugins: kinds of VMs."),
+    "networks": Lazy("_networks:group", "Manage networks in which VMs reach each other."),
+    "snapshots": Lazy("_snapshots:group", "Manage snapshots of VMs."),
+    "templates": Lazy("_templates:group", "Manage templates, which new VMs are cloned from."),
+    "system": Lazy("_system:group", "Inspect and maintain the daemon."),
+    "mcp": Lazy("_mcp:group", "Print the configuration that MCP clients need."),
+    "debug": Lazy("_debug:group", "Collect information for a bug report."),
+    "setup": Lazy("_setup:group", "Install the daemon as a systemd service."),
+    "completion": Lazy("_completion:group", "Print completion scripts for shells."),
 }
 
 
-class _Groups(click.Group):
+class _Groups(LazyGroup):
     def list_commands(self, ctx: click.Context) -> list[str]:
+        """Returns them in the order of the table: the most used first."""
         del ctx
-        return list(_GROUPS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        del ctx
-        if cmd_name not in _GROUPS:
-            return None
-        group: click.Command = importlib.import_module(_GROUPS[cmd_name][0]).group
-        return group
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        del ctx
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in _GROUPS.items()])
+        return list(self.lazy)
 
 
-@click.command(cls=_Groups, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.command(
+    cls=_Groups, lazy=_GROUPS, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
 @click.version_option(__version__, prog_name="volar", message="%(prog)s %(version)s")
 @common(environment=True)
 def volar() -> None:

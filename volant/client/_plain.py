@@ -228,7 +228,8 @@ def _resolve(host: str, port: int, give_up_at: float) -> list[Any]:
 
     def resolve() -> None:
         try:
-            found.extend(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+            # As bytes: the codec for other names takes a while to import, and an address has none.
+            found.extend(socket.getaddrinfo(host.encode(), port, type=socket.SOCK_STREAM))
         except Exception as error:
             failure.append(error)
 

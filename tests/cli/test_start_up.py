@@ -1,0 +1,100 @@
+"""Commands that ask and print start fast: they import neither Trio nor httpx."""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+import click
+import pytest
+import trio
+
+from tests.client.kit import Request, answer, serving, vm
+from volant.cli import _plugins, _system_group, _vms_group
+from volant.cli._lazy_group import LazyGroup
+
+from .kit import ENVIRONMENT, ROOT, running
+from .test_completion import completing
+
+LARGE = {"trio", "httpx", "ssl", "asyncio", "rich", "volant.concurrency", "volant.images"}
+PROGRAM = """
+import sys
+from volant.cli.main import run
+try:
+    code = run(sys.argv[1:])
+except SystemExit as done:
+    code = done.code
+print(*sys.modules, file=sys.stderr)
+sys.exit(code)
+"""
+
+
+@pytest.mark.programs
+@pytest.mark.parametrize(
+    ("words", "environ"),
+    [
+        (["--help"], {}),
+        (["--version"], {}),
+        (["vms", "--help"], {}),
+        (["vms", "list", "--help"], {}),
+        (["vms", "list"], {}),
+        (["vms", "get", "demo", "--json"], {}),
+        (["vms", "start", "demo"], {}),
+        (["vms", "delete", "demo"], {}),
+        (["plugins", "list"], {}),
+        (["system", "df", "--json"], {}),
+        ([], completing("vms", "")),
+        ([], completing("vms", "get", "d")),
+    ],
+)
+async def test_a_command_that_asks_and_prints_imports_no_large_library(
+    words: list[str], environ: dict[str, str]
+) -> None:
+    async with serving() as server:
+        server.routes = {
+            "GET /api/v1/vms": answer([vm()]),
+            "GET /api/v1/vms/demo": answer(vm()),
+            "POST /api/v1/vms/demo/start": answer(vm()),
+            "DELETE /api/v1/vms/demo": answer(None, 204),
+            "GET /api/v1/plugins": answer([]),
+            "GET /api/v1/system/df": answer(
+                {"items": [], "total_bytes": 0, "reclaimable_bytes": 0, "state_free_bytes": 0, "cache_free_bytes": 0}
+            ),
+        }
+        with trio.fail_after(20):
+            done = await trio.run_process(
+                [sys.executable, "-c", PROGRAM, *words], capture_stdout=True, capture_stderr=True, check=False,
+                env=ENVIRONMENT | {"VOLANT_API_BASE": server.base_url} | environ, cwd=ROOT,
+            )  # fmt: skip
+    imported = set(done.stderr.decode().split())
+    assert done.returncode == 0, done.stderr.decode()
+    assert "volant.cli" in imported
+    assert not imported & LARGE
+
+
+@pytest.mark.parametrize("group", [_vms_group.group, _system_group.group, _plugins.group])
+def test_a_command_that_is_not_imported_yet_is_listed_as_it_will_be(group: LazyGroup) -> None:
+    context = click.Context(group)
+    for name, lazy in group.lazy.items():
+        command = group.get_command(context, name)
+        assert command is not None
+        assert command.name == name
+        assert click.Command(name, help=lazy.text).get_short_help_str(1000) == command.get_short_help_str(1000)
+        assert name not in group.commands
+
+
+async def test_an_interrupt_while_the_daemon_is_asked_is_130_without_a_word() -> None:
+    asked = trio.Event()
+
+    async def silent(request: Request, stream: trio.abc.Stream) -> None:
+        asked.set()
+        await trio.sleep_forever()
+
+    async with serving() as server:
+        server.routes["GET /api/v1/vms"] = silent
+        async with running(server, ["vms", "list"]) as process:
+            assert process.stderr is not None
+            await asked.wait()
+            process.send_signal(signal.SIGINT)
+            assert await process.wait() == 130
+            assert await process.stderr.receive_some() == b""

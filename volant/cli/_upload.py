@@ -1,0 +1,82 @@
+"""Files that manifests name, sent into the daemon's cache; `volar plugins upload`."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+import trio
+
+from volant.images import local_path
+from volant.model import ArtifactView, Boot
+
+from ._call import FileBody
+from ._run import Failure
+from ._streaming import Session, command
+from ._text import size
+
+
+@command(None, "upload")
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+async def upload(session: Session, file: Path) -> None:
+    """Send FILE, which a manifest names, into the daemon's cache."""
+    try:
+        sha256 = await trio.to_thread.run_sync(_digest, file, abandon_on_cancel=True)
+        sent = await _upload(session, file, sha256)
+    except OSError as error:
+        raise Failure(f"{file} can't be read: {error.strerror}") from None
+    session.out.result(sent, f"{sent.sha256} is in the cache, {size(sent.size_bytes)}")
+
+
+async def upload_files(session: Session, files: Sequence[tuple[str, Path]]) -> None:
+    """Sends files with their digests.
+
+    :raises OSError: one can't be read.
+    :raises Failure: one has another digest.
+    """
+    for sha256, path in files:
+        # A manifest of a stranger may name any file of this user's: none but the one it means is sent.
+        if await trio.to_thread.run_sync(_digest, path, abandon_on_cancel=True) != sha256:
+            raise Failure(
+                f"{path} is not the file that the manifest means: its SHA-256 is another; nothing was sent",
+                hint=f"`sha256sum {path}` shows it",
+            )
+        await _upload(session, path, sha256)
+
+
+def local_files(manifest: Mapping[str, Any]) -> list[tuple[str, Path]]:
+    """The files of a host that a manifest names, with their digests; none where it is no manifest."""
+    try:
+        boot = msgspec.convert(manifest.get("boot"), Boot | None)
+    except msgspec.ValidationError:
+        return []
+    named = (boot.kernel, boot.initramfs, boot.rootfs) if boot is not None else ()
+    return [(each.sha256, path) for each in named if each is not None and (path := local_path(each.url)) is not None]
+
+
+async def _upload(session: Session, path: Path, sha256: str) -> ArtifactView:
+    """:raises OSError: it can't be read"""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        figures = os.fstat(fd)
+        if not stat.S_ISREG(figures.st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        session.out.note(f"uploading {path}, {size(figures.st_size)}")
+        return await session.client.plugins.upload(sha256, FileBody(fd), figures.st_size)
+    finally:
+        os.close(fd)
+
+
+def _digest(path: Path) -> str:
+    """:raises OSError: it can't be read, or is no regular file, which might have no end"""
+    if not path.is_file():
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

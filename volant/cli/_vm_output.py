@@ -1,0 +1,144 @@
+"""How VMs, their events and what became of a command are printed."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TextIO
+
+from volant.client import Waited
+from volant.model import Event, EventType, Reason, Status, VmView
+
+from ._output import Output, styled
+from ._run import FAILED, TIMED_OUT, Failure
+from ._text import clock, safe, span
+
+_COLOURS = {
+    EventType.VM_RUNNING: "green",
+    EventType.VM_CRASHED: "red",
+    EventType.VM_DELETED: "bright_black",
+    EventType.VM_STOPPED: "bright_black",
+}
+
+
+def event_line(event: Event, terminal: TextIO) -> str:
+    """An event, for people."""
+    kind = styled(str(event.type).ljust(11), _COLOURS.get(event.type), terminal)
+    text = f"{clock(event.timestamp)}  {kind}  {safe(event.name)}  {safe(event.message)}"
+    return text + (f"\n{reason_lines(event.reason)}" if event.reason else "")
+
+
+def reason_lines(reason: Reason) -> str:
+    """Why a VM is down, for people."""
+    lines = [f"  {safe(reason.code)}: {safe(reason.message)}", *(f"  | {safe(line)}" for line in reason.console)]
+    return "\n".join(lines)
+
+
+def outcome(out: Output, name: str, waited: Waited, wanted: str, timeout_s: float) -> int:
+    vm = waited.vm
+    if waited.outcome == "met":
+        if vm is None:
+            out.document(None) if out.json else out.line(f"{safe(name)} is {safe(wanted)}")
+        else:
+            done(out, vm, f"is {out.status(str(vm.status))}" if "deleted" not in wanted else "is deleted")
+        return 0
+    if out.json:
+        out.document(vm)
+        return TIMED_OUT if waited.outcome == "timeout" else FAILED
+    if waited.outcome == "timeout":
+        now = f", it is {vm.status}" if vm is not None else ""
+        if vm is not None and vm.workload is not None and vm.status is Status.RUNNING:
+            now = f"{now}, and its workload is {workload(vm)}"
+        raise Failure(
+            f"VM {name!r} is not {wanted} after {timeout_s:g} s{now}",
+            code=TIMED_OUT,
+            hint=f"it goes on without us: `volar vms wait {name}` waits further, `volar vms logs {name}` shows why",
+        )
+    state = f"is {vm.status}" if vm is not None else "is deleted"
+    why = f": {vm.reason.message}" if vm is not None and vm.reason is not None else ""
+    if vm is not None and vm.workload is not None and vm.workload.state == "failed":
+        why = f", and its workload has failed: {safe(vm.workload.error or '')}"
+    raise Failure(
+        f"VM {name!r} {state}{why}",
+        hint=f"`volar vms logs {name}` shows its console, `volar vms get {name}` the last lines of it",
+    )
+
+
+def warn(out: Output, vm: VmView) -> None:
+    """Print what the daemon warns of to standard error; with --json it stands in the document."""
+    if not out.json:
+        for warning in vm.warnings:
+            out.note(f"volar: warning: {safe(warning)}")
+
+
+def done(out: Output, vm: VmView, what: str) -> None:
+    out.result(vm, f"{safe(vm.name)} {what}")
+
+
+def show(out: Output, vm: VmView) -> None:
+    if out.json:
+        out.document(vm)
+        return
+    out.fields(
+        [
+            ("name", vm.name),
+            ("id", vm.id),
+            ("status", str(vm.status)),
+            ("desired", str(vm.desired)),
+            ("plugin", vm.plugin),
+            ("runtime", vm.runtime),
+            ("vCPUs", vm.cpu_cores),
+            ("memory", f"{vm.memory_mb} MiB"),
+            ("up", up(vm)),
+            ("workload", workload(vm)),
+            ("pid", vm.pid),
+            ("hypervisor", vm.hypervisor and f"{vm.hypervisor} ({vm.accelerator})"),
+            ("network", f"{safe(vm.network)} ({safe(vm.network_reason)})"),
+            ("address", vm.ip_address),
+            ("ports", ", ".join(map(safe, vm.ports))),
+            ("restart policy", vm.restart_policy),
+            ("restarts", vm.restarts),
+            ("boots", vm.boots),
+            ("booted from", booted_from(vm)),
+            ("labels", vm.labels),
+            ("kernel cmdline", vm.kernel_cmdline),
+            ("created", vm.created_at),
+            ("started", vm.started_at),
+            ("expires", vm.expires_at),
+        ]
+    )
+    if vm.reason is not None:
+        out.line("reason:")
+        out.line(reason_lines(vm.reason))
+
+
+def up(vm: VmView) -> str:
+    if vm.started_at is None or vm.status not in (Status.RUNNING, Status.PAUSED):
+        return ""
+    return span((datetime.now(UTC) - vm.started_at).total_seconds())
+
+
+def workload(vm: VmView) -> str:
+    if vm.workload is None:
+        return ""
+    return f"{vm.workload.state}: {safe(vm.workload.error)}" if vm.workload.error else vm.workload.state
+
+
+def expires(vm: VmView) -> str:
+    return "" if vm.expires_at is None else vm.expires_at.strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+def why(vm: VmView) -> str:
+    if vm.reason is None and vm.workload is not None and vm.workload.state in ("failed", "unhealthy"):
+        return f"workload_{vm.workload.state}"
+    return vm.reason.code if vm.reason is not None else ""
+
+
+def booted_from(vm: VmView) -> str | None:
+    if vm.booted_from is None:
+        return None
+    if vm.origin is not None and vm.booted_from == vm.origin.kind:
+        which = "" if vm.origin.snapshot is None else f" {safe(vm.origin.snapshot)}"
+        return f"{vm.booted_from}{which} of {safe(vm.origin.vm)}"
+    wanted = "" if vm.boot == "auto" else f", as asked for: {vm.boot}"
+    fallback = "" if vm.fallback is None else f", as a clone failed: {safe(vm.fallback.message)}"
+    return f"{vm.booted_from}{wanted}{fallback}"
