@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +117,31 @@ def test_the_memory_directory_stays_only_with_memory_of_a_guest(path: Path) -> N
     with claimed(settings):
         (memory_dir(settings) / "1.mem").touch()
     assert (memory_dir(settings) / "1.mem").exists()
+
+
+def test_the_memory_directory_of_the_next_ephemeral_daemon_stays(path: Path) -> None:
+    settings = made(path, "a", ephemeral=True)
+    with ExitStack() as first, ExitStack() as second:
+        first.enter_context(claimed(settings))
+        remove(settings)
+        # The lock files are gone, so the next one need not wait for the end of this one.
+        second.enter_context(claimed(settings))
+        first.close()
+        assert memory_dir(settings).is_dir()
+
+
+def test_a_lock_that_was_removed_meanwhile_is_none(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = made(path, "a")
+    flock = fcntl.flock
+
+    def late(fd: int, operation: int) -> None:
+        # An ephemeral daemon removes it at its end.
+        (settings.state_dir / "lock").unlink()
+        flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(DirectoryError, match="has just removed"):
+        claim(settings)
 
 
 def test_foreign_files_are_kept_at_the_end(path: Path, caplog: pytest.LogCaptureFixture) -> None:

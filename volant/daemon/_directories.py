@@ -83,7 +83,8 @@ def confine(host: Host, settings: Settings) -> None:
 def claimed(settings: Settings) -> Iterator[None]:
     """Creates and locks the directories for the length of the block. Only the cache may be shared with another daemon.
 
-    At the end, removes the directory of guest memory if it is empty: it takes RAM of the host.
+    At the end, removes the directory of guest memory if it is empty: it takes RAM of the host. An ephemeral daemon's
+    goes with `remove`.
 
     :raises DirectoryError: when one can't be created, when another user owns or can replace one, when another daemon
         uses one, or when an ephemeral daemon would delete files that it did not create.
@@ -110,8 +111,10 @@ def claimed(settings: Settings) -> Iterator[None]:
         try:
             yield
         finally:
-            with suppress(OSError):
-                memory_dir(settings).rmdir()
+            # After `remove` another daemon may have locked the directories, and have created this one for itself.
+            if not settings.ephemeral:
+                with suppress(OSError):
+                    memory_dir(settings).rmdir()
 
 
 @contextmanager
@@ -129,6 +132,8 @@ def _locked(directory: Path, option: str) -> Iterator[None]:
             pid = os.pread(fd, 20, 0).decode("ascii", "replace").strip()
             who = f"another volantd (process {pid})" if pid.isdecimal() else "another volantd"
             raise DirectoryError(f"{who} uses {directory}; stop it, or use another {option}") from None
+        if not os.fstat(fd).st_nlink:
+            raise DirectoryError(f"another volantd has just removed {directory}; start again")
         # The daemon also starts on a full disk.
         with suppress(OSError):
             os.ftruncate(fd, 0)
