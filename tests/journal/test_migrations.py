@@ -15,7 +15,7 @@ import pytest
 
 from tests.journal.kit import ClockHost, events_after, running
 from volant import journal
-from volant.journal import IdempotencyKey
+from volant.journal import DatabaseRefused, IdempotencyKey
 from volant.journal import _migrations as migrations
 from volant.journal import _schema as schema
 from volant.journal._migrations import VERSION, migrate
@@ -47,6 +47,8 @@ SNAPSHOT = {
     "disk": "none", "description": "", "labels": {}, "created_at": AT, "paused_ms": 1.5, "size_bytes": 4096,
 }  # fmt: skip
 VM = json.loads(msgspec.json.encode(view(msgspec.convert(ROW, VmRow))))
+EARLY_VM = {name: value for name, value in VM.items() if name not in ("boot", "booted_from", "fallback")}
+"""As it was before templates."""
 REFUSAL = {"status": 404, "code": "vm-not-found", "detail": "no", "field": None, "hint": "later", "vm": "demo"}
 
 
@@ -57,6 +59,7 @@ def answer(status: int, body: object, **headers: str) -> dict[str, object]:
 ANSWERS: dict[bytes, dict[str, object]] = {
     b"created": answer(201, VM, ETag='"3-17"', Location="/api/v1/vms/demo"),
     b"changed": answer(200, VM, ETag='"3-18"'),
+    b"early": answer(201, EARLY_VM, ETag='"3-17"', Location="/api/v1/vms/demo"),
     b"forked": answer(201, [VM, VM]),
     b"snapshot": answer(201, SNAPSHOT, Location="/api/v1/snapshots/warm"),
     b"network": answer(201, NETWORK, Location="/api/v1/networks/lan"),
@@ -68,6 +71,7 @@ VIEW = msgspec.convert(VM, VmView)
 RESULTS: dict[bytes, journal.Result] = {
     b"created": journal.VmCreated(VIEW, 17),
     b"changed": journal.VmChanged(VIEW, 18),
+    b"early": journal.VmCreated(msgspec.structs.replace(VIEW, booted_from=None), 17),
     b"forked": journal.VmForked((VIEW, VIEW)),
     b"snapshot": journal.SnapshotTaken(msgspec.convert(SNAPSHOT, SnapshotView)),
     b"network": journal.NetworkCreated(msgspec.convert(NETWORK, NetworkView)),
@@ -163,6 +167,34 @@ async def test_a_migration_that_fails_leaves_the_database_as_it_was(
     monkeypatch.undo()
     async with running(path) as bench:
         assert len(bench.store.projection) == 1
+
+
+@pytest.mark.parametrize("at", [2**63, -1])
+async def test_a_response_with_an_impossible_time_is_refused_by_name(path: Path, at: int) -> None:
+    database_of(path, 5)
+    with apsw.Connection(str(path)) as connection:
+        kept = {"asked": "cmVxdWVzdA==", "at": at} | ANSWERS[b"enabled"]
+        connection.execute("UPDATE answers SET kept = ? WHERE scope = ?", (json.dumps(kept).encode(), b"enabled"))
+    with pytest.raises(DatabaseRefused, match=r"table answers, row b'enabled'.*at"):
+        async with running(path):
+            pass
+
+
+async def test_a_disk_that_is_full_during_a_migration_is_reported_as_such(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database_of(path, 1)
+
+    full = "CREATE TABLE large (x); INSERT INTO large VALUES (zeroblob(1000000))"
+    monkeypatch.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS[:1], full, *migrations.MIGRATIONS[2:]))
+    connection = apsw.Connection(str(path))
+    connection.pragma("max_page_count", connection.pragma("page_count") + 10)
+    try:
+        with pytest.raises(apsw.FullError):
+            schema._migrate(connection, ClockHost())
+        assert not connection.in_transaction
+    finally:
+        connection.close()
 
 
 def test_released_migrations_are_never_changed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Annotated
 
 import apsw
 import msgspec
@@ -18,9 +19,13 @@ class _Answer(msgspec.Struct):
     body: str
 
 
+_LATER_IN_A_VM: dict[str, object] = {"boot": "auto", "booted_from": None, "fallback": None}
+"""Members of a VM's view that the first of version 2 did not have."""
+
+
 class _Kept(msgspec.Struct):
     asked: bytes
-    at: int
+    at: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
     answer: _Answer | None
     refusal: dict[str, object] | None = None
 
@@ -50,7 +55,8 @@ def _result_of(answer: _Answer) -> dict[str, object]:
     body = msgspec.Raw(answer.body.encode())
     if "ETag" in answer.headers:
         revision = int(answer.headers["ETag"].strip('"').partition("-")[2])
-        return {"type": "vm-created" if answer.status == 201 else "vm-changed", "vm": body, "revision": revision}
+        vm = _LATER_IN_A_VM | msgspec.json.decode(body, type=dict[str, object])
+        return {"type": "vm-created" if answer.status == 201 else "vm-changed", "vm": vm, "revision": revision}
     if answer.status == 200:
         return {"type": "plugin-changed", "plugin": body}
     match answer.headers.get("Location", "").split("/")[1:4]:

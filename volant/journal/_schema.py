@@ -262,5 +262,7 @@ def _migrate(connection: apsw.Connection, host: Host) -> None:
             connection.execute("INSERT OR IGNORE INTO meta VALUES ('epoch', ?)", (host.random.new_id()[:12],))
         connection.execute("COMMIT")
     except BaseException:
-        connection.execute("ROLLBACK")
+        # SQLite has ended it already when the disk is full.
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
         raise
