@@ -98,6 +98,16 @@ def test_processes_in_a_backup_are_dropped(tmp_path: Path) -> None:
     assert (after.process, after.tag, after.boots, after.status) == (identity, identity.tag, 3, Status.RUNNING)
 
 
+def test_a_console_in_a_deep_runtime_directory_is_accepted(tmp_path: Path) -> None:
+    """A socket's address has 108 bytes; a path may have 4096."""
+    socket = f"/{'deep/' * 100}vms/7/console.sock"
+    file = make(tmp_path / "backup.db")
+    with apsw.Connection(str(file)) as connection:
+        row = crafted_backup.vm_row() | {"serial_socket": socket}
+        connection.execute("UPDATE vms SET row = ?", (msgspec.json.encode(row),))
+    restore(file, tmp_path / "volant.db")
+
+
 def _only_row(path: Path) -> VmRow:
     with apsw.Connection(str(path)) as connection:
         row = connection.execute("SELECT row FROM vms").get
