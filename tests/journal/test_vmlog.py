@@ -418,6 +418,34 @@ async def rest_of_now(cursor: LogCursor) -> list[bytes]:
     return taken
 
 
+async def test_a_log_can_be_discarded_during_a_sweep(
+    host: ClockHost, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logs = await opened(host, directory)
+    for vm_id in (1, 2):
+        Pump(host, logs.open(vm_id, f"vm-{vm_id}")).numbers(vm_id)
+    await logs.forget(1, keep_s=0)
+    await logs.forget(2)
+    logs = await opened(host, directory)
+    sweeping, may_go_on = trio.Event(), trio.Event()
+    remove_tree = host.files.remove_tree
+
+    async def slow(path: Path) -> None:
+        if path.name == "1.deleted":
+            sweeping.set()
+            await may_go_on.wait()
+        await remove_tree(path)
+
+    monkeypatch.setattr(host.files, "remove_tree", slow)
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(logs.sweep)
+            await sweeping.wait()
+            assert await logs.discard(2)
+            may_go_on.set()
+    assert logs.ids() == set()
+
+
 async def test_logs_of_unknown_vms_are_forgotten(host: ClockHost, directory: Path) -> None:
     logs = await opened(host, directory)
     for vm_id in (1, 2):

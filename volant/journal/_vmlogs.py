@@ -171,12 +171,18 @@ class VmLogs:
         for vm_id in [*self._logs, *self._found]:
             if self._expiry.get(vm_id, now + timedelta(days=1)) <= now:
                 await self._remove(vm_id)
-            elif vm_id in self._logs or self._found[vm_id][0].at_us < cutoff_us:
+            elif vm_id in self._logs or self._is_due(vm_id, cutoff_us):
                 self._log(vm_id).expire(cutoff_us, idle_us)
                 await trio.lowlevel.checkpoint()
         for vm_id in [vm_id for vm_id in self._expiry if vm_id not in self._logs and vm_id not in self._found]:
             await self._remove(vm_id)
         await self._remove_dropped()
+
+    def _is_due(self, vm_id: int, cutoff_us: int) -> bool:
+        """Whether a log that is not open yet has lines that have expired."""
+        # `discard` may have removed the log while the sweep waited for the disk.
+        segments = self._found.get(vm_id)
+        return segments is not None and segments[0].at_us < cutoff_us
 
     async def _remove(self, vm_id: int) -> None:
         if self.find(vm_id) is not None:
