@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from functools import partial
 from pathlib import Path
 
@@ -33,10 +34,39 @@ _PIECE = 1024 * 1024
 class _Fetch:
     """A fetch in progress. Later callers wait for its outcome."""
 
-    def __init__(self) -> None:
+    def __init__(self, source: object) -> None:
+        self.source = source
+        """Its failure says nothing about another source of the same artifact."""
         self.done = trio.Event()
         self.error: ImageError | None = None
         self.progress: Progress | None = None
+
+
+class _LocalFile:
+    """A file that a thread opens, and a task closes, which may have given up by then."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._fd = -1
+        self._is_closed = False
+
+    def open(self, credentials: Credentials, path: Path) -> int:
+        """Returns the descriptor. Blocks. :raises OSError:"""
+        fd = open_as(credentials, path)
+        with self._lock:
+            if not self._is_closed:
+                self._fd = fd
+                return fd
+        # A file system that hung let go of it at last.
+        os.close(fd)
+        raise TimeoutError(f"nobody waits for {path} any more")
+
+    def close(self) -> None:
+        with self._lock:
+            self._is_closed = True
+            fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 class ArtifactCache:
@@ -72,7 +102,7 @@ class ArtifactCache:
 
         :raises ImageError: as `fetch`; `timeout` after `timeout_s`
         """
-        return await self._obtain(artifact, partial(self._fetch, artifact))
+        return await self._obtain(artifact, artifact.url, partial(self._fetch, artifact, artifact.url))
 
     def may_read(self, path: Path) -> bool:
         """Whether files at this path may be fetched for every client; does not access the file."""
@@ -89,19 +119,19 @@ class ArtifactCache:
         """
         path = local_path(artifact.url)
         assert path is not None
-        with ExitStack() as opened:
+        with closing(_LocalFile()) as file:
             try:
                 with trio.fail_after(_OPEN_S):
                     fd = await trio.to_thread.run_sync(
-                        open_as, credentials, path, abandon_on_cancel=True, limiter=self._opens
+                        file.open, credentials, path, abandon_on_cancel=True, limiter=self._opens
                     )
-                opened.callback(os.close, fd)
             except (OSError, trio.TooSlowError):
                 # Fails as a file with another digest does.
-                source: Sequence[int] = ()
+                descriptors: Sequence[int] = ()
             else:
-                source = (fd,)
-            return await self._obtain(artifact, partial(self._fetch, artifact, source))
+                descriptors = (fd,)
+            # Another client may have other rights.
+            return await self._obtain(artifact, file, partial(self._fetch, artifact, file, descriptors))
 
     @asynccontextmanager
     async def receiving(self, digest: str) -> AsyncIterator[Upload]:
@@ -145,7 +175,7 @@ class ArtifactCache:
             _artifacts.use_artifact, self._cache_dir, artifact.sha256, self._owner, abandon_on_cancel=True
         )
 
-    async def _obtain(self, artifact: Artifact, fetch: Callable[[], Awaitable[None]]) -> CachedArtifact:
+    async def _obtain(self, artifact: Artifact, source: object, fetch: Callable[[], Awaitable[None]]) -> CachedArtifact:
         with trio.move_on_after(self._timeout_s):
             while True:
                 if (removing := self._removing.get(artifact.sha256)) is not None:
@@ -158,7 +188,7 @@ class ArtifactCache:
                     await fetch()
                     continue
                 await other.done.wait()
-                if other.error is not None:
+                if other.error is not None and other.source == source:
                     raise ImageError(other.error.code, other.error.message, other.error.hint)
         raise ImageError(
             "timeout",
@@ -190,8 +220,8 @@ class ArtifactCache:
             for digest, fetch in self._under_way.items()
         }
 
-    async def _fetch(self, artifact: Artifact, source: Sequence[int] = ()) -> None:
-        under_way = self._under_way[artifact.sha256] = _Fetch()
+    async def _fetch(self, artifact: Artifact, source: object, descriptors: Sequence[int] = ()) -> None:
+        under_way = self._under_way[artifact.sha256] = _Fetch(source)
 
         def record(progress: Progress) -> None:
             under_way.progress = progress
@@ -202,11 +232,11 @@ class ArtifactCache:
             arguments += ["--allow-directory", str(directory)]
         for network in self._origins.networks:
             arguments += ["--allow-network", str(network)]
-        for fd in source:
+        for fd in descriptors:
             arguments += ["--descriptor", str(fd)]
         try:
             async with self._slots:
-                await run_child(arguments, record, source)
+                await run_child(arguments, record, descriptors)
         except ImageError as error:
             under_way.error = ImageError(error.code, f"{_named(artifact)}: {error.message}", error.hint)
             raise under_way.error from error
