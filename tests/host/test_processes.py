@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import signal
@@ -9,13 +10,14 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Never
 
 import pytest
 import trio
 import trio.testing
 
 from tests.host.kit import SLEEP, spawn, until_output
-from volant.host import Host, ProcessGone
+from volant.host import Host, ProcessGone, _procfs
 from volant.model import ProcessIdentity
 
 
@@ -155,6 +157,38 @@ async def test_another_process_is_never_taken_for_ours(
     with subprocess.Popen([sys.executable, "-c", SLEEP, tag + "1"], stdout=subprocess.DEVNULL) as looker:  # noqa: ASYNC220
         assert await host.processes.find(tag + "1") is None
         looker.kill()
+
+
+@pytest.mark.parametrize("shortage", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+async def test_a_process_is_not_taken_for_gone_on_a_host_short_of_descriptors_or_memory(
+    host: Host,
+    tag: str,
+    tmp_path: Path,
+    started: list[ProcessIdentity],
+    monkeypatch: pytest.MonkeyPatch,
+    shortage: int,
+) -> None:
+    identity = await spawn(host, tag, tmp_path, SLEEP, started)
+    stranger = Host()
+    said = os.strerror(shortage)
+
+    def refuse(pid: int) -> Never:
+        raise OSError(shortage, said)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_procfs, "command_line", refuse)
+        with pytest.raises(OSError, match=said):
+            await stranger.processes.find(tag)
+        with pytest.raises(OSError, match=said):
+            stranger.processes.open(identity)
+        with pytest.raises(OSError, match=said):
+            host.proc.command_line(identity)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pidfd_open", refuse)
+        with pytest.raises(OSError, match=said):
+            stranger.processes.open(identity)
+    assert await stranger.processes.find(tag) == identity
+    stranger.processes.open(identity).close()
 
 
 async def test_a_tag_must_be_on_the_command_line(host: Host, tmp_path: Path) -> None:

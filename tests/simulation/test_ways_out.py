@@ -15,7 +15,7 @@ from tests.simulated import World
 from tests.simulation.kit import JSON, run_story
 from volant.hypervisor.qemu._machine import PULSE_ANSWER_S, PULSE_S, PULSE_TOGETHER_S, PULSES_MISSED
 from volant.journal import VmLogs
-from volant.model import MAX_RESTARTS
+from volant.model import MAX_RESTARTS, ProcessIdentity
 
 run = partial(run_story, seed=5, limit_s=7200)
 
@@ -126,6 +126,30 @@ def test_a_process_that_outlives_its_kill_is_killed_until_it_is_gone(tmp_path: P
         assert (await wait_for(world, "stopped"))["reason"] is None
 
     run(tmp_path, story, process__is_stubborn=1.0)
+
+
+def test_a_process_is_killed_once_the_host_has_descriptors_again(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await create(world)
+        await wait_for(world, "running")
+        processes = world.daemon.host.processes
+        # More than an actor may crash.
+        refusals = [OSError(errno.EMFILE, "Too many open files")] * 10
+        end_all = processes.end_all
+
+        async def refuse(tag: str, known: ProcessIdentity | None = None) -> None:
+            if refusals:
+                raise refusals.pop()
+            await end_all(tag, known)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(processes, "end_all", refuse)
+            await world.request("POST", "/api/v1/vms/demo/stop?grace=0s")
+            assert (await wait_for(world, "stopped"))["reason"] is None
+        assert not refusals
+        assert not world.machine.running()
+
+    run(tmp_path, story)
 
 
 def test_a_hanging_hypervisor_is_killed_with_a_reason(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from tests.templates.test_store import KEY, add, spec_of
-from volant.host import Host
+from volant.host import Host, Process
 from volant.hypervisor import HypervisorError, LaunchFailed, MachineSpec, Nic
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.model import ProcessIdentity
@@ -314,6 +314,22 @@ async def test_the_pool_survives_a_host_without_descriptors(tmp_path: Path, monk
         pool.warm_pool.take(1, template_spec())
         await pool.filled()
         assert not refusals
+
+
+async def test_a_process_that_cannot_be_watched_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with standing(tmp_path) as pool:
+        refusals = [OSError(errno.EMFILE, "Too many open files")]
+        open_process = pool.host.processes.open
+
+        def refuse(identity: ProcessIdentity) -> Process:
+            if refusals:
+                raise refusals.pop()
+            return open_process(identity)
+
+        monkeypatch.setattr(pool.host.processes, "open", refuse)
+        pool.warm_pool.take(1, template_spec())
+        await pool.until(lambda: pool.warm_pool.figures.died == 1)
+        assert not pool.warm_pool.tags
 
 
 async def test_processes_end_with_their_template_when_idle_and_when_they_die(tmp_path: Path) -> None:

@@ -113,6 +113,7 @@ class LinuxProc(Proc):
             try:
                 yield process.pid
             except (OSError, ValueError) as error:
+                _procfs.raise_shortage(error)
                 raise ProcessGone(f"process {identity.pid} can't be inspected: {error}") from error
             if process.exited:
                 raise ProcessGone(f"process {identity.pid} has ended")

@@ -120,7 +120,7 @@ class Processes(Protocol):
 
         Any user can start a process that carries a tag. So only processes of our own user and of hypervisors' users
         count, unless `of_anybody` is set. Only session leaders count, as `spawn` makes them: `pgrep` for a tag is not
-        taken for the process that carries it.
+        taken for the process that carries it. Raises OSError when the host has no descriptor or memory left.
         """
 
     def open(self, identity: ProcessIdentity) -> Process:
@@ -129,6 +129,7 @@ class Processes(Protocol):
 
         :raises ProcessGone: there is none: another boot, another start time, a tag that is not ours, or another
             command line, unless it runs as a hypervisor's user.
+        :raises OSError: the host has no descriptor or memory left, so nothing is known of it.
         """
 
     async def find(self, tag: str) -> ProcessIdentity | None:
@@ -354,7 +355,8 @@ class LinuxProcesses(Processes):
                 stat = _procfs.stat(pid)
                 if not of_anybody and not runs_as_ours(pid, self._users):
                     continue
-            except (OSError, ValueError):
+            except (OSError, ValueError) as error:
+                _procfs.raise_shortage(error)
                 continue
             if stat.session == pid and not stat.is_dead:
                 found.append(ProcessIdentity(pid=pid, start_time=stat.start_time, boot_id=self.boot_id(), tag=tags[0]))
@@ -371,7 +373,18 @@ class LinuxProcesses(Processes):
         try:
             pidfd = os.pidfd_open(pid)
         except OSError as error:
+            _procfs.raise_shortage(error)
             raise ProcessGone(f"there is no process {pid}") from error
+        try:
+            self._check(identity)
+        except BaseException:
+            os.close(pidfd)
+            raise
+        return _PidfdProcess(identity, pidfd, None)
+
+    def _check(self, identity: ProcessIdentity) -> None:
+        """:raises ProcessGone: the process is another one, or has ended. :raises OSError: it can't be looked at."""
+        pid = identity.pid
         try:
             stat = _procfs.stat(pid)
             if stat.start_time != identity.start_time:
@@ -383,12 +396,8 @@ class LinuxProcesses(Processes):
             if identity.tag not in tags and _procfs.real_user(pid) not in self._users:
                 raise ProcessGone(f"process {pid} does not carry the tag {identity.tag}")
         except (OSError, ValueError) as error:
-            os.close(pidfd)
+            _procfs.raise_shortage(error)
             raise ProcessGone(f"process {pid} has ended") from error
-        except ProcessGone:
-            os.close(pidfd)
-            raise
-        return _PidfdProcess(identity, pidfd, None)
 
 
 def runs_as_ours(pid: int, users: range) -> bool:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 PROC = Path("/proc")
 _TOKENS = re.compile(rb"[\0,=]")
+_SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class Stat(NamedTuple):
@@ -25,11 +26,17 @@ class Stat(NamedTuple):
         return self.state in "ZX"
 
 
-def pids() -> Iterator[int]:
-    """Yields the number of every process."""
-    for entry in os.scandir(PROC):
-        if entry.name.isdigit():
-            yield int(entry.name)
+def raise_shortage(error: OSError | ValueError) -> None:
+    """Raises the error again if it says nothing about a process, as the host has no descriptor or memory left to look
+    at one. A process that is taken for gone meanwhile would be started a second time."""
+    if isinstance(error, OSError) and error.errno in _SHORTAGES:
+        raise error
+
+
+def pids() -> list[int]:
+    """Returns the number of every process."""
+    with os.scandir(PROC) as entries:
+        return [int(entry.name) for entry in entries if entry.name.isdigit()]
 
 
 def stat(pid: int) -> Stat:

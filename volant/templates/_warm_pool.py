@@ -357,9 +357,14 @@ class WarmPool:
 
     async def _watch(self, process: WarmProcess, use: Use, scope: trio.CancelScope) -> None:
         with scope:
-            with suppress(ProcessGone), self._host.processes.open(process.identity) as opened:
-                await opened.wait()
-            _logger.warning("the warm process %d has died", process.identity.pid)
+            why = "has died"
+            try:
+                with suppress(ProcessGone), self._host.processes.open(process.identity) as opened:
+                    await opened.wait()
+            except OSError as error:
+                # The host is short of descriptors, say.
+                why = f"can't be watched, and is ended: {error}"
+            _logger.warning("the warm process %d %s", process.identity.pid, why)
             self.figures.died += 1
             use.not_before = trio.current_time() + _HOLD_OFF_S
             self._dismiss(process)

@@ -333,7 +333,11 @@ class Steps:
         with _deadline(settings.kill_timeout_s, "unkillable", "the hypervisor's process does not end, although killed"):
             # The row's process is known beyond doubt; others with its tag were launched by a daemon that died.
             known = row.process if row.process is not None and row.process.tag == tag else None
-            await host.processes.end_all(tag, known)
+            try:
+                await host.processes.end_all(tag, known)
+            except OSError as error:
+                # The host is short of descriptors, say.
+                raise StepError("unkillable", f"the hypervisor's process can't be ended: {error}") from error
         if vm.process_task is not None:
             vm.process_task.cancel()
             await vm.process_task.wait()
