@@ -236,6 +236,7 @@ FILES: Mapping[str, Callable[[Path], None]] = {
     "events with a hole": executing(
         "INSERT INTO events VALUES (1, 1, 1, 'x', 'x', x'7b7d'), (3, 1, 1, 'x', 'x', x'7b7d')"
     ),
+    "event that is no UTF-8": executing("INSERT INTO events VALUES (1, 1, 1, 'x', 'x', x'7b2274797065223a22ff227d')"),
     "event below one": executing("INSERT INTO events VALUES (-5, 1, 1, 'x', 'x', x'7b7d')"),
     "epoch that is a path": executing("UPDATE meta SET value = '../../x' WHERE key = 'epoch'"),
     "no epoch": executing("DELETE FROM meta WHERE key = 'epoch'"),

@@ -357,6 +357,12 @@ async def test_the_accelerator_is_chosen_once_and_cached(host: Host, tmp_path: P
     assert (await QemuHypervisor(host, cache, accelerator="kvm").choice()).accelerator == "kvm"
 
 
+@pytest.mark.parametrize("kept", [b"{", b'{"kernel":"\xff"}'])
+async def test_a_damaged_choice_of_the_accelerator_is_made_again(host: Host, tmp_path: Path, kept: bytes) -> None:
+    (tmp_path / "accelerator.json").write_bytes(kept)
+    assert (await QemuHypervisor(host, tmp_path).choice()).version is not None
+
+
 @pytest.mark.parametrize(
     ("text", "code"),
     [

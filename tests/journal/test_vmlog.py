@@ -337,6 +337,21 @@ async def test_a_segment_with_a_torn_beginning_is_replaced(host: ClockHost, dire
     assert lines(await everything(log)) == ["1", "2", "3"]
 
 
+async def test_bytes_that_rotted_are_skipped(host: ClockHost, directory: Path) -> None:
+    log = (await opened(host, directory)).open(1, "demo")
+    Pump(host, log).bring(b"before", b"rotten", b"after")
+    file = newest_file(directory)
+    data = file.read_bytes()
+    file.write_bytes(data.replace(b"rotten", b"rott\xffn"))
+    assert log.tail_lines(3) == ("before", "after")
+    # The checkpoint that the segment begins with.
+    host.pass_time(seconds=1)
+    file.write_bytes(data.replace(b'"demo"', b'"d\xffmo"', 1))
+    log = (await opened(host, directory)).open(1, "demo")
+    Pump(host, log).bring(b"more")
+    assert lines(await everything(log))[-1] == "more"
+
+
 async def test_zeros_after_a_power_cut_are_a_gap_or_an_end(host: ClockHost, directory: Path) -> None:
     log = (await opened(host, directory)).open(1, "demo")
     Pump(host, log).numbers(*range(100))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,16 @@ def test_a_changed_file_is_refused(tmp_path: Path, name: str, why: str) -> None:
         vm = await restore(world, "no")
         assert (vm["status"], vm["reason"]["code"]) == ("crashed", "capture_damaged")
         assert why in vm["reason"]["message"]
+
+    run(tmp_path, story)
+
+
+def test_a_record_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        record = world.machine.files.file(await snapshot(world) / "capture.json").data
+        record[:] = re.sub(rb'("state_sha256": ?").', b"\\1\xff", bytes(record))
+        vm = await restore(world, "no")
+        assert (vm["status"], vm["reason"]["code"]) == ("crashed", "capture_damaged")
 
     run(tmp_path, story)
 

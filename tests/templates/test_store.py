@@ -106,6 +106,12 @@ def garble(directory: Path) -> None:
     (directory / "template.json").write_text("{")
 
 
+def misspell(directory: Path) -> None:
+    """Leaves JSON that is no UTF-8."""
+    record = directory / "template.json"
+    record.write_bytes(record.read_bytes().replace(b'"base"', b'"b\xffse"'))
+
+
 def flip(directory: Path) -> None:
     """Flips a bit, without a trace in what `stat` says."""
     state = directory / "state"
@@ -120,7 +126,7 @@ def flip(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "known"),
     [
-        *((damage, False) for damage in (truncate, touch, replace, lose, garble, flip)),
+        *((damage, False) for damage in (truncate, touch, replace, lose, garble, misspell, flip)),
         # The rest was read once, and is known by heart.
         *((damage, True) for damage in (truncate, touch, replace, lose)),
     ],
@@ -159,6 +165,19 @@ async def test_the_least_recently_used_template_is_evicted_first(tmp_path: Path)
     # What was used is known to a successor.
     await fresh_store(tmp_path).evict(max_bytes=200 * 1024, max_age=DAY)
     assert set(await store.all()) == {keys[0].digest}
+
+
+@pytest.mark.parametrize("damage", [garble, misspell])
+async def test_a_damaged_template_does_not_keep_others_from_eviction(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    store = fresh_store(tmp_path)
+    damage(await add(store, msgspec.structs.replace(KEY, cmdline="debug")))
+    directory = await add(store, KEY)
+    store = fresh_store(tmp_path)
+    assert set(await store.all()) == {KEY.digest}
+    await store.evict(max_bytes=0, max_age=DAY)
+    assert not directory.exists()
 
 
 async def test_an_unused_template_is_evicted(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def _examine_events(connection: apsw.Connection, loaded: Loaded) -> None:
             raise DatabaseRefused(f"table events, row {seq}: frame has {len(frame)} bytes, at most {_MAX_EVENT_BYTES}")
         try:
             EventFrame.read(loaded.epoch, seq, frame)
-        except (msgspec.MsgspecError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise DatabaseRefused(f"table events, row {seq}, can't be read: {error}") from error
 
 

@@ -114,7 +114,7 @@ def _last_checkpoint(data: bytes, *, at_start: bool) -> tuple[Checkpoint | None,
         if stop >= 0:
             try:
                 return msgspec.json.decode(data[begin + 2 : stop], type=Checkpoint), stop + 1
-            except msgspec.MsgspecError:
+            except ValueError:
                 pass
         if found < 0:
             return None, 0

@@ -411,7 +411,7 @@ class VmLog:
                 if not heads or fields[3].startswith(heads):
                     try:
                         lines.append(msgspec.json.decode(fields[3], type=_Line).line)
-                    except msgspec.MsgspecError:
+                    except ValueError:
                         continue
         return tuple(reversed(lines))
 

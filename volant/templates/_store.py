@@ -109,7 +109,7 @@ class TemplateStore:
                 state = await self._host.files.read(self.directory / digest / STATE, _MAX_STATE)
                 if hashlib.sha256(state).hexdigest() != stored.state_sha256:
                     return f"its {STATE} is damaged"
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, ValueError) as error:
             return str(error)
         self._known[digest] = stored
         return ""
@@ -124,7 +124,7 @@ class TemplateStore:
         for digest in self._names():
             try:
                 found[digest] = self._known.get(digest) or await self._load(digest)
-            except (OSError, msgspec.DecodeError):
+            except (OSError, ValueError):
                 continue
         return found
 

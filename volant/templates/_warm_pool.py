@@ -458,5 +458,5 @@ async def claim_in(host: Host, directory: Path) -> Claim | None:
     try:
         data = await host.files.read(directory / _CLAIM, _MAX_CLAIM_BYTES)
         return msgspec.json.decode(data, type=Claim, dec_hook=lambda kind, value: kind(value))
-    except (OSError, msgspec.DecodeError):
+    except (OSError, ValueError):
         return None

@@ -99,7 +99,7 @@ class CheckpointStore:
                 state = await self.host.files.read(directory / STATE, _MAX_STATE_BYTES)
                 if hashlib.sha256(state).hexdigest() != record.state_sha256:
                     raise CheckpointLost("capture_damaged", f"{what} is damaged: its {STATE} has other bytes")
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, ValueError) as error:
             raise CheckpointLost("capture_damaged", f"{what} is damaged: {error}") from error
         incompatibility = await self.hypervisor.incompatibility(record.kind)
         if incompatibility is not None:

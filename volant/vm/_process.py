@@ -105,7 +105,7 @@ class VmProcess:
     async def run(self, beside: Callable[[], Awaitable[None]] | None = None) -> None:
         """Watches the process until cancelled. `beside`: a task that runs as long."""
         if self._host.files.exists(self._spec.sandbox_path):
-            with suppress(OSError, msgspec.DecodeError):
+            with suppress(OSError, ValueError):
                 data = await self._host.files.read(self._spec.sandbox_path, _MAX_SANDBOX_BYTES)
                 self._sandbox = msgspec.json.decode(data, type=dict[str, object])
         pump = ConsolePump(self._host, self._spec.console_path, self._log, self._boot_key, feed=self.console.feed)

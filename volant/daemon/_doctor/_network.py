@@ -30,7 +30,7 @@ async def network(context: Context) -> Sequence[Finding]:
     try:
         _, said = await context.host.processes.run(program, env=env, cwd=context.scratch, timeout_s=10)
         outcome = msgspec.json.decode(said, type=dict[str, str | None])
-    except (trio.TooSlowError, msgspec.DecodeError):
+    except (trio.TooSlowError, ValueError):
         outcome = {"namespace": "the test program failed"}
     findings = judge_network(outcome, access_advice(_TUN) if device(_TUN) == "denied" else None)
     may = may_configure_networks()

@@ -88,7 +88,7 @@ async def probe(host: Host, cache_dir: Path, program: str, version: tuple[int, i
         # The device may have appeared or disappeared since.
         if (known.kernel, known.version) == (kernel, version[2]) and host.files.exists(Path("/dev/kvm")):
             return known.choice
-    except (OSError, msgspec.DecodeError):
+    except (OSError, ValueError):
         pass
     if not host.files.exists(Path("/dev/kvm")):
         return AcceleratorChoice("tcg", "there is no /dev/kvm", version[2])
