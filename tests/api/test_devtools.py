@@ -571,9 +571,9 @@ async def test_who_is_to_blame_is_said(tmp_path: Path) -> None:
             assert (await at.ask("/browser" if headers else "/json/list", **headers)).status == 409
 
 
-async def test_without_a_word_in_the_manifest_the_port_is_9222(tmp_path: Path) -> None:
+async def test_without_a_word_in_the_manifest_the_port_is_9222(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with guest(tmp_path) as at:
-        at.api.deps.store.projection.by_id = lambda _: None  # type: ignore[method-assign,assignment]
+        monkeypatch.setattr(at.api.deps.store.projection, "by_id", lambda _: None)
         answer = await at.client.get("/ws/v1/vms/demo/devtools/json/version")
         assert answer.json()["detail"] == "no browser listens on port 9222 in VM 'demo'"
 
@@ -636,7 +636,7 @@ async def test_few_answers_of_one_vm_are_held_at_once(tmp_path: Path) -> None:
 # Waiting
 
 
-async def test_a_vm_on_its_way_is_waited_for(tmp_path: Path) -> None:
+async def test_a_vm_on_its_way_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with tab(tmp_path) as at:
         waiting, runs = trio.Event(), trio.Event()
 
@@ -646,7 +646,7 @@ async def test_a_vm_on_its_way_is_waited_for(tmp_path: Path) -> None:
             waiting.set()
             await runs.wait()
 
-        at.api.deps.vms.wait = wait  # type: ignore[method-assign,assignment]
+        monkeypatch.setattr(at.api.deps.vms, "wait", wait)
         at.becomes(status=Status.STARTING, desired=Desired.RUNNING)
         for path, headers, status in (("/json/version", {}, b"200"), ("/browser", UPGRADE, b"101")):
             waiting, runs = trio.Event(), trio.Event()
@@ -685,7 +685,9 @@ async def test_nobody_waits_for_longer_than_is_said(tmp_path: Path, monkeypatch:
         assert (await at.ask("/json/list")).status == 502
 
 
-async def test_a_client_that_leaves_and_a_daemon_that_stops_end_the_wait(tmp_path: Path) -> None:
+async def test_a_client_that_leaves_and_a_daemon_that_stops_end_the_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with tab(tmp_path) as at:
         waiting, left = trio.Event(), trio.Event()
 
@@ -696,7 +698,7 @@ async def test_a_client_that_leaves_and_a_daemon_that_stops_end_the_wait(tmp_pat
             finally:
                 left.set()
 
-        at.api.deps.vms.wait = wait  # type: ignore[method-assign,assignment]
+        monkeypatch.setattr(at.api.deps.vms, "wait", wait)
         at.becomes(status=Status.STARTING, desired=Desired.RUNNING)
         for path, headers in (("/json/version", {}), ("/browser", UPGRADE)):
             waiting, left = trio.Event(), trio.Event()

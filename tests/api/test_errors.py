@@ -286,11 +286,13 @@ async def test_the_log_has_the_request_and_no_secret(served: Api, caplog: pytest
     assert "hunter2" not in caplog.text
 
 
-async def test_a_bug_is_a_500_that_tells_nothing(served: Api, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_bug_is_a_500_that_tells_nothing(
+    served: Api, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("secret detail")
 
-    served.deps.store.projection.rows = broken  # type: ignore[method-assign,assignment]
+    monkeypatch.setattr(served.deps.store.projection, "rows", broken)
     body = problem(await served.client.get("/api/v1/vms", headers={"x-request-id": "r2"}), 500)
     assert "secret" not in json.dumps(body)
     assert body["request_id"] == "r2"
@@ -298,10 +300,10 @@ async def test_a_bug_is_a_500_that_tells_nothing(served: Api, caplog: pytest.Log
     assert (await served.client.get("/healthz")).status_code == 200
 
 
-async def test_a_failure_below_is_passed_on_as_it_is(served: Api) -> None:
+async def test_a_failure_below_is_passed_on_as_it_is(served: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     async def full(*_: object, **__: object) -> None:
         raise Problem(503, "no-capacity", "no room", hint="delete one")
 
-    served.deps.vms.create = full  # type: ignore[method-assign,assignment]
+    monkeypatch.setattr(served.deps.vms, "create", full)
     body = problem(await served.client.post("/api/v1/vms", json=GOOD), 503)
     assert (body["type"], body["hint"]) == ("urn:volant:error:no-capacity", "delete one")

@@ -150,7 +150,7 @@ async def test_a_key_stands_for_one_request(served: Api) -> None:
     assert (await post(served, "/api/v1/vms", "fresh", body={**GOOD, "name": "x"})).status_code == 201
 
 
-async def test_one_under_way_is_409_and_is_done_once(served: Api) -> None:
+async def test_one_under_way_is_409_and_is_done_once(served: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     create = served.deps.vms.create
     begun, gate = trio.Event(), trio.Event()
 
@@ -159,7 +159,7 @@ async def test_one_under_way_is_409_and_is_done_once(served: Api) -> None:
         await gate.wait()
         return await create(request, key=key)
 
-    served.deps.vms.create = slow  # type: ignore[method-assign]
+    monkeypatch.setattr(served.deps.vms, "create", slow)
     answers: list[httpx.Response] = []
 
     async def first() -> None:

@@ -164,7 +164,7 @@ async def test_an_empty_if_match_is_no_precondition_and_not_none_either(served: 
     assert (await served.client.get("/api/v1/vms/demo")).status_code == 200
 
 
-async def test_who_waits_is_let_go_when_the_daemon_stops(served: Api) -> None:
+async def test_who_waits_is_let_go_when_the_daemon_stops(served: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = trio.Event()
 
     async def for_ever(*_: object, **__: object) -> None:
@@ -172,8 +172,8 @@ async def test_who_waits_is_let_go_when_the_daemon_stops(served: Api) -> None:
         await trio.sleep_forever()
 
     await served.crashed("demo")
-    served.deps.vms.wait = for_ever  # type: ignore[method-assign,assignment]
-    served.deps.vms.delete = for_ever  # type: ignore[method-assign]
+    monkeypatch.setattr(served.deps.vms, "wait", for_ever)
+    monkeypatch.setattr(served.deps.vms, "delete", for_ever)
     async with await served.server.connect() as waiting, await served.server.connect() as deleting:
         for stream, asked in (
             (waiting, request("GET", "/api/v1/vms/demo?wait=running")),
