@@ -146,6 +146,33 @@ async def test_its_permission_is_enforced_on_every_way_in(served: Api, callers: 
     assert (await served.client.get("/api/v1/vms/demo")).status_code == 403
 
 
+async def test_a_resource_needs_the_permission_of_the_operation_that_reads_it(served: Api, callers: Callers) -> None:
+    callers.allowed = {Permission.VIEW}
+    for uri in ("volant://vms/demo", "volant://vms/demo/logs"):
+        assert (await rpc(served, "resources/read", {"uri": uri}))["result"]["contents"]
+    refused = await rpc(served, "resources/read", {"uri": "volant://vms/demo/files/etc/shadow"})
+    assert "needs the permission 'use'" in refused["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    "path", ["/api/v1/vms/demo/openapi", "/api/v1/vms/demo%2Fopenapi", "/api/v1/vms/demo/open%61pi"]
+)
+async def test_another_spelling_of_a_path_needs_the_same_permission(served: Api, callers: Callers, path: str) -> None:
+    callers.allowed = {Permission.VIEW}
+    answer = await served.client.get(path)
+    assert (answer.status_code, answer.json()["type"]) == (403, "urn:volant:error:forbidden")
+    assert "permission 'use'" in answer.json()["detail"]
+    assert (await served.client.get("/api/v1/%76ms")).status_code == 200
+
+
+async def test_a_part_of_a_path_may_be_called_like_a_method(served: Api) -> None:
+    for path in ("/healthz/GET", "/api/v1/vms/demo/GET", "/api/v1/vms/demo/GET/GET"):
+        assert (await served.client.get(path)).status_code == 404, path
+    found = TABLE.find("GET", "/api/v1/vms/demo/agent/healthz/GET")
+    assert found is not None
+    assert found.name == "get_agent"
+
+
 def test_every_operation_has_a_permission_and_is_found_by_its_path() -> None:
     for operation in TABLE:
         assert isinstance(operation.permission, Permission)

@@ -107,7 +107,8 @@ class Middleware:
         scope["state"]["caller"] = self._access.authenticate(scope, in_query=_takes_credentials_in_query(call, route))
         call.caller = caller_text(self._access.client(scope), scope["state"]["caller"])
         current_caller.set(call.caller)
-        self._authorize(scope["state"]["caller"], call.method, path)
+        # What no stream takes is routed by its decoded path, so that is the one to judge.
+        self._authorize(scope["state"]["caller"], call.method, path if route is not None else scope["path"])
         if route is not None:
             call.args = args
             self._check_method(route, call)

@@ -66,6 +66,8 @@ _REPORT_S = 10.0
 """So often a client that wants to know hears that a call is still under way."""
 _PAGE = 100
 _RESOURCE = re.compile(r"volant://vms/([^/]+)(?:/(logs|files)(/.*)?)?\Z", re.DOTALL)
+_READ_BY = {"": "get_vm", "logs": "vm_logs", "files": "read_file"}
+"""The operation that reads each kind of resource, and whose permission it needs."""
 _LOG_LINES = 10_000
 _LATER = CacheHint(ttl_ms=300_000, scope="public")
 
@@ -183,6 +185,7 @@ class McpServer:
         vm, what, path = found.groups("") if found else ("", "", "")
         if not is_name(vm) or bool(path) != (what == "files"):
             raise Problem(404, "not-found", f"there is no resource {uri[:200]!r}")
+        check_operation(self._deps, call.caller, self._table[_READ_BY[what]])
         row = find_vm(self._deps, vm)
         if not what:
             text = _encode(view(row)).decode()

@@ -196,8 +196,8 @@ class Table:
                 node = {}
                 break
             node = following
-        method = "GET" if method == "HEAD" else method
-        found: Operation | None = node.get(method) or (rest or {}).get(method)
+        key = _end(method)
+        found: Operation | None = node.get(key) or (rest or {}).get(key)
         return found
 
     def copy(self) -> Table:
@@ -213,7 +213,7 @@ class Table:
         for part in operation.path.split("/"):
             key = _REST if part == "{path}" else _ANY_PART if part.startswith("{") else part
             node = node.setdefault(key, {})
-        node[operation.method] = operation
+        node[_end(operation.method)] = operation
         return operation
 
     def declare(self, route: str, name: str, permission: Permission, summary: str, **more: Any) -> Operation:
@@ -304,6 +304,11 @@ class Table:
 
 
 _REQUIRED = inspect.Parameter("body", inspect.Parameter.KEYWORD_ONLY)
+
+
+def _end(method: str) -> str:
+    """Returns the key of an operation at the end of its path. No part of a path is the same, as it has a slash."""
+    return f"/{'GET' if method == 'HEAD' else method}"
 
 
 def _described(name: str, parameter: QueryParameter) -> Described:
