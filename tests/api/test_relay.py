@@ -40,6 +40,7 @@ from tests.api.kit import (
 from volant.channel import AgentClient, AgentUnreachable
 from volant.http import Limits
 from volant.model import Problem
+from volant.relay._relay import FrameBounds
 
 ROOMY = replace(FAST, websocket_message=16 * 1024 * 1024)
 
@@ -313,6 +314,25 @@ async def test_an_answer_that_breaks_off_is_seen_to(tmp_path: Path) -> None:
             assert (await at.client.get("/healthz")).status_code == 200
 
 
+@pytest.mark.parametrize("length", [b"3", b"1000"])
+async def test_chunks_count_and_not_the_length_that_a_guest_says_besides(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, length: bytes
+) -> None:
+    async def answer(stream: trio.SocketStream) -> None:
+        async with stream:
+            await read_head(stream)
+            head = b"HTTP/1.1 200 OK\r\ncontent-length: %s\r\ntransfer-encoding: chunked\r\n\r\n" % length
+            await stream.send_all(head + b"5\r\nwhole\r\n0\r\n\r\n")
+
+    async with guest(tmp_path) as at, trio.open_nursery() as nursery:
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        nursery.start_soon(trio.serve_listeners, answer, [listener])
+        port = listener.socket.getsockname()[1]
+        assert (await at.client.get(f"/api/v1/vms/demo/ports/{port}/")).text == "whole"
+        nursery.cancel_scope.cancel()
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 @pytest.mark.parametrize(
     "path",
     [
@@ -423,6 +443,57 @@ async def test_websockets_are_closed_with_1001_when_the_daemon_stops(tmp_path: P
                 await socket_.get_message()
             assert raised.value.reason is not None
             assert raised.value.reason.code == 1001
+
+
+async def test_a_guest_that_sends_empty_frames_leaves_room_for_others(tmp_path: Path) -> None:
+    async def pour(stream: trio.SocketStream) -> None:
+        async with stream:
+            await read_head(stream)
+            await stream.send_all(b"HTTP/1.1 101 Up\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+            try:
+                while True:
+                    await stream.send_all(b"\x82\0" * 65536)
+            except trio.BrokenResourceError:
+                pass
+
+    async with guest(tmp_path) as at, trio.open_nursery() as nursery:
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        nursery.start_soon(trio.serve_listeners, pour, [listener])
+        stream = await at.api.server.connect()
+        path = f"/api/v1/vms/demo/ports/{listener.socket.getsockname()[1]}/"
+        await stream.send_all(request("GET", path, **UPGRADE))
+        await read_head(stream)
+
+        async def drain() -> None:
+            while await stream.receive_some(65536):
+                pass
+
+        nursery.start_soon(drain)
+        await trio.sleep(0.2)
+        took = []
+        for _ in range(5):
+            began = trio.current_time()
+            assert (await at.api.server.get("/healthz")).status == 200
+            took.append(trio.current_time() - began)
+        nursery.cancel_scope.cancel()
+    assert min(took) < 0.1, took
+
+
+def test_frames_are_followed_however_they_are_cut() -> None:
+    frames = b"".join(
+        (b"\x82\x03abc", b"\x81\0", b"\x82\x7e\x01\0" + b"x" * 256, b"\x89\x80key!", b"\x82\x7f" + bytes(7) + b"\x02yz")
+    )
+    ends = {5, 7, 267, 273, 285}
+    for size in (1, 2, 3, 7, len(frames)):
+        bounds, place = FrameBounds(), 0
+        for start in range(0, len(frames), size):
+            piece = frames[start : start + size]
+            assert bounds.feed(piece)[0] == len(piece)
+            place += len(piece)
+            assert bounds.between == (place in ends)
+    bounds, many = FrameBounds(), b"\x82\0" * 1000
+    assert bounds.feed(many) == (1024, 512)
+    assert bounds.feed(many, 1024) == (2000, 488)
 
 
 async def test_busy_relays_leave_room_for_others(tmp_path: Path) -> None:

@@ -49,6 +49,8 @@ def from_guest(headers: Iterable[Header]) -> list[Header]:
     """A guest's headers as the client gets them: its pages never run as ours (contract: Access)."""
     headers = list(headers)
     dropped = _HOP_BY_HOP | _ORIGIN_WIDE | _SAID_BY_US | _named_by_connection(headers)
+    if any(name == b"transfer-encoding" for name, _ in headers):
+        dropped |= {b"content-length"}  # Chunks are what counts (RFC 9112, 6.3).
     # Who may read across origins is for the operator to say (VOLANT_CORS_ORIGINS), not for a guest.
     kept = [field for field in headers if field[0] not in dropped and not field[0].startswith(b"access-control-")]
     # Its page is sandboxed, so to a browser the page's own images are of another origin.
