@@ -91,6 +91,7 @@ async def test_a_missing_field_is_named(served: Api) -> None:
         b'"text"',
         b'{"name": "demo", "name"',
         b'{"name": "\xff\xfe"}',
+        b'{"name": "demo", "labels": {"a": 1, "b": "\xff"}}',
         b'{"labels":' * 100_000,
         b"[" * 900_000,
         b'{"labels": ' + b'{"a":' * 50_000 + b"1" + b"}" * 50_001,

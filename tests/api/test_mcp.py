@@ -6,6 +6,7 @@ import base64
 import json
 import re
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -501,6 +502,47 @@ async def test_an_action_is_asked_and_its_answer_told(demo: Demo) -> None:
     assert long["structuredContent"]["truncated"] is True
     assert len(long["content"][0]["text"].encode()) <= MAX_TEXT
     assert "there are find, shot" in (await demo.call("vms_call_action", action="fly"))["content"][0]["text"]
+
+
+class Garbling:
+    """An agent whose every answer is this one."""
+
+    def __init__(self, status: int, body: bytes) -> None:
+        self.status = status
+        self.headers: list[tuple[bytes, bytes]] = []
+        self._pieces = [body]
+
+    @asynccontextmanager
+    async def stream(self, *_: object, **__: object) -> AsyncIterator[Garbling]:
+        yield self
+
+    async def read(self, limit: int) -> bytes:
+        return await anext(self, b"")
+
+    def __aiter__(self) -> Garbling:
+        return self
+
+    async def __anext__(self) -> bytes:
+        await trio.lowlevel.checkpoint()
+        if not self._pieces:
+            raise StopAsyncIteration
+        return self._pieces.pop()
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "told"),
+    [(200, b'{"stream":"stdout\xff"}\n', "does not answer"), (409, b'{"detail": "\xff"}', "the agent answered 409")],
+)
+async def test_an_agent_that_garbles_its_answer_is_the_guests_fault(
+    served: Api, caplog: pytest.LogCaptureFixture, status: int, body: bytes, told: str
+) -> None:
+    await served.crashed("demo")
+    agent: Any = Garbling(status, body)
+    served.reach(lambda name: agent)
+    failed = await call(served, "vms_exec", vm="demo", command=["true"])
+    assert failed["isError"] is True
+    assert told in failed["content"][0]["text"]
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 @pytest.mark.parametrize("modern", [False, True])

@@ -33,7 +33,7 @@ def with_member(text: str, data: bytes, kind: type[Any]) -> str:
             half = members[: len(members) // 2]
             owner[last] = dict(half)
             members = half if _error(root, kind) == text else members[len(half) :]
-    except (msgspec.DecodeError, RecursionError, LookupError, TypeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, LookupError, TypeError):
         return text
     name = members[0][0][:80].replace("`", "'")
     return f"{text[: found.end() - len('[...]')]}.{name}{text[found.end() :]}"

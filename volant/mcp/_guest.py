@@ -116,7 +116,7 @@ class _Lines:
         self._rest = bytearray(rest)
         try:
             return [_lines.decode(line) for line in lines]
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise AgentProtocolError(f"a line about a command is not what it should be: {error}") from error
 
 
@@ -225,7 +225,7 @@ async def _check(response: AgentResponse, vm: str) -> None:
         return
     try:
         said = _problems.decode(await response.read(64 * 1024))
-    except (msgspec.DecodeError, AgentProtocolError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, AgentProtocolError, RecursionError):
         said = _AgentProblem()
     detail = said.detail or said.error or f"the agent answered {response.status}"
     raise Problem(response.status, "agent-refused", detail[:1000], vm=vm, field=said.field, hint=said.hint)
