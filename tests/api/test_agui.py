@@ -19,6 +19,7 @@ from trio_websocket import ConnectionClosed, WebSocketConnection
 from tests.api.kit import UPGRADE, Api, api, websocket
 from volant.agui import _route
 from volant.agui._events import AguiEvent, Boots
+from volant.journal import EventCursor, EventFrame, EventGap
 from volant.model import BASE, CreateVm, EventId, Phase, Reason, Status, VmRow, event_for, new_row
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
@@ -166,6 +167,28 @@ async def test_a_reader_that_is_far_behind_gets_the_state_anew(served: Api, monk
         while socket.vms.get("demo", {}).get("status") != "crashed":
             assert (await socket.next())["type"] == "STATE_SNAPSHOT"
         assert socket.vms["demo"] == vm
+
+
+async def test_one_state_does_for_all_events_that_it_contains(served: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_route, "MAX_LAG", 1)
+    read, reads = EventCursor.take, trio.Event()
+
+    async def take_one(cursor: EventCursor) -> list[EventFrame] | EventGap:
+        await reads.wait()
+        return await read(cursor, 1)
+
+    monkeypatch.setattr(EventCursor, "take", take_one)
+    async with agui(served) as socket:
+        await socket.until("STATE_SNAPSHOT")
+        for name in ("demo", "other"):
+            await served.create(name)
+            while (await served.client.get(f"/api/v1/vms/{name}")).json()["status"] != "crashed":
+                pass
+        reads.set()
+        await socket.until("STATE_SNAPSHOT")
+        assert (await served.client.delete("/api/v1/vms/demo")).status_code == 204
+        await socket.until("CUSTOM")
+    assert socket.types.count("STATE_SNAPSHOT") == 2
 
 
 async def test_each_boot_of_a_vm_is_a_run(served: Api) -> None:

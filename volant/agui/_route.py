@@ -132,6 +132,9 @@ def routes(deps: ApiDeps, limits: Limits) -> list[StreamRoute]:
         query.done()
         body = await read_call_body(call, RunAgentInput, limits)
         asked = _Asked(vm, _identifier(body.thread_id, "threadId"), _identifier(body.run_id, "runId"))
+        # A run may last for days, and a client may send any amount of history with it.
+        del body
+        call.body.release()
         row = _row(deps, asked.vm)
         deadline = float("inf") if row is not None and given is None else trio.current_time() + duration_s
 
@@ -233,7 +236,7 @@ async def _tell_all(
         while (taken := await waits.until(cursor.take, deadline)) is not None:
             if not taken:
                 break
-            if isinstance(taken, EventGap) or deps.store.events.newest.seq - cursor.seq > MAX_LAG:
+            if isinstance(taken, EventGap) or _is_behind(deps, cursor, true_to):
                 true_to = projection.last_event.seq
                 await send(overview.catch_up(rows()))
                 continue
@@ -279,7 +282,7 @@ async def _tell_boots(
             async with turn:
                 now = projection.by_id(row.id)
                 events: list[AguiEvent] = []
-                if isinstance(taken, EventGap) or deps.store.events.newest.seq - cursor.seq > MAX_LAG:
+                if isinstance(taken, EventGap) or _is_behind(deps, cursor, true_to):
                     true_to = projection.last_event.seq
                     events += boots.catch_up(now)
                     ended = now is None
@@ -292,6 +295,11 @@ async def _tell_boots(
         async with turn:
             nursery.cancel_scope.cancel()
     return ended
+
+
+def _is_behind(deps: ApiDeps, cursor: EventCursor, true_to: int) -> bool:
+    """Whether a reader is to get the state instead of events. One snapshot does for all events that it contains."""
+    return cursor.seq > true_to and deps.store.events.newest.seq - cursor.seq > MAX_LAG
 
 
 def _row(deps: ApiDeps, vm: str | None) -> VmRow | None:
