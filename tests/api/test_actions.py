@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -309,6 +310,24 @@ def test_a_server_that_makes_no_sense_leads_nowhere_else(servers: Any) -> None:
     for server in proxied(servers)["servers"]:
         assert server["url"] == f"{HOME}/agent" or ".." not in server["url"]
         assert server["url"].startswith(f"{HOME}/agent")
+
+
+def test_the_variables_of_a_server_do_not_fill_the_memory() -> None:
+    bombs = [
+        {"url": "/" + "{x}" * count, "variables": {"x": {"default": "x" * size}}}
+        for count, size in ((170_000, 500_000), (600, 500_000), (600, 256))
+    ]
+    found = proxied([*bombs, {"url": "/v{x}", "variables": {"x": {"default": 2}}}])
+    assert len(json.dumps(found)) < 10_000
+
+
+def test_many_servers_and_many_paths_take_no_long_time() -> None:
+    paths = {f"/p{number}": {"servers": [{"url": f"/b{number}/{n}"} for n in range(16)]} for number in range(2_000)}
+    paths |= {f"/q{number}": {} for number in range(40_000)}
+    began = time.process_time()
+    assert proxied(None, **paths)["servers"] == [{"url": f"{HOME}/agent"}]
+    # Each of the one with each of the other would be minutes.
+    assert time.process_time() - began < 10
 
 
 def test_servers_of_paths_and_methods_are_rewritten_too() -> None:

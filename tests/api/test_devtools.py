@@ -584,6 +584,7 @@ async def test_without_a_word_in_the_manifest_the_port_is_9222(tmp_path: Path, m
         (b"<html>", "no JSON"),
         (b"[" * 100_000, "no JSON"),
         (b'"' + b"x" * (5 * MIB) + b'"', "more than"),
+        (b"[" + b"{}," * 10_000 + b"{}]", "more than 10000 pages"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nx", "within"),
         (b"HTTP/1.1 200 OK\r\nX", "within"),
         (b"HTTP/1.1 nonsense\r\n\r\n", "does not answer"),

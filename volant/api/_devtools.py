@@ -37,6 +37,8 @@ WAIT_S = 60.0
 _ANSWER_S = 30.0
 _MAX_ANSWER = 4 * 1024 * 1024
 """A page's address may be a `data:` URL of 2 MB."""
+_MAX_PAGES = 10_000
+"""In a list of pages, as each is rewritten, and may cost a ticket."""
 _ANSWERS_AT_ONCE = 4
 """Of one VM, as each is held in memory."""
 _FIRST_PAUSE_S = 0.1
@@ -182,7 +184,10 @@ class _Browsers:
             if path.startswith(("json/activate/", "json/close/")):
                 media = b"text/plain; charset=utf-8"
             elif not path.startswith("json/protocol"):
-                body = msgspec.json.encode(rewritten(_decoded(body, browser), self._place(call, browser)))
+                told = _decoded(body, browser)
+                if isinstance(told, list) and len(told) > _MAX_PAGES:
+                    raise browser.problem(f"says that it has more than {_MAX_PAGES} pages")
+                body = msgspec.json.encode(rewritten(told, self._place(call, browser)))
         length = (b"content-length", b"%d" % len(body))
         await call.reject(200, [(b"content-type", media), length, (b"cache-control", b"no-store"), SANDBOX], body)
 

@@ -15,7 +15,7 @@ joined to a server, it could lead a client with our key to another VM.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from copy import deepcopy
 from typing import Any
 from urllib.parse import unquote, urljoin, urlsplit
@@ -36,6 +36,10 @@ _USUAL_PATH = "/openapi.json"
 _ANSWER_S = 10.0
 _MAX_ANSWER = 1024 * 1024
 _MAX_SERVERS = 16
+_MAX_URL = 2048
+"""Characters of a server's address, before and after its variables are filled in: the variables of a hostile document
+could make a text of many gigabytes."""
+_MAX_VARIABLE = 256
 _VARIABLE = re.compile(r"{([^{}]*)}")
 _SLASH = re.compile(r"[/\\]")
 _METHODS = ("get", "put", "post", "delete", "options", "head", "patch", "trace", "query")
@@ -57,7 +61,8 @@ def add_routes(app: QuartTrio, deps: ApiDeps) -> None:
                 raise
             # What is rewritten below is a copy: the manifest is the VM's.
             found, path = deepcopy(said), "/"
-        response = json_response(through_proxy(found, row.name, path))
+        # A document of a megabyte takes a second, which others must not wait for.
+        response = json_response(await deps.host.threads.run(through_proxy, found, row.name, path))
         response.headers[SANDBOX[0].decode()] = SANDBOX[1].decode()
         return response
 
@@ -142,11 +147,7 @@ def through_proxy(document: dict[str, Any], vm: str, path: str) -> dict[str, Any
     paths = document.get("paths")
     if isinstance(paths, dict):
         document["paths"] = paths = {key: item for key, item in paths.items() if not _climbs(key)}
-    hidden = any(
-        f"{base}{key}" == HEALTHZ or f"{base}{key}".startswith(AGENT_PREFIX)
-        for base in bases
-        for key in (paths if isinstance(paths, dict) else ())
-    )
+    hidden = _is_hidden(bases, paths if isinstance(paths, dict) else ())
     prefix = agent + (WORKLOAD_PREFIX.rstrip("/") if hidden else "")
     for owner in _owners(document):
         if owner is document or "servers" in owner:
@@ -155,6 +156,21 @@ def through_proxy(document: dict[str, Any], vm: str, path: str) -> dict[str, Any
                 {"url": prefix + base, **({} if says is None else {"description": says})} for base, says in found
             ]
     return document
+
+
+def _is_hidden(bases: Collection[str], paths: Collection[str]) -> bool:
+    """Whether the agent has a route of its own where one of these paths is, below one of these bases.
+
+    There can be tens of thousands of both. What begins otherwise than the agent's routes needs no look at the paths.
+    """
+    for base in bases:
+        if base.startswith(AGENT_PREFIX) and paths:
+            return True
+        if HEALTHZ.startswith(base) or AGENT_PREFIX.startswith(base):
+            for path in paths:
+                if f"{base}{path}" == HEALTHZ or f"{base}{path}".startswith(AGENT_PREFIX):
+                    return True
+    return False
 
 
 def _owners(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -172,16 +188,16 @@ def _bases(servers: object, path: str) -> list[tuple[str, str | None]]:
     found: dict[str, str | None] = {}
     for server in servers[:_MAX_SERVERS] if isinstance(servers, list) else ():
         url = server.get("url") if isinstance(server, dict) else None
-        if not isinstance(url, str):
+        if not isinstance(url, str) or len(url) > _MAX_URL:
             continue
         variables = server.get("variables")
         try:
-            full = urljoin(path, _filled(url, variables if isinstance(variables, dict) else {}) or "/")
-            base = urlsplit(full).path.rstrip("/")
+            filled = _filled(url, variables if isinstance(variables, dict) else {})
+            base = urlsplit(urljoin(path, filled or "/")).path.rstrip("/")
         except ValueError:
             continue
         says = server.get("description")
-        if (not base or base.startswith("/")) and not _climbs(base):
+        if len(filled) <= _MAX_URL and (not base or base.startswith("/")) and not _climbs(base):
             found.setdefault(base, says if isinstance(says, str) else None)
     return list(found.items())
 
@@ -192,8 +208,15 @@ def _climbs(path: str) -> bool:
 
 
 def _filled(url: str, variables: dict[str, Any]) -> str:
+    """:raises ValueError: it would be too long"""
+
     def default(name: re.Match[str]) -> str:
         variable = variables.get(name[1])
-        return str(variable.get("default", "")) if isinstance(variable, dict) else ""
+        filled = variable.get("default") if isinstance(variable, dict) else None
+        if not isinstance(filled, str):
+            return ""
+        if len(filled) > _MAX_VARIABLE:
+            raise ValueError("a variable of the address is too long")
+        return filled
 
     return _VARIABLE.sub(default, url)
