@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import http.client
-from collections.abc import AsyncIterator, Callable
+import itertools
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 import trio
+import trio.testing
 
-from tests.api.kit import FAST, Api, api, read_answer, request
+from tests.api.kit import FAST, Api, api, read_answer, read_head, request
 from tests.system.kit import Daemon
+from volant.http import Call, receive_into
 from volant.http._bodies import Bodies
 from volant.model import Problem
 
@@ -74,6 +79,64 @@ async def test_every_end_returns_the_budget(tmp_path: Path) -> None:
                 await stream.send_all(request("POST", path, Transfer_Encoding="chunked", **JSON) + chunk)
                 assert (await read_answer(stream)).status == 503
         await at.create("demo")
+
+
+class Kept:
+    """What came of an upload."""
+
+    def __init__(self) -> None:
+        self.size = 0
+
+    def expect(self, length: int) -> None:
+        raise AssertionError("no length was said")
+
+    async def write(self, data: bytes) -> None:
+        self.size += len(data)
+
+
+def upload(pieces: Iterable[bytes], pause_s: float) -> Call:
+    """A request whose body comes in these pieces, each after a pause."""
+    left = iter(pieces)
+
+    async def receive() -> dict[str, Any]:
+        await trio.sleep(pause_s)
+        return {"type": "http.request", "body": next(left, b""), "more_body": True}
+
+    async def send(message: dict[str, Any]) -> None:
+        raise AssertionError(message)
+
+    return Call({"type": "http", "headers": []}, receive, send, "r", Bodies(FAST).share())
+
+
+@pytest.mark.parametrize(
+    ("size", "pause_s", "told", "after_s"),
+    [(1, 59.0, "less than 65536 bytes", 300.0), (200_000, 61.0, "nothing of the body came", 60.0)],
+)
+async def test_a_client_that_trickles_a_file_keeps_nobody_out(
+    autojump_clock: trio.testing.MockClock, size: int, pause_s: float, told: str, after_s: float
+) -> None:
+    began = trio.current_time()
+    with pytest.raises(Problem, match=told) as refused:
+        await receive_into(upload(itertools.repeat(b"x" * size), pause_s), Kept())
+    assert refused.value.status == 408
+    assert trio.current_time() - began == pytest.approx(after_s)
+
+
+async def test_a_slow_upload_that_goes_on_may_take_any_time(autojump_clock: trio.testing.MockClock) -> None:
+    kept = Kept()
+    with trio.move_on_after(86_400):
+        await receive_into(upload(itertools.repeat(b"x" * 16 * 1024), 59.0), kept)
+    assert kept.size > 20 * MIB
+
+
+async def test_a_run_that_lasts_holds_nothing_of_the_budget(tmp_path: Path) -> None:
+    history = msgspec.json.encode({"threadId": "t", "runId": "r", "messages": ["x" * 60_000]})
+    async with api(tmp_path, limits=replace(FAST, bodies=100_000, small_body=0)) as at, AsyncExitStack() as runs:
+        for _ in range(3):
+            stream = await runs.enter_async_context(await at.server.connect())
+            await stream.send_all(request("POST", "/api/v1/agui", history, **JSON))
+            head, _ = await read_head(stream)
+            assert head.startswith(b"HTTP/1.1 200 "), head
 
 
 def test_the_free_part_of_a_body_counts_once() -> None:

@@ -26,6 +26,9 @@ _MISSING = re.compile(r"Object missing required field `(?P<name>.*)`\Z", re.DOTA
 _BODY_S = 30.0
 _SILENCE_S = 60.0
 """A body that is passed on may take long, but not fall silent for longer than this."""
+_PROGRESS, _PROGRESS_S = 64 * 1024, 300.0
+"""Nor bring fewer bytes than this in so long: few uploads are taken at once, and a client that trickles would keep
+others out."""
 
 
 def no_query() -> None:
@@ -87,22 +90,31 @@ class Upload(Protocol):
 async def receive_into(call: Call, upload: Upload) -> None:
     """Passes the body of a request on as it comes; the memory never holds more than a piece of it.
 
-    :raises Problem: 408 when nothing comes for 60 s
+    :raises Problem: 408 when nothing comes for 60 s, or less than 64 KiB in 5 minutes
     :raises trio.BrokenResourceError: the client left
     """
     length = call.header(b"content-length")
     if length is not None:
         upload.expect(int(length))
     more = True
+    received, left_s = 0, _PROGRESS_S
     while more:
-        with trio.move_on_after(_SILENCE_S) as scope:
+        began = trio.current_time()
+        with trio.move_on_after(min(_SILENCE_S, left_s)) as scope:
             message = await call.receive()
+        left_s -= trio.current_time() - began
         if scope.cancelled_caught:
-            raise Problem(408, "request-timeout", f"nothing of the body came for {_SILENCE_S:g} s")
+            slow = f"less than {_PROGRESS} bytes of the body came in {_PROGRESS_S:g} s"
+            raise Problem(
+                408, "request-timeout", slow if left_s <= 0 else f"nothing of the body came for {_SILENCE_S:g} s"
+            )
         if message["type"] == "http.disconnect":
             raise trio.BrokenResourceError("the client left")
         if message["body"]:
             await upload.write(message["body"])
+        received += len(message["body"])
+        if received >= _PROGRESS:
+            received, left_s = 0, _PROGRESS_S
         more = message["more_body"]
 
 
