@@ -249,7 +249,8 @@ class Api:
         def reach(name: str) -> AgentClient:
             return agent(name) if callable(agent) else agent
 
-        self.deps.vms.streams.agent = reach  # type: ignore[method-assign]
+        streams: Any = self.deps.vms.streams
+        streams.agent = reach
 
     @asynccontextmanager
     async def reaching(self, vsock: Path) -> AsyncIterator[AgentClient]:

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -75,7 +76,8 @@ async def at_desk(tmp_path: Path) -> AsyncIterator[Desk]:
         await host.files.make_fifo(fifo)
         reading = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
         serial = SerialConsole(host, fifo, sock)
-        served.deps.vms.streams.console = lambda name: (row, serial)  # type: ignore[method-assign]
+        streams: Any = served.deps.vms.streams
+        streams.console = lambda name: (row, serial)
         shut = trio.CancelScope()
 
         async def boot(task_status: trio.TaskStatus[None]) -> None:

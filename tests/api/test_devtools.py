@@ -144,13 +144,13 @@ class Tab:
 
     def becomes(self, **fields: Any) -> None:
         """Let its row say something else."""
-        projection = self.api.deps.store.projection
+        projection: Any = self.api.deps.store.projection
         by_id = type(projection).by_id
 
         def changed(row: VmRow | None) -> VmRow | None:
             return None if row is None else msgspec.structs.replace(row, **fields)
 
-        projection.by_id = lambda vm_id: changed(by_id(projection, vm_id))  # type: ignore[method-assign]
+        projection.by_id = lambda vm_id: changed(by_id(projection, vm_id))
 
 
 @asynccontextmanager

@@ -202,7 +202,7 @@ async def test_the_journal_decides_which_came_first(served: Api, monkeypatch: py
 
 @pytest.mark.parametrize("key", ["", "a b", "a" * 256, "\x7f", "\u00e9".encode("latin-1").decode("latin-1")])
 async def test_what_is_no_key_is_400(served: Api, key: str) -> None:
-    answer = await served.client.post("/api/v1/vms", json=GOOD, headers=[("Idempotency-Key", key.encode("latin-1"))])  # type: ignore[arg-type]
+    answer = await served.client.post("/api/v1/vms", json=GOOD, headers=[(b"Idempotency-Key", key.encode("latin-1"))])
     assert (answer.status_code, answer.json()["field"]) == (400, "Idempotency-Key")
     assert len(served.deps.store.projection) == 0
 

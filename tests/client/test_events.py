@@ -8,7 +8,7 @@ import trio
 from volant.client import Client, ClientProblem, ConnectionLost, Feed, StreamGap, UnexpectedAnswer, Unreachable
 from volant.model import Event, EventType
 
-from .kit import Server, answer, event, problem, serving, sse
+from .kit import Request, Server, answer, event, problem, serving, sse
 
 PATH = "/api/v1/events/vms"
 GAP = 'event: STREAM_GAP\nid: e-8\ndata: {"type":"STREAM_GAP","requested":"e-3","oldest":"e-9","newest":"e-20"}'
@@ -65,8 +65,8 @@ async def test_a_cancelled_receive_loses_nothing() -> None:
         start_at(server, 0)
         go_on = trio.Event()
 
-        async def slow(request: object, stream: trio.abc.Stream) -> None:
-            await sse(event(1))(request, stream)  # type: ignore[arg-type]  # it looks at neither
+        async def slow(request: Request, stream: trio.abc.Stream) -> None:
+            await sse(event(1))(request, stream)
             await go_on.wait()
             await stream.send_all(event(2).encode() + b"\n\n")
             await trio.sleep_forever()

@@ -23,7 +23,7 @@ U = TypeVar("U")
 _AT = re.compile(r"(?P<what>.*) - at `(?P<where>[^`]*)`\Z", re.DOTALL)
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>.*)`\Z", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(?P<name>.*)`\Z", re.DOTALL)
-_BODY_S = 30.0
+_BODY_S = 30
 _SILENCE_S = 60.0
 """A body that is passed on may take long, but not fall silent for longer than this."""
 _PROGRESS, _PROGRESS_S = 64 * 1024, 300.0
@@ -46,7 +46,7 @@ async def read_body(kind: type[T]) -> T:
 
     :raises Problem: 400 no JSON, or not of this kind; 415 another content type. 408 and 413 are Quart's to raise.
     """
-    request.body_timeout = _BODY_S  # type: ignore[assignment]  # annotated int, any number is taken
+    request.body_timeout = _BODY_S
     data = await request.get_data(False, False, False)
     return _decode_body(data, request.mimetype, kind)
 
@@ -54,7 +54,7 @@ async def read_body(kind: type[T]) -> T:
 async def read_body_or(otherwise: T) -> T:
     """Decode the body of the request under way as what `otherwise` is, which it stands for if there is none. :raises
     Problem: as `read_body`."""
-    request.body_timeout = _BODY_S  # type: ignore[assignment]  # annotated int, any number is taken
+    request.body_timeout = _BODY_S
     data = await request.get_data(False, False, False)
     return _decode_body(data, request.mimetype, type(otherwise)) if data else otherwise
 
@@ -62,7 +62,7 @@ async def read_body_or(otherwise: T) -> T:
 async def read_one_of(member: str, kind: type[T], otherwise: type[U]) -> T | U:
     """Decode the body of the request under way: as `kind` if it is an object with that member. :raises Problem: as
     `read_body`."""
-    request.body_timeout = _BODY_S  # type: ignore[assignment]  # annotated int, any number is taken
+    request.body_timeout = _BODY_S
     data = await request.get_data(False, False, False)
     try:
         has = member in msgspec.json.decode(data, type=dict[str, msgspec.Raw])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from types import GenericAlias
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import msgspec
@@ -140,7 +141,7 @@ class Words(QueryParameter):
     @property
     def tool_type(self) -> Any:
         words = Literal[self.of] if isinstance(self.of, tuple) else self.of
-        return list[words]  # type: ignore[valid-type]
+        return GenericAlias(list, words)
 
     @property
     def allowed(self) -> frozenset[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import GenericAlias
 from typing import Any, Generic, TypeVar, get_args, get_origin
 from urllib.parse import quote
 
@@ -84,7 +85,7 @@ _VIEWS: dict[Any, Any] = {
 def view_type(result: Any) -> Any:
     """Returns the type of the view of a type of results; None where there is nothing to see."""
     if get_origin(result) is Page:
-        return list[get_args(result)[0]]  # type: ignore[misc]
+        return GenericAlias(list, get_args(result))
     return None if result is type(None) else _VIEWS.get(result, result)
 
 

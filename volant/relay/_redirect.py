@@ -22,7 +22,7 @@ _BLANK = bytes(range(0x21))
 _LOOPBACK = re.compile(rb"(?:http:)?//(?:localhost|127\.0\.0\.1|\[::1\])(?::([0-9]{1,5}))?(?=[/?#]|\Z)", re.IGNORECASE)
 _AGENT = re.compile(rb"(?:http:)?//agent(?=[/?#]|\Z)", re.IGNORECASE)
 _ELSEWHERE = re.compile(rb"[a-z][a-z0-9+.-]*:|[/\\]{2}", re.IGNORECASE)
-_PATH = re.compile(rb"[^?#]*")
+_AFTER_PATH = re.compile(rb"[?#]")
 _UNSAFE = re.compile(rb"[^\x21-\x5b\x5d-\x7e]")
 _RELOADS = re.compile(rb"[0-9.]*\Z")
 _DOT = re.compile(rb"%2e", re.IGNORECASE)
@@ -78,7 +78,7 @@ class Sender:
 
 def _absolute(reference: bytes, base: bytes) -> bytes:
     """A relative reference, resolved (RFC 3986, 5.2), as browsers read it: backslashes are slashes, `%2e` is a dot."""
-    path = _PATH.match(reference)[0]  # type: ignore[index]  # it matches anything
+    path = _AFTER_PATH.split(reference, maxsplit=1)[0]
     rest = reference[len(path) :]
     base_path, _, base_query = base.partition(b"?")
     if not path:
