@@ -24,6 +24,7 @@ from volant.journal import LogEntry
 from volant.mcp._server import hint_for_a_model
 from volant.mcp._text import BUDGET, MAX_TEXT, Window, clip, fitting, weight
 from volant.mcp._tools import tools
+from volant.model import Problem
 from volant.operations import TABLE
 
 PATH = "/api/v1/mcp"
@@ -451,6 +452,9 @@ async def test_files_are_written_and_read_as_they_are(demo: Demo, tmp_path: Path
     uri = "volant://vms/demo/files" + path.replace(" ", "%20")
     resource = (await rpc(demo.served, "resources/read", {"uri": uri}))["result"]["contents"][0]
     assert base64.b64decode(resource["blob"]) == blob
+    missing = (await rpc(demo.served, "resources/read", {"uri": "volant://vms/demo/files/no/such"}))["error"]
+    assert missing["code"] == -32602
+    assert "there is no" in missing["message"]
     bad = await demo.call("vms_write_file", path=path, content="!", encoding="base64")
     assert "content" in bad["content"][0]["text"]
     assert "there is no" in (await demo.call("vms_read_file", path="/no/such"))["content"][0]["text"]
@@ -636,6 +640,17 @@ async def test_a_command_that_fails_says_why_and_names_the_field(
     answer = await command(served, name, **params)
     assert answer["result"] is None
     assert named in answer["error"]
+
+
+async def test_a_command_that_waits_in_vain_is_answered_as_any(served: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def stuck(*_: object, **__: object) -> None:
+        await trio.lowlevel.checkpoint()
+        raise Problem(503, "not-deleted", "its process does not end")
+
+    await served.crashed("demo")
+    monkeypatch.setattr(served.deps.vms, "delete", stuck)
+    failed = await command(served, "volant.vms.delete", name="demo")
+    assert failed == {"result": None, "error": "its process does not end"}
 
 
 # How texts are cut

@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import trio
 
+from volant.concurrency import open_helpers
+
 T = TypeVar("T")
 
 
@@ -40,9 +42,8 @@ class Waits:
 
 @asynccontextmanager
 async def interruptible(stopping: trio.Event) -> AsyncIterator[Waits]:
-    """For the length of a block, waits that end when `stopping` is set."""
+    """For the length of a block, waits that end when `stopping` is set. What the block raises leaves as it is."""
     waits = Waits(stopping)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(waits.hear)
+    async with open_helpers() as helpers:
+        helpers.start_soon(waits.hear)
         yield waits
-        nursery.cancel_scope.cancel()
