@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from tests.client.kit import Handler, answer, ndjson, problem, serving, vm
+from tests.client.kit import Handler, answer, ndjson, problem, serving, vm, websocket
 
 from .kit import volar
 
@@ -123,3 +123,11 @@ async def test_a_guest_that_crashes_meanwhile_is_reported_as_that() -> None:
         done = await volar(server, "vms", "exec", "demo", "--", "x")
     assert (done.code, done.out) == (1, b"x")
     assert done.err.startswith("volar: VM 'demo' crashed: the kernel panicked\n")
+
+
+async def test_the_id_that_a_guest_gives_commands_no_terminal() -> None:
+    async with serving() as server:
+        server.routes["GET /api/v1/vms/demo/agent/v1/exec"] = websocket({"id": "7\x1b]0;x\x07"}, stay=True)
+        done = await volar(server, "vms", "exec", "--detach", "demo", "sleep", "1000")
+    assert (done.code, done.out) == (0, b"7\\x1b]0;x\\x07\n"), done.err
+    assert "\x1b" not in done.err

@@ -17,6 +17,7 @@ from ._guest import START_S, once_running
 from ._run import FAILED, TIMED_OUT, Duration, Failure, Pair
 from ._streaming import Session, command
 from ._terminal import ENDINGS, Escape, raw, read_input, write_output
+from ._text import safe
 from ._vms_group import name_argument
 
 _NOT_FOUND_IN_GUEST = 127
@@ -144,7 +145,7 @@ async def _leave(session: Session, name: str, process: ExecSession, interactive:
             await process.send(data)
         await process.send_eof()
         await process.settle()
-    session.out.result({"id": process.id}, str(process.id))
+    session.out.result({"id": process.id}, safe(process.id))
     session.out.note(f"`volar vms exec --attach {process.id} {name}` goes on with it")
     return 0
 
