@@ -145,6 +145,7 @@ async def _loopback_http(scope: Any, receive: Any, send: Any, gone: trio.Event) 
                 (b"set-cookie", b"a=b"),
                 (b"service-worker-allowed", b"/"),
                 (b"clear-site-data", b'"*"'),
+                (b"secure-session-registration", b'(ES256);path="/api/v1/vms/demo/stop"'),
                 (b"content-security-policy", b"sandbox allow-scripts allow-same-origin"),
                 (b"x-content-type-options", b"sniff"),
                 (b"x-request-id", b"forged"),
@@ -246,7 +247,7 @@ async def test_a_guests_page_never_runs_as_ours(tmp_path: Path) -> None:
             policies = [value for name, value in answer.all_headers if name == "content-security-policy"]
             assert "sandbox" in policies
             assert [value for name, value in answer.all_headers if name == "x-content-type-options"] == ["nosniff"]
-            for name in ("set-cookie", "service-worker-allowed", "clear-site-data"):
+            for name in ("set-cookie", "service-worker-allowed", "clear-site-data", "secure-session-registration"):
                 assert name not in answer.headers
             assert answer.headers["x-request-id"] != "forged"
             assert answer.headers["x-own"] == "kept"

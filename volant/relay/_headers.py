@@ -27,6 +27,10 @@ _ORIGIN_WIDE = frozenset(
         b"report-to",
         b"reporting-endpoints",
         b"nel",
+        b"set-login",
+        # Device-bound sessions: the browser would POST to a path of ours that a guest chooses.
+        b"secure-session-registration",
+        b"sec-session-registration",
     }
 )
 """What a browser would take as said for all of our origin, other guests and the API among it."""
