@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from volant.hypervisor import AcceleratorName, Disk, MachineSpec, Nic, Template
-from volant.hypervisor.qemu._argv import build_argv
+from volant.hypervisor.qemu._argv import FORMAT, WITH_HPET, build_argv, format_of, trusts_tsc
 from volant.hypervisor.qemu._netdev import connects_itself
 from volant.hypervisor.qemu._parse_argv import parse_argv
 
@@ -65,6 +65,37 @@ def test_both_machines_have_the_same_devices_on_their_own_bus() -> None:
     assert kvm["-machine"][0].startswith("microvm,")
     assert (kvm["-accel"], kvm["-cpu"]) == (["kvm"], ["host"])
     assert tcg["-accel"][0].startswith("tcg,tb-size=")
+
+
+def test_a_machine_has_no_timer_that_never_rests() -> None:
+    """QEMU's HPET wakes its process 250 times a second, for ever. microvm has none."""
+    argv = build_argv(SPEC, (10, 0))
+    assert "hpet=off" in options(argv)["-machine"][0].split(",")
+    assert format_of(argv) == FORMAT
+    old = build_argv(SPEC, (10, 0), devices=WITH_HPET)
+    assert "hpet" not in options(old)["-machine"][0]
+    assert format_of(old) == WITH_HPET
+    kvm = build_argv(msgspec.structs.replace(SPEC, accelerator="kvm"), (10, 0))
+    assert "hpet" not in options(kvm)["-machine"][0]
+    assert format_of(kvm) == FORMAT
+
+
+def test_a_guest_trusts_its_tsc_if_the_host_does() -> None:
+    """Under KVM, guests have a clock of its own; a machine with an HPET goes on as it began."""
+    trusting = build_argv(SPEC, (10, 0), trust_tsc=True)
+    assert "tsc=nowatchdog volant.hostname=demo" in options(trusting)["-append"][0]
+    kvm = build_argv(msgspec.structs.replace(SPEC, accelerator="kvm"), (10, 0), trust_tsc=True)
+    old = build_argv(SPEC, (10, 0), trust_tsc=True, devices=WITH_HPET)
+    assert [trusts_tsc(argv) for argv in (trusting, kvm, old, build_argv(SPEC, (10, 0)))] == [True, False, False, False]
+
+
+def test_a_command_line_of_an_earlier_version_can_be_parsed_back() -> None:
+    argv = build_argv(SPEC, (10, 0), trust_tsc=True)
+    at = argv.index("-append") + 1
+    for told in (argv[at], argv[at].replace(" psi=0 tsc=nowatchdog", "")):
+        found = parse_argv([*argv[:at], told, *argv[at + 1 :]])
+        assert found is not None
+        assert (found.name, found.cmdline) == ("demo", "debug")
 
 
 def test_commas_in_paths_do_not_become_options() -> None:

@@ -12,12 +12,12 @@ from tests.hypervisor.kit import tiny_spec
 from tests.hypervisor.test_checkpoint import COUNTS, clone, ends_when_typed_to, launch, nobody
 from volant.host import Host
 from volant.hypervisor import MachineKind, MachineSpec
-from volant.hypervisor.qemu import QemuHypervisor
-from volant.hypervisor.qemu._argv import FORMAT
+from volant.hypervisor.qemu import QemuHypervisor, _launch
+from volant.hypervisor.qemu._argv import FORMAT, WITH_HPET, format_of
 from volant.hypervisor.qemu._checkpoint import complete
 from volant.hypervisor.qemu._compatibility import HEAD_BYTES, incompatibility, machine_of, parse_machines
 
-HERE = MachineKind(version="10.0.13", accelerator="tcg", machine="pc-q35-10.0", devices=FORMAT)
+HERE = MachineKind(version="10.0.13", accelerator="tcg", machine="pc-q35-10.0", devices=FORMAT, tsc="A fast CPU")
 KVM = msgspec.structs.replace(HERE, accelerator="kvm", machine="microvm")
 KNOWN = {"microvm", "pc-q35-9.2", "pc-q35-10.0"}
 EMPTY = b"QEVM\0\0\0\3"
@@ -38,7 +38,16 @@ EMPTY = b"QEVM\0\0\0\3"
         ),
         (msgspec.structs.replace(HERE, version="10.1.0"), HERE, "an older one, 10.0.13"),
         (HERE, msgspec.structs.replace(HERE, version="9.2.4"), "an older one, 9.2.4"),
+        (msgspec.structs.replace(HERE, devices=WITH_HPET), HERE, None),
+        (
+            msgspec.structs.replace(HERE, devices=WITH_HPET - 1),
+            HERE,
+            f"and this version of Volant uses format {FORMAT}",
+        ),
         (msgspec.structs.replace(HERE, devices=FORMAT + 1), HERE, f"have format {FORMAT + 1}"),
+        (msgspec.structs.replace(HERE, tsc=""), HERE, None),
+        (HERE, msgspec.structs.replace(HERE, tsc="A slower CPU"), "counts at the rate of another CPU, A fast CPU"),
+        (HERE, msgspec.structs.replace(HERE, tsc=""), "counts at the rate of another CPU"),
         (HERE, KVM, "under TCG, and guests use KVM here"),
         (KVM, KVM, None),
         (KVM, msgspec.structs.replace(KVM, version="10.0.14"), "needs the same version"),
@@ -94,3 +103,26 @@ async def test_a_copy_of_an_older_machine_keeps_its_type(host: Host, qemu: QemuH
                 with host.processes.open(found) as process:
                     process.kill()
             await host.files.remove_tree(spec.memory_file.parent)
+
+
+async def test_a_copy_of_a_machine_with_an_hpet_has_one(
+    host: Host, qemu: QemuHypervisor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of one that an earlier version launched: new machines have none."""
+    running: MachineSpec = tiny_spec(host, tmp_path, COUNTS)
+    with trio.fail_after(90):
+        for number in range(3):
+            with monkeypatch.context() as before:
+                if not number:
+                    before.setattr(_launch, "FORMAT", WITH_HPET)
+                identity = await (qemu.launch(running) if number else launch(host, qemu, running))
+            assert format_of(host.proc.command_line(identity)) == WITH_HPET
+            into = running.memory_file.parent / str(number)
+            await host.files.mkdir(into)
+            async with qemu.attach(running, identity) as machine:
+                checkpoint = await machine.checkpoint(into, hold=nobody)
+                assert checkpoint.kind.devices == WITH_HPET
+                assert await qemu.incompatibility(checkpoint.kind) is None
+                assert await ends_when_typed_to(host, running, machine)
+                await machine.quit()
+            running = clone(running, f"c{number}", checkpoint.template)

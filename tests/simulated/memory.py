@@ -43,6 +43,9 @@ class SimMachine(MachineFacet):
     def file_room_mb(self, directory: Path) -> int:
         return max(0, min(self._disk.free(directory) // 2**20, self.spare_memory_mb(directory)))
 
+    def tsc(self) -> str:
+        return "Simulated CPU"
+
 
 class SimProcessMemory(ProcessMemory):
     def __init__(self, calls: Calls, processes: Processes) -> None:

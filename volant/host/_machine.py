@@ -9,6 +9,8 @@ import msgspec
 
 from ._disk import Disk
 
+_CLOCK = Path("/sys/devices/system/clocksource/clocksource0/current_clocksource")
+
 
 class HostFigures(msgspec.Struct, frozen=True):
     """How busy the machine is."""
@@ -33,6 +35,10 @@ class Machine(Protocol):
 
     def file_room_mb(self, directory: Path) -> int:
         """Returns the MiB that a new file may take in a directory in RAM, which need not exist. Raises OSError."""
+
+    def tsc(self) -> str:
+        """Returns the model of the CPU if the kernel uses its time stamp counter as its clock, else an empty text: it
+        has found out, or can't know, whether the counter runs at one rate on all CPUs."""
 
 
 class LinuxMachine(Machine):
@@ -67,6 +73,15 @@ class LinuxMachine(Machine):
         existing = directory if directory.exists() else directory.parent
         free_mb = (self._disk.free(existing) - self._disk.unbacked(directory)) // 2**20
         return max(0, min(free_mb, self.spare_memory_mb(directory)))
+
+    def tsc(self) -> str:
+        try:
+            if _CLOCK.read_text().strip() != "tsc":
+                return ""
+            with Path("/proc/cpuinfo").open() as lines:
+                return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        except (OSError, StopIteration):
+            return ""
 
 
 def _meminfo(field: str) -> int:

@@ -18,10 +18,17 @@ machine's directory, which is QEMU's working directory, as a socket's path has a
   not happen to a shared file, so a machine that becomes a template has no balloon, and a copy of a machine with one
   relies on the read-only file.
 - No `graphics=off`: it makes the firmware write to the serial console, which is only for the guest.
+- `hpet=off`: QEMU's HPET wakes its process 250 times a second, also when the guest uses other timers: one percent of a
+  CPU for each idle guest. Linux boots with the PIT and the timer of ACPI. (`pit=off` besides: it panics.)
+- `psi=0` and `tsc=nowatchdog` stop timers that would wake an idle guest: averages of pressure stalls, and checks of the
+  TSC against another clock. Without an HPET the other clock is first the timer interrupt, which a busy host delays, so
+  that the kernel would give up a good TSC. Guests still check it where the host's kernel does not trust it.
 - The tag is the guest's `-name`: that is seen on the command line and by QMP, and not by the guest.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from volant.hypervisor._interface import AcceleratorName, Disk, MachineSpec, Nic
 from volant.model.agent import (
@@ -35,13 +42,18 @@ from volant.model.agent import (
 PROGRAM = "qemu-system-x86_64"
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny"
 
-FORMAT = 2
+FORMAT = 3
 """Raise it with each change that gives a guest other devices or another order of them: earlier templates don't fit
 then."""
+WITH_HPET = 2
+"""The format before: its machines have an HPET. They still run, and are loaded from snapshots."""
 
-CMDLINE = "console=ttyS0 quiet panic=-1"
+CMDLINE = "console=ttyS0 quiet panic=-1 psi=0"
 """The daemon's part of the kernel's command line. pvpanic stops the machine before `panic=-1` reboots it. A kernel that
 panics before its pvpanic driver is loaded reboots, instead of hanging."""
+
+TRUST_TSC = "tsc=nowatchdog"
+"""Follows it on hosts that trust their TSC themselves."""
 
 HOSTNAME_PARAMETER = "volant.hostname"
 """The kernel parameter with the guest's host name, for PID 1."""
@@ -56,18 +68,22 @@ def build_argv(
     program: str = PROGRAM,
     *,
     machine: str | None = None,
+    devices: int = FORMAT,
+    trust_tsc: bool = False,
     tap: int = -1,
 ) -> list[str]:
     """Returns the command line that starts `spec` on QEMU `version`.
 
     :param machine: the machine type of the template or checkpoint that it starts from
+    :param devices: likewise the format of its devices
+    :param trust_tsc: whether the host's kernel uses the TSC as its clock
     :param tap: the inherited descriptor of its tap
     """
     argv = [
         *(("nice", "-n", "10") if spec.in_background else ()),
         program,
         *("-name", f"guest={_quote(spec.tag)},debug-threads=on"),
-        *("-machine", machine_option(spec.accelerator, version, machine) + ",memory-backend=memory0"),
+        *("-machine", machine_option(spec.accelerator, version, machine, devices) + ",memory-backend=memory0"),
         *("-accel", "kvm" if spec.accelerator == "kvm" else f"tcg,tb-size={TCG_CODE_MB}"),
         *("-cpu", "host" if spec.accelerator == "kvm" else "max"),
         *("-smp", str(spec.cpu_cores)),
@@ -90,7 +106,7 @@ def build_argv(
         *("-device", f"virtserialport,id=agent0,bus=serial0.0,nr=1,chardev=agent,name={SERIAL_PORT_NAME}"),
         *("-kernel", str(spec.kernel)),
         *("-initrd", str(spec.initramfs)),
-        *("-append", kernel_cmdline(spec)),
+        *("-append", kernel_cmdline(spec, trust_tsc=trust_tsc and devices != WITH_HPET)),
     ]
     if spec.root is not None:
         argv += _disk(spec.root, spec.accelerator)
@@ -161,8 +177,11 @@ def machine_type(accelerator: AcceleratorName, version: tuple[int, int]) -> str:
     return "microvm" if accelerator == "kvm" else f"pc-q35-{version[0]}.{version[1]}"
 
 
-def machine_option(accelerator: AcceleratorName, version: tuple[int, int], machine: str | None = None) -> str:
-    """Returns the value of `-machine`. `machine`: a versioned type, if not that of new machines.
+def machine_option(
+    accelerator: AcceleratorName, version: tuple[int, int], machine: str | None = None, devices: int = FORMAT
+) -> str:
+    """Returns the value of `-machine`. `machine`, `devices`: a versioned type and a format other than those of new
+    machines.
 
     KVM uses microvm. Under TCG microvm hangs in early boot on a busy host, as it has no second timer for calibration.
     It needs ACPI to power off and to report panics. Its PCI is off: with PCI, QEMU 10.0's microvm hangs in early boot
@@ -170,7 +189,19 @@ def machine_option(accelerator: AcceleratorName, version: tuple[int, int], machi
     """
     if accelerator == "kvm":
         return "microvm,acpi=on,rtc=on,isa-serial=on,usb=off"
-    return f"{machine or machine_type(accelerator, version)},usb=off,vmport=off,smbus=off,i8042=off"
+    hpet = "" if devices == WITH_HPET else ",hpet=off"
+    return f"{machine or machine_type(accelerator, version)},usb=off,vmport=off,smbus=off,i8042=off{hpet}"
+
+
+def trusts_tsc(argv: Sequence[str]) -> bool:
+    """Whether the guest of a machine that runs does not check its TSC."""
+    return TRUST_TSC in argv[argv.index("-append") + 1].split()
+
+
+def format_of(argv: Sequence[str]) -> int:
+    """Returns the format of the devices of a machine that runs. An earlier version may have started it."""
+    machine = argv[argv.index("-machine") + 1].split(",")
+    return FORMAT if machine[0] == "microvm" or "hpet=off" in machine else WITH_HPET
 
 
 def _device(kind: str, accelerator: AcceleratorName) -> str:
@@ -180,8 +211,10 @@ def _device(kind: str, accelerator: AcceleratorName) -> str:
     return f"{kind}-pci"
 
 
-def kernel_cmdline(spec: MachineSpec) -> str:
+def kernel_cmdline(spec: MachineSpec, *, trust_tsc: bool = False) -> str:
     """Returns the kernel's command line: the daemon's part, then the VM's."""
+    # Under KVM, guests have a clock of its own.
+    tsc = TRUST_TSC if trust_tsc and spec.accelerator == "tcg" else ""
     root = f"{ROOT_PARAMETER}={ROOT_SERIAL}" if spec.root is not None else ""
     hostname = f"{HOSTNAME_PARAMETER}={spec.name}" if spec.name else ""
     nic = spec.nic
@@ -190,7 +223,7 @@ def kernel_cmdline(spec: MachineSpec) -> str:
         network = f"{NETWORK_PARAMETER}={nic.address},{nic.gateway},{nic.mac}"
         if nic.nameservers:
             nameservers = f"{NAMESERVERS_PARAMETER}={','.join(nic.nameservers)}"
-    parts = (CMDLINE, hostname, root, network, nameservers, spec.cmdline)
+    parts = (CMDLINE, tsc, hostname, root, network, nameservers, spec.cmdline)
     return " ".join(part for part in parts if part)
 
 

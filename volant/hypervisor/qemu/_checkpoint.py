@@ -35,7 +35,8 @@ from volant.hypervisor._interface import (
 )
 from volant.model import ProcessIdentity
 
-from ._argv import FORMAT
+from ._argv import format_of, trusts_tsc
+from ._compatibility import STATE_LIMIT
 from ._migration import CAPABILITY
 from ._qmp import QmpClient, QmpLost, QmpRefused
 from ._sandbox import make_state_file
@@ -44,7 +45,6 @@ RESUME_S = 10.0
 _SAVE_S = 30.0
 _IDLE_ITERATIONS = 3
 _MAX_ITERATIONS = 1000
-_STATE_LIMIT = 16 * 1024 * 1024
 _HEAD = b"QEVM" + struct.pack(">I", 3)
 _CONFIGURATION = 0x07
 _SUBSECTION = 0x05
@@ -108,7 +108,7 @@ class Checkpointer:
                     await host.files.copy(spec.root.layer, layer)
             if was_running:
                 paused_s = host.clock.monotonic() - began
-        await host.files.write(state, complete(await host.files.read(saved, _STATE_LIMIT), kind.machine))
+        await host.files.write(state, complete(await host.files.read(saved, STATE_LIMIT), kind.machine))
         await host.files.remove(saved)
         return Checkpoint(
             template=Template(memory, state),
@@ -121,17 +121,19 @@ class Checkpointer:
         )
 
     async def _kind(self) -> MachineKind:
-        """Returns the kind as QEMU reports it. The process may be older than the installed QEMU."""
+        """Returns the kind. The process may be older than the installed QEMU, and than this version of Volant."""
         machine = await self._qmp.execute("qom-get", {"path": "/machine", "property": "type"})
         version = await self._qmp.execute("query-version")
         numbers = version.get("qemu") if isinstance(version, dict) else None
         if not isinstance(numbers, dict):
             raise QmpRefused("QEMU does not report its version")
+        argv = self._host.proc.command_line(self._identity)
         return MachineKind(
             version=".".join(str(numbers.get(part)) for part in ("major", "minor", "micro")),
             accelerator=self._spec.accelerator,
             machine=str(machine).removesuffix("-machine"),
-            devices=FORMAT,
+            devices=format_of(argv),
+            tsc=self._host.machine.tsc() if trusts_tsc(argv) else "",
         )
 
     async def _save(self, state: Path) -> None:

@@ -12,8 +12,13 @@ from collections.abc import Collection
 
 from volant.hypervisor._interface import MachineKind
 
+from ._argv import FORMAT, WITH_HPET
+
 HEAD_BYTES = 64
+STATE_LIMIT = 16 * 1024 * 1024
 _HEAD = re.compile(rb"QEVM\x00\x00\x00\x03\x07\x00\x00\x00(.)", re.DOTALL)
+_HPET = re.compile(rb"\x04.{4}\x04hpet\x00{4}", re.DOTALL)
+"""The head of a device's section: its number, the device's name, and which of that name it is."""
 _VERSIONED = re.compile(r"pc-q35-\d{1,3}(\.\d{1,3}){1,2}", re.ASCII)
 
 
@@ -30,6 +35,11 @@ def machine_of(state: bytes) -> str | None:
     return name if is_versioned(name) else None
 
 
+def format_in(state: bytes) -> int:
+    """Returns the format of the devices in a stream."""
+    return WITH_HPET if _HPET.search(state) else FORMAT
+
+
 def parse_machines(listing: bytes) -> frozenset[str]:
     """Returns the types that `-machine help` lists."""
     lines = listing.decode("utf-8", "replace").splitlines()[1:]
@@ -44,8 +54,10 @@ def incompatibility(saved: MachineKind, here: MachineKind, known: Collection[str
     """
     if saved.accelerator != here.accelerator:
         return f"it was made under {saved.accelerator.upper()}, and guests use {here.accelerator.upper()} here"
-    if saved.devices != here.devices:
+    if not WITH_HPET <= saved.devices <= here.devices:
         return f"its devices have format {saved.devices}, and this version of Volant uses format {here.devices}"
+    if saved.tsc not in ("", here.tsc):
+        return f"its guest's clock counts at the rate of another CPU, {saved.tsc}"
     if not is_versioned(saved.machine):
         if (saved.machine, saved.version) == (here.machine, here.version):
             return None

@@ -93,7 +93,8 @@ class QemuHypervisor:
         accelerator = await self.accelerator()
         if self._version is None:
             return "none"
-        return f"qemu {self._version[2]}, {accelerator}, {machine_option(accelerator, self._version[:2])}, {FORMAT}"
+        machine = machine_option(accelerator, self._version[:2])
+        return f"qemu {self._version[2]}, {accelerator}, {machine}, {FORMAT}, {self._host.machine.tsc()}"
 
     def user_of(self, tag: str, vm_id: int) -> int | None:
         users = None if self._sandbox is None else self._sandbox.plan.users
@@ -108,6 +109,7 @@ class QemuHypervisor:
             accelerator=accelerator,
             machine=machine_type(accelerator, self._version[:2]),
             devices=FORMAT,
+            tsc=self._host.machine.tsc(),
         )
         if kind.machine == here.machine:
             return incompatibility(kind, here, {here.machine})

@@ -12,8 +12,8 @@ from volant.host import PROGRAM_ENVIRONMENT, Host, Process, ProcessGone
 from volant.hypervisor._interface import LaunchCode, LaunchFailed, MachineSpec, Nic
 from volant.model import ProcessIdentity
 
-from ._argv import build_argv
-from ._compatibility import HEAD_BYTES, machine_of
+from ._argv import FORMAT, build_argv
+from ._compatibility import HEAD_BYTES, STATE_LIMIT, format_in, machine_of
 from ._control import connect_control
 from ._layers import check_layer
 from ._machine import log_tail
@@ -110,10 +110,11 @@ async def _allocate_memory(host: Host, spec: MachineSpec) -> None:
 async def _spawn(
     host: Host, spec: MachineSpec, program: str, version: tuple[int, int], sandbox: QemuSandbox | None
 ) -> ProcessIdentity:
-    machine = None
+    machine, devices = None, FORMAT
     if spec.template is not None:
         try:
-            machine = machine_of(await host.files.read(spec.template.state, HEAD_BYTES))
+            state = await host.files.read(spec.template.state, STATE_LIMIT)
+            machine, devices = machine_of(state[:HEAD_BYTES]), format_in(state)
         except OSError as error:
             raise LaunchFailed("template_refused", f"{spec.template.state} can't be read: {error}") from error
     try:
@@ -127,7 +128,15 @@ async def _spawn(
                 taps = [stack.enter_context(host.sockets.open_tap(spec.nic.tap))]
             except OSError as error:
                 raise LaunchFailed("exited", f"the tap {spec.nic.tap} can't be opened: {error}") from error
-        argv = build_argv(spec, version, program, machine=machine, tap=taps[0] if taps else -1)
+        argv = build_argv(
+            spec,
+            version,
+            program,
+            machine=machine,
+            devices=devices,
+            trust_tsc=bool(host.machine.tsc()),
+            tap=taps[0] if taps else -1,
+        )
         try:
             return await host.processes.spawn(
                 argv,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import dropwhile, pairwise
 from pathlib import Path
 
 from volant.hypervisor._interface import Disk, Nic, ParsedMachine
 from volant.model.agent import NAMESERVERS_PARAMETER, NETWORK_PARAMETER, ROOT_PARAMETER
 
-from ._argv import CMDLINE, HOSTNAME_PARAMETER
+from ._argv import CMDLINE, HOSTNAME_PARAMETER, TRUST_TSC
+
+_DAEMONS_WORDS = frozenset((*CMDLINE.split(), TRUST_TSC))
 
 
 def parse_argv(argv: Sequence[str]) -> ParsedMachine | None:
@@ -25,7 +27,8 @@ def _parse(argv: Sequence[str]) -> ParsedMachine:
     given = dict(options)
     nodes = {fields["node-name"]: fields for name, text in options if name == "-blockdev" if (fields := _fields(text))}
     memory = next(_fields(text) for name, text in options if name == "-object" and "mem-path=" in text)
-    words = given["-append"].removeprefix(CMDLINE).split()
+    # Earlier versions of the daemon gave a part of these words.
+    words = list(dropwhile(_DAEMONS_WORDS.__contains__, given["-append"].split()))
     parameters = dict(word.partition("=")[::2] for word in words)
     ours = tuple(f"{name}=" for name in (HOSTNAME_PARAMETER, ROOT_PARAMETER, NETWORK_PARAMETER, NAMESERVERS_PARAMETER))
     is_clone = memory["share"] == "off"
