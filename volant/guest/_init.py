@@ -54,6 +54,12 @@ _VIRTIO_MODULES = {2: "virtio_blk", 4: "virtio_rng", 19: "vmw_vsock_virtio_trans
 _VIRTIO_NET = 1
 _VIRTIO_BALLOON = 5
 _VIRTIO_VSOCK = 19
+_QUIET = {
+    "kernel/soft_watchdog": "0",  # each 4 s; a busy host makes it report hangs that are none
+    "vm/compaction_proactiveness": "0",  # twice a second; memory is still compacted when an allocation needs it
+    "vm/stat_interval": "60",  # each second
+}
+"""Settings of the kernel below /proc/sys that stop timers which would wake an idle guest."""
 _PVPANIC = ("0x1b36", "0x0011")
 _PVPANIC_ISA = "QEMU0001"
 """Of machines without PCI, and not only of ISA."""
@@ -192,6 +198,7 @@ def _finish_setup() -> None:
                 os.symlink(f"/proc/self/{target}", f"/dev/{link}")
     except OSError as error:
         say(f"the guest is not set up completely: {error}")
+    _quiet_timers()
     serial = kernel_parameter("volant.root")
     if serial:
         from ._rootfs import mount_root
@@ -206,6 +213,18 @@ def _finish_setup() -> None:
     if _VIRTIO_BALLOON in _virtio_ids():
         # Returns freed memory to the host. Nobody waits for that, so it comes last.
         _load(["virtio_balloon"])
+
+
+def _quiet_timers() -> None:
+    """Sets `_QUIET`, except for what the kernel's command line sets."""
+    chosen = {word.partition("=")[0].replace(".", "/") for word in kernel_parameters()}
+    for name, value in _QUIET.items():
+        if f"sysctl/{name}" not in chosen:
+            try:
+                with open(f"/proc/sys/{name}", "w") as handle:
+                    handle.write(value)
+            except OSError:
+                pass  # another kernel
 
 
 def _load(modules: list[str], parameters: dict[str, list[str]] | None = None) -> None:
