@@ -140,6 +140,28 @@ async def test_an_adopted_process_is_found_by_its_tag_and_watched(
         assert await host.processes.find(tag) is None
 
 
+async def test_wakeups_of_all_threads_are_counted(
+    host: Host, tag: str, tmp_path: Path, started: list[ProcessIdentity]
+) -> None:
+    code = """
+import threading, time
+def wake_up():
+    for _ in range(100):
+        time.sleep(0.001)
+    print("done", flush=True)
+    time.sleep(60)
+threading.Thread(target=wake_up).start()
+"""
+    identity = await spawn(host, tag, tmp_path, code, started)
+    await until_output(host, tmp_path / "out", b"done")
+    assert host.proc.wakeups(identity) >= 100
+    with host.processes.open(identity) as process:
+        process.kill()
+        await process.wait()
+    with pytest.raises(ProcessGone):
+        host.proc.wakeups(identity)
+
+
 async def test_another_process_is_never_taken_for_ours(
     host: Host, tag: str, tmp_path: Path, started: list[ProcessIdentity]
 ) -> None:

@@ -150,6 +150,10 @@ class SimProc(Proc):
         self._check_alive(identity)
         return ProcessStatus(user=os.geteuid(), capabilities=0, no_new_privileges=False, filters=0)
 
+    def wakeups(self, identity: ProcessIdentity) -> int:
+        self._check_alive(identity)
+        return 0
+
     def is_ours(self, identity: ProcessIdentity) -> bool:
         return self._own.owns(identity.tag)
 

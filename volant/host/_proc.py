@@ -43,6 +43,10 @@ class Proc(Protocol):
     def status(self, identity: ProcessIdentity) -> ProcessStatus:
         """Returns the rights of a process."""
 
+    def wakeups(self, identity: ProcessIdentity) -> int:
+        """Returns how often the threads of a process have waited and were woken. Threads that have ended don't count,
+        so the number may fall."""
+
     def is_ours(self, identity: ProcessIdentity) -> bool:
         """Whether a process runs as our user, or as a hypervisor's."""
 
@@ -80,6 +84,10 @@ class LinuxProc(Proc):
             no_new_privileges=no_new_privileges,
             filters=int(fields.get("Seccomp_filters", fields["Seccomp"])[0]),
         )
+
+    def wakeups(self, identity: ProcessIdentity) -> int:
+        with self._inspected(identity) as pid:
+            return _procfs.wakeups(pid)
 
     def is_ours(self, identity: ProcessIdentity) -> bool:
         with self._inspected(identity) as pid:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,6 +58,16 @@ def status(pid: int | str) -> dict[str, list[str]]:
 def own_capabilities() -> int:
     """Returns the effective capabilities of this thread, a bit each."""
     return int(status("thread-self")["CapEff"][0], 16)
+
+
+def wakeups(pid: int) -> int:
+    """Returns how often the threads of a process have waited for something and were woken."""
+    total = 0
+    for thread in (PROC / str(pid) / "task").iterdir():
+        # A thread may end meanwhile.
+        with suppress(FileNotFoundError, ProcessLookupError):
+            total += int(status(f"{pid}/task/{thread.name}")["voluntary_ctxt_switches"][0])
+    return total
 
 
 def real_user(pid: int) -> int:

@@ -38,6 +38,7 @@ from ._capacity import CEILING_MB
 from ._console import ConsolePump, console_source
 from ._end_reasons import reason_of_end
 from ._serial import SerialConsole
+from ._wakeups import Wakeups
 
 _RETRY_S, _RETRY_MAX_S = 0.1, 10.0
 _ATTACHED_S = 15.0
@@ -83,6 +84,7 @@ class VmProcess:
         self._attached = trio.Event()
         self._memory_events: Path | None = None
         self._short_of_memory = False
+        self._wakeups = Wakeups(host, identity)
         self._sandbox: dict[str, object] = {}
         """As it was put up when the process was launched."""
 
@@ -92,6 +94,7 @@ class VmProcess:
             "identity": msgspec.to_builtins(self.identity),
             **self.agent.inspect(),
             "console": self.console.inspect(),
+            "wakeups": self._wakeups.inspect(),
             "sandbox": self._inspect_sandbox(),
         }
 
