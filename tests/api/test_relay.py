@@ -28,7 +28,6 @@ from tests.api.kit import (
     agent_behind,
     api,
     bare,
-    disconnected,
     read_answer,
     read_head,
     read_to_end,
@@ -134,7 +133,8 @@ async def _loopback_http(scope: Any, receive: Any, send: Any, gone: trio.Event) 
                         await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
 
                 nursery.start_soon(pour)
-                await disconnected(receive)
+                while (await receive())["type"] != "http.disconnect":
+                    pass
                 gone.set()
                 nursery.cancel_scope.cancel()
         case "/evil":

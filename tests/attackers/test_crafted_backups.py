@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -142,7 +143,10 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
     try:
         yield made
     finally:
-        made.discard()
+        if made.runs:
+            made.kill()
+        shutil.rmtree(made.root, ignore_errors=True)
+        shutil.rmtree(made.memory_dir, ignore_errors=True)
 
 
 HARMFUL = ("layer, relative", "layer, absolute", "layer, parent", "mark", "template", "capture", "snapshot's id")

@@ -15,13 +15,14 @@ from functools import partial
 
 import trio
 
-from ._adoption import adoption, idle
+from ._adoption import adoption
 from ._boot import create_to_agent
 from ._clones import creates_at_once, many_clones
 from ._events import event_streams, unread_stream
 from ._figure import Figure
 from ._fork import fork_chromium
 from ._hostile_guest import hostile_guest
+from ._idle import idle
 from ._journal import journal, vmlog
 from ._network import network
 from ._networked_clone import networked_clone

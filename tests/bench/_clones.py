@@ -76,7 +76,7 @@ async def many_clones(idle_s: float = 60.0) -> list[Figure]:
         spec = _clone_of(directory, stack.enter_context(_spec(image, accelerator)))
         bare = BareClone(spec, await _argv(spec))
         async with daemon.http() as http:
-            cold = await _create(http, "cold", boot="cold")
+            cold = await create(http, "cold", boot="cold")
             cold_pss_mb = pss_mb(cold["pid"])
             (await http.delete("/api/v1/vms/cold", timeout=BOOT_S)).raise_for_status()
         async with _clients(daemon, MANY) as clients:
@@ -142,7 +142,7 @@ async def _clients(daemon: Daemon, count: int) -> AsyncIterator[list[httpx.Async
         yield clients
 
 
-async def _create(http: httpx.AsyncClient, name: str, boot: str) -> dict[str, Any]:
+async def create(http: httpx.AsyncClient, name: str, boot: str) -> dict[str, Any]:
     """Creates a VM and asks its agent; returns the VM. :raises RuntimeError: if it is not a clone"""
     body = {"name": name, "cpu_cores": WANTED.cpu_cores, "memory_mb": WANTED.memory_mb, "boot": boot}
     made = await http.post(f"/api/v1/vms?wait=running&timeout={BOOT_S:.0f}s", json=body, timeout=2 * BOOT_S)
@@ -159,7 +159,7 @@ async def _create_at_once(clients: list[httpx.AsyncClient]) -> tuple[list[dict[s
     began = time.perf_counter()
 
     async def one(http: httpx.AsyncClient, number: int) -> None:
-        made.append(await _create(http, f"clone{number}", "template"))
+        made.append(await create(http, f"clone{number}", "template"))
         took.append(time.perf_counter() - began)
 
     async with trio.open_nursery() as nursery:

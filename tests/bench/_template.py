@@ -117,7 +117,7 @@ class _Sides:
         image = current_image()
         daemon = stack.enter_context(volantd(*arguments))
         spec = stack.enter_context(_spec(image, await _accelerator(daemon)))
-        directory, ready_s = await _first_template(daemon)
+        directory, ready_s = await first_template(daemon)
         clone = msgspec.structs.replace(spec, template=Template(directory / "memory", directory / "state"))
         ours, cold = Ours(daemon, boot="template"), Ours(daemon, boot="cold")
         bare = BareClone(clone, await _argv(clone))
@@ -198,10 +198,10 @@ async def _connect(path: Path) -> trio.SocketStream:
 
 async def _template(daemon: Daemon) -> Path:
     """Returns the directory of the template that the first VM's boot causes."""
-    return (await _first_template(daemon))[0]
+    return (await first_template(daemon))[0]
 
 
-async def _first_template(daemon: Daemon) -> tuple[Path, float]:
+async def first_template(daemon: Daemon) -> tuple[Path, float]:
     """Returns the directory of the template that the first VM's boot causes, and its delay after `running`."""
     async with daemon.http() as http:
         wanted = {"name": "first", "cpu_cores": WANTED.cpu_cores, "memory_mb": WANTED.memory_mb}
