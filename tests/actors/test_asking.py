@@ -24,6 +24,7 @@ from actors import (
     DynamicSupervisor,
     ExitKind,
     MailboxFull,
+    Ref,
     Request,
     SelfAsk,
     Unhandled,
@@ -285,6 +286,14 @@ async def test_an_ask_that_nobody_has_begun_is_withdrawn_when_its_asker_leaves(a
         assert await ref.ask(Withdraw(1), timeout_s=1) == 9
 
 
+async def fill(ref: Ref[Account], nursery: trio.Nursery) -> None:
+    """Keeps an account busy for five seconds, and fills its mailbox."""
+    nursery.start_soon(partial(ref.ask, Sleep(5), timeout_s=10))
+    await wait_all_tasks_blocked()
+    for n in range(4):
+        ref.tell(Note(str(n)))
+
+
 async def test_a_full_mailbox_refuses_tells_and_lets_askers_wait_for_room(autojump_clock: MockClock) -> None:
     bank_ = bank()
     answers: list[int] = []
@@ -295,10 +304,7 @@ async def test_a_full_mailbox_refuses_tells_and_lets_askers_wait_for_room(autoju
     async with open_system(bank_):
         ref = await bank_.start_child(Child("a", Account))
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(partial(ref.ask, Sleep(5), timeout_s=10))
-            await wait_all_tasks_blocked()
-            for n in range(4):
-                ref.tell(Note(str(n)))
+            await fill(ref, nursery)
             with pytest.raises(MailboxFull):
                 ref.tell(Note("one too many"))
             for _ in range(8):
@@ -316,10 +322,7 @@ async def test_the_wait_for_room_is_within_the_deadline(
     async with open_system(bank_):
         ref = await bank_.start_child(Child("a", Account))
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(partial(ref.ask, Sleep(5), timeout_s=10))
-            await wait_all_tasks_blocked()
-            for n in range(4):
-                ref.tell(Note(str(n)))
+            await fill(ref, nursery)
             with pytest.raises(AskTimeout, match="no handler had begun, and it is withdrawn") as caught:
                 await ref.ask(Withdraw(10), timeout_s=2)
             assert trio.current_time() == 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -361,6 +361,12 @@ async def api(
             hooks = {"response": [conformance.check] if checked else []}
             async with httpx.AsyncClient(base_url=base, timeout=20, trust_env=False, event_hooks=hooks) as client:
                 yield Api(server, deps, client, system, access)
+
+
+async def disconnected(receive: Callable[[], Awaitable[Any]]) -> None:
+    """Waits until the client of a request has left."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 @asynccontextmanager

@@ -28,6 +28,7 @@ from tests.api.kit import (
     agent_behind,
     api,
     bare,
+    disconnected,
     read_answer,
     read_head,
     read_to_end,
@@ -133,8 +134,7 @@ async def _loopback_http(scope: Any, receive: Any, send: Any, gone: trio.Event) 
                         await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
 
                 nursery.start_soon(pour)
-                while (await receive())["type"] != "http.disconnect":
-                    pass
+                await disconnected(receive)
                 gone.set()
                 nursery.cancel_scope.cancel()
         case "/evil":

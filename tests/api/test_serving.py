@@ -18,7 +18,18 @@ import trio.testing
 from quart import Response, request, websocket
 from quart_trio import QuartTrio
 
-from tests.api.kit import FAST, UPGRADE, Running, bare, read_answer, read_head, read_to_end, running, until
+from tests.api.kit import (
+    FAST,
+    UPGRADE,
+    Running,
+    bare,
+    disconnected,
+    read_answer,
+    read_head,
+    read_to_end,
+    running,
+    until,
+)
 from tests.api.kit import request as http
 from volant.http import serve
 
@@ -214,8 +225,7 @@ async def test_a_client_that_half_closed_and_leaves_is_noticed() -> None:
         await send({"type": "http.response.body", "body": b"first", "more_body": True})
         await receive()
         begun.set()
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        await disconnected(receive)
         gone.set()
 
     async with running(bare(stream_events)) as server:
@@ -240,8 +250,7 @@ async def test_a_client_that_closes_both_directions_is_noticed_at_the_next_write
         await beat.wait()
         await send({"type": "http.response.body", "body": b"second", "more_body": True})
         await receive()
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        await disconnected(receive)
         gone.set()
 
     async with running(bare(stream_events)) as server:
@@ -259,8 +268,7 @@ async def test_a_client_of_a_unix_socket_that_closes_both_directions_is_noticed_
     gone = trio.Event()
 
     async def wait(scope: Any, receive: Any, send: Any) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        await disconnected(receive)
         gone.set()
 
     with socket.socket(socket.AF_UNIX) as listener:
@@ -522,8 +530,7 @@ async def test_a_client_that_stops_reading_is_cut_off() -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         async with trio.open_nursery() as nursery:
             nursery.start_soon(pour, send)
-            while (await receive())["type"] != "http.disconnect":
-                pass
+            await disconnected(receive)
             nursery.cancel_scope.cancel()
         gone.set()
 

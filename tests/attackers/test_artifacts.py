@@ -43,22 +43,22 @@ print(json.dumps([answer.status, {name.lower(): value for name, value in answer.
 """
 
 
+def secret_in(path: Path, mode: int) -> Path:
+    path.write_bytes(SECRET)
+    path.chmod(mode)
+    return path
+
+
 @pytest.fixture
 def secret(root: Path) -> Path:
     """A file that only root may read."""
-    path = root / "shadow"
-    path.write_bytes(SECRET)
-    path.chmod(0o600)
-    return path
+    return secret_in(root / "shadow", 0o600)
 
 
 @pytest.fixture
 def public(root: Path) -> Path:
     """A world-readable file in a directory that all may pass through."""
-    path = root / "public"
-    path.write_bytes(SECRET)
-    path.chmod(0o644)
-    return path
+    return secret_in(root / "public", 0o644)
 
 
 @asynccontextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import shutil
 import subprocess
 import time
 from collections.abc import Iterator
@@ -143,10 +142,7 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
     try:
         yield made
     finally:
-        if made.runs:
-            made.kill()
-        shutil.rmtree(made.root, ignore_errors=True)
-        shutil.rmtree(made.memory_dir, ignore_errors=True)
+        made.discard()
 
 
 HARMFUL = ("layer, relative", "layer, absolute", "layer, parent", "mark", "template", "capture", "snapshot's id")

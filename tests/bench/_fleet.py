@@ -11,7 +11,6 @@ unmodified: it reads /proc, holds pidfds, and talks over Unix sockets.
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import socket
 import subprocess
@@ -91,10 +90,7 @@ async def idle_daemon(count: int) -> AsyncIterator[Daemon]:
         else:
             yield daemon
     finally:
-        if daemon.runs:
-            daemon.kill()
-        shutil.rmtree(daemon.memory_dir, ignore_errors=True)
-        shutil.rmtree(daemon.root, ignore_errors=True)
+        daemon.discard()
 
 
 async def _make(

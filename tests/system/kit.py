@@ -253,8 +253,14 @@ class Daemon:
                 self.kill()
             for pid in self.processes():
                 os.kill(pid, signal.SIGKILL)
-            shutil.rmtree(self.memory_dir, ignore_errors=True)
-            shutil.rmtree(self.root, ignore_errors=True)
+            self.discard()
+
+    def discard(self) -> None:
+        """Kills it if it runs, and removes its directories."""
+        if self.runs:
+            self.kill()
+        shutil.rmtree(self.memory_dir, ignore_errors=True)
+        shutil.rmtree(self.root, ignore_errors=True)
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[Client]:

@@ -11,15 +11,19 @@ Messages are decoded here, unlike those of relays: the guest's end speaks no Web
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import trio
 
 from volant.channel import ChannelStream
 from volant.concurrency import FairShare
-from volant.http import GOING_AWAY, NORMAL, Call, StreamRoute, interruptible
+from volant.http import NORMAL, Call, StreamRoute, interruptible
 from volant.operations import ApiDeps, find_vm
 from volant.relay import open_port, parse_port
+
+from ._session import Session
 
 PROTOCOL_ERROR = 1002
 UNSUPPORTED = 1003
@@ -46,67 +50,43 @@ def routes(deps: ApiDeps, share: FairShare) -> list[StreamRoute]:
     return [StreamRoute(_PATH, tcp, http=False, websocket=True)]
 
 
-class _Session:
+class _Session(Session):
     """One connection, both ways."""
 
     def __init__(self, call: Call, share: FairShare, vm_id: int, stream: ChannelStream) -> None:
-        self._call = call
+        super().__init__(call)
         self._share = share
         self._vm_id = vm_id
         self._stream = stream
-        self._over = trio.Event()
-        self._ending: tuple[int, str] | None = None
-        self._left = False
         self._client_ended = trio.Event()
 
-    async def run(self) -> None:
-        """Until both directions have ended, or something breaks."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._end_on_stop)
-            nursery.start_soon(self._to_guest, nursery.cancel_scope)
-            await self._to_client()
-            nursery.cancel_scope.cancel()
-        if not self._left:
-            await self._call.close(*(self._ending or (NORMAL, "")))
-
-    def _end(self, code: int, reason: str) -> None:
-        if self._ending is None:
-            self._ending = code, reason
-            self._over.set()
-
-    async def _end_on_stop(self) -> None:
-        await self._call.stopping.wait()
-        self._end(GOING_AWAY, "the daemon stops")
-
-    async def _to_client(self) -> None:
+    async def send_all(self) -> None:
         receive = partial(self._stream.receive_some, _PIECE)
-        async with interruptible(self._over) as waits:
+        async with interruptible(self.over) as waits:
             data: bytes | None = b"?"
             while data:
                 try:
                     data = await waits.until(receive)
                 except (trio.BrokenResourceError, trio.ClosedResourceError):
-                    self._end(BROKEN, "the connection in the guest broke")
+                    self.end(BROKEN, "the connection in the guest broke")
                     return
                 if data is None:
                     return
                 await self._share.take(self._vm_id, len(data))
-                await self._call.send_bytes(data)
+                await self.call.send_bytes(data)
             await waits.until(self._client_ended.wait)
 
-    async def _to_guest(self, scope: trio.CancelScope) -> None:
-        while (message := await self._call.receive())["type"] != "websocket.disconnect":
-            if message["type"] != "websocket.receive" or self._ending is not None:
-                continue
-            data = message["bytes"]
-            if data is None:
-                self._end(UNSUPPORTED, "bytes come in binary messages")
-            elif self._client_ended.is_set():
-                self._end(PROTOCOL_ERROR, "an empty message was the end of this direction")
-            else:
-                await self._pass_on(data)
-        self._left = True
-        scope.cancel()
+    async def take(self, message: Mapping[str, Any]) -> None:
+        data = message["bytes"]
+        if data is None:
+            self.end(UNSUPPORTED, "bytes come in binary messages")
+        elif self._client_ended.is_set():
+            self.end(PROTOCOL_ERROR, "an empty message was the end of this direction")
+        else:
+            await self._pass_on(data)
+
+    def reason(self) -> tuple[int, str]:
+        return NORMAL, ""
 
     async def _pass_on(self, data: bytes) -> None:
         await self._share.take(self._vm_id, len(data))
@@ -118,6 +98,6 @@ class _Session:
                     await self._stream.send_eof()
                     self._client_ended.set()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
-            self._end(BROKEN, "the connection in the guest broke")
+            self.end(BROKEN, "the connection in the guest broke")
         except trio.TooSlowError:
-            self._end(BROKEN, f"the guest takes nothing for {_SEND_S:g} s")
+            self.end(BROKEN, f"the guest takes nothing for {_SEND_S:g} s")

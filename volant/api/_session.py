@@ -1,0 +1,67 @@
+"""Two directions over one WebSocket, as consoles and TCP connections have them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import trio
+
+from volant.http import GOING_AWAY, Call
+
+
+class Session(ABC):
+    """One client. What ends it is told between two messages, never in the middle of one; only a client that has left is
+    not waited for."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.over = trio.Event()
+        """Set once it is to end."""
+        self._ending: tuple[int, str] | None = None
+        self._left = False
+
+    async def run(self) -> None:
+        """Runs until one of the sides ends, or one of `ends` happens."""
+        async with trio.open_nursery() as nursery:
+            for end in self.ends():
+                nursery.start_soon(self._end_on, *end)
+            nursery.start_soon(self._receive, nursery.cancel_scope)
+            await self.send_all()
+            nursery.cancel_scope.cancel()
+        if not self._left:
+            await self.call.close(*(self._ending or self.reason()))
+
+    def end(self, code: int, reason: str) -> None:
+        """Ends it; the first reason counts."""
+        if self._ending is None:
+            self._ending = code, reason
+            self.over.set()
+
+    def ends(self) -> Iterator[tuple[trio.Event, int, str]]:
+        """Yields what ends it, with code and reason."""
+        yield self.call.stopping, GOING_AWAY, "the daemon stops"
+
+    async def _end_on(self, event: trio.Event, code: int, reason: str) -> None:
+        await event.wait()
+        self.end(code, reason)
+
+    async def _receive(self, scope: trio.CancelScope) -> None:
+        while (message := await self.call.receive())["type"] != "websocket.disconnect":
+            if message["type"] == "websocket.receive" and self._ending is None:
+                await self.take(message)
+        self._left = True
+        scope.cancel()
+
+    @abstractmethod
+    async def send_all(self) -> None:
+        """Sends to the client until `over` is set, or all is sent."""
+
+    @abstractmethod
+    async def take(self, message: Mapping[str, Any]) -> None:
+        """Takes a message of the client."""
+
+    @abstractmethod
+    def reason(self) -> tuple[int, str]:
+        """Returns code and reason for the end of `send_all`."""
