@@ -115,7 +115,9 @@ async def test_an_error_of_the_workload_is_its_own_and_one_of_the_daemon_is_told
 
 
 @pytest.mark.parametrize(
-    "words", [["x"], ["a=1", "-d", "{}"], ["a:={"], ["=x"], ["--type", "x/y"]], ids=lambda words: " ".join(words)
+    "words",
+    [["x"], ["a=1", "-d", "{}"], ["a:={"], ['a:="\udcff"'], ["=x"], ["--type", "x/y"]],
+    ids=lambda words: ascii(" ".join(words)),
 )
 async def test_wrong_usage_asks_nothing(words: list[str]) -> None:
     async with serving() as server:

@@ -144,6 +144,7 @@ async def test_headers_that_come_twice_are_joined() -> None:
         pytest.param(sends(b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\n\r\n"), id="a redirect"),
         pytest.param(sends(b"HTTP/1.1 204 No Content\r\n\r\n"), id="no content"),
         pytest.param(sends(b"HTTP/1.1 502 Bad Gateway\r\nX-Request-Id: r\r\n\r\n<html>"), id="an error of a proxy"),
+        pytest.param(sends(b'HTTP/1.1 500 Error\r\n\r\n{"detail":"\xff"}'), id="an error that is no UTF-8"),
         pytest.param(sends(b"HTTP/1.1 500 Error\r\n\r\n", *[b"x" * 65536] * 17), id="a long error"),
         pytest.param(problem(404, "vm-not-found", "there is none", field="name", hint="h", vm="v"), id="an error"),
     ],

@@ -71,7 +71,7 @@ def _member(text: str) -> tuple[str, Any]:
         return key, value
     try:
         return key[:-1], msgspec.json.decode(value)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise click.UsageError(f"{key[:-1]}: {value[:80]!r} is no JSON: {error}") from None
 
 

@@ -77,7 +77,7 @@ def _option(parameter: inspect.Parameter, text: str, resource: str) -> Any:
 def _json(text: str) -> Any:
     try:
         return msgspec.json.decode(text)
-    except msgspec.DecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise click.UsageError(f"--data is not JSON: {error}") from None
 
 

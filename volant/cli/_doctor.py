@@ -54,7 +54,7 @@ def _ask(program: Sequence[str], environ: Mapping[str, str]) -> Report:
         raise Failure(said.removeprefix("volantd: "), hint="mend the settings: volantd would not start with them")
     try:
         return msgspec.json.decode(done.stdout, type=Report)
-    except msgspec.DecodeError:
+    except (ValueError, RecursionError):
         raise Failure(f"`{' '.join(program)} check` failed with {done.returncode}: {said[-1000:]}") from None
 
 

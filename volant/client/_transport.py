@@ -183,7 +183,7 @@ def problem(status: int, headers: Mapping[str, str], body: bytes) -> ClientProbl
     request_id = headers.get("x-request-id")
     try:
         wire = msgspec.json.decode(body, type=_WireProblem)
-    except (msgspec.DecodeError, RecursionError):
+    except (ValueError, RecursionError):
         return ClientProblem(
             status,
             "unexpected-answer",
