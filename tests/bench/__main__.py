@@ -18,6 +18,7 @@ import trio
 from ._adoption import adoption
 from ._boot import create_to_agent
 from ._clones import creates_at_once, many_clones
+from ._commands import daemon_start, volar_list
 from ._events import event_streams, unread_stream
 from ._figure import Figure
 from ._fork import fork_chromium
@@ -51,6 +52,8 @@ def main() -> int:
         "fork_chromium": fork_chromium,
         "adoption": adoption,
         "idle": idle,
+        "daemon_start": daemon_start,
+        "volar_list": volar_list,
         "get_vm": get_vm,
         "healthz": healthz,
         "healthz_busy": healthz_busy,
