@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import pty
+import re
 import signal
 import sys
 
@@ -70,6 +73,30 @@ async def test_a_command_that_asks_and_prints_imports_no_large_library(
     assert done.returncode == 0, done.stderr.decode()
     assert "volant.cli" in imported
     assert not imported & LARGE
+
+
+@pytest.mark.parametrize(("columns", "imports_rich"), [(120, False), (40, True)])
+async def test_a_table_that_fits_into_the_terminal_needs_no_library(columns: int, imports_rich: bool) -> None:
+    async with serving() as server:
+        server.routes["GET /api/v1/vms"] = answer([vm(status="crashed"), vm(name="longer", status="paused")])
+        master, slave = pty.openpty()
+        try:
+            done = await trio.run_process(
+                [sys.executable, "-c", PROGRAM, "vms", "list"], stdout=slave, capture_stderr=True, cwd=ROOT,
+                env=ENVIRONMENT | {"VOLANT_API_BASE": server.base_url, "TERM": "xterm", "COLUMNS": str(columns)},
+            )  # fmt: skip
+            text = os.read(master, 65536).decode()
+        finally:
+            os.close(slave)
+            os.close(master)
+    assert ("rich" in done.stderr.decode().split()) == imports_rich
+    assert "\x1b[31m" in text
+    if not imports_rich:
+        lines = [re.sub(r"\x1b\[\d*m", "", line) for line in text.splitlines()]
+        assert lines[0].startswith("NAME    STATUS   PLUGIN")
+        assert lines[1].startswith("demo    crashed  base  ")
+        assert lines[2].startswith("longer  paused   base  ")
+        assert text.startswith("\x1b[1mNAME\x1b[0m    \x1b[1mSTATUS")
 
 
 @pytest.mark.parametrize("group", [_vms_group.group, _system_group.group, _plugins.group])

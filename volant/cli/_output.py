@@ -98,12 +98,21 @@ class Output:
     def table(self, titles: Sequence[str], rows: Sequence[Sequence[object]], *, status_column: int = -1) -> None:
         """Columns under titles; nothing is cut off where nobody looks."""
         cells = [["" if cell is None else safe(cell) for cell in row] for row in rows]
-        if not sys.stdout.isatty():
-            widths = [max(len(line[i]) for line in [list(titles), *cells]) for i in range(len(titles))]
-            for line in [list(titles), *cells]:
-                padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-                self.line("  ".join(padded).rstrip())
+        widths = [max(map(len, column)) for column in zip(titles, *cells, strict=True)]
+        if sys.stdout.isatty() and not _fits(cells, widths):
+            self._folded(titles, cells, status_column)
             return
+        styles = [[styled(title, None, sys.stdout, bold=True) for title in titles]]
+        for line in cells:
+            is_status = (i == status_column and cell in _STATUS_COLOURS for i, cell in enumerate(line))
+            styles.append([self.status(cell) if yes else cell for cell, yes in zip(line, is_status, strict=True)])
+        for plain, shown in zip([titles, *cells], styles, strict=True):
+            spaces = (" " * (width - len(cell)) for cell, width in zip(plain, widths, strict=True))
+            self.line("  ".join(map("".join, zip(shown, spaces, strict=True))).rstrip())
+
+    def _folded(self, titles: Sequence[str], cells: Sequence[Sequence[str]], status_column: int) -> None:
+        """Prints a table that is wider than the terminal."""
+        # It takes as long to import as a request takes.
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
@@ -142,6 +151,14 @@ class Output:
     def _write(self, data: bytes) -> None:
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()
+
+
+def _fits(cells: Sequence[Sequence[str]], widths: Sequence[int]) -> bool:
+    """Returns whether a table fits into the terminal, with one column for each character."""
+    import shutil
+
+    is_simple = all(cell.isascii() and cell.isprintable() for line in cells for cell in line)
+    return is_simple and sum(widths) + 2 * (len(widths) - 1) <= shutil.get_terminal_size().columns
 
 
 def _plain(value: object) -> object:
