@@ -64,7 +64,7 @@ async def test_keys_are_required_kept_secret_and_reloaded(guarded: tuple[Daemon,
         assert await client.vms.list() == []
     async with Client(daemon.base_url) as client:
         assert (await client.healthz()).status in ("ok", "starting")
-        with pytest.raises(ClientProblem, match="asks for an API key"):
+        with pytest.raises(ClientProblem, match="requires an API key"):
             await client.vms.list()
     async with Client(daemon.base_url, api_key=FIRST) as client:
         assert FIRST not in str(await client.system.info())

@@ -1,4 +1,4 @@
-"""What happens to VMs, as AG-UI events."""
+"""Events of VMs as AG-UI events."""
 
 from ._events import AguiEvent, RunAgentInput
 from ._route import routes

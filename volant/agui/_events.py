@@ -1,11 +1,11 @@
-"""AG-UI 1.0 as far as we speak it, and the two tellings of what happens to VMs. Pure.
+"""The part of AG-UI 1.0 that we use, and how events of VMs become AG-UI events. No I/O.
 
-AG-UI knows runs, and no two at a time on one connection. VMs overlap, so they can't each be a run: with all VMs in view
-the connection is the run, and its state is the list of VMs (`Overview`). With one VM in view each of its boots is a run
-(`Boots`). Only `Boots` has steps and messages: what is open must be closed before a run ends, and a client
-that resumes an overview would have to learn what it left open.
+AG-UI has runs, one at a time on a connection. VMs overlap, so they can't each be a run. For all VMs the connection is
+the run, and its state is the list of VMs (`Overview`). For one VM each of its boots is a run (`Boots`). Only `Boots`
+has steps and messages: all that is open must be closed before a run ends, and a client that resumes an overview would
+have to learn what it left open.
 
-Optional fields that have nothing to say are left out, as AG-UI's clients give up at a `null`.
+Optional fields without a value are left out, as AG-UI's clients fail at a `null`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _UP = frozenset({Status.STARTING, Status.RUNNING, Status.PAUSED, Status.STOPPING
 
 
 class RunAgentInput(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
-    """The body of `POST /api/v1/agui`. AG-UI may add fields, so unknown ones pass; what is no use here is not read."""
+    """The body of `POST /api/v1/agui`. Unknown fields are allowed, as AG-UI may add some. Most are not used here."""
 
     thread_id: str
     run_id: str
@@ -50,14 +50,14 @@ class RunStarted(_AguiEvent, frozen=True, tag="RUN_STARTED"):
 
 
 class RunFinished(_AguiEvent, frozen=True, tag="RUN_FINISHED"):
-    """A run ends well."""
+    """A run ends without an error."""
 
     thread_id: str
     run_id: str
 
 
 class RunError(_AguiEvent, frozen=True, tag="RUN_ERROR"):
-    """A run ends badly: the VM crashed."""
+    """A run ends with an error: the VM crashed."""
 
     message: str
     code: str
@@ -78,13 +78,13 @@ class PatchOperation(msgspec.Struct, frozen=True):
 
 
 class StateDelta(_AguiEvent, frozen=True, tag="STATE_DELTA"):
-    """What has changed in the state."""
+    """Changes of the state."""
 
     delta: tuple[PatchOperation, ...]
 
 
 class Custom(_AguiEvent, frozen=True, tag="CUSTOM"):
-    """`volant.vm.<type>`: an event of a VM as it is."""
+    """`volant.vm.<type>`: an event of a VM, unchanged."""
 
     name: str
     value: Event
@@ -97,7 +97,7 @@ class StepStarted(_AguiEvent, frozen=True, tag="STEP_STARTED"):
 
 
 class StepFinished(_AguiEvent, frozen=True, tag="STEP_FINISHED"):
-    """It is over."""
+    """The phase is over."""
 
     step_name: str
 
@@ -110,7 +110,7 @@ class TextMessageStart(_AguiEvent, frozen=True, tag="TEXT_MESSAGE_START"):
 
 
 class TextMessageContent(_AguiEvent, frozen=True, tag="TEXT_MESSAGE_CONTENT"):
-    """What happened, for people."""
+    """The text of a message: what happened, for people."""
 
     message_id: str
     delta: str
@@ -144,12 +144,12 @@ class State:
         self._vms: dict[str, dict[str, Any]] = {}
 
     def snapshot(self, rows: Iterable[VmRow]) -> StateSnapshot:
-        """Begin anew."""
+        """Replaces the state, and returns it."""
         self._vms = {row.name: _shown(row) for row in rows}
         return StateSnapshot({"vms": dict(self._vms)})
 
     def after(self, event: Event, row: VmRow | None) -> list[StateDelta]:
-        """What an event changes; `row` is that of its VM as it is by now, which may be later than the event."""
+        """Returns the changes by an event; `row` is the present one of its VM, and may be newer than the event."""
         before = self._vms.get(event.name)
         if before is not None and before["id"] != event.vm_id:
             before = None
@@ -163,7 +163,7 @@ class State:
         elif before is not None:
             now = dict(before)
         else:
-            return []  # It came and went, and what it was is not known any more.
+            return []  # The VM was created and deleted, and its row does not exist any more.
         if row is None or row.status is not event.status:
             now["status"] = event.status
             now["reason"] = msgspec.to_builtins(event.reason)
@@ -186,28 +186,28 @@ class Overview:
         self._state = State()
 
     def begin(self, rows: Iterable[VmRow], *, resumed: bool) -> list[AguiEvent]:
-        """The first events of a connection."""
+        """Returns the first events of a connection."""
         started: list[AguiEvent] = [] if resumed else [RunStarted(self._thread_id, self._run_id)]
         return [*started, self._state.snapshot(rows)]
 
     def events_for(self, event: Event, row: VmRow | None) -> list[AguiEvent]:
-        """What has happened."""
+        """Returns the AG-UI events for an event."""
         return [*self._state.after(event, row), Custom(f"volant.vm.{event.type}", event)]
 
     def catch_up(self, rows: Iterable[VmRow]) -> list[AguiEvent]:
-        """For a reader that is too far behind."""
+        """Returns the state, for a reader that is too far behind."""
         return [self._state.snapshot(rows)]
 
     def end(self) -> list[AguiEvent]:
-        """A clean close."""
+        """Returns the last events, at a clean close."""
         return [RunFinished(self._thread_id, self._run_id)]
 
 
 class Boots:
-    """One VM: each boot is a run, its phases are steps, and what happens is said in messages."""
+    """One VM: each boot is a run, its phases are steps, and each event is a message."""
 
     def __init__(self, thread_id: str, run_id: str, new_run_id: Callable[[], str], *, once: bool = False) -> None:
-        """`run_id` is for the first run. `once`: that run is all."""
+        """`run_id` is the id of the first run. `once`: there is no other run."""
         self._thread_id = thread_id
         self._next_run_id = run_id
         self._new_run_id = new_run_id
@@ -217,18 +217,19 @@ class Boots:
         self.over = False
         """Whether the only run has ended, so that no more events follow."""
         self.run_id = ""
-        """Of the run under way; empty between runs."""
+        """The id of the current run; empty between runs."""
         self.boot = 0
-        """The generation of its boot."""
+        """The generation of the boot of the current run."""
         self.step: str | None = None
         """The step that is open."""
 
     def resume(self, boot: int, step: str | None) -> None:
-        """The client has a run of an earlier connection open; `boot` 0: which one is not known."""
+        """Continues a run that the client has open from an earlier connection; `boot` 0: its boot is not known."""
         self.run_id, self.boot, self.step = self._next_run_id, boot, step
 
     def catch_up(self, row: VmRow | None) -> list[AguiEvent]:
-        """At the beginning, and for a reader that is too far behind: from what it has to what is."""
+        """Returns the events from the client's state to the present one, at the beginning and for a reader that is too
+        far behind."""
         events: list[AguiEvent] = []
         if self.over:
             return events
@@ -247,7 +248,7 @@ class Boots:
         return events
 
     def events_for(self, event: Event, row: VmRow | None) -> list[AguiEvent]:
-        """What has happened to this VM; `row` as it is by now."""
+        """Returns the AG-UI events for an event of this VM; `row` is its present row."""
         self._status = event.status
         events: list[AguiEvent] = []
         if self.over:
@@ -277,13 +278,13 @@ class Boots:
         return events
 
     def phase(self, row: VmRow) -> list[AguiEvent]:
-        """The VM may be in another phase. Its step follows the events that led to it."""
+        """Returns the events for the phase in `row`, if it changed; to be sent after the events that led to it."""
         if not self.run_id or row.status is not self._status:
             return []
         return self._step(None if row.phase is Phase.NONE else str(row.phase))
 
     def end(self) -> list[AguiEvent]:
-        """The telling ends, perhaps before the boot does, or before there was one."""
+        """Returns the last events of a connection; the boot may go on, or not have begun."""
         if self.over:
             return []
         begun: list[AguiEvent] = [] if self.run_id else [RunStarted(self._thread_id, self._next_run_id)]

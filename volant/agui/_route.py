@@ -1,10 +1,10 @@
-"""`/ws/v1/agui` and `/api/v1/agui`: what happens to VMs, as AG-UI events.
+"""`/ws/v1/agui` and `/api/v1/agui`: events of VMs as AG-UI events.
 
-A WebSocket that was cut in the middle of a boot's run goes on with `?resume=true`. Which step the client has open then,
-it alone knows, as what was sent last may never have come: `step` says it. Where it says nothing, what was sent last is
-remembered here for the last of those who left; nothing is open while a VM just runs, so a daemon that was restarted
-meanwhile, and remembers nothing, is right about nearly everybody. Ids of runs that say what is open were rejected: an
-id is chosen when a run begins, mostly by the client.
+A WebSocket that broke in the middle of a boot's run is resumed with `?resume=true`. Only the client knows which step it
+has open then, as the last event may not have arrived: it sends `step`. Without `step`, the daemon uses what it sent
+last to that client, which it remembers for the last 1,000 clients. No step is open while a VM just runs, so a restarted
+daemon, which remembers nothing, is nearly always right. Run ids that contain the open step were rejected: an id is
+chosen when a run begins, mostly by the client.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from ._events import AguiEvent, Boots, Overview, RunAgentInput
 DEFAULT_DURATION_S = 60.0
 MAX_DURATION_S = 600.0
 MAX_LAG = 4096
-"""Events that a reader may be behind before it gets the state instead."""
+"""The most events that a reader may be behind; above it gets the state instead."""
 
 _WEBSOCKET = re.compile(r"/ws/v1/agui/?\Z")
 _HTTP = re.compile(r"/api/v1/agui/?\Z")
@@ -67,8 +67,8 @@ TABLE.declare(
     },
     body=RunAgentInput,
     described=(
-        Described("vm", Name, "Of this VM alone: the run is its boot, and ends with it"),
-        Described("duration", _DURATION, "The run ends after it: default `60s` without `vm`, at most `10m`"),
+        Described("vm", Name, "Only this VM: the run is its boot, and ends with it"),
+        Described("duration", _DURATION, "When the run ends: by default `60s` without `vm`, at most `10m`"),
     ),
     errors=(404,),
 )
@@ -79,10 +79,10 @@ TABLE.declare(
     "The same as a WebSocket",
     answers={101: Answer("One AG-UI event a text message", items=get_args(AguiEvent))},
     described=(
-        Described("vm", Name, "Of this VM alone: each of its boots is a run"),
-        Described("thread_id", str, "Of the runs; at most 200 characters"),
-        Described("run_id", str, "Of the first run; at most 200 characters"),
-        Described("resume", bool, "That run has begun on an earlier connection, and goes on"),
+        Described("vm", Name, "Only this VM: each of its boots is a run"),
+        Described("thread_id", str, "The thread of the runs; at most 200 characters"),
+        Described("run_id", str, "The id of the first run; at most 200 characters"),
+        Described("resume", bool, "Continue that run, which began on an earlier connection"),
         Described("step", str, "With `resume` and `vm`: the step that the client has open, empty for none"),
     ),
     errors=(404, 426),
@@ -97,9 +97,9 @@ def routes(deps: ApiDeps, limits: Limits) -> list[StreamRoute]:
 
     async def websocket(call: Call) -> None:
         query = call.query(credentials=True)
-        asked = _Asked.of(query)
+        parameters = _Parameters.of(query)
         query.done()
-        row = _row(deps, asked.vm)
+        row = _row(deps, parameters.vm)
 
         async def send(events: Sequence[AguiEvent]) -> None:
             if events:
@@ -110,16 +110,18 @@ def routes(deps: ApiDeps, limits: Limits) -> list[StreamRoute]:
 
             async def stream() -> None:
                 if row is None:
-                    ended = await _tell_all(call, deps, cursor, asked.overview(), send, resumed=asked.resume)
+                    ended = await _stream_overview(
+                        call, deps, cursor, parameters.overview(), send, resumed=parameters.resume
+                    )
                 else:
-                    boots = Boots(asked.thread_id, asked.run_id, _new_run_id)
-                    if asked.resume:
-                        boot, step = left_open.take(row.id, asked.thread_id, asked.run_id)
-                        boots.resume(boot, step if asked.step is None else asked.step or None)
+                    boots = Boots(parameters.thread_id, parameters.run_id, _new_run_id)
+                    if parameters.resume:
+                        boot, step = left_open.take(row.id, parameters.thread_id, parameters.run_id)
+                        boots.resume(boot, step if parameters.step is None else parameters.step or None)
                     try:
-                        ended = await _tell_boots(call, deps, cursor, boots, row, send)
+                        ended = await _stream_boots(call, deps, cursor, boots, row, send)
                     finally:
-                        left_open.keep(row.id, asked.thread_id, boots)
+                        left_open.keep(row.id, parameters.thread_id, boots)
                 await call.close(NORMAL if ended else GOING_AWAY)
 
             await call.while_connected(stream)
@@ -131,11 +133,11 @@ def routes(deps: ApiDeps, limits: Limits) -> list[StreamRoute]:
         duration_s = query.duration("duration", DEFAULT_DURATION_S, maximum_s=MAX_DURATION_S)
         query.done()
         body = await read_call_body(call, RunAgentInput, limits)
-        asked = _Asked(vm, _identifier(body.thread_id, "threadId"), _identifier(body.run_id, "runId"))
+        parameters = _Parameters(vm, _identifier(body.thread_id, "threadId"), _identifier(body.run_id, "runId"))
         # A run may last for days, and a client may send any amount of history with it.
         del body
         call.body.release()
-        row = _row(deps, asked.vm)
+        row = _row(deps, parameters.vm)
         deadline = float("inf") if row is not None and given is None else trio.current_time() + duration_s
 
         async def send(events: Sequence[AguiEvent]) -> None:
@@ -147,10 +149,10 @@ def routes(deps: ApiDeps, limits: Limits) -> list[StreamRoute]:
 
             async def stream() -> None:
                 if row is None:
-                    await _tell_all(call, deps, cursor, asked.overview(), send, deadline=deadline)
+                    await _stream_overview(call, deps, cursor, parameters.overview(), send, deadline=deadline)
                 else:
-                    boots = Boots(asked.thread_id, asked.run_id, _new_run_id, once=True)
-                    await _tell_boots(call, deps, cursor, boots, row, send, deadline=deadline)
+                    boots = Boots(parameters.thread_id, parameters.run_id, _new_run_id, once=True)
+                    await _stream_boots(call, deps, cursor, boots, row, send, deadline=deadline)
                     await send(boots.end())
 
             if await call.while_connected(stream):
@@ -163,37 +165,37 @@ def routes(deps: ApiDeps, limits: Limits) -> list[StreamRoute]:
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """Which telling a client wants."""
+class _Parameters:
+    """The parameters of a request."""
 
     vm: str | None
     thread_id: str
     run_id: str
     resume: bool = False
     step: str | None = None
-    """The one that the client has open, empty for none; None: it does not say."""
+    """The step that the client has open, empty for none; None: not given."""
 
     @classmethod
-    def of(cls, query: Query) -> _Asked:
+    def of(cls, query: Query) -> _Parameters:
         """:raises Problem: 400."""
         thread_id, run_id = query.text("thread_id"), query.text("run_id")
-        asked = cls(
+        parameters = cls(
             query.text("vm"),
             f"thread-{new_request_id()}" if thread_id is None else _identifier(thread_id, "thread_id"),
             _new_run_id() if run_id is None else _identifier(run_id, "run_id"),
             query.flag("resume", False),
             query.text("step"),
         )
-        if asked.step is not None:
-            if not asked.resume or asked.vm is None:
-                raise invalid("step", "step is for a boot's run that goes on: with vm and resume=true")
-            if asked.step:
-                _identifier(asked.step, "step")
-        if asked.resume:
+        if parameters.step is not None:
+            if not parameters.resume or parameters.vm is None:
+                raise invalid("step", "step needs vm and resume=true")
+            if parameters.step:
+                _identifier(parameters.step, "step")
+        if parameters.resume:
             for name, value in (("thread_id", thread_id), ("run_id", run_id)):
                 if value is None:
-                    raise invalid(name, f"resume needs {name}", hint="give those of the RUN_STARTED to go on with")
-        return asked
+                    raise invalid(name, f"resume needs {name}", hint="give those of the RUN_STARTED to resume")
+        return parameters
 
     def overview(self) -> Overview:
         return Overview(self.thread_id, self.run_id)
@@ -201,7 +203,7 @@ class _Asked:
 
 @dataclass
 class _LeftOpen:
-    """What clients that left had open of a boot's run: its boot and its step."""
+    """The boot and the step that disconnected clients had open in a run."""
 
     _known: OrderedDict[tuple[int, str, str], tuple[int, str | None]] = field(default_factory=OrderedDict)
 
@@ -215,7 +217,7 @@ class _LeftOpen:
         return self._known.pop((vm_id, thread_id, run_id), (0, None))
 
 
-async def _tell_all(
+async def _stream_overview(
     call: Call,
     deps: ApiDeps,
     cursor: EventCursor,
@@ -225,7 +227,7 @@ async def _tell_all(
     resumed: bool = False,
     deadline: float = float("inf"),
 ) -> bool:
-    """Until `deadline` (True) or the stop (False)."""
+    """Sends events of all VMs until `deadline` (True) or the daemon's stop (False)."""
     projection = deps.store.projection
     rows = projection.rows
     # Events that the state already contains are not sent again.
@@ -249,7 +251,7 @@ async def _tell_all(
     return not call.stopping.is_set()
 
 
-async def _tell_boots(
+async def _stream_boots(
     call: Call,
     deps: ApiDeps,
     cursor: EventCursor,
@@ -259,14 +261,14 @@ async def _tell_boots(
     *,
     deadline: float = float("inf"),
 ) -> bool:
-    """Until the VM is deleted (True), there are no more events, `deadline` or the stop (False)."""
+    """Sends events of one VM until it is deleted (True), or its run ends, `deadline`, or the daemon stops (False)."""
     projection = deps.store.projection
-    # Both tellers send through this: each message whole, and in the order in which they were made.
+    # Two tasks send: the lock keeps each message whole, and keeps the order in which they were made.
     turn = trio.Lock()
     true_to = projection.last_event.seq
     ended = False
 
-    async def tell_phases(revision: int) -> None:
+    async def send_phases(revision: int) -> None:
         while (now := await projection.changed(row.id, revision)) is not None:
             revision = now.revision
             async with turn:
@@ -275,7 +277,7 @@ async def _tell_boots(
     async with interruptible(call.stopping) as waits, trio.open_nursery() as nursery:
         async with turn:
             await send(boots.catch_up(projection.by_id(row.id)))
-        nursery.start_soon(tell_phases, row.revision)
+        nursery.start_soon(send_phases, row.revision)
         while not (ended or boots.over) and (taken := await waits.until(cursor.take, deadline)) is not None:
             if not taken:
                 break
@@ -303,7 +305,7 @@ def _is_behind(deps: ApiDeps, cursor: EventCursor, true_to: int) -> bool:
 
 
 def _row(deps: ApiDeps, vm: str | None) -> VmRow | None:
-    """The row of the VM that is asked for. :raises Problem: 404."""
+    """Returns the row of the requested VM. :raises Problem: 404."""
     return None if vm is None else find_vm(deps, vm)
 
 

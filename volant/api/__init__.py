@@ -1,4 +1,4 @@
-"""REST, streams and documents over what the daemon does."""
+"""The HTTP API: REST, streams, and their documents."""
 
 from ._app import create_app
 

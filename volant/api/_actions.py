@@ -1,11 +1,11 @@
-"""`POST /api/v1/vms/{name}/actions/{plugin}/{action}`: what a VM's plugin says that its workload does when asked.
+"""`POST /api/v1/vms/{name}/actions/{plugin}/{action}`: calls an action of a VM's workload.
 
-An action is a name for a request to the workload's port, so this is the relay with a method and a path of the
-manifest's. The manifest is the VM's own, as it was when the VM was made: a plugin that was removed and installed anew
-changes nothing for VMs that are there.
+An action is a name for a request to the workload's port, so this is the relay with the manifest's method and path. The
+manifest is the VM's own, from when the VM was created: a plugin that was removed and installed again changes nothing
+for existing VMs.
 
-Unlike other streams through the relay an action has a deadline, which the manifest sets: it is a call, and somebody
-waits for its end. All of it counts, the client's part too, as nobody can tell what a workload waits for.
+Unlike other streams through the relay an action has a deadline, which the manifest sets: it is a call, and its caller
+waits for the end. It covers the whole exchange, with the client's body, as it is not visible what a workload waits for.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`/api/v1/vms/{name}/agent/*` and `/api/v1/vms/{name}/ports/{port}/*`: what runs inside a VM."""
+"""`/api/v1/vms/{name}/agent/*` and `/api/v1/vms/{name}/ports/{port}/*`: relays to servers inside a VM."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from volant.relay import Relay, parse_port, to_port
 
 _AGENT = re.compile(r"/api/v1/vms/([^/]*)/agent(?:/.*)?\Z")
 _NO_ROUTE = "the agent has no "
-"""So agents of all versions begin to say that."""
+"""How agents of all versions begin the 404 for a route that they don't have."""
 _NO_WEBSOCKET = "not with GET"
-"""And so the first of them, of the route for commands."""
+"""How the first agents began the 405 of exec for a WebSocket."""
 _ENCODED_SLASH = re.compile("%2f", re.IGNORECASE)
 _PORTS = re.compile(r"/api/v1/vms/([^/]*)/ports/([^/]*)(?:/.*)?\Z")
 
@@ -30,7 +30,7 @@ def routes(deps: ApiDeps, relay: Relay) -> list[StreamRoute]:
     """The routes of this resource."""
 
     async def agent(call: Call) -> None:
-        row, client = _way_in(deps, call.args[0])
+        row, client = _connect(deps, call.args[0])
         target = _with_slashes(_target(call, depth=6))
         if _is_the_daemons(target):
             raise Problem(404, "not-found", "there is no such route in the agent", vm=row.name)
@@ -39,7 +39,7 @@ def routes(deps: ApiDeps, relay: Relay) -> list[StreamRoute]:
 
     async def ports(call: Call) -> None:
         port = parse_port(call.args[1])
-        row, client = _way_in(deps, call.args[0])
+        row, client = _connect(deps, call.args[0])
         async with to_port(client, row.name, port) as inner:
             host = b"localhost:%d" % port
             await relay.run(call, inner, vm_id=row.id, vm=row.name, target=_target(call, depth=7), host=host)
@@ -50,12 +50,12 @@ def routes(deps: ApiDeps, relay: Relay) -> list[StreamRoute]:
     ]
 
 
-def _way_in(deps: ApiDeps, name: str) -> tuple[VmRow, AgentClient]:
+def _connect(deps: ApiDeps, name: str) -> tuple[VmRow, AgentClient]:
     return find_vm(deps, name), deps.vms.streams.agent(name)
 
 
 def _target(call: Call, *, depth: int) -> str:
-    """What follows the first `depth` slashes of the path, byte for byte, and the query without our credentials."""
+    """Returns what follows the first `depth` slashes of the path, byte for byte, and the query without credentials."""
     path = call.scope["raw_path"].decode("ascii")
     rest = path.split("/", depth)[depth] if path.count("/") >= depth else ""
     query = without_credentials(call.scope["query_string"]).decode("ascii")
@@ -63,22 +63,22 @@ def _target(call: Call, *, depth: int) -> str:
 
 
 def _with_slashes(target: str) -> str:
-    """A path below `files/` with its slashes plain: generated clients encode them in a parameter of a path. The agent
-    checks the path that results."""
+    """Decodes `%2F` in a path below `files/`, as generated clients encode slashes in a path parameter. The agent checks
+    the resulting path."""
     if not target.startswith(FILES):
         return target
-    path, mark, query = target.partition("?")
-    return _ENCODED_SLASH.sub("/", path) + mark + query
+    path, separator, query = target.partition("?")
+    return _ENCODED_SLASH.sub("/", path) + separator + query
 
 
 def _may_be_newer(target: str) -> bool:
-    """Whether an agent of a guest that an older daemon has started may not have that route of ours yet."""
+    """Whether the agent of a guest that an older daemon started may lack this route."""
     path = target.partition("?")[0]
     return path in (EXEC, EXEC_SESSIONS) or path.startswith((EXEC_SESSIONS + "/", FILES))
 
 
 def _explain(vm: str, target: str, status: int, body: bytes) -> Problem | None:
-    """502, when an agent does not know its own route, and not what the route leads to."""
+    """Returns 502 if the agent lacks this route; None if the answer means something else, such as a missing file."""
     try:
         detail = str(msgspec.json.decode(body, type=dict[str, Any]).get("detail"))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -92,7 +92,7 @@ def _explain(vm: str, target: str, status: int, body: bytes) -> Problem | None:
 
 
 def _is_the_daemons(target: str) -> bool:
-    """Whether the agent could take `target` for one of the routes that are the daemon's alone, however it is spelt."""
+    """Whether `target`, in any spelling, is one of the agent's routes that only the daemon may use."""
     path = target.partition("?")[0]
     for _ in range(3):
         path = unquote(path)

@@ -1,4 +1,4 @@
-"""The app: Quart for what is one answer, plain coroutines for what streams, one edge around both."""
+"""The app: Quart for single answers, plain coroutines for streams, and one middleware around both."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def create_app(deps: ApiDeps, limits: Limits | None = None, table: Table = TABLE
     limits = limits or Limits()
     app = QuartTrio("volant.api", static_folder=None)
     app.config.update(MAX_CONTENT_LENGTH=limits.json_body, RESPONSE_TIMEOUT=None, BODY_TIMEOUT=30)
-    # A proxied path is not ours to tidy, and redirects help no client of an API.
+    # A proxied path must stay as it is, and redirects help no client of an API.
     app.url_map.merge_slashes = False
     app.url_map.strict_slashes = False
     _answer_errors(app, limits)

@@ -14,9 +14,9 @@ _ETAG = re.compile(r'"(\d{1,18})-(\d{1,18})"\Z', re.ASCII)
 
 
 def if_match() -> Collection[Version] | None:
-    """Returns the states of a VM of which the request wants one to be the present one; None when any will do.
+    """Returns the versions of a VM in `If-Match`, one of which must be the present one; None: any version.
 
-    An `ETag` that is not ours, weak ones too (RFC 9110, 13.1.1), is no state of any VM.
+    An `ETag` that is not ours, weak ones too (RFC 9110, 13.1.1), matches no version.
 
     :raises Problem: 400 the header is empty
     """
@@ -33,11 +33,11 @@ def if_match() -> Collection[Version] | None:
 
 
 def if_none_match(etag: str) -> bool:
-    """Returns whether the client has what it would get."""
+    """Returns whether the client already has this version."""
     return any(tag.removeprefix("W/") in ("*", etag) for tag in _tags("If-None-Match") or ())
 
 
 def _tags(header: str) -> list[str] | None:
-    """Returns what a header lists, in one line or several; None when it is not there."""
+    """Returns the members of a header, from one line or several; None if the header is missing."""
     given = request.headers.getlist(header)
     return [tag.strip() for line in given for tag in line.split(",")] if given else None

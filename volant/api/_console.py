@@ -1,8 +1,8 @@
 """`/ws/v1/vms/{name}/console`: the serial console of a VM.
 
 Binary messages are the console's bytes, both ways. A text message from the client is typed too, as terminals in a
-browser send text; one from here is a word about the stream. Whoever wants to type says so in the URL, so that a second
-one is told 409 before anything else, and who only looks on never types by mistake.
+browser send text; a text message from the daemon is about the stream. A client that wants to type declares it in the
+URL: a second one gets 409 before the WebSocket opens, and one that only reads never types by mistake.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ._session import Session
 
 NOT_ALLOWED = 1008
 COME_AGAIN = 1012
-"""The VM runs on, and its console is taken up again at once."""
+"""The VM runs on, and the client can connect again at once."""
 OVERLOADED = 1013
 """The guest does not read what is typed."""
 KEYBOARD_TAKEN = 4000
@@ -54,7 +54,7 @@ def routes(deps: ApiDeps, share: FairShare) -> list[StreamRoute]:
                 except KeyboardTaken:
                     raise Problem(
                         409, "keyboard-taken", f"another client types on the console of VM {name!r}", vm=name,
-                        hint="leave out write=true to look on, or add take=true to take the keyboard from them",
+                        hint="leave out write=true to read only, or add take=true to take the keyboard from them",
                     ) from None  # fmt: skip
             reader = await stack.enter_async_context(serial.reader(_DEFAULT_TAIL if tail is None else tail))
             await call.accept()
@@ -93,7 +93,7 @@ class _Session(Session):
     async def take(self, message: Mapping[str, Any]) -> None:
         data = message["bytes"] if message["bytes"] is not None else message["text"].encode()
         if self._keyboard is None:
-            self.end(NOT_ALLOWED, "this connection looks on; connect with write=true to type")
+            self.end(NOT_ALLOWED, "this connection is read-only; connect with write=true to type")
             return
         await self._share.take(self._row.id, len(data))
         try:
@@ -108,5 +108,5 @@ class _Session(Session):
         if row is None:
             return NORMAL, "the VM is deleted"
         if row.boot_key == self._row.boot_key and row.status in _UP:
-            return COME_AGAIN, "the console is taken up again"
+            return COME_AGAIN, "the console is reopened; connect again"
         return NORMAL, f"the VM is {row.status.value}"

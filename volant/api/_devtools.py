@@ -1,14 +1,13 @@
 """`/ws/v1/vms/{name}/devtools/*`: the browser in a VM, for clients of the Chrome DevTools Protocol (CDP).
 
-Such a client goes in two steps: over HTTP it reads where the browser's WebSockets are, then it opens one.
+Such a client takes two steps: over HTTP it reads where the browser's WebSockets are, then it opens one. `Relay` passes
+the WebSockets on as bytes, with messages of any length. The HTTP answers contain addresses inside the guest, so they
+are decoded, within limits, and each address becomes ours. An address that has no equivalent here is removed, so that a
+guest can't send a client somewhere else.
 
-The WebSockets are `Relay`'s: bytes, whatever they mean and however long a message is. What is read over HTTP names
-addresses inside the guest, so it is decoded, within bounds, and each address becomes ours. None that a guest says is
-passed on: what has no place here is left out, so that a guest can't send a client somewhere else.
-
-A browser listens some seconds after its VM runs, and a client asks once and gives up. So a request waits: for a VM that
-is on its way, and for the browser of one that has just begun to run, a minute in all. One that has been running for
-longer and has no browser has none, and says so at once.
+A browser listens some seconds after its VM runs, and clients ask only once. So a request waits, up to a minute in all:
+for a VM that is starting, and for the browser of one that has just started. Once a VM has been running for longer, a
+closed port is answered at once.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ _MAX_ANSWER = 4 * 1024 * 1024
 _MAX_PAGES = 10_000
 """In a list of pages, as each is rewritten, and may cost a ticket."""
 _ANSWERS_AT_ONCE = 4
-"""Of one VM, as each is held in memory."""
+"""Answers of one VM that are read at once, as each is held in memory."""
 _FIRST_PAUSE_S = 0.1
 _LAST_PAUSE_S = 1.0
 
@@ -48,14 +47,15 @@ _NEW = re.compile(r"/ws/v1/vms/([^/]*)/devtools/(json/new/?)\Z")
 _ROUTE = re.compile(r"/ws/v1/vms/([^/]*)/devtools(?:/(.*))?\Z", re.DOTALL)
 _SOCKET = r"(?:browser|page)/[A-Za-z0-9._-]{1,128}"
 _SOCKET_PATH = re.compile(rf"(?:devtools/)?({_SOCKET})\Z")
-"""Clients that know of no prefix put `/devtools/` behind it once more."""
+"""Clients that don't expect a prefix append `/devtools/` to it once more."""
 _SOCKET_URL = re.compile(rf"wss?://[^/?#]*/devtools/({_SOCKET})\Z")
 _FRONTEND_URL = re.compile(rf"[^?#]*\?(?:[^#]*&)?wss?=[^/&#]*/devtools/(?P<path>{_SOCKET})(?:[&#].*)?\Z")
 _BUNDLED_FRONTEND = "devtools://devtools/bundled/inspector.html"
-"""In every Chromium. The one that a guest names is never passed on: whoever opens it gives it the browser in the VM,
-and where its origin is allowed, the daemon. On the site that hosts Chromium's, a guest could choose an old one."""
+"""The frontend in every Chromium. The one that a guest names is never passed on: a page that a user opens there would
+control the browser in the VM, and the daemon if its origin is allowed. On the site that hosts Chromium's frontends, a
+guest could choose an old one."""
 _ADDRESSES = ("webSocketDebuggerUrl", "devtoolsFrontendUrl")
-_TOLD = re.compile(r"json(?:/(?:version|list|protocol|new)/?|/(?:activate|close)/[A-Za-z0-9._-]{1,128}|/?)\Z")
+_ANSWERED = re.compile(r"json(?:/(?:version|list|protocol|new)/?|/(?:activate|close)/[A-Za-z0-9._-]{1,128}|/?)\Z")
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,10 @@ class Place:
     base: str
     """Host, port and path up to `…/devtools`."""
     ticket: Callable[[], str] | None = None
-    """Makes what opens one WebSocket, where a key is asked for."""
+    """Makes a ticket for one WebSocket, if a key is required."""
 
     def of(self, path: str) -> str:
-        """The address of a WebSocket, without its scheme."""
+        """Returns the address of a WebSocket, without its scheme."""
         return f"{self.base}/{path}" + (f"?ticket={self.ticket()}" if self.ticket is not None else "")
 
 
@@ -77,7 +77,7 @@ def routes(deps: ApiDeps, relay: Relay, share: FairShare) -> list[StreamRoute]:
     """The routes of this resource."""
     browsers = _Browsers(deps, relay, share)
     return [
-        # A page of another origin can make a browser send GETs, so what opens a page is none.
+        # PUT, as a page of another origin can make a browser send a GET.
         StreamRoute(_NEW, browsers.serve, methods=frozenset({"PUT"}), key_in_query=True),
         StreamRoute(_ROUTE, browsers.serve, methods=frozenset({"GET"}), websocket=True, key_in_query=True),
     ]
@@ -92,7 +92,7 @@ class _Browsers:
         self._answers: WeakValueDictionary[int, trio.CapacityLimiter] = WeakValueDictionary()
 
     async def serve(self, call: Call) -> None:
-        """Answer one request."""
+        """Answers one request."""
         name, path = call.args
         row = find_vm(self._deps, name)
         _check(call, path)
@@ -100,18 +100,18 @@ class _Browsers:
         browser = _Browser(row.id, row.name, devtools.port if devtools is not None else DEVTOOLS_PORT)
         if not await call.while_connected(partial(self._wait, call, browser)):
             return
-        # An origin is what our edge has judged; and what the client had to say besides its headers is through.
-        unsaid = (b"origin", b"content-length", b"transfer-encoding")
-        call.scope = {**call.scope, "headers": [field for field in call.scope["headers"] if field[0] not in unsaid]}
+        # Our access control has checked `Origin`, and `while_connected` has read the body.
+        dropped = (b"origin", b"content-length", b"transfer-encoding")
+        call.scope = {**call.scope, "headers": [field for field in call.scope["headers"] if field[0] not in dropped]}
         if call.is_websocket:
             await self._websocket(call, browser, path)
         else:
-            await call.while_connected(partial(self._tell, call, browser, path))
+            await call.while_connected(partial(self._answer, call, browser, path))
 
     # Waiting
 
     async def _wait(self, call: Call, browser: _Browser) -> None:
-        """Return when it is of no use to wait, or no more. :raises Problem: 503 the daemon stops."""
+        """Waits until the browser listens, or can't be expected to. :raises Problem: 503 the daemon stops."""
         async with interruptible(call.stopping) as waits:
             over = await waits.until(partial(self._until_it_listens, browser))
         if not over:
@@ -136,7 +136,7 @@ class _Browsers:
 
     def _patience_s(self, row: VmRow) -> float:
         if row.status is Status.RUNNING:
-            # Nothing has changed since it began to.
+            # `updated_at` is when it started, as nothing has changed since.
             return min(WAIT_S, WAIT_S - (self._deps.host.clock.now() - row.updated_at).total_seconds())
         return WAIT_S if row.desired is Desired.RUNNING else 0.0
 
@@ -144,7 +144,7 @@ class _Browsers:
 
     @asynccontextmanager
     async def _connected(self, browser: _Browser) -> AsyncIterator[AgentClient]:
-        """One connection to the browser, for one request. :raises Problem: 404, 409 and 502."""
+        """Opens a connection to the browser, for one request. :raises Problem: 404, 409 and 502."""
         try:
             async with to_port(self._deps.vms.streams.agent(browser.vm), browser.vm, browser.port) as client:
                 yield client
@@ -154,8 +154,8 @@ class _Browsers:
             raise Problem(
                 502, "browser-unreachable", f"no browser listens on port {browser.port} in VM {browser.vm!r}",
                 vm=browser.vm,
-                hint=f"`volar vms logs {browser.vm}` shows what its workload says; "
-                "another port stands in the plugin's manifest, as devtools.port",
+                hint=f"`volar vms logs {browser.vm}` shows the output of its workload; "
+                "set another port in the plugin's manifest, as devtools.port",
             ) from None  # fmt: skip
 
     async def _websocket(self, call: Call, browser: _Browser, path: str) -> None:
@@ -168,15 +168,15 @@ class _Browsers:
             )  # fmt: skip
 
     async def _own_socket(self, browser: _Browser) -> str:
-        """Where the browser says that its own WebSocket is."""
-        told = _decoded(await self._ask(browser, "GET", "/json/version"), browser)
-        found = _SOCKET_URL.match(str(told.get("webSocketDebuggerUrl"))) if isinstance(told, dict) else None
+        """Returns the path of the browser's own WebSocket, as the browser reports it."""
+        version = _decoded(await self._ask(browser, "GET", "/json/version"), browser)
+        found = _SOCKET_URL.match(str(version.get("webSocketDebuggerUrl"))) if isinstance(version, dict) else None
         if found is None:
-            raise browser.problem("does not say where its WebSocket is")
+            raise browser.problem("does not report the address of its WebSocket")
         return found[1]
 
-    async def _tell(self, call: Call, browser: _Browser, path: str) -> None:
-        """Answer what is asked over HTTP, with our addresses in the place of the guest's."""
+    async def _answer(self, call: Call, browser: _Browser, path: str) -> None:
+        """Answers an HTTP request, with our addresses in place of the guest's."""
         limiter = self._answers.setdefault(browser.vm_id, trio.CapacityLimiter(_ANSWERS_AT_ONCE))
         async with limiter:
             body = await self._ask(browser, call.method, _with_query(f"/{path}", call))
@@ -198,7 +198,7 @@ class _Browsers:
         return Place(secure, netloc + path, issue if self._access.asks_for_key else None)
 
     async def _ask(self, browser: _Browser, method: str, target: str) -> bytes:
-        """What the browser answers when all is well. :raises Problem: 404, 409 and 502."""
+        """Returns the browser's answer if it is a 200. :raises Problem: 404, 409 and 502."""
         try:
             with trio.fail_after(_ANSWER_S):
                 status, body = await self._exchange(browser, method, target)
@@ -206,10 +206,10 @@ class _Browsers:
             raise browser.problem(f"has not answered within {_ANSWER_S:g} s") from None
         if status == 200:
             return body
-        says = " ".join(body[:200].decode("utf-8", "replace").split())
+        text = " ".join(body[:200].decode("utf-8", "replace").split())
         if status == 404:
-            raise Problem(404, "not-found", f"the browser in VM {browser.vm!r} says: {says}", vm=browser.vm)
-        raise browser.problem(f"answers with {status}: {says}")
+            raise Problem(404, "not-found", f"the browser in VM {browser.vm!r} answers: {text}", vm=browser.vm)
+        raise browser.problem(f"answers with {status}: {text}")
 
     async def _exchange(self, browser: _Browser, method: str, target: str) -> tuple[int, bytes]:
         body = bytearray()
@@ -230,7 +230,7 @@ class _Browsers:
 
 @dataclass(frozen=True)
 class _Browser:
-    """Which one."""
+    """The browser that a request is for."""
 
     vm_id: int
     vm: str
@@ -238,7 +238,7 @@ class _Browser:
 
     @property
     def host(self) -> bytes:
-        """What the browser wants to be called: it refuses names (rebinding)."""
+        """The `Host` that the browser accepts: it refuses other names (DNS rebinding)."""
         return b"localhost:%d" % self.port
 
     def problem(self, what: str) -> Problem:
@@ -249,11 +249,11 @@ class _Browser:
 
 
 def _check(call: Call, path: str) -> None:
-    """:raises Problem: 404 or 426: there is no such thing here."""
+    """:raises Problem: 404 no such route, 426 only a WebSocket"""
     is_socket = path == "browser" or _SOCKET_PATH.match(path) is not None
     if is_socket and not call.is_websocket:
         raise Problem(426, "upgrade-required", "this is a WebSocket", hint="connect with ws://")
-    if is_socket != call.is_websocket or not (is_socket or _TOLD.match(path)):
+    if is_socket != call.is_websocket or not (is_socket or _ANSWERED.match(path)):
         raise _nothing_there(path)
 
 
@@ -265,8 +265,8 @@ def _with_query(path: str, call: Call) -> str:
 def _nothing_there(path: str) -> Problem:
     return Problem(
         404, "not-found", f"there is nothing at devtools/{path[:100]}",
-        hint="json/version, json/list, json/protocol and json/new tell of the browser; "
-        "WebSockets are devtools/browser, devtools/browser/ID and devtools/page/ID",
+        hint="there are json/version, json/list, json/protocol and json/new, and the WebSockets devtools/browser, "
+        "devtools/browser/ID and devtools/page/ID",
     )  # fmt: skip
 
 
@@ -277,17 +277,17 @@ def _decoded(body: bytes, browser: _Browser) -> Any:
         raise browser.problem("is no browser: its answer is no JSON") from None
 
 
-def rewritten(told: Any, place: Place) -> Any:
-    """What a browser says of itself or its pages, with addresses that lead through `place`."""
-    if isinstance(told, list):
-        return [rewritten(one, place) if isinstance(one, Mapping) else one for one in told]
-    if not isinstance(told, Mapping):
-        return told
-    # Node.js has `devtoolsFrontendUrlCompat` besides.
-    moved = {key: value for key, value in told.items() if not str(key).startswith(_ADDRESSES)}
-    socket = _SOCKET_URL.match(str(told.get("webSocketDebuggerUrl")))
-    frontend = _FRONTEND_URL.match(str(told.get("devtoolsFrontendUrl")))
-    # Chromium names in both the same WebSocket; so one ticket will do.
+def rewritten(answer: Any, place: Place) -> Any:
+    """Returns a browser's answer about itself or its pages, with addresses that lead through `place`."""
+    if isinstance(answer, list):
+        return [rewritten(one, place) if isinstance(one, Mapping) else one for one in answer]
+    if not isinstance(answer, Mapping):
+        return answer
+    # The prefix also removes `devtoolsFrontendUrlCompat` of Node.js.
+    moved = {key: value for key, value in answer.items() if not str(key).startswith(_ADDRESSES)}
+    socket = _SOCKET_URL.match(str(answer.get("webSocketDebuggerUrl")))
+    frontend = _FRONTEND_URL.match(str(answer.get("devtoolsFrontendUrl")))
+    # Chromium names the same WebSocket in both, so one ticket is enough.
     addresses: dict[str, str] = {}
 
     def address(path: str) -> str:

@@ -1,4 +1,4 @@
-"""`/openapi.json` and `/docs`: what the API is, for machines and for people."""
+"""`/openapi.json` and `/docs`: the documentation of the API, for machines and for people."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def add_routes(app: QuartTrio, deps: ApiDeps, table: Table) -> None:
     @app.get("/openapi.json")
     async def openapi() -> Response:
         no_query()
-        # Made at the first request, from sources that have to be read.
+        # Built at the first request, in a thread, as it reads source files.
         plain = await deps.host.threads.run(document, table)
         return Response(msgspec.json.encode(plain), content_type="application/json")
 
@@ -41,7 +41,7 @@ def add_routes(app: QuartTrio, deps: ApiDeps, table: Table) -> None:
 
 
 def _policy(page: str) -> str:
-    """A policy under which the page's own script and style run, and nothing else."""
+    """Returns the policy under which only the page's own script and style run."""
     sources = {tag: _hash(re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)) for tag in ("script", "style")}
     return (
         f"default-src 'none'; script-src {sources['script']}; style-src {sources['style']}; connect-src 'self'; "

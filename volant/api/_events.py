@@ -1,4 +1,4 @@
-"""`/api/v1/events/vms`: what happens to VMs, as server-sent events."""
+"""`/api/v1/events/vms`: events of VMs, as server-sent events."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from volant.model import EventType, Problem, is_name
 from volant.operations import ApiDeps
 
 KEEP_UP_S = 15.0
-"""So often a reader is told the newest id, and that the stream lives."""
+"""The interval of heartbeats, which carry the newest id."""
 
 _PATH = re.compile(r"/api/v1/events/vms/?\Z")
 _TYPES = frozenset(str(kind) for kind in EventType)
@@ -40,9 +40,9 @@ def routes(deps: ApiDeps) -> list[StreamRoute]:
             if gap is not None:
                 raise Problem(
                     410, "events-gone", f"the events after {after[:80]!r} are not kept, or never were",
-                    hint=f"the oldest kept is {gap.oldest}; read the list of VMs, and go on from its Volant-Event-Id",
+                    hint=f"the oldest kept is {gap.oldest}; list the VMs, and continue from the list's Volant-Event-Id",
                 )  # fmt: skip
-        # The place is taken before the client hears of it, so that it misses nothing from then on.
+        # The cursor is opened before the head is sent, so the client misses nothing after it.
         async with deps.store.events.cursor(after) as cursor:
             await call.start(200, _HEADERS)
             if call.method != "HEAD":
@@ -75,7 +75,7 @@ class _Filter:
         self.strict = strict is not None
 
     def of(self, frames: list[EventFrame]) -> bytes:
-        """The blocks of those that are wanted."""
+        """Returns the SSE blocks of the events that match."""
         if self._all:
             return b"".join(frame.sse for frame in frames)
         return b"".join(frame.sse for frame in frames if self._wants(frame))
@@ -90,7 +90,7 @@ class _Filter:
 
 
 def _after(header: str | None, last_event_id: str | None, since: str | None) -> str | None:
-    """Where to begin. The header wins, as an `EventSource` reconnects with its first URL."""
+    """Returns where to begin. The header wins, as an `EventSource` reconnects with its first URL."""
     for given in (header, last_event_id):
         if given:
             return given[:_MAX_ID]
@@ -102,8 +102,8 @@ def _after(header: str | None, last_event_id: str | None, since: str | None) -> 
 
 
 async def _stream(call: Call, cursor: EventCursor, wanted: _Filter) -> None:
-    """Until the daemon stops."""
-    told = cursor.position
+    """Sends events until the daemon stops."""
+    sent_to = cursor.position
     beat = trio.current_time() + KEEP_UP_S
     async with interruptible(call.stopping) as waits:
         while not waits.stopped():
@@ -120,10 +120,10 @@ async def _stream(call: Call, cursor: EventCursor, wanted: _Filter) -> None:
             else:
                 break
             if data:
-                told = cursor.position
+                sent_to = cursor.position
                 await call.write(data)
-        # Who comes back after our restart need not read again what it did not want.
-        if cursor.position != told:
+        # A client that reconnects after our restart need not read filtered events again.
+        if cursor.position != sent_to:
             await call.write(_id_block(cursor))
 
 

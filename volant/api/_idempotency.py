@@ -2,8 +2,8 @@
 
 The journal stores a result in the transaction of the change itself, and alone decides whether a request is a repeated
 one (docs/explanation/journal.md). This module computes the digests of a request. A malformed request (400, 408, 413,
-415) is refused before, and not stored: it gets the same response in any case, and has nothing to compare. Tickets are
-not stored either, as no secret belongs on the disk.
+415) is refused before that and not stored: its response is the same each time, and there is no decoded body to compare.
+Tickets are not stored either, as no secret belongs on the disk.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _encode = msgspec.json.Encoder(order="sorted").encode
 
 
 class Outcome(NamedTuple, Generic[R]):
-    """The result of a request; `replayed`: of its first sending."""
+    """The result of a request; `replayed`: it is the stored one of the first time."""
 
     result: R
     replayed: bool = False
@@ -41,10 +41,10 @@ class Repeats:
         self._deps = deps
         self._running: set[bytes] = set()
 
-    async def run(self, asked: object, act: Callable[[IdempotencyKey | None], Awaitable[R]]) -> Outcome[R]:
-        """Carry out the current request, unless that was done before.
+    async def run(self, content: object, act: Callable[[IdempotencyKey | None], Awaitable[R]]) -> Outcome[R]:
+        """Carries out the current request, unless that was done before.
 
-        :param asked: what is requested, decoded: a key stands for one request
+        :param content: the decoded request, as a key is for one request
         :param act: carries it out; passes its argument on to the journal
         :raises Problem: 400 the key is malformed, 409 the first request is still running, 422 the key was used for
             another request; and what `act` raises
@@ -53,7 +53,7 @@ class Repeats:
         if text is None:
             return Outcome(await act(None))
         caller = request.scope["state"]["caller"]
-        key = IdempotencyKey(_digest([caller, request.method, request.path, text]), _digest(asked))
+        key = IdempotencyKey(_digest([caller, request.method, request.path, text]), _digest(content))
         stored = self._deps.store.responses.find(key, self._deps.host.clock.now())
         if stored is not None:
             return _replay(stored)

@@ -1,4 +1,4 @@
-"""`/ws/v1/vms/{name}/logs` and `/api/v1/vms/{name}/logs`: what a VM's console and workload said."""
+"""`/ws/v1/vms/{name}/logs` and `/api/v1/vms/{name}/logs`: the output of a VM's console and workload."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def routes(deps: ApiDeps, share: FairShare) -> list[StreamRoute]:
 
     async def websocket(call: Call) -> None:
         log, wanted = _find(deps, call, tail=_DEFAULT_TAIL, follow=True)
-        # The place is taken before the client hears of it, so that it misses nothing from then on.
+        # The cursor is opened before the upgrade is answered, so the client misses nothing after it.
         async with wanted.cursor(log) as cursor:
             await call.accept()
 
@@ -82,7 +82,7 @@ class _Wanted:
 
 
 def _find(deps: ApiDeps, call: Call, *, tail: int | None, follow: bool) -> tuple[VmLog, _Wanted]:
-    """The log that is asked for. :raises Problem: 400, 404, 503."""
+    """Returns the requested log. :raises Problem: 400, 404, 503."""
     name = call.args[0]
     query = call.query(credentials=call.is_websocket)
     wanted = _wanted(query, tail, follow)
@@ -122,7 +122,7 @@ def _wanted(query: Query, tail: int | None, follow: bool) -> _Wanted:
 async def _send(
     call: Call, cursor: LogCursor, share: FairShare, vm_id: int, send: Callable[[list[bytes]], Awaitable[None]]
 ) -> bool:
-    """Send lines until the log or its wanted part ends (True) or the daemon stops (False)."""
+    """Sends lines until the log or its wanted part ends (True) or the daemon stops (False)."""
     ended = False
     async with interruptible(call.stopping) as waits:
         while (taken := await waits.until(partial(cursor.take, _BATCH))) is not None:

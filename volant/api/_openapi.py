@@ -1,4 +1,4 @@
-"""The OpenAPI document: the table of operations and the structs that it names, put into OpenAPI's form."""
+"""The OpenAPI document, built from the table of operations and the structs that it names."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ _ABOUT = "\n\n".join(
         "Errors are `application/problem+json`. Every answer has `X-Request-Id`; a client's own is kept when it is 1 "
         "to 64 letters, digits and `._:-`. Sizes are MiB, times RFC 3339 in UTC, durations text such as `500ms`, "
         "`10s`, `2m`. Integers are written without a fraction: `80`, not `80.0`.",
-        "Before a route is looked at, the server itself may answer 400 (not HTTP), 408 (headers over 10 s), 431 "
+        "Before it looks for a route, the server itself may answer 400 (not HTTP), 408 (headers over 10 s), 431 "
         "(headers over 32 KiB), 503 (more than 2,000 connections) or 505.",
     )
 )
 _IN_PATH = {
-    "digest": (str, "Of a template"),
+    "digest": (str, "The template's digest"),
     "name": (Name, "Its name"),
-    "sha256": (Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")], "Of the file"),
-    "port": (Annotated[int, msgspec.Meta(ge=1, le=65535)], "Of the guest's loopback"),
-    "path": (str, "The path in the guest, slashes and all"),
-    "plugin": (Name, "The VM's own"),
+    "sha256": (Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")], "The file's SHA-256"),
+    "port": (Annotated[int, msgspec.Meta(ge=1, le=65535)], "A port of the guest's loopback"),
+    "path": (str, "The path in the guest, with its slashes"),
+    "plugin": (Name, "The VM's plugin"),
     "snapshot": (Name, "Its name"),
     "action": (Name, "One that the plugin's manifest names"),
-    "id": (Annotated[str, msgspec.Meta(pattern="^[^/]+$")], "What the first message of its WebSocket said"),
-    "mark": (Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9._:@-]{1,100}$")], "Names the hypervisor"),
+    "id": (Annotated[str, msgspec.Meta(pattern="^[^/]+$")], "The `id` in the first message of its WebSocket"),
+    "mark": (Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9._:@-]{1,100}$")], "The hypervisor's process tag"),
     "target": (Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9._-]{1,128}$")], "The browser's name for it"),
 }
 _EVERYWHERE = (400, 401, 403, 421)
@@ -58,12 +58,12 @@ _OF_GUESTS = "Inside a VM"
 
 PROBLEMS = {
     400: "A body that is no JSON, a wrong, unknown or missing field; an unknown, repeated or malformed parameter",
-    401: "The daemon asks for an API key",
+    401: "The daemon requires an API key",
     403: "An address that is not allowed, or a foreign `Origin`",
-    404: "There is none of this name",
-    406: "What the client accepts is not what there is",
+    404: "Nothing has this name",
+    406: "There is no representation that the client accepts",
     408: "The body took longer than 30 s",
-    409: "Not possible in the present state",
+    409: "Not possible in the current state",
     410: "The events after that one are not kept",
     412: "The VM has changed since `If-Match`",
     413: "The body is larger than 1 MiB, or than what the route takes",
@@ -73,31 +73,31 @@ PROBLEMS = {
     422: "The `Idempotency-Key` was used for another request, or members of the body contradict each other",
     426: "This is a WebSocket",
     502: "The guest, its agent or its port does not answer",
-    503: "The daemon can't now: no capacity, it stops, or its disk does not take the change",
-    507: "The disk is full: that of the guest, or the cache's",
+    503: "Not possible now: no capacity, the daemon stops, or its disk does not take the change",
+    507: "The guest's or the cache's disk is full",
 }
 """What each error status means; the body is always `ProblemDetails`."""
 
 HEADERS = {
     "Content-Disposition": "A name for the file",
     "Repr-Digest": "`sha-256=:…:` (RFC 9530)",
-    "Volant-File-Mode": "The mode, octal",
+    "Volant-File-Mode": "The file's mode, octal",
     "ETag": "Changes with every change of the VM, or of the file; for `If-Match` and `If-None-Match`",
-    "Location": "The path of what was made",
-    "Volant-Wait": "With `wait`: `met`, `failed` (it came to rest in another state, or is gone) or `timeout`",
-    "Volant-Event-Id": "The event up to which the list is true: follow the events from there and miss nothing",
-    "Idempotency-Replayed": "`true` when the request came before: nothing was done now, and this is the first answer",
-    "Link": '`<…>; rel="next"` when there are more',
+    "Location": "The path of the new resource",
+    "Volant-Wait": "With `wait`: `met`, `failed` (it ended in another state, or was deleted) or `timeout`",
+    "Volant-Event-Id": "The last event in the list. Follow the events from there to miss nothing",
+    "Idempotency-Replayed": "`true` for a repeated request: nothing was done now, and this is the first answer",
+    "Link": '`<…>; rel="next"` if there are more',
 }
 
 TAGS = {
-    "VMs": "Make, change and watch VMs",
+    "VMs": "Create, change and watch VMs",
     "Inside a VM": "The agent, the workload and ports of a guest. Path, query and bodies pass byte for byte",
     "Plugins": "Kinds of VMs",
-    "Templates": "What VMs begin as clones of",
-    "Snapshots": "Copies of VMs that are kept, to go on from",
+    "Templates": "Booted guests that new VMs are cloned from",
+    "Snapshots": "Stored copies of VMs that new VMs can start from",
     "Networks": "Named networks in which VMs reach each other",
-    "System": "The daemon about itself",
+    "System": "The daemon itself",
 }
 
 
@@ -124,17 +124,17 @@ def _document(table: Table) -> Schema:
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "servers": [{"url": "/", "description": "The daemon that this document comes from"}],
-        "tags": [{"name": name, "description": says} for name, says in TAGS.items()],
+        "tags": [{"name": name, "description": text} for name, text in TAGS.items()],
         "security": _HEADER_KEYS,
         "paths": paths,
         "components": {
             "schemas": kinds.components,
             "responses": {
-                **{f"Problem{status}": _problem(says, kinds) for status, says in PROBLEMS.items()},
-                **{f"Relayed{status}": _relayed_problem(says, kinds) for status, says in PROBLEMS.items()},
+                **{f"Problem{status}": _problem(text, kinds) for status, text in PROBLEMS.items()},
+                **{f"Relayed{status}": _relayed_problem(text, kinds) for status, text in PROBLEMS.items()},
             },
             "headers": {
-                name: {"description": says, "schema": {"type": "string"}} for name, says in sorted(HEADERS.items())
+                name: {"description": text, "schema": {"type": "string"}} for name, text in sorted(HEADERS.items())
             },
             "securitySchemes": _SCHEMES,
         },
@@ -148,7 +148,7 @@ _SCHEMES = {
     "ticket": {"type": "apiKey", "in": "query", "name": "ticket", "description": "For one use, within 60 s"},
 }
 _HEADER_KEYS: list[dict[str, list[str]]] = [{}, {"key": []}, {"bearer": []}]
-"""The first: a daemon without `VOLANT_API_KEY` asks nobody."""
+"""The first is for a daemon without `VOLANT_API_KEY`, which requires no key."""
 _QUERY_KEYS: list[dict[str, list[str]]] = [{"keyInQuery": []}, {"ticket": []}]
 
 
@@ -163,7 +163,7 @@ class _Kinds:
             for answer in operation.answers.values():
                 kinds.extend((answer.type, *answer.items))
         kinds = [single for kind in kinds for single in (kind.types if isinstance(kind, OneOf) else (kind,))]
-        # The types that are in a schema by themselves: bytes are said to be base64 there, which bodies are not.
+        # Without bytes: msgspec's schema for them is base64, which bodies are not.
         unique = {repr(kind): kind for kind in kinds if kind is not None and kind is not bytes}
         schemas, self.components = msgspec.json.schema_components(unique.values(), ref_template=_REFERENCE)
         self._schemas = dict(zip(unique, schemas, strict=True))
@@ -172,7 +172,7 @@ class _Kinds:
                 describe(owner, self.components[owner.__name__])
         self.components = dict(sorted(self.components.items()))
         for schema in self.components.values():
-            _say_defaults(schema)
+            _describe_defaults(schema)
 
     def schema(self, kind: Any) -> Schema:
         """The schema of a type, or a reference to it."""
@@ -195,9 +195,9 @@ def _operation(operation: Operation, kinds: _Kinds) -> Schema:
     elif operation.credentials_in_query:
         shown["security"] = _HEADER_KEYS + _QUERY_KEYS
     parameters = [
-        {"name": name, "in": "path", "required": True, "description": says, "schema": kinds.schema(kind)}
+        {"name": name, "in": "path", "required": True, "description": text, "schema": kinds.schema(kind)}
         for name in in_path
-        for kind, says in (_IN_PATH[name],)
+        for kind, text in (_IN_PATH[name],)
     ]
     parameters.extend(_parameter(parameter, kinds) for parameter in operation.parameters)
     if parameters:
@@ -222,7 +222,7 @@ def _operation(operation: Operation, kinds: _Kinds) -> Schema:
 
 
 def _as_bytes(kind: Any) -> Schema:
-    """Bytes of whatever type, for generators that know neither `*/*` nor a database's type."""
+    """Returns a media type for bytes of any type, for generators that support neither `*/*` nor a database's type."""
     return {OCTETS: {"schema": {"type": "string", "format": "binary"}}} if kind is bytes else {}
 
 
@@ -255,7 +255,7 @@ def _answer(answer: Answer, kinds: _Kinds) -> Schema:
     if answer.headers:
         shown["headers"] = {name: {"$ref": f"#/components/headers/{name}"} for name in answer.headers}
     if answer.type is not None:
-        # Of a stream, tools hold each event against it (as OpenAPI 3.2 does with `itemSchema`), and not the text.
+        # For a stream, tools apply the schema to each event (as OpenAPI 3.2 does with `itemSchema`), not to the text.
         schema = {} if answer.media == "text/event-stream" else kinds.schema(answer.type)
         shown["content"] = {answer.media: {"schema": schema}}
         if answer.media == ANY:
@@ -267,15 +267,15 @@ def _answer(answer: Answer, kinds: _Kinds) -> Schema:
     return shown
 
 
-def _problem(says: str, kinds: _Kinds) -> Schema:
+def _problem(text: str, kinds: _Kinds) -> Schema:
     content = {"application/problem+json": {"schema": kinds.schema(ProblemDetails)}}
-    return {"description": says, "content": content}
+    return {"description": text, "content": content}
 
 
-def _relayed_problem(says: str, kinds: _Kinds) -> Schema:
+def _relayed_problem(text: str, kinds: _Kinds) -> Schema:
     problem = {"anyOf": [kinds.schema(ProblemDetails), {"type": "object", "description": "The guest's own"}]}
     content = {"application/problem+json": {"schema": problem}, ANY: {"schema": {}}}
-    return {"description": f"{says}; or the guest says so, in its own words", "content": content}
+    return {"description": f"{text}; or the guest's own answer", "content": content}
 
 
 def _tag(path: str) -> str:
@@ -292,16 +292,16 @@ def _tag(path: str) -> str:
     return "Plugins" if "/plugins" in path or "/artifacts" in path else "System"
 
 
-def _say_defaults(schema: Schema) -> None:
-    """Put defaults of members into words, and an `items` to arrays of anything.
+def _describe_defaults(schema: Schema) -> None:
+    """Moves defaults of members into their descriptions, and adds `items` to arrays of anything.
 
-    Generators take a member that has a `default` for one that is always there, and ask it of a request as well
-    (openapi-typescript), or know no array without `items` (openapi-python-client).
+    openapi-typescript makes a member with a `default` required, in requests too; openapi-python-client supports no
+    array without `items`.
     """
     for member in schema.get("properties", {}).values():
         if member.get("type") == "array" and "prefixItems" not in member:
             member.setdefault("items", {})
         default = member.pop("default", None)
         if default not in (None, "", {}, [], ()):
-            said = f"Default: `{msgspec.json.encode(default).decode()}`."
-            member["description"] = f"{member['description']} {said}" if "description" in member else said
+            text = f"Default: `{msgspec.json.encode(default).decode()}`."
+            member["description"] = f"{member['description']} {text}" if "description" in member else text

@@ -96,10 +96,10 @@ class _Route:
         return wait, timeout_s, parameters
 
     def _request(self, parameters: dict[str, Any], context: Context) -> object:
-        """Returns what a repeated request has to be equal in."""
+        """Returns the content in which a repeated request must be equal to the first."""
         if self._operation.body is not Nothing:
             return parameters["body"]
-        # Without a body it is a command of a VM; digests in the journal are of this form.
+        # Without a body it is a command for a VM. Stored digests are of this form, so it must not change.
         command = Command(self._operation.path.rpartition("/")[2])
         return CommandRequest(command, **parameters), context.versions
 

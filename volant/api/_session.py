@@ -12,8 +12,7 @@ from volant.http import GOING_AWAY, Call
 
 
 class Session(ABC):
-    """One client. What ends it is told between two messages, never in the middle of one; only a client that has left is
-    not waited for."""
+    """One client. It ends between two messages, never in the middle of one, unless the client has left."""
 
     def __init__(self, call: Call) -> None:
         self.call = call

@@ -1,4 +1,4 @@
-"""`/healthz` and `/api/v1/system/tasks`: what is no JSON, or has a status of its own."""
+"""`/healthz` and `/api/v1/system/tasks`, which need their own route: one sets its status, the other is plain text."""
 
 from __future__ import annotations
 

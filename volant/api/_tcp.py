@@ -1,11 +1,11 @@
 """`/ws/v1/vms/{name}/tcp/{port}`: one TCP connection to a port of a guest's loopback, as a WebSocket.
 
-Binary messages are the bytes, however they are cut. WebSocket has no half close, and much that speaks TCP needs one
-(`nc`, rsync, a request that ends with its sender's end), so **an empty message is the end of one direction**, as in the
-streams of exec. Closing the WebSocket after the end of one direction only, as websockify and Kubernetes' port forward
-do, was rejected: it cuts off the answer of whoever was asked.
+Binary messages are the bytes; their boundaries mean nothing. WebSocket has no half-close, and many TCP programs need
+one (`nc`, rsync, a request that ends with the end of input), so **an empty message is the end of one direction**, as in
+the streams of exec. To close the WebSocket at the end of the first direction, as websockify and Kubernetes' port
+forward do, was rejected: it cuts off the answer.
 
-Messages are decoded here, unlike those of relays: the guest's end speaks no WebSocket.
+Messages are decoded here, unlike those of relays, as the guest's end is plain TCP.
 """
 
 from __future__ import annotations

@@ -1,15 +1,14 @@
-"""`GET /api/v1/vms/{name}/openapi`: the OpenAPI document of what runs in a VM, fit to be used from outside.
+"""`GET /api/v1/vms/{name}/openapi`: the OpenAPI document of a VM's workload, rewritten for clients outside.
 
-What runs says best what it is: a running workload is asked first, under the path that the manifest names, else at
-`/openapi.json`, as most frameworks have it there. Where it has none that is fit, a document that the manifest itself
-holds counts, also while the VM does not run. A document from a guest is data of a stranger: it is read within bounds,
-parsed, and written anew.
+A running workload is the best source. It is asked first, at the path that the manifest names, else at `/openapi.json`,
+where most frameworks have it. If it has no usable document, the one in the manifest counts, also while the VM does not
+run. A document from a guest is not trusted: it is read within limits, parsed, and serialized again.
 
-Its `servers` are rewritten, wherever it has them, so that clients call the workload through the daemon. They become
-paths without a host, which are relative to the address of the document itself: whatever name the client has for the
-daemon is right. `…/agent` takes `/healthz` and `/v1/…` for itself, so a document that describes such a path gets the
-prefix under which all of the workload's paths are reached, `…/agent/v1/workload`. A path with `..` in it is left out:
-joined to a server, it could lead a client with our key to another VM.
+All `servers` in it are rewritten, so that clients call the workload through the daemon. They become paths without a
+host, relative to the address of the document itself, so they are right for any name of the daemon. The agent serves
+`/healthz` and `/v1/…` below `…/agent` itself, so a document with such a path gets the prefix that reaches all paths of
+the workload, `…/agent/v1/workload`. A path with `..` in it is left out: joined to a server, it could lead a client with
+our key to another VM.
 """
 
 from __future__ import annotations
@@ -52,23 +51,23 @@ def add_routes(app: QuartTrio, deps: ApiDeps) -> None:
     async def workload_openapi(name: str) -> Response:
         no_query()
         row = find_vm(deps, name)
-        said = row.manifest.openapi
-        path = said if isinstance(said, str) else _USUAL_PATH
+        declared = row.manifest.openapi
+        path = declared if isinstance(declared, str) else _USUAL_PATH
         try:
-            found = await _asked(deps, row, path, promised=isinstance(said, str))
+            found = await _ask_workload(deps, row, path, promised=isinstance(declared, str))
         except Problem:
-            if not isinstance(said, dict):
+            if not isinstance(declared, dict):
                 raise
-            # What is rewritten below is a copy: the manifest is the VM's.
-            found, path = deepcopy(said), "/"
+            # A copy, as the document is rewritten below and the manifest is the VM's.
+            found, path = deepcopy(declared), "/"
         # A document of a megabyte takes a second, which others must not wait for.
         response = json_response(await deps.host.threads.run(through_proxy, found, row.name, path))
         response.headers[SANDBOX[0].decode()] = SANDBOX[1].decode()
         return response
 
 
-async def _asked(deps: ApiDeps, row: VmRow, path: str, *, promised: bool) -> dict[str, Any]:
-    """The document that the workload serves. :raises Problem: 404 there is none, 502 it can't be had."""
+async def _ask_workload(deps: ApiDeps, row: VmRow, path: str, *, promised: bool) -> dict[str, Any]:
+    """Returns the document that the workload serves. :raises Problem: 404 there is none, 502 it can't be read."""
     port = row.manifest.workload.port if row.manifest.workload is not None else None
     if port is None:
         raise _none(row, "its plugin names none, and no workload that serves HTTP")
@@ -105,7 +104,7 @@ async def _fetch(client: AgentClient, row: VmRow, path: str, port: int, *, promi
         async with client.stream("GET", path, headers, timeout_s=_ANSWER_S) as response:
             kinds = dict(response.headers)
             kind = kinds.get(b"content-type", b"").lower()
-            # A server of pages may have one for every path, or send whoever has not logged in somewhere else.
+            # A web server may have a page for every path, or redirect to a login.
             if not promised and (300 <= response.status < 500 or b"html" in kind):
                 return _none(row, f"its plugin names none, and its workload has no {path}")
             if response.status != 200:
@@ -113,7 +112,7 @@ async def _fetch(client: AgentClient, row: VmRow, path: str, port: int, *, promi
             if b"yaml" in kind:
                 return _broken(row, f"serves {path} as YAML", hint="let it serve JSON, or put it into the manifest")
             if kinds.get(b"content-encoding", b"identity").lower() != b"identity":
-                return _broken(row, f"serves {path} in an encoding that was not asked for")
+                return _broken(row, f"serves {path} in an encoding that was not requested")
             return await response.read(_MAX_ANSWER)
     except (AgentUnreachable, AgentProtocolError) as error:
         return unreachable(row.name, str(error))
@@ -141,7 +140,7 @@ def _broken(row: VmRow, what: str, *, hint: str | None = None) -> Problem:
 
 
 def through_proxy(document: dict[str, Any], vm: str, path: str) -> dict[str, Any]:
-    """The document with servers that are reached through the daemon; `path`: where the workload has it."""
+    """Returns the document with servers that are reached through the daemon; `path`: where the workload serves it."""
     agent = f"/api/v1/vms/{vm}/agent"
     bases = {base for owner in _owners(document) for base, _ in _bases(owner.get("servers"), path)} or {""}
     paths = document.get("paths")
@@ -153,7 +152,7 @@ def through_proxy(document: dict[str, Any], vm: str, path: str) -> dict[str, Any
         if owner is document or "servers" in owner:
             found = _bases(owner.get("servers"), path) or [("", None)]
             owner["servers"] = [
-                {"url": prefix + base, **({} if says is None else {"description": says})} for base, says in found
+                {"url": prefix + base, **({} if text is None else {"description": text})} for base, text in found
             ]
     return document
 
@@ -174,7 +173,7 @@ def _is_hidden(bases: Collection[str], paths: Collection[str]) -> bool:
 
 
 def _owners(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """All that can have servers of its own: the document, its paths, their methods."""
+    """Yields all objects that can have `servers`: the document, its paths, their methods."""
     yield document
     paths = document.get("paths")
     for item in paths.values() if isinstance(paths, dict) else ():
@@ -184,7 +183,7 @@ def _owners(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _bases(servers: object, path: str) -> list[tuple[str, str | None]]:
-    """Under which paths of the workload a document says that it is served, with what it says of them."""
+    """Returns the paths of `servers` at the workload, with their descriptions."""
     found: dict[str, str | None] = {}
     for server in servers[:_MAX_SERVERS] if isinstance(servers, list) else ():
         url = server.get("url") if isinstance(server, dict) else None
@@ -196,14 +195,14 @@ def _bases(servers: object, path: str) -> list[tuple[str, str | None]]:
             base = urlsplit(urljoin(path, filled or "/")).path.rstrip("/")
         except ValueError:
             continue
-        says = server.get("description")
+        text = server.get("description")
         if len(filled) <= _MAX_URL and (not base or base.startswith("/")) and not _climbs(base):
-            found.setdefault(base, says if isinstance(says, str) else None)
+            found.setdefault(base, text if isinstance(text, str) else None)
     return list(found.items())
 
 
 def _climbs(path: str) -> bool:
-    """Whether a client that joins it to a prefix may end up outside of that."""
+    """Whether a client that joins the path to a prefix may get outside of the prefix."""
     return ".." in _SLASH.split(unquote(path))
 
 

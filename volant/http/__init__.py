@@ -1,4 +1,4 @@
-"""From sockets to requests: connections and their bounds, who may ask, and what every request passes."""
+"""From sockets to requests: connections and their limits, access control, and the middleware of every request."""
 
 from ._access import Access, without_credentials
 from ._body import (

@@ -1,18 +1,18 @@
-"""Who may ask: the checks that come before any route.
+"""Access control: the checks that come before any route.
 
-In this order, so that who is outside learns as little as can be:
+They run in this order, so that a client that is refused learns as little as possible:
 
 1. The client's address against `VOLANT_API_ALLOW_CIDR`: 403. Behind a proxy of `VOLANT_TRUSTED_PROXIES` it is the last
-   address in `X-Forwarded-For` that is no such proxy; what stands before that one anybody can have written.
+   address in `X-Forwarded-For` that is no such proxy; any client can forge the addresses before that one.
 2. `Host`: 421. A web page that a person has open can send requests to loopback, and by rebinding its name to 127.0.0.1
-   can even read the answers; but it still says its own name.
-3. `Origin` on what changes something or opens a WebSocket: 403. `Sec-Fetch-Site` on everything: what a page of another
-   site asks for is 403, but for documents that a link may lead to, and origins in `VOLANT_CORS_ORIGINS`.
-4. The API key: 401. A preflight of a browser is answered before, as it can't carry one; so are `/healthz` and the page
-   `/docs`, which says of this daemon nothing.
+   can even read the answers; but its requests still carry its own name in `Host`.
+3. `Origin` on unsafe methods and WebSockets: 403. `Sec-Fetch-Site` on all requests: a request of another site's page is
+   403, except for documents that a link may lead to, and for origins in `VOLANT_CORS_ORIGINS`.
+4. The API key: 401. A browser's preflight is answered before this check, as it can't carry a key; so are `/healthz` and
+   the page `/docs`, which shows nothing of this daemon.
 
-A Unix socket has permissions of its own and skips the first and the last. All of it together costs some microseconds,
-and with the settings it can be replaced while the daemon runs.
+A Unix socket has permissions of its own and skips the first and the last. All checks together cost some microseconds.
+They can be replaced, with the settings, while the daemon runs.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from ._settings import ApiSettings
 Header = tuple[bytes, bytes]
 
 GUESSES = "too-many-wrong-keys"
-"""The code of the problem that says so; its answer carries `Retry-After`."""
+"""The code of the problem after too many wrong keys; its answer carries `Retry-After`."""
 
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 _REMEMBERED = 256
 _HOST = re.compile(r"(?:\[(?P<address>[0-9a-f:.]+)\]|(?P<name>[^\[\]:@/?#\\\s]+))(?::(?P<port>[0-9]{0,5}))?\Z")
 _OWN_SITE = frozenset({b"same-origin", b"none"})
-"""What browsers send with requests of our own pages, and with those that a person began (an address that was typed)."""
+"""`Sec-Fetch-Site` of requests from our own pages, and of those that a person began (by typing an address)."""
 _OF_GUEST = re.compile(rb"/api/v1/vms/[a-z0-9-]{1,63}/(?:agent|ports/[0-9]{1,5})(?:/|\Z)")
 _DOCUMENTS = frozenset({b"/docs", b"/openapi.json"})
 _PREFLIGHT_AGE = b"600"
@@ -63,19 +63,19 @@ class Access:
         return bool(self._rules.keys)
 
     def replace(self, settings: ApiSettings) -> None:
-        """Let other settings be in force, for requests from now on. With the keys the tickets made with them go."""
+        """Applies other settings to requests from now on. If the keys change, all tickets become invalid."""
         if settings.api_keys != self._rules.settings.api_keys:
             self.tickets.clear()
         self._rules = _Rules(settings)
 
     def check(self, scope: Any) -> None:
-        """Address, `Host` and `Origin`. :raises Problem: 421 or 403."""
+        """Checks address, `Host` and `Origin`. :raises Problem: 421 or 403."""
         self._rules.check(scope)
 
     def authenticate(self, scope: Any, *, in_query: bool) -> str:
-        """The key; with `in_query` also as a parameter, for what browsers open without headers.
+        """Checks the key; with `in_query` also as a parameter, for what browsers open without headers.
 
-        Returns who asks: a digest of the key, a user of this host, or a word for those of whom nothing is known.
+        Returns the caller: the digest of its key, a user of this host, or `ANONYMOUS`.
 
         :raises Problem: 401.
         """
@@ -120,7 +120,7 @@ class Access:
         if shown:
             raise _unauthenticated("the API key is not one of this daemon's", None)
         raise _unauthenticated(
-            "this daemon asks for an API key",
+            "this daemon requires an API key",
             "send X-Volant-API-Key or Authorization: Bearer; volar takes it from VOLANT_API_KEY or --api-key-file",
         )
 
@@ -136,7 +136,7 @@ class Access:
         return self._rules.client(scope["client"][0], scope["headers"])[:100]
 
     def _caller(self, keys: Keys, given: bytes, address: str) -> str | None:
-        """Returns who shows the key `given`, if it is one. :raises Problem: 401, too many wrong ones came before."""
+        """Returns the caller with this key, None if it is wrong. :raises Problem: 401 after too many wrong ones."""
         digest = digest_of(given)
         wait_s = self._guesses.wait_s(address, digest)
         if wait_s > 0:
@@ -153,13 +153,13 @@ class Access:
         return None
 
     def own_address(self, scope: Any) -> tuple[bool, str]:
-        """Where the client of a checked request reaches us, for addresses that we tell it: whether with TLS, and
-        `host[:port]`. The latter is made anew of the name that `Host` was found to be; TLS is known from the
-        connection, or from the `X-Forwarded-Proto` of a trusted proxy."""
+        """Returns how the client of a checked request reaches us, for URLs in answers: whether with TLS, and
+        `host[:port]`. The latter is rebuilt from the `Host` that was checked; TLS is known from the connection, or from
+        the `X-Forwarded-Proto` of a trusted proxy."""
         return self._rules.is_tls(scope), own_netloc(_shown(_header(scope, b"host")))
 
     def cors(self, scope: Any) -> list[Header]:
-        """What every answer says to browsers about pages of other origins."""
+        """Returns the CORS headers of every answer."""
         origins = self._rules.origins
         if not origins:
             return []
@@ -173,7 +173,7 @@ class Access:
         ]
 
     def preflight(self, scope: Any) -> list[Header] | None:
-        """The headers of the answer, if this is the question of a browser whether a page of an allowed origin may."""
+        """Returns the headers of the answer, if this is the CORS preflight of a page of an allowed origin."""
         if scope["type"] != "http" or scope["method"] != "OPTIONS" or not self._rules.origins:
             return None
         origin = _header(scope, b"origin")
@@ -188,7 +188,7 @@ class Access:
         ]
         wanted = _header(scope, b"access-control-request-headers")
         if wanted is not None:
-            # Any: what a guest's own API takes we can't list, and Authorization is not covered by a `*`.
+            # Any: we can't list what a guest's own API takes, and a `*` does not cover Authorization.
             headers.append((b"access-control-allow-headers", wanted))
         return headers
 
@@ -234,7 +234,7 @@ class _Rules:
                 421,
                 "unknown-host",
                 f"this daemon is not {_shown(host)!r}",
-                hint="names besides loopback and the listen address go into VOLANT_ALLOWED_HOSTS",
+                hint="add names besides loopback and the listen address to VOLANT_ALLOWED_HOSTS",
             )
         if origin is not None and (scope["type"] == "websocket" or scope["method"] not in _SAFE):
             self._check_origin(_shown(origin), _shown(host))
@@ -242,14 +242,14 @@ class _Rules:
             self._check_site(scope, origin)
 
     def is_tls(self, scope: Any) -> bool:
-        """Whether what the client speaks is encrypted on its side."""
+        """Whether the client uses TLS, to us or to a trusted proxy."""
         if scope.get("scheme") in ("https", "wss"):
             return True
         if scope["state"].get("unix") or not self._is_proxy(scope["client"][0]):
             return False
-        # The first of several is what the client spoke with the outermost proxy.
-        told = _shown(_header(scope, b"x-forwarded-proto")).partition(",")[0].strip().lower()
-        return told in ("https", "wss")
+        # The first of several values is the client's protocol to the outermost proxy.
+        protocol = _shown(_header(scope, b"x-forwarded-proto")).partition(",")[0].strip().lower()
+        return protocol in ("https", "wss")
 
     def is_allowed(self, origin: str) -> bool:
         """Whether an operator has named this origin."""
@@ -276,7 +276,7 @@ class _Rules:
                 403,
                 "address-not-allowed",
                 f"this daemon takes no requests from {client[:100]}",
-                hint="networks that may ask go into VOLANT_API_ALLOW_CIDR, proxies into VOLANT_TRUSTED_PROXIES",
+                hint="add allowed networks to VOLANT_API_ALLOW_CIDR, and proxies to VOLANT_TRUSTED_PROXIES",
             )
 
     def _find_proxy(self, text: str) -> bool:
@@ -307,8 +307,8 @@ class _Rules:
             address = ipaddress.ip_address(name)
         except ValueError:
             return False
-        # Browsers and libraries write an address in one way. Another spelling comes from somebody who has a check to
-        # get around, so an operator who wants one has to name it.
+        # Browsers and libraries write an address in one way. Another spelling is likely an attempt to evade a check, so
+        # an operator who wants one has to name it.
         if str(address) != name or (address.version == 6) != bool(parts["address"]):
             return False
         if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
@@ -318,10 +318,10 @@ class _Rules:
         return address.is_loopback or str(local).removeprefix("::ffff:") == str(address)
 
     def _check_site(self, scope: Any, origin: bytes | None) -> None:
-        """Decide about a request of a page that is not ours, as its browser says (W3C Fetch Metadata, 2.4).
+        """Checks a request that its browser marks as another site's (W3C Fetch Metadata, 2.4).
 
-        A page of another site may link to documents: `/docs`, `/openapi.json`, and what a guest serves. To a browser a
-        guest's page is of another site, too, as it is sandboxed; nothing tells what it asks for from what others do.
+        A page of another site may link to documents: `/docs`, `/openapi.json`, and what a guest serves. A guest's page
+        is sandboxed, so its browser marks its requests as another site's too; they can't be told apart.
         """
         if origin is not None and self.is_allowed(_shown(origin)):
             return
@@ -333,14 +333,14 @@ class _Rules:
         raise Problem(
             403,
             "cross-site",
-            "a page of another site may not ask for this",
-            hint="origins of pages that may use the API go into VOLANT_CORS_ORIGINS",
+            "a page of another site may not request this",
+            hint="add origins of pages that may use the API to VOLANT_CORS_ORIGINS",
         )
 
     def _check_origin(self, origin: str, host: str) -> None:
         if self.is_allowed(origin):
             return
-        # `host` is one of ours by now. A page of ours is one whose origin is what it talks to.
+        # `host` is one of ours by now. A page is ours if its origin is the host of its request.
         try:
             parts = urlsplit(origin)
             own = parts.scheme in ("http", "https") and _netloc(parts.netloc, parts.scheme) == _netloc(
@@ -353,7 +353,7 @@ class _Rules:
                 403,
                 "foreign-origin",
                 f"a page of {origin[:100]!r} may not do this",
-                hint="origins that may go into VOLANT_CORS_ORIGINS",
+                hint="add allowed origins to VOLANT_CORS_ORIGINS",
             )
 
 
@@ -386,7 +386,7 @@ def _unauthenticated(detail: str, hint: str | None) -> Problem:
 
 
 def _credentials(query: bytes) -> Iterable[Header]:
-    """Those among the parameters of a query, decoded."""
+    """Yields the credentials among the parameters of a query, decoded."""
     for pair in query.split(b"&") if _may_have_credentials(query) else ():
         name, _, value = (unquote_to_bytes(part.replace(b"+", b" ")) for part in pair.partition(b"="))
         if name in _IN_QUERY:

@@ -1,9 +1,9 @@
 """One budget for the JSON bodies of all requests, counted as they are read.
 
-A body may be a megabyte and take half a minute, so a few hundred clients that never finish theirs would fill the
-memory. All bodies together may hold `Limits.bodies` bytes, from their first byte to the end of their request. The first
-`Limits.small_body` bytes of each are free: they are bounded by the number of connections, and nearly every request
-needs no more. So clients that hold the whole budget keep only other large bodies out.
+A body may have a megabyte and take half a minute, so a few hundred clients that never finish would fill the memory. All
+bodies together may hold `Limits.bodies` bytes, from their first byte to the end of their request. The first
+`Limits.small_body` bytes of each are free: the number of connections bounds them, and nearly every request needs no
+more. So clients that hold the whole budget block only other large bodies.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from volant.model import Problem
 from ._limits import Limits
 
 BODIES_FULL = "too-much-under-way"
-"""The code of the problem that says so; its answer carries `Retry-After`."""
+"""The code of the problem when the budget is used up; its answer carries `Retry-After`."""
 
 
 class Bodies:

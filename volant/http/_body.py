@@ -25,10 +25,9 @@ _UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>.*)`\Z", re.DOTA
 _MISSING = re.compile(r"Object missing required field `(?P<name>.*)`\Z", re.DOTALL)
 _BODY_S = 30
 _SILENCE_S = 60.0
-"""A body that is passed on may take long, but not fall silent for longer than this."""
+"""The longest pause within an upload."""
 _PROGRESS, _PROGRESS_S = 64 * 1024, 300.0
-"""Nor bring fewer bytes than this in so long: few uploads are taken at once, and a client that trickles would keep
-others out."""
+"""The fewest bytes of an upload in that time. Few uploads are taken at once, and a slow client would block others."""
 
 
 def no_query() -> None:
@@ -42,9 +41,9 @@ class Nothing(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 async def read_body(kind: type[T]) -> T:
-    """Decode the body of the request under way.
+    """Decodes the body of the current request.
 
-    :raises Problem: 400 no JSON, or not of this kind; 415 another content type. 408 and 413 are Quart's to raise.
+    :raises Problem: 400 no JSON, or not of this kind; 415 another content type. Quart raises 408 and 413.
     """
     request.body_timeout = _BODY_S
     data = await request.get_data(False, False, False)
@@ -52,16 +51,16 @@ async def read_body(kind: type[T]) -> T:
 
 
 async def read_body_or(otherwise: T) -> T:
-    """Decode the body of the request under way as what `otherwise` is, which it stands for if there is none. :raises
-    Problem: as `read_body`."""
+    """Decodes the body of the current request as the type of `otherwise`; returns `otherwise` if there is no body.
+    :raises Problem: as `read_body`."""
     request.body_timeout = _BODY_S
     data = await request.get_data(False, False, False)
     return _decode_body(data, request.mimetype, type(otherwise)) if data else otherwise
 
 
 async def read_one_of(member: str, kind: type[T], otherwise: type[U]) -> T | U:
-    """Decode the body of the request under way: as `kind` if it is an object with that member. :raises Problem: as
-    `read_body`."""
+    """Decodes the body of the current request: as `kind` if it is an object with that member, else as `otherwise`.
+    :raises Problem: as `read_body`."""
     request.body_timeout = _BODY_S
     data = await request.get_data(False, False, False)
     try:
@@ -72,23 +71,23 @@ async def read_one_of(member: str, kind: type[T], otherwise: type[U]) -> T | U:
 
 
 async def read_call_body(call: Call, kind: type[T], limits: Limits) -> T:
-    """The same for a route beside Quart. :raises Problem: 400, 408, 413, 415, 503, or as `read_call_bytes`."""
+    """As `read_body`, for a route outside Quart. :raises Problem: 400, 408, 413, 415, 503, or as `read_call_bytes`."""
     data = await read_call_bytes(call, limits)
     return _decode_body(data, (call.header(b"content-type") or "").partition(";")[0].strip().lower(), kind)
 
 
 class Upload(Protocol):
-    """Where the bytes of a large body go, piece by piece."""
+    """Receives the bytes of a large body, piece by piece."""
 
     def expect(self, length: int) -> None:
-        """Takes note of how many bytes will come. Raises where there is no room for them."""
+        """Announces how many bytes will come. Raises if there is no room for them."""
 
     async def write(self, data: bytes) -> None:
         """Takes the next bytes."""
 
 
 async def receive_into(call: Call, upload: Upload) -> None:
-    """Passes the body of a request on as it comes; the memory never holds more than a piece of it.
+    """Passes the body of a request on as it arrives; memory never holds more than one piece of it.
 
     :raises Problem: 408 when nothing comes for 60 s, or less than 64 KiB in 5 minutes
     :raises trio.BrokenResourceError: the client left
@@ -119,7 +118,7 @@ async def receive_into(call: Call, upload: Upload) -> None:
 
 
 async def read_call_bytes(call: Call, limits: Limits) -> bytes:
-    """The whole body, whatever it is. :raises Problem: 408, 413, 503; `trio.BrokenResourceError`: the client left."""
+    """Returns the whole body as bytes. :raises Problem: 408, 413, 503; `trio.BrokenResourceError`: the client left."""
     length = call.header(b"content-length")
     if length is not None and int(length) > limits.json_body:
         raise too_large(limits.json_body)
@@ -175,7 +174,7 @@ _decoders: dict[type[Any], msgspec.json.Decoder[Any]] = {}
 
 
 def _problem(text: str, body: str) -> Problem:
-    """What msgspec says, as a problem: `Expected `int`, got `str` - at `$.cpu_cores``."""
+    """Makes a problem of a message of msgspec: `Expected `int`, got `str` - at `$.cpu_cores``."""
     at = _AT.match(text)
     what, where = (at["what"], at["where"].removeprefix("$").removeprefix(".")) if at else (text, "")
     for pattern, words in ((_UNKNOWN, "there is no field"), (_MISSING, f"{body} lacks the field")):

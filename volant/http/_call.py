@@ -1,7 +1,7 @@
-"""One request that is served beside Quart: what streams, in either direction, and every WebSocket.
+"""One request that is served without Quart: streams, in either direction, and every WebSocket.
 
 Quart buffers request bodies without back-pressure, turns an empty WebSocket message into None (quart-trio 0.12), and
-runs streams as async generators, in which a cancel scope may not span a `yield`. What streams is therefore a plain
+runs streams as async generators, in which a cancel scope may not span a `yield`. A stream is therefore a plain
 coroutine on ASGI's own `receive` and `send`, with these helpers.
 """
 
@@ -35,13 +35,13 @@ class Call:
     send: Callable[[Message], Awaitable[None]]
     request_id: str
     body: Share
-    """What its body, if it is held in memory, takes of the budget for all."""
+    """The share of the budget for JSON bodies that its body takes, if it is held in memory."""
     args: Sequence[str] = ()
-    """What the route's pattern checkpoint, percent-decoded."""
+    """The groups that the route's pattern matched, percent-decoded."""
     caller: str = field(default="", init=False)
-    """Who asks, for people; empty until that is known."""
+    """The caller for logs; empty until it is known."""
     started: bool = field(default=False, init=False)
-    """Whether the head of the answer is out."""
+    """Whether the head of the answer was sent."""
 
     @property
     def is_websocket(self) -> bool:
@@ -59,7 +59,7 @@ class Call:
         return event
 
     def query(self, *, credentials: bool) -> Query:
-        """The query's parameters; with `credentials` those of the edge are let pass."""
+        """Returns the query's parameters; `credentials` says that `api_key` and `ticket` are allowed."""
         return Query(self.scope["query_string"], credentials=credentials)
 
     def header(self, name: bytes) -> str | None:
@@ -72,14 +72,14 @@ class Call:
     # HTTP
 
     async def receive_counted(self) -> Message:
-        """As `receive`, for whoever keeps the whole body. :raises Problem: 503 when bodies take too much already."""
+        """As `receive`, for handlers that keep the whole body. :raises Problem: 503 when the budget is used up."""
         message = await self.receive()
         if message["type"] == "http.request":
             self.body.take(len(message["body"]))
         return message
 
     async def start(self, status: int, headers: Sequence[Header]) -> None:
-        """Send the head of an answer, at once: what follows may take its time."""
+        """Sends the head of an answer at once, as the body may follow much later."""
         self.started = True
         await self.send(
             {
@@ -112,7 +112,7 @@ class Call:
         await self.send({"type": f"{prefix}.body", "body": b"", "more_body": False})
 
     async def while_connected(self, stream: Callable[[], Awaitable[None]]) -> bool:
-        """Run `stream` until it ends or the client leaves; what the client sends is dropped. True if it ended."""
+        """Runs `stream` until it ends or the client leaves; drops what the client sends. True if it ended."""
         ended = False
         async with trio.open_nursery() as nursery:
 

@@ -1,30 +1,30 @@
-"""One HTTP/1.1 connection: Hypercorn's protocol, tamed.
+"""One HTTP/1.1 connection: Hypercorn's protocol with limits.
 
-Hypercorn 0.18 parses well and speaks ASGI well; what it lacks is bounds. Each class here overrides one of its classes
-where one of these holds (all reproduced in `tests/api/test_serving.py`):
+Hypercorn 0.18 parses well and implements ASGI well, but has no limits. Each class here overrides one of its classes
+for one of these reasons (all reproduced in `tests/api/test_serving.py`):
 
 - A byte after a WebSocket upgrade raises out of the connection and ends the server (hypercorn#225). Here it is
   answered with 400, and *no* exception of a connection leaves it.
 - A send is shielded without a deadline, so one client that stops reading blocks the shutdown for ever. Here sends are
-  not shielded: a send that is cancelled half-way tears the connection down, as its framing can't be mended anyway;
-  and each has a deadline.
-- With quart-trio no connection is ever closed or recycled: the last chunk of a body makes Hypercorn say
+  not shielded, and each has a deadline. A send that is cancelled half-way closes the connection, as its framing is
+  broken.
+- With quart-trio no connection is ever closed or recycled: on the last chunk of a body Hypercorn sends
   `http.disconnect`, on which quart-trio cancels the task that is just about to recycle. Here what follows the last
   chunk is shielded, with a deadline.
 - A handler that only sends to a WebSocket whose client has left never reaches a checkpoint and hangs the whole
   process. Here every send is one.
 - The answer to a request whose body was not read is lost, because the connection is closed with bytes unread, which
-  resets it. Here the rest is read and dropped within bounds, and closing lingers.
-- An idle connection costs a task that sleeps. Here it is a deadline of the reader, which serves slow headers too.
-- A client that half-closes after its request loses the answer. Here the end of its input is no departure: that is a
-  reset, or both directions closed.
+  resets it. Here the rest is read and dropped within limits, and closing lingers.
+- An idle connection costs a sleeping task. Here it costs a deadline of the reader, which also covers slow headers.
+- A client that half-closes after its request loses the answer. Here a client has left only when its connection is
+  reset or closed in both directions.
 
-HTTP/2 is not spoken, neither by upgrade nor by prior knowledge. Hypercorn's implementation ends the server on a CONNECT
-without `:path`, blocks all streams of a connection on the slowest handler, and has no bounds on resets; on loopback and
-behind a proxy it would give us nothing. Mending that would have meant to rewrite it.
+HTTP/2 is not supported, neither by upgrade nor by prior knowledge. Hypercorn's implementation ends the server on a
+CONNECT without `:path`, blocks all streams of a connection on the slowest handler, and has no limit on resets. On
+loopback and behind a proxy HTTP/2 has no benefit that would pay for rewriting that.
 
-The private parts of Hypercorn that are used stand in `pyproject.toml` with an exact version; what removes this module
-is a release of Hypercorn that bounds its sends and contains its connections.
+This module uses private parts of Hypercorn, so `pyproject.toml` pins an exact version. A release of Hypercorn that
+limits its sends and contains errors of connections would replace this module.
 """
 
 from __future__ import annotations
@@ -63,17 +63,17 @@ if TYPE_CHECKING:
 _log = logging.getLogger("volant.api.serving")
 
 SLICE = 64 * 1024
-"""So many bytes are read before others get their turn, and so many a client must take in the time of one write."""
+"""Bytes of one read, after which other tasks run; and the bytes that a client must read within `Limits.send_s`."""
 _AT_ONCE = 256 * 1024
-"""So many are written before others get their turn."""
+"""Bytes of one write, after which other tasks run."""
 
 _RESET = struct.pack("ii", 1, 0)
 _LEFT = select.POLLHUP | select.POLLERR
-"""What the kernel reports of a connection that is reset, or closed in both directions."""
+"""What poll(2) reports for a connection that is reset, or closed in both directions."""
 _LEFT_POLL_S = 1.0
-"""How often a client that has closed its direction is checked. Nothing wakes us: its end of input stays readable."""
+"""How often to check a client that has closed its direction. Polling, as the end of its input stays readable."""
 _HALF_CLOSED_KEEPALIVE_S = 15
-"""When the kernel begins to probe a client that has closed its direction: it may be gone altogether."""
+"""When the kernel begins to probe a client that has closed its direction, in case it has exited."""
 
 Send = Callable[[Message | None], Awaitable[None]]
 Field = tuple[bytes, bytes]
@@ -90,7 +90,7 @@ class Connection(TCPServer):
         self._socket = stream.socket
         self.is_unix = stream.socket.family == socket.AF_UNIX
         self.credentials = peer_credentials(stream.socket) if self.is_unix else None
-        """At a Unix socket, the user whose process connected."""
+        """On a Unix socket, the user whose process connected."""
         self.peer = f"uid {self.credentials.uid}" if self.credentials is not None else ""
         self._reading = trio.CancelScope()
         self._idle = True
@@ -100,11 +100,11 @@ class Connection(TCPServer):
         self._input_ended = False
         """Whether the client has closed its direction with a request unanswered."""
         self.hold_next = False
-        """Whether the head of an answer, which comes now, is kept until something follows it, for one write of both.
-        ASGI asks for no less: a server waits for the first piece of the body."""
+        """Whether the head of the answer is held until the first piece of the body, to write both at once. ASGI expects
+        that of a server."""
         self._held = b""
         self.writes = 0
-        """How often something was written; each was a checkpoint."""
+        """The number of writes; each was a checkpoint."""
 
     async def run(self) -> None:
         try:
@@ -118,7 +118,7 @@ class Connection(TCPServer):
                 self.http = Http11(self, nursery, client, server)
                 self._rest(self.limits.keep_alive_s)
                 await self._read()
-                # The app has been told. What does not care about its client may finish, not stay.
+                # The app was notified. A handler that ignores the disconnect has some time to finish.
                 nursery.cancel_scope.deadline = trio.current_time() + self.limits.finish_s
         except* (OSError, trio.BrokenResourceError, trio.ClosedResourceError):
             pass
@@ -134,11 +134,11 @@ class Connection(TCPServer):
 
     @property
     def rests_until(self) -> float:
-        """When it is closed if no request comes; the sooner, the longer it has rested or trickled."""
+        """When it is closed if no request arrives; the sooner, the longer it was idle or sends headers slowly."""
         return self._reading.deadline
 
     def abort(self) -> None:
-        """Close the socket now, whoever is reading or writing."""
+        """Closes the socket now, even during a read or a write."""
         self._torn = True
         self._reading.cancel()
         if self.inbox is not None:
@@ -146,7 +146,8 @@ class Connection(TCPServer):
         self._socket.close()
 
     def tear(self) -> None:
-        """Close the socket now; a client in the middle of an answer sees an error, and the kernel keeps nothing."""
+        """Closes the socket with a reset: a client in the middle of an answer sees an error, and the kernel keeps
+        nothing."""
         if self._socket.fileno() >= 0 and not self._closing:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         self.abort()
@@ -157,7 +158,7 @@ class Connection(TCPServer):
             self._reading.cancel()
 
     def peer_left(self) -> bool:
-        """Whether the client has left, although nobody reads: its connection is reset, or closed in both directions.
+        """Whether the client has left, without a read: its connection is reset, or closed in both directions.
 
         For a WebSocket its own direction is enough, as it can't take part in the closing handshake any more.
         """
@@ -168,7 +169,7 @@ class Connection(TCPServer):
         return bool(poller.poll(0))
 
     def rest_again(self) -> None:
-        """What has come was no beginning of a request."""
+        """Resets the idle deadline, when the bytes that arrived did not begin a request."""
         if self._idle and not self._closing:
             self._header_begun = False
             self._rest(self.limits.keep_alive_s)
@@ -218,8 +219,8 @@ class Connection(TCPServer):
             raise
 
     async def _write_now(self, data: bytes) -> int:
-        """Give the kernel what it takes at once; how much that was. It is a checkpoint, and spares most writes their
-        deadline: an event for five hundred readers is five hundred writes."""
+        """Writes what fits into the socket's buffer; returns how much that was. It is a checkpoint. Most writes end
+        here and need no deadline, which saves time: an event for five hundred readers is five hundred writes."""
         await trio.lowlevel.checkpoint_if_cancelled()
         try:
             sent = os.write(self._socket.fileno(), data if len(data) <= _AT_ONCE else memoryview(data)[:_AT_ONCE])
@@ -231,7 +232,7 @@ class Connection(TCPServer):
         return sent
 
     async def _end(self) -> None:
-        """Close our half; the reader goes on and drops what comes, for a moment."""
+        """Closes our direction; the reader drops what arrives for a moment longer."""
         if self._closing or self._torn:
             return
         self._closing = True
@@ -274,11 +275,11 @@ class Connection(TCPServer):
         await self.http.handle(Closed())
 
     async def _serve_half_closed(self) -> None:
-        """Go on with the request under way, of which the client has sent all that it will; until the client leaves.
+        """Waits while the current request is served, after the client has closed its direction; until it leaves.
 
         The end of the answer cancels the reading, and this with it. A TCP client that has closed both directions looks
-        the same until something reaches it and is answered with a reset: a write of ours, or a probe of the kernel. On
-        loopback the kernel can tell.
+        the same until it answers a packet with a reset: a write of ours, or a probe of the kernel. On loopback,
+        `is_abandoned` finds it out.
         """
         if self._idle or self._closing or self.http.is_websocket:
             return
@@ -313,7 +314,7 @@ class Http11(H11Protocol):
             connection.config,
             connection.context,
             tasks,  # type: ignore[arg-type]  # used by Hypercorn for spawn_app() and spawn() alone
-            # A Unix socket's permissions are its key; what is checked of others must know it for sure.
+            # A Unix socket's permissions are its access control, so the checks must know for sure that it is one.
             ConnectionState(
                 {
                     **connection.state,
@@ -329,10 +330,10 @@ class Http11(H11Protocol):
         )
         self.tasks = tasks
         self.waits_to_be_asked = False
-        """Whether the client holds its body back until it is asked for it (h11 forgets that with our answer)."""
+        """Whether the client waits for `100 Continue` (h11 forgets that with our answer)."""
         self._empty_line_dropped = False
         self._closes_after = False
-        """Whether the request under way is the last, as its framing is not to be trusted."""
+        """Whether the current request is the last of the connection, as its framing can't be trusted."""
         self._keeps_alive = False
         """Whether an HTTP/1.0 client has asked for the connection to be kept."""
 
@@ -343,7 +344,7 @@ class Http11(H11Protocol):
 
     async def stream_send(self, event: StreamEvent) -> None:
         if isinstance(event, Response) and event.status_code >= 200:
-            # After a refused upgrade Hypercorn does not know how to go on.
+            # Hypercorn can't continue a connection after a refused upgrade.
             last = self.context.terminated.is_set() or self.is_websocket or self._closes_after
             names = {name.lower() for name, _ in event.headers}
             if last and b"connection" not in names:
@@ -359,7 +360,7 @@ class Http11(H11Protocol):
             await self._send_h11_event(h11.InformationalResponse(status_code=100, headers=[]))
 
     async def refuse(self, problem: Problem) -> None:
-        """Answer with `problem` outside of any app, as far as the protocol still allows, and close."""
+        """Answers with `problem` without the app, as far as the protocol still allows, and closes."""
         if self.connection.our_state in {h11.IDLE, h11.SEND_RESPONSE}:
             request_id = new_request_id()
             body = problem_body(problem, request_id)
@@ -370,7 +371,7 @@ class Http11(H11Protocol):
         await self.send(Closed())
 
     def _drop_empty_line(self) -> bool:
-        """Drop one empty line before a request (RFC 9112, 2.2). False when more must come to know whether it is one."""
+        """Drops one empty line before a request (RFC 9112, 2.2). False if it takes more bytes to decide."""
         connection = self.connection
         if not isinstance(connection, h11.Connection) or connection.their_state is not h11.IDLE:
             return True
@@ -430,7 +431,7 @@ class Http11(H11Protocol):
         self._closes_after = b"transfer-encoding" in names and (old or b"content-length" in names)
         self._keeps_alive = old and not self._closes_after and b"keep-alive" in _connection_tokens(fields)
         if self._keeps_alive:
-            # h11 ends every connection of HTTP/1.0, and has no public way to let it do otherwise.
+            # h11 ends every connection of HTTP/1.0, and has no public way to change that.
             assert isinstance(self.connection, h11.Connection)
             self.connection._cstate.keep_alive = True
 
@@ -449,7 +450,7 @@ class Http11(H11Protocol):
         upgrade = wanted == [b"websocket"] and request.method == b"GET" and b"upgrade" in _connection_tokens(fields)
         target, headers = _origin_form(request.target, fields)
         if self._closes_after:
-            # The encoding counts, and nobody after us shall read the length (RFC 9112, 6.3).
+            # The encoding counts, and no later reader may see the length (RFC 9112, 6.3).
             headers = [field for field in headers if field[0] != b"content-length"]
         kind = WebSocketStream if upgrade else RequestStream
         stream = kind(
@@ -505,7 +506,7 @@ class Tasks:
         return inbox.put
 
     async def drop_rest(self) -> None:
-        """Read and drop what the app has left of the request's body, within bounds."""
+        """Reads and drops what the app has left of the request's body, within limits."""
         inbox = self.connection.inbox
         if inbox is None or inbox.settled.is_set() or self.connection.http.waits_to_be_asked:
             return
@@ -518,7 +519,7 @@ class Tasks:
 
         async def app_send(message: Message) -> None:
             if message["type"] == "http.response.body" and not message.get("more_body", False):
-                # Afterwards the client is gone for the app, and quart-trio cancels us (see above).
+                # After this the app gets a disconnect, and quart-trio cancels us (see above).
                 with trio.move_on_after(finish_s) as scope:
                     scope.shield = True
                     await send(message)
@@ -530,7 +531,7 @@ class Tasks:
                 before = self.connection.writes
                 await send(message)
                 if self.connection.writes == before:
-                    # Its client has left, and a handler that only sends would never let anybody else run (see above).
+                    # The client has left, and a handler that only sends would block all other tasks (see above).
                     await trio.lowlevel.checkpoint()
 
         try:
@@ -562,15 +563,14 @@ class RequestStream(HTTPStream):
 
 
 class WebSocketStream(WSStream):
-    """One WebSocket, without compression, and with two ways that ASGI lacks.
+    """One WebSocket, without compression, and with two messages that ASGI lacks.
 
-    Deflating on the event loop would stall everybody for one client's traffic, and inflating has no bound on what
-    comes out (wsproto 1.3).
+    Deflating on the event loop would delay all clients for one client's traffic, and inflating has no limit on its
+    output (wsproto 1.3).
 
     An app may answer with `volant.websocket.switch` instead of `websocket.accept`: from then on it gets and sends raw
-    bytes (`volant.websocket.bytes`), and the handshake is its own affair. Relays do, so that what passes between a
-    client and a guest stays what it was, and costs no unmasking here. `volant.websocket.texts` sends many text
-    messages with one write.
+    bytes (`volant.websocket.bytes`), and does the handshake itself. Relays do, so the bytes between a client and a
+    guest stay unchanged and cost no unmasking here. `volant.websocket.texts` sends many text messages with one write.
     """
 
     tasks: Tasks
@@ -621,7 +621,7 @@ class WebSocketStream(WSStream):
             await super().app_send(message)
 
     async def _send_error_response(self, status_code: int) -> None:
-        # Closed first: the app may be about to accept, and whatever it sends from here on is dropped.
+        # Closed first: the app may be about to accept, and all that it sends from here on is dropped.
         self.closed = True
         await _send_problem(self, status_code)
         if self.app_put is not None:
@@ -659,7 +659,7 @@ async def _send_problem(stream: HTTPStream | WSStream, status: int) -> None:
 def _malformed(error: h11.RemoteProtocolError) -> Problem:
     if error.error_status_hint == 431:
         return _headers_too_large()
-    # h11 quotes the line after the colon, in which a key may stand.
+    # h11 quotes the line after the colon, which may contain a key.
     return Problem(400, "malformed-request", f"this is not HTTP/1.1: {str(error).partition(':')[0]}")
 
 
@@ -670,8 +670,8 @@ def _headers_too_large() -> Problem:
 def _unacceptable(request: h11.Request, fields: Sequence[Field], header_bytes: int) -> Problem | None:
     if request.http_version not in (b"1.1", b"1.0"):
         version = request.http_version.decode("ascii")
-        return Problem(505, "http-version", f"HTTP/{version} is not spoken here", hint="use HTTP/1.1")
-    # h11 bounds what is incomplete; what came in one piece it takes.
+        return Problem(505, "http-version", f"HTTP/{version} is not supported", hint="use HTTP/1.1")
+    # h11 limits only incomplete heads; it accepts any that arrives in one piece.
     if len(request.target) + sum(len(name) + len(value) + 4 for name, value in fields) > header_bytes:
         return _headers_too_large()
     if request.method == b"CONNECT" or not (request.target.startswith(b"/") or _ABSOLUTE.match(request.target)):
@@ -688,8 +688,8 @@ _ABSOLUTE = re.compile(rb"https?://([^/?#]+)(.*)\Z", re.IGNORECASE | re.DOTALL)
 
 
 def _origin_form(target: bytes, fields: list[Field]) -> tuple[bytes, list[Field]]:
-    """The target as a path, and the headers. An absolute target says the host, whatever `Host` says (RFC 9112, 3.2.2);
-    what it says is checked as a `Host` is."""
+    """Returns the target as a path, and the headers. The host of an absolute target replaces `Host` (RFC 9112, 3.2.2),
+    and is checked like it."""
     absolute = None if target.startswith(b"/") else _ABSOLUTE.match(target)
     if absolute is None:
         return target, fields

@@ -1,9 +1,9 @@
-"""Slows down guesses of API keys, for each address on its own.
+"""Rate limit of wrong API keys, for each address on its own.
 
-An address may show `BURST` wrong keys at once and then `RATE` a second. Above that its keys are not looked at, as an
-answer to each would let it guess at any speed. A key that was right from an address before is looked at all the same:
-whoever guesses behind the same proxy, or as another user of this host, keeps no caller out who is already known. A new
-caller there has to try again, for as long as the guesses go on. Both tables are bounded; the oldest entry makes room.
+An address may send `BURST` wrong keys at once and then `RATE` a second. Above that its keys are refused unchecked, as
+an answer to each would let it guess at any speed. A key that was right from an address before is still checked. So an
+attacker behind the same proxy, or another user of this host, can't block callers that have used it before. A new caller
+there has to retry for as long as the guesses continue. Both tables are bounded; the oldest entry makes room.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import trio
 from ._networks import parse_client
 
 BURST = 50
-"""Wrong keys at once. Clients with an old key retry, and several may share an address."""
+"""Wrong keys at once, enough for several clients with an old key that retry behind one address."""
 RATE = 5.0
 """Wrong keys a second after that."""
 MOST = 1024
@@ -29,15 +29,15 @@ _log = logging.getLogger("volant.api")
 
 
 class Guesses:
-    """Who has shown wrong keys, and who right ones."""
+    """The addresses that sent wrong keys, and the right keys of each."""
 
     def __init__(self) -> None:
-        # What is left of the burst, when that was, and when the log was told.
+        # The rest of the burst, when it was computed, and when the last warning was logged.
         self._wrong: OrderedDict[str, tuple[float, float, float]] = OrderedDict()
         self._right: OrderedDict[tuple[str, bytes], None] = OrderedDict()
 
     def wait_s(self, address: str, digest: bytes) -> float:
-        """Returns how many seconds it takes until a key with this digest is looked at; 0: it is now."""
+        """Returns how many seconds it takes until a key with this digest is checked; 0: it is checked now."""
         if not self._wrong:
             return 0.0
         client = _client(address)
@@ -58,11 +58,11 @@ class Guesses:
         client = _client(address)
         now = trio.current_time()
         left = max(self._left(client) - 1, 0.0)
-        told_at = self._wrong[client][2] if client in self._wrong else -_WARN_S
-        if left < 1 and now - told_at >= _WARN_S:
-            told_at = now
-            _log.warning("%s has shown %d wrong API keys; %g a second are looked at from now on", client, BURST, RATE)
-        self._wrong[client] = (left, now, told_at)
+        warned_at = self._wrong[client][2] if client in self._wrong else -_WARN_S
+        if left < 1 and now - warned_at >= _WARN_S:
+            warned_at = now
+            _log.warning("%s has sent %d wrong API keys; only %g a second are checked from now on", client, BURST, RATE)
+        self._wrong[client] = (left, now, warned_at)
         self._wrong.move_to_end(client)
         if len(self._wrong) > MOST:
             self._wrong.popitem(last=False)
@@ -75,7 +75,7 @@ class Guesses:
 
 
 def _client(address: str) -> str:
-    """Whom an address stands for: an IPv6 network of 64 bits is one host's to number."""
+    """Returns the client to limit: an IPv4 address, or an IPv6 /64, within which one host can pick any address."""
     if ":" not in address:
         return address
     try:

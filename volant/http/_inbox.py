@@ -1,8 +1,8 @@
-"""What a client has sent and the app has not taken yet: one request's, bounded by bytes.
+"""The queue of what a client has sent and the app has not read yet, for one request, bounded by bytes.
 
-Hypercorn's own queue counts messages, so sixteen-megabyte WebSocket messages weigh as much as single bytes, and a
-reader that is blocked on it never hears that its client has left. This one counts bytes, can be told to drop what
-comes, and takes the news of a disconnect at any time.
+Hypercorn's own queue counts messages, so sixteen-megabyte WebSocket messages count as much as single bytes, and a
+reader that is blocked on it never notices that its client has left. This one counts bytes, can drop what arrives, and
+accepts a disconnect at any time.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _OVERHEAD = 256
 class Inbox:
     """A queue of ASGI messages from the connection's reader to the app.
 
-    `on_first_receive` is awaited before the app's first message is handed out: it asks the client for the body when
-    the client waits to be asked (`Expect: 100-continue`). `left()` says whether the peer has hung up.
+    `on_first_receive` is awaited before the app gets its first message: it sends `100 Continue` to a client that waits
+    for it. `left()` returns whether the peer has disconnected.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Inbox:
         was dropped."""
 
     async def put(self, message: Message) -> None:
-        """Queue `message`; waits while the app is behind.
+        """Queues `message`; waits while the app is behind.
 
         :raises trio.BrokenResourceError: the client hung up while we waited.
         """
@@ -66,7 +66,7 @@ class Inbox:
             with trio.move_on_after(self._poll_s):
                 await self._taken.wait()
                 continue
-            # Nobody reads the socket while we are here, so nobody would notice that the client is gone.
+            # The socket is not read while we wait here, so a disconnect would go unnoticed.
             if self._left():
                 raise trio.BrokenResourceError("the client left")
         last = kind == "http.request" and not message.get("more_body", False)
@@ -80,7 +80,7 @@ class Inbox:
             self.settled.set()
 
     def drop(self) -> None:
-        """Forget the body, what has come of it and what will."""
+        """Drops the body: what has arrived of it and what will."""
         self._dropping = True
         self._messages = deque(entry for entry in self._messages if entry[1]["type"] != "http.request")
         self._bytes = sum(size for size, _ in self._messages)
@@ -96,7 +96,7 @@ class Inbox:
             await self._arrived.wait()
         size, message = self._messages.popleft()
         if message["type"] in ("http.disconnect", "websocket.disconnect"):
-            # An app that asks again must hear it again instead of waiting for ever.
+            # An app that calls again must get it again instead of waiting for ever.
             self._messages.append((0, message))
             await trio.lowlevel.checkpoint()
         self._bytes -= size

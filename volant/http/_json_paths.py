@@ -1,4 +1,4 @@
-"""Which member of a dictionary is at fault: msgspec says `$.actions[...].path`, and people want its name."""
+"""Finds which member of a dictionary is at fault: msgspec reports `$.actions[...].path`, without its name."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a client shows to be let in: an API key, or a ticket that was made with one.
+"""Credentials of clients: API keys, and tickets that were made with one.
 
-Both are compared as SHA-256 digests and never kept as they are, so that how long a comparison takes tells nothing of
-them, and no dump of an object shows one.
+Both are stored and compared as SHA-256 digests, so the time of a comparison reveals nothing about them, and no dump of
+an object shows one.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ import trio
 from volant.model import Problem
 
 TICKET_S = 60.0
-"""How long a ticket is good."""
+"""How long a ticket is valid."""
 MAX_TICKETS = 10_000
-"""So many may be waiting to be used."""
+"""Unused tickets at once."""
 MAX_TICKETS_OF_ONE = 200
-"""So many of one owner."""
+"""Unused tickets of one owner."""
 
 
 ANONYMOUS = "anonymous"
-"""The caller of whom nothing is known."""
+"""The caller without credentials."""
 
 
 class Keys:
-    """The API keys in force. None at all means that nobody is asked for one."""
+    """The API keys in force. Without any, no client needs one."""
 
     def __init__(self, keys: Iterable[str]) -> None:
         self._digests = [digest_of(key.encode()) for key in keys]
@@ -39,7 +39,7 @@ class Keys:
         return bool(self._digests)
 
     def accept(self, digest: bytes) -> bool:
-        """Whether a key with this digest is one of them. Takes as long for any answer."""
+        """Whether a key with this digest is one of them. Takes the same time for either answer."""
         found = False
         for known in self._digests:
             found |= hmac.compare_digest(digest, known)
@@ -54,22 +54,23 @@ class _Kept:
 
 
 class Tickets:
-    """Stand for a key once, within `TICKET_S` seconds: a URL with one may end in a history or a log, and is worth
-    nothing there."""
+    """Tickets: each replaces a key once, within `TICKET_S` seconds. So a URL with one is worth nothing in a history or
+    a log."""
 
     def __init__(self, most: int = MAX_TICKETS) -> None:
         self._most = most
-        # In the order in which they end, as all last equally long.
+        # In the order in which they expire, as all have the same lifetime.
         self._kept: dict[bytes, _Kept] = {}
         self._of: dict[int, deque[bytes]] = {}
 
     def issue(self, owner: int | None = None, *, path: str | None = None, caller: str = ANONYMOUS) -> str:
-        """A new ticket. Those that are made because of one VM (`owner`) are few: its oldest makes room, so that a guest
-        which has many made takes none from others.
+        """Returns a new ticket.
 
-        :param path: it opens this path and what is below it; None: any
-        :param caller: who asks with it
-        :raises Problem: 503 when too many are waiting to be used.
+        :param owner: the id of the VM for whose answers it is made. The tickets of one VM are limited, and its oldest
+            makes room, so that a guest that causes many takes none from others
+        :param path: the ticket is valid for this path and what is below it; None: any
+        :param caller: whose requests those with the ticket are
+        :raises Problem: 503 when there are too many unused ones
         """
         now = trio.current_time()
         while self._kept:
@@ -89,7 +90,7 @@ class Tickets:
         return ticket
 
     def redeem(self, given: bytes, path: str = "") -> str | None:
-        """Use a ticket up for a path, as it was sent; returns the caller for whom it was made if it was good."""
+        """Uses a ticket up for a path, as it was sent; returns the ticket's caller, None if it was not valid."""
         kept = self._kept.pop(digest_of(given), None)
         if kept is None or trio.current_time() >= kept.good_until:
             return None
@@ -98,7 +99,7 @@ class Tickets:
         return kept.caller
 
     def clear(self) -> None:
-        """Let none be good any more."""
+        """Invalidates all tickets."""
         self._kept.clear()
         self._of.clear()
 
@@ -112,5 +113,5 @@ class Tickets:
 
 
 def digest_of(value: bytes) -> bytes:
-    """Returns what is kept and compared in the place of a secret."""
+    """Returns the digest that is stored and compared in place of a secret."""
     return sha256(value).digest()

@@ -12,7 +12,7 @@ class Limits:
     """Bounds of the serving edge. Times in seconds, sizes in bytes."""
 
     connections: int = 2000
-    """For one more the connection that has rested longest is closed; where none rests, it is told 503."""
+    """Open connections. For one more, the one that was idle longest is closed; if none is idle, the answer is 503."""
     keep_alive_s: float = 60.0
     """How long a connection may be idle between two requests, and before its first."""
     header_s: float = 10.0
@@ -22,24 +22,24 @@ class Limits:
     requests: int = 100_000
     """After so many a connection is closed."""
     send_s: float = 300.0
-    """A client that takes less than 64 KiB in this time is cut off, and one of which nothing is heard."""
+    """A client that reads less than 64 KiB in this time is cut off, and one that acknowledges nothing."""
     finish_s: float = 10.0
     """For what follows the last byte of an answer: dropping the rest of a body, closing or recycling."""
     drop_bytes: int = 128 * MIB
     drop_s: float = 5.0
-    """How much of an unread body is read and dropped, so that the client gets to see our answer."""
+    """How much of an unread body is read and dropped, so that the client sees our answer."""
     linger_s: float = 1.0
     linger_bytes: int = MIB
-    """What is still read after we have closed our half, so that the kernel does not reset what we sent."""
+    """What is still read after we have closed our direction, so that the kernel does not reset what we sent."""
     grace_s: float = 1.0
-    """From the order to stop to the end of the last connection."""
+    """From the request to stop to the end of the last connection."""
     lifespan_s: float = 5.0
     inbox_bytes: int = 64 * 1024
     """What a client can send ahead of its handler."""
     websocket_message: int = 64 * 1024
-    """From a client, where we decode it. Relays don't."""
+    """The largest message from a client where we decode it. Relays don't."""
     json_body: int = MIB
     bodies: int = 16 * MIB
     """All JSON bodies together that are being read or served. Decoded a body may take fifty times its size."""
     small_body: int = 4 * 1024
-    """So much of each body does not count for `bodies`."""
+    """The part of each body that does not count for `bodies`."""

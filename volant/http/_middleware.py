@@ -1,4 +1,4 @@
-"""What every request passes: access, its id, errors as problems, the log line; and the way to its route.
+"""The middleware of every request: its id, access control, routing, errors as problems, the log line.
 
 It wraps Quart as ASGI, so it also answers for what Quart does not see, and costs a request that goes to Quart a few
 microseconds.
@@ -31,7 +31,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
 _OF_VM = re.compile(r"/(?:api|ws)/v1/vms/([a-z0-9-]{1,63})(?:/|\Z)")
 _QUIET = frozenset({"/healthz"})
 _ANY = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
-"""What an answer names where nearly any is possible."""
+"""The methods in `Allow` of a route that takes nearly any."""
 
 AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
 Handler = Callable[[Call], Awaitable[None]]
@@ -39,7 +39,7 @@ Handler = Callable[[Call], Awaitable[None]]
 
 @dataclass(frozen=True)
 class StreamRoute:
-    """A route beside Quart. `methods` None: any but TRACE."""
+    """A route that is served without Quart. `methods` None: any but TRACE."""
 
     pattern: re.Pattern[str]
     handler: Handler
@@ -47,9 +47,9 @@ class StreamRoute:
     http: bool = True
     websocket: bool = False
     sse: bool = False
-    """Whether it is an event stream for whoever asks; others are for those who accept only that."""
+    """Whether it is always an event stream; other routes are one only for clients that accept nothing else."""
     key_in_query: bool = False
-    """Whether clients open it that have nothing but its URL: then that may carry the key, as a WebSocket's may."""
+    """Whether the URL may carry the key, as a WebSocket's may, for clients that have nothing but the URL."""
 
 
 class Middleware:
@@ -84,7 +84,7 @@ class Middleware:
         try:
             await self._serve(call)
         except* trio.BrokenResourceError:
-            pass  # One of the two sides broke off in the middle: there is nobody left to tell.
+            pass  # One of the two sides disconnected in the middle; no answer would arrive.
         except* Problem as group:
             await self._fail(call, answer, first_problem(group))
         except* Exception as group:
@@ -129,7 +129,7 @@ class Middleware:
     def _check_method(self, route: StreamRoute, call: Call) -> None:
         if call.is_websocket and not route.websocket:
             raise Problem(404, "not-found", "there is no WebSocket here", hint="this is plain HTTP")
-        # TRACE would show a page what its browser sends, and is of no use to anybody (RFC 9110, 9.3.8).
+        # TRACE would show a page what its browser sends, and has no use here (RFC 9110, 9.3.8).
         if call.method == "TRACE" or (route.methods is not None and call.method not in route.methods):
             allowed = ", ".join(sorted(route.methods or _ANY))
             raise Problem(405, "method-not-allowed", f"{call.method} is not possible here", hint=f"use {allowed}")
@@ -137,14 +137,14 @@ class Middleware:
             raise Problem(426, "upgrade-required", "this is a WebSocket", hint="connect with ws://")
 
     def _check_length(self, call: Call) -> None:
-        """Refuse a body that says that it is too long, before the client is asked for it."""
+        """Refuses a body whose `Content-Length` is too large, before `100 Continue` is sent."""
         length = call.header(b"content-length")
         if length is not None and int(length) > self._limits.json_body:
             raise too_large(self._limits.json_body)
 
     async def _fail(self, call: Call, answer: _Answer, problem: Problem) -> None:
         if answer.status:
-            return  # Too late: the server sees an answer that does not end, and cuts it off.
+            return  # Too late: the server sees an unfinished answer, and cuts the connection.
         headers = []
         if problem.status == 401:
             headers.append((b"www-authenticate", b'Bearer realm="volant"'))
@@ -158,7 +158,7 @@ class Middleware:
 
 
 class _Answer:
-    """Adds what every answer has, and remembers its status."""
+    """Adds the headers of every answer, and remembers its status."""
 
     __slots__ = ("_cors", "_request_id", "_send", "status")
 
@@ -195,14 +195,14 @@ def _takes_credentials_in_query(call: Call, route: StreamRoute | None) -> bool:
 
 
 def internal_error() -> Problem:
-    """500, which tells nothing but where to look."""
+    """Returns the 500 for a bug, which shows nothing but where to look."""
     return Problem(
         500, "internal-error", "the request failed inside the daemon", hint="its log has the details under request_id"
     )
 
 
 def first_problem(group: BaseExceptionGroup[Problem]) -> Problem:
-    """The first problem of a group that has nothing else."""
+    """Returns the first problem of a group that holds nothing else."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
@@ -211,9 +211,9 @@ def first_problem(group: BaseExceptionGroup[Problem]) -> Problem:
 
 
 def caller_text(client: str, caller: str | None) -> str:
-    """Who asks, for people: the address, or the user at a Unix socket, and which key by the begin of its digest."""
-    # Whoever reads logs may look for the key that belongs to a digest, so there are 32 bits of it: enough to tell keys
-    # apart, and too few to be sure of a guess.
+    """Returns the caller for logs: address, or user at a Unix socket, and the first digits of its key's digest."""
+    # A reader of the log could search for a key with that digest. So only 32 bits are shown: enough to tell keys apart,
+    # too few to confirm a guess.
     return f"{client} key {caller[:8]}" if caller is not None and _DIGEST.match(caller) else client
 
 

@@ -18,7 +18,7 @@ def parse_network(text: str) -> Network:
 
     IPv4 written as IPv6 (`::ffff:192.0.2.0/120`) is that IPv4 network.
 
-    :raises ValueError: it is none, or has bits set beyond its prefix; the text says so to people.
+    :raises ValueError: it is none, or has bits set beyond its prefix; the text is meant for people.
     """
     try:
         network = ipaddress.ip_network(text)

@@ -1,7 +1,7 @@
-"""Whether a client on this host still has its end of a connection.
+"""Checks whether a client on this host still has its end of a connection.
 
-TCP says the same of a client that has only ended its input and of one that is gone. Over loopback the kernel knows the
-other end, too: a socket that no process holds any more has no inode (sock_diag(7)).
+TCP shows no difference between a client that has only closed its direction and one that has exited. Over loopback the
+kernel also has the other end: a socket that no process holds any more has no inode (sock_diag(7)).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def is_abandoned(sock: trio.socket.SocketType) -> bool:
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, _SOCK_DIAG) as netlink:
             netlink.connect((0, 0))
             netlink.send(_HEADER.pack(_HEADER.size + len(wanted), _BY_FAMILY, _REQUEST, 1, 0) + wanted)
-            # The kernel answers within the call that asks.
+            # The kernel answers within the call to send().
             answer = netlink.recv(4096)
         kind = _HEADER.unpack_from(answer)[1]
         if kind != _BY_FAMILY:

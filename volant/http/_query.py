@@ -1,4 +1,4 @@
-"""Query parameters: each is asked for by name, and what nobody asked for is an error that names it."""
+"""Query parameters: a route reads each by its name, and one that no route reads is an error that names it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _INTEGER = re.compile(r"[0-9]{1,18}\Z")
 
 
 class Query:
-    """The parameters of one request. Ask for all that the route knows, then call `done()`.
+    """The parameters of one request. Read all that the route takes, then call `done()`.
 
-    `api_key` and `ticket` belong to the edge where `credentials` is true: browsers can't set headers there.
+    With `credentials`, `api_key` and `ticket` are allowed: access control reads them, as browsers can't set headers.
 
     :raises Problem: 400 for what is no query string.
     """
@@ -102,7 +102,7 @@ class Query:
         return labels
 
     def done(self) -> None:
-        """:raises Problem: 400 that names a parameter which the route does not know."""
+        """:raises Problem: 400 that names a parameter which the route does not take."""
         for name in self._values:
             if name not in self._known:
                 known = sorted(self._known - {"api_key", "ticket"})

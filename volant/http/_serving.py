@@ -1,7 +1,7 @@
-"""The server: accepts on listeners that somebody else has bound, and stops within a second or so.
+"""The server: accepts on listeners that are already bound, and stops within a second or so.
 
-Hypercorn's own `serve()` binds, accepts, and at the end waits for every connection in the wrong order: it lets the app
-shut down only after the streams that wait for the app to tell them. So this module owns what surrounds a connection:
+Hypercorn's own `serve()` binds, accepts, and stops in the wrong order: the app can shut down only after all streams
+have ended, and those wait for the app to notify them. So this module accepts connections and ends them:
 
 1. `stopping` is set: every stream can see it in `scope["state"]["stopping"]` and ends in its own way (an event stream
    with its last block, a WebSocket with 1001); nothing more is accepted; idle connections are closed.
@@ -82,7 +82,7 @@ class Server:
         self.config = config
         self.limits = limits
         self.context = WorkerContext(None)
-        self.context.terminated = _Order(stopping)
+        self.context.terminated = _Terminated(stopping)
         self.state: dict[str, Any] = {"stopping": stopping}
         self._stopping = stopping
         self._connections: set[Connection] = set()
@@ -91,7 +91,7 @@ class Server:
         self._silent_until = -math.inf
 
     async def run(self, listeners: list[trio.SocketListener], task_status: trio.TaskStatus[None]) -> None:
-        """Accept until told to stop, then see every connection off."""
+        """Accepts connections until `stopping` is set, then ends all of them."""
         async with trio.open_nursery() as connections:
             try:
                 async with trio.open_nursery() as accepting:
@@ -100,15 +100,15 @@ class Server:
                     task_status.started()
                     await self._stopping.wait()
                     accepting.cancel_scope.cancel()
-                await self._see_off()
+                await self._drain()
             finally:
                 for connection in self._connections:
                     connection.tear()
                 connections.cancel_scope.cancel()
 
     async def _accept(self, listener: trio.SocketListener, connections: trio.Nursery) -> None:
-        """Take connections until cancelled. Where the process or the host has no descriptor left, those that want one
-        wait in the kernel's queue, and one that rests gives its own up."""
+        """Accepts connections until cancelled. If the process or the host has no file descriptor left, new connections
+        wait in the kernel's queue, and the one that was idle longest is closed."""
         pause_s = _FULL_S
         async with listener:
             while True:
@@ -117,7 +117,7 @@ class Server:
                 except OSError as error:
                     if error.errno not in _NO_DESCRIPTOR:
                         raise
-                    self._tell_of_no_descriptor(error)
+                    self._warn_of_no_descriptor(error)
                     self._make_room()
                     await trio.sleep(pause_s)
                     pause_s = min(2 * pause_s, _FULL_MAX_S)
@@ -125,8 +125,8 @@ class Server:
                 pause_s = _FULL_S
                 connections.start_soon(self._handle, stream)
 
-    def _tell_of_no_descriptor(self, error: OSError) -> None:
-        """Once in a while: what keeps clients waiting lasts, and a line for each try would fill the log."""
+    def _warn_of_no_descriptor(self, error: OSError) -> None:
+        """Logs a warning, at most one in `_FULL_SILENCE_S`, as a line for each try would fill the log."""
         now = trio.current_time()
         if now < self._silent_until:
             return
@@ -145,7 +145,7 @@ class Server:
         finally:
             await trio.aclose_forcefully(stream)
 
-    async def _see_off(self) -> None:
+    async def _drain(self) -> None:
         for connection in list(self._connections):
             connection.end_when_idle()
         with trio.move_on_after(self.limits.grace_s):
@@ -169,18 +169,18 @@ class Server:
             self._gone.set()
 
     def _make_room(self) -> bool:
-        """Close the connection that has rested longest: whoever hoards connections must not keep others out."""
-        resting = min((one for one in self._connections if one.idle), key=lambda one: one.rests_until, default=None)
-        if resting is None:
+        """Closes the connection that was idle longest, so that a client with many idle ones can't block others."""
+        idle = min((one for one in self._connections if one.idle), key=lambda one: one.rests_until, default=None)
+        if idle is None:
             return False
-        self._connections.discard(resting)
-        resting.tear()
+        self._connections.discard(idle)
+        idle.tear()
         return True
 
     async def _refuse(self, stream: trio.SocketStream) -> None:
         self._refused += 1
         if self._refused & (self._refused - 1) == 0:
-            _log.warning("%d connections at once are all we take; %d refused", self.limits.connections, self._refused)
+            _log.warning("the limit of %d connections is reached; %d refused", self.limits.connections, self._refused)
         request_id = new_request_id()
         body = problem_body(
             Problem(503, "too-many-connections", "the daemon serves as many connections as it can", hint="try again"),
@@ -197,8 +197,9 @@ class Server:
                 pass
 
 
-class _Order(EventWrapper):
-    """Hypercorn's "terminated" is the order to stop itself: who answers after it closes, whoever woke up first."""
+class _Terminated(EventWrapper):
+    """Hypercorn's `terminated`, which is `stopping` itself. So an answer after it closes its connection, whichever task
+    runs first."""
 
     def __init__(self, stopping: trio.Event) -> None:
         self._event = stopping
@@ -214,15 +215,15 @@ def _duplicates(sockets: Sequence[socket.socket]) -> list[trio.SocketListener]:
 
 
 def _watch_peer(stream: trio.SocketStream, silence_s: float) -> None:
-    """Let the kernel find out that a silent peer is dead: an idle WebSocket has no other deadline, and what is sent to
-    an event stream fits into the kernel's buffer for hours."""
+    """Makes the kernel detect dead peers: an idle WebSocket has no other deadline, and what an event stream sends fits
+    into the kernel's buffer for hours."""
     if stream.socket.family in (socket.AF_INET, socket.AF_INET6):
         stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
         stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
         stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)
-        # Without it the kernel repeats what nobody acknowledges for a quarter of an hour. It counts for a peer that
-        # lives and takes nothing as well, so it is no shorter than our own patience.
+        # Without it the kernel retransmits for a quarter of an hour. It also ends a live peer that reads nothing, so it
+        # is no shorter than our own deadline.
         stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(silence_s * 1000))
 
 

@@ -1,4 +1,4 @@
-"""What the operator has said of who may ask."""
+"""The settings of access control."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class ApiSettings:
     addresses: tuple[str, ...] = ()
     """Where it listens, as `http://127.0.0.1:7777` or `unix:/path`."""
     allowed_hosts: tuple[str, ...] = ()
-    """Names besides loopback and the listen address that may stand in `Host`, with a port or for any."""
+    """Names besides loopback and the listen address that are allowed in `Host`; without a port, with any port."""
     cors_origins: tuple[str, ...] = ()
     """Origins of web pages that may use the API."""
     api_keys: tuple[str, ...] = field(default=(), repr=False)
-    """Of which clients must show one; without any nobody is asked."""
+    """Clients must send one of these; without any, no key is needed."""
     allow_cidr: tuple[Network, ...] = ()
     """Networks from which requests are taken; without any, from all."""
     trusted_proxies: tuple[Network, ...] = ()

@@ -1,4 +1,4 @@
-"""Waits that the daemon's stop interrupts: a stream is told between two writes, never in the middle of one."""
+"""Waits that the daemon's stop interrupts: a stream stops between two writes, never in the middle of one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""To a server inside a guest and back: HTTP, WebSockets and bare bytes, a fair share each."""
+"""Relays between clients and servers inside guests: HTTP, WebSockets and plain TCP, with a fair share for each VM."""
 
 from ._headers import SANDBOX
 from ._relay import Relay, first_text, open_port, parse_port, to_port, unreachable

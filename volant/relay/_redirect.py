@@ -1,11 +1,10 @@
 """Keeps the redirects of a guest inside the guest.
 
-A client that follows a 307 repeats its method and body with the headers that it was given (`curl -L`, requests, httpx,
-Go, fetch). So a guest that may name any address commands whatever its client can reach: this daemon, which on loopback
-may need no key, or another service of the client's host, and it gets the client's API key. A list of spellings of
-"this daemon" can't be complete (`127.1`, `[::ffff:127.0.0.1]`, `0`, a name of ours). So a `Location` is resolved as the
-guest meant it and built again below our path of the guest. Every other one becomes `Volant-Location`, which no client
-follows.
+A client that follows a 307 repeats its method, body and headers (`curl -L`, requests, httpx, Go, fetch). So a guest
+that could name any address could send requests to all that its client can reach: this daemon, which on loopback may
+need no key, or another service of the client's host, which would get the client's API key. A list of spellings of "this
+daemon" can't be complete (`127.1`, `[::ffff:127.0.0.1]`, `0`, a name of ours). So a `Location` is resolved as the guest
+meant it and rebuilt below our path of the guest. Every other one becomes `Volant-Location`, which no client follows.
 
 Only headers are rewritten. The links in a page belong to the page.
 """
@@ -30,7 +29,7 @@ _DOT = re.compile(rb"%2e", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Sender:
-    """Who answers, as it was asked: the `Host` and the target that it got."""
+    """The server in a guest that answers a request, with the `Host` and the target of that request."""
 
     vm: str
     host: bytes
@@ -39,8 +38,8 @@ class Sender:
     def redirect(self, headers: Iterable[Header]) -> list[Header]:
         """Returns `headers` of the answer with each `Location` below our path of the guest, or as `Volant-Location`.
 
-        `Refresh` with an address is another redirect, and is left out. So is `URI`, by which HTTP/1.0 redirected and
-        Python's urllib does still.
+        `Refresh` with an address is another redirect, and is removed. So is `URI`, a redirect of HTTP/1.0 that Python's
+        urllib still follows.
         """
         sent = []
         for name, value in headers:
@@ -56,7 +55,7 @@ class Sender:
         return sent
 
     def place(self, location: bytes) -> bytes | None:
-        """The path here of what a guest calls `location`; None for what is elsewhere."""
+        """Returns our path for what a guest calls `location`; None if that is not in the guest."""
         location = location.strip(_BLANK)
         base = self._below(b"agent" if self.host == b"agent" else b"ports/" + self.host.rpartition(b":")[2])
         loopback = _LOOPBACK.match(location)
@@ -77,7 +76,7 @@ class Sender:
 
 
 def _absolute(reference: bytes, base: bytes) -> bytes:
-    """A relative reference, resolved (RFC 3986, 5.2), as browsers read it: backslashes are slashes, `%2e` is a dot."""
+    """Resolves a relative reference (RFC 3986, 5.2) as browsers do: backslashes are slashes, `%2e` is a dot."""
     path = _AFTER_PATH.split(reference, maxsplit=1)[0]
     rest = reference[len(path) :]
     base_path, _, base_query = base.partition(b"?")

@@ -1,16 +1,16 @@
-"""From a client to a server inside a guest and back: HTTP exchanges, and WebSockets as bytes.
+"""Relays between a client and a server inside a guest: HTTP exchanges, and WebSockets as bytes.
 
-Nothing is buffered but what is on its way: a piece of the body is taken from one side when the other side has taken
-the one before. Each piece pays for itself in `FairShare`, so that busy relays leave room for the rest of the daemon.
+At most one piece of a body is buffered: the next one is read from one side when the other side has taken the one
+before. Each piece is charged to the VM in `FairShare`, so that busy relays leave time for the rest of the daemon.
 
-A WebSocket is not decoded. The client's handshake goes to the guest as it is, the guest's answer comes back, and then
-bytes are passed on, which keeps extensions, fragments, pings and closing codes what they are and is cheap. Only the
-boundaries of the guest's frames are followed, so that a closing frame (1001) can be put between two of them when the
-daemon stops. A WebSocket library on both sides was rejected: it unmasks and masks every byte in Python, and has a
-bound on messages that neither side has asked for.
+A WebSocket is not decoded. The client's handshake goes to the guest unchanged, the guest's answer comes back, and then
+bytes are passed on. That is cheap, and extensions, fragments, pings and closing codes stay as they are. Only the
+boundaries of the guest's frames are tracked, so that a closing frame (1001) can be inserted between two of them when
+the daemon stops. A WebSocket library on both sides was rejected: it unmasks and masks every byte in Python, and limits
+the size of messages.
 
-No piece has a deadline: an open stream may be silent for days, a command in the guest may say nothing for an hour.
-What ends a stream is the end of either side, which the kernel's keep-alive (`_serving.py`) or the channel notices.
+No piece has a deadline: an open stream may be silent for days, a command in the guest may print nothing for an hour.
+A stream ends when either side ends, which the kernel's keep-alive (`_serving.py`) or the channel detects.
 """
 
 from __future__ import annotations
@@ -35,19 +35,20 @@ HEAD_S = 600.0
 """How long a server in a guest may take to begin its answer."""
 CONNECT_S = 10.0
 _PIECE = 256 * 1024
-"""The larger, the fewer rounds of Python for a gigabyte: 64 KiB cost twice the processor time."""
+"""The size of one read. Smaller ones take more iterations for a gigabyte: 64 KiB cost twice the processor time."""
 _PORT = re.compile(r"[1-9][0-9]{0,4}\Z")
 _MAX_REFUSAL = 64 * 1024
 _FRAMES = 512
-"""So many frames of a guest's WebSocket are followed before others get their turn."""
+"""Frames of a guest's WebSocket that are tracked before other tasks run."""
 _FRAME_COST = 256
-"""Following a frame takes as long as passing on so many bytes, or longer. An empty one has two."""
+"""Bytes that a frame costs in `FairShare`, as tracking it takes at least as long as passing on so many. An empty frame
+has two bytes."""
 _SEND_S = 300.0
 """How long a guest may take to accept a piece of a WebSocket's bytes."""
 
 _UNKNOWN = frozenset({404, 405})
 Explain = Callable[[int, bytes], Problem | None]
-"""Status and body of an answer -> what it means, if that is more than it says."""
+"""Takes status and body of an answer; returns a clearer problem to send instead, or None."""
 
 
 class Relay:
@@ -68,11 +69,11 @@ class Relay:
         method: str | None = None,
         explain: Explain | None = None,
     ) -> None:
-        """Pass `call` on to `client` as a request for `target`, with its own method or with another one.
+        """Passes `call` on to `client` as a request for `target`, with its own method or with another one.
 
-        `explain` sees answers of 404 and 405, which must be short, and may have a better one.
+        `explain` gets the answers 404 and 405, which must be short, and may replace them.
 
-        :raises Problem: 502 when no answer came; what `explain` gives.
+        :raises Problem: 502 when no answer came; what `explain` returns.
         """
         problem = None
         sender = Sender(vm, host, target)
@@ -106,7 +107,7 @@ class Relay:
         problem = None
         headers = to_guest(call.scope["headers"], host=sender.host)
         has_body = any(name in (b"content-length", b"transfer-encoding") for name, _ in call.scope["headers"])
-        # A rendezvous: the client's next piece is taken when the guest has got this one.
+        # Unbuffered: the client's next piece is read when the guest has taken this one.
         put, take = trio.open_memory_channel[bytes](0)
         async with trio.open_nursery() as nursery:
             body = _Body(take, self._share, vm_id) if has_body else None
@@ -117,8 +118,7 @@ class Relay:
                     begin = await response.read(_MAX_REFUSAL)
                     problem = explain(response.status, begin)
                 if problem is None:
-                    said = sender.redirect(from_guest(response.headers))
-                    await call.start(response.status, said)
+                    await call.start(response.status, sender.redirect(from_guest(response.headers)))
                     while data := begin or await response.receive():
                         begin = b""
                         await self._share.take(vm_id, len(data))
@@ -129,7 +129,7 @@ class Relay:
         return problem
 
     async def _take_in(self, call: Call, put: trio.MemorySendChannel[bytes] | None, scope: trio.CancelScope) -> None:
-        """Hand on the client's body, an empty piece at its end; cancel `scope` when the client leaves."""
+        """Passes on the client's body, with an empty piece at its end; cancels `scope` when the client leaves."""
         if put is not None:
             async with put:
                 more = True
@@ -169,9 +169,9 @@ class Relay:
                     await splice.from_guest()
                 else:
                     body = await _bounded(response, _MAX_REFUSAL)
-                    # Clients that follow a redirection take their key along (Puppeteer, Playwright).
-                    unsaid = (b"content-length", b"location")
-                    refusal = [field for field in from_guest(response.headers) if field[0] not in unsaid]
+                    # Clients that follow a redirect send their key along (Puppeteer, Playwright).
+                    dropped = (b"content-length", b"location")
+                    refusal = [field for field in from_guest(response.headers) if field[0] not in dropped]
                     refusal.append((b"content-length", b"%d" % len(body)))
                     if explain is not None and response.status in _UNKNOWN:
                         problem = explain(response.status, body)
@@ -182,7 +182,7 @@ class Relay:
 
 
 class _Body:
-    """The pieces of a request's body. No generator, as whoever reads it may leave it half-way."""
+    """The pieces of a request's body. No async generator, as the reader may stop half-way."""
 
     def __init__(self, take: trio.MemoryReceiveChannel[bytes], share: FairShare, vm_id: int) -> None:
         self._take = take
@@ -196,7 +196,7 @@ class _Body:
         try:
             data = await self._take.receive()
         except trio.EndOfChannel:
-            # The client left in the middle. The guest must not take what has come for all of it.
+            # The client left in the middle. The guest must not take the part that arrived for the whole body.
             raise trio.BrokenResourceError("the client left") from None
         if not data:
             raise StopAsyncIteration
@@ -215,7 +215,7 @@ class _Splice:
         self._frames = FrameBounds()
 
     async def to_guest(self, scope: trio.CancelScope) -> None:
-        """Until the client leaves or the guest does not listen any more; cancels `scope` then."""
+        """Passes bytes on until the client leaves or the guest stops reading; cancels `scope` then."""
         while True:
             message = await self._call.receive()
             if message["type"] == "volant.websocket.bytes" and self.upstream is not None:
@@ -231,7 +231,7 @@ class _Splice:
         scope.cancel()
 
     async def from_guest(self) -> None:
-        """Until the guest ends, or the daemon stops between two of its frames."""
+        """Passes bytes on until the guest closes, or the daemon stops; then it sends 1001 between two frames."""
         assert self.upstream is not None
         receive = partial(self.upstream.receive_some, _PIECE)
         async with interruptible(self._call.stopping) as waits:
@@ -258,7 +258,7 @@ class _Splice:
 
 
 class FrameBounds:
-    """Follows where WebSocket frames (RFC 6455, 5.2) begin and end in a stream of bytes."""
+    """Tracks where WebSocket frames (RFC 6455, 5.2) begin and end in a stream of bytes."""
 
     def __init__(self) -> None:
         self._header = bytearray()
@@ -270,7 +270,7 @@ class FrameBounds:
         return not self._header and not self._payload
 
     def feed(self, data: bytes, place: int = 0) -> tuple[int, int]:
-        """Follow the bytes from `place` on. Returns up to where, and how many frames began there: `_FRAMES` at most."""
+        """Tracks the bytes from `place` on. Returns up to where, and how many frames began there: at most `_FRAMES`."""
         frames = 0
         while place < len(data) and frames < _FRAMES:
             if self._payload:
@@ -310,7 +310,7 @@ def closing_frame(code: int) -> bytes:
 
 
 def parse_port(text: str) -> int:
-    """A port as it stands in a path. :raises Problem: 400."""
+    """Parses a port in a path. :raises Problem: 400."""
     if not _PORT.match(text) or int(text) > 65535:
         raise invalid("port", f"port {text[:40]!r} is not a number from 1 to 65535")
     return int(text)
@@ -318,7 +318,7 @@ def parse_port(text: str) -> int:
 
 @asynccontextmanager
 async def open_port(client: AgentClient, vm: str, port: int) -> AsyncIterator[ChannelStream]:
-    """A connection to a port of the guest's loopback.
+    """Opens a connection to a port of the guest's loopback.
 
     :raises Problem: 502 when nothing listens there, or the agent can't be reached.
     """
@@ -336,18 +336,18 @@ async def open_port(client: AgentClient, vm: str, port: int) -> AsyncIterator[Ch
 
 @asynccontextmanager
 async def to_port(client: AgentClient, vm: str, port: int) -> AsyncIterator[AgentClient]:
-    """Requests to a port of the guest's loopback instead of to its agent: one, as the connection is for one.
+    """Connects to a port of the guest's loopback; the client is good for one request.
 
     :raises Problem: as `open_port` does.
     """
     async with open_port(client, vm, port) as stream, trio.open_nursery() as nursery:
-        # The client asks a channel for a stream and for a task, and the tunnel has both.
+        # AgentClient uses two methods of a channel, and _Tunnel has both.
         yield AgentClient(cast(Channel, _Tunnel(stream, nursery)))
         nursery.cancel_scope.cancel()
 
 
 class _Tunnel:
-    """A channel into a guest, as far as one request needs one: its only stream ends at a port of the loopback."""
+    """Stands in for a channel, for one request: its only stream is a connection to a port of the guest's loopback."""
 
     def __init__(self, stream: ChannelStream, nursery: trio.Nursery) -> None:
         self._stream = stream
@@ -361,7 +361,7 @@ class _Tunnel:
 
 
 def unreachable(vm: str, why: str) -> Problem:
-    """502: a guest has failed, not the daemon."""
+    """Returns the 502 for a guest that does not answer."""
     return Problem(502, "agent-unreachable", f"VM {vm!r} does not answer: {why}", vm=vm)
 
 
@@ -373,7 +373,7 @@ async def _bounded(response: AgentResponse, limit: int) -> bytes:
 
 
 def first_text(group: BaseExceptionGroup[Exception]) -> str:
-    """What the first error of a group says."""
+    """Returns the text of the first error of a group."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
