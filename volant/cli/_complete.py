@@ -20,7 +20,7 @@ Complete = Callable[[click.Context, click.Parameter, str], list[str]]
 
 
 def _names(resource: str) -> Complete:
-    """Returns what completes the name of a resource."""
+    """Returns the function that completes names of a resource."""
 
     async def listed(client: Requests) -> Iterable[str]:
         return [each.name for each in await getattr(client, resource).list()]

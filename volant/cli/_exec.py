@@ -146,7 +146,7 @@ async def _leave(session: Session, name: str, process: ExecSession, interactive:
         await process.send_eof()
         await process.settle()
     session.out.result({"id": process.id}, safe(process.id))
-    session.out.note(f"`volar vms exec --attach {process.id} {name}` goes on with it")
+    session.out.note(f"`volar vms exec --attach {process.id} {name}` attaches to it")
     return 0
 
 

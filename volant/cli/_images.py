@@ -88,7 +88,7 @@ def build_(
     with _progress(out) as tell:
         image = build(
             cache,
-            progress=tell,
+            progress=report,
             mirror=mirror,
             security_mirror=security_mirror,
             keyring=keyring,
@@ -147,9 +147,9 @@ def fetch_(out: Output, cache: Path, url: str, sha256: str, max_mb: int) -> None
                 url,
                 sha256,
                 max_bytes=max_mb * 2**20,
-                # With the rights of whoever runs this.
+                # The command has only the rights of its user, so any file is allowed.
                 origins=ANYWHERE,
-                tell=lambda done, total: tell(Progress("fetch", "Fetching", done, total, "bytes")),
+                tell=lambda done, total: report(Progress("fetch", "Fetching", done, total, "bytes")),
             )
     except ImageError as error:
         raise Failure(f"{safe(shown(url))}: {error.message}", hint=error.hint or None) from error

@@ -239,7 +239,7 @@ async def orphans(session: Session) -> None:
         )
         for one in found
     )
-    session.out.listing(found, ("MARK", "PID", "NAME", "CPUS", "MEMORY", "CAN'T BE ADOPTED: WHY"), rows)
+    session.out.listing(found, ("TAG", "PID", "NAME", "CPUS", "MEMORY", "CAN'T BE ADOPTED: WHY"), rows)
 
 
 @command(group, "adopt")

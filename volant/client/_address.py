@@ -1,4 +1,4 @@
-"""Where the daemon is: what people write, and what to say when it is not there."""
+"""The address of the daemon: its notation, and the error if it can't be reached."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ._errors import Unreachable
 DEFAULT_BASE = "http://127.0.0.1:7777"
 _UNIX = "unix:"
 SERVICE_SOCKET = "/run/volant/volant.sock"
-"""Where the service that `volar setup` installs listens."""
+"""The socket of the service that `volar setup` installs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Address:
         try:
             host = parts.hostname if parts.hostname.isascii() else parts.hostname.encode("idna").decode()
         except UnicodeError:
-            raise ValueError(f"{text!r} is no address: its host is no name") from None
+            raise ValueError(f"{text!r} is no address: its host is not a valid name") from None
         return cls(text, host, port or (443 if tls else 80), tls=tls, prefix=parts.path.rstrip("/"))
 
     @property

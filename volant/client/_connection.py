@@ -1,4 +1,4 @@
-"""Opens connections to the daemon for something other than plain HTTP."""
+"""Opens connections to the daemon for WebSockets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import trio
 
 from ._address import Address, reason_of
 
-# A command in a guest may be silent for hours; the kernel then finds out whether its host is still there.
+# A command in a guest may be silent for hours, so the kernel checks whether the daemon's host is still there.
 KEEPALIVE = [
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
@@ -21,7 +21,7 @@ KEEPALIVE = [
 async def connect(address: Address, timeout_s: float, tls: ssl.SSLContext) -> trio.abc.Stream:
     """Opens a connection.
 
-    :raises Unreachable: nobody accepts within `timeout_s`.
+    :raises Unreachable: there is no connection within `timeout_s`.
     """
     try:
         with trio.fail_after(timeout_s):

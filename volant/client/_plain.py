@@ -1,4 +1,4 @@
-"""Requests over blocking sockets, for programs that ask and print: neither Trio nor httpx is imported.
+"""Requests over blocking sockets, for programs that need neither Trio nor httpx, which take long to import.
 
 Methods are coroutines, as those of every transport, but never wait for an event loop: `run_plain` runs one to its end.
 """
@@ -29,10 +29,10 @@ _FULL_S = 0.05
 
 
 class PlainClient(Requests):
-    """A client for requests and answers alone: `run_plain(PlainClient().vms.list())`.
+    """A client without streams: `run_plain(PlainClient().vms.list())`.
 
-    :param within_s: for all that it is asked, in seconds from now on; None: each request has its own deadline
-    :raises ValueError: `base_url` is no address, or `api_key` can't be one.
+    :param within_s: deadline for all requests together, in seconds from now; None: each request has its own
+    :raises ValueError: `base_url` is no address, or `api_key` is malformed.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class _Exchange:
         except TimeoutError:
             raise
         except OSError:
-            # A daemon that refuses a request may answer before it has read all of it; reading shows whether it did.
+            # A daemon that refuses a request may answer before it has read all of it, so try to read the answer.
             pass
 
     def read_head(self, connection: socket.socket) -> h11.Response:
@@ -139,7 +139,7 @@ class _Exchange:
         :raises h11.RemoteProtocolError: this is not HTTP, or ends too early.
         """
         while not isinstance(event := self._next(connection), h11.Response):
-            # What is before it announces it: 100, 102 or 103.
+            # Informational responses come first: 100, 102 or 103.
             assert isinstance(event, h11.InformationalResponse), event
         return event
 
@@ -171,7 +171,7 @@ def _headers(head: h11.Response) -> dict[str, str]:
 
 
 def _connect(address: Address, give_up_at: float) -> socket.socket:
-    """:raises Unreachable: nobody accepts in time."""
+    """Connects. :raises Unreachable: there is no connection in time."""
     try:
         if address.socket_path is not None:
             return _connect_unix(address.socket_path, give_up_at)
@@ -191,7 +191,7 @@ def _connect_unix(path: str, give_up_at: float) -> socket.socket:
             try:
                 connection.connect(path)
             except BlockingIOError:
-                # Others wait to be accepted, as many as may.
+                # The socket's queue is full.
                 _pause(_FULL_S)
             else:
                 return connection
@@ -222,7 +222,7 @@ def _connect_tcp(host: str, port: int, give_up_at: float) -> socket.socket:
 
 
 def _resolve(host: str, port: int, give_up_at: float) -> list[Any]:
-    """Looks up the addresses of `host` in a thread of its own, as a resolver knows no deadline."""
+    """Looks up the addresses of `host` in a thread of its own, as a resolver has no deadline."""
     found: list[Any] = []
     failure: list[Exception] = []
 

@@ -1,4 +1,4 @@
-"""What of the client is a request and an answer, on any transport: the operations, and some requests beside them."""
+"""The client's methods that are one request and one answer, on any transport."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class VmsRequests(VmsOperations):
 
 
 class SystemRequests(SystemOperations):
-    """The operations of the daemon, and what it prints for people and programs."""
+    """The operations of the daemon, its tasks and its metrics."""
 
     async def tasks(self) -> str:
         """What every task and thread of the daemon is doing, for people."""
@@ -99,7 +99,7 @@ class SystemRequests(SystemOperations):
 
 
 def checked(name: str) -> str:
-    """Returns the name of a VM. :raises Problem: 400; what is no name would be another path."""
+    """Returns the name of a VM, which is checked as it becomes part of a path. :raises Problem: 400 it is no name."""
     return check_name(name, "name")
 
 

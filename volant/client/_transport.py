@@ -1,4 +1,4 @@
-"""What a request to the daemon is, whichever library sends it: its answer, its errors, and when it is sent again."""
+"""Requests to the daemon, independent of the library that sends them: answers, errors, and repetition."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class Answer(msgspec.Struct, frozen=True):
     """An answer that was read to its end."""
 
     request: str
-    """What it answers: method and path."""
+    """Method and path of the request."""
     status: int
     headers: Mapping[str, str]
-    """By name in lower case; one that came several times has its values joined with commas."""
+    """By name in lower case; values of a repeated header are joined with commas."""
     content: bytes
 
     @property
@@ -103,16 +103,16 @@ class Transport(ABC):
         body: object = None,
         timeout_s: float = ANSWER_S,
     ) -> Answer:
-        """Sends a `POST` that is done once, however often it has to be sent.
+        """Sends a `POST` that is carried out once, even if it has to be sent several times.
 
-        Where the connection breaks before the answer is there, it is sent again under the same `Idempotency-Key`, for
-        20 s: a daemon that is restarted meanwhile answers what it has done. A daemon that can't be reached in the first
-        place is not waited for.
+        If the connection breaks before the answer is complete, it is sent again with the same `Idempotency-Key`, for
+        20 s: a daemon that was restarted meanwhile returns the stored response. A daemon that can't be reached at the
+        first attempt is not waited for.
 
-        :param key: None: one of its own; with a key of the caller's the caller can go on where this gives up
-        :raises Problem: 400 `key` can't be one.
+        :param key: the idempotency key, so that the caller can repeat the request later; None: a new one
+        :raises Problem: 400 `key` is malformed.
         :raises ClientProblem: the daemon answered with an error.
-        :raises ClientError: there is no answer; with `ConnectionLost` it may have been done.
+        :raises ClientError: there is no answer; with `ConnectionLost` the request may have been carried out.
         """
         if key is not None and not _ONCE.match(key):
             raise invalid("idempotency_key", "the idempotency key is not 1 to 255 visible ASCII characters, no spaces")
@@ -153,7 +153,7 @@ class Transport(ABC):
 
 
 def decode(answer: Answer, kind: type[T]) -> T:
-    """Returns the body of an answer as `kind`. :raises UnexpectedAnswer: it is not what the contract says."""
+    """Returns the body of an answer as `kind`. :raises UnexpectedAnswer: it does not follow the contract."""
     return decode_json(answer.content, kind, f"the answer to {answer.request}")
 
 
@@ -179,7 +179,7 @@ class _WireProblem(msgspec.Struct):
 
 
 def problem(status: int, headers: Mapping[str, str], body: bytes) -> ClientProblem:
-    """Returns the exception for an answer that is an error, whoever gave it."""
+    """Returns the exception for an error response, of the daemon or of a proxy."""
     request_id = headers.get("x-request-id")
     try:
         wire = msgspec.json.decode(body, type=_WireProblem)

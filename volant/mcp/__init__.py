@@ -1,4 +1,4 @@
-"""Volant for models: the Model Context Protocol, and the document's own form of commands."""
+"""The API for models: the Model Context Protocol, and the commands of our own form on the same URL."""
 
 from ._route import routes
 from ._wire import Command, CommandAnswer, RpcAnswer, RpcMessage

@@ -1,4 +1,4 @@
-"""The document's own form of `POST /api/v1/mcp`: `{"command": …, "params": {…}}`, answered by 200 in any case."""
+"""Commands of our own form at `POST /api/v1/mcp`: `{"command": …, "params": {…}}`, always answered with 200."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Capabilities(msgspec.Struct, frozen=True):
     plugins: list[str]
     """Those that new VMs may use."""
     mcp_versions: list[str]
-    """Of the Model Context Protocol, on the same URL."""
+    """Versions of the Model Context Protocol, on the same URL."""
 
 
 class _Listed(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -40,7 +40,7 @@ MCP_VERSIONS = ["2026-07-28", "2025-11-25", "2025-06-18"]
 
 
 async def answer_command(call: ToolCall, table: Table, data: bytes) -> CommandAnswer:
-    """Does what the command in a body says; the answer tells of a failure, too."""
+    """Executes the command in a body; a failure is part of the answer."""
     try:
         command = decode(data, Command)
         known = _COMMANDS.get(command.command)
@@ -87,4 +87,4 @@ _COMMANDS: Mapping[str, tuple[str, Callable[[ToolCall, bytes], Awaitable[object]
     "volant.vms.delete": ("delete_vm", _delete),
     "volant.system.get_capabilities": ("system_info", _capabilities),
 }
-"""What each does, and the operation whose permission it needs."""
+"""The function of each command, and the operation whose permission it needs."""

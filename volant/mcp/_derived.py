@@ -1,8 +1,8 @@
-"""The tool of an operation: its arguments and its result are made from the declaration, so they can't differ.
+"""Derives tools from operations, so that their arguments and results can't differ from REST.
 
-A tool takes one flat object: what the path names, the parameters of the query, the members of the body, and whether to
-wait. It gives an object, as the protocol asks for: a list comes with how much of it was left out, and where nothing is
-left to show, the name of what is gone.
+A tool takes one flat object: the names in the path, the parameters of the query, the members of the body, and whether
+to wait. Its result is an object, as the protocol requires: a list comes with the number of items that were left out,
+and a deletion returns the name of what was deleted.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class ChangedVm(msgspec.Struct, frozen=True):
 
     vm: VmView
     outcome: Outcome
-    """`done`: it is in the state that was asked for. `failed`: it came to rest in another one, see `vm.reason`.
-    `under_way`: not there yet."""
+    """`done`: it is in the requested state. `failed`: it ended in another one, see `vm.reason`. `under_way`: it is not
+    there yet."""
 
 
 class ForkedVms(msgspec.Struct, frozen=True):
@@ -41,11 +41,11 @@ class ForkedVms(msgspec.Struct, frozen=True):
 
     vms: list[VmView]
     outcome: Outcome
-    """`done`: all run. `failed`: one at least has not come to run, see its `reason`. `under_way`: not there yet."""
+    """`done`: all run. `failed`: at least one did not start, see its `reason`. `under_way`: they are not there yet."""
 
 
 class Deleted(msgspec.Struct, frozen=True):
-    """What is gone."""
+    """What was deleted."""
 
     name: str
     deleted: Literal[True] = True
@@ -63,7 +63,7 @@ def _tool(operation: Operation, declared: Declared) -> Tool:
     waits = operation.waits_for is not None and operation.method != "GET"
     path = _argument_names(operation)
     body = declared.body or (None if operation.body in (None, Nothing) else operation.body)
-    assert not isinstance(body, OneOf), f"{operation.name}: the tool has to say which body it takes"
+    assert not isinstance(body, OneOf), f"{operation.name}: the tool must declare which body it takes"
     takes = msgspec.defstruct(
         operation.name,
         [
@@ -114,15 +114,15 @@ _WAITING = (
     ("wait", _described(bool, "Answer once it is done, or has failed."), True),
     (
         "timeout_s",
-        _described(Seconds, "How long to wait. What is not done then goes on; look again with vms_get."),
+        _described(Seconds, "How long to wait. After that it continues; check with vms_get."),
         DEFAULT_S,
     ),
 )
-"""Arguments of what takes a while."""
+"""Arguments of tools that wait for a state."""
 
 
 def _argument_names(operation: Operation) -> tuple[str, ...]:
-    """Returns how a model calls what the path names: the `{name}` of `/vms/{name}` is `vm`."""
+    """Returns the arguments for the names in the path: the `{name}` of `/vms/{name}` is `vm`."""
     found = re.findall(r"/(\w+)s/{(\w+)}", operation.path)
     return tuple(resource if name == "name" else name for resource, name in found)
 
@@ -134,14 +134,14 @@ def _default(value: Any, of: Any) -> Any:
 
 
 def _value(value: Any, name: str, operation: Operation) -> Any:
-    """Returns an argument as the operation takes it: a model gives one name where a query may repeat it."""
+    """Returns an argument as the operation takes it: a model passes one name where a query may repeat it."""
     if value is None and isinstance(operation.defaults[name], tuple):
         return ()
     return (value,) if isinstance(value, str) and isinstance(operation.defaults[name], tuple) else value
 
 
 def _presenter(operation: Operation) -> tuple[type[msgspec.Struct], Callable[[Any, list[str]], Result[Any]]]:
-    """Returns the type of what a tool gives, and what makes it of a result."""
+    """Returns the type of a tool's result, and the function that makes it of the operation's result."""
     assert operation.client is not None
     resource = operation.client.partition(".")[0]
     if operation.waits_for is not None and operation.method != "GET":
@@ -185,7 +185,7 @@ def _links(result: Any) -> tuple[Link, ...]:
 
 
 async def _settled(call: ToolCall, operation: Operation, result: Any, wanted: Any) -> Result[Any]:
-    """Returns the VMs once they are where they are on their way to, if the model waits for that."""
+    """Returns the VMs, with `wait` once they are in the operation's state, have failed, or the timeout is over."""
     state = operation.waits_for
     assert state is not None
     views = result.copies if isinstance(result, VmForked) else (result.vm,)

@@ -1,4 +1,4 @@
-"""What tools do inside a guest, through the agent's own routes: commands, files, actions. Everything is bounded, as a
+"""What tools do inside a guest, through the agent's own routes: commands, files, actions. Everything is limited, as a
 model reads the answer and a guest is not trusted."""
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from volant.relay import first_text, to_port, unreachable
 from ._text import Window
 
 MAX_BLOB = 1024 * 1024
-"""Bytes of a file or an image that is answered whole."""
+"""The largest file or image that is returned whole, in bytes."""
 MAX_READ = 64 * 1024 * 1024
-"""Bytes that are read to get to an offset in a file without a length."""
+"""Bytes that are read at most to reach an offset in a file without a length."""
 FILE_S = 60.0
 _HEAD_S = 30.0
 _LATE_S = 10.0
@@ -65,7 +65,7 @@ _problems = msgspec.json.Decoder(_AgentProblem)
 
 @dataclass
 class Ran:
-    """A command that has ended, or was ended."""
+    """The result of a command that ended, or was killed."""
 
     stdout: Window = field(default_factory=Window)
     stderr: Window = field(default_factory=Window)
@@ -93,20 +93,20 @@ async def run_command(deps: ApiDeps, vm: str, request: ExecRequest, timeout_s: f
                         case _:
                             ran.exit_code, ran.signal, ran.error = line.exit_code, line.signal, line.error
                             return ran
-            raise AgentUnreachable("the command's output broke off, and nobody knows how it ended")
+            raise AgentUnreachable("the command's output broke off, and how it ended is not known")
     if scope.cancelled_caught:
         ran.error = f"the agent did not end the command after its {timeout_s:g} s"
     return ran
 
 
 class _Lines:
-    """Cuts what the agent sends into its lines."""
+    """Splits the agent's stream into lines."""
 
     def __init__(self) -> None:
         self._rest = bytearray()
 
     def feed(self, data: bytes) -> list[_Line]:
-        """:raises AgentProtocolError: these are no such lines."""
+        """:raises AgentProtocolError: the lines are malformed."""
         self._rest += data
         if b"\n" not in data:
             if len(self._rest) > _MAX_LINE:
@@ -117,7 +117,7 @@ class _Lines:
         try:
             return [_lines.decode(line) for line in lines]
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise AgentProtocolError(f"a line about a command is not what it should be: {error}") from error
+            raise AgentProtocolError(f"a line about a command is malformed: {error}") from error
 
 
 @dataclass
@@ -126,15 +126,16 @@ class FileRead:
 
     data: bytes
     size: int | None
-    """The whole file's; None for one without a length, such as those of `/proc`, whose end was not seen."""
+    """The size of the whole file; None for one without a length, such as those of `/proc`, if its end was not
+    reached."""
     ended: bool
-    """Whether `data` goes to the end of the file."""
+    """Whether `data` reaches the end of the file."""
 
 
 async def read_file(deps: ApiDeps, vm: str, path: str, *, offset: int = 0, limit: int = MAX_BLOB) -> FileRead:
     """Read at most `limit` bytes of a file from `offset` on.
 
-    :raises Problem: 400, 404, 409, 502, and what the agent says.
+    :raises Problem: 400, 404, 409, 502, and the agent's own problems.
     """
     headers = [(b"range", b"bytes=%d-%d" % (offset, offset + limit - 1))]
     client = deps.vms.streams.agent(vm)
@@ -144,7 +145,7 @@ async def read_file(deps: ApiDeps, vm: str, path: str, *, offset: int = 0, limit
             fields = dict(response.headers)
             if fields.get(b"content-type", b"").startswith(b"application/x-tar"):
                 raise invalid("path", f"{path} is a directory", hint='list it with the command ["ls", "-la", …]')
-            # Without a length there are no ranges: what comes before `offset` comes too.
+            # The agent sends no ranges of a file without a length, so the part before `offset` is skipped here.
             skip = 0 if response.status == 206 else offset
             data = bytearray()
             passed = 0
@@ -162,7 +163,7 @@ async def read_file(deps: ApiDeps, vm: str, path: str, *, offset: int = 0, limit
 
 
 async def write_file(deps: ApiDeps, vm: str, path: str, data: bytes) -> None:
-    """Put a file in place of what is there, whole or not at all. :raises Problem: as `read_file` does."""
+    """Writes a file, or replaces it, atomically. :raises Problem: as `read_file` does."""
     client = deps.vms.streams.agent(vm)
     headers = [(b"content-type", b"application/octet-stream")]
     with _guest_errors(vm), trio.move_on_after(FILE_S) as scope:
@@ -178,7 +179,7 @@ def _route(path: str) -> str:
 
 @dataclass
 class Acted:
-    """What the workload answered."""
+    """The workload's answer."""
 
     status: int
     content_type: str
@@ -186,8 +187,8 @@ class Acted:
 
 
 async def call_action(deps: ApiDeps, vm: str, action: Action, port: int, given: Any) -> Acted:
-    """Ask the workload for an action, with `given` as JSON, or as the query where the method has no body. The window
-    keeps the first `MAX_BLOB` bytes.
+    """Calls an action of the workload, with `given` as JSON, or as the query if the method is GET. The answer holds the
+    first `MAX_BLOB` bytes.
 
     :raises Problem: 400, 404, 409, 502.
     """
@@ -195,7 +196,7 @@ async def call_action(deps: ApiDeps, vm: str, action: Action, port: int, given: 
     headers = [(b"host", b"localhost:%d" % port)]
     if action.method == "GET" and given is not None:
         if not isinstance(given, dict):
-            raise invalid("input", "input is no object, and this action takes one", hint="it is call with GET")
+            raise invalid("input", "input is no object, and this action takes one", hint="it is called with GET")
         target += "?" + urlencode({key: _as_text(value) for key, value in given.items()})
     elif given is not None:
         body = _encoder.encode(given)
@@ -220,7 +221,7 @@ def _as_text(value: Any) -> str:
 
 
 async def _check(response: AgentResponse, vm: str) -> None:
-    """:raises Problem: the agent's own word, when it refuses."""
+    """:raises Problem: the agent's own, if it refused the request"""
     if response.status < 400:
         return
     try:
@@ -238,7 +239,7 @@ def _guest_errors(vm: str) -> Iterator[None]:
     except (AgentUnreachable, AgentProtocolError) as error:
         raise unreachable(vm, str(error)) from error
     except ExceptionGroup as group:
-        # From the nursery around a tunnel.
+        # Raised by the nursery of a tunnel.
         if group.split(Problem)[1] is None:
             raise first_problem(group) from None
         if group.split((AgentUnreachable, AgentProtocolError))[1] is None:

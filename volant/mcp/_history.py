@@ -1,4 +1,4 @@
-"""Tools that tell what happened."""
+"""Tools that read logs and events."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Logs(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     vm: Name
     tail: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 100
-    """The last so many lines."""
+    """How many of the last lines."""
     since: Annotated[int, msgspec.Meta(ge=0, le=10**18 - 1)] | None = None
-    """Only lines after this `seq`; `next_since` of an earlier call gives what is new. Wins over `tail`."""
+    """Only lines after this `seq`: pass `next_since` of an earlier call to get what is new. Overrides `tail`."""
     stream: list[Literal["stdout", "stderr", "console"]] = []
     """Default: all. `console` is the kernel and the boot, the others are the workload's."""
 
@@ -36,9 +36,9 @@ class LogPage(msgspec.Struct, frozen=True):
 
     lines: list[LogLine]
     next_since: int
-    """For `since`, to go on after the last line."""
+    """Pass it as `since` to continue after the last line."""
     left_out: int
-    """Lines that were call for and did not fit: older ones, or with `since` newer ones."""
+    """Requested lines that did not fit: older ones, or with `since` newer ones."""
     lost: int = 0
     """Lines after `since` that are not kept any more."""
 
@@ -46,8 +46,8 @@ class LogPage(msgspec.Struct, frozen=True):
 @tool(
     "vms_logs",
     "Read the log of a VM",
-    "What the console (kernel and boot) and the workload of a VM have said, also of one that is stopped or has "
-    "crashed. Use it to find out why a VM does not boot or its workload fails. What vms_exec runs is not in it.",
+    "Read the output of the console (kernel and boot) and the workload of a VM, also of one that is stopped or has "
+    "crashed. Use it to find out why a VM does not boot or its workload fails. The output of vms_exec is not in it.",
     operation="vm_logs",
     read_only=True,
 )
@@ -92,8 +92,8 @@ class Events(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Which events."""
 
     since: str | None = None
-    """After this event: `next` of an earlier call, or the `id` of an event. `0` for the oldest that is kept. Without
-    it, the newest ones."""
+    """Only events after this one: `next` of an earlier call, or the `id` of an event; `0`: from the oldest that is
+    kept. Without it, the newest ones."""
     vm: Name | None = None
     """Only of this VM."""
     types: list[EventType] = []
@@ -101,7 +101,7 @@ class Events(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     limit: Annotated[int, msgspec.Meta(ge=1, le=500)] = 50
     """How many events to look at."""
     wait_s: Annotated[float, msgspec.Meta(ge=0, le=50)] = 0.0
-    """Wait so long for one when there is none."""
+    """How long to wait for an event if there is none."""
 
 
 class EventPage(msgspec.Struct, frozen=True):
@@ -109,7 +109,7 @@ class EventPage(msgspec.Struct, frozen=True):
 
     events: list[Event]
     next: str
-    """For `since`, to go on after them."""
+    """Pass it as `since` to continue after these events."""
     gap: StreamGap | None = None
     """Events after `since` that are not kept any more."""
 
@@ -117,9 +117,9 @@ class EventPage(msgspec.Struct, frozen=True):
 @tool(
     "vms_events",
     "See what happened to VMs",
-    "What happened to VMs, in order: created, starting, running, stopped, crashed (and why), deleted. Without "
-    "`since` the newest; pass `next` of one call as `since` of the next to miss nothing, with `wait_s` to wait for "
-    "something to happen.",
+    "List events of VMs, in order: created, starting, running, stopped, crashed (and why), deleted. Without `since` "
+    "you get the newest. Pass `next` of one call as `since` of the next to miss nothing, and `wait_s` to wait for an "
+    "event.",
     operation="vm_events",
     read_only=True,
 )

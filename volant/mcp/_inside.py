@@ -26,14 +26,14 @@ class Exec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     command: Annotated[list[str], msgspec.Meta(min_length=1)]
     """The program and its arguments. There is no shell: for pipes, globs and `&&` use `["sh", "-c", "…"]`."""
     env: dict[str, str] = {}
-    """Added to a small environment."""
+    """Variables to add to a minimal environment."""
     cwd: str | None = None
     user: str | None = None
     """A name or a number, optionally `:` and a group. Default: root."""
     stdin: str = ""
     timeout_s: Seconds = DEFAULT_S
-    """The command and its children are killed then. For what takes longer, start it in the background, with its
-    output in a file."""
+    """The command and its children are killed after it. Start longer ones in the background, with their output in a
+    file."""
 
 
 class ExecDone(msgspec.Struct, frozen=True):
@@ -43,11 +43,11 @@ class ExecDone(msgspec.Struct, frozen=True):
     signal: int | None
     """The number of the signal that ended it."""
     error: str | None
-    """Why it could not be run, or not to its end."""
+    """Why it did not run, or did not end by itself."""
     stdout: str
     stderr: str
     stdout_bytes: int
-    """What was written in all; more than is shown if `truncated`."""
+    """Bytes written in all; more than shown if `truncated`."""
     stderr_bytes: int
     truncated: bool
     """Whether the middle of stdout or stderr is left out."""
@@ -57,7 +57,7 @@ class ExecDone(msgspec.Struct, frozen=True):
     "vms_exec",
     "Run a command in a VM",
     "Run one command in a running VM, wait for its end, and get its exit code and output. Each call is a process of "
-    "its own: `cd` and variables do not carry over to the next. Of long output the middle is left out: write it to a "
+    "its own: `cd` and variables do not carry over to the next. The middle of long output is left out: write it to a "
     "file, and read parts with vms_read_file. To write a file use vms_write_file.",
     operation="agent_exec",
     destructive=True,
@@ -95,29 +95,29 @@ class ReadFile(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     path: Path
     """Absolute."""
     offset: Annotated[int, msgspec.Meta(ge=0, le=10**12)] | None = None
-    """Bytes to skip. Without it the file is shown from its beginning, and of one that is too long the head and the
-    tail; with it, what follows, up to `next_offset`."""
+    """Bytes to skip; you get what follows, up to `next_offset`. Without it, you get the whole file, or its head and
+    tail if it is too long."""
 
 
 class FileContent(msgspec.Struct, frozen=True):
-    """What is in a file."""
+    """The content of a file."""
 
     path: str
     content: str
     encoding: Literal["utf-8", "base64"]
     size: int | None
-    """The whole file's bytes; null when that is not known."""
+    """The size of the whole file in bytes; null if it is not known."""
     truncated: bool
-    """Whether there is more in the file than is shown."""
+    """Whether the file has more than is shown."""
     next_offset: int | None = None
-    """Where to read on; null at the end."""
+    """The `offset` to continue with; null at the end."""
 
 
 @tool(
     "vms_read_file",
     "Read a file in a VM",
-    "Read a file in a running VM: text as it is, other bytes as base64. Of a long file you get the head and the "
-    "tail; read on in between with `offset`. Directories: vms_exec with `ls`.",
+    "Read a file in a running VM: text as it is, other bytes as base64. You get the head and the tail of a long file; "
+    "read the middle with `offset`. To list a directory use vms_exec with `ls`.",
     operation="read_file",
     read_only=True,
 )
@@ -156,7 +156,7 @@ async def read_file(call: ToolCall, wanted: ReadFile) -> Result[FileContent]:
 
 
 def _text_of(data: bytes, whole: bool) -> str | None:
-    """None when it is no text. What is not whole may end in the middle of a character."""
+    """Returns the data as text, None if it is none. A part of a file may end in the middle of a character."""
     for cut in range(1 if whole else 4):
         try:
             text = data[: len(data) - cut].decode("utf-8")
@@ -171,10 +171,10 @@ class WriteFile(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     vm: Name
     path: Path
-    """Absolute; its directory must be there."""
+    """Absolute; its directory must exist."""
     content: str
     encoding: Literal["utf-8", "base64"] = "utf-8"
-    """How `content` stands for the file's bytes."""
+    """How `content` encodes the file's bytes."""
 
 
 class WrittenFile(msgspec.Struct, frozen=True):
@@ -188,8 +188,8 @@ class WrittenFile(msgspec.Struct, frozen=True):
 @tool(
     "vms_write_file",
     "Write a file in a VM",
-    "Write a whole file in a running VM, in place of what is there; readers see the old or the new one, never a "
-    "half. At most some 700 KiB a call.",
+    "Write a whole file in a running VM, and replace an existing one; readers see the old or the new file, never a "
+    "part. At most about 700 KiB a call.",
     operation="write_file",
     destructive=True,
     idempotent=True,
@@ -205,23 +205,23 @@ async def write_file(call: ToolCall, wanted: WriteFile) -> Result[WrittenFile]:
 
 
 class Action(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """What the workload should do."""
+    """The action to call."""
 
     vm: Name
     action: Name
     """One of the actions of the VM's plugin: see plugins_list."""
     input: Any = None
-    """Sent to the workload as JSON; null for nothing."""
+    """Sent to the workload as JSON; null: no body."""
 
 
 class ActionDone(msgspec.Struct, frozen=True):
-    """What the workload answered."""
+    """The workload's answer."""
 
     status: int
-    """Of HTTP."""
+    """The HTTP status."""
     content_type: str
     output: Any
-    """The answer: data where it is JSON, else text; null for an image, which stands beside it, and for other bytes."""
+    """The answer: data if it is JSON, else text; null for an image, which is sent beside it, and for other bytes."""
     size: int
     """In bytes."""
     truncated: bool
@@ -230,8 +230,8 @@ class ActionDone(msgspec.Struct, frozen=True):
 @tool(
     "vms_call_action",
     "Call an action of a VM",
-    "Ask the workload in a running VM for one of the actions that its plugin offers, such as taking a screenshot in "
-    "a browser. plugins_list says which there are and what they take.",
+    "Call one of the actions that the plugin of a running VM offers, such as taking a screenshot in a browser. "
+    "plugins_list shows the actions and their input.",
     operation="call_action",
     destructive=True,
     open_world=True,

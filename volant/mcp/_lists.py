@@ -1,4 +1,4 @@
-"""Tools that list what few hosts have many of; what does not fit is call for by name."""
+"""Tools that list networks, snapshots and plugins, without pages, as there are usually few."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ._tool import Result, ToolCall, tool
 
 
 class ListNetworks(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """All of them."""
+    """Which networks: all, or one."""
 
     network: Name | None = None
     """Only this one."""
@@ -32,7 +32,7 @@ class NetworkList(msgspec.Struct, frozen=True):
 @tool(
     "networks_list",
     "List networks",
-    "The networks in which VMs reach each other by their names, and which VMs are in them with which addresses.",
+    "List the networks in which VMs reach each other by name, with their VMs and addresses.",
     operation="list_networks",
     read_only=True,
 )
@@ -50,7 +50,7 @@ class ListSnapshots(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Which snapshots."""
 
     vm: Name | None = None
-    """Only those of VMs of this name, also of one that is gone."""
+    """Only snapshots of VMs with this name, also of deleted ones."""
 
 
 class SnapshotList(msgspec.Struct, frozen=True):
@@ -64,7 +64,7 @@ class SnapshotList(msgspec.Struct, frozen=True):
 @tool(
     "snapshots_list",
     "List snapshots",
-    "The copies of VMs that vms_snapshot has kept, the newest first.",
+    "List the snapshots that vms_snapshot has taken, the newest first.",
     operation="list_snapshots",
     read_only=True,
 )
@@ -78,19 +78,19 @@ async def list_snapshots(call: ToolCall, wanted: ListSnapshots) -> Result[Snapsh
 
 
 class ListPlugins(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """All of them."""
+    """Which plugins: all, or one."""
 
     plugin: Name | None = None
     """Only this one."""
 
 
 class PluginAction(msgspec.Struct, frozen=True):
-    """Something that a plugin's workload does when call."""
+    """An action of a plugin's workload."""
 
     name: str
     description: str
     input: dict[str, Any] | None
-    """JSON Schema of what vms_call_action takes as `input`; null when the plugin does not say."""
+    """JSON Schema of `input` of vms_call_action; null if the plugin declares none."""
 
 
 class PluginSummary(msgspec.Struct, frozen=True):
@@ -102,7 +102,7 @@ class PluginSummary(msgspec.Struct, frozen=True):
     enabled: bool
     """Whether new VMs may use it."""
     memory_mb: int
-    """What its VMs need at least."""
+    """The least that its VMs need."""
     actions: list[PluginAction]
 
 
@@ -117,7 +117,7 @@ class PluginList(msgspec.Struct, frozen=True):
 @tool(
     "plugins_list",
     "List plugins",
-    "The kinds of VMs that vms_create can make (`plugin`), and the actions that vms_call_action can call in them.",
+    "List the kinds of VMs that vms_create can create (`plugin`), and the actions that vms_call_action can call.",
     operation="list_plugins",
     read_only=True,
 )

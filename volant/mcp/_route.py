@@ -1,14 +1,14 @@
-"""`POST /api/v1/mcp`: Volant for models, as a Model Context Protocol server; and the document's own form of commands.
+"""`POST /api/v1/mcp`: the Model Context Protocol server, and commands of our own form.
 
-The protocol is the official package's to speak, in both its eras: 2026-07-28, where each request stands alone, and
-the older ones that begin with `initialize`. We serve those without sessions too. Nothing that a tool does needs one, a
-session is memory that an anonymous client makes, and a client that holds one loses it when the daemon restarts, which
-here is nobody's business. So a request is a task of its connection and nothing else: the package's session manager,
-which may run once and owns the tasks of a request, is made for each of them, inside of it, and ends with it. GET and
-DELETE, which are for sessions, are 405, as both eras allow.
+The official `mcp` package implements the protocol in both its generations: 2026-07-28, where each request is
+independent, and the older versions that begin with `initialize`. We serve those without sessions too: no tool needs
+one, anonymous clients could fill memory with them, and a client with a session would lose it when the daemon restarts.
+So a request is just a task of its connection: each one gets its own session manager of the package, which can run only
+once and owns the tasks of the request, and ends with it. GET and DELETE, which are for sessions, are 405, as both
+generations allow.
 
-The body is read before, to tell the two forms apart and to bound it, and a client that leaves is watched for here. The
-package takes half a second to import, so it is imported by the first request that needs it, on a thread.
+This module reads the body first, to distinguish the two forms and to limit it, and watches for a client that leaves.
+The package takes half a second to import, so the first request that needs it imports it, in a thread.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _JSON = [(b"content-type", b"application/json"), (b"cache-control", b"no-store")
 _encoder = msgspec.json.Encoder()
 
 
-class _Looked(msgspec.Struct):
-    """As much of a body as tells what it is."""
+class _Members(msgspec.Struct):
+    """The members of a body that show which form it has."""
 
     command: Any = msgspec.UNSET
     jsonrpc: Any = msgspec.UNSET
@@ -47,14 +47,14 @@ class _Looked(msgspec.Struct):
     id: Any = msgspec.UNSET
 
 
-_look = msgspec.json.Decoder(_Looked)
+_members = msgspec.json.Decoder(_Members)
 
 
 TABLE.declare(
     "POST /api/v1/mcp",
     "mcp",
     Permission.VIEW,
-    "Speak the Model Context Protocol, or send a command in a form of our own",
+    "Use the Model Context Protocol, or send a command in a form of our own",
     answers={
         200: Answer("The answer to a request, or to a command", OneOf((RpcAnswer, CommandAnswer)), streams=True),
         202: Answer("A notification or an answer was taken"),
@@ -89,7 +89,7 @@ def routes(deps: ApiDeps, limits: Limits, table: Table) -> list[StreamRoute]:
                 hint="send it with Content-Type: application/json",
             )  # fmt: skip
         if not content_type:
-            # None at all is taken for JSON, as everywhere; the server behind would refuse it.
+            # A missing type means JSON, as on all routes; the package would refuse it.
             others = [field for field in call.scope["headers"] if field[0] != b"content-type"]
             call.scope["headers"] = [*others, _JSON[0]]
         body = await read_call_bytes(call, limits)
@@ -101,25 +101,25 @@ def routes(deps: ApiDeps, limits: Limits, table: Table) -> list[StreamRoute]:
 
 
 def _is_command(call: Call, body: bytes) -> bool:
-    """Whether it is the document's own form and not MCP's.
+    """Whether a body is a command of our own form, and not a message of MCP.
 
-    :raises Problem: 400, an object that is neither; a request whose answer nobody could tell from others, which the
-        package (mcp 2.3) would take for a notification.
+    :raises Problem: 400 for an object that is neither, and for a request whose `id` is neither an integer nor text,
+        which the package (mcp 2.3) would take for a notification
     """
     try:
-        looked = _look.decode(body)
+        members = _members.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return False
-    if looked.method is not msgspec.UNSET and not (looked.id is msgspec.UNSET or type(looked.id) in (int, str)):
+    if members.method is not msgspec.UNSET and not (members.id is msgspec.UNSET or type(members.id) in (int, str)):
         raise invalid("id", "id is neither an integer nor text", hint="a notification has none")
-    if looked.jsonrpc is not msgspec.UNSET or call.header(b"mcp-protocol-version") is not None:
+    if members.jsonrpc is not msgspec.UNSET or call.header(b"mcp-protocol-version") is not None:
         return False
-    if looked.command is msgspec.UNSET:
+    if members.command is msgspec.UNSET:
         raise Problem(
             400, "invalid-request", "the body is neither a message of the Model Context Protocol nor a command",
             hint='send an object with "jsonrpc": "2.0", or one with "command"',
         )  # fmt: skip
-    if not isinstance(looked.command, str):
+    if not isinstance(members.command, str):
         raise invalid("command", "command is not text")
     return True
 
@@ -141,13 +141,13 @@ async def _protocol(loaded: Callable[[], Awaitable[McpServer]], body: bytes, cal
     replay = _Replay(body)
 
     async def send(message: Message) -> None:
-        # The end is sent when all is done: with it the server reports that the client has left.
+        # The end of the body is sent last, by `finish`: after it, Hypercorn reports that the client has left.
         if message["type"] == "http.response.body":
             if message["body"]:
                 await call.write(message["body"])
             return
         if message["status"] == 202:
-            # There is no body that could be of a type.
+            # There is no body, so no content type.
             message["headers"] = [field for field in message["headers"] if field[0] != b"content-type"]
         await call.send(message)
 
@@ -155,7 +155,7 @@ async def _protocol(loaded: Callable[[], Awaitable[McpServer]], body: bytes, cal
 
 
 def _accepts(header: str | None) -> tuple[bool, bool]:
-    """Whether JSON and event streams are."""
+    """Returns whether `Accept` allows JSON, and whether it allows event streams."""
     kinds = {kind.partition(";")[0].strip().lower() for kind in (header or "*/*").split(",")}
     anything = "*/*" in kinds
     return (
@@ -171,13 +171,13 @@ def _load(deps: ApiDeps, table: Table) -> McpServer:
 
 
 class _Replay:
-    """A body that was read, to be read again; then silence, as it is not here that the client is watched."""
+    """The ASGI `receive` of a body that was already read. It reports no disconnect: `while_connected` detects that."""
 
     def __init__(self, body: bytes) -> None:
         self._body: bytes | None = body
 
     async def receive(self) -> Message:
-        """The `receive` of ASGI."""
+        """Returns the body; the second call waits for ever."""
         await trio.lowlevel.checkpoint()
         if self._body is None:
             await trio.sleep_forever()

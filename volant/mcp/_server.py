@@ -1,4 +1,4 @@
-"""The tools and resources as a server of the official `mcp` package. Whoever imports this imports that."""
+"""The tools and resources as a server of the official `mcp` package, which this module imports."""
 
 from __future__ import annotations
 
@@ -53,17 +53,17 @@ from ._tools import tools
 Context = ServerRequestContext[Any, Any]
 
 _log = logging.getLogger("volant.api")
-# It says at INFO what our own log says of each request anyway.
+# At INFO it logs each request, as our own log does.
 logging.getLogger("mcp").setLevel(logging.WARNING)
 
 _INSTRUCTIONS = (
-    "Volant runs Linux microVMs on one host. Make one with vms_create, which answers when it has booted; work in it "
+    "Volant runs Linux microVMs on one host. Create one with vms_create, which answers when it has booted; work in it "
     "with vms_exec, vms_read_file and vms_write_file; remove it with vms_delete when you are done. Other people's VMs "
-    "may be on the same host: touch only those that you have made or were told of. When something fails, vms_get "
+    "may be on the same host: use only those that you created or that the user named. When something fails, vms_get "
     "shows the reason and vms_logs the console."
 )
 _REPORT_S = 10.0
-"""So often a client that wants to know hears that a call is still under way."""
+"""The interval of progress reports of a call, for clients that want them."""
 _PAGE = 100
 _RESOURCE = re.compile(r"volant://vms/([^/]+)(?:/(logs|files)(/.*)?)?\Z", re.DOTALL)
 _READ_BY = {"": "get_vm", "logs": "vm_logs", "files": "read_file"}
@@ -79,7 +79,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 class McpServer:
-    """Serves one request after the other, or many at once; it keeps nothing between them."""
+    """Serves requests, also many at once; it keeps no state between them."""
 
     def __init__(self, deps: ApiDeps, table: Table = TABLE) -> None:
         self._deps = deps
@@ -103,7 +103,7 @@ class McpServer:
         )
 
     async def serve(self, scope: Any, receive: Any, send: Any, *, streams: bool) -> None:
-        """Serve one request of ASGI; with `streams` the client takes an event stream for an answer."""
+        """Serves one ASGI request; with `streams` the client accepts an event stream."""
         manager = StreamableHTTPSessionManager(
             self._server, json_response=not streams, stateless=True, max_request_body_size=Limits().json_body
         )
@@ -140,7 +140,7 @@ class McpServer:
         after = params.cursor if params is not None else None
         if after is not None:
             if not after.isascii() or not after.isdecimal() or len(after) > 18:
-                raise MCPError(INVALID_PARAMS, "the cursor is none that was given out")
+                raise MCPError(INVALID_PARAMS, "the cursor is not one of this server's")
             rows = [row for row in rows if row.id > int(after)]
         page = rows[:_PAGE]
         await trio.lowlevel.checkpoint()
@@ -160,15 +160,15 @@ class McpServer:
             resource_templates=[
                 ResourceTemplate(
                     name="vm", title="A VM", uri_template="volant://vms/{vm}", mime_type="application/json",
-                    description="The VM as vms_get gives it",
+                    description="The VM, as vms_get returns it",
                 ),
                 ResourceTemplate(
                     name="logs", title="The log of a VM", uri_template="volant://vms/{vm}/logs",
-                    mime_type="text/plain", description="The newest of its console and its workload, up to 1 MiB",
+                    mime_type="text/plain", description="The newest output of console and workload, up to 1 MiB",
                 ),
                 ResourceTemplate(
                     name="file", title="A file in a VM", uri_template="volant://vms/{vm}/files{+path}",
-                    description="Of up to 1 MiB, by its absolute path; the VM must run",
+                    description="A file of up to 1 MiB, by its absolute path; the VM must run",
                 ),
             ]
         )  # fmt: skip
@@ -211,7 +211,7 @@ class McpServer:
 
 
 async def _report(call: ToolCall, context: Context) -> None:
-    """Reports how far a call is, when that changes and every now and then."""
+    """Reports the progress of a call, when it changes and every `_REPORT_S`."""
     began = trio.current_time()
     while True:
         with trio.move_on_after(_REPORT_S):
@@ -260,7 +260,7 @@ def _arguments(tool: Tool, params: CallToolRequestParams) -> Any:
     try:
         data = _encode(params.arguments or {})
     except (ValueError, OverflowError, RecursionError):
-        # The package takes half a surrogate pair for text, and nests as deep as the stack.
+        # The package accepts half of a surrogate pair, and nesting as deep as the stack.
         raise Problem(400, "invalid-request", "the arguments are not Unicode, or nested too deeply") from None
     return decode(data, tool.takes, "the call")
 
@@ -288,9 +288,9 @@ def _text(problem: Problem) -> str:
 
 
 def hint_for_a_model(hint: str) -> str:
-    """Returns a hint whose commands of `volar` are the tools that do the same.
+    """Returns a hint in which commands of `volar` are replaced by the tools that do the same.
 
-    A command that no tool stands for stays, marked as one that the operator has to run: a model has no command line.
+    A command without a tool stays, marked as one that the operator has to run, as a model has no command line.
     """
 
     def tool(found: re.Match[str]) -> str:

@@ -1,7 +1,7 @@
-"""How much a model gets to read: the head and the tail of what is too long, with a marker between them.
+"""Cuts texts for models: the head and the tail of a text that is too long, with a marker between them.
 
-A model pays for every character and loses its way in too many, so a text has a budget. It is counted as the text stands
-in JSON, where a control character weighs six bytes, as that is what the client gets.
+Long texts cost a model money and attention, so each text has a budget. It counts bytes of JSON, in which a control
+character takes six, as that is what the client gets.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ T = TypeVar("T")
 MAX_TEXT = 64 * 1024
 """Bytes of one text in an answer."""
 BUDGET = 56 * 1024
-"""What the parts of an answer may take of it together, so that what is around them fits too."""
+"""Bytes of the variable parts of an answer together, so that the rest of the answer fits too."""
 
 _encode = msgspec.json.Encoder().encode
 
 
 class Window:
-    """The first and the last bytes of a stream, whose length does not matter."""
+    """The first and the last bytes of a stream of any length."""
 
     def __init__(self, part_bytes: int = BUDGET) -> None:
         self.size = 0
-        """Bytes that have come."""
+        """Bytes of the stream so far."""
         self._part = part_bytes
         self._head = bytearray()
         self._tail = bytearray()
 
     def add(self, data: bytes) -> None:
-        """Take the next bytes."""
+        """Takes the next bytes."""
         self.size += len(data)
         room = self._part - len(self._head)
         if room > 0:
@@ -54,7 +54,8 @@ class Window:
         return self.size == len(self._head) + len(self._tail)
 
     def text(self, budget: int) -> tuple[str, bool]:
-        """As text of at most `budget` bytes in JSON, and whether that is all of it. What is no UTF-8 is U+FFFD."""
+        """Returns the stream as text of at most `budget` bytes of JSON, and whether that is all of it. Bytes that are
+        not UTF-8 become U+FFFD."""
         if self.is_whole:
             whole = self.head.decode("utf-8", "replace")
             clipped = clip(whole, budget)
@@ -64,20 +65,20 @@ class Window:
 
 
 def weight(value: object) -> int:
-    """Bytes of `value` as JSON."""
+    """Returns the size of `value` as JSON, in bytes."""
     return len(_encode(value))
 
 
 def clip(text: str, budget: int) -> str:
-    """`text` itself, or its head and tail with a marker, in at most `budget` bytes of JSON."""
+    """Returns `text` itself, or its head and tail with a marker, in at most `budget` bytes of JSON."""
     if weight(text) <= budget:
         return text
     return joined(text, text, len(text.encode("utf-8", "replace")), budget)[0]
 
 
 def joined(head: str, tail: str, size: int, budget: int) -> tuple[str, int]:
-    """As much of a head and a tail as fits, with a marker that counts what of `size` bytes is not there; and how many
-    bytes of the head are."""
+    """Returns as much of a head and a tail as fits, with a marker that says how many of `size` bytes are left out; and
+    how many bytes of the head are in it."""
     half = max(0, (budget - 80) // 2)
     head, tail = prefix(head, half), _suffix(tail, half)
     shown = len(head.encode("utf-8", "replace"))
@@ -86,7 +87,7 @@ def joined(head: str, tail: str, size: int, budget: int) -> tuple[str, int]:
 
 
 def prefix(text: str, budget: int) -> str:
-    """As many of the first characters as fit into `budget` bytes of JSON."""
+    """Returns as many of the first characters as fit into `budget` bytes of JSON."""
     text = text[:budget]
     return text[: bisect_right(range(1, len(text) + 1), budget, key=lambda count: weight(text[:count]))]
 
@@ -98,7 +99,7 @@ def _suffix(text: str, budget: int) -> str:
 
 
 def fitting(items: Iterable[T], budget: int = BUDGET) -> list[T]:
-    """As many of the first items as fit, and at least one if there is any."""
+    """Returns as many of the first items as fit, and at least one if there is any."""
     taken: list[T] = []
     for item in items:
         budget -= weight(item) + 1
@@ -109,5 +110,5 @@ def fitting(items: Iterable[T], budget: int = BUDGET) -> list[T]:
 
 
 def fitting_last(items: Sequence[T], budget: int = BUDGET) -> list[T]:
-    """The same from the end, in their order."""
+    """Returns as many of the last items as fit, in their order."""
     return fitting(reversed(items), budget)[::-1]

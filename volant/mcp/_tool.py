@@ -1,4 +1,4 @@
-"""What a tool is, and what it is given and gives."""
+"""The declaration of a tool, its call and its result."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Path = Annotated[str, msgspec.Meta(pattern=r"^/[^\x00]*$", max_length=4096)]
 
 @dataclass(frozen=True)
 class Link:
-    """Where the whole of something is."""
+    """A link to the full content."""
 
     uri: str
     name: str
@@ -34,7 +34,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Image:
-    """A picture for the model to look at."""
+    """An image for the model."""
 
     data: bytes
     mime_type: str
@@ -42,25 +42,25 @@ class Image:
 
 @dataclass(frozen=True)
 class Result(Generic[Gives]):
-    """What a tool gives: its struct, and what goes beside it."""
+    """The result of a tool: its struct, with links and images beside it."""
 
     value: Gives
     links: tuple[Link, ...] = ()
     images: tuple[Image, ...] = ()
     failed: bool = False
-    """It was done, and what came of it is a failure."""
+    """Whether the call is reported as an error, though it has a result."""
 
 
 @dataclass(kw_only=True)
 class ToolCall(Context):
-    """A call of a tool, whose progress the client may want to know."""
+    """A call of a tool, with its progress."""
 
     progress: str = ""
-    """What there is to say of it; `changed` is set with it."""
+    """The latest progress message; `changed` is set with it."""
     changed: trio.Event = field(default_factory=trio.Event)
 
     def report(self, text: str) -> None:
-        """Lets the client know how far the call is."""
+        """Sets the progress message, for clients that want progress."""
         self.progress = text
         self.changed.set()
 
@@ -88,9 +88,9 @@ class Tool:
     destructive: bool = False
     """Whether it can lose something that was there."""
     idempotent: bool = False
-    """Whether doing it twice does no more than doing it once."""
+    """Whether doing it twice has the same effect as doing it once."""
     open_world: bool = False
-    """Whether what happens is up to a guest, which may do anything."""
+    """Whether the effect depends on the guest, which may do anything."""
 
 
 def tool(name: str, title: str, description: str, **more: Any) -> Callable[[Run], Tool]:
@@ -110,15 +110,15 @@ def tool(name: str, title: str, description: str, **more: Any) -> Callable[[Run]
 
 
 def log_link(vm: str) -> Link:
-    """Returns where the log of a VM is."""
+    """Returns the link to the log of a VM."""
     return Link(f"{vm_uri(vm)}/logs", f"The log of VM {vm}", "text/plain")
 
 
 def file_link(vm: str, path: str) -> Link:
-    """Returns where a file in a VM is."""
+    """Returns the link to a file in a VM."""
     return Link(f"{vm_uri(vm)}/files{quote(path)}", f"{path} in VM {vm}", "application/octet-stream")
 
 
 def vm_uri(vm: str) -> str:
-    """Returns the address of a VM as a resource."""
+    """Returns the URI of a VM as a resource."""
     return f"volant://vms/{vm}"

@@ -1,7 +1,7 @@
-"""The tools: what a model can do with Volant, one for each operation.
+"""The tools that models can call.
 
-Most are derived from the operations. Those here do what one request of REST does not: they read or write a whole
-stream, cut what is too long for a model, or filter.
+Most are derived from the operations. Those here do more than one REST request: they read or write a whole stream, cut
+what is too long for a model, or filter.
 """
 
 from __future__ import annotations

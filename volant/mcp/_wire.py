@@ -1,4 +1,4 @@
-"""What goes over the wire at `POST /api/v1/mcp`, for the OpenAPI document and for who answers it."""
+"""The messages of `POST /api/v1/mcp`, for the OpenAPI document and the handlers."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import msgspec
 
 
 class RpcMessage(msgspec.Struct, omit_defaults=True):
-    """A message of JSON-RPC 2.0, as the Model Context Protocol has it: a request, a notification or an answer."""
+    """A JSON-RPC 2.0 message of the Model Context Protocol: a request, a notification or a response."""
 
     jsonrpc: Literal["2.0"]
     method: str | msgspec.UnsetType = msgspec.UNSET
-    """What is asked for, such as `tools/call`."""
+    """The method, such as `tools/call`."""
     params: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
     id: int | str | msgspec.UnsetType = msgspec.UNSET
     """A notification has none."""
 
 
 class RpcAnswer(msgspec.Struct, omit_defaults=True):
-    """An answer of JSON-RPC 2.0: one of `result` and `error`."""
+    """A JSON-RPC 2.0 response: either `result` or `error`."""
 
     jsonrpc: Literal["2.0"]
     id: int | str | None
@@ -42,6 +42,6 @@ class CommandAnswer(msgspec.Struct, frozen=True):
     """The answer to a `Command`."""
 
     result: Any
-    """What the REST route answers; null for `delete`, and after a failure."""
+    """The answer of the REST route; null for `delete`, and after a failure."""
     error: str
-    """Empty when all is well."""
+    """Empty if the command succeeded."""
