@@ -1,4 +1,4 @@
-"""What a workload answers to an action."""
+"""The answer of a workload to an action."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ import httpx
 from ._calls import read_whole
 
 ACTION_S = 660.0
-"""The daemon gives an action 600 s at most."""
+"""Longer than the daemon's limit for an action, 600 s."""
 MAX_ANSWER = 64 * 1024 * 1024
 
 
 class ActionAnswer:
-    """A workload's answer, of whatever status; `async for` gives its body in pieces, once."""
+    """A workload's answer, of any status; `async for` yields its body in pieces, once."""
 
     def __init__(self, response: httpx.Response, chunks: AsyncIterator[bytes]) -> None:
         self.status: int = response.status_code
         self.headers: Mapping[str, str] = response.headers
-        """By name, which may be in any case."""
+        """The headers, by name in any case."""
         self.content_type: str = response.headers.get("Content-Type", "")
         self._chunks = chunks
 
     @property
     def is_success(self) -> bool:
-        """Whether the workload did what it was asked for."""
+        """Whether the status is a success."""
         return 200 <= self.status < 300
 
     def __aiter__(self) -> AsyncIterator[bytes]:
         return self._chunks
 
     async def read(self, limit: int = MAX_ANSWER) -> bytes:
-        """What is left of the body. :raises UnexpectedAnswer: it is longer than `limit` bytes."""
+        """Returns the rest of the body. :raises UnexpectedAnswer: it is longer than `limit` bytes."""
         return await read_whole(self._chunks, limit, "the workload's answer")
 
 
 class Pieces(httpx.AsyncByteStream):
-    """The body of a request that comes in pieces. A request may leave it half-way: a generator is closed then."""
+    """The body of a request in pieces. If the request stops half-way, a generator is closed."""
 
     def __init__(self, pieces: AsyncIterable[bytes]) -> None:
         self._pieces = pieces
@@ -55,5 +55,5 @@ class Pieces(httpx.AsyncByteStream):
 
 
 def is_from_guest(headers: Mapping[str, str]) -> bool:
-    """Whether a guest gave an answer: the daemon marks those, and guests can't take the mark off."""
+    """Whether an answer is a guest's: the daemon adds a header to those, which guests can't remove."""
     return "sandbox" in [part.strip() for part in headers.get("content-security-policy", "").split(",")]

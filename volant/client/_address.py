@@ -25,20 +25,20 @@ class Address:
     port: int
     tls: bool = False
     socket_path: str | None = None
-    """A Unix socket, in the place of host and port."""
+    """A Unix socket, instead of host and port."""
     prefix: str = ""
-    """A path before the API's own, of a proxy; without a slash at its end."""
+    """A proxy's path before the API's own, without a slash at its end."""
 
     @classmethod
     def parse(cls, text: str) -> Address:
-        """Understand `http://HOST[:PORT][/PREFIX]`, `https://…`, `HOST:PORT` or `unix:/PATH`.
+        """Parses `http://HOST[:PORT][/PREFIX]`, `https://…`, `HOST:PORT` or `unix:/PATH`.
 
-        :raises ValueError: it is none of these; the text says so to people.
+        :raises ValueError: it is none of these; the text is meant for people.
         """
         if text.startswith(_UNIX):
             path = text.removeprefix(_UNIX)
             if not path.startswith("/"):
-                raise ValueError(f"{text!r} is no address: after unix: an absolute path has to come")
+                raise ValueError(f"{text!r} is no address: unix: needs an absolute path")
             return cls(text, "localhost", 80, socket_path=path)
         parts = urlsplit(text if "://" in text else f"http://{text}")
         try:
@@ -64,11 +64,11 @@ class Address:
 
     @property
     def http_url(self) -> str:
-        """The base address in the form that an HTTP client takes."""
+        """The base URL for an HTTP client."""
         return f"{'https' if self.tls else 'http'}://{self.host_header}{self.prefix}"
 
     def unreachable(self, reason: str) -> Unreachable:
-        """The error for people when nobody is there."""
+        """Returns the error when no connection could be made."""
         if self.socket_path is not None and reason == os.strerror(errno.EACCES):
             return Unreachable(
                 f"the daemon can't be reached at {self.text}: {reason}",
@@ -81,7 +81,7 @@ class Address:
 
 
 def reason_of(error: BaseException) -> str:
-    """The words of the operating system, from under what libraries put around them."""
+    """Returns the operating system's text for an error that libraries have wrapped."""
     found: BaseException | None = error
     text = str(error) or type(error).__name__
     while found is not None:

@@ -16,6 +16,6 @@ _SILENCE_S = 120.0
 
 
 async def send_artifact(http: Http, sha256: str, content: AsyncIterable[bytes], size: int) -> ArtifactView:
-    """Send a file of `size` bytes."""
+    """Sends a file of `size` bytes."""
     sent = Sent(content, size, "application/octet-stream", _SILENCE_S)
     return await send(http, "PUT", f"/api/v1/artifacts/{sha256}", sent, ArtifactView)

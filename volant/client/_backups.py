@@ -1,4 +1,4 @@
-"""Backups of the daemon's database, on their way out and in."""
+"""Sends and receives backups of the daemon's database."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from ._http import Http, chunks_of
 from ._upload import Sent, send
 
 _SILENCE_S = 660.0
-"""The daemon takes ten minutes at most for a copy, and for looking through one."""
+"""Longer than the daemon's limit to copy the database, or to check a backup: ten minutes."""
 _DIGEST = re.compile(r"sha-256=:([A-Za-z0-9+/=]{44}):")
 _NAME = re.compile(r'filename="([A-Za-z0-9._-]{1,200})"')
 
 
 class Backup:
-    """A backup that the daemon sends: `async for` gives it in pieces, once, and raises `UnexpectedAnswer` at its end
-    when it is not what the daemon has made."""
+    """A backup that the daemon sends: `async for` yields it in pieces, once, and raises `UnexpectedAnswer` at its end
+    if its length or digest is wrong."""
 
     def __init__(self, size: int, name: str, sha256: bytes, chunks: AsyncIterator[bytes]) -> None:
         self.size = size
         """In bytes."""
         self.name = name
-        """How a file that keeps it may be called."""
+        """A name for the file."""
         self._left = size
         self._sha256 = sha256
         self._hash = hashlib.sha256()
@@ -43,9 +43,7 @@ class Backup:
             piece = await anext(self._chunks)
         except StopAsyncIteration:
             if self._left or self._hash.digest() != self._sha256:
-                raise UnexpectedAnswer(
-                    "the backup did not arrive as the daemon has made it", hint="try again"
-                ) from None
+                raise UnexpectedAnswer("the backup was cut off or changed on its way", hint="try again") from None
             raise
         self._left -= len(piece)
         self._hash.update(piece)
@@ -54,22 +52,22 @@ class Backup:
 
 @asynccontextmanager
 async def open_backup(http: Http) -> AsyncIterator[Backup]:
-    """One for the length of a block."""
+    """Requests a backup, and receives it in the block."""
     async with http.stream("POST", "/api/v1/system/backup", read_s=_SILENCE_S) as response:
         digest = _DIGEST.search(response.headers.get("Repr-Digest", ""))
         name = _NAME.search(response.headers.get("Content-Disposition", ""))
         length = response.headers.get("Content-Length", "")
         if digest is None or name is None or not length.isdecimal():
-            raise UnexpectedAnswer("the daemon did not say how long the backup is, and what its digest")
+            raise UnexpectedAnswer("the daemon's answer lacks the length or the digest of the backup")
         try:
             sha256 = b64decode(digest[1], validate=True)
         except binascii.Error:
-            raise UnexpectedAnswer("the digest of the backup is none") from None
+            raise UnexpectedAnswer("the digest of the backup is malformed") from None
         async with chunks_of(response) as chunks:
             yield Backup(int(length), name[1], sha256, chunks)
 
 
 async def send_backup(http: Http, content: AsyncIterable[bytes], size: int, *, replace: bool) -> Restored:
-    """Let the daemon restore it."""
+    """Sends a backup for the daemon to restore."""
     sent = Sent(content, size, "application/vnd.sqlite3", _SILENCE_S, {"replace": "true" if replace else None})
     return await send(http, "POST", "/api/v1/system/restore", sent, Restored)

@@ -1,4 +1,4 @@
-"""Where other programs find the browser in a VM."""
+"""The addresses of the browser in a VM, for DevTools clients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _WAIT_S = 90.0
 
 
 class BrowserPage(msgspec.Struct, frozen=True):
-    """A page, or something else that DevTools clients may attach to."""
+    """A page, or another target that DevTools clients may attach to."""
 
     id: str
     type: str = ""
@@ -23,14 +23,15 @@ class BrowserPage(msgspec.Struct, frozen=True):
 
 
 class Browser(msgspec.Struct, frozen=True):
-    """The browser in a VM, for clients of the Chrome DevTools Protocol. With a key in force they have to show it."""
+    """The browser in a VM, for clients of the Chrome DevTools Protocol. If the daemon requires a key, so do these
+    addresses."""
 
     name: str
-    """Product and version, as it says itself."""
+    """Product and version, as the browser reports them."""
     endpoint: str
-    """For Playwright, @playwright/mcp and all that ask for `/json/version`."""
+    """For Playwright, @playwright/mcp and others that request `/json/version`."""
     websocket: str
-    """For Puppeteer's `browserWSEndpoint` and others that connect at once."""
+    """For Puppeteer's `browserWSEndpoint` and others that connect directly."""
     pages: list[BrowserPage]
 
 
@@ -39,7 +40,7 @@ class _Version(msgspec.Struct, frozen=True):
 
 
 async def find_browser(http: Transport, path: str) -> Browser:
-    """The browser at `path`, which ends with `/devtools`."""
+    """Returns the browser at `path`, which ends with `/devtools`."""
     version = decode(await http.request("GET", f"{path}/json/version", timeout_s=_WAIT_S), _Version)
     pages = await http.get(f"{path}/json/list", list[BrowserPage])
     endpoint = f"{await _base(http)}{path}"
@@ -47,14 +48,14 @@ async def find_browser(http: Transport, path: str) -> Browser:
 
 
 async def _base(http: Transport) -> str:
-    """Where programs that speak TCP alone reach the daemon."""
+    """Returns the daemon's address for programs that can't use Unix sockets."""
     if http.address.socket_path is None:
         return http.address.http_url
-    told: dict[str, Any] = await http.get("/api/v1/system/info", dict[str, Any])
-    for address in told.get("addresses", ()):
+    info: dict[str, Any] = await http.get("/api/v1/system/info", dict[str, Any])
+    for address in info.get("addresses", ()):
         if str(address).startswith("http"):
             return str(address)
     raise ClientError(
-        "the daemon listens on a Unix socket alone, which DevTools clients can't connect to",
+        "the daemon listens only on a Unix socket, which DevTools clients can't connect to",
         hint="let it listen on 127.0.0.1:7777 too",
     )

@@ -1,4 +1,4 @@
-"""How the client's methods write their arguments."""
+"""How the client's methods encode their arguments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ._errors import UnexpectedAnswer
 
 
 def body_of(request: msgspec.Struct | Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the members of a body that are not the default: a daemon of another version may not know the others."""
+    """Returns the members of a body that are not the default: a daemon of another version may lack the others."""
     if isinstance(request, Mapping):
         return request
     return {
@@ -40,7 +40,7 @@ def pairs(values: Mapping[str, str] | None) -> Sequence[str]:
 
 
 def words(values: Collection[str]) -> str | None:
-    """Returns words with commas between them, or nothing for none. One word may stand alone."""
+    """Returns words with commas between them, or nothing for none. A single word may be passed as text."""
     return (values if isinstance(values, str) else ",".join(str(value) for value in values)) or None
 
 

@@ -32,7 +32,7 @@ from ._address import DEFAULT_BASE, Address
 from ._artifacts import send_artifact
 from ._backups import Backup, open_backup, send_backup
 from ._calls import duration, pairs
-from ._console import Console, Line, pump_console
+from ._console import Console, ConsoleState, pump_console
 from ._errors import ClientProblem, UnexpectedAnswer
 from ._events import pump_events
 from ._exec import Process, request_body
@@ -87,10 +87,11 @@ class Client(Requests):
         patience_s: float = _PATIENCE_S,
         on_retry: OnRetry | None = None,
     ) -> AsyncIterator[Feed[Event | StreamGap]]:
-        """The events of all VMs, or of those that fit; each at least once and in order, or a `StreamGap` says so.
+        """Follows the events of all VMs, or of those that match: each at least once and in order, or a `StreamGap`.
 
-        :param after: an event's id, `"0"` for the oldest kept; None: from the moment on when the block is entered
-        :param patience_s: how long to try to reach a daemon again that was lost
+        :param after: an event's id; `"0"`: from the oldest that is kept; None: from now
+        :param patience_s: how long to try to reconnect
+        :param on_retry: called before each attempt to reconnect
         """
         query: dict[str, str | Sequence[str] | None] = {
             "vm": vm,
@@ -101,7 +102,7 @@ class Client(Requests):
         if after == "0":
             query["since"] = "0"
         else:
-            # A connection that breaks before the first event must not lose what came meanwhile.
+            # An explicit position, so that a connection that breaks before the first event loses nothing.
             last_event_id = after if after is not None else await self.newest_event()
         backoff = Backoff(patience_s, on_retry)
         async with feeding(partial(pump_events, self._http, query, last_event_id, backoff)) as feed:
@@ -109,7 +110,7 @@ class Client(Requests):
 
 
 class _Vms(VmsRequests):
-    """`client.vms`: what the operations have, and what streams or waits."""
+    """`client.vms`: the operations, and methods that stream or wait."""
 
     def __init__(self, http: Http) -> None:
         super().__init__(http)
@@ -118,7 +119,7 @@ class _Vms(VmsRequests):
     async def wait(
         self, name: str, states: Collection[Status | str] = (Status.RUNNING,), *, timeout_s: float = 60.0
     ) -> Waited:
-        """Wait until the VM is in one of `states` (`"deleted"` is one too), comes to rest in another, or time is up."""
+        """Waits until the VM is in one of `states` (`"deleted"` is one too), ends in another, or the time is up."""
         return await self._wait("GET", name, vm_path(name), states, timeout_s)
 
     async def create_and_wait(
@@ -143,9 +144,9 @@ class _Vms(VmsRequests):
         grace_s: float | None = None,
         idempotency_key: str | None = None,
     ) -> Waited:
-        """A command and the wait for its outcome in one request.
+        """Applies a command and waits for its outcome, in one request.
 
-        Two would not do for `restart`: right after it the VM is still `running`, from before.
+        Two requests would not work for `restart`: right after it the VM is still `running`, from before.
         """
         key = idempotency_key
         return await self._wait(
@@ -162,7 +163,7 @@ class _Vms(VmsRequests):
         query: Query | None = None,
         key: str | None = None,
     ) -> Waited:
-        """The daemon waits at most 10 minutes a request, so longer waits take several."""
+        """Waits, with several requests if need be, as the daemon waits for at most 10 minutes."""
         wanted = ",".join(str(state) for state in states)
         give_up_at = trio.current_time() + timeout_s
         while True:
@@ -179,10 +180,10 @@ class _Vms(VmsRequests):
                 raise
             outcome: Any = response.headers.get("volant-wait")
             if outcome not in ("met", "failed", "timeout"):
-                raise UnexpectedAnswer(f"the daemon did not say how the wait ended: {outcome!r}")
+                raise UnexpectedAnswer(f"the answer has no valid Volant-Wait: {outcome!r}")
             if outcome != "timeout" or trio.current_time() >= give_up_at:
                 return Waited(outcome, decode(response, VmView))
-            # A daemon that stops lets go of those who wait; whoever asks again must not do so without a pause.
+            # A daemon that stops ends waits with `timeout` at once, so pause before the next request.
             await trio.sleep(0.2)
             method, path, query = "GET", vm_path(name), None
 
@@ -197,9 +198,9 @@ class _Vms(VmsRequests):
         user: str | None = None,
         timeout_s: float | None = None,
     ) -> AsyncIterator[Process]:
-        """Run a command in the guest, with an empty standard input; leaving the block ends it.
+        """Runs a command in the guest, with an empty standard input; leaving the block kills it.
 
-        :param timeout_s: the guest kills it after that; None: it may take as long as it takes
+        :param timeout_s: the guest kills the command after it; None: no limit
         """
         body = request_body(list(command), dict(env or {}), cwd, user, timeout_s)
         silence_s = None if timeout_s is None else timeout_s + ANSWER_S
@@ -222,10 +223,10 @@ class _Vms(VmsRequests):
         timeout_s: float | None = None,
         detach: bool = False,
     ) -> AbstractAsyncContextManager[ExecSession]:
-        """Run a command in the guest and talk to it.
+        """Runs an interactive command in the guest.
 
-        :param tty: give it a terminal of `rows` and `cols`
-        :param detach: it goes on when the block is left, and `attach` finds it again by its `id`
+        :param tty: whether it gets a terminal of `rows` and `cols`
+        :param detach: whether it continues when the block is left; `attach` connects to it again by its `id`
         """
         body = request_body(list(command), dict(env or {}), cwd, user, timeout_s)
         start: ExecStart = {**body, "tty": tty, "rows": rows, "cols": cols}
@@ -234,18 +235,18 @@ class _Vms(VmsRequests):
     def attach(
         self, name: str, identifier: str, *, position: int | None = None
     ) -> AbstractAsyncContextManager[ExecSession]:
-        """Go on with a detached command; who was attached before is no more.
+        """Attaches to a detached command; a client that was attached before is disconnected.
 
-        :param position: of the output that is known already; None: begin with the oldest that is kept
+        :param position: bytes of output to skip, as in `ExecSession.position`; None: begin with the oldest that is kept
         """
         return attach_session(self._http, f"{vm_path(name)}/agent/v1/exec", name, identifier, position)
 
     async def stat_file(self, name: str, path: str) -> FileInfo:
-        """What an absolute path in the guest leads to."""
+        """Returns the file or directory at an absolute path in the guest."""
         return await stat_file(self._http, file_url(vm_path(name), path))
 
     def read_file(self, name: str, path: str, *, start: int = 0) -> AbstractAsyncContextManager[FileReader]:
-        """A file of the guest, in pieces, from byte `start` on."""
+        """Reads a file of the guest, in pieces, from byte `start` on."""
         return open_file(self._http, file_url(vm_path(name), path), path, directory=False, start=start)
 
     async def write_file(
@@ -258,33 +259,33 @@ class _Vms(VmsRequests):
         mode: int | None = None,
         user: str | None = None,
     ) -> bool:
-        """Write a file of the guest, whole or not at all; return whether it is new.
+        """Writes a file of the guest, atomically; returns whether it is new.
 
-        :param size: in bytes, of pieces whose sum is known
-        :param mode: default: that of the file before, else 0644
-        :param user: who owns it, perhaps with `:GROUP`; default: who owned the file before, else root
+        :param size: the sum of the pieces in bytes, if it is known
+        :param mode: default: that of the existing file, else 0644
+        :param user: the owner, optionally with `:GROUP`; default: that of the existing file, else root
         """
         query = {"mode": None if mode is None else f"{mode:o}", "user": user}
         media = "application/octet-stream"
         return await put_file(self._http, file_url(vm_path(name), path), content, media=media, query=query, size=size)
 
     def get_tar(self, name: str, path: str) -> AbstractAsyncContextManager[FileReader]:
-        """A directory of the guest as an uncompressed tar, in pieces; its members' names begin beneath it."""
+        """Reads a directory of the guest as an uncompressed tar, in pieces; names are relative to the directory."""
         return open_file(self._http, file_url(vm_path(name), path), path, directory=True)
 
     async def put_tar(
         self, name: str, path: str, content: bytes | AsyncIterable[bytes], *, user: str | None = None
     ) -> bool:
-        """Unpack an uncompressed tar into a directory of the guest, which is made unless it is there; return whether it
-        is new. A new one is there whole or not at all.
+        """Unpacks an uncompressed tar into a directory of the guest, which is created if needed, atomically; returns
+        whether it is new.
 
-        :param user: who owns all of it; default: whom the tar names, by number
+        :param user: the owner of all files; default: the owners in the tar, by number
         """
         url = file_url(vm_path(name), path)
         return await put_file(self._http, url, content, media=TAR, query={"user": user})
 
     async def delete_file(self, name: str, path: str, *, recursive: bool = False) -> None:
-        """Delete a file, a link, or a directory, which must be empty unless `recursive`."""
+        """Deletes a file, a link, or a directory, which must be empty unless `recursive`."""
         query = {"recursive": "true" if recursive else None}
         await self._http.request("DELETE", file_url(vm_path(name), path), query=query, timeout_s=SILENCE_S)
 
@@ -299,10 +300,10 @@ class _Vms(VmsRequests):
         patience_s: float = _PATIENCE_S,
         on_retry: OnRetry | None = None,
     ) -> AbstractAsyncContextManager[Feed[LogLine | LogGap]]:
-        """A VM's log: a feed that ends when the VM is deleted, or without `follow` at the newest line.
+        """Reads a VM's log. The feed ends when the VM is deleted, or without `follow` at the newest line.
 
-        :param tail: begin with so many lines; default 100 where `since` is not given
-        :param since: begin after the line of that number, or at that time (RFC 3339)
+        :param tail: begin with this number of lines; default 100 without `since`
+        :param since: begin after the line with that number, or at that time (RFC 3339)
         """
         query: dict[str, str | int | None] = {
             "tail": tail if since is None else None,
@@ -327,28 +328,28 @@ class _Vms(VmsRequests):
         patience_s: float = _PATIENCE_S,
         on_retry: OnRetry | None = None,
     ) -> AsyncIterator[Console]:
-        """A VM's serial console; it goes on over restarts of the daemon and ends with the boot.
+        """Opens a VM's serial console; it reconnects after restarts of the daemon and ends with the boot.
 
-        :param write: to type, too; a problem (409) while somebody else does
-        :param take: to type, and take the keyboard from whoever has it
-        :param tail: begin with so many lines that were said before; default 25
+        :param write: whether you want to type; a problem (409) while another client does
+        :param take: to type, and take the keyboard from the client that has it
+        :param tail: begin with this number of earlier lines; default 25
         """
         query = {"write": "true" if write else None, "take": "true" if take else None, "tail": tail}
-        line = Line()
+        state = ConsoleState()
 
         async def pump(
             channel: trio.MemorySendChannel[bytes | ConsoleGap | Reconnected], started: Callable[[], None]
         ) -> None:
-            await pump_console(self._http, checked(name), query, Backoff(patience_s, on_retry), line, channel, started)
+            await pump_console(self._http, checked(name), query, Backoff(patience_s, on_retry), state, channel, started)
 
         async with feeding(pump) as feed:
-            yield Console(feed, line)
+            yield Console(feed, state)
 
     @asynccontextmanager
     async def tcp(self, name: str, port: int) -> AsyncIterator[TcpStream]:
-        """A TCP connection to a port of the guest's loopback; leaving the block drops it.
+        """Opens a TCP connection to a port of the guest's loopback; leaving the block drops it.
 
-        Both ends must have ended their direction for a connection to be over in peace.
+        A connection is closed cleanly once both ends have ended their direction.
         """
         path = f"/ws/v1/vms/{checked(name)}/tcp/{port}"
         async with open_websocket(self._http, path, {}, pings=False) as socket:
@@ -366,14 +367,14 @@ class _Vms(VmsRequests):
         query: Mapping[str, str] | None = None,
         plugin: str | None = None,
     ) -> AsyncIterator[ActionAnswer]:
-        """Let the workload do what its plugin's manifest names; inside the block its answer has begun.
+        """Calls an action of the workload; the block is entered when the answer begins.
 
-        What the workload answers is an answer, whatever its status. A `ClientProblem` is the daemon's: there is no such
-        VM or action, the VM does not run, the workload can't be reached or takes longer than the action has.
+        An answer of the workload is returned whatever its status. A `ClientProblem` is the daemon's: there is no such
+        VM or action, the VM does not run, the workload can't be reached or exceeds the action's deadline.
 
         :param body: sent as JSON; or
         :param content: sent as it is, with its `content_type`
-        :param plugin: the VM's own; None: the VM is asked first
+        :param plugin: the VM's plugin; None: it is looked up first
         """
         if plugin is None:
             plugin = (await self.get(name)).plugin
@@ -397,7 +398,7 @@ class _Plugins(PluginsOperations):
         self._http = http
 
     async def upload(self, sha256: str, content: AsyncIterable[bytes], size: int) -> ArtifactView:
-        """Send a file that a manifest names, of `size` bytes, into the daemon's cache.
+        """Sends a file that a manifest names, of `size` bytes, into the daemon's cache.
 
         :raises ClientProblem: also `artifact-mismatch`: it has another SHA-256
         """
@@ -412,13 +413,14 @@ class _System(SystemRequests):
         self._http = http
 
     def backup(self) -> AbstractAsyncContextManager[Backup]:
-        """What the daemon must not lose, as one file in pieces: VMs, plugins, events; no disks and no logs."""
+        """Takes a backup of the daemon's database, as one file in pieces: VMs, plugins, events; no disks and no
+        logs."""
         return open_backup(self._http)
 
     async def restore(self, content: AsyncIterable[bytes], size: int, *, replace: bool = False) -> Restored:
-        """Let the daemon go on with a backup of `size` bytes. It ends all connections then and begins anew: `info()`
-        shows the new epoch once it has.
+        """Restores a backup of `size` bytes. The daemon closes all connections and restarts; then `info()` shows the
+        new epoch.
 
-        :param replace: also when there are VMs that the backup does not know; what runs of them goes on
+        :param replace: whether to restore although there are VMs that the backup lacks; those that run keep running
         """
         return await send_backup(self._http, content, size, replace=replace)

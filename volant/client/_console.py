@@ -1,4 +1,4 @@
-"""A VM's serial console, over as many connections as it takes."""
+"""A VM's serial console, across reconnects."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _REFUSALS = {
 }
 
 
-class _Word(msgspec.Struct):
+class _Notice(msgspec.Struct):
     missed: int | None = None
 
 
-class Line:
-    """The present connection, and what becomes of the console."""
+class ConsoleState:
+    """The current connection, and how the console ended."""
 
     def __init__(self) -> None:
         self.socket: Socket | None = None
@@ -39,22 +39,22 @@ class Line:
 
 
 class Console:
-    """What the guest says, and a way to type: `async for piece in console`, `await console.send(data)`."""
+    """The guest's output, and a way to type: `async for piece in console`, `await console.send(data)`."""
 
-    def __init__(self, feed: Feed[bytes | ConsoleGap | Reconnected], line: Line) -> None:
+    def __init__(self, feed: Feed[bytes | ConsoleGap | Reconnected], state: ConsoleState) -> None:
         self._feed = feed
-        self._line = line
+        self._state = state
 
     @property
     def end(self) -> str:
-        """Why the console is at its end, in the daemon's words; empty while it is not."""
-        return self._line.end
+        """Why the console has ended, as the daemon reports it; empty while it has not."""
+        return self._state.end
 
     async def receive(self) -> bytes | ConsoleGap | Reconnected:
-        """The next piece of what the guest says, or what is lost of it. May be cancelled without losing one.
+        """Returns the next piece of the guest's output, or a gap. May be cancelled without losing one.
 
         :raises trio.EndOfChannel: the VM is down or deleted, see `end`.
-        :raises ClientProblem: the daemon refuses to go on: somebody else has the keyboard (409), the guest does not
+        :raises ClientProblem: the daemon ended the session: another client has the keyboard (409), the guest does not
             read what is typed (502), the VM is not running any more (409).
         :raises ClientError: the daemon could not be reached again in time.
         """
@@ -67,11 +67,11 @@ class Console:
         return await self._feed.__anext__()
 
     async def send(self, data: bytes) -> None:
-        """Type.
+        """Types `data`.
 
-        :raises ConnectionLost: there is no connection at present, or perhaps only a part has arrived.
+        :raises ConnectionLost: there is no connection at present, or it broke and perhaps only a part has arrived.
         """
-        socket = self._line.socket
+        socket = self._state.socket
         if socket is None:
             raise ConnectionLost("there is no connection to the console at present")
         for start in range(0, len(data), _MAX_MESSAGE):
@@ -83,37 +83,37 @@ async def pump_console(
     name: str,
     query: Query,
     backoff: Backoff,
-    line: Line,
+    state: ConsoleState,
     channel: trio.MemorySendChannel[bytes | ConsoleGap | Reconnected],
     started: Callable[[], None],
 ) -> None:
-    """Send what the guest says to `channel` until the console is at its end."""
+    """Sends the guest's output to `channel` until the console ends."""
     path = f"/ws/v1/vms/{name}/console"
     first = True
 
     async def connect(opened: Callable[[], None]) -> ConnectionLost | None:
         nonlocal first
-        # What was seen must not come again, and where it ended is not known.
+        # No history after a reconnect: it would repeat output, as the last position is not known.
         async with open_websocket(http, path, query if first else {**query, "tail": 0}) as socket:
             opened()
-            # Who is told that the connection is back may type at once.
-            line.socket = socket
+            # Set before `Reconnected` is sent: its reader may type at once.
+            state.socket = socket
             try:
                 if not first:
                     await channel.send(Reconnected())
                 first = False
                 while True:
                     message = await socket.receive()
-                    backoff.heard()
+                    backoff.received()
                     await channel.send(message if isinstance(message, bytes) else _gap(message))
             except Closed as closed:
                 return _lost(closed)
             finally:
-                line.socket = None
+                state.socket = None
 
     def _lost(closed: Closed) -> ConnectionLost | None:
         if closed.code == _ENDED:
-            line.end = closed.reason
+            state.end = closed.reason
             return None
         if closed.code in _GOES_ON:
             return ConnectionLost(f"{http.address.text} ended the console: {closed.reason}")
@@ -126,10 +126,10 @@ async def pump_console(
 
 
 def _again(problem: Problem) -> bool:
-    """The keyboard may be our own: the daemon has not heard yet that the connection before is gone."""
+    """Whether to retry. The keyboard may still be held by our own lost connection, which the daemon has not noticed."""
     return is_passing(problem) or problem.code == "keyboard-taken"
 
 
 def _gap(message: str) -> ConsoleGap:
-    word = decode_json(message, _Word, "a word about the console")
-    return ConsoleGap(word.missed or 0)
+    notice = decode_json(message, _Notice, "a notice about the console")
+    return ConsoleGap(notice.missed or 0)

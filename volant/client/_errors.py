@@ -1,4 +1,4 @@
-"""What can go wrong between a client and the daemon."""
+"""The errors of the client."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from volant.model import Problem
 class ClientProblem(Problem):
     """The daemon answered with an error; see `volant.model.Problem` for its members.
 
-    `request_id` is what the daemon's log has of this request, or None.
+    `request_id` identifies the request in the daemon's log, or is None.
     """
 
     def __init__(
@@ -19,7 +19,7 @@ class ClientProblem(Problem):
 
 
 class ClientError(Exception):
-    """There is no usable answer. `code` is a short stable word, `hint` says what to do."""
+    """There is no usable answer. `code` is a short stable word, `hint` is what to do, or None."""
 
     code = "client-error"
 
@@ -36,18 +36,18 @@ class Unreachable(ClientError):
 
 
 class ConnectionLost(ClientError):
-    """The connection broke before the answer was whole; what was asked for may have been done."""
+    """The connection broke before the answer was complete; the request may have been carried out."""
 
     code = "connection-lost"
 
 
 class DeadlineExceeded(ClientError):
-    """The daemon took longer than it was given; what was asked for may have been done."""
+    """The daemon did not answer before the deadline; the request may have been carried out."""
 
     code = "deadline-exceeded"
 
 
 class UnexpectedAnswer(ClientError):
-    """The answer is none that this client understands: another program listens there, or another version."""
+    """The client can't interpret the answer: another program listens there, or another version of the daemon."""
 
     code = "unexpected-answer"

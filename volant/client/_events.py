@@ -1,4 +1,4 @@
-"""The stream of lifecycle events, over as many connections as it takes."""
+"""The stream of lifecycle events, across reconnects."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ async def pump_events(
     channel: trio.MemorySendChannel[Event | StreamGap],
     started: Callable[[], None],
 ) -> None:
-    """Send the events after `last_event_id` to `channel`, for ever."""
+    """Sends the events after `last_event_id` to `channel`, for ever."""
 
     async def connect(opened: Callable[[], None]) -> ConnectionLost:
         nonlocal last_event_id
@@ -41,7 +41,7 @@ async def pump_events(
             async with chunks_of(response) as chunks:
                 async for chunk in chunks:
                     for message in _parse(parser, chunk):
-                        backoff.heard()
+                        backoff.received()
                         item = _decode(message)
                         if item is not None:
                             await channel.send(item)
@@ -65,6 +65,6 @@ def _decode(message: Message) -> Event | StreamGap | None:
     if message.event == "STREAM_GAP":
         return decode_json(message.data, StreamGap, "a gap in the stream of events")
     if message.event not in _KNOWN:
-        # A newer daemon's.
+        # A newer daemon may have more types.
         return None
     return decode_json(message.data, Event, "an event")

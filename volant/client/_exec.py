@@ -1,4 +1,4 @@
-"""A command in a guest: its output as it comes, then how it ended."""
+"""A command in a guest: its output as it arrives, then how it ended."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class ExecEnd(msgspec.Struct, frozen=True, omit_defaults=True):
     exit_code: int | None = None
     signal: int | None = None
     error: str | None = None
-    """It could not be run, or not to its end."""
+    """Why it did not run, or did not end by itself."""
     code: str | None = None
     """With `error`: `timeout`, `not_found`, `not_executable`, … (`agent_types.ExecEnd`)."""
 
 
 class RemoteSession(msgspec.Struct, frozen=True):
-    """A detached command, as `volant.model.agent_types.ExecSession` says."""
+    """A detached command; the fields are those of `volant.model.agent_types.ExecSession`."""
 
     id: str
     command: list[str]
@@ -65,7 +65,7 @@ class _Line(msgspec.Struct):
 
 
 class Process:
-    """A running command: `async for output in process`, then `process.end`. Leaving its block ends the command."""
+    """A running command: `async for output in process`, then `process.end`. Leaving its block kills the command."""
 
     def __init__(self, chunks: AsyncIterator[bytes], vm: str) -> None:
         self._chunks = chunks
@@ -79,10 +79,10 @@ class Process:
         return self
 
     async def __anext__(self) -> ExecOutput:
-        """The next output.
+        """Returns the next output.
 
-        :raises StopAsyncIteration: it has ended, see `end`.
-        :raises ConnectionLost: how it ended will not be known.
+        :raises StopAsyncIteration: the command has ended, see `end`.
+        :raises ConnectionLost: the stream broke before the command ended.
         """
         if self.end is not None:
             raise StopAsyncIteration
@@ -91,7 +91,7 @@ class Process:
             return ExecOutput(line.stream, line.data)
         self.end = ExecEnd(line.exit_code, line.signal, line.error, line.code)
         if self.end == ExecEnd():
-            raise UnexpectedAnswer("the command ended, and the agent did not say how")
+            raise UnexpectedAnswer("the command ended, and the agent did not report how")
         raise StopAsyncIteration
 
     async def _next_line(self) -> bytes:
@@ -112,7 +112,7 @@ class Process:
         return line
 
     async def wait(self) -> ExecEnd:
-        """Drop what output is left and return how the command ended."""
+        """Drops the remaining output, and returns how the command ended."""
         async for _ in self:
             pass
         assert self.end is not None
@@ -122,7 +122,7 @@ class Process:
 def request_body(
     command: list[str], env: dict[str, str], cwd: str | None, user: str | None, timeout_s: float | None
 ) -> agent_types.ExecRequest:
-    """The body of the request; what is not given is left to the agent."""
+    """Returns the body of the request, without what is not given: the agent has defaults."""
     body: agent_types.ExecRequest = {"command": command}
     if env:
         body["env"] = env

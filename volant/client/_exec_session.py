@@ -1,4 +1,4 @@
-"""A command in a guest that is talked to: input, a terminal, signals; it can be left and found again."""
+"""An interactive command in a guest: input, a terminal, signals; it can be detached and attached again."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _TAKEN_OVER = 4000
 
 
 class ExecGap(msgspec.Struct, frozen=True):
-    """Output that is not kept any more; positions, both included."""
+    """Output that is not kept any more, as positions, both included."""
 
     gap: LogRange
 
 
-class _Word(msgspec.Struct):
+class _Control(msgspec.Struct):
     id: str | None = None
     tty: bool = False
     position: int = 0
@@ -46,18 +46,18 @@ class _Word(msgspec.Struct):
 class ExecSession:
     """A command: `async for output in session`, then `session.end`. One task may read while others send.
 
-    Leaving its block ends the command, unless it is detached.
+    Leaving its block kills the command, unless it is detached.
     """
 
     def __init__(self, socket: Socket, vm: str, *, tty: bool) -> None:
         self._socket = socket
         self._vm = vm
         self.id: str | None = None
-        """Of a detached command, for `attach`."""
+        """The id of a detached command, for `attach`."""
         self.tty = tty
         """Whether it has a terminal: then all of its output is `stdout`."""
         self.position = 0
-        """How many bytes of output have been read, those before this connection among them: for `attach`."""
+        """How many bytes of output have been read, including those before this connection: for `attach`."""
         self.end: ExecEnd | None = None
         """How it ended; None while it runs."""
 
@@ -65,11 +65,11 @@ class ExecSession:
         return self
 
     async def __anext__(self) -> ExecOutput | ExecGap:
-        """The next output. May be cancelled without losing any.
+        """Returns the next output. May be cancelled without losing any.
 
-        :raises StopAsyncIteration: it has ended, see `end`.
-        :raises ClientProblem: somebody else has attached to it (409).
-        :raises ConnectionLost: the way to it is gone; a detached one goes on.
+        :raises StopAsyncIteration: the command has ended, see `end`.
+        :raises ClientProblem: another client has attached to it (409).
+        :raises ConnectionLost: the connection is lost; a detached command continues.
         """
         while self.end is None:
             message = await self._receive()
@@ -77,41 +77,41 @@ class ExecSession:
                 if message[:1] not in (b"\x01", b"\x02"):
                     raise UnexpectedAnswer("the output of the command has an unknown channel")
                 if len(message) == 1:
-                    continue  # The end of one channel; that of the command says more.
+                    continue  # The end of one channel; the end of the command follows.
                 self.position += len(message) - 1
                 return ExecOutput("stdout" if message[0] == 1 else "stderr", message[1:])
-            word = decode_json(message, _Word, "a word about the command")
-            if word.gap is not None:
-                return ExecGap(word.gap)
-            self._take_end(word)
+            control = decode_json(message, _Control, "a control message about the command")
+            if control.gap is not None:
+                return ExecGap(control.gap)
+            self._take_end(control)
         raise StopAsyncIteration
 
     async def send(self, data: bytes) -> None:
-        """Write to the command's input; waits while it does not read.
+        """Writes to the command's input; waits while it does not read.
 
-        :raises ConnectionLost: it has ended, or the way to it is gone.
+        :raises ConnectionLost: the command has ended, or the connection is lost.
         """
         for start in range(0, len(data), _MAX_MESSAGE):
             await self._socket.send(b"\0" + data[start : start + _MAX_MESSAGE])
 
     async def send_eof(self) -> None:
-        """End the command's input. In a terminal it is as if Ctrl-D were typed."""
+        """Ends the command's input. In a terminal this is like Ctrl-D."""
         await self._socket.send(b"\0")
 
     async def resize(self, rows: int, cols: int) -> None:
-        """Tell the terminal's new size."""
+        """Sends the terminal's new size."""
         await self._socket.send(json.dumps({"resize": [rows, cols]}))
 
     async def signal(self, number: int) -> None:
-        """Send a signal to the command's process group."""
+        """Sends a signal to the command's process group."""
         await self._socket.send(json.dumps({"signal": number}))
 
     async def settle(self) -> None:
-        """Return when the guest has all that was sent, so that a detached command may be left.
+        """Returns when the guest has all that was sent, so that you can leave a detached command.
 
-        What the command says meanwhile is dropped; whoever attaches with `position` gets it again.
+        Output that arrives meanwhile is dropped; `attach` with `position` returns it again.
 
-        :raises ConnectionLost: it does not answer in time, for instance as the command does not read.
+        :raises ConnectionLost: there is no answer in time, for instance because the command does not read.
         """
         async with trio.open_nursery() as nursery:
 
@@ -132,23 +132,23 @@ class ExecSession:
             )
 
     async def begin(self) -> None:
-        """Wait for the word with which a detached command begins."""
+        """Waits for the first message of a detached command."""
         with trio.move_on_after(_HELLO_S) as scope:
             message = await self._receive()
             if isinstance(message, bytes):
                 raise UnexpectedAnswer("a detached command began without its id")
-            word = decode_json(message, _Word, "a word about the command")
-            if word.id is None:
-                self._take_end(word)
+            control = decode_json(message, _Control, "a control message about the command")
+            if control.id is None:
+                self._take_end(control)
                 return
-            self.id, self.tty, self.position = word.id, word.tty, word.position
+            self.id, self.tty, self.position = control.id, control.tty, control.position
         if scope.cancelled_caught:
             raise ConnectionLost(f"the agent of {self._vm} did not answer within {_HELLO_S:g} s")
 
-    def _take_end(self, word: _Word) -> None:
-        end = ExecEnd(word.exit_code, word.signal, word.error, word.code)
+    def _take_end(self, control: _Control) -> None:
+        end = ExecEnd(control.exit_code, control.signal, control.error, control.code)
         if end == ExecEnd():
-            raise UnexpectedAnswer("the command ended, and the agent did not say how")
+            raise UnexpectedAnswer("the command ended, and the agent did not report how")
         self.end = end
 
     async def _receive(self) -> str | bytes:
@@ -172,7 +172,7 @@ class ExecSession:
 
 @asynccontextmanager
 async def open_session(http: Http, path: str, vm: str, start: ExecStart, *, detach: bool) -> AsyncIterator[ExecSession]:
-    """Start a command, for the length of a block."""
+    """Starts a command, for the length of a block."""
     query: Query = {"detach": "true" if detach else None}
     async with open_websocket(http, path, query, pings=False) as socket:
         session = ExecSession(socket, vm, tty=bool(start.get("tty")))
@@ -186,7 +186,7 @@ async def open_session(http: Http, path: str, vm: str, start: ExecStart, *, deta
 async def attach_session(
     http: Http, path: str, vm: str, identifier: str, position: int | None
 ) -> AsyncIterator[ExecSession]:
-    """Go on with a detached command, for the length of a block."""
+    """Attaches to a detached command, for the length of a block."""
     query: Query = {"attach": identifier, "from": position}
     async with open_websocket(http, path, query, pings=False) as socket:
         session = ExecSession(socket, vm, tty=False)

@@ -1,9 +1,9 @@
-"""Streams that outlive their connections.
+"""Streams that continue across reconnects.
 
 A background task holds the connection, reconnects, and puts items into a short channel. So `receive` can be cancelled,
-for instance by a deadline around it, without losing an item or the connection; and a reader that is slow holds back the
-daemon's sending instead of filling our memory. The task lives in a nursery of the `async with` block, never in an async
-generator that somebody may leave half-way.
+for instance by a deadline around it, without losing an item or the connection; and a slow reader slows down the daemon
+instead of filling our memory. The task runs in a nursery of the `async with` block, never in an async generator, which
+a caller may leave half-way.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ _MAX_DELAY_S = 5.0
 _STEADY_S = 5.0
 
 OnRetry = Callable[[ClientError | Problem, float], None]
-"""Told of a lost connection and in how many seconds the next one is tried."""
+"""Called when a connection is lost, with the error and the seconds until the next attempt."""
 
 
 class Feed(Generic[T]):
-    """Items as they come: `await feed.receive()`, or `async for item in feed`."""
+    """Items as they arrive: `await feed.receive()`, or `async for item in feed`."""
 
     def __init__(self, channel: trio.MemoryReceiveChannel[T]) -> None:
         self._channel = channel
         self._failure: Exception | None = None
 
     async def receive(self) -> T:
-        """The next item. May be cancelled without losing one.
+        """Returns the next item. May be cancelled without losing one.
 
-        :raises trio.EndOfChannel: the stream is at its end.
-        :raises ClientProblem: the daemon refuses to go on.
-        :raises ClientError: the daemon could not be reached again in time, or is not understood.
+        :raises trio.EndOfChannel: the stream has ended.
+        :raises ClientProblem: the daemon refused to continue.
+        :raises ClientError: the daemon could not be reached again in time, or its answer can't be interpreted.
         """
         try:
             return await self._channel.receive()
@@ -67,7 +67,7 @@ Pump = Callable[[trio.MemorySendChannel[T], Callable[[], None]], Awaitable[None]
 
 @asynccontextmanager
 async def feeding(pump: Pump[T]) -> AsyncIterator[Feed[T]]:
-    """Run `pump` behind a feed. What it raises before it has started is raised here, and later by `receive`."""
+    """Runs `pump` behind a feed. Its errors are raised here until it has started, and by `receive` afterwards."""
     send, receive = trio.open_memory_channel[T](_BUFFERED_ITEMS)
     feed = Feed(receive)
 
@@ -96,7 +96,7 @@ async def feeding(pump: Pump[T]) -> AsyncIterator[Feed[T]]:
             await nursery.start(run)
             yield feed
         except Exception as error:
-            # Kept aside, so that the block's own error leaves it as it is and in no group.
+            # Raised at the end, outside of the nursery, so that the block's own error is in no group.
             failure = error
         nursery.cancel_scope.cancel()
     if failure is not None:
@@ -104,15 +104,15 @@ async def feeding(pump: Pump[T]) -> AsyncIterator[Feed[T]]:
 
 
 class Backoff:
-    """Delays between attempts: they double from 0.2 s up to 5 s, with jitter, until `patience_s` is used up.
+    """Delays between attempts: they double from 0.2 s up to 5 s, with jitter, for `patience_s` in all.
 
-    Both begin anew after a connection that worked: it brought something, or lasted for some seconds. One that is
-    accepted and ended at once, again and again, uses up patience as a refused one does.
+    Both are reset after a connection that worked, which means that something arrived or that it lasted some seconds. A
+    connection that is accepted and closed at once counts as a refused one.
     """
 
     def __init__(self, patience_s: float, on_retry: OnRetry | None) -> None:
         self.at_least_s = 0.0
-        """What the daemon wants between two attempts."""
+        """The least delay, as the daemon requests it with `retry:`."""
         self._patience_s = patience_s
         self._on_retry = on_retry
         self._random = SystemRandom()
@@ -125,16 +125,16 @@ class Backoff:
         self._give_up_at = trio.current_time() + self._patience_s
 
     def connected(self) -> None:
-        """A connection stands."""
+        """Notes that a connection is open."""
         self._connected_at = trio.current_time()
         self._worked = False
 
-    def heard(self) -> None:
-        """Something came over it."""
+    def received(self) -> None:
+        """Notes that something arrived over the connection."""
         self._worked = True
 
     async def wait(self, error: ClientError | Problem) -> None:
-        """Sleep before the next attempt; :raises: `error`, when patience is used up."""
+        """Sleeps before the next attempt. :raises: `error`, after `patience_s`."""
         now = trio.current_time()
         if self._connected_at is not None and (self._worked or now - self._connected_at >= _STEADY_S):
             self._begin()
@@ -149,13 +149,13 @@ class Backoff:
 
 
 def is_passing(problem: Problem) -> bool:
-    """Whether somebody is about to stop, or has just started, behind this answer."""
+    """Whether this answer is likely temporary: the daemon, or a proxy's daemon, stops or has just started."""
     return problem.status in (502, 503, 504)
 
 
 Connect = Callable[[Callable[[], None]], Awaitable[ClientError | None]]
-"""Holds one connection until it ends, and calls its argument once it stands. Returns how it was lost, or None at the
-end of all."""
+"""Holds one connection until it ends, and calls its argument once it is open. Returns how it was lost, or None at the
+end of the stream."""
 
 
 async def keep_connected(
@@ -165,10 +165,10 @@ async def keep_connected(
     *,
     again: Callable[[Problem], bool] = is_passing,
 ) -> None:
-    """Connect again and again until the stream is at its end; where it goes on is for `connect` to know.
+    """Connects again and again until the stream ends; `connect` keeps the position in the stream.
 
-    :param started: called when the first connection stands; what fails before is raised at once
-    :param again: whether an answer is no reason to give up, once there was a connection
+    :param started: called when the first connection is open; a failure before that is raised at once
+    :param again: whether to retry after an error of the daemon, once there was a connection
     """
     connected = False
 

@@ -16,24 +16,24 @@ from ._transport import Query
 
 TAR = "application/x-tar"
 SILENCE_S = 630.0
-"""A guest may be slow, and lets a client be as slow: ten minutes for a piece."""
+"""The longest wait for a piece. The agent allows ten minutes, in both directions."""
 MAX_READ = 64 * 1024 * 1024
 _MODE = "volant-file-mode"
 
 
 class FileInfo(msgspec.Struct, frozen=True):
-    """What a path in a guest leads to."""
+    """A file or a directory in a guest."""
 
     is_directory: bool
     mode: int
     size: int | None
-    """In bytes; None: a directory, or a file that does not know before it is read."""
+    """In bytes; None: a directory, or a file whose size is not known before it is read, such as those of `/proc`."""
     etag: str | None
-    """Changes with the file."""
+    """Changes when the file changes."""
 
 
 class FileReader:
-    """A file, or a directory as tar: `async for` gives it in pieces, once."""
+    """A file, or a directory as tar: `async for` yields it in pieces, once."""
 
     def __init__(self, info: FileInfo, path: str, chunks: AsyncIterator[bytes]) -> None:
         self.info = info
@@ -44,12 +44,12 @@ class FileReader:
         return self._chunks
 
     async def read(self, limit: int = MAX_READ) -> bytes:
-        """What is left of it. :raises UnexpectedAnswer: that is longer than `limit` bytes."""
+        """Returns the rest. :raises UnexpectedAnswer: it is longer than `limit` bytes."""
         return await read_whole(self._chunks, limit, self._path)
 
 
 def file_url(base: str, path: str) -> str:
-    """The address of a file. :raises ClientProblem: 400, `path` is not absolute."""
+    """Returns the URL path of a file. :raises ClientProblem: 400, `path` is not absolute."""
     if not path.startswith("/"):
         raise ClientProblem(400, "invalid-request", f"{path!r} is no absolute path", field="path")
     parts = [part for part in path.split("/") if part not in ("", ".")]
@@ -60,13 +60,13 @@ def file_url(base: str, path: str) -> str:
 
 
 async def stat_file(http: Http, url: str) -> FileInfo:
-    """What is there."""
+    """Returns the file or directory at a URL."""
     try:
         response = await http.request("HEAD", url)
     except ClientProblem as problem:
         if problem.code != "unexpected-answer":
             raise
-        # The answer to HEAD has no body that could say what is wrong.
+        # The answer to HEAD has no body that explains the error, so ask with GET.
         async with http.stream("GET", url, headers={"Range": "bytes=0-0"}, read_s=SILENCE_S) as answer:
             return _info(answer.headers)
     return _info(response.headers)
@@ -74,7 +74,7 @@ async def stat_file(http: Http, url: str) -> FileInfo:
 
 @asynccontextmanager
 async def open_file(http: Http, url: str, path: str, *, directory: bool, start: int = 0) -> AsyncIterator[FileReader]:
-    """Read it, for the length of a block."""
+    """Opens a file, or a directory as tar, to be read in the block."""
     headers = {"Range": f"bytes={start}-"} if start else {}
     async with http.stream("GET", url, headers=headers, read_s=SILENCE_S) as response:
         info = _info(response.headers)
@@ -96,7 +96,7 @@ async def put_file(
     query: Query,
     size: int | None = None,
 ) -> bool:
-    """Write it; return whether it is new."""
+    """Writes a file or unpacks a tar; returns whether it is new."""
     headers = {"Content-Type": media}
     if size is not None:
         headers["Content-Length"] = str(size)
@@ -108,7 +108,7 @@ async def put_file(
 def _info(headers: Mapping[str, str]) -> FileInfo:
     mode = headers.get(_MODE, "")
     if not mode or mode.strip("01234567"):
-        raise UnexpectedAnswer("the answer does not say what kind of file this is")
+        raise UnexpectedAnswer("the answer lacks the mode of the file")
     length = headers.get("content-length")
     directory = headers.get("content-type") == TAR
     size = int(length) if length is not None and length.isdecimal() and not directory else None

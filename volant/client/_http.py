@@ -19,18 +19,18 @@ from ._transport import ANSWER_S, CONNECT_S, MAX_BODY, MAX_ERROR_BODY, Answer, Q
 class Http(Transport):
     """The connections of one client.
 
-    :raises ValueError: `api_key` can't be one; the text does not show it.
+    :raises ValueError: `api_key` is malformed; the text does not contain it.
     """
 
     def __init__(self, address: Address, api_key: str | None) -> None:
         super().__init__(address, api_key)
-        # Without TLS nothing needs the system's certificates, and loading them takes longer than a request.
+        # Without TLS the system's certificates are not needed, and loading them takes longer than a request.
         self.tls = ssl.create_default_context() if address.tls else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         unix = address.socket_path is not None
         self._client = httpx.AsyncClient(
             base_url=address.http_url,
             headers=self.headers,
-            # Neither proxies nor netrc of the environment: they are for the internet, not for a daemon.
+            # No proxies and no netrc of the environment: those are for the internet, not for a daemon.
             trust_env=False,
             transport=httpx.AsyncHTTPTransport(
                 verify=self.tls,
@@ -41,7 +41,7 @@ class Http(Transport):
         )
 
     async def aclose(self) -> None:
-        """Close all connections."""
+        """Closes all connections."""
         with trio.move_on_after(5, shield=True):
             await self._client.aclose()
 
@@ -85,10 +85,13 @@ class Http(Transport):
         read_s: float | None,
         also: Collection[int] = (),
     ) -> AsyncIterator[httpx.Response]:
-        """A request whose answer is read piece by piece; `read_s` is the longest silence, None any. `body` is sent as
-        JSON, `content` as it is: in chunks, unless it is bytes or the headers say how long it is.
+        """Sends a request whose answer is read piece by piece.
 
         Errors of the connection are raised as those of this package, also from within the block.
+
+        :param body: sent as JSON
+        :param content: sent as it is; in chunks, unless it is bytes or the headers have its length
+        :param read_s: the longest wait for a piece of the answer; None: no limit
         """
         sent = dict(headers or {})
         if isinstance(content, httpx.AsyncByteStream) and "Content-Length" not in sent:
@@ -126,11 +129,11 @@ class Http(Transport):
                     await content.aclose()
 
     async def problem_of(self, response: httpx.Response) -> ClientProblem:
-        """The exception for an answer that is an error, read to its end."""
+        """Returns the exception for an error response, of which it reads the body."""
         return problem(response.status_code, response.headers, await self._error_body(response))
 
     async def _error_body(self, response: httpx.Response) -> bytes:
-        """What explains an error; nothing, when that takes too long or is too much."""
+        """Returns the body of an error response; empty if it takes too long or is too large."""
         with trio.move_on_after(ANSWER_S):
             try:
                 return await self._read(response, MAX_ERROR_BODY)
@@ -151,8 +154,8 @@ class Http(Transport):
 class RequestBody(httpx.AsyncByteStream):
     """The body of a request, in one piece.
 
-    httpx's own is an async generator, which a request that is cancelled while it is sent leaves half-way, to be closed
-    by the garbage collector.
+    httpx's own is an async generator. A request that is cancelled while it is sent would leave it half-way, to be
+    closed by the garbage collector.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -169,10 +172,10 @@ class RequestBody(httpx.AsyncByteStream):
 
 @asynccontextmanager
 async def chunks_of(response: httpx.Response) -> AsyncIterator[AsyncIterator[bytes]]:
-    """The body of an answer, for a block that may be left at any piece of it.
+    """Returns the body of an answer in pieces, for a block that may be left at any of them.
 
-    httpx reads through a chain of async generators, and one that is dropped half-way is closed by the garbage
-    collector, whenever that runs. Closing its last link does not close the others; a cancelled read ends them all.
+    httpx reads through a chain of async generators. If they were dropped half-way, the garbage collector would close
+    them, whenever it runs. Closing the last of them does not close the others; a cancelled read ends them all.
     """
     chunks = response.aiter_bytes()
     try:

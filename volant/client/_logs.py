@@ -36,16 +36,16 @@ async def pump_logs(
     channel: trio.MemorySendChannel[LogLine | LogGap],
     started: Callable[[], None],
 ) -> None:
-    """Send lines and gaps to `channel` until the daemon says that it was all."""
+    """Sends lines and gaps to `channel` until the daemon ends the log."""
     last_seq = -1
 
     async def handle(message: str | bytes) -> None:
         nonlocal last_seq, query
-        backoff.heard()
+        backoff.received()
         head = decode_json(message, _Frame, "a line of the log")
         if head.gap is not None:
             gap = LogGap(head.gap)
-            # The gap's own lines are dealt with, so a new connection must not tell of them again.
+            # A new connection continues after the gap, so that it is not reported twice.
             last_seq = max(last_seq, head.gap.last)
             await channel.send(gap)
         elif head.seq > last_seq:

@@ -37,15 +37,15 @@ class Requests:
         self.system = SystemRequests(transport)
 
     async def healthz(self) -> Health:
-        """Whether the daemon's tree is whole. An answer other than `ok` is no error here."""
+        """Returns the daemon's health. A status other than `ok` raises no error."""
         return decode(await self._transport.request("GET", "/healthz", also=(503,)), Health)
 
     async def newest_event(self) -> str:
-        """The id of the event up to which the daemon's answers are true now."""
+        """Returns the id of the newest event."""
         answer = await self._transport.request("GET", "/api/v1/vms", query={"limit": 1})
         event_id = answer.headers.get("volant-event-id")
         if event_id is None:
-            raise UnexpectedAnswer("the daemon did not say up to which event its list is true")
+            raise UnexpectedAnswer("the daemon's list of VMs lacks Volant-Event-Id")
         return event_id
 
 
@@ -61,28 +61,28 @@ class VmsRequests(VmsOperations):
         return decode(await self._transport.once(path, key=idempotency_key, query=query), VmView)
 
     async def exec_sessions(self, name: str) -> Sequence[RemoteSession]:
-        """The detached commands of a VM, those that ended a short while ago among them; the oldest first."""
+        """Returns the detached commands of a VM, also those that ended a short time ago; the oldest first."""
         return (await self._transport.get(f"{vm_path(name)}/agent/v1/exec/sessions", RemoteSessions)).sessions
 
     async def end_exec_session(self, name: str, identifier: str) -> None:
-        """Kill a detached command, and forget it."""
+        """Kills a detached command, and removes it."""
         path = f"{vm_path(name)}/agent/v1/exec/sessions/{quote(identifier, safe='')}"
         await self._transport.request("DELETE", path)
 
     async def openapi(self, name: str) -> dict[str, Any]:
-        """The workload's own OpenAPI document, its servers reached through the daemon."""
+        """Returns the workload's own OpenAPI document, with servers that are reached through the daemon."""
         return await self._transport.get(f"{vm_path(name)}/openapi", dict[str, Any])
 
     async def browser(self, name: str) -> Browser:
-        """Where DevTools clients find the browser in a VM. Waits for one that has just been started, a minute."""
+        """Returns the addresses of the browser in a VM. Waits up to a minute for one that was just started."""
         return await find_browser(self._transport, f"/ws/v1/vms/{checked(name)}/devtools")
 
     async def agent_info(self, name: str) -> dict[str, Any]:
-        """What the guest's agent says of itself and its guest (`volant.model.agent.Info`)."""
+        """Returns the agent's report about itself and its guest (`volant.model.agent.Info`)."""
         return await self._transport.get(f"{vm_path(name)}/agent/v1/info", dict[str, Any])
 
     async def agent_health(self, name: str) -> dict[str, Any]:
-        """The agent's own health and its workload's (`volant.model.agent.Healthz`)."""
+        """Returns the agent's health and its workload's (`volant.model.agent.Healthz`)."""
         return await self._transport.get(f"{vm_path(name)}/agent/healthz", dict[str, Any])
 
 
@@ -90,11 +90,11 @@ class SystemRequests(SystemOperations):
     """The operations of the daemon, its tasks and its metrics."""
 
     async def tasks(self) -> str:
-        """What every task and thread of the daemon is doing, for people."""
+        """Returns what every task and thread of the daemon is doing, for people."""
         return (await self._transport.request("GET", "/api/v1/system/tasks")).text
 
     async def metrics(self) -> str:
-        """As Prometheus reads them."""
+        """Returns the metrics as Prometheus text."""
         return (await self._transport.request("GET", "/metrics")).text
 
 

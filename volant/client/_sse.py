@@ -1,4 +1,4 @@
-"""Server-sent events as the HTML standard defines them, within bounds."""
+"""A parser of server-sent events, as the HTML standard defines them, with a limit on their size."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Message:
 
 
 class SseParser:
-    """Turns chunks of a stream into messages; what is incomplete at the end of the stream is dropped.
+    """Turns chunks of a stream into messages; an incomplete one at the end of the stream is dropped.
 
     :ivar retry_s: how long the server wants clients to wait before they reconnect, or None
     """
@@ -35,7 +35,7 @@ class SseParser:
         self._id_moved = False
 
     def feed(self, chunk: bytes) -> list[Message]:
-        """The messages that are complete with `chunk`.
+        """Returns the messages that `chunk` completes.
 
         :raises ValueError: a block is larger than 4 MiB.
         """

@@ -11,10 +11,10 @@ _MAX_MESSAGE = 64 * 1024
 
 
 class TcpStream(trio.abc.HalfCloseableStream):
-    """Bytes to and from a port of the guest's loopback, as Trio's streams are.
+    """A Trio stream to a port of the guest's loopback.
 
-    `send_eof` ends our direction alone. `aclose` drops the connection. trio.BrokenResourceError, with the cause in its
-    text, is for what is no proper end: the guest, the daemon or the way between them is gone.
+    `send_eof` ends only our direction. `aclose` drops the connection. If the connection breaks anywhere between us and
+    the guest's server, methods raise trio.BrokenResourceError with the cause in its text.
     """
 
     def __init__(self, socket: Socket) -> None:
@@ -40,7 +40,7 @@ class TcpStream(trio.abc.HalfCloseableStream):
             raise trio.ClosedResourceError
         if not self._eof_sent:
             self._eof_sent = True
-            # An empty message is the end of a direction, so no other one may be empty.
+            # An empty message ends a direction, so `send_all` sends no empty one.
             await self._send(b"")
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:

@@ -51,7 +51,7 @@ class Answer(msgspec.Struct, frozen=True):
 class Transport(ABC):
     """Sends requests to one daemon.
 
-    :raises ValueError: `api_key` can't be one; the text does not show it.
+    :raises ValueError: `api_key` is malformed; the text does not contain it.
     """
 
     def __init__(self, address: Address, api_key: str | None) -> None:
@@ -130,7 +130,7 @@ class Transport(ABC):
                 if lost is None:
                     raise
             except ClientProblem as problem:
-                # The one before may not have noticed yet that its client has left.
+                # The daemon may still be handling the request of the lost connection.
                 if lost is None or problem.code != "idempotency-key-in-use":
                     raise
             if self._now() + _AGAIN_PAUSE_S > give_up_at:
@@ -140,7 +140,7 @@ class Transport(ABC):
     def too_slow(self, timeout_s: float) -> DeadlineExceeded:
         """Returns the error for an answer that took longer than `timeout_s`."""
         return DeadlineExceeded(
-            f"{self.address.text} did not answer within {timeout_s:g} s", hint="what was asked for may still be done"
+            f"{self.address.text} did not answer within {timeout_s:g} s", hint="the request may still be carried out"
         )
 
     def too_long(self, maximum: int) -> UnexpectedAnswer:
@@ -163,7 +163,7 @@ def decode_json(data: bytes | str, kind: type[T], what: str) -> T:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise UnexpectedAnswer(
-            f"{what} is not understood: {error}",
+            f"{what} can't be decoded: {error}",
             hint="is this a volantd, and of about the same version as this client?",
         ) from error
 

@@ -1,4 +1,4 @@
-"""What the client tells beside the types of `volant.model`."""
+"""Types of the client that `volant.model` does not have."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Waited(msgspec.Struct, frozen=True):
     """How a wait ended."""
 
     outcome: Literal["met", "failed", "timeout"]
-    """`failed`: the VM came to rest in another state, or is deleted."""
+    """`failed`: the VM ended in another state, or was deleted."""
     vm: VmView | None
-    """As it was at the end of the wait; None when the name was free already."""
+    """The VM at the end of the wait; None if it no longer existed."""
 
 
 class Reconnected(msgspec.Struct, frozen=True):
-    """The connection to a console was lost and is there again; what the guest said meanwhile is in the VM's log."""
+    """The connection to a console was lost and is restored; the guest's output in between is in the VM's log."""

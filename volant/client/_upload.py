@@ -16,14 +16,14 @@ _MAX_ANSWER = 1024 * 1024
 
 
 class Sent(NamedTuple):
-    """What is sent."""
+    """The body of an upload, and how to send it."""
 
     content: AsyncIterable[bytes]
     size: int
     """Its length in bytes."""
     media_type: str
     read_s: float
-    """How long the daemon may take for the answer once it has all of it, in seconds."""
+    """How long the daemon may take to answer after the last byte, in seconds."""
     query: Mapping[str, str | None] = {}
 
 

@@ -20,7 +20,7 @@ ABNORMAL = 1006
 """The code of a connection that broke without being closed."""
 
 _HANDSHAKE_S = 20.0
-"""The daemon opens what is asked for before it answers: a port in a guest may take 10 s."""
+"""Longer than the daemon takes to open the stream before it answers: 10 s for a port in a guest."""
 _SILENCE_S = 30.0
 _PONG_S = 20.0
 _MAX_MESSAGE = 4 * 1024 * 1024
@@ -36,7 +36,7 @@ class Closed(Exception):
 
 
 class Socket:
-    """An open WebSocket: one task may receive while others send. `open_websocket` makes it."""
+    """An open WebSocket: one task may receive while others send. `open_websocket` creates it."""
 
     def __init__(self, connection: WebSocketConnection, address: Address, pings: bool) -> None:
         self._connection = connection
@@ -44,7 +44,7 @@ class Socket:
         self._pings = pings
 
     async def receive(self) -> str | bytes:
-        """The next message. May be cancelled without losing one.
+        """Returns the next message. May be cancelled without losing one.
 
         :raises Closed: the daemon closed.
         :raises ConnectionLost: the connection broke.
@@ -59,14 +59,14 @@ class Socket:
             raise self._lost() from None
 
     async def send(self, message: str | bytes) -> None:
-        """Send a message; waits while the daemon does not take it. :raises ConnectionLost: it is closed or broken."""
+        """Sends a message; waits while the daemon does not read. :raises ConnectionLost: it is closed or broken."""
         try:
             await self._connection.send_message(message)
         except (ConnectionClosed, trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise self._lost() from error
 
     async def ping(self) -> None:
-        """Return when the other end has read all that was sent before. Another task has to receive meanwhile.
+        """Returns when the other end has read all that was sent before. Another task must receive meanwhile.
 
         :raises ConnectionLost: it is closed or broken.
         """
@@ -81,12 +81,12 @@ class Socket:
 
 @asynccontextmanager
 async def open_websocket(http: Http, path: str, query: Query, *, pings: bool = True) -> AsyncIterator[Socket]:
-    """Connect for the length of a block. Leaving it drops the connection, without a word and at once.
+    """Connects for the length of a block. Leaving it drops the connection at once, without a closing handshake.
 
-    :param pings: whether a daemon that says nothing is asked if it is still there; one that waits for a guest to read
-        answers no pings, and then the kernel has to find out
+    :param pings: whether to ping a silent daemon. Not for streams to a guest: a daemon that waits for a guest to read
+        answers no pings, and the kernel's keep-alive has to detect dead peers
     :raises ClientProblem: the daemon answered with an error instead of the upgrade.
-    :raises ClientError: nobody is there, or no WebSocket.
+    :raises ClientError: the daemon can't be reached, or its answer is no WebSocket.
     """
     stream: Any = await connect(http.address, CONNECT_S, http.tls)
     text = urlencode({key: value for key, value in query.items() if value is not None}, doseq=True)
@@ -108,12 +108,12 @@ async def open_websocket(http: Http, path: str, query: Query, *, pings: bool = T
                 try:
                     yield Socket(connection, http.address, pings)
                 except Exception as error:
-                    # Kept aside, so that it leaves the block as it is and in no group.
+                    # Raised at the end, outside of the nursery, so that it is in no group.
                     failure = error
             except Exception as error:
                 failure = _explained(error, http.address)
             finally:
-                # A close handshake would wait for a peer that may be busy sending; the daemon copes with this one.
+                # A closing handshake would wait for a peer that may be busy sending; the daemon does not need one.
                 with trio.CancelScope() as closing:
                     closing.cancel()
                     await stream.aclose()
@@ -133,14 +133,14 @@ def _explained(error: Exception, address: Address) -> Exception:
         fields = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in error.headers}
         return problem(error.status_code, fields, error.body or b"")
     if isinstance(error, HandshakeError):
-        return UnexpectedAnswer(f"{address.text} does not speak WebSocket: {error}")
+        return UnexpectedAnswer(f"{address.text} did not accept the WebSocket: {error}")
     if isinstance(error, ConnectionClosed | trio.BrokenResourceError | trio.TooSlowError):
         return ConnectionLost(f"the connection to {address.text} broke")
     return error
 
 
 def _the_one(group: BaseExceptionGroup[BaseException]) -> Exception | None:
-    """The one cause in nested groups; None when there are several, or when it is no plain exception."""
+    """Returns the only cause in nested groups; None if there are several, or if it is no plain exception."""
     error: BaseException | None = group.split(trio.Cancelled)[1]
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
@@ -150,10 +150,10 @@ def _the_one(group: BaseExceptionGroup[BaseException]) -> Exception | None:
 async def read_websocket(
     http: Http, path: str, query: Query, opened: Callable[[], None], handle: Callable[[str | bytes], Awaitable[None]]
 ) -> int:
-    """Connect and give each message to `handle` until the daemon closes; return the code of the close.
+    """Connects and passes each message to `handle` until the daemon closes; returns the code of the close.
 
-    :raises ClientProblem: it answered with an error instead of the upgrade.
-    :raises ClientError: nobody is there, or the connection broke.
+    :raises ClientProblem: the daemon answered with an error instead of the upgrade.
+    :raises ClientError: the daemon can't be reached, or the connection broke.
     """
     async with open_websocket(http, path, query) as socket:
         opened()
@@ -168,7 +168,7 @@ async def read_websocket(
 async def _next(connection: WebSocketConnection) -> str | bytes:
     with trio.move_on_after(_SILENCE_S):
         return await connection.get_message()
-    # Silence is fine, a dead peer is not. The pong may stand behind messages, so both are waited for.
+    # A silent peer is pinged, to find out whether it is dead. Messages may come before the pong, so wait for both.
     message: str | bytes | None = None
     failure: Exception | None = None
     while message is None and failure is None:
