@@ -1,6 +1,6 @@
 """`volar system backup` and `volar system restore`."""
 
-# ruff: noqa: ASYNC240 - whoever keeps a backup waits for their own disk anyway
+# ruff: noqa: ASYNC240 - the command has nothing to do while it waits for the disk
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from ._streaming import Session, command
 from ._text import safe
 
 _PIECE = 256 * 1024
-_BEGINS_ANEW_S = 60.0
-_ASK_AGAIN_S = 0.1
+_RESTARTS_S = 60.0
+_POLL_S = 0.1
 
 
 @command(None, "backup")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True, help="Overwrite an existing file.")
 async def backup(session: Session, file: Path, force: bool) -> None:
-    """Back up the daemon's database to FILE while it works: VMs, plugins, events, stored responses.
+    """Back up the database of a running daemon to FILE: VMs, plugins, events, stored responses.
 
-    VMs' disks, their logs and what they boot from are not in it. In a directory the file gets a name that tells how
-    far the events go. It is written whole or not at all, and only if it is what the daemon has sent.
+    VMs' disks, their logs and what they boot from are not in it. If FILE is a directory, the name of the new file
+    contains the last event's id. The file is written atomically, after its digest was checked.
     """
     async with session.client.system.backup() as taken:
         path = file / taken.name if file.is_dir() else file
         if not force and path.exists():
-            raise Failure(f"{path} is there already", code=CONFLICT, hint="name another file, or say --force")
+            raise Failure(f"{path} exists already", code=CONFLICT, hint="name another file, or add --force")
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
@@ -57,7 +57,7 @@ async def backup(session: Session, file: Path, force: bool) -> None:
 
 
 def _name(part: Path, path: Path, force: bool) -> None:
-    """Give the finished file its name. :raises OSError: somebody else has taken it meanwhile."""
+    """Renames the finished file. :raises OSError: another process has created `path` meanwhile."""
     if force:
         part.replace(path)
     else:
@@ -72,14 +72,14 @@ def _name(part: Path, path: Path, force: bool) -> None:
 @command(None, "restore")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
-    "--replace", is_flag=True, help="Also if there are VMs that the backup does not know; those that run go on."
+    "--replace", is_flag=True, help="Restore although there are VMs that the backup lacks; running ones keep running."
 )
 async def restore(session: Session, file: Path, replace: bool) -> None:
     """Restore the daemon's database from FILE.
 
-    VMs that run go on, those of which the daemon knows more than the backup as they are now. The daemon looks through
-    the file first; then it ends all connections and begins anew, with a new epoch of events. The database of before is
-    kept beside the new one. For a daemon that does not start there is `volantd restore FILE`.
+    Running VMs keep running. A VM that both the daemon and the backup have keeps its current row. The daemon checks
+    the file first; then it closes all connections and restarts, with a new epoch of events. It keeps the old database
+    beside the new one. For a daemon that does not start, use `volantd restore FILE`.
     """
     try:
         size = file.stat().st_size
@@ -95,18 +95,18 @@ async def restore(session: Session, file: Path, replace: bool) -> None:
     except OSError as error:
         raise Failure(f"{file} can't be read: {error.strerror}") from None
     vms = None
-    with trio.move_on_after(_BEGINS_ANEW_S):
+    with trio.move_on_after(_RESTARTS_S):
         while vms is None:
             with suppress(ClientError):
                 info = await session.client.system.info()
                 if info.get("event_epoch") == restored.event_epoch:
                     vms = (await session.client.system.status()).vm_count
                     break
-            await trio.sleep(_ASK_AGAIN_S)
+            await trio.sleep(_POLL_S)
     if vms is None:
         raise Failure(
-            f"the backup is restored, and the daemon was not seen to begin anew within {_BEGINS_ANEW_S:g} s",
+            f"the backup is restored, but the daemon did not restart within {_RESTARTS_S:g} s",
             code=TIMED_OUT,
-            hint="its log says why; `volantd` comes back with the restored database",
+            hint="see its log; `volantd` starts with the restored database",
         )
     session.out.result({"event_epoch": restored.event_epoch, "vm_count": vms}, f"restored; there are {vms} VMs")

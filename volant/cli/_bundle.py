@@ -1,7 +1,7 @@
-"""What `volar debug bundle` gathers: of the host without the daemon, and of the daemon if it answers.
+"""Collects data for `volar debug bundle`: from the host, and from the daemon if it answers.
 
-Each source stands for itself: one that fails, or takes too long, is named in the bundle's README, and the others are
-there all the same. All is bounded, and all passes through `Scrub`.
+The sources are independent: one that fails, or takes too long, is named in the bundle's README, and the others are
+still included. The size is limited, and all data passes through `Scrub`.
 """
 
 # ruff: noqa: ASYNC240 - small files of this host, read by a program that does nothing else meanwhile
@@ -68,16 +68,16 @@ class Bundle:
     """What is not in it, and why."""
 
     def text(self, name: str, text: str, *, tail: bool = False) -> None:
-        """Keep a text; of one that is too long its beginning, or its end."""
+        """Adds a text; only its beginning, or with `tail` its end, if it is too long."""
         self._keep(name, self.scrub.text(text), tail)
 
     def document(self, name: str, value: Any) -> None:
-        """Keep a JSON document."""
+        """Adds a JSON document."""
         plain = self.scrub.document(msgspec.to_builtins(value, str_keys=True))
         self._keep(name, json.dumps(plain, indent=2, ensure_ascii=False) + "\n", False)
 
     def lines(self, name: str, values: Iterable[Any]) -> None:
-        """Keep JSON documents, one a line."""
+        """Adds JSON documents, one a line."""
         plain = (json.dumps(self.scrub.document(msgspec.to_builtins(value, str_keys=True))) for value in values)
         self._keep(name, "".join(f"{line}\n" for line in plain), True)
 
@@ -92,7 +92,7 @@ class Bundle:
         self.members[name] = data
 
     def archive(self, prefix: str) -> bytes:
-        """All of it, as a `.tar.gz`."""
+        """Returns the bundle as a `.tar.gz`."""
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
             for name, data in {"README.txt": self._readme().encode(), **self.members}.items():
@@ -103,11 +103,11 @@ class Bundle:
 
     def _readme(self) -> str:
         lines = [
-            f"What `volar debug bundle` of Volant {__version__} found on {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC.",
+            f"Written by `volar debug bundle` of Volant {__version__} on {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC.",
             "",
-            f"{REMOVED} stands for what may have been a secret: keys, tokens, queries, values of labels, environments,",
-            "kernel command lines and, unless they were asked for, consoles. Names of VMs are there. Look through it",
-            "before you hand it on: nobody can know what else people write into texts.",
+            f"{REMOVED} replaces what may have been a secret: keys, tokens, queries, values of labels, environments,",
+            "kernel command lines and, unless they were requested, consoles. Names of VMs are included. Check the",
+            "files before you share them: other texts may contain secrets too.",
             "",
             "In it:",
             *(f"  {name}  {len(data)} bytes" for name, data in self.members.items()),
@@ -119,7 +119,7 @@ class Bundle:
 
 
 async def gather(client: Client, keys: list[str], log: Path | None, consoles: bool) -> Bundle:
-    """Everything that can be had. `log`: a file with the daemon's log, where it is not in systemd's journal."""
+    """Collects all sources. `log`: a file with the daemon's log, if it is not in systemd's journal."""
     bundle = Bundle(Scrub([*keys, *_known_secrets()]))
 
     async def source(name: str, gathers: Callable[[], Awaitable[None]]) -> None:
@@ -150,7 +150,7 @@ async def gather(client: Client, keys: list[str], log: Path | None, consoles: bo
         directories = daemon.directories or directories
     await source("files", lambda: _files(bundle, directories))
     if not consoles:
-        bundle.missing["consoles"] = "a guest may print anything; --consoles takes the last lines of those that crashed"
+        bundle.missing["consoles"] = "a guest may print anything; --consoles adds the last lines of crashed guests"
     return bundle
 
 
@@ -242,7 +242,7 @@ async def _log(bundle: Bundle, log: Path | None) -> None:
         units = [f"--unit={unit}" for unit in _UNITS[:3]]
         text = await _output("journalctl", "--no-pager", "-q", "-o", "short-iso-precise", f"-n{_LOG_LINES}", *units)
         if not text:
-            raise FileNotFoundError("systemd's journal has nothing of it; --log names the file with it")
+            raise FileNotFoundError("systemd's journal has no log of the daemon; name its file with --log")
     bundle.text("log.txt", text, tail=True)
 
 
@@ -270,7 +270,7 @@ def _walk(directory: Path) -> Iterator[tuple[Path, os.stat_result]]:
 
 
 async def _output(*command: str) -> str:
-    """What a program says. :raises OSError: there is none. :raises SubprocessError: it fails."""
+    """Returns a program's output. :raises OSError: it does not exist. :raises SubprocessError: it fails."""
     done = await trio.run_process(
         command, capture_stdout=True, capture_stderr=True, check=False, env={**os.environ, "LC_ALL": "C.UTF-8"}
     )
@@ -285,7 +285,7 @@ def _ours(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _environment_file() -> dict[str, str]:
-    """As systemd reads it, near enough."""
+    """Returns the variables in the service's environment file, nearly as systemd reads it."""
     found = {}
     try:
         lines = _ENVIRONMENT_FILE.read_text(errors="replace").splitlines()
@@ -312,7 +312,7 @@ def _toml(path: Path) -> dict[str, Any]:
 
 
 def _known_secrets() -> list[str]:
-    """The keys that can be read here; what can't be can't get into the bundle from here either."""
+    """Returns the API keys that this user can read. One that it can't read can't get into the bundle from here."""
     found: list[str] = []
     files: list[str | Path] = list(_CREDENTIALS)
     sources: list[Mapping[str, Any]] = [os.environ, _environment_file()]
@@ -366,7 +366,7 @@ class _Daemon:
         self._bundle.document("vms.json", vms)
         self._bundle.document("orphans.json", await self._client.system.orphans())
         self._bundle.document("plugins.json", await self._client.plugins.list())
-        # Those with something to say first.
+        # VMs with a reason first, then those that don't run.
         vms = sorted(vms, key=lambda vm: (vm.reason is None, vm.status == "running", vm.id))
         for vm in vms[:_INSPECTED]:
             try:

@@ -43,8 +43,8 @@ async def group(
 ) -> int | None:
     """Call an action that the plugin of VM declares, and print the answer.
 
-    KEY=TEXT and KEY:=JSON make the members of a JSON object. `volar plugins show PLUGIN` shows what actions there are,
-    and what they take. The exit code is 1 when the workload answers with an error.
+    KEY=TEXT and KEY:=JSON are members of the JSON object to send. `volar plugins show PLUGIN` lists the actions and
+    their input. The exit code is 1 if the workload answers with an error.
     """
     if members and data is not None:
         raise click.UsageError("give either --data or members, not both")
@@ -96,7 +96,7 @@ class FileBody:
         return self
 
     async def __anext__(self) -> bytes:
-        # A terminal or a pipe may never give anything: whoever is interrupted must not wait for it.
+        # A terminal or a pipe may never have input: an interrupt must not wait for it.
         piece = await trio.to_thread.run_sync(os.read, self._fd, _PIECE, abandon_on_cancel=True)
         if not piece:
             raise StopAsyncIteration
@@ -104,7 +104,7 @@ class FileBody:
 
 
 async def _write_file(answer: ActionAnswer, path: Path) -> None:
-    """All of it or nothing: a file that is half an answer looks like a whole one."""
+    """Writes the answer to a file, atomically, as half an answer would look like a whole one."""
     part = path.with_name(path.name + ".part")
     try:
         with part.open("wb") as file:
@@ -128,7 +128,7 @@ async def _write_out(answer: ActionAnswer) -> None:
     kind = answer.content_type.partition(";")[0].strip().lower()
     if kind and not kind.startswith(_TEXTS) and not kind.endswith(("+json", "+xml")):
         raise Failure(
-            f"the answer is {kind[:80]}, which is nothing for a terminal", hint="write it to a file with --output FILE"
+            f"the answer is {kind[:80]}, which a terminal can't show", hint="write it to a file with --output FILE"
         )
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     last = ""
@@ -143,5 +143,5 @@ async def _write_out(answer: ActionAnswer) -> None:
 
 
 def _shown(text: str) -> str:
-    """A guest's text must not command somebody's terminal."""
+    """Returns a guest's text with control characters escaped, so that it can't control the terminal."""
     return "\n".join(safe(line) for line in text.split("\n"))

@@ -1,4 +1,4 @@
-"""Names for the shell's completion, asked of the daemon while somebody waits: in little time, and failing silently."""
+"""Names for the shell's completion, requested from the daemon with a short deadline; errors are silent."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ def _names(resource: str) -> Complete:
 
 
 NAMES = {resource: _names(resource) for resource in ("vms", "plugins", "networks", "snapshots")}
-"""What completes the name of a resource."""
+"""The function that completes names of a resource."""
 vm_names, plugin_names, network_names, snapshot_names = NAMES.values()
 
 
 def network_choices(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-    """What a VM's network can be, that begins so."""
+    """Returns the values of `--network` that begin with `incomplete`."""
     kinds = [kind for kind in ("none", "bridge", "user") if kind.startswith(incomplete)]
     return kinds + network_names(ctx, parameter, incomplete)
 
 
 def action_names(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-    """The actions of the VM that is named before."""
+    """Returns the actions of the VM in the argument before."""
     del parameter
     vm = str(ctx.params["vm"])
 
@@ -55,7 +55,7 @@ def action_names(ctx: click.Context, parameter: click.Parameter, incomplete: str
 
 
 def files_here_or_in_a_vm(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Paths of this host, and the VMs whose paths may follow."""
+    """Returns paths of this host, and `NAME:` for each VM."""
     here = CompletionItem(incomplete, type="file")
     return [here, *(CompletionItem(f"{name}:") for name in vm_names(ctx, parameter, incomplete))]
 
@@ -70,6 +70,6 @@ def _ask(
     try:
         names = run_plain(wanted(plain_client_of(ctx.ensure_object(Options), within_s=_PATIENCE_S)))
     except Exception:
-        # Whatever it is: the person is in the middle of a line.
+        # Any error: a message would disturb the line that the user is typing.
         return []
     return [name for name in names if name.startswith(incomplete)]

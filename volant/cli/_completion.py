@@ -16,7 +16,7 @@ def group(shell: str) -> None:
     zsh:  echo 'eval "$(volar completion zsh)"' >> ~/.zshrc
     fish: volar completion fish > ~/.config/fish/completions/volar.fish
 
-    Names are asked of the daemon that VOLANT_API_BASE or --api names, for a second at most; without one there are none.
+    Names come from the daemon of VOLANT_API_BASE or --api, if it answers within a second.
     """
     kind = get_completion_class(shell)
     assert kind is not None

@@ -1,7 +1,7 @@
-"""`volar vms console`: a terminal at a VM's serial console.
+"""`volar vms console`: connects the terminal to a VM's serial console.
 
-The terminal is raw while it lasts, so that Ctrl-C, Tab and Ctrl-D reach the guest, and is put back however that ends, a
-signal that can be caught included. One key leaves: Ctrl-], as of old.
+The terminal is raw meanwhile, so that Ctrl-C, Tab and Ctrl-D reach the guest, and is restored however the session ends,
+also by a signal that can be caught. One key leaves: Ctrl-], as in telnet.
 """
 
 from __future__ import annotations
@@ -37,29 +37,30 @@ async def console(
 ) -> int | None:
     """Connect to the serial console of a VM; Ctrl-] leaves.
 
-    Press Enter for the guest's shell. What is typed goes to the guest, Ctrl-C too; many may look on (--read-only), one
-    types. A connection that is lost, for instance as the daemon is restarted, is made again. Where standard input is no
-    terminal, what it has is typed, and then the console is shown until the VM is down.
+    Press Enter for the guest's shell. All keys go to the guest, Ctrl-C too. Many clients may watch (--read-only), one
+    may type. If the connection is lost, for instance because the daemon restarts, volar reconnects. If standard input
+    is not a terminal, its content is typed, and the console is shown until the VM is down.
     """
     if read_only and take:
         raise click.UsageError("--read-only and --take exclude each other")
-    words = _Words(session.out)
+    messages = _Messages(session.out)
     async with session.client.vms.console(
-        name, write=not read_only, take=take, tail=tail, on_retry=words.on_retry
+        name, write=not read_only, take=take, tail=tail, on_retry=messages.on_retry
     ) as line:
         terminal = sys.stdin.isatty()
         if terminal:
             leave = f"{written(escape)} leaves" if escape >= 0 else "no key leaves"
-            words.say(f"at the console of {name}; {leave}" + ("" if read_only else ", Enter wakes the guest's shell"))
-        with _raw(sys.stdin.fileno(), words) if terminal else nullcontext():
-            code = await _sit(line, words, terminal=terminal, read_only=read_only, escape=escape)
+            hint = "" if read_only else ", Enter starts the guest's shell"
+            messages.send(f"connected to the console of {name}; {leave}{hint}")
+        with _raw(sys.stdin.fileno(), messages) if terminal else nullcontext():
+            code = await _connect(line, messages, terminal=terminal, read_only=read_only, escape=escape)
     if line.end:
-        words.say(line.end)
+        messages.send(line.end)
     return code
 
 
-async def _sit(line: Console, words: _Words, *, terminal: bool, read_only: bool, escape: int) -> int:
-    """Until the console ends, the escape key, or a signal; the exit code."""
+async def _connect(line: Console, messages: _Messages, *, terminal: bool, read_only: bool, escape: int) -> int:
+    """Passes bytes on until the console ends, the escape key, or a signal; returns the exit code."""
     code = 0
     with trio.open_signal_receiver(*ENDINGS) as signals:
         async with trio.open_nursery() as nursery:
@@ -79,23 +80,23 @@ async def _sit(line: Console, words: _Words, *, terminal: bool, read_only: bool,
 
             nursery.start_soon(ending)
             nursery.start_soon(typing)
-            await _show(line, words)
+            await _show(line, messages)
             nursery.cancel_scope.cancel()
     return code
 
 
-async def _show(line: Console, words: _Words) -> None:
+async def _show(line: Console, messages: _Messages) -> None:
     async for piece in line:
         if isinstance(piece, bytes):
             await write_output(piece)
         elif isinstance(piece, ConsoleGap):
-            words.say(f"this terminal is too slow: {piece.missed} bytes are lost")
+            messages.send(f"this terminal is too slow: {piece.missed} bytes are lost")
         elif isinstance(piece, Reconnected):
-            words.say("connected again; what was said meanwhile is in `volar vms logs`")
+            messages.send("connected again; `volar vms logs` has the output in between")
 
 
 async def _type(line: Console, to: Console | None, escape: int) -> None:
-    """Until the input is at its end, or the escape key; in a terminal where one only looks on, Ctrl-C too."""
+    """Types the input until its end or the escape key; in a read-only terminal, Ctrl-C leaves too."""
     while data := await read_input():
         at = data.find(escape) if escape >= 0 else -1
         if to is None and _INTERRUPT in data and escape >= 0:
@@ -107,28 +108,28 @@ async def _type(line: Console, to: Console | None, escape: int) -> None:
                 await line.send(data)
             except ConnectionLost:
                 if not sys.stdin.isatty():
-                    raise  # Nobody could type it again.
+                    raise  # Input from a pipe can't be typed again.
                 await write_output(_BELL)
         if at >= 0:
             return
 
 
-class _Words:
-    """What `volar` says itself meanwhile, on standard error, so that it can be told from what the guest says."""
+class _Messages:
+    """Messages of `volar` itself, on standard error, apart from the guest's output."""
 
     def __init__(self, out: Output) -> None:
         self.raw = False
         self._out = out
         self.on_retry = retrying(self.note)
 
-    def say(self, text: str) -> None:
+    def send(self, text: str) -> None:
         self.note(f"volar: {text}")
 
     def note(self, text: str) -> None:
         if self._out.json:
             return
         if self.raw:
-            # The guest's line may not be at its end, and a raw terminal takes a line feed for no more than that.
+            # The guest's line may be unfinished, and in a raw terminal a line feed does not return to the first column.
             sys.stderr.write(f"\r\n{safe(text)}\r\n")
             sys.stderr.flush()
         else:
@@ -136,10 +137,10 @@ class _Words:
 
 
 @contextmanager
-def _raw(fd: int, words: _Words) -> Iterator[None]:
+def _raw(fd: int, messages: _Messages) -> Iterator[None]:
     with raw(fd):
-        words.raw = True
+        messages.raw = True
         try:
             yield
         finally:
-            words.raw = False
+            messages.raw = False

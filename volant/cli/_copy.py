@@ -1,10 +1,10 @@
 """`volar vms cp`: files and directories between this machine and a VM.
 
-What comes from a VM is not trusted: directories are unpacked by the agent's own code, which opens each part of a path
-from the directory before it and follows no link; nothing gets an owner, a set-user-id bit, or a place outside.
+Data from a VM is not trusted: the agent's own code unpacks directories here. It opens each part of a path relative to
+the directory before it and follows no link; no file gets an owner, a set-user-id bit, or a path outside.
 """
 
-# ruff: noqa: ASYNC240 - whoever copies waits for their own disk anyway
+# ruff: noqa: ASYNC240 - the command has nothing to do while it waits for the disk
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ async def copy(session: Session, source: str, target: str, user: str | None) -> 
     """Copy files and directories between here and a VM.
 
     One of SRC and DST is VM:/PATH, the other a local path (./a:b for one with a colon) or -, which is standard input
-    or output; a directory is a tar there. Into a directory that exists SRC is copied under its name, elsewhere it
-    becomes DST. A file is replaced whole or not at all. Modes are kept; in the VM all belongs to root, or to --user.
+    or output, with a directory as tar. If DST is an existing directory, SRC is copied into it under its name; otherwise
+    it becomes DST. A file is replaced atomically. Modes are kept; in the VM, root or --user owns all files.
     """
     from_vm, to_vm = _remote(source), _remote(target)
     if (from_vm is None) == (to_vm is None):
-        raise click.UsageError("one of SRC and DST has to be VM:/PATH, and only one")
+        raise click.UsageError("exactly one of SRC and DST has to be VM:/PATH")
     with progress(session.out) as bar:
         if from_vm is not None:
             if user is not None:
@@ -77,7 +77,7 @@ async def copy(session: Session, source: str, target: str, user: str | None) -> 
         else:
             assert to_vm is not None
             if source == "-":
-                # Asked first, as input from a pipe can't be read again.
+                # Wait for the VM first, as input from a pipe can't be read again.
                 await once_running(session, to_vm.vm, partial(session.client.vms.stat_file, to_vm.vm, "/"))
             upload = partial(_upload, session.client, source, to_vm, user, bar)
             copied, where = await once_running(session, to_vm.vm, upload)
@@ -109,9 +109,7 @@ async def _download(client: Client, source: _Remote, target: str, bar: Bar) -> t
     path = Path(target)
     if path.is_dir():
         if not source.name:
-            raise Failure(
-                f"{source} has no name to be called by in {target}", hint="name a directory that is not there"
-            )
+            raise Failure(f"{source} has no name for its copy in {target}", hint="name a directory that does not exist")
         path /= source.name
     with _local(path):
         if info.is_directory:
@@ -143,7 +141,7 @@ async def _download_file(client: Client, source: _Remote, info: FileInfo, path: 
 async def _download_directory(client: Client, source: _Remote, path: Path, bar: Bar) -> None:
     if path.exists() and not path.is_dir():
         raise Failure(f"{path} is no directory")
-    # A new one is there whole or not at all.
+    # A new directory appears only when it is complete.
     into = path if path.exists() else _beside(path)
     into.mkdir(exist_ok=True)
     try:
@@ -194,7 +192,7 @@ async def _upload(client: Client, source: str, target: _Remote, user: str | None
     where = target
     remote = await _stat(client, target)
     if target.path.endswith("/") and remote is None:
-        raise Failure(f"there is no directory {target}", hint="without the / at its end it would be made")
+        raise Failure(f"there is no directory {target}", hint="without the / at its end it would be created")
     if remote is not None and remote.is_directory:
         where = target.below(name)
     if stat.S_ISDIR(found.st_mode):
@@ -206,7 +204,7 @@ async def _upload(client: Client, source: str, target: _Remote, user: str | None
             bar.total = found.st_size
             pieces = _Pieces(lambda: opened.read(_PIECE), bar)
             mode = found.st_mode & 0o777
-            # A file that grows meanwhile would break off the request: so its length is not said.
+            # Without a length, as a file that grows meanwhile would break the request.
             await client.vms.write_file(where.vm, where.path, pieces, mode=mode, user=user)
     else:
         raise Failure(f"{source} is neither a file nor a directory")
@@ -217,7 +215,7 @@ async def _stat(client: Client, remote: _Remote) -> FileInfo | None:
     try:
         return await client.vms.stat_file(remote.vm, remote.path)
     except ClientProblem as problem:
-        # That there is no such VM is told by what comes next.
+        # If there is no such VM, the next request reports it.
         if problem.status == 404:
             return None
         raise
@@ -250,7 +248,7 @@ async def _upload_directory(client: Client, path: Path, where: _Remote, user: st
                 except OSError as error:
                     failure = Failure(f"{error.filename or path} can't be read: {error.strerror}")
                 except trio.BrokenResourceError:
-                    pass  # The VM takes no more, and says why.
+                    pass  # The guest refused the rest, and `put_tar` raises its error.
 
         nursery.start_soon(packing)
         refused: Exception | None = None
@@ -264,7 +262,7 @@ async def _upload_directory(client: Client, path: Path, where: _Remote, user: st
 
 
 class _Pieces:
-    """What `read` gives, piece by piece, until it gives nothing; counted."""
+    """Calls `read` for each piece until it returns nothing, and counts the bytes."""
 
     def __init__(self, read: Callable[[], Awaitable[bytes]], bar: Bar) -> None:
         self._read = read

@@ -1,4 +1,4 @@
-"""`volar debug`: for reports of bugs."""
+"""`volar debug`: data for bug reports."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def group() -> None:
 
 @group.command("bundle")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: volant-debug-<time>.tar.gz here.")
-@click.option("--log", type=click.Path(path_type=Path), help="The daemon's log, where it is not in systemd's journal.")
-@click.option("--consoles", is_flag=True, help="Also what guests that crashed have printed last: it may hold secrets.")
+@click.option("--log", type=click.Path(path_type=Path), help="The daemon's log, if it is not in systemd's journal.")
+@click.option("--consoles", is_flag=True, help="Also the last output of crashed guests, which may contain secrets.")
 @common()
 @pass_options
 def bundle(options: Options, output: Path | None, log: Path | None, consoles: bool) -> int:
     """Write one file for a bug report: versions, the host, settings, log, VMs, events, what every task does.
 
-    It works without the daemon, too; then it has the part of the host. As root it finds more. Keys, tokens, queries,
+    Without a running daemon it contains only data of the host. As root it finds more. Keys, tokens, queries,
     environments, kernel command lines and values of labels are left out. Check it before you share it.
     """
 
@@ -52,8 +52,8 @@ def bundle(options: Options, output: Path | None, log: Path | None, consoles: bo
             out.document({"path": str(path), "members": list(gathered.members), "missing": gathered.missing})
             return 0
         for what, why in gathered.missing.items():
-            out.note(f"not in it: {what}: {why}")
-        out.note("look through it before you hand it on")
+            out.note(f"missing: {what}: {why}")
+        out.note("check it before you share it")
         out.line(str(path))
         return 0
 
@@ -61,11 +61,11 @@ def bundle(options: Options, output: Path | None, log: Path | None, consoles: bo
 
 
 def _write(path: Path, data: bytes) -> None:
-    """For its owner alone, and over nothing. :raises Failure:"""
+    """Writes a new file that only its owner can read. :raises Failure: it exists, or can't be written"""
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except FileExistsError:
-        raise Failure(f"{path} is there already", code=CONFLICT, hint="name another file with --output") from None
+        raise Failure(f"{path} exists already", code=CONFLICT, hint="name another file with --output") from None
     except OSError as error:
         raise Failure(f"{path} can't be written: {error.strerror}") from error
     with os.fdopen(fd, "wb") as file:

@@ -1,7 +1,7 @@
-"""Commands of operations that need no output of their own, derived from the client's methods.
+"""Derives commands from the client's methods, for operations that need no special output.
 
-A group calls `add_commands` after its own commands: what those do not cover gets a command of the same name, with an
-option for each parameter.
+A group calls `add_commands` after it has defined its own commands: each method without one gets a command of the same
+name, with an option for each parameter.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _HOW: dict[str, dict[str, Any]] = {
     "str | Sequence[str] | None": {"multiple": True},
     "Mapping[str, str] | None": {"multiple": True, "type": Pair()},
 }
-"""How an option of each annotation is read."""
+"""The arguments of `click.option` for each annotation of a parameter."""
 
 
 def add_commands(group: click.Group, resource: str, operations: type, besides: Collection[str] = ()) -> None:
-    """Adds a command for each method of `operations` that `group` has none for.
+    """Adds a command for each method of `operations` for which `group` has none.
 
-    :param resource: the plural noun that the client calls them by: `networks`
-    :param besides: methods that commands of other names stand for
+    :param resource: the client's attribute with these methods, such as `networks`
+    :param besides: methods that have a command of another name
     """
     there = group.list_commands(click.Context(group))
     for name, method in vars(operations).items():
@@ -82,7 +82,7 @@ def _json(text: str) -> Any:
 
 
 def _value(value: Any) -> Any:
-    """Returns what the client takes: pairs as a mapping."""
+    """Returns a value as the client takes it: pairs become a mapping."""
     return dict(value) if isinstance(value, tuple) and value and isinstance(value[0], tuple) else value
 
 

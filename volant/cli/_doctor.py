@@ -1,7 +1,7 @@
-"""`volar setup --check`: what volantd finds of this host, laid out for people.
+"""`volar setup --check`: runs `volantd check` and prints its findings.
 
-The daemon's program is asked, as it alone knows what it needs, and it finds out as it would when it runs. It is the one
-that `volar setup` would install: of this installation, with the service's settings where there are any.
+The daemon's program does the checks, as it would when it runs. It is the program that `volar setup` would install: of
+this installation, with the service's settings if there are any.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from ._text import safe
 
 _COLOURS = {"ok": "green", "less": "yellow", "fails": "red"}
 _TIMEOUT_S = 60.0
-"""All checks of volantd have deadlines of their own, and the longest is 25 s."""
+"""Each check of volantd has its own deadline; the longest is 25 s."""
 _WRONG_SETTINGS = 2
 
 
 def check(out: Output, program: Sequence[str], settings: Mapping[str, str]) -> int:
-    """Print what is found; the exit code. `settings`: of the service, which this environment's win over.
+    """Prints the findings; returns the exit code.
 
-    :raises Failure: volantd can't say.
+    :param settings: the service's settings; the environment overrides them
+    :raises Failure: volantd failed
     """
     report = _ask(program, {**settings, **os.environ})
     if out.json:
@@ -49,13 +50,13 @@ def _ask(program: Sequence[str], environ: Mapping[str, str]) -> Report:
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise Failure(f"`{' '.join(program)} check` takes longer than {_TIMEOUT_S:g} s") from None
-    said = done.stderr.decode(errors="replace").strip()
+    message = done.stderr.decode(errors="replace").strip()
     if done.returncode == _WRONG_SETTINGS:
-        raise Failure(said.removeprefix("volantd: "), hint="mend the settings: volantd would not start with them")
+        raise Failure(message.removeprefix("volantd: "), hint="fix the settings: volantd would not start with them")
     try:
         return msgspec.json.decode(done.stdout, type=Report)
     except (ValueError, RecursionError):
-        raise Failure(f"`{' '.join(program)} check` failed with {done.returncode}: {said[-1000:]}") from None
+        raise Failure(f"`{' '.join(program)} check` failed with {done.returncode}: {message[-1000:]}") from None
 
 
 def _lay_out(out: Output, report: Report) -> None:
@@ -74,13 +75,13 @@ def _lay_out(out: Output, report: Report) -> None:
     if report.failed:
         out.line(f"VMs can't run here with volantd as {who}: {safe(', '.join(report.failed))}")
     elif report.lesser:
-        out.line(f"VMs can run here with volantd as {who}. Less than it could be: {safe(', '.join(report.lesser))}")
+        out.line(f"VMs can run here with volantd as {who}, with limits: {safe(', '.join(report.lesser))}")
     else:
         out.line(f"VMs can run here with volantd as {who}")
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """Lines that fit; one, where nobody looks."""
+    """Wraps text to `width`; returns one line if that is too small, as for a pipe."""
     if not text:
         return []
     return textwrap.wrap(safe(text), width, break_long_words=False) if width >= 20 else [safe(text)]

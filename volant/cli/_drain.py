@@ -32,10 +32,10 @@ _LOOK_S = 2.0
 async def drain(session: Session, stop_vms: bool, grace: float | None, wait: bool, timeout: float) -> None:
     """Drain the host for maintenance: no VM is created or started until `undrain`.
 
-    VMs that run go on running. It lasts over restarts of the daemon and of the host.
+    Running VMs keep running. The drain survives restarts of the daemon and of the host.
     """
     if grace is not None and not stop_vms:
-        raise click.UsageError("--grace goes with --stop-vms")
+        raise click.UsageError("--grace needs --stop-vms")
     found = await session.client.system.drain(stop_vms=stop_vms, grace_s=grace)
     if wait:
         session.stream(lambda streaming: _wait(streaming, timeout))
@@ -44,35 +44,35 @@ async def drain(session: Session, stop_vms: bool, grace: float | None, wait: boo
 
 @command(group, "undrain")
 async def undrain(session: Session) -> None:
-    """Let VMs start again; those that waited do."""
+    """End the drain; VMs that were held start."""
     found = await session.client.system.undrain()
     session.out.result(found, "VMs start again")
 
 
 async def _wait(session: Streaming, timeout_s: float) -> None:
-    """:raises Failure: VMs are up after that time."""
+    """Waits until no VM is up. :raises Failure: VMs are still up after `timeout_s`."""
     import trio
 
     up: list[str] = []
-    told = 0
+    noted = 0
     with trio.move_on_after(timeout_s):
         async with session.client.events() as feed:
             while up := await _up(session.client):
-                if len(up) != told:
-                    told = len(up)
-                    session.out.note(_told(up, 5))
-                # The end of a process after a crash is no event.
+                if len(up) != noted:
+                    noted = len(up)
+                    session.out.note(_summary(up, 5))
+                # Poll too: the end of a process after a crash is no event.
                 with trio.move_on_after(_LOOK_S):
                     await feed.receive()
         return
-    raise Failure(f"after {timeout_s:g} s {_told(up, 20)}", code=TIMED_OUT)
+    raise Failure(f"after {timeout_s:g} s {_summary(up, 20)}", code=TIMED_OUT)
 
 
 async def _up(client: Client) -> list[str]:
-    """VMs of which something runs on the host, or may in a moment."""
+    """Returns the VMs that have a process on the host, or may have one in a moment."""
     return [vm.name for vm in await client.vms.list() if vm.pid is not None or vm.status in _UNDER_WAY]
 
 
-def _told(names: list[str], most: int) -> str:
+def _summary(names: list[str], most: int) -> str:
     shown = ", ".join(names[:most]) + (", …" if len(names) > most else "")
     return f"{len(names)} VM{'s are' if len(names) > 1 else ' is'} up: {shown}"

@@ -20,14 +20,18 @@ from ._vm_output import event_line
 F = TypeVar("F", bound=Callable[..., Any])
 
 _SAME_OUTAGE_S = 12.0
-"""Longer than an attempt takes."""
+"""Attempts closer together than this belong to one outage; an attempt takes less."""
 
 _OPTIONS = (
     click.option("--label", "labels", type=Pair(), multiple=True, help="Only VMs with this label; may be repeated."),
     click.option(
-        "--type", "types", type=click.Choice([str(kind) for kind in EventType]), multiple=True, help="Only these."
+        "--type",
+        "types",
+        type=click.Choice([str(kind) for kind in EventType]),
+        multiple=True,
+        help="Only events of this type; may be repeated.",
     ),
-    click.option("--since", metavar="ID", help="Start after this event; 0: with the oldest one kept."),
+    click.option("--since", metavar="ID", help="Start after this event; 0: with the oldest that is kept."),
 )
 
 
@@ -39,14 +43,14 @@ def event_options(function: F) -> F:
 
 
 @command(None, "events")
-@click.option("--vm", metavar="NAME", shell_complete=vm_names, help="Only of this VM.")
+@click.option("--vm", metavar="NAME", shell_complete=vm_names, help="Only events of this VM.")
 @event_options
 async def group(session: Session, /, vm: str | None, **wanted: Any) -> None:
     """Print events of VMs as they happen, until interrupted.
 
-    A connection that is lost is made again, for up to a minute, and goes on after the last event that was seen; where
-    the daemon does not keep what came after that, standard error says so, or with --json a line STREAM_GAP. Each line
-    of --json has its event's id, for --since.
+    If the connection is lost, volar reconnects for up to a minute and continues after the last event. If the daemon
+    does not keep the events after that any more, standard error reports it, or with --json a line STREAM_GAP. Each
+    line of --json has the event's id, for --since.
     """
     await follow(session, vm, **wanted)
 
@@ -66,7 +70,7 @@ async def follow(
     types: tuple[str, ...],
     labels: tuple[tuple[str, str], ...],
 ) -> None:
-    """Print events until interrupted."""
+    """Prints events until interrupted."""
     out = session.out
     async with session.client.events(
         after=since, vm=vm, types=types, labels=dict(labels), on_retry=retrying(out.note)
@@ -75,20 +79,20 @@ async def follow(
             if out.json:
                 out.item(item)
             elif isinstance(item, StreamGap):
-                out.note("volar: events are lost: the daemon does not keep what came before the next one")
+                out.note("volar: events are lost: the daemon does not keep those before the next one any more")
             else:
                 out.line(event_line(item, sys.stdout))
 
 
 def retrying(note: Callable[[str], None]) -> OnRetry:
-    """Notes that a connection was lost, once for all that is tried until it is there again."""
+    """Returns a callback that reports a lost connection, once for all attempts until it is restored."""
     tried_at = float("-inf")
 
-    def tell(error: ClientError | Problem, delay_s: float) -> None:
+    def report(error: ClientError | Problem, delay_s: float) -> None:
         nonlocal tried_at
         now = time.monotonic()
         if now - tried_at > _SAME_OUTAGE_S:
             note(f"volar: {error}; trying again")
         tried_at = now + delay_s
 
-    return tell
+    return report

@@ -1,4 +1,4 @@
-"""`volar vms exec`: commands in a VM, in a terminal, through pipes, or left to themselves."""
+"""`volar vms exec`: commands in a VM, in a terminal, through pipes, or detached."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _PIECE = 64 * 1024
 @click.option("--escape", type=Escape(), default="^]", show_default=True, help="The key that detaches, or none.")
 @click.option("--env", type=Pair(), multiple=True, help="KEY=VALUE; may be repeated.")
 @click.option("--cwd", help="The working directory.")
-@click.option("--user", help="A name or number in the guest, perhaps with :GROUP.")
+@click.option("--user", help="A name or number in the guest, optionally with :GROUP.")
 @click.option(
     "--timeout",
     type=Duration(),
@@ -63,33 +63,33 @@ async def exec_(
     user: str | None,
     timeout: float | None,
 ) -> int:
-    """Run a command in a VM; options stand before NAME. -it for a shell.
+    """Run a command in a VM; put options before NAME. Use -it for a shell.
 
-    A VM that is starting is waited for. Output is passed through byte for byte. Without -i the command has no standard
-    input; -i together with -t needs a terminal. When volar ends, so does the
-    command, unless it is detached. The exit code is the command's, 128 + n when signal n ended it, 124 when --timeout
-    did, 126 or 127 when it can't be run or is not there.
+    If the VM is starting, volar waits for it. Output is passed on byte for byte. Without -i the command has no standard
+    input; -i together with -t needs a terminal. When volar ends, the command is killed, unless it is detached. The exit
+    code is the command's, 128 + n if signal n ended it, 124 after --timeout, 126 or 127 if it can't be executed or does
+    not exist.
     """
     words = words[1:] if words[:1] == ("--",) else words
     if attach is not None:
         if words or tty or detach or env or cwd or user or timeout:
-            raise click.UsageError("--attach goes with -i, --from and --escape alone: the command runs already")
+            raise click.UsageError("--attach allows only -i, --from and --escape: the command runs already")
 
-        async def go_on() -> int:
+        async def attached() -> int:
             async with session.client.vms.attach(name, attach, position=position) as process:
                 if process.tty and interactive:
                     _need_terminal()
-                # A terminal that somebody sits at is for typing.
+                # In a terminal, input is passed on without -i.
                 typing = interactive or (process.tty and sys.stdin.isatty())
                 return await _talk(session, name, process, typing, escape)
 
-        return await once_running(session, name, go_on)
+        return await once_running(session, name, attached)
     if position is not None:
-        raise click.UsageError("--from goes with --attach")
+        raise click.UsageError("--from needs --attach")
     if not words:
-        raise click.UsageError("a command has to follow the name of the VM")
+        raise click.UsageError("give a command after the name of the VM")
     if words[0].startswith("-"):
-        raise click.UsageError(f"options stand before the name of the VM; {words[0]!r} came after it")
+        raise click.UsageError(f"put options before the name of the VM; {words[0]!r} came after it")
     if tty and interactive and not detach:
         _need_terminal()
     variables = dict(env)
@@ -119,7 +119,7 @@ async def exec_(
             detach=detach,
         ) as process:
             if detach:
-                return await _leave(session, name, process, interactive)
+                return await _detach(session, name, process, interactive)
             if not interactive and not tty:
                 await process.send_eof()
             return await _talk(session, name, process, interactive, escape)
@@ -128,16 +128,16 @@ async def exec_(
 
 
 def _need_terminal() -> None:
-    """:raises click.UsageError: standard input is no terminal. Its end would be a key that the guest may not read yet,
-    and nobody could type it again."""
+    """:raises click.UsageError: standard input is no terminal. The end of a file would be sent as Ctrl-D, which is lost
+    if the guest does not read yet."""
     if not sys.stdin.isatty():
         raise click.UsageError(
             "-t with -i needs a terminal, and standard input is not one; leave out -t to pass on a pipe or a file"
         )
 
 
-async def _leave(session: Session, name: str, process: ExecSession, interactive: bool) -> int:
-    """Hand over standard input, say the id, and go."""
+async def _detach(session: Session, name: str, process: ExecSession, interactive: bool) -> int:
+    """Passes on standard input, then prints the id; returns the exit code."""
     if process.end is not None:
         return _exit_code(session, process.end)
     if interactive:
@@ -151,7 +151,7 @@ async def _leave(session: Session, name: str, process: ExecSession, interactive:
 
 
 async def _talk(session: Session, name: str, process: ExecSession, interactive: bool, escape: int) -> int:
-    """Pass everything on until the command ends, somebody leaves it, or a signal ends us; return the exit code."""
+    """Passes everything on until the command ends, the user detaches, or a signal ends us; returns the exit code."""
     terminal = process.tty and interactive and sys.stdin.isatty()
     code: int | None = None
     try:
@@ -160,12 +160,12 @@ async def _talk(session: Session, name: str, process: ExecSession, interactive: 
     except ConnectionLost as lost:
         if process.id is None:
             raise
-        hint = f"it goes on: `volar vms exec --attach {process.id} --from {process.position} {name}`"
+        hint = f"it keeps running: `volar vms exec --attach {process.id} --from {process.position} {name}`"
         raise ConnectionLost(lost.detail, hint=hint) from lost
     if code is not None:
         return code
     if process.end is None:
-        session.out.note(f"volar: left; `volar vms exec --attach {process.id} {name}` goes on with it")
+        session.out.note(f"volar: detached; `volar vms exec --attach {process.id} {name}` attaches to it again")
         return 0
     return _exit_code(session, process.end)
 
@@ -173,7 +173,7 @@ async def _talk(session: Session, name: str, process: ExecSession, interactive: 
 async def _pass_on(
     session: Session, process: ExecSession, interactive: bool, terminal: bool, escape: int
 ) -> int | None:
-    """The exit code that a signal wants; None: see `process.end`, which is None when somebody has left."""
+    """Returns the exit code after a signal; None: see `process.end`, which is None if the user detached."""
     code: int | None = None
     failure: Exception | None = None
     async with trio.open_nursery() as nursery:
@@ -187,9 +187,9 @@ async def _pass_on(
 
         async def resizing() -> None:
             with trio.open_signal_receiver(signal.SIGWINCH) as signals:
-                await _tell_size(process)
+                await _send_size(process)
                 async for _ in signals:
-                    await _tell_size(process)
+                    await _send_size(process)
 
         async def typing() -> None:
             if await _type(process, escape if terminal and process.id is not None else -1):
@@ -203,11 +203,11 @@ async def _pass_on(
         try:
             async for piece in process:
                 if isinstance(piece, ExecGap):
-                    _tell_gap(session, piece.gap)
+                    _print_gap(session, piece.gap)
                 else:
                     await _show(session, piece)
         except Exception as error:
-            # Kept aside, so that it leaves in no group.
+            # Raised outside of the nursery, so that it is in no group.
             failure = error
         nursery.cancel_scope.cancel()
     if failure is not None and code is None:
@@ -216,7 +216,7 @@ async def _pass_on(
 
 
 async def _type(process: ExecSession, escape: int) -> bool:
-    """Until the input or the command is at its end; return whether it was the escape key."""
+    """Sends the input until it ends or the command ends; returns whether the escape key was pressed."""
     try:
         while data := await read_input(_PIECE):
             at = data.find(escape) if escape >= 0 else -1
@@ -226,11 +226,11 @@ async def _type(process: ExecSession, escape: int) -> bool:
             await process.send(data)
         await process.send_eof()
     except ConnectionLost:
-        pass  # Whoever reads the output hears why.
+        pass  # The task that reads the output gets the error.
     return False
 
 
-async def _tell_size(process: ExecSession) -> None:
+async def _send_size(process: ExecSession) -> None:
     size = _size()
     if size is not None:
         try:
@@ -240,7 +240,7 @@ async def _tell_size(process: ExecSession) -> None:
 
 
 def _size() -> tuple[int, int] | None:
-    """Rows and columns of our own terminal."""
+    """Returns rows and columns of our own terminal."""
     try:
         size = os.get_terminal_size(sys.stdin.fileno())
     except OSError:
@@ -255,7 +255,7 @@ async def _show(session: Session, piece: ExecOutput) -> None:
         await write_output(piece.data, (sys.stdout if piece.stream == "stdout" else sys.stderr).fileno())
 
 
-def _tell_gap(session: Session, gap: LogRange) -> None:
+def _print_gap(session: Session, gap: LogRange) -> None:
     if session.out.json:
         session.out.item({"gap": gap})
     else:

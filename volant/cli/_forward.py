@@ -50,7 +50,7 @@ class PortsType(click.ParamType[Ports]):
         if not all(text.isascii() and text.isdecimal() and len(text) <= 5 and int(text) < 65536 for text in numbers):
             self.fail(f"{value!r} is not [LOCAL:]PORT with numbers up to 65535", param, ctx)
         if int(remote) == 0:
-            self.fail("port 0 of a guest is none; 0:PORT takes any port here", param, ctx)
+            self.fail("a guest has no port 0; 0:PORT takes any port here", param, ctx)
         return Ports(int(numbers[0]), int(remote))
 
 
@@ -60,9 +60,9 @@ class PortsType(click.ParamType[Ports]):
 async def forward(session: Session, name: str, ports: tuple[Ports, ...]) -> None:
     """Forward local ports to ports of a VM, until interrupted.
 
-    PORT 8080 is 127.0.0.1:8080 and [::1]:8080 here, LOCAL:PORT another port, 0:PORT any that is free. Each connection
-    here is one in the guest, at most 128 at once. It goes on when the VM is restarted; while it is down, connections
-    are refused, and standard error says why.
+    PORT 8080 listens on 127.0.0.1:8080 and [::1]:8080, LOCAL:PORT on another port, 0:PORT on a free one. Each
+    connection here opens one in the guest, at most 128 at once. Forwarding continues when the VM is restarted; while
+    the VM is down, connections are reset, and standard error shows why.
     """
     vm = await session.client.vms.get(name)
     forwarder = _Forwarder(session, vm.name)
@@ -74,13 +74,13 @@ async def forward(session: Session, name: str, ports: tuple[Ports, ...]) -> None
                 await stack.enter_async_context(listener)
             listening.append((each, listeners))
         for each, listeners in listening:
-            _tell(session.out, vm.name, each.remote, listeners)
+            _print_addresses(session.out, vm.name, each.remote, listeners)
             serve = partial(forwarder.serve, each.remote)
             nursery.start_soon(trio.serve_listeners, serve, listeners)
 
 
 async def _listen(port: int) -> list[trio.SocketListener]:
-    """Listen on the loopback of both families, on one port. :raises Failure: it is taken, or not for us."""
+    """Listens on the loopback of both families, on one port. :raises Failure: it is taken, or not allowed"""
     for tries_left in reversed(range(_TRIES)):
         listeners: list[trio.SocketListener] = []
         chosen = port
@@ -119,7 +119,7 @@ async def _bound(family: int, host: str, port: int) -> trio.SocketListener:
     return trio.SocketListener(sock)
 
 
-def _tell(out: Output, name: str, port: int, listeners: list[trio.SocketListener]) -> None:
+def _print_addresses(out: Output, name: str, port: int, listeners: list[trio.SocketListener]) -> None:
     addresses = [_address(*listener.socket.getsockname()[:2]) for listener in listeners]
     if out.json:
         out.item({"vm": name, "port": port, "addresses": addresses})
@@ -141,16 +141,16 @@ class _Forwarder:
         self._trouble = ""
 
     async def serve(self, port: int, local: trio.SocketStream) -> None:
-        """One connection; never raises."""
+        """Serves one connection; never raises."""
         if self._open >= _CONNECTIONS:
-            self._note(f"{_CONNECTIONS} connections at once are all; one more is refused")
+            self._note(f"the limit of {_CONNECTIONS} connections is reached; another one is reset")
             _reset(local)
             return
         self._open += 1
         whole = False
         try:
             async with self._session.client.vms.tcp(self._name, port) as remote:
-                self._well(port)
+                self._recovered(port)
                 whole = await _splice(local, remote)
         except (Problem, ClientError) as error:
             self._note(f"port {port}: {error}")
@@ -159,26 +159,26 @@ class _Forwarder:
         finally:
             self._open -= 1
             if not whole:
-                # The program here must not take it for the end of what was sent.
+                # Reset, so that the local program does not take it for the regular end.
                 _reset(local)
         await local.aclose()
 
     def _note(self, text: str) -> None:
-        """Once, until it is another trouble or over."""
+        """Prints a problem once, until there is another one or it is over."""
         if text != self._trouble:
             self._trouble = text
             self._session.out.note(f"volar: {text}")
 
-    def _well(self, port: int) -> None:
+    def _recovered(self, port: int) -> None:
         if self._trouble:
             self._trouble = ""
             self._session.out.note(f"volar: port {port} of {self._name} answers again")
 
 
 async def _splice(local: trio.SocketStream, remote: TcpStream) -> bool:
-    """Pass bytes on both ways; whether both directions came to their proper end.
+    """Passes bytes on both ways; returns whether both directions ended regularly.
 
-    :raises trio.BrokenResourceError: it broke on the far side.
+    :raises trio.BrokenResourceError: the connection to the guest broke
     """
     ended = 0
     broken: trio.BrokenResourceError | None = None
@@ -192,7 +192,7 @@ async def _splice(local: trio.SocketStream, remote: TcpStream) -> bool:
                 await sink.send_eof()
                 ended += 1
             except trio.BrokenResourceError as error:
-                # What the system says is of the program here, which has left.
+                # An OSError comes from the local socket: the local program has left.
                 if not isinstance(error.__cause__, OSError):
                     broken = error
                 nursery.cancel_scope.cancel()

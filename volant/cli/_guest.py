@@ -1,4 +1,4 @@
-"""What commands that reach into a guest have in common: they wait for a VM that is starting, and report its crash."""
+"""Helpers of commands that reach into a guest: they wait for a VM that is starting, and report its crash."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ async def _reporting_a_crash(session: Session, name: str, attempt: Callable[[], 
 
 
 async def _how_it_ended(session: Session, name: str) -> str | None:
-    """What became of the VM; None: it runs, or nobody can say, and the connection alone broke."""
+    """Returns how the VM ended; None if it runs or its state can't be read, so that only the connection broke."""
     try:
         waited = await session.client.vms.wait(name, _ENDED, timeout_s=_REPORT_S)
     except (ClientError, Problem):

@@ -71,7 +71,7 @@ def _command(name: str) -> Callable[[Callable[..., None]], click.Command]:
 @click.option("--mirror", metavar="URL", help="A Debian mirror, instead of this host's apt sources.")
 @click.option("--security-mirror", metavar="URL", help="With --mirror: where security updates come from.")
 @click.option(
-    "--keyring", type=click.Path(path_type=Path), metavar="FILE", help="The keys that must have signed the mirror."
+    "--keyring", type=click.Path(path_type=Path), metavar="FILE", help="The keys that sign the mirror's packages."
 )
 @click.option("--offline", is_flag=True, help="Use the packages of the last build.")
 def build_(
@@ -82,10 +82,10 @@ def build_(
     keyring: Path | None,
     offline: bool,
 ) -> None:
-    """Build the boot image from Debian's current packages, unless it is there."""
+    """Build the boot image from Debian's current packages, unless it exists."""
     if security_mirror and not mirror:
-        raise click.UsageError("--security-mirror goes with --mirror")
-    with _progress(out) as tell:
+        raise click.UsageError("--security-mirror needs --mirror")
+    with _progress(out) as report:
         image = build(
             cache,
             progress=report,
@@ -133,15 +133,15 @@ def artifacts(out: Output, cache: Path) -> None:
 def fetch_(out: Output, cache: Path, url: str, sha256: str, max_mb: int) -> None:
     """Fetch a boot artifact into the cache, unless it is there.
 
-    URL is an absolute path, or a file, http or https URL; SHA256 the digest that the file must have. Both as in the
-    plugin's manifest.
+    URL is an absolute path, or a file, http or https URL; SHA256 is the digest that the file must have. Use the values
+    of the plugin's manifest.
     """
     if not DIGEST.fullmatch(sha256):
         raise click.BadParameter("64 hexadecimal digits in lower case are needed", param_hint="SHA256")
     if local_path(url) is None and not url.startswith(("http://", "https://")):
         raise click.BadParameter("an absolute path, or a file, http or https URL is needed", param_hint="URL")
     try:
-        with _progress(out, "Fetching") as tell:
+        with _progress(out, "Fetching") as report:
             artifact = fetch(
                 cache,
                 url,
@@ -162,8 +162,8 @@ def fetch_(out: Output, cache: Path, url: str, sha256: str, max_mb: int) -> None
 def remove(out: Output, cache: Path, artifacts: tuple[str, ...]) -> None:
     """Remove boot artifacts from the cache; the start of a digest is enough to name one.
 
-    VMs that run on one go on. One that boots later fetches it again from where its manifest says; a file of this host
-    that lies below no directory of the setting artifact_dirs has to be uploaded again, with `volar plugins upload`.
+    An artifact that a running VM uses stays. A VM that boots later fetches it again from the URL in its manifest.
+    Upload a local file again, with `volar plugins upload`, if it is in no directory of the setting artifact_dirs.
     """
     found = list_artifacts(cache)
     chosen = []
@@ -187,12 +187,12 @@ def remove(out: Output, cache: Path, artifacts: tuple[str, ...]) -> None:
     if held:
         raise Failure(
             f"a VM runs on {', '.join(artifact.digest[:12] for artifact in held)}, which stays",
-            hint="stop it first; `volar system df` shows who uses what",
+            hint="stop it first; `volar system df` shows what uses it",
         )
 
 
 def default_cache_dir(environ: Mapping[str, str], uid: int) -> Path:
-    """The cache folder that a daemon of this user takes when it is told nothing."""
+    """Returns the default cache folder of a daemon of this user."""
     if uid == 0:
         return Path("/var/cache/volant")
     return Path(environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME", "/nonexistent")) / ".cache") / "volant"
@@ -200,20 +200,20 @@ def default_cache_dir(environ: Mapping[str, str], uid: int) -> Path:
 
 @contextmanager
 def _progress(out: Output, title: str = "Building the image") -> Iterator[Callable[[Progress], None]]:
-    """A bar on a terminal, a line a phase elsewhere, nothing for programs."""
+    """Shows a bar on a terminal, otherwise a line for each phase; nothing with --json."""
     if out.json:
         yield lambda progress: None
         return
     if not sys.stderr.isatty():
         phase = ""
 
-        def tell(progress: Progress) -> None:
+        def report(progress: Progress) -> None:
             nonlocal phase
             if progress.phase != phase:
                 phase = progress.phase
                 out.note(progress.message)
 
-        yield tell
+        yield report
         return
 
     from rich.console import Console

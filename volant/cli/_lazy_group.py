@@ -48,7 +48,7 @@ class LazyGroup(click.Group):
         return [*items, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def _listed(self, ctx: click.Context) -> dict[str, click.Command]:
-        """Returns all commands; those whose modules are not imported have a name and a text alone."""
+        """Returns all commands; those whose modules are not imported have only a name and a text."""
         return {
             name: click.Command(name, help=self.lazy[name].text) if name in self.lazy else self.commands[name]
             for name in self.list_commands(ctx)

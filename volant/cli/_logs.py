@@ -39,7 +39,7 @@ async def logs(
     streams: tuple[Literal["stdout", "stderr", "console"], ...],
     timestamps: bool,
 ) -> None:
-    """Print the log of a VM: its console, and what its workload wrote."""
+    """Print the log of a VM: the output of its console and its workload."""
     if tail is not None and since is not None:
         raise click.UsageError("--tail and --since exclude each other")
     out = session.out
@@ -50,7 +50,7 @@ async def logs(
             if out.json:
                 out.item(item)
             elif isinstance(item, LogGap):
-                out.note(f"volar: lines {item.gap.first} to {item.gap.last} are past retention and lost")
+                out.note(f"volar: lines {item.gap.first} to {item.gap.last} are not kept any more")
             else:
                 _print_line(out, item, timestamps)
 

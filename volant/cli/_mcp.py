@@ -1,7 +1,7 @@
-"""`volar mcp`: what a client of the Model Context Protocol wants to be told of a daemon.
+"""`volar mcp`: the configuration of clients of the Model Context Protocol.
 
-A configuration is a file that people copy, commit and show, so it never has a key in it, only the place from which the
-client takes one. Each client has its own way to say that.
+People copy, commit and show configuration files, so they never contain a key, only a reference to where the client
+finds one. Each client has its own syntax for that.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ Configuration = Mapping[str, object]
 
 @dataclass(frozen=True)
 class Client:
-    """A client, and how it is told."""
+    """A client, and how it is configured."""
 
     title: str
     where: str
-    """Into which file it goes, for people."""
+    """The file for the configuration, for people."""
     make: Callable[[str, bool], Configuration]
-    """From the URL, and whether a key is asked for."""
+    """Makes the configuration from the URL, and whether a key is required."""
 
 
 def _generic(url: str, key: bool) -> Configuration:
@@ -45,7 +45,7 @@ def _claude_code(url: str, key: bool) -> Configuration:
 
 
 def _claude_desktop(url: str, key: bool) -> Configuration:
-    # It starts programs and speaks to their pipes, so a program between has to speak HTTP.
+    # This client supports only servers on standard input and output, so mcp-remote translates to HTTP.
     arguments = ["-y", "mcp-remote", url, "--transport", "http-only"]
     parts = urlsplit(url)
     if parts.scheme == "http" and parts.hostname not in _LOOPBACK:
@@ -86,7 +86,7 @@ CLIENTS = {
     ),
     "cursor": Client("Cursor", "~/.cursor/mcp.json, or .cursor/mcp.json in the project", _cursor),
     "vscode": Client("Visual Studio Code", ".vscode/mcp.json in the project", _vscode),
-    "generic": Client("Others", "where the client has its servers", _generic),
+    "generic": Client("Others", "the client's list of servers", _generic),
 }
 
 
@@ -104,7 +104,7 @@ CLIENTS = {
 def group(options: Options, client: str | None, key: bool | None) -> int:
     """Print the configuration that MCP clients need.
 
-    Keys are never printed, only the place where the client finds one.
+    Keys are never printed, only where the client finds one.
     """
     return guarded(options, lambda: _print(options, client, key))
 
@@ -115,7 +115,7 @@ def _print(options: Options, client: str | None, key: bool | None) -> None:
     out = Output(options.json)
     if client is not None:
         out.document(CLIENTS[client].make(url, with_key))
-        out.note(f"This goes into {CLIENTS[client].where}.")
+        out.note(f"Put this into {CLIENTS[client].where}.")
         return
     if options.json:
         out.document({name: known.make(url, with_key) for name, known in CLIENTS.items()})
@@ -128,12 +128,12 @@ def _print(options: Options, client: str | None, key: bool | None) -> None:
 
 
 def _url(options: Options) -> str:
-    """:raises click.UsageError: there is none."""
+    """Returns the URL of the MCP endpoint. :raises click.UsageError: the address is wrong, or a Unix socket"""
     try:
         address = Address.parse(options.api or "http://127.0.0.1:7777")
     except ValueError as error:
         raise click.UsageError(f"--api or VOLANT_API_BASE: {error}") from None
     if address.socket_path is not None:
-        raise click.UsageError(f"MCP clients speak to a host and a port, not to {address.text}: give --api http://…")
+        raise click.UsageError(f"MCP clients can't connect to {address.text}: give a host and a port, --api http://…")
     host = f"[{address.host}]" if ":" in address.host else address.host
     return f"{'https' if address.tls else 'http'}://{host}:{address.port}{address.prefix}{_ROUTE}"

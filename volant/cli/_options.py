@@ -1,4 +1,4 @@
-"""What every command takes."""
+"""The options of every command."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 @dataclass
 class Options:
-    """The options that stand before or after the name of a command."""
+    """The options that are allowed before and after the name of a command."""
 
     api: str | None = None
     api_key_file: str | None = None
@@ -25,7 +25,7 @@ pass_options = click.make_pass_decorator(Options, ensure=True)
 
 
 def common(*, environment: bool = False) -> Callable[[F], F]:
-    """Give a command these options; on the command itself they win over those before it."""
+    """Gives a command these options; after the command's name they override those before it."""
 
     def keep(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:
         if value and parameter.name is not None:

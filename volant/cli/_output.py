@@ -1,4 +1,4 @@
-"""What is printed: JSON for programs, tables and colours for people, plain columns into pipes."""
+"""The output of commands: JSON for programs, tables and colours for people, plain columns for pipes."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _STATUS_COLOURS = {
 
 
 def colourful(stream: TextIO) -> bool:
-    """Whether `stream` is a terminal of somebody who wants colours."""
+    """Whether `stream` is a terminal on which colours are wanted."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def styled(text: str, colour: str | None, stream: TextIO, **more: bool) -> str:
-    """`text` in `colour` where `stream` shows it."""
+    """Returns `text` in `colour`, if `stream` shows colours."""
     return click.style(text, fg=colour, **more) if colourful(stream) else text
 
 
@@ -44,32 +44,32 @@ class Output:
         self.json = json
 
     def document(self, value: object) -> None:
-        """The one JSON document of a command."""
+        """Prints the JSON document of a command."""
         text = msgspec.json.format(msgspec.json.encode(value, order="sorted" if isinstance(value, dict) else None))
         self._write(text + b"\n")
 
     def item(self, value: object) -> None:
-        """One line of a stream of JSON documents."""
+        """Prints one line of a stream of JSON documents."""
         self._write(msgspec.json.encode(value) + b"\n")
 
     def line(self, text: str) -> None:
-        """One line for people, which is safe already."""
+        """Prints one line for people, which must be safe already."""
         self._write(text.encode(errors="replace") + b"\n")
 
     def raw(self, stream: str, data: bytes) -> None:
-        """Bytes as they are, to standard output or standard error."""
+        """Prints bytes as they are, to standard output or standard error."""
         target = sys.stdout if stream == "stdout" else sys.stderr
         target.buffer.write(data)
         target.buffer.flush()
 
     def note(self, text: str) -> None:
-        """What a person wants to know meanwhile; programs are not told."""
+        """Prints a message for people to standard error; nothing with --json."""
         if not self.json:
             sys.stderr.write(safe(text) + "\n")
             sys.stderr.flush()
 
     def status(self, text: str) -> str:
-        """A status in its colour."""
+        """Returns a status in its colour."""
         return styled(safe(text), _STATUS_COLOURS.get(text), sys.stdout)
 
     def result(self, value: object, text: str) -> None:
@@ -96,7 +96,7 @@ class Output:
             self.fields(pairs)
 
     def table(self, titles: Sequence[str], rows: Sequence[Sequence[object]], *, status_column: int = -1) -> None:
-        """Columns under titles; nothing is cut off where nobody looks."""
+        """Prints columns under titles; in a pipe, cells are not wrapped."""
         cells = [["" if cell is None else safe(cell) for cell in row] for row in rows]
         widths = [max(map(len, column)) for column in zip(titles, *cells, strict=True)]
         if sys.stdout.isatty() and not _fits(cells, widths):
@@ -129,7 +129,7 @@ class Output:
         Console().print(table)
 
     def fields(self, pairs: Sequence[tuple[str, object]]) -> None:
-        """Names and values, one a line; what has no value is left out."""
+        """Prints names and values, one a line; leaves out those without a value."""
         shown = [(name, value) for name, value in pairs if value not in (None, "", {}, [], ())]
         width = max((len(name) for name, _ in shown), default=0)
         for name, value in shown:
@@ -137,7 +137,7 @@ class Output:
             self.line(f"{styled((name + ':').ljust(width + 1), None, sys.stdout, bold=True)} {text}")
 
     def nested(self, value: Any, indent: int = 0) -> None:
-        """Any JSON, laid out for people."""
+        """Prints any JSON, indented for people."""
         pad = "  " * indent
         pairs = value.items() if isinstance(value, Mapping) else (("-", item) for item in value)
         for name, member in pairs:

@@ -47,7 +47,7 @@ async def list_(session: Session) -> None:
 async def install(session: Session, manifest: str) -> None:
     """Install a plugin from a manifest file, JSON or .toml; - reads JSON from standard input.
 
-    Files that it names by path and that the daemon may not read for you are uploaded.
+    Files that the manifest names by path are uploaded if the daemon may not read them.
     """
     described = _read(manifest)
     try:
@@ -62,7 +62,7 @@ async def install(session: Session, manifest: str) -> None:
         try:
             session.stream(lambda streaming: upload_files(streaming, files))
         except OSError:
-            # Nor can whoever asks: what the daemon has said is what there is to say.
+            # This user can't read the file either, so report the daemon's error.
             raise problem from None
         plugin = await session.client.plugins.install(described)
     session.out.result(plugin, f"{safe(plugin.name)} {safe(plugin.version)} is installed")
@@ -103,12 +103,12 @@ async def show(session: Session, name: str) -> None:
 
 
 def _shortened(text: str) -> str:
-    """A program may be written out in its arguments."""
+    """Shortens a text, as an entrypoint may contain a whole program."""
     return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 1] + "…"
 
 
 def _inputs(schema: Mapping[str, Any] | None) -> list[str]:
-    """The members that an action takes, as far as its schema says so plainly; those that must be there with a star."""
+    """Returns the members that an action takes, if its schema lists them; required ones with a star."""
     members = (schema or {}).get("properties")
     required = (schema or {}).get("required")
     stars = required if isinstance(required, list) else []
@@ -125,7 +125,7 @@ async def enable(session: Session, name: str) -> None:
 @command(group, "disable")
 @click.argument("name", shell_complete=plugin_names)
 async def disable(session: Session, name: str) -> None:
-    """Disable a plugin for new VMs; existing VMs go on."""
+    """Disable a plugin for new VMs; existing VMs are not affected."""
     await _enable(session, name, False)
 
 
@@ -149,7 +149,7 @@ def _read(manifest: str) -> dict[str, Any]:
     except OSError as error:
         raise Failure(f"{manifest} can't be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise Failure(f"{manifest} is not understood: {error}", hint="a manifest is a JSON or TOML file") from None
+        raise Failure(f"{manifest} can't be parsed: {error}", hint="a manifest is a JSON or TOML file") from None
     if not isinstance(value, dict):
-        raise Failure(f"{manifest} is not understood: a manifest is an object")
+        raise Failure(f"{manifest} is no manifest: a manifest is an object")
     return value

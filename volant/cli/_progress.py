@@ -1,4 +1,4 @@
-"""How far a copy has come."""
+"""The progress bar of a copy."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ _BAR_FROM = 1024 * 1024
 
 
 class Bar:
-    """What has been copied; drawn where somebody looks."""
+    """Counts the bytes that were copied; drawn only on a terminal."""
 
     def __init__(self) -> None:
         self.done = 0
         self.total: int | None = None
 
     def add(self, count: int) -> None:
-        """So many bytes more."""
+        """Adds to the count of bytes."""
         self.done += count
 
 
 @contextmanager
 def progress(out: Output) -> Iterator[Bar]:
-    """A bar on standard error, for the length of a block."""
+    """Shows a bar on standard error, for the length of a block."""
     if out.json or not sys.stderr.isatty():
         yield Bar()
         return
@@ -41,7 +41,7 @@ def progress(out: Output) -> Iterator[Bar]:
         class Drawn(Bar):
             def add(self, count: int) -> None:
                 super().add(count)
-                # A small file is there before a bar could be read.
+                # A small file is copied before anyone could read a bar.
                 drawn.update(task, completed=self.done, total=self.total, visible=self.done > _BAR_FROM)
 
         yield Drawn()

@@ -1,4 +1,4 @@
-"""From a command's function to an exit code: clients, interrupts, and errors in words for people."""
+"""Runs a command's function: makes its client, handles interrupts, turns errors into messages and exit codes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 S = TypeVar("S")
 Work = Callable[[S], Coroutine[Any, Any, int | None]]
-"""What a command does with its session; it may return an exit code."""
+"""The function of a command, which takes its session and may return an exit code."""
 
 FAILED = 1
 NOT_FOUND = 3
@@ -45,7 +45,7 @@ _MAX_KEY_FILE = 64 * 1024
 
 
 class Failure(Exception):
-    """A command did not reach what it was for; `code` is the exit code."""
+    """A command failed; `code` is the exit code."""
 
     def __init__(self, detail: str, *, code: int = FAILED, hint: str | None = None) -> None:
         super().__init__(detail)
@@ -56,14 +56,14 @@ class Failure(Exception):
 
 @dataclass(frozen=True)
 class Session:
-    """What a command works with that asks and prints."""
+    """The client and the output of a command that needs only requests and answers."""
 
     client: Requests
     out: Output
     options: Options
 
     def stream(self, work: Work[_streaming.Session]) -> int | None:
-        """Runs on Trio what needs more than requests and answers, and returns its exit code."""
+        """Runs `work` on Trio, with the whole client, and returns its exit code."""
         from ._streaming import run
 
         return run(self.options, work)
@@ -74,8 +74,8 @@ def command(
 ) -> Callable[[Callable[Concatenate[Session, P], Coroutine[Any, Any, int | None]]], click.Command]:
     """Makes an async function a command of `group`, or of `volar` itself; it may return an exit code.
 
-    It may await requests alone: these run on blocking sockets, as importing Trio and httpx takes longer than they do.
-    Commands that stream or wait are made by `_streaming.command`.
+    It may await only requests: these run on blocking sockets, as importing Trio and httpx takes longer than they do.
+    Use `_streaming.command` for commands that stream or wait.
     """
     return made(_run, group, name, attributes)
 
@@ -106,14 +106,14 @@ def _run(options: Options, work: Work[Session]) -> int | None:
 
 
 def plain_client_of(options: Options, within_s: float | None = None) -> PlainClient:
-    """Returns the client for requests that the options ask for. :raises click.UsageError: they ask for none."""
+    """Returns the client for requests. :raises click.UsageError: the address or the key is malformed."""
     from volant.client._plain import PlainClient
 
     return asked_for(options, functools.partial(PlainClient, within_s=within_s))
 
 
 def asked_for(options: Options, client: Callable[..., S]) -> S:
-    """Returns a client for the address and the key of the options. :raises click.UsageError: these can't be."""
+    """Returns a client for the address and the key of the options. :raises click.UsageError: one is malformed."""
     api_key = api_key_of(options)
     try:
         return client(options.api or _default_address(), api_key=api_key)
@@ -122,8 +122,8 @@ def asked_for(options: Options, client: Callable[..., S]) -> S:
 
 
 def _default_address() -> str:
-    """The service's socket where there is one, else where a daemon in the foreground listens. A socket that may not be
-    used is no reason to try TCP: any local user can listen there."""
+    """Returns the service's socket if there is one, else the address of a daemon in the foreground. If the socket
+    exists but may not be used, TCP is not tried, as any local user could listen there."""
     try:
         is_there = stat.S_ISSOCK(os.lstat(SERVICE_SOCKET).st_mode)
     except OSError:
@@ -132,9 +132,9 @@ def _default_address() -> str:
 
 
 def api_key_of(options: Options) -> str | None:
-    """The key to show: of the named file, of the environment, or of a file that the environment names.
+    """Returns the API key: from the named file, the environment, or a file that the environment names.
 
-    :raises click.UsageError: the file can't be read, or has none.
+    :raises click.UsageError: the file can't be read, or has no key.
     """
     file = options.api_key_file
     key = os.environ.get("VOLANT_API_KEY")
@@ -155,7 +155,7 @@ def api_key_of(options: Options) -> str | None:
 
 
 def guarded(options: Options, work: Callable[[], int | None]) -> int:
-    """Run `work`; what it raises becomes a message and an exit code."""
+    """Runs `work`; turns what it raises into a message and an exit code."""
     try:
         return work() or 0
     except BaseException as raised:
@@ -168,7 +168,7 @@ def guarded(options: Options, work: Callable[[], int | None]) -> int:
 
 
 def _first(error: BaseException) -> BaseException:
-    """The error to tell of, out of nested groups: an interrupt before all others."""
+    """Returns the error to report, out of nested groups: an interrupt before all others."""
     if not isinstance(error, BaseExceptionGroup):
         return error
     members = [_first(member) for member in error.exceptions]
@@ -204,11 +204,11 @@ def _explain(options: Options, error: BaseException) -> int:
     else:
         facts["detail"] = f"an error in volar itself: {type(error).__name__}: {error}"
         facts["hint"] = "--debug shows where; please report it"
-    _tell(options, facts, code)
+    _print_error(options, facts, code)
     return code
 
 
-def _tell(options: Options, facts: dict[str, object], code: int) -> None:
+def _print_error(options: Options, facts: dict[str, object], code: int) -> None:
     stream = sys.stderr
     if options.json:
         given = {name: value for name, value in facts.items() if value is not None}
@@ -222,7 +222,7 @@ def _tell(options: Options, facts: dict[str, object], code: int) -> None:
         if facts.get("hint"):
             stream.write(f"  {safe(facts['hint'])}\n")
         if facts.get("request_id") and int(str(facts.get("status", 0))) >= 500:
-            stream.write(f"  the daemon's log has it as request {safe(facts['request_id'])}\n")
+            stream.write(f"  see request {safe(facts['request_id'])} in the daemon's log\n")
     stream.flush()
 
 

@@ -13,7 +13,7 @@ from ._vms_group import name_argument
 
 @command(None, "sessions")
 @name_argument
-@click.option("--end", metavar="ID", help="Kill this command and forget it.")
+@click.option("--end", metavar="ID", help="Kill this command and remove it from the list.")
 async def sessions(session: Session, name: str, end: str | None) -> None:
     """List the detached commands in a VM; an ended one is kept for ten minutes."""
     if end is not None:

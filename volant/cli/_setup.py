@@ -1,4 +1,4 @@
-"""`volar setup`: the daemon as a service of systemd, from the units in the package."""
+"""`volar setup`: installs the daemon as a systemd service, from the units in the package."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ _ENVIRONMENT = Path("/etc/default/volantd")
 """The daemon's settings as a service."""
 _RUNTIME = Path("/run/volant")
 _GROUP = "volant"
-"""Of those who may use the daemon's socket. It stays when the service is removed, as files may belong to it."""
+"""The group that may use the daemon's socket. It stays when the service is removed, as files may belong to it."""
 _KEPT = (Path("/var/lib/volant"), Path("/var/cache/volant"))
 _HIDDEN = tuple(map(Path, ("/home", "/root", "/run/user", "/tmp", "/var/tmp")))
-"""What the sandbox of the units hides."""
+"""Directories that the sandbox of the units hides."""
 _PLAIN = re.compile(r"[A-Za-z0-9/._+@-]+")
 _TIMEOUT_S = 300.0
 
 
 def rendered() -> dict[str, str]:
-    """The text of each unit, for this installation of the package. :raises Failure: it lies where no unit can say."""
+    """Returns the text of each unit, for this installation. :raises Failure: a unit can't contain its path"""
     folder = files("volant") / "daemon" / "units"
     values = {
         "volantd": _program("volantd", "volant.daemon.main"),
@@ -70,14 +70,14 @@ def _plain(path: str | Path) -> str:
     text = str(path)
     if not _PLAIN.fullmatch(text):
         raise Failure(
-            f"Volant is installed in {text!r}, and a unit can't name such a path",
-            hint="install it where the path has letters, digits and /._+@- alone",
+            f"Volant is installed in {text!r}, and a unit can't contain such a path",
+            hint="install it in a path of letters, digits and /._+@- only",
         )
     return text
 
 
 def _hidden_paths() -> list[Path]:
-    """What must be seen in spite of the sandbox: Python and the package, where they lie in somebody's home."""
+    """Returns the directories of Python and of the package that the sandbox would hide, such as those in a home."""
     needed = {
         Path(sys.prefix),
         Path(sys.base_prefix),
@@ -89,7 +89,7 @@ def _hidden_paths() -> list[Path]:
 
 
 class _Work:
-    """Does things, or only says what it would do."""
+    """Makes the changes, or with `dry` only prints them."""
 
     def __init__(self, out: Output, dry: bool) -> None:
         self._out = out
@@ -99,7 +99,7 @@ class _Work:
         self._out.note(text)
 
     def write(self, path: Path, text: str) -> bool:
-        """Whether it is another text than there was."""
+        """Writes a file; returns whether its text changed."""
         if self.dry:
             self._out.line(f"# write {path}")
             for line in text.splitlines():
@@ -126,7 +126,7 @@ class _Work:
             self._out.note(f"removed {path}")
 
     def group(self, name: str) -> None:
-        """Make a group of the system unless it is there."""
+        """Creates a system group unless it exists."""
         with suppress(KeyError):
             grp.getgrnam(name)
             return
@@ -137,12 +137,12 @@ class _Work:
             done = subprocess.run(
                 ["groupadd", "--system", name], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
             )
-            said = None if done.returncode == 0 else done.stderr.strip()[-1000:]
+            failure = None if done.returncode == 0 else done.stderr.strip()[-1000:]
         except (OSError, subprocess.TimeoutExpired) as error:
-            said = str(error)
-        if said is not None:
-            raise Failure(f"groupadd --system {name} failed: {said}", hint=f"make the group {name} by other means")
-        self._out.note(f"made the group {name}; its members can command the daemon")
+            failure = str(error)
+        if failure is not None:
+            raise Failure(f"groupadd --system {name} failed: {failure}", hint=f"create the group {name} yourself")
+        self._out.note(f"created the group {name}; its members can use the daemon")
 
     def systemctl(self, *arguments: str, hint: str | None = None, may_fail: bool = False) -> None:
         if self.dry:
@@ -150,8 +150,8 @@ class _Work:
             return
         done = _systemctl(*arguments)
         if done.returncode != 0 and not may_fail:
-            said = (done.stderr or done.stdout).strip()
-            raise Failure(f"systemctl {' '.join(arguments)} failed: {said[-1000:]}", hint=hint)
+            message = (done.stderr or done.stdout).strip()
+            raise Failure(f"systemctl {' '.join(arguments)} failed: {message[-1000:]}", hint=hint)
 
 
 def _systemctl(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -171,7 +171,7 @@ def _systemctl(*arguments: str) -> subprocess.CompletedProcess[str]:
         raise Failure(f"systemctl {' '.join(arguments)} takes longer than {_TIMEOUT_S:g} s") from None
 
 
-_WITHOUT = "volantd does not need systemd: run it in a terminal, or under what supervises services here"
+_WITHOUT = "volantd does not need systemd: run it in a terminal, or under another service manager"
 
 
 def _check(what: str) -> None:
@@ -182,7 +182,7 @@ def _check(what: str) -> None:
 
 
 def _settings() -> dict[str, str]:
-    """The service's, as far as this user may read them."""
+    """Returns the service's settings, if this user may read them."""
     try:
         lines = _ENVIRONMENT.read_text(errors="replace").splitlines()
     except OSError:
@@ -193,11 +193,11 @@ def _settings() -> dict[str, str]:
 
 def _install(work: _Work) -> None:
     units = rendered()
-    # The socket unit has the word on them.
+    # The socket unit decides the addresses.
     if addresses := _settings().get("VOLANT_API_LISTEN_ADDR"):
         work.warn(
-            f"VOLANT_API_LISTEN_ADDR={addresses} in {_ENVIRONMENT} does nothing here: systemd holds the sockets; "
-            "`systemctl edit volantd.socket` says where to listen"
+            f"VOLANT_API_LISTEN_ADDR={addresses} in {_ENVIRONMENT} does nothing here: systemd opens the sockets; "
+            "set the addresses with `systemctl edit volantd.socket`"
         )
     if not work.dry:
         _check("install")
@@ -206,13 +206,13 @@ def _install(work: _Work) -> None:
     if changed:
         work.systemctl("daemon-reload")
     work.systemctl("enable", *_ENABLED)
-    look = "`journalctl -u volantd.service -u volantd.socket -n 50` says why"
+    look = "`journalctl -u volantd.service -u volantd.socket -n 50` shows why"
     if "volantd.socket" in changed:
-        # Its addresses may be others; the daemon has them from it.
+        # Its addresses may have changed, and the daemon gets its sockets from it.
         work.systemctl("stop", "volantd.service", may_fail=True)
         work.systemctl("restart", "volantd.socket", hint=look)
     work.systemctl("start", *_ENABLED[:2], hint=look)
-    # Perhaps of another version: no VM is touched by it.
+    # The installed version may be another; VMs keep running.
     work.systemctl("restart", "volantd.service", hint=look)
 
 
@@ -222,10 +222,10 @@ def _uninstall(work: _Work, stop_vms: bool, purge: bool) -> None:
         if not stop_vms and (running := _scopes()):
             raise Failure(
                 f"{len(running)} VMs run: {', '.join(running[:10])}",
-                hint="stop them (`volar system drain --stop-vms --wait`), or say --stop-vms",
+                hint="stop them (`volar system drain --stop-vms --wait`), or add --stop-vms",
             )
     work.systemctl("disable", "--now", "volantd.service", "volantd.socket", may_fail=True)
-    # Asks the guests, then what is left of them goes with the slice.
+    # The first shuts guests down, the second kills those that are left.
     work.systemctl("disable", "--now", "volant-guests.service", may_fail=True)
     work.systemctl("stop", "volant.slice", may_fail=True)
     for name in reversed(UNITS):
@@ -256,19 +256,19 @@ def _scopes() -> Sequence[str]:
 def group(options: Options, check: bool, dry_run: bool, uninstall: bool, stop_vms: bool, purge: bool) -> int:
     """Install volantd as a systemd service, and start it.
 
-    Can be run again, after an upgrade too: VMs that run go on running.
+    You can run it again, also after an upgrade: running VMs keep running.
 
-    With --check nothing is changed, and neither root nor a daemon is needed: it says of each thing whether it is `ok`,
-    `less` than it could be, or `fails`, what comes of that, and what to do. The exit code is 1 when something fails.
+    --check changes nothing, and needs neither root nor a daemon. It reports each check as `ok`, `less` (VMs run, with
+    a limit) or `fails`, with the consequence and what to do. The exit code is 1 if a check fails.
     """
 
     def work() -> int:
         if (stop_vms or purge) and not uninstall:
-            raise click.UsageError("--stop-vms and --purge go with --uninstall")
+            raise click.UsageError("--stop-vms and --purge need --uninstall")
         out = Output(options.json)
         if check:
             if dry_run or uninstall:
-                raise click.UsageError("--check goes with none of the others")
+                raise click.UsageError("--check can't be combined with other options")
             return _doctor.check(out, _command("volantd", "volant.daemon.main"), _settings())
         doing = _Work(out, dry_run)
         try:
@@ -281,7 +281,7 @@ def group(options: Options, check: bool, dry_run: bool, uninstall: bool, stop_vm
         if options.json and not dry_run:
             out.document({"installed": not uninstall, "units": list(UNITS)})
         elif not dry_run:
-            out.line("volantd is removed" if uninstall else "volantd runs; `volar system status` asks it how it is")
+            out.line("volantd is removed" if uninstall else "volantd runs; `volar system status` shows its state")
         return 0
 
     return guarded(options, work)

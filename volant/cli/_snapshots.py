@@ -1,4 +1,4 @@
-"""`volar snapshots`, and what of `volar vms` makes copies of a VM."""
+"""`volar snapshots`, and the commands of `volar vms` that copy a VM."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ snapshot_argument = click.argument("snapshot", shell_complete=snapshot_names)
 @command(group, "list")
 @click.option("--vm", shell_complete=vm_names, help="Only snapshots of this VM.")
 async def list_(session: Session, vm: str | None) -> None:
-    """List snapshots, also those of VMs that are gone."""
+    """List snapshots, also those of deleted VMs."""
     listed = session.client.snapshots
     snapshots = await (listed.list() if vm is None else listed.list_of_vm(vm))
     rows = (
@@ -70,13 +70,13 @@ async def show(session: Session, snapshot: str) -> None:
 async def snapshot_(
     session: Session, name: str, as_name: str | None, description: str, labels: tuple[tuple[str, str], ...]
 ) -> None:
-    """Take a snapshot of a VM: memory, devices and disk. The VM is paused for a moment, then goes on."""
+    """Take a snapshot of a VM: memory, devices and disk. The VM is paused for a moment."""
     wanted = TakeSnapshot(name=as_name, description=description, labels=dict(labels))
     taken = await session.client.snapshots.take(name, wanted)
     session.out.result(
         taken,
         f"snapshot {safe(taken.name)} of {safe(taken.vm)} is ready: {taken.size_bytes / 2**20:.0f} MiB, "
-        f"the guest stood still for {taken.paused_ms or 0:.0f} ms",
+        f"the guest was paused for {taken.paused_ms or 0:.0f} ms",
     )
 
 
@@ -89,9 +89,9 @@ async def snapshot_(
 async def fork(
     session: Session, name: str, count: int | None, names: tuple[str, ...], wait: bool, timeout: float
 ) -> int:
-    """Fork a running VM: create copies that continue from its present state.
+    """Fork a running VM: create copies that continue from its current state.
 
-    They have its memory and its disk, and names and ids of their own. The VM itself goes on.
+    They have its memory and its disk, and names and ids of their own. The VM itself keeps running.
     """
     copies = await session.client.vms.fork(name, ForkVm(count=count, names=list(names) or None))
     code = 0
@@ -130,7 +130,7 @@ def _show(out: Output, snapshot: SnapshotView) -> None:
             ("memory", f"{snapshot.memory_mb} MiB"),
             ("disk", snapshot.disk),
             ("size", f"{snapshot.size_bytes / 2**20:.0f} MiB"),
-            ("stood still", "" if snapshot.paused_ms is None else span(snapshot.paused_ms / 1000)),
+            ("paused for", "" if snapshot.paused_ms is None else span(snapshot.paused_ms / 1000)),
             ("created", f"{snapshot.created_at:%Y-%m-%d %H:%M:%S} UTC"),
             ("description", snapshot.description),
             ("labels", ", ".join(f"{key}={value}" for key, value in snapshot.labels.items())),

@@ -18,13 +18,13 @@ _KINDS = get_args(StoredKind)
 
 @command(group, "df")
 async def df(session: Session) -> None:
-    """Show disk usage, the largest first, who uses it, and what `volar system prune` can remove."""
+    """Show disk usage, the largest first, with its users, and how much `volar system prune` can free."""
     found = await session.client.system.df()
     if session.out.json:
         session.out.document(found)
         return
     session.out.table(["KIND", "NAME", "SIZE", "USED BY"], [_row(item) for item in found.items])
-    session.out.line(f"{_size(found.total_bytes)} in all, {_size(found.reclaimable_bytes)} of it used by nobody")
+    session.out.line(f"{_size(found.total_bytes)} in all, {_size(found.reclaimable_bytes)} of it unused")
     session.out.line(
         f"{_size(found.state_free_bytes)} free for the state, {_size(found.cache_free_bytes)} for the cache"
     )
@@ -48,8 +48,9 @@ async def df(session: Session) -> None:
 async def prune(session: Session, dry_run: bool, kinds: tuple[str, ...], unused_for: float | None) -> int | None:
     """Remove what is not in use: images, artifacts, templates, logs of deleted VMs, leftovers.
 
-    What a VM, a plugin, a snapshot or a process uses stays. Disks without a VM, snapshots that the daemon does not
-    know, and databases that a restore has moved aside go only when they are named: --kind disk, snapshot, database.
+    What a VM, a plugin, a snapshot or a process uses stays. Disks without a VM, snapshots that are not in the
+    database, and databases that a restore has replaced are removed only if you name them: --kind disk, snapshot,
+    database.
     """
     done = await session.client.system.prune(kinds=kinds, dry_run=dry_run, unused_for_s=unused_for)
     if session.out.json:
@@ -57,7 +58,7 @@ async def prune(session: Session, dry_run: bool, kinds: tuple[str, ...], unused_
     else:
         if done.items:
             session.out.table(["KIND", "NAME", "SIZE", ""], [_row(item) for item in done.items])
-        session.out.line(f"{_size(done.freed_bytes)} {'would be' if dry_run else 'are'} free again")
+        session.out.line(f"{_size(done.freed_bytes)} {'would be' if dry_run else 'are'} freed")
         for kept in done.kept:
             session.out.line(f"{kept.kind} {safe(kept.name)} stays: {safe(kept.reason)}")
     return FAILED if done.kept else None

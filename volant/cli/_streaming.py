@@ -20,7 +20,7 @@ P = ParamSpec("P")
 
 @dataclass(frozen=True)
 class Session:
-    """What such a command works with."""
+    """The whole client and the output of a command."""
 
     client: Client
     out: Output
@@ -44,5 +44,5 @@ def run(options: Options, work: Work[Session]) -> int | None:
 
 
 def client_of(options: Options) -> Client:
-    """Returns the client that the options ask for. :raises click.UsageError: they ask for none that can be."""
+    """Returns the client for the options. :raises click.UsageError: the address or the key is malformed."""
     return asked_for(options, Client)

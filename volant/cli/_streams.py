@@ -1,4 +1,4 @@
-"""The standard streams of `volar`, which may be closed, full, or without a reader."""
+"""The standard streams of `volar`, which may be closed, on a full disk, or without a reader."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BROKEN_PIPE = 141
 
 
 class OutputError(Exception):
-    """Output could not be written; `broken_pipe` if nobody reads it any more, which needs no message."""
+    """Output could not be written; `broken_pipe` if its reader has exited, which needs no message."""
 
     def __init__(self, fd: int, error: OSError) -> None:
         # A descriptor that was closed is replaced by one that can only be read.
@@ -31,7 +31,7 @@ class _Output(io.FileIO):
 
 
 class _Messages(io.FileIO):
-    """Messages are lost where nobody takes them: that changes neither what a command does nor its exit code."""
+    """Standard error: a message that can't be written is dropped, and changes neither the command nor its exit code."""
 
     def write(self, data: Any, /) -> int:
         try:
@@ -55,7 +55,7 @@ def prepare() -> None:
 
 
 def discard_output() -> None:
-    """Drops what is buffered for standard output, so that it does not fail once more at exit."""
+    """Drops what is buffered for standard output, so that it does not fail again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 

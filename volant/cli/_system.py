@@ -17,7 +17,7 @@ from ._text import safe, span
 
 __all__ = ["group"]
 
-# Its commands are of this group, too.
+# Importing them adds their commands to the group.
 del _drain, _storage
 
 
@@ -49,7 +49,7 @@ async def tree(session: Session) -> None:
 
 @command(group, "tasks")
 async def tasks(session: Session) -> None:
-    """Show where every task and thread of the daemon waits, without values."""
+    """Show where every task and thread of the daemon waits, without values of variables."""
     found = await session.client.system.tasks()
     session.out.result({"tasks": found}, "\n".join(map(safe, found.splitlines())))
 

@@ -9,7 +9,7 @@ from ._lazy_group import Lazy, LazyGroup
 _LAZY = {
     "backup": Lazy(
         "_backup:backup",
-        "Back up the daemon's database to FILE while it works: VMs, plugins, events, stored responses.",
+        "Back up the database of a running daemon to FILE: VMs, plugins, events, stored responses.",
     ),
     "restore": Lazy("_backup:restore", "Restore the daemon's database from FILE."),
 }

@@ -20,7 +20,7 @@ def group() -> None:
 
 @command(group, "list")
 async def list_(session: Session) -> None:
-    """List templates, and those that are being built or could not be."""
+    """List templates, also those that are being built or whose build failed."""
     templates = await session.client.templates.list()
     rows = (
         (

@@ -1,4 +1,4 @@
-"""A person's terminal: raw while something in a VM has it, and put back however that ends."""
+"""The user's terminal: raw while a program in a VM uses it, and restored however that ends."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ._streams import OutputError
 
 PIECE = 4096
 ENDINGS = (signal.SIGTERM, signal.SIGHUP)
-"""Signals that can be caught, so that the terminal is put back first."""
+"""Signals to catch, so that the terminal is restored first."""
 
 
 class Escape(click.ParamType[int]):
-    """`^]`, a control character as people write it: its code; -1 for none."""
+    """Converts a control character such as `^]` to its code, `none` to -1."""
 
     name = "^char"
 
@@ -37,13 +37,13 @@ class Escape(click.ParamType[int]):
 
 
 def written(code: int) -> str:
-    """The key of a control character."""
+    """Returns the name of a control character's key."""
     return f"Ctrl-{chr(code + 64)}"
 
 
 @contextmanager
 def raw(fd: int) -> Iterator[None]:
-    """While the block runs, every key is a byte for whoever reads."""
+    """Makes a terminal raw while the block runs: each key is read as its bytes."""
     before = termios.tcgetattr(fd)
     try:
         tty.setraw(fd, termios.TCSADRAIN)
@@ -53,18 +53,18 @@ def raw(fd: int) -> Iterator[None]:
 
 
 async def read_input(size: int = PIECE) -> bytes:
-    """What standard input has next; empty at its end."""
+    """Reads from standard input; returns nothing at its end."""
     fd = sys.stdin.fileno()
     try:
         await trio.lowlevel.wait_readable(fd)
     except PermissionError:
-        # A file can't be waited for, and need not be.
+        # A regular file can't be waited for, and is always readable.
         await trio.lowlevel.checkpoint()
     return os.read(fd, size)
 
 
 async def write_output(data: bytes, fd: int | None = None) -> None:
-    """Write to standard output, or another descriptor, and wait for whoever reads it."""
+    """Writes to standard output, or another descriptor, and waits while its reader is slow."""
     fd = sys.stdout.fileno() if fd is None else fd
     view = memoryview(data)
     while view:

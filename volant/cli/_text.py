@@ -1,21 +1,21 @@
-"""Text from VMs and daemons, made fit for a terminal."""
+"""Formats values and untrusted text for a terminal."""
 
 from __future__ import annotations
 
 import re
 from datetime import datetime
 
-# Control characters, and those that turn the direction of text: a guest's log must not command somebody's terminal.
+# Control characters, and those that change the direction of text: a guest's log must not control the user's terminal.
 _UNSAFE = re.compile("[\x00-\x08\x0a-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def safe(text: object) -> str:
-    """`text` with everything that a terminal could take for a command made visible."""
+    """Returns `text` with all characters escaped that a terminal could interpret as a command."""
     return _UNSAFE.sub(lambda match: f"\\x{ord(match[0]):02x}", str(text))
 
 
 def span(seconds: float) -> str:
-    """A length of time in at most two units, for people."""
+    """Returns a length of time in at most two units, for people."""
     left = max(int(seconds), 0)
     for unit, size, smaller, small in (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
         if left >= size:
@@ -25,12 +25,12 @@ def span(seconds: float) -> str:
 
 
 def clock(moment: datetime) -> str:
-    """The time of day here."""
+    """Returns the local time of day."""
     return moment.astimezone().strftime("%H:%M:%S")
 
 
 def size(count: float) -> str:
-    """A number of bytes, for people."""
+    """Returns a number of bytes, for people."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

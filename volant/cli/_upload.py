@@ -42,17 +42,17 @@ async def upload_files(session: Session, files: Sequence[tuple[str, Path]]) -> N
     :raises Failure: one has another digest.
     """
     for sha256, path in files:
-        # A manifest of a stranger may name any file of this user's: none but the one it means is sent.
+        # A stranger's manifest may name any file of this user, so a file with another digest is not sent.
         if await trio.to_thread.run_sync(_digest, path, abandon_on_cancel=True) != sha256:
             raise Failure(
-                f"{path} is not the file that the manifest means: its SHA-256 is another; nothing was sent",
+                f"{path} has another SHA-256 than the manifest; nothing was sent",
                 hint=f"`sha256sum {path}` shows it",
             )
         await _upload(session, path, sha256)
 
 
 def local_files(manifest: Mapping[str, Any]) -> list[tuple[str, Path]]:
-    """The files of a host that a manifest names, with their digests; none where it is no manifest."""
+    """Returns the local files that a manifest names, with their digests; none if it is no valid manifest."""
     try:
         boot = msgspec.convert(manifest.get("boot"), Boot | None)
     except msgspec.ValidationError:

@@ -1,4 +1,4 @@
-"""How VMs, their events and what became of a command are printed."""
+"""How VMs, their events and outcomes of commands are printed."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _COLOURS = {
 
 
 def event_line(event: Event, terminal: TextIO) -> str:
-    """An event, for people."""
+    """Returns an event as text for people."""
     kind = styled(str(event.type).ljust(11), _COLOURS.get(event.type), terminal)
     text = f"{clock(event.timestamp)}  {kind}  {safe(event.name)}  {safe(event.message)}"
     return text + (f"\n{reason_lines(event.reason)}" if event.reason else "")
 
 
 def reason_lines(reason: Reason) -> str:
-    """Why a VM is down, for people."""
+    """Returns the reason of a VM's status as text for people."""
     lines = [f"  {safe(reason.code)}: {safe(reason.message)}", *(f"  | {safe(line)}" for line in reason.console)]
     return "\n".join(lines)
 
@@ -51,7 +51,7 @@ def outcome(out: Output, name: str, waited: Waited, wanted: str, timeout_s: floa
         raise Failure(
             f"VM {name!r} is not {wanted} after {timeout_s:g} s{now}",
             code=TIMED_OUT,
-            hint=f"it goes on without us: `volar vms wait {name}` waits further, `volar vms logs {name}` shows why",
+            hint=f"it continues: `volar vms wait {name}` waits longer, `volar vms logs {name}` shows its log",
         )
     state = f"is {vm.status}" if vm is not None else "is deleted"
     why = f": {vm.reason.message}" if vm is not None and vm.reason is not None else ""
@@ -64,7 +64,7 @@ def outcome(out: Output, name: str, waited: Waited, wanted: str, timeout_s: floa
 
 
 def warn(out: Output, vm: VmView) -> None:
-    """Print what the daemon warns of to standard error; with --json it stands in the document."""
+    """Prints the daemon's warnings to standard error; with --json they are part of the document."""
     if not out.json:
         for warning in vm.warnings:
             out.note(f"volar: warning: {safe(warning)}")
@@ -139,6 +139,6 @@ def booted_from(vm: VmView) -> str | None:
     if vm.origin is not None and vm.booted_from == vm.origin.kind:
         which = "" if vm.origin.snapshot is None else f" {safe(vm.origin.snapshot)}"
         return f"{vm.booted_from}{which} of {safe(vm.origin.vm)}"
-    wanted = "" if vm.boot == "auto" else f", as asked for: {vm.boot}"
+    wanted = "" if vm.boot == "auto" else f", as requested: {vm.boot}"
     fallback = "" if vm.fallback is None else f", as a clone failed: {safe(vm.fallback.message)}"
     return f"{vm.booted_from}{wanted}{fallback}"

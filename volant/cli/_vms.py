@@ -61,9 +61,9 @@ async def get(session: Session, name: str) -> None:
 async def memory(session: Session, names: tuple[str, ...]) -> None:
     """Show the memory that VMs use.
 
-    GUEST USED is what the guest itself says. What the hypervisor takes of the host's memory for it is in the other
-    columns: TAKES counts what it shares with others by its part, so that the sum over VMs is what they take together;
-    OWN is what nobody else has, SHARED what others have too, as clones do with their template.
+    GUEST USED is what the guest reports. The other columns are memory of the host: OWN belongs to this VM alone,
+    SHARED is shared with others, as clones share their template, and TAKES is OWN plus the VM's part of SHARED, so
+    the sum of TAKES is what all VMs use together.
     """
     found = {name: await session.client.vms.memory(name) for name in dict.fromkeys(names)}
     rows = ((name, *_memory_row(of)) for name, of in found.items())
@@ -81,7 +81,7 @@ def _memory_row(of: VmMemory) -> tuple[str, ...]:
 @click.option("--cpu", "cpu_cores", type=click.IntRange(min=1), help="vCPUs.  [default: the plugin's]")
 @click.option("--memory", "memory_mb", type=click.IntRange(min=64), help="Memory in MiB.  [default: the plugin's]")
 @click.option(
-    "--plugin", show_default="base", shell_complete=plugin_names, help="The plugin that says what the VM runs."
+    "--plugin", show_default="base", shell_complete=plugin_names, help="The plugin, which defines what the VM runs."
 )
 @click.option("--env", type=Pair(), multiple=True, help="KEY=VALUE for the workload; may be repeated.")
 @click.option("--label", "labels", type=Pair(), multiple=True, help="KEY=VALUE; may be repeated.")
@@ -220,13 +220,13 @@ _add("resume", "Resume a paused VM. Its clock is set.")
 @command(group, "recover")
 @name_argument
 async def recover(session: Session, name: str) -> None:
-    """Take control of a VM again that the daemon gave up on (reason: control_lost)."""
+    """Take control again of a VM whose actor failed too often (reason: control_lost)."""
     done(session.out, await session.client.vms.recover(name), "is under control again")
 
 
 @command(group, "orphans")
 async def orphans(session: Session) -> None:
-    """List hypervisors that run and that no VM owns."""
+    """List orphaned hypervisors: they run, and no VM owns them."""
     found = await session.client.system.orphans()
     rows = (
         (
@@ -243,32 +243,32 @@ async def orphans(session: Session) -> None:
 
 
 @command(group, "adopt")
-@click.argument("mark")
+@click.argument("tag")
 @click.option("--name", help="A name for the VM, if another VM has its own name.")
-async def adopt(session: Session, mark: str, name: str | None) -> None:
-    """Adopt a hypervisor that no VM owns: make it a VM.
+async def adopt(session: Session, tag: str, name: str | None) -> None:
+    """Adopt an orphaned hypervisor: make it a VM again.
 
-    MARK is what `volar vms orphans` calls it.
+    TAG is its process tag, which `volar vms orphans` shows.
     """
-    done(session.out, await session.client.system.adopt_orphan(mark, name=name), "is adopted")
+    done(session.out, await session.client.system.adopt_orphan(tag, name=name), "is adopted")
 
 
 @command(group, "kill")
-@click.argument("mark")
-async def kill(session: Session, mark: str) -> None:
-    """Kill a hypervisor that no VM owns. Its disk stays.
+@click.argument("tag")
+async def kill(session: Session, tag: str) -> None:
+    """Kill an orphaned hypervisor. Its disk stays.
 
-    MARK is what `volar vms orphans` calls it. To end a VM, use `stop` or `delete`.
+    TAG is its process tag, which `volar vms orphans` shows. To end a VM, use `stop` or `delete`.
     """
-    await session.client.system.kill_orphan(mark)
+    await session.client.system.kill_orphan(tag)
     if not session.out.json:
-        session.out.line(f"{safe(mark)} is killed")
+        session.out.line(f"{safe(tag)} is killed")
 
 
 @command(group, "delete")
 @click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=vm_names)
 async def delete(session: Session, names: tuple[str, ...]) -> None:
-    """Delete VMs with their disks; returns when nothing of them is left."""
+    """Delete VMs with their disks; returns when nothing is left of them."""
     for name in names:
         await session.client.vms.delete(name)
         if session.out.json:
@@ -282,7 +282,7 @@ async def delete(session: Session, names: tuple[str, ...]) -> None:
 async def devtools(session: Session, name: str) -> None:
     """Show the endpoint for Playwright, Puppeteer and other DevTools clients of the browser in a VM.
 
-    Waits for a VM that has just been started, and for its browser. If the daemon needs an API key, those programs
+    Waits for a VM that has just been started, and for its browser. If the daemon requires an API key, those programs
     have to send it too.
     """
     browser = await session.client.vms.browser(name)
@@ -305,7 +305,7 @@ _OUTCOMES: dict[Command, tuple[str, str]] = {
     "pause": ("paused", "is being paused"),
     "resume": ("running", "is being resumed"),
 }
-"""The status that a command leads to, and what to print of a VM that does not have it yet."""
+"""The status that a command leads to, and the text for a VM that does not have it yet."""
 
 
 async def _apply(
@@ -321,7 +321,7 @@ async def _apply(
 
         return _wait(session, name, apply_and_wait, wanted, timeout)
     vm = await session.client.vms.apply(name, command, grace_s=grace)
-    # A restart that has just been asked for finds the VM running.
+    # Right after a restart the VM is still running, from before.
     there = vm.status == state and command != "restart"
     done(session.out, vm, f"is {state}" if there else so_far)
     return 0

@@ -1,4 +1,4 @@
-"""The group of commands `volar vms`, and those of its commands that need more than a request and an answer."""
+"""The group of commands `volar vms`, and the places of its commands that are imported when they are used."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ timeout_option = click.option(
 _LAZY = {
     "console": Lazy("_console:console", "Connect to the serial console of a VM; Ctrl-] leaves."),
     "cp": Lazy("_copy:copy", "Copy files and directories between here and a VM."),
-    "exec": Lazy("_exec:exec_", "Run a command in a VM; options stand before NAME."),
-    "fork": Lazy("_snapshots:fork", "Fork a running VM: create copies that continue from its present state."),
+    "exec": Lazy("_exec:exec_", "Run a command in a VM; put options before NAME."),
+    "fork": Lazy("_snapshots:fork", "Fork a running VM: create copies that continue from its current state."),
     "forward": Lazy("_forward:forward", "Forward local ports to ports of a VM, until interrupted."),
-    "logs": Lazy("_logs:logs", "Print the log of a VM: its console, and what its workload wrote."),
+    "logs": Lazy("_logs:logs", "Print the log of a VM: the output of its console and its workload."),
     "sessions": Lazy("_sessions:sessions", "List the detached commands in a VM; an ended one is kept for ten minutes."),
     "snapshot": Lazy("_snapshots:snapshot_", "Take a snapshot of a VM: memory, devices and disk."),
     "wait": Lazy("_waiting:wait_for", "Wait until a VM is in one of some states."),

@@ -1,4 +1,4 @@
-"""`volar`: its groups of commands, loaded when they are used, as what they import takes longer than most commands."""
+"""`volar`: its groups of commands, loaded when they are used, as their imports take longer than most commands."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def volar() -> None:
     """Control microVMs through a running volantd.
 
     \b
-    Exit codes: 0 success, 1 failure, 2 wrong usage, 3 not found, 4 conflict with the present state,
+    Exit codes: 0 success, 1 failure, 2 wrong usage, 3 not found, 4 conflict with the current state,
     5 daemon unreachable, 124 timeout, 130 interrupted. `vms exec` passes on the
     exit code of its command, or 128 + n when signal n ended it.
     """
 
 
 def invoke(arguments: Sequence[str] | None) -> int:
-    """Do what the arguments say; return the exit code."""
+    """Runs the command in `arguments`; returns the exit code."""
     try:
         code = volar.main(args=arguments, prog_name="volar", standalone_mode=False)
     except click.ClickException as error:

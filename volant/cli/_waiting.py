@@ -1,4 +1,4 @@
-"""`volar vms wait`, and the option `--wait`: events while something happens, then what became of it."""
+"""`volar vms wait`, and the option `--wait`: prints events while it waits, then the outcome."""
 
 from __future__ import annotations
 
@@ -45,58 +45,58 @@ async def wait_for(session: Session, name: str, states: tuple[str, ...], timeout
 async def wait_and_show(
     session: Session, name: str, ask: Callable[[Client], Coroutine[Any, Any, Waited]], wanted: str, timeout_s: float
 ) -> int:
-    """Prints the VM's events while `ask` waits, then what became of it; returns the exit code.
+    """Prints the VM's events while `ask` waits, then the outcome; returns the exit code.
 
-    :raises Failure: the VM is not in the state that is wanted
+    :raises Failure: the VM is not in the wanted state
     """
-    async with _telling(session, name) as teller:
+    async with _printing_events(session, name) as printer:
         waited = await ask(session.client)
-        await _settle(teller, waited)
+        await _finish(printer, waited)
     if waited.vm is not None:
         warn(session.out, waited.vm)
     return outcome(session.out, name, waited, wanted, timeout_s)
 
 
-class _Teller:
+class _EventPrinter:
     """Prints a VM's events."""
 
     def __init__(self) -> None:
-        self._told: Status | None = None
-        self._news = trio.Event()
+        self._printed: Status | None = None
+        self._changed = trio.Event()
 
     async def run(self, feed: Feed[Event | StreamGap]) -> None:
-        """Until cancelled."""
+        """Prints events until cancelled."""
         try:
             async for item in feed:
                 if isinstance(item, Event):
                     sys.stderr.write(event_line(item, sys.stderr) + "\n")
                     sys.stderr.flush()
-                    self._told = item.status
-                    self._news.set()
-                    self._news = trio.Event()
+                    self._printed = item.status
+                    self._changed.set()
+                    self._changed = trio.Event()
         except (ClientError, Problem):
-            # It was an extra; the command itself will say what is wrong.
+            # Events are an extra; the command itself will report the error.
             return
 
-    async def told(self, status: Status) -> None:
-        """Return once the event of `status` is printed: it and the answer to our wait race each other."""
+    async def until(self, status: Status) -> None:
+        """Returns once the event of `status` is printed, as it may arrive after the answer to our wait."""
         with trio.move_on_after(1):
-            while self._told != status:
-                await self._news.wait()
+            while self._printed != status:
+                await self._changed.wait()
 
 
 @asynccontextmanager
-async def _telling(session: Session, name: str) -> AsyncIterator[_Teller | None]:
-    """Print the VM's events while the block runs; None when nobody wants them."""
+async def _printing_events(session: Session, name: str) -> AsyncIterator[_EventPrinter | None]:
+    """Prints the VM's events while the block runs, unless the output is JSON."""
     if session.out.json:
         yield None
         return
-    teller = _Teller()
+    printer = _EventPrinter()
     async with session.client.events(vm=name) as feed, open_helpers() as helpers:
-        helpers.start_soon(teller.run, feed)
-        yield teller
+        helpers.start_soon(printer.run, feed)
+        yield printer
 
 
-async def _settle(teller: _Teller | None, waited: Waited) -> None:
-    if teller is not None and waited.vm is not None and waited.outcome != "timeout":
-        await teller.told(waited.vm.status)
+async def _finish(printer: _EventPrinter | None, waited: Waited) -> None:
+    if printer is not None and waited.vm is not None and waited.outcome != "timeout":
+        await printer.until(waited.vm.status)

@@ -1,4 +1,4 @@
-"""The entry point of `volar`. It imports nothing at first, so that an interrupt is met as early as it can be."""
+"""The entry point of `volar`. It imports little at first, so that it handles an interrupt as early as possible."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NoReturn
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Do what the arguments say; return the exit code."""
+    """Runs the command in `arguments`; returns the exit code."""
     try:
         from ._volar import invoke
 
@@ -26,7 +26,7 @@ def main() -> NoReturn:
         code = run()
         sys.stdout.flush()
     except OutputError as error:
-        # What a command itself writes is caught there; this is the help, and the like.
+        # Commands handle errors of their own output; this is for the help and other output of Click.
         code = BROKEN_PIPE if error.broken_pipe else 1
         if not error.broken_pipe:
             sys.stderr.write(f"volar: {error}\n")
