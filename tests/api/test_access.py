@@ -78,7 +78,7 @@ def is_let_in(access: Access, asked: dict[str, Any]) -> bool:
         ("nonsense", False),
     ],
 )
-def test_only_the_named_networks_are_let_in(client: str, let_in: bool) -> None:
+def test_only_allowed_networks_may_send_requests(client: str, let_in: bool) -> None:
     allowed = networks("10.0.0.0/8", "192.0.2.7", "2001:db8::/32", "fe80::/10", "::ffff:198.51.100.0/120")
     assert is_let_in(Access(ApiSettings(allow_cidr=allowed)), scope(client)) == let_in
 
@@ -111,14 +111,14 @@ def test_only_the_named_networks_are_let_in(client: str, let_in: bool) -> None:
         ("127.0.0.1", ["172.16.0.1"], False),
     ],
 )
-def test_what_a_proxy_says_counts_from_trusted_ones_alone(peer: str, forwarded: list[str], let_in: bool) -> None:
+def test_x_forwarded_for_counts_only_from_trusted_proxies(peer: str, forwarded: list[str], let_in: bool) -> None:
     settings = ApiSettings(
         allow_cidr=networks("10.0.0.0/8", "2001:db8::/32"), trusted_proxies=networks("127.0.0.1", "172.16.0.0/12")
     )
     assert is_let_in(Access(settings), scope(peer, *forwarded)) == let_in
 
 
-def test_without_a_list_what_a_proxy_says_is_not_even_read() -> None:
+def test_without_trusted_proxies_x_forwarded_for_is_not_read() -> None:
     assert is_let_in(Access(ApiSettings(trusted_proxies=networks("127.0.0.1"))), scope("127.0.0.1", "nonsense"))
 
 
@@ -257,7 +257,7 @@ async def test_a_ticket_for_a_path_opens_that_and_what_is_below(tmp_path: Path) 
             problem(await served.server.ask(request("POST", "/api/v1/tickets", body, X_Volant_API_Key=KEY)), 400)
 
 
-async def test_a_log_line_says_who_asked_and_with_which_key(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_log_line_names_the_caller_and_its_key(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="volant.api.request")
     settings = ApiSettings(api_keys=(KEY, OLD), trusted_proxies=networks("127.0.0.1"))
     short = {key: hashlib.sha256(key.encode()).hexdigest()[:8] for key in (KEY, OLD)}
@@ -299,7 +299,7 @@ async def test_guesses_of_keys_are_slowed_down(autojump_clock: MockClock) -> Non
     assert BURST + 9 * RATE <= guesses <= BURST + 11 * RATE
 
 
-async def test_guesses_keep_nobody_out_who_has_the_key(autojump_clock: MockClock) -> None:
+async def test_guesses_do_not_lock_out_a_caller_with_the_key(autojump_clock: MockClock) -> None:
     access = Access(ApiSettings(api_keys=(KEY, OLD)))
     assert access.authenticate(shown(KEY), in_query=False)
     for number in range(1000):
@@ -313,7 +313,7 @@ async def test_guesses_keep_nobody_out_who_has_the_key(autojump_clock: MockClock
     assert access.authenticate(shown(OLD), in_query=False)
 
 
-async def test_an_ipv6_network_is_one_guesser_and_the_table_has_an_end(autojump_clock: MockClock) -> None:
+async def test_an_ipv6_network_counts_as_one_address_and_the_table_is_bounded(autojump_clock: MockClock) -> None:
     access = Access(ApiSettings(api_keys=(KEY,)))
     looked = [looks(access, f"guess-{number}", f"2001:db8::{number:x}") for number in range(1, 200)]
     assert sum(looked) == BURST
@@ -323,7 +323,7 @@ async def test_an_ipv6_network_is_one_guesser_and_the_table_has_an_end(autojump_
     assert len(access._guesses._wrong) == len(access._guesses._right) == MOST
 
 
-async def test_a_guesser_hears_when_to_come_back(tmp_path: Path) -> None:
+async def test_too_many_wrong_keys_get_retry_after(tmp_path: Path) -> None:
     async with api(tmp_path, ApiSettings(api_keys=(KEY,))) as served:
         answers = [await served.server.get("/api/v1/vms", X_Volant_API_Key=f"guess-{n}") for n in range(3 * BURST)]
         refused = [answer for answer in answers if b"too-many-wrong-keys" in answer.body]
@@ -331,7 +331,7 @@ async def test_a_guesser_hears_when_to_come_back(tmp_path: Path) -> None:
         assert {answer.headers["retry-after"] for answer in refused} == {"1"}
 
 
-async def test_a_ticket_lasts_a_minute_and_there_are_not_more_than_so_many(autojump_clock: MockClock) -> None:
+async def test_a_ticket_lasts_a_minute_and_unused_ones_are_limited(autojump_clock: MockClock) -> None:
     tickets = Tickets(most=3)
     first, *_ = [tickets.issue() for _ in range(3)]
     with pytest.raises(Problem) as caught:
@@ -349,7 +349,7 @@ async def test_a_ticket_lasts_a_minute_and_there_are_not_more_than_so_many(autoj
     assert not tickets.redeem(last.encode())
 
 
-async def test_without_a_key_in_force_what_is_shown_does_not_matter(tmp_path: Path) -> None:
+async def test_without_a_key_in_force_credentials_are_ignored(tmp_path: Path) -> None:
     async with api(tmp_path) as served:
         problem(await served.server.get(NONE, X_Volant_API_Key="whatever"), 404)
         problem(await served.server.get("/ws/v1/vms/none/logs?ticket=old&api_key=x", **UPGRADE), 404)
@@ -447,7 +447,7 @@ async def test_a_unix_socket_needs_neither_address_nor_key_but_a_host_of_ours(tm
             stopping.set()
 
 
-def test_who_only_looks_like_a_unix_socket_is_none() -> None:
+def test_the_name_unix_alone_does_not_skip_the_key() -> None:
     access = Access(ApiSettings(api_keys=(KEY,)))
     with pytest.raises(Problem):
         access.authenticate(scope("", unix=True) | {"state": {}}, in_query=False)
@@ -486,7 +486,7 @@ async def test_a_page_of_an_allowed_origin_can_read_answers_and_errors(console: 
         assert body.headers["access-control-allow-origin"] == CONSOLE
 
 
-async def test_other_origins_are_told_nothing(console: Api) -> None:
+async def test_other_origins_get_no_cors_headers(console: Api) -> None:
     own = f"http://127.0.0.1:{console.server.port}"
     for origin in ("https://attacker.example", "null", f"{CONSOLE}.attacker.example", "http://console.example", own):
         answer = await console.server.get("/healthz", Origin=origin)
@@ -520,7 +520,7 @@ async def test_a_preflight_of_an_allowed_origin_needs_no_key(console: Api) -> No
     problem(await console.server.ask(refused), 421)
 
 
-def test_a_guest_does_not_say_who_may_read_across_origins() -> None:
+def test_a_guests_cors_headers_are_removed() -> None:
     said = from_guest([(b"access-control-allow-origin", b"*"), (b"content-type", b"text/plain")])
     assert [name for name, _ in said] == [b"content-type", b"cross-origin-resource-policy", b"content-security-policy"]
 

@@ -108,7 +108,7 @@ async def test_the_method_is_the_manifests(tmp_path: Path) -> None:
             assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
 
 
-async def test_what_is_answered_never_runs_as_ours(tmp_path: Path) -> None:
+async def test_an_answer_of_a_workload_never_runs_with_our_origin(tmp_path: Path) -> None:
     async with web(tmp_path) as demo:
         demo.serves["/find"] = (200, "text/html", b"<script>")
         answer = await demo.call("find", headers={"Cookie": "secret=1", "Authorization": "Bearer secret"})
@@ -150,7 +150,7 @@ async def test_a_workload_that_can_not_be_reached_is_a_502(tmp_path: Path) -> No
         assert "port 1" in answer.json()["detail"]
 
 
-async def test_an_action_that_takes_too_long_is_a_502_that_says_so(tmp_path: Path) -> None:
+async def test_an_action_that_takes_too_long_is_a_502(tmp_path: Path) -> None:
     async with web(tmp_path) as demo:
         with trio.fail_after(10):
             answer = await demo.call("slow", json={})
@@ -174,7 +174,7 @@ async def test_an_answer_that_takes_too_long_breaks_off(tmp_path: Path) -> None:
 # The document
 
 
-async def test_the_manifest_says_where_the_document_is(tmp_path: Path) -> None:
+async def test_the_manifest_names_the_path_of_the_document(tmp_path: Path) -> None:
     async with web(tmp_path, openapi="/docs/api") as demo:
         demo.serves["/docs/api"] = (200, "application/json", json.dumps(DOCUMENT).encode())
         answer = await demo.document()
@@ -194,7 +194,7 @@ async def test_the_manifest_has_the_document_itself_whether_the_vm_runs_or_not(t
         assert (await served.client.get("/api/v1/plugins/web/manifest")).json()["openapi"] == DOCUMENT
 
 
-async def test_a_running_workload_knows_better_than_the_manifest(tmp_path: Path) -> None:
+async def test_a_running_workloads_document_overrides_the_manifests(tmp_path: Path) -> None:
     async with web(tmp_path, openapi={**DOCUMENT, "info": {"title": "Kept", "version": "1"}}) as demo:
         own = {**DOCUMENT, "servers": [{"url": "http://localhost:8080/v2"}]}
         demo.serves["/openapi.json"] = (200, "application/json", json.dumps(own).encode())
@@ -209,7 +209,7 @@ async def test_where_the_workload_is_down_the_manifests_document_counts(tmp_path
         assert (await demo.document()).json()["info"] == DOCUMENT["info"]
 
 
-async def test_where_the_manifest_says_nothing_the_usual_place_is_tried(tmp_path: Path) -> None:
+async def test_without_a_path_in_the_manifest_the_usual_path_is_tried(tmp_path: Path) -> None:
     async with web(tmp_path) as demo:
         for none in (
             (404, "text/plain", b""),
@@ -224,7 +224,7 @@ async def test_where_the_manifest_says_nothing_the_usual_place_is_tried(tmp_path
         assert (await demo.document()).json()["info"] == DOCUMENT["info"]
 
 
-async def test_there_may_be_none(tmp_path: Path) -> None:
+async def test_without_a_document_it_is_a_404(tmp_path: Path) -> None:
     async with api(tmp_path) as served:
         assert (await served.client.get(f"{HOME}/openapi")).status_code == 404
         await served.client.post(
@@ -253,7 +253,7 @@ BROKEN = [
 ]
 
 
-async def test_a_document_that_was_promised_and_is_broken_is_a_502_that_says_how(tmp_path: Path) -> None:
+async def test_a_broken_document_at_the_manifests_path_is_a_502_with_the_cause(tmp_path: Path) -> None:
     async with web(tmp_path, openapi="/doc") as demo:
         for status, kind, body, words in BROKEN:
             demo.serves["/doc"] = (status, kind, body)
@@ -306,7 +306,7 @@ def test_the_path_of_a_server_is_kept(url: str, base: str) -> None:
         [{"url": "{x}", "variables": {"x": {"default": "/.."}}}],
     ],
 )
-def test_a_server_that_makes_no_sense_leads_nowhere_else(servers: Any) -> None:
+def test_an_invalid_server_leads_nowhere_else(servers: Any) -> None:
     for server in proxied(servers)["servers"]:
         assert server["url"] == f"{HOME}/agent" or ".." not in server["url"]
         assert server["url"].startswith(f"{HOME}/agent")
@@ -339,11 +339,11 @@ def test_servers_of_paths_and_methods_are_rewritten_too() -> None:
 
 
 @pytest.mark.parametrize(("path", "hidden"), [("/v1/x", True), ("/healthz", True), ("/v10/x", False), ("/x", False)])
-def test_what_the_agent_hides_is_reached_another_way(path: str, hidden: bool) -> None:
+def test_paths_of_the_agents_names_are_reached_below_v1_workload(path: str, hidden: bool) -> None:
     (server,) = proxied(None, **{path: {}})["servers"]
     assert server["url"] == f"{HOME}/agent" + ("/v1/workload" if hidden else "")
 
 
-def test_a_path_that_climbs_is_left_out() -> None:
+def test_a_path_with_dots_is_left_out() -> None:
     found = proxied(None, **{"/a": {}, "/../../other/stop": {}, "/%2e%2e/x": {}, "/a\\..\\x": {}})
     assert list(found["paths"]) == ["/a"]

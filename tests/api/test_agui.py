@@ -141,7 +141,7 @@ async def test_an_overview_that_resumes_begins_with_the_state(served: Api) -> No
 
 
 @pytest.mark.parametrize("step", ["launch", ""])
-async def test_a_boot_that_resumes_finishes_the_step_that_the_client_says(served: Api, step: str) -> None:
+async def test_a_resumed_boot_finishes_the_step_that_the_client_has_open(served: Api, step: str) -> None:
     await served.crashed("demo")
     async with agui(served, f"?vm=demo&thread_id=t&run_id=r&resume=true&step={step}") as again:
         again.running = True
@@ -150,7 +150,7 @@ async def test_a_boot_that_resumes_finishes_the_step_that_the_client_says(served
         assert again.types.count("STEP_FINISHED") == (1 if step else 0)
 
 
-async def test_a_stop_finishes_the_overview_and_goes_away(served: Api) -> None:
+async def test_the_stop_of_the_daemon_finishes_the_overview_and_closes_with_1001(served: Api) -> None:
     async with agui(served) as socket:
         await socket.next()
         served.server.stopping.set()
@@ -158,7 +158,7 @@ async def test_a_stop_finishes_the_overview_and_goes_away(served: Api) -> None:
         assert socket.types[-1] == "RUN_FINISHED"
 
 
-async def test_a_reader_that_is_far_behind_gets_the_state_anew(served: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_reader_that_is_far_behind_gets_a_new_snapshot(served: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_route, "MAX_LAG", -1)
     async with agui(served) as socket:
         await socket.next()
@@ -231,7 +231,7 @@ async def test_another_vm_of_the_same_name_is_another_vm(served: Api) -> None:
         ("?other=1", 400, "other"),
     ],
 )
-async def test_what_cannot_be_told_is_refused_before_the_upgrade(
+async def test_wrong_parameters_are_refused_before_the_upgrade(
     served: Api, query: str, status: int, field: str | None
 ) -> None:
     headers = {name.replace("_", "-"): value for name, value in UPGRADE.items()}
@@ -295,7 +295,7 @@ async def test_over_http_there_is_always_a_run(served: Api) -> None:
         ("?vm=none", BODY, 404, None),
     ],
 )
-async def test_a_run_that_cannot_be_is_refused(
+async def test_wrong_parameters_of_a_run_are_refused(
     served: Api, query: str, body: dict[str, Any], status: int, field: str | None
 ) -> None:
     answer = await served.client.post(f"/api/v1/agui{query}", json=body)
@@ -351,7 +351,7 @@ def test_phases_are_steps_that_are_closed_before_the_run_ends() -> None:
 
 @pytest.mark.parametrize("step", [None, "image", "agent"])
 @pytest.mark.parametrize("now", [*Status, None])
-def test_what_resumes_is_valid_after_what_was_told(step: str | None, now: Status | None) -> None:
+def test_a_resumed_stream_is_valid_after_the_earlier_events(step: str | None, now: Status | None) -> None:
     telling = Telling()
     telling.running = True
     telling.steps = [step] if step else []
@@ -368,7 +368,7 @@ def test_what_resumes_is_valid_after_what_was_told(step: str | None, now: Status
         assert ("RUN_STARTED" in types) == (up and booted == 2)
 
 
-def test_one_run_is_all_where_one_is_wanted() -> None:
+def test_with_once_there_is_one_run() -> None:
     telling, boots = Telling(), Boots("t", "r", lambda: "next", once=True)
     starting, crashed = row(Status.STARTING), row(Status.CRASHED, reason=Reason("why", "because"))
     take(telling, boots.catch_up(starting))

@@ -142,7 +142,7 @@ async def test_what_is_typed_arrives_byte_for_byte(desk: Desk) -> None:
         assert await desk.heard(3) == "é\n".encode()
 
 
-async def test_one_types_at_a_time_until_it_leaves_or_is_relieved(desk: Desk) -> None:
+async def test_one_client_types_at_a_time_until_it_leaves_or_another_takes_the_keyboard(desk: Desk) -> None:
     async with websocket(desk.url("?write=true")) as first:
         refused = await desk.api.server.get("/ws/v1/vms/demo/console?write=true", **UPGRADE)
         assert refused.status == 409
@@ -157,14 +157,16 @@ async def test_one_types_at_a_time_until_it_leaves_or_is_relieved(desk: Desk) ->
         assert await desk.heard(4) == b"free"
 
 
-async def test_who_looks_on_cannot_type(desk: Desk) -> None:
+async def test_a_read_only_client_can_not_type(desk: Desk) -> None:
     async with websocket(desk.url()) as socket:
         await socket.send_message(b"x")
         assert (await end(socket))[0] == 1008
     assert os.read(desk.input, 1) == b""
 
 
-async def test_a_guest_that_does_not_read_stops_its_keyboard_alone(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_guest_that_does_not_read_ends_only_the_session_that_types(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(_serial, "TYPE_S", 0.3)
     async with websocket(desk.url()) as onlooker, websocket(desk.url("?write=true")) as socket:
         await socket.send_message(b"x" * 60_000)
@@ -181,7 +183,7 @@ async def test_a_message_that_is_too_long_is_refused(desk: Desk) -> None:
         assert (await end(socket))[0] == 1009
 
 
-async def test_a_slow_reader_is_told_what_it_missed_and_holds_up_nobody(desk: Desk) -> None:
+async def test_a_slow_reader_gets_the_number_of_missed_bytes_and_delays_no_other(desk: Desk) -> None:
     async with await desk.api.server.connect() as slow, websocket(desk.url("?tail=0")) as quick:
         await slow.send_all(request("GET", "/ws/v1/vms/demo/console?tail=0", **UPGRADE))
         _, rest = await read_head(slow)
@@ -223,7 +225,7 @@ def _frame(data: bytes) -> tuple[int, bytes, bytes] | None:
     return data[0] & 15, data[start : start + size], data[start + size :]
 
 
-async def test_the_end_of_the_boot_and_of_the_vm_are_said(desk: Desk) -> None:
+async def test_the_end_of_the_boot_and_of_the_vm_are_reported(desk: Desk) -> None:
     async with websocket(desk.url()) as socket:
         desk.say(b"last words")
         assert await read(socket, 10) == b"last words"
@@ -240,7 +242,7 @@ async def test_the_stop_of_the_daemon_closes_with_1001(desk: Desk) -> None:
         assert (await end(socket))[0] == 1001
 
 
-async def test_a_console_that_is_not_there_is_an_error_instead_of_the_upgrade(tmp_path: Path) -> None:
+async def test_a_missing_console_is_an_error_instead_of_the_upgrade(tmp_path: Path) -> None:
     async with api(tmp_path) as served:
         await served.crashed("demo")
         for path, status in (("demo/console", 409), ("nobody/console", 404), ("demo/console?tail=x", 400)):

@@ -204,11 +204,11 @@ async def test_pages_are_opened_and_closed(tmp_path: Path) -> None:
         answer = await at.api.client.get(f"{PREFIX}/json/close/XX")
         assert (answer.status_code, answer.json()["detail"]) == (
             404,
-            "the browser in VM 'tab' says: No such target id: XX",
+            "the browser in VM 'tab' answers: No such target id: XX",
         )
 
 
-async def test_the_protocol_is_what_the_browser_says(tmp_path: Path) -> None:
+async def test_the_protocol_is_the_browsers_own(tmp_path: Path) -> None:
     async with tab(tmp_path) as at:
         for path in ("/json/protocol", "/json/protocol/"):
             # What some clients send with a GET must not be waited for.
@@ -242,7 +242,7 @@ async def test_the_browser_sees_nothing_of_its_client(tmp_path: Path) -> None:
             assert not seen.keys() & {"origin", "cookie", "authorization", "x-volant-api-key"}
 
 
-async def test_a_guest_is_never_taken_for_us(tmp_path: Path) -> None:
+async def test_a_browsers_answer_never_runs_with_our_origin(tmp_path: Path) -> None:
     async with tab(tmp_path) as at:
         for path in ("/json/version", "/json/list", "/json/protocol", f"/json/close/{PAGE}"):
             answer = await at.ask(path)
@@ -275,7 +275,7 @@ async def test_addresses_are_those_that_the_client_has_reached_us_by(tmp_path: P
         assert (await at.ask("/json/list", Host="evil.example")).status == 421
 
 
-async def test_only_a_proxy_of_ours_knows_of_tls(tmp_path: Path) -> None:
+async def test_only_a_trusted_proxy_sets_the_scheme(tmp_path: Path) -> None:
     async with tab(tmp_path, ApiSettings(trusted_proxies=(parse_network("192.0.2.1"),))) as at:
         answer = await at.ask("/json/version", X_Forwarded_Proto="https")
         assert json.loads(answer.body)["webSocketDebuggerUrl"].startswith("ws://127.0.0.1/")
@@ -295,7 +295,7 @@ async def test_only_a_proxy_of_ours_knows_of_tls(tmp_path: Path) -> None:
         7,
     ],
 )
-def test_an_address_that_has_no_place_here_is_left_out(socket: object) -> None:
+def test_an_address_without_an_equivalent_is_removed(socket: object) -> None:
     told = {"id": "1", "webSocketDebuggerUrl": socket, "devtoolsFrontendUrl": f"/devtools/inspector.html?ws={socket}"}
     assert rewritten([told, 3], Place(False, "h/d")) == [{"id": "1"}, 3]
 
@@ -331,7 +331,7 @@ async def test_with_a_key_addresses_carry_a_ticket_for_one_use(tmp_path: Path) -
         assert page["devtoolsFrontendUrl"].endswith(f"%3Fticket%3D{ticket[1]}")
 
 
-async def test_clients_that_have_nothing_but_a_url_may_have_the_key_in_it(tmp_path: Path) -> None:
+async def test_clients_that_have_only_a_url_may_put_the_key_into_it(tmp_path: Path) -> None:
     async with tab(tmp_path, ApiSettings(api_keys=(KEY,))) as at:
         for path, method in (
             ("/json/version", "GET"),
@@ -346,7 +346,7 @@ async def test_clients_that_have_nothing_but_a_url_may_have_the_key_in_it(tmp_pa
             assert (await at.ask(f"{path}{query}{KEY}", method)).status == 200
 
 
-async def test_a_guest_with_many_pages_uses_up_nobodys_tickets(tmp_path: Path) -> None:
+async def test_a_guest_with_many_pages_uses_up_no_tickets_of_others(tmp_path: Path) -> None:
     async with tab(tmp_path, ApiSettings(api_keys=(KEY,))) as at:
         at.api.client.headers["X-Volant-API-Key"] = KEY
         others = (await at.api.client.post("/api/v1/tickets")).json()["ticket"]
@@ -358,7 +358,7 @@ async def test_a_guest_with_many_pages_uses_up_nobodys_tickets(tmp_path: Path) -
         assert at.api.access.tickets.redeem(others.encode())
 
 
-async def test_tickets_of_one_make_room_for_each_other(autojump_clock: trio.testing.MockClock) -> None:
+async def test_new_tickets_of_a_vm_replace_its_oldest(autojump_clock: trio.testing.MockClock) -> None:
     tickets = Tickets(1000)
     mine = [tickets.issue(1) for _ in range(MAX_TICKETS_OF_ONE + 1)]
     other = tickets.issue(2)
@@ -382,7 +382,7 @@ async def test_the_alias_leads_to_the_browsers_own_websocket(tmp_path: Path) -> 
             assert at.browser.seen[-1][0] == f"GET /devtools{own} HTTP/1.1"
         at.browser.answers["/json/version"] = {"webSocketDebuggerUrl": "ws://evil.example/"}
         answer = await at.ask("/browser", **UPGRADE)
-        assert (answer.status, "does not say where" in json.loads(answer.body)["detail"]) == (502, True)
+        assert (answer.status, "does not report the address" in json.loads(answer.body)["detail"]) == (502, True)
 
 
 async def test_a_websocket_passes_byte_for_byte_however_long_its_messages_are(tmp_path: Path) -> None:
@@ -431,7 +431,7 @@ async def head_of(stream: trio.SocketStream, path: str = f"/browser/{GUID}") -> 
     return head
 
 
-async def test_a_frame_without_end_holds_nothing_and_a_client_that_leaves_within_one_is_missed(tmp_path: Path) -> None:
+async def test_an_endless_frame_is_not_buffered_and_a_client_that_leaves_within_one_is_noticed(tmp_path: Path) -> None:
     claim = ((1 << 62) + 7).to_bytes(8, "big")
     got = 0
     left = trio.Event()
@@ -461,7 +461,7 @@ async def test_a_frame_without_end_holds_nothing_and_a_client_that_leaves_within
             await left.wait()
 
 
-async def test_a_frame_without_end_does_not_hold_up_the_daemons_stop(tmp_path: Path) -> None:
+async def test_an_endless_frame_does_not_delay_the_daemons_stop(tmp_path: Path) -> None:
     async def begin(stream: trio.SocketStream, rest: bytes) -> None:
         await stream.send_all(b"\x81\x7f" + bytes(7))
 
@@ -474,7 +474,7 @@ async def test_a_frame_without_end_does_not_hold_up_the_daemons_stop(tmp_path: P
             await at.api.server.stop(within_s=5)
 
 
-async def test_a_guest_that_dies_within_a_frame_ends_its_websocket_alone(tmp_path: Path) -> None:
+async def test_a_guest_that_dies_within_a_frame_ends_only_its_websocket(tmp_path: Path) -> None:
     async def die(stream: trio.SocketStream, rest: bytes) -> None:
         await stream.send_all(b"\x81\x7e\xff\xff" + bytes(1000))
         if not at.browser.seen[-1][0].startswith(f"GET /devtools/page/{PAGE} "):
@@ -552,7 +552,7 @@ async def test_what_is_no_websocket_is_404(tmp_path: Path) -> None:
             assert (await at.ask(path, **UPGRADE)).status == 404
 
 
-async def test_who_is_to_blame_is_said(tmp_path: Path) -> None:
+async def test_an_error_names_its_cause(tmp_path: Path) -> None:
     async with tab(tmp_path, browser=False) as at:
         for path, headers in (("/json/version", {}), ("/json/protocol", {}), ("/browser", UPGRADE)):
             answer = await at.ask(path, **headers)
@@ -571,7 +571,7 @@ async def test_who_is_to_blame_is_said(tmp_path: Path) -> None:
             assert (await at.ask("/browser" if headers else "/json/list", **headers)).status == 409
 
 
-async def test_without_a_word_in_the_manifest_the_port_is_9222(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_default_port_is_9222(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with guest(tmp_path) as at:
         monkeypatch.setattr(at.api.deps.store.projection, "by_id", lambda _: None)
         answer = await at.client.get("/ws/v1/vms/demo/devtools/json/version")
@@ -593,7 +593,7 @@ async def test_without_a_word_in_the_manifest_the_port_is_9222(tmp_path: Path, m
         (b"HTTP/1.1 101 Up\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n", "does not answer"),
     ],
 )
-async def test_a_browser_that_talks_nonsense_is_the_guests_fault(
+async def test_a_malformed_answer_of_a_browser_is_a_502(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: bytes, told: str
 ) -> None:
     monkeypatch.setattr(_devtools, "_ANSWER_S", 0.5)
@@ -607,7 +607,7 @@ async def test_a_browser_that_talks_nonsense_is_the_guests_fault(
 
 
 @pytest.mark.parametrize("path", ["/json/protocol", f"/browser/{GUID}", f"/page/{PAGE}"])
-async def test_a_guest_sends_nobody_elsewhere(tmp_path: Path, path: str) -> None:
+async def test_a_guest_sends_no_client_elsewhere(tmp_path: Path, path: str) -> None:
     # Puppeteer and Playwright follow redirections of WebSockets, with the key in their headers.
     async with tab(tmp_path, ApiSettings(api_keys=(KEY,))) as at:
         to = b"HTTP/1.1 %s There\r\nLocation: ws://evil.example/\r\nContent-Length: 0\r\n\r\n"
@@ -619,7 +619,7 @@ async def test_a_guest_sends_nobody_elsewhere(tmp_path: Path, path: str) -> None
             assert "location" not in answer.headers
 
 
-async def test_few_answers_of_one_vm_are_held_at_once(tmp_path: Path) -> None:
+async def test_answers_of_one_vm_that_are_read_at_once_are_limited(tmp_path: Path) -> None:
     async with tab(tmp_path) as at:
         at.browser.answers["/json/list"] = b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n"
         async with trio.open_nursery() as nursery:
@@ -637,7 +637,7 @@ async def test_few_answers_of_one_vm_are_held_at_once(tmp_path: Path) -> None:
 # Waiting
 
 
-async def test_a_vm_on_its_way_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_request_waits_for_a_vm_that_is_starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with tab(tmp_path) as at:
         waiting, runs = trio.Event(), trio.Event()
 
@@ -661,7 +661,7 @@ async def test_a_vm_on_its_way_is_waited_for(tmp_path: Path, monkeypatch: pytest
             await trio.aclose_forcefully(stream)
 
 
-async def test_the_browser_of_a_vm_that_has_just_begun_to_run_is_waited_for(tmp_path: Path) -> None:
+async def test_a_request_waits_for_the_browser_of_a_vm_that_has_just_started(tmp_path: Path) -> None:
     async with tab(tmp_path, browser=False) as at, trio.open_nursery() as nursery:
         at.becomes(status=Status.RUNNING, updated_at=at.api.deps.host.clock.now())
         told: list[Any] = []
@@ -679,7 +679,7 @@ async def test_the_browser_of_a_vm_that_has_just_begun_to_run_is_waited_for(tmp_
         nursery.cancel_scope.cancel()
 
 
-async def test_nobody_waits_for_longer_than_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_request_waits_longer_than_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_devtools, "WAIT_S", 0.5)
     async with tab(tmp_path, browser=False) as at:
         at.becomes(status=Status.RUNNING, updated_at=at.api.deps.host.clock.now())

@@ -239,7 +239,7 @@ async def test_a_websocket_where_there_is_none_is_a_problem(served: Api) -> None
         ("", False),
     ],
 )
-async def test_only_our_names_are_answered(served: Api, host: str, ours: bool) -> None:
+async def test_only_requests_to_our_names_are_answered(served: Api, host: str, ours: bool) -> None:
     for path in ("/healthz", "/api/v1/events/vms?on_gap=410", "/api/v1/vms/none/agent/"):
         answer = await served.client.head(path, headers={"host": host})
         assert (answer.status_code != 421) == ours
@@ -249,7 +249,7 @@ async def test_a_name_that_is_not_ours_is_421(served: Api) -> None:
     problem(await served.client.get("/healthz", headers={"host": "attacker.example"}), 421)
 
 
-async def test_what_changes_something_must_not_come_from_another_origin(tmp_path: Path) -> None:
+async def test_an_unsafe_method_from_another_origin_is_refused(tmp_path: Path) -> None:
     async with api(tmp_path, ApiSettings(cors_origins=("https://console.example",))) as served:
         own = f"http://127.0.0.1:{served.server.port}"
         for origin, status in (
@@ -287,7 +287,7 @@ async def test_the_log_has_the_request_and_no_secret(served: Api, caplog: pytest
     assert "hunter2" not in caplog.text
 
 
-async def test_a_bug_is_a_500_that_tells_nothing(
+async def test_a_bug_is_a_500_without_details(
     served: Api, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> None:
@@ -301,7 +301,7 @@ async def test_a_bug_is_a_500_that_tells_nothing(
     assert (await served.client.get("/healthz")).status_code == 200
 
 
-async def test_a_failure_below_is_passed_on_as_it_is(served: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_problem_of_a_handler_is_the_answer(served: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     async def full(*_: object, **__: object) -> None:
         raise Problem(503, "no-capacity", "no room", hint="delete one")
 

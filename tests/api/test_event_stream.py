@@ -114,7 +114,7 @@ async def test_an_id_that_is_not_known_is_a_gap_then_the_oldest(served: Api, giv
     assert f"{epoch}-1" in answer.json()["hint"]
 
 
-async def test_nothing_is_a_gap_that_is_none(served: Api) -> None:
+async def test_no_gap_is_reported_where_there_is_none(served: Api) -> None:
     for query in ("?since=0&on_gap=410", "?on_gap=410", f"?on_gap=410&since={served.deps.store.events.newest}"):
         async with stream(served, query) as blocks:
             await served.crashed(f"vm{len(query)}")
@@ -158,7 +158,7 @@ async def test_a_reader_that_leaves_is_forgotten(served: Api) -> None:
     await until(lambda: not served.deps.store.events.statistics().readers)
 
 
-async def test_an_event_says_who_asked_for_the_change(tmp_path: Path) -> None:
+async def test_an_event_names_the_caller_of_the_change(tmp_path: Path) -> None:
     key = "k3y-0123456789abcdef"
     digest = hashlib.sha256(key.encode()).hexdigest()[:8]
     async with api(tmp_path, ApiSettings(api_keys=(key,))) as served:

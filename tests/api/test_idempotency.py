@@ -41,7 +41,7 @@ def same(first: httpx.Response, again: httpx.Response) -> None:
     assert again.headers["idempotency-replayed"] == "true"
 
 
-async def test_a_vm_is_made_once(served: Api) -> None:
+async def test_a_repeated_create_makes_one_vm(served: Api) -> None:
     first = await post(served, "/api/v1/vms", body=GOOD)
     assert first.status_code == 201
     # The same again, written otherwise and with a default that is said.
@@ -56,7 +56,7 @@ async def test_a_vm_is_made_once(served: Api) -> None:
     assert other.json()["id"] > first.json()["id"]
 
 
-async def test_a_replay_waits_anew_on_the_same_vm(served: Api) -> None:
+async def test_a_repeated_request_waits_for_the_same_vm(served: Api) -> None:
     first = await post(served, "/api/v1/vms?wait=crashed", body=GOOD)
     assert (first.status_code, first.headers["volant-wait"], first.json()["status"]) == (201, "met", "crashed")
     # The answer that is kept is the one of the commit.
@@ -72,7 +72,7 @@ async def test_a_replay_waits_anew_on_the_same_vm(served: Api) -> None:
     assert (gone.headers["volant-wait"], gone.json()) == ("failed", kept.json())
 
 
-async def test_commands_and_plugins_are_done_once(served: Api) -> None:
+async def test_repeated_commands_and_installs_are_carried_out_once(served: Api) -> None:
     await served.crashed("demo")
     for path in ("restart", "stop?grace=1s", "stop"):
         first = await post(served, f"/api/v1/vms/demo/{path}", path)
@@ -101,7 +101,7 @@ async def test_a_restart_is_one_boot(served: Api) -> None:
     assert after.generation == before.generation + 1
 
 
-async def test_refusals_are_answered_again(served: Api) -> None:
+async def test_refusals_are_repeated(served: Api) -> None:
     missing = await post(served, "/api/v1/vms/demo/start")
     await served.crashed("demo")
     again = await post(served, "/api/v1/vms/demo/start")
@@ -117,7 +117,9 @@ async def test_refusals_are_answered_again(served: Api) -> None:
     assert changed.status_code == (await post(served, "/api/v1/vms/demo/stop", If_Match='"0-0"')).status_code == 412
 
 
-async def test_what_the_daemon_could_not_do_is_tried_anew(served: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_request_that_got_a_503_is_carried_out_when_repeated(
+    served: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def full(*_: object, **__: object) -> None:
         raise Problem(503, "no-capacity", "no room")
 
@@ -128,7 +130,7 @@ async def test_what_the_daemon_could_not_do_is_tried_anew(served: Api, monkeypat
     assert (answer.status_code, answer.headers.get("idempotency-replayed")) == (201, None)
 
 
-async def test_a_key_stands_for_one_request(served: Api) -> None:
+async def test_a_key_is_for_one_request(served: Api) -> None:
     await post(served, "/api/v1/vms", body=GOOD)
     await served.client.get("/api/v1/vms/demo?wait=crashed")
     await post(served, "/api/v1/vms/demo/stop?grace=1s")
@@ -150,7 +152,7 @@ async def test_a_key_stands_for_one_request(served: Api) -> None:
     assert (await post(served, "/api/v1/vms", "fresh", body={**GOOD, "name": "x"})).status_code == 201
 
 
-async def test_one_under_way_is_409_and_is_done_once(served: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_repeated_request_during_the_first_is_409(served: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     create = served.deps.vms.create
     begun, gate = trio.Event(), trio.Event()
 
@@ -207,7 +209,7 @@ async def test_what_is_no_key_is_400(served: Api, key: str) -> None:
     assert len(served.deps.store.projection) == 0
 
 
-async def test_keys_belong_to_who_asks(tmp_path: Path) -> None:
+async def test_idempotency_keys_belong_to_their_caller(tmp_path: Path) -> None:
     async with api(tmp_path, ApiSettings(api_keys=("one-0123456789abcdef", "two-0123456789abcdef"))) as served:
         answers = [
             await post(served, "/api/v1/vms", body=GOOD, X_Volant_API_Key=api_key)
@@ -264,7 +266,7 @@ def as_version_5(path: Path, responses: Mapping[bytes, httpx.Response]) -> None:
     connection.close()
 
 
-async def test_a_refusal_that_can_not_be_stored_is_not_given(served: Api) -> None:
+async def test_a_refusal_that_can_not_be_stored_is_a_503(served: Api) -> None:
     ask = served.deps.journal.ask
 
     async def failing(message: Any, **options: Any) -> Any:

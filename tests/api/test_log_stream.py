@@ -59,7 +59,7 @@ async def test_a_websocket_tails_and_follows(served: Api) -> None:
         assert await lines(socket, 6) == ["new", "", "ä€\N{GRINNING FACE}", "x" * 70, "y" * 40_000, "z" * 65_536]
 
 
-async def test_a_frame_has_what_the_contract_says(served: Api) -> None:
+async def test_a_frame_has_the_members_of_the_contract(served: Api) -> None:
     say(served, ["hello"])
     async with websocket(url(served, "?tail=1")) as socket:
         frame = json.loads(await socket.get_message())
@@ -69,7 +69,7 @@ async def test_a_frame_has_what_the_contract_says(served: Api) -> None:
     assert (frame["name"], frame["vm_id"], frame["stream"], frame["line"]) == ("demo", row.id, "stdout", "hello")
 
 
-async def test_a_websocket_goes_on_after_a_number(served: Api) -> None:
+async def test_a_websocket_continues_after_a_number(served: Api) -> None:
     say(served, ["a", "b", "c"])
     since = open_log(served).newest - 2
     async with websocket(url(served, f"?since={since}&tail=1&follow=false")) as socket:
@@ -127,7 +127,7 @@ async def test_the_stop_of_the_daemon_closes_with_1001(served: Api) -> None:
         assert raised.value.reason.code == 1001
 
 
-async def test_a_reader_that_vanishes_or_talks_is_no_burden(served: Api) -> None:
+async def test_a_reader_that_sends_messages_and_disconnects_is_forgotten(served: Api) -> None:
     stream = await served.server.connect()
     await stream.send_all(request("GET", "/ws/v1/vms/demo/logs?tail=0", **UPGRADE))
     await read_head(stream)

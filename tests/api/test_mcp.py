@@ -71,7 +71,7 @@ async def command(served: Api, name: str, /, **params: Any) -> Any:
 
 
 @pytest.mark.parametrize("version", ["2025-06-18", "2025-11-25"])
-async def test_the_old_era_begins_with_initialize_and_has_no_sessions(served: Api, version: str) -> None:
+async def test_older_versions_begin_with_initialize_and_have_no_sessions(served: Api, version: str) -> None:
     hello = {"protocolVersion": version, "capabilities": {}, "clientInfo": {"name": "x", "version": "1"}}
     body = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": hello}
     answer = await served.client.post(PATH, json=body, headers=BOTH)
@@ -85,7 +85,7 @@ async def test_the_old_era_begins_with_initialize_and_has_no_sessions(served: Ap
     assert (await rpc(served, "tools/list", {}))["result"]["tools"]
 
 
-async def test_the_new_era_needs_no_beginning(served: Api) -> None:
+async def test_the_newest_version_needs_no_initialize(served: Api) -> None:
     found = (await rpc(served, "server/discover", {}, modern=True))["result"]
     assert found["supportedVersions"] == [MODERN]
     assert found["capabilities"].keys() == {"tools", "resources"}
@@ -111,7 +111,7 @@ async def test_headers_that_do_not_fit_are_refused(
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
 
 
-async def test_what_is_for_sessions_is_not_possible(served: Api) -> None:
+async def test_get_and_delete_are_405(served: Api) -> None:
     for method in ("GET", "DELETE"):
         answer = await served.client.request(method, PATH, headers={"Accept": "text/event-stream"})
         assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
@@ -151,7 +151,7 @@ async def test_a_request_whose_id_is_none_is_no_notification(served: Api, id: ob
     assert (answer.status_code, answer.json()["field"]) == (400, "id")
 
 
-async def test_what_is_neither_form_says_which_there_are(served: Api) -> None:
+async def test_a_body_that_is_neither_form_is_a_400_with_a_hint(served: Api) -> None:
     neither = await served.client.post(PATH, json={"method": "tools/list"})
     assert (neither.status_code, neither.headers["content-type"]) == (400, "application/problem+json")
     assert "jsonrpc" in neither.json()["hint"]
@@ -175,7 +175,7 @@ async def test_a_foreign_page_gets_nothing(served: Api) -> None:
 # The tools
 
 
-async def test_tools_say_what_they_take_and_give_and_how_they_behave(served: Api) -> None:
+async def test_tools_declare_their_arguments_results_and_hints(served: Api) -> None:
     tools = {tool["name"]: tool for tool in (await rpc(served, "tools/list", {}))["result"]["tools"]}
     for tool in tools.values():
         assert re.fullmatch(r"(vms|plugins|snapshots|networks)_[a-z_]+", tool["name"])
@@ -229,7 +229,7 @@ async def test_failures_are_for_the_model_to_read(served: Api, modern: bool) -> 
         '{"labels": %s}' % ("[" * 150 + "]" * 150),
     ],
 )
-async def test_what_json_can_say_and_we_can_not_hear_is_the_clients_fault(
+async def test_arguments_that_can_not_be_encoded_are_the_clients_fault(
     served: Api, caplog: pytest.LogCaptureFixture, arguments: str, modern: bool
 ) -> None:
     headers = {**BOTH, "Content-Type": "application/json"}
@@ -245,7 +245,7 @@ async def test_what_json_can_say_and_we_can_not_hear_is_the_clients_fault(
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
-async def test_a_vm_that_fails_to_boot_is_told_with_its_reason_and_its_progress(served: Api) -> None:
+async def test_a_vm_that_fails_to_boot_is_reported_with_its_reason_and_progress(served: Api) -> None:
     arguments = {"name": "demo", "cpu_cores": 1, "memory_mb": 128}
     params = {"name": "vms_create", "arguments": arguments, "_meta": {"progressToken": "mine"}}
     body = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params}
@@ -285,7 +285,7 @@ async def test_lists_come_in_pages_that_fit(served: Api) -> None:
     assert (await call(served, "vms_list", status=["running"]))["structuredContent"]["vms"] == []
 
 
-async def test_events_go_on_where_they_were_left(served: Api) -> None:
+async def test_events_continue_after_the_last_page(served: Api) -> None:
     await served.crashed("one")
     newest = (await call(served, "vms_events"))["structuredContent"]
     assert [event["type"] for event in newest["events"]] == ["VM_CREATED", "VM_STARTING", "VM_CRASHED"]
@@ -487,7 +487,7 @@ async def test_a_long_file_is_shown_at_both_ends_and_read_on_in_pages(demo: Demo
     assert text == whole
 
 
-async def test_an_action_is_asked_and_its_answer_told(demo: Demo) -> None:
+async def test_an_action_is_called_and_its_answer_returned(demo: Demo) -> None:
     demo.serves["/shot"] = (200, "application/json", b'{"title": "Page"}')
     done = await demo.call("vms_call_action", action="shot", input={"url": "x"})
     assert done["structuredContent"]["output"] == {"title": "Page"}
@@ -634,7 +634,7 @@ async def test_commands_answer_what_rest_answers(served: Api) -> None:
         ("volant.system.get_capabilities", {"x": 1}, "x"),
     ],
 )
-async def test_a_command_that_fails_says_why_and_names_the_field(
+async def test_a_command_that_fails_has_the_reason_and_names_the_field(
     served: Api, name: str, params: dict[str, Any], named: str
 ) -> None:
     answer = await command(served, name, **params)
@@ -687,7 +687,7 @@ def test_at_least_one_item_is_given_however_large() -> None:
     assert fitting([], 100) == []
 
 
-async def test_a_failure_tells_a_model_which_tool_to_use_and_no_command_line(served: Api) -> None:
+async def test_hints_for_a_model_name_tools_instead_of_commands(served: Api) -> None:
     network = {"name": "a", "cpu_cores": 1, "memory_mb": 128, "network": "missing"}
     for tool, arguments in (("vms_get", {"vm": "missing"}), ("vms_create", network)):
         failed = await call(served, tool, **arguments)

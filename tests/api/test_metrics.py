@@ -55,14 +55,14 @@ async def test_a_tree_that_is_not_whole_is_not_healthy(served: Api) -> None:
     assert of(await scrape(served), "volant_healthy") == 0
 
 
-async def test_a_daemon_that_drains_says_so(served: Api) -> None:
+async def test_a_draining_daemon_is_a_metric(served: Api) -> None:
     assert of(await scrape(served), "volant_draining") == 0
     assert (await served.client.post("/api/v1/system/drain")).status_code == 200
     assert of(await scrape(served), "volant_draining") == 1
     assert of(await scrape(served), "volant_healthy") == 1
 
 
-async def test_who_asks_for_openmetrics_gets_it(served: Api) -> None:
+async def test_a_scraper_that_accepts_openmetrics_gets_it(served: Api) -> None:
     answer = await served.server.get("/metrics", Accept="application/openmetrics-text; version=1.0.0")
     assert answer.headers["content-type"].startswith("application/openmetrics-text; version=1.0.0")
     names = {family.name for family in parse_openmetrics(answer.body.decode())}  # type: ignore[no-untyped-call]

@@ -67,7 +67,7 @@ async def test_what_can_not_be_is_refused_and_names_the_field(
     assert len(served.deps.store.projection) == 1
 
 
-async def test_a_host_without_it_says_what_to_do(served: Api) -> None:
+async def test_a_host_without_the_network_is_a_503_with_advice(served: Api) -> None:
     served.deps.store.networking = Networking(obstacles={"bridge": "it needs root; run volantd as root"})
     body = {"name": "demo", "cpu_cores": 1, "memory_mb": 128, "network": "bridge"}
     answer = await served.client.post("/api/v1/vms", json=body)

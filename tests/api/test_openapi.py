@@ -45,7 +45,7 @@ def test_it_is_openapi() -> None:
     assert len(names) == len(set(names))
 
 
-def test_the_kept_file_is_what_the_code_says() -> None:
+def test_the_kept_file_matches_the_code() -> None:
     assert yaml.safe_load(KEPT.read_text()) == document(), "run `make docs`"
 
 
@@ -85,7 +85,7 @@ STRICT = [
 
 
 @pytest.mark.parametrize("operation", STRICT, ids=lambda operation: operation.name)
-async def test_it_takes_the_parameters_that_are_said(served: Api, operation: Operation) -> None:
+async def test_routes_take_the_documented_parameters(served: Api, operation: Operation) -> None:
     await served.crashed("demo")
     body: dict[str, Any] = {}
     if operation.name == "create_vm":
@@ -105,7 +105,7 @@ async def test_it_takes_the_parameters_that_are_said(served: Api, operation: Ope
 
 
 @pytest.mark.parametrize("path", ["/api/v1/vms", "/api/v1/vms/demo/logs"])
-async def test_integers_are_taken_up_to_the_bounds_that_are_said(served: Api, path: str) -> None:
+async def test_integers_are_taken_up_to_the_documented_bounds(served: Api, path: str) -> None:
     await served.crashed("demo")
     parameters = document()["paths"][path.replace("demo", "{name}")]["get"]["parameters"]
     bounded = {one["name"]: one["schema"] for one in parameters if "maximum" in one["schema"]}
@@ -124,7 +124,7 @@ async def test_integers_are_taken_up_to_the_bounds_that_are_said(served: Api, pa
         *((text, False) for text in ("600001ms", "601s", "11m", "1h", "1d", "0000000000001s", "10", "s", "-1s", "")),
     ],
 )
-async def test_durations_are_taken_up_to_the_bound_that_is_said(served: Api, text: str, good: bool) -> None:
+async def test_durations_are_taken_up_to_the_documented_bound(served: Api, text: str, good: bool) -> None:
     parameters = document()["paths"]["/api/v1/vms/{name}"]["get"]["parameters"]
     (schema,) = [one["schema"] for one in parameters if one["name"] == "timeout"]
     assert (re.search(schema["pattern"], text) is not None) == good
@@ -133,7 +133,7 @@ async def test_durations_are_taken_up_to_the_bound_that_is_said(served: Api, tex
     assert answer.status_code == (200 if good else 400)
 
 
-async def test_answers_are_held_against_the_document() -> None:
+async def test_answers_match_the_document() -> None:
     asked = httpx.Request("GET", "http://127.0.0.1/healthz")
     await conformance.check(httpx.Response(200, json={"status": "ok"}, request=asked))
     for wrong in (

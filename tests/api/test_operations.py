@@ -78,7 +78,7 @@ async def served(tmp_path: Path, callers: Callers) -> AsyncIterator[Api]:
         yield running
 
 
-async def test_it_is_a_route_with_checked_parameters(served: Api) -> None:
+async def test_an_operation_is_a_route_with_checked_parameters(served: Api) -> None:
     async def post(**query: str) -> Any:
         return await served.client.post("/api/v1/vms/demo/greet", params=query, json={"first": "hello"})
 
@@ -90,7 +90,7 @@ async def test_it_is_a_route_with_checked_parameters(served: Api) -> None:
     assert (await served.client.post("/api/v1/vms/none/greet", json={"first": "a"})).status_code == 404
 
 
-def test_it_is_in_the_document_with_its_errors() -> None:
+def test_an_operation_is_in_the_document_with_its_errors() -> None:
     shown = document(greeted())["paths"]["/api/v1/vms/{name}/greet"]["post"]
     assert (shown["operationId"], shown["summary"]) == ("greet_vm", "Greet a VM")
     assert shown["description"] == "It does not answer."
@@ -100,7 +100,7 @@ def test_it_is_in_the_document_with_its_errors() -> None:
 
 
 @pytest.mark.parametrize("modern", [False, True])
-async def test_it_is_a_tool(served: Api, modern: bool) -> None:
+async def test_an_operation_is_a_tool(served: Api, modern: bool) -> None:
     listed = (await rpc(served, "tools/list", {}, modern=modern))["result"]["tools"]
     (tool,) = [each for each in listed if each["name"] == "vms_greet"]
     assert tool["inputSchema"]["properties"].keys() == {"vm", "first", "second", "times"}
@@ -113,7 +113,7 @@ async def test_it_is_a_tool(served: Api, modern: bool) -> None:
     assert "VM 'demo' sleeps" in failed["content"][0]["text"]
 
 
-async def test_it_is_a_method_of_the_client(served: Api) -> None:
+async def test_an_operation_is_a_method_of_the_client(served: Api) -> None:
     names: dict[str, Any] = {"__name__": "volant.client._operations", "__package__": "volant.client"}
     source = client_module(greeted())
     # The types of the body and the answer are the test's own; those of the product are the model's.
@@ -129,7 +129,7 @@ async def test_it_is_a_method_of_the_client(served: Api) -> None:
         assert refused.value.code == "not-now"
 
 
-async def test_its_permission_is_enforced_on_every_way_in(served: Api, callers: Callers) -> None:
+async def test_a_permission_is_enforced_for_rest_tools_and_commands(served: Api, callers: Callers) -> None:
     callers.allowed = {Permission.VIEW}
     answer = await served.client.post("/api/v1/vms/demo/greet", json={"first": "hello"})
     assert (answer.status_code, answer.json()["type"]) == (403, "urn:volant:error:forbidden")

@@ -33,7 +33,7 @@ AGENT = b"/api/v1/vms/demo/agent"
         (b"/a//b", b"/a//b"),
     ],
 )
-def test_a_path_is_one_of_the_guest(said: bytes, path: bytes | None) -> None:
+def test_a_redirect_to_a_path_stays_in_the_guest(said: bytes, path: bytes | None) -> None:
     assert OF_PORT.place(said) == (None if path is None else PORT + path)
 
 
@@ -66,7 +66,7 @@ def test_an_address_on_the_guests_loopback_is_that_port_of_the_guest(said: bytes
     assert OF_AGENT.place(said) == place
 
 
-def test_the_agent_knows_itself_by_the_name_it_was_called() -> None:
+def test_the_host_agent_is_the_agent_itself() -> None:
     assert OF_AGENT.place(b"http://agent/x") == AGENT + b"/x"
     assert OF_AGENT.place(b"/x") == AGENT + b"/x"
     assert OF_PORT.place(b"http://agent/x") is None
@@ -93,7 +93,7 @@ def test_the_agent_knows_itself_by_the_name_it_was_called() -> None:
         b"ht\ttp://evil.example/",
     ],
 )
-def test_whatever_a_client_could_take_for_another_host_is_one_or_stays_here(said: bytes) -> None:
+def test_any_spelling_of_another_host_stays_in_the_guest_or_is_no_redirect(said: bytes) -> None:
     place = OF_PORT.place(said)
     assert place is None or (place.startswith(PORT + b"/") and b"\t" not in place and b"\\" not in place)
 
@@ -127,13 +127,13 @@ def test_a_page_reloads_itself_and_goes_nowhere_else_by_a_header() -> None:
     assert OF_PORT.redirect(said) == [(b"refresh", b"5"), (b"x-own", b"kept")]
 
 
-def test_the_header_by_which_redirects_once_came_is_left_out() -> None:
+def test_the_header_uri_is_removed() -> None:
     """Python's urllib follows it where there is no `Location`."""
     said = [(b"uri", b"http://127.0.0.1:7777/api/v1/vms"), (b"x-own", b"kept")]
     assert OF_PORT.redirect(said) == [(b"x-own", b"kept")]
 
 
-async def test_a_guest_says_nothing_in_our_name(tmp_path: Path) -> None:
+async def test_a_guest_can_not_send_volant_location(tmp_path: Path) -> None:
     async with guest(tmp_path) as at:
         answer = await at.api.server.get(f"{prefix(at, 'port')}/evil")
         assert "volant-location" not in answer.headers

@@ -240,7 +240,7 @@ async def test_credentials_and_hop_by_hop_headers_stay_here(tmp_path: Path) -> N
         assert headers[b"host"] == b"localhost:%d" % at.port
 
 
-async def test_a_guests_page_never_runs_as_ours(tmp_path: Path) -> None:
+async def test_a_guests_page_never_runs_with_our_origin(tmp_path: Path) -> None:
     async with guest(tmp_path) as at:
         for way in WAYS:
             answer = await at.api.server.ask(request("GET", f"{prefix(at, way)}/evil"))
@@ -298,7 +298,7 @@ async def test_an_upload_that_breaks_off_is_never_taken_for_a_whole_one(tmp_path
             at.ends.clear()
 
 
-async def test_a_client_that_does_not_read_holds_back_its_guest_and_nobody_else(tmp_path: Path) -> None:
+async def test_a_client_that_does_not_read_slows_only_its_guest(tmp_path: Path) -> None:
     async with guest(tmp_path) as at:
         async with await at.api.server.connect() as stream:
             await stream.send_all(request("GET", f"{prefix(at, 'port')}/endless"))
@@ -307,7 +307,7 @@ async def test_a_client_that_does_not_read_holds_back_its_guest_and_nobody_else(
             assert (await at.client.get(f"{prefix(at, 'agent')}/healthz")).status_code == 200
 
 
-async def test_an_answer_that_breaks_off_is_seen_to(tmp_path: Path) -> None:
+async def test_an_answer_that_breaks_off_breaks_off_for_the_client(tmp_path: Path) -> None:
     async with guest(tmp_path) as at:
         for way in WAYS:
             with pytest.raises(httpx.RemoteProtocolError):
@@ -364,7 +364,7 @@ async def test_a_port_where_nothing_listens_is_502(tmp_path: Path) -> None:
         assert (answer.status_code, answer.json()["vm"]) == (502, "demo")
 
 
-async def test_an_agent_that_is_not_there_is_an_answer(tmp_path: Path) -> None:
+async def test_an_unreachable_agent_is_a_502(tmp_path: Path) -> None:
     async with guest(tmp_path) as at:
 
         class Absent(AgentClient):
@@ -422,7 +422,7 @@ async def test_a_websocket_is_not_sent_elsewhere(tmp_path: Path) -> None:
             assert "location" not in answer.headers
 
 
-async def test_a_websocket_client_that_leaves_is_missed_in_the_guest(tmp_path: Path) -> None:
+async def test_the_guest_notices_that_a_websocket_client_leaves(tmp_path: Path) -> None:
     async with guest(tmp_path) as at:
         stream = await at.api.server.connect()
         await stream.send_all(request("GET", f"{prefix(at, 'port')}/echo", **UPGRADE))

@@ -88,7 +88,7 @@ async def assert_alive(server: Running) -> None:
     assert (answer.status, answer.body) == (200, b"hello")
 
 
-async def test_a_byte_after_an_upgrade_request_is_refused_and_harms_nobody() -> None:
+async def test_a_byte_after_an_upgrade_request_is_refused_and_affects_no_other_client() -> None:
     async with running(quart_app()) as server:
         for extra in (b"x", b"\x81\x80\0\0\0\0", b"y" * 100_000):
             answer = await server.ask(http("GET", "/echo", **UPGRADE) + extra)
@@ -333,7 +333,7 @@ async def test_a_request_with_two_lengths_is_the_last_of_its_connection(version:
     ("target", "path"),
     [("http://127.0.0.1/", "/"), ("HTTP://127.0.0.1", "/"), ("https://127.0.0.1/a?b=http://c/", "/a")],
 )
-async def test_an_absolute_target_says_the_host(target: str, path: str) -> None:
+async def test_an_absolute_target_overrides_the_host(target: str, path: str) -> None:
     scopes = []
 
     async def answer(scope: Any, receive: Any, send: Any) -> None:
@@ -397,7 +397,7 @@ async def test_an_idle_connection_is_closed() -> None:
             assert await read_to_end(used, within_s=2) == b""
 
 
-async def test_headers_that_trickle_in_are_given_up() -> None:
+async def test_slow_headers_time_out() -> None:
     async with running(quart_app(), replace(FAST, header_s=0.3)) as server:
         async with await server.connect() as stream:
             with trio.fail_after(5):
@@ -485,7 +485,7 @@ async def test_a_body_is_asked_for_when_it_is_wanted() -> None:
             assert (await read_answer(stream)).body == b"5"
 
 
-async def test_one_connection_too_many_is_told_so() -> None:
+async def test_one_connection_too_many_gets_a_503() -> None:
     async with running(quart_app(), replace(FAST, connections=3)) as server:
         held = [await server.connect() for _ in range(3)]
         for stream in held:
@@ -505,7 +505,7 @@ async def test_one_connection_too_many_is_told_so() -> None:
             await stream.aclose()
 
 
-async def test_who_hoards_connections_keeps_nobody_out() -> None:
+async def test_many_idle_connections_do_not_block_other_clients() -> None:
     async with running(quart_app(), replace(FAST, connections=3)) as server:
         busy, trickling, idle = [await server.connect() for _ in range(3)]
         await busy.send_all(http("GET", "/quiet"))
@@ -562,7 +562,7 @@ async def test_stopping_takes_no_longer_than_the_grace_whatever_clients_do() -> 
             await stream.aclose()
 
 
-async def test_streams_are_told_before_they_are_cut_and_the_app_shuts_down_last() -> None:
+async def test_streams_are_notified_before_they_are_cut_and_the_app_shuts_down_last() -> None:
     order: list[str] = []
     app = quart_app()
 
@@ -598,7 +598,7 @@ async def test_streams_are_told_before_they_are_cut_and_the_app_shuts_down_last(
     assert order == ["stream", "app"]
 
 
-async def test_an_answer_after_the_order_to_stop_says_that_the_connection_closes() -> None:
+async def test_an_answer_after_the_stop_began_closes_its_connection() -> None:
     arrived = trio.Event()
     app = quart_app()
 
@@ -630,7 +630,7 @@ async def test_cancelling_cuts_everything_at_once() -> None:
         assert scope.cancelled_caught
 
 
-async def test_an_app_that_fails_outside_of_its_handlers_is_answered_for() -> None:
+async def test_an_app_that_fails_outside_of_its_handlers_is_a_500() -> None:
     async def broken(scope: Any, receive: Any, send: Any) -> None:
         raise ValueError("broken")
 

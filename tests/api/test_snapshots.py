@@ -120,7 +120,7 @@ async def test_what_a_snapshot_needs_is_not_pruned(served: Api, tmp_path: Path) 
     assert not stray.exists()
 
 
-async def test_a_fork_that_comes_to_nothing_makes_no_vm_and_leaves_nothing(served: Api, tmp_path: Path) -> None:
+async def test_a_failed_fork_creates_no_vm_and_leaves_nothing(served: Api, tmp_path: Path) -> None:
     await said_to_run(served)
     headers = {"Idempotency-Key": "once"}
     for _ in range(2):
@@ -139,7 +139,7 @@ async def test_a_name_that_is_taken_is_refused_before_anything_is_copied(served:
     assert (answer.status_code, answer.json()["type"]) == (409, "urn:volant:error:name-taken"), answer.text
 
 
-async def test_a_snapshot_that_comes_to_nothing_leaves_nothing(served: Api, tmp_path: Path) -> None:
+async def test_a_failed_snapshot_leaves_nothing(served: Api, tmp_path: Path) -> None:
     await said_to_run(served)
     answer = await served.client.post("/api/v1/vms/demo/snapshots", json={"name": "warm"})
     assert (answer.status_code, answer.json()["type"]) == (503, "urn:volant:error:snapshot-failed"), answer.text
@@ -156,7 +156,7 @@ async def events(served: Api) -> AsyncIterator[str]:
                 yield str(frame.event.type)
 
 
-async def test_tools_copy_vms_and_say_why_not(served: Api) -> None:
+async def test_tools_copy_vms_and_report_failures(served: Api) -> None:
     await kept(served)
     found = await tool(served, "snapshots_list", vm="demo")
     assert ([one["name"] for one in found["snapshots"]], found["left_out"]) == (["warm"], 0)

@@ -66,7 +66,7 @@ async def install(served: Api, name: str, url: str, digest: str) -> None:
     assert answer.status_code == 201, answer.text
 
 
-async def test_what_a_vm_or_a_plugin_uses_stays_and_the_rest_goes(served: Api, tmp_path: Path) -> None:
+async def test_files_that_a_vm_or_a_plugin_uses_stay_and_others_are_removed(served: Api, tmp_path: Path) -> None:
     of_plugin, of_vm, of_nobody = (put_artifact(tmp_path, word) for word in (b"plugin", b"vm", b"nobody"))
     await install(served, "keeper", *of_plugin)
     await install(served, "user", *of_vm)
@@ -97,7 +97,7 @@ async def test_what_a_vm_or_a_plugin_uses_stays_and_the_rest_goes(served: Api, t
     assert (await prune(served))["items"] == []
 
 
-async def test_logs_of_deleted_vms_go_and_those_of_others_stay(served: Api) -> None:
+async def test_logs_of_deleted_vms_are_removed_and_those_of_others_stay(served: Api) -> None:
     for name in ("demo", "gone"):
         vm = await served.crashed(name)
         log = served.deps.logs.open(vm["id"], name)
@@ -117,7 +117,7 @@ def _entry(line: str) -> LogEntry:
     return LogEntry(stream="console", line=line.encode(), timestamp=datetime.now(UTC), source="c", position=len(line))
 
 
-async def test_disks_and_databases_without_a_vm_go_only_when_they_are_named(served: Api, tmp_path: Path) -> None:
+async def test_disks_and_databases_without_a_vm_are_removed_only_when_named(served: Api, tmp_path: Path) -> None:
     for path in ("disks/7-x/root.qcow2", "run/vms/8/qmp.sock", "mem/9.mem", "volant-before-0a0b.db"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes(b"x" * 5000)
@@ -147,7 +147,7 @@ async def unswept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
         yield running
 
 
-async def test_templates_go_unless_a_clone_of_them_runs_or_they_have_served_lately(
+async def test_templates_are_removed_unless_a_clone_runs_or_they_were_used_lately(
     unswept: Api, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served = unswept
@@ -178,7 +178,7 @@ async def test_templates_go_unless_a_clone_of_them_runs_or_they_have_served_late
     assert await store.find(idle, idle.digest) is None
 
 
-async def test_an_image_that_a_hypervisor_of_somebody_else_has_open_stays(served: Api, tmp_path: Path) -> None:
+async def test_an_image_that_a_foreign_hypervisor_has_open_stays(served: Api, tmp_path: Path) -> None:
     _, digest = put_artifact(tmp_path, b"shared")
     with artifact_path(tmp_path / "cache", digest).open("rb") as file:
         # As QEMU does: a shared lock on some byte, of the open file.
@@ -216,7 +216,7 @@ async def test_what_another_daemon_with_the_same_cache_uses_stays_for_as_long_as
     assert not list((cache / "users").iterdir())
 
 
-async def test_an_artifact_that_somebody_is_fetching_is_asked_for_without_waiting(tmp_path: Path) -> None:
+async def test_a_lookup_of_an_artifact_that_is_being_fetched_does_not_wait(tmp_path: Path) -> None:
     cache, owner, digest = tmp_path / "cache", tmp_path / "state", "c" * 64
     owner.mkdir()
     with _artifacts.locked_part(cache, digest), trio.fail_after(10):
@@ -226,7 +226,9 @@ async def test_an_artifact_that_somebody_is_fetching_is_asked_for_without_waitin
     assert _users.users(cache, digest) == [owner]
 
 
-async def test_one_that_another_daemon_has_begun_to_use_since_it_was_listed_stays(served: Api, tmp_path: Path) -> None:
+async def test_an_artifact_that_another_daemon_has_begun_to_use_since_it_was_listed_stays(
+    served: Api, tmp_path: Path
+) -> None:
     cache, other = tmp_path / "cache", tmp_path / "other"
     other.mkdir()
     url, digest = put_artifact(tmp_path, b"theirs")
@@ -238,14 +240,14 @@ async def test_one_that_another_daemon_has_begun_to_use_since_it_was_listed_stay
     assert artifact_path(cache, digest).exists()
 
 
-async def test_a_build_that_is_under_way_is_not_waited_for(served: Api, tmp_path: Path) -> None:
+async def test_prune_does_not_wait_for_a_build(served: Api, tmp_path: Path) -> None:
     place(tmp_path / "cache", "b" * 64)
     with _store.locked(tmp_path / "cache", lambda: None):
         done = await prune(served)
     assert [(kept["name"], kept["reason"]) for kept in done["kept"]] == [("b" * 64, "an image is being built")]
 
 
-async def test_who_wants_an_artifact_while_it_goes_fetches_it_anew(tmp_path: Path) -> None:
+async def test_an_artifact_that_is_needed_while_it_is_removed_is_fetched_again(tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     url, digest = put_artifact(tmp_path, b"wanted")
     artifacts = ArtifactCache(tmp_path / "cache", tmp_path, timeout_s=60, max_mb=1, origins=Origins((tmp_path,)))

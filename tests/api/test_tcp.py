@@ -108,7 +108,7 @@ async def test_the_guests_end_leaves_the_other_direction_open(tmp_path: Path) ->
                 await heard.wait()
 
 
-async def test_a_reader_that_does_not_read_holds_its_guest_back_and_nobody_else(tmp_path: Path) -> None:
+async def test_a_client_that_stops_reading_slows_only_its_guest(tmp_path: Path) -> None:
     sent = 0
 
     async def pours(stream: trio.SocketStream) -> None:
@@ -130,7 +130,9 @@ async def test_a_reader_that_does_not_read_holds_its_guest_back_and_nobody_else(
 
 
 @pytest.mark.parametrize(("messages", "expected"), [(["text"], 1003), ([b"", b"more"], 1002), ([b"x" * 65_537], 1009)])
-async def test_what_is_no_byte_stream_is_refused(tmp_path: Path, messages: list[bytes | str], expected: int) -> None:
+async def test_messages_that_break_the_protocol_are_refused(
+    tmp_path: Path, messages: list[bytes | str], expected: int
+) -> None:
     async with guest(tmp_path) as at, listening(silent) as port:
         async with websocket(url(at, port)) as connection:
             for each in messages:
@@ -138,7 +140,7 @@ async def test_what_is_no_byte_stream_is_refused(tmp_path: Path, messages: list[
             assert await code(connection) == expected
 
 
-async def test_a_client_that_vanishes_is_gone_for_the_guest(tmp_path: Path) -> None:
+async def test_the_guest_notices_that_a_client_vanishes(tmp_path: Path) -> None:
     ended = trio.Event()
 
     async def waits(stream: trio.SocketStream) -> None:

@@ -75,7 +75,7 @@ async def test_the_list_is_filtered_and_paged(served: Api) -> None:
     assert "link" not in last.headers
 
 
-async def test_the_list_says_up_to_which_event_it_is_true(served: Api) -> None:
+async def test_the_list_has_the_id_of_its_last_event(served: Api) -> None:
     before = (await served.client.get("/api/v1/vms")).headers["volant-event-id"]
     await served.crashed("demo")
     after = (await served.client.get("/api/v1/vms")).headers["volant-event-id"]
@@ -122,7 +122,7 @@ async def test_an_etag_changes_with_the_vm(served: Api) -> None:
     assert (await served.client.delete("/api/v1/vms/demo", headers={"if-match": "*"})).status_code == 204
 
 
-async def test_of_those_who_hold_the_same_etag_one_changes_the_vm(served: Api) -> None:
+async def test_of_clients_with_the_same_etag_one_changes_the_vm(served: Api) -> None:
     await served.crashed("demo")
     await served.client.post("/api/v1/vms/demo/stop?wait=stopped")
     answer = await served.client.get("/api/v1/vms/demo")
@@ -164,7 +164,7 @@ async def test_an_empty_if_match_is_no_precondition_and_not_none_either(served: 
     assert (await served.client.get("/api/v1/vms/demo")).status_code == 200
 
 
-async def test_who_waits_is_let_go_when_the_daemon_stops(served: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_waits_end_when_the_daemon_stops(served: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = trio.Event()
 
     async def for_ever(*_: object, **__: object) -> None:
@@ -189,7 +189,7 @@ async def test_who_waits_is_let_go_when_the_daemon_stops(served: Api, monkeypatc
         assert (await read_answer(deleting)).status == 503
 
 
-async def test_plugins_come_and_go(served: Api) -> None:
+async def test_plugins_are_installed_and_removed(served: Api) -> None:
     manifest = {
         "name": "web",
         "version": "1.2",
@@ -229,7 +229,7 @@ async def test_a_manifests_wrong_field_is_named(served: Api) -> None:
     assert answer.json()["field"] == "enabled"
 
 
-async def test_the_system_tells_about_itself(served: Api) -> None:
+async def test_system_routes_describe_the_daemon(served: Api) -> None:
     await served.crashed("demo")
     status = (await served.client.get("/api/v1/system/status")).json()
     assert (status["status"], status["vm_count"], status["vms"]["crashed"], status["vms"]["running"]) == ("ok", 1, 1, 0)
@@ -239,7 +239,7 @@ async def test_the_system_tells_about_itself(served: Api) -> None:
     assert (await served.client.get("/api/v1/system/info")).status_code == 200
 
 
-async def test_healthz_tells_whether_the_tree_is_whole(served: Api) -> None:
+async def test_healthz_reports_whether_the_tree_is_whole(served: Api) -> None:
     assert (await served.client.get("/healthz")).json() == {"status": "ok"}
     for health in ("starting", "stopping", "degraded"):
         served.system.now = health
@@ -248,7 +248,7 @@ async def test_healthz_tells_whether_the_tree_is_whole(served: Api) -> None:
         assert answer.headers["content-type"] == "application/json"
 
 
-async def test_size_is_the_plugins_unless_it_is_said(served: Api) -> None:
+async def test_the_size_is_the_plugins_unless_it_is_given(served: Api) -> None:
     manifest = {"name": "web", "workload": {"entrypoint": ["serve"]}, "resources": {"cpu_cores": 3, "memory_mb": 300}}
     assert (await served.client.post("/api/v1/plugins", json=manifest)).status_code == 201
     for name, said, size in (

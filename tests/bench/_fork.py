@@ -92,7 +92,7 @@ async def fork_chromium(pairs: int = 5) -> list[Figure]:
         ),
         Figure(
             "fork_chromium_paused", median(paused_ms), "ms", median(paused_ms) / median(bare_paused_ms),
-            f"the script's; for so long the original stood still, p95 {percentile(paused_ms, 95):.3g} ms",
+            f"the script's; the pause of the original, p95 {percentile(paused_ms, 95):.3g} ms",
         ),
         Figure(
             f"fork_chromium_{COPIES}", ten_s, "s", ten_s / took.value,

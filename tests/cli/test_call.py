@@ -101,7 +101,7 @@ async def test_the_answer_goes_into_a_file_whole_or_not_at_all(tmp_path: Path) -
     assert os.listdir(tmp_path) == ["a.png"]  # noqa: PTH208
 
 
-async def test_an_error_of_the_workload_is_its_own_and_one_of_the_daemon_is_told() -> None:
+async def test_errors_of_the_workload_are_printed_and_those_of_the_daemon_reported() -> None:
     async with serving() as server:
         web(server, guests(b'{"detail": "bad url"}', "application/problem+json", 400))
         theirs = await volar(server, "call", "demo", "shot")
@@ -119,14 +119,14 @@ async def test_an_error_of_the_workload_is_its_own_and_one_of_the_daemon_is_told
     [["x"], ["a=1", "-d", "{}"], ["a:={"], ['a:="\udcff"'], ["=x"], ["--type", "x/y"]],
     ids=lambda words: ascii(" ".join(words)),
 )
-async def test_wrong_usage_asks_nothing(words: list[str]) -> None:
+async def test_wrong_usage_sends_no_request(words: list[str]) -> None:
     async with serving() as server:
         done = await volar(server, "call", "demo", "shot", *words)
     assert done.code == 2
     assert not server.requests
 
 
-async def test_a_file_that_is_not_there_is_named() -> None:
+async def test_a_missing_file_is_named() -> None:
     async with serving() as server:
         done = await volar(server, "call", "demo", "shot", "-d", "@/nonexistent")
     assert done.code == 1
@@ -141,7 +141,7 @@ async def test_a_file_that_is_not_there_is_named() -> None:
         ("application/json", b"{}", 0, b"{}\r\n"),
     ],
 )
-async def test_terminals_get_text_that_does_them_no_harm(kind: str, body: bytes, code: int, shown: bytes) -> None:
+async def test_terminals_get_text_without_control_characters(kind: str, body: bytes, code: int, shown: bytes) -> None:
     async with serving() as server:
         web(server, guests(body, kind))
         environ = ENVIRONMENT | {"VOLANT_API_BASE": server.base_url, "NO_COLOR": "1"}
@@ -176,7 +176,7 @@ async def test_a_plugin_is_shown_with_its_actions() -> None:
     assert json.loads(manifest) == MANIFEST
 
 
-async def test_a_plugin_is_switched_off_and_on() -> None:
+async def test_a_plugin_is_disabled_and_enabled() -> None:
     async with serving() as server:
         server.routes["POST /api/v1/plugins/web/enabled"] = [answer({**PLUGIN, "enabled": False}), answer(PLUGIN)]
         assert (await volar(server, "plugins", "disable", "web")).out == b"web is disabled\n"
@@ -184,7 +184,7 @@ async def test_a_plugin_is_switched_off_and_on() -> None:
     assert [request.json() for request in server.requests] == [{"enabled": False}, {"enabled": True}]
 
 
-async def test_a_manifest_that_is_refused_is_told_with_its_field(tmp_path: Path) -> None:
+async def test_a_refused_manifest_is_reported_with_its_field(tmp_path: Path) -> None:
     file = tmp_path / "web.json"
     file.write_text(json.dumps(MANIFEST))
     async with serving() as server:

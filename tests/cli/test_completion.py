@@ -53,6 +53,6 @@ async def test_names_come_from_the_daemon() -> None:
     assert commands.out.decode().split() == ["plain,forward"]
 
 
-async def test_no_daemon_is_no_noise() -> None:
+async def test_without_a_daemon_completion_is_silent() -> None:
     done = await volar(None, environ={"VOLANT_API_BASE": "http://127.0.0.1:1", **completing("vms", "get", "d")})
     assert (done.out.strip(), done.err) == (b"", "")

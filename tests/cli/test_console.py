@@ -89,7 +89,7 @@ async def test_keys_reach_the_guest_and_one_leaves(tmp_path: Path) -> None:
             assert os.read(desk.input, 100) == b""
 
 
-async def test_the_terminal_is_given_back_on_a_signal_and_when_the_vm_ends(tmp_path: Path) -> None:
+async def test_the_terminal_is_restored_on_a_signal_and_when_the_vm_ends(tmp_path: Path) -> None:
     async with at_desk(tmp_path) as desk:
         async with terminal(desk, "demo", "--read-only") as at:
             await at.expect(rb"leaves")

@@ -73,7 +73,7 @@ def members(path: Path) -> dict[str, str]:
     return found
 
 
-def test_no_secret_is_in_it_wherever_one_was(host: Path) -> None:
+def test_no_secret_is_in_the_bundle_wherever_one_was(host: Path) -> None:
     done = debug("--output", str(host / "b.tar.gz"), "--log", str(host / "log"))
     assert done.return_value == 0, done.stderr
     found = members(host / "b.tar.gz")
@@ -91,10 +91,10 @@ def test_no_secret_is_in_it_wherever_one_was(host: Path) -> None:
     assert settings[str(host / "volant.toml")] == {"api_key": REMOVED, "log_level": "debug"}
 
 
-def test_without_a_daemon_it_has_the_part_of_the_host_and_says_what_is_missing(host: Path) -> None:
+def test_without_a_daemon_the_bundle_has_the_data_of_the_host_and_names_what_is_missing(host: Path) -> None:
     done = debug("--output", str(host / "b.tar.gz"))
     assert done.return_value == 0, done.stderr
-    assert "not in it: daemon: " in done.stderr
+    assert "missing: daemon: " in done.stderr
     found = members(host / "b.tar.gz")
     assert {"README.txt", "versions.json", "host.txt", "settings.json", "files.txt"} <= set(found)
     assert "daemon: the daemon can't be reached" in found["README.txt"]
@@ -104,7 +104,7 @@ def test_without_a_daemon_it_has_the_part_of_the_host_and_says_what_is_missing(h
     assert (host / "b.tar.gz").stat().st_mode & 0o777 == 0o600
 
 
-def test_nothing_is_written_over(host: Path) -> None:
+def test_an_existing_file_is_not_overwritten(host: Path) -> None:
     (host / "b.tar.gz").write_text("mine")
     done = debug("--output", str(host / "b.tar.gz"))
     assert done.return_value == 4
@@ -112,7 +112,7 @@ def test_nothing_is_written_over(host: Path) -> None:
     assert isinstance(debug("--log", str(host / "none")).exception, click.UsageError)
 
 
-def test_it_stays_small_and_quick_whatever_the_log_is_like(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bundle_stays_small_and_quick_whatever_is_in_the_log(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_bundle, "MEMBER_BYTES", 256 * 1024)
     lines = [word * (20_000 // len(word)) for word in ("a.b-", "key", "--", "?a", "://", "basic ", "-----BEGIN ")]
     (host / "log").write_text("\n".join(lines * 4) + "the end\n")
@@ -125,7 +125,7 @@ def test_it_stays_small_and_quick_whatever_the_log_is_like(host: Path, monkeypat
     assert log.endswith("the end\n")
 
 
-def test_all_of_it_together_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_the_bundle_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_bundle, "TOTAL_BYTES", 1000)
     bundle = _bundle.Bundle(Scrub())
     bundle.text("one", "x" * 800)
@@ -135,7 +135,7 @@ def test_all_of_it_together_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "two" in bundle.missing
 
 
-def test_documents_lose_what_people_write_into_them_and_stay_documents() -> None:
+def test_free_text_is_removed_from_documents_and_they_stay_documents() -> None:
     scrubbed = Scrub(["s3cret"]).document(
         {
             "labels": {"team": "s", "owner": "t"},

@@ -22,7 +22,7 @@ PAGE = {
 }
 
 
-async def test_people_and_programs_are_told_addresses_that_they_can_use() -> None:
+async def test_people_and_programs_get_addresses_that_they_can_use() -> None:
     async with serving() as server:
         server.routes[f"GET {PREFIX}/json/version"] = answer({"Browser": "Chrome/1", "V8-Version": "1"})
         server.routes[f"GET {PREFIX}/json/list"] = answer([PAGE])
@@ -46,7 +46,7 @@ async def test_people_and_programs_are_told_addresses_that_they_can_use() -> Non
     }
 
 
-async def test_without_a_browser_it_says_so() -> None:
+async def test_a_missing_browser_is_reported() -> None:
     async with serving() as server:
         server.routes[f"GET {PREFIX}/json/version"] = problem(502, "browser-unreachable", "no browser", hint="a port")
         done = await volar(server, "vms", "devtools", "demo")
@@ -56,14 +56,14 @@ async def test_without_a_browser_it_says_so() -> None:
 
 
 @pytest.mark.parametrize("addresses", [["unix:/x", "http://127.0.0.1:7777"], ["unix:/x"]])
-async def test_behind_a_unix_socket_there_may_be_another_address(tmp_path: Path, addresses: list[str]) -> None:
+async def test_a_daemon_on_a_unix_socket_may_have_another_address(tmp_path: Path, addresses: list[str]) -> None:
     path = str(tmp_path / "s")
     async with serving(path) as server, Client(f"unix:{path}") as client:
         server.routes[f"GET {PREFIX}/json/version"] = answer({"Browser": "Chrome/1"})
         server.routes[f"GET {PREFIX}/json/list"] = answer([])
         server.routes["GET /api/v1/system/info"] = answer({"addresses": addresses})
         if len(addresses) == 1:
-            with pytest.raises(ClientError, match="Unix socket alone"):
+            with pytest.raises(ClientError, match="only on a Unix socket"):
                 await client.vms.browser("demo")
             return
         assert (await client.vms.browser("demo")).endpoint == f"http://127.0.0.1:7777{PREFIX}"

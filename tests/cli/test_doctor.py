@@ -39,7 +39,7 @@ def check(*words: str) -> Result:
     return CliRunner().invoke(volar, ["setup", "--check", *words], standalone_mode=False)
 
 
-def test_people_see_what_is_what_it_means_and_what_to_do(says: Path) -> None:
+def test_people_see_the_finding_its_consequence_and_the_advice(says: Path) -> None:
     answering(says, FINE, LESS)
     done = check()
     assert done.return_value == 0, done.stderr
@@ -49,23 +49,23 @@ def test_people_see_what_is_what_it_means_and_what_to_do(says: Path) -> None:
         "             it is slow\n"
         "             → `modprobe kvm`\n"
         "\n"
-        "VMs can run here with volantd as me. Less than it could be: kvm\n"
+        "VMs can run here with volantd as me, with limits: kvm\n"
     )
 
 
-def test_something_that_fails_is_the_last_word_and_the_exit_code(says: Path) -> None:
+def test_a_failed_check_is_in_the_last_line_and_the_exit_code(says: Path) -> None:
     answering(says, FINE, LESS, FAILS)
     done = check()
     assert done.return_value == 1
     assert done.stdout.splitlines()[-1] == "VMs can't run here with volantd as me: memory"
 
 
-def test_a_host_that_lacks_nothing_is_told_so(says: Path) -> None:
+def test_a_host_that_lacks_nothing_is_reported(says: Path) -> None:
     answering(says, FINE)
     assert check().stdout.splitlines()[-1] == "VMs can run here with volantd as me"
 
 
-def test_programs_get_all_of_it(says: Path) -> None:
+def test_programs_get_the_whole_report(says: Path) -> None:
     answering(says, FINE, FAILS)
     done = check("--json")
     assert done.return_value == 1
@@ -74,7 +74,7 @@ def test_programs_get_all_of_it(says: Path) -> None:
     assert document["findings"][1] == FAILS
 
 
-def test_the_services_settings_count_and_the_environments_more(
+def test_the_environment_overrides_the_services_settings(
     says: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "environment").write_text('# mine\nVOLANT_STATE_DIR="/srv/a"\nVOLANT_CACHE_DIR=/srv/b\n')
@@ -88,14 +88,14 @@ def test_the_services_settings_count_and_the_environments_more(
     assert "/srv/a /srv/c" in check().stdout
 
 
-def test_settings_with_which_volantd_would_not_start_are_told(says: Path) -> None:
+def test_settings_with_which_volantd_would_not_start_are_reported(says: Path) -> None:
     says.write_text("import sys; print('volantd: max_vms is no number', file=sys.stderr); sys.exit(2)")
     done = check()
     assert done.return_value == 1
     assert "volar: max_vms is no number" in done.stderr
 
 
-def test_a_volantd_that_says_nothing_or_nonsense_is_told(says: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_volantd_without_a_valid_report_is_an_error(says: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     says.write_text("raise SystemExit('broken')")
     done = check()
     assert done.return_value == 1
@@ -106,11 +106,11 @@ def test_a_volantd_that_says_nothing_or_nonsense_is_told(says: Path, monkeypatch
 
 
 @pytest.mark.parametrize("other", ["--dry-run", "--uninstall", "--purge"])
-def test_it_goes_with_nothing_that_changes_something(says: Path, other: str) -> None:
+def test_check_can_not_be_combined_with_changes(says: Path, other: str) -> None:
     assert isinstance(check(other).exception, click.UsageError)
 
 
-async def test_the_real_one_needs_no_daemon(tmp_path: Path) -> None:
+async def test_the_real_check_needs_no_daemon(tmp_path: Path) -> None:
     env = ENVIRONMENT | {
         "VOLANT_STATE_DIR": str(tmp_path / "state"),
         "VOLANT_RUNTIME_DIR": f"/tmp/volant-{os.getpid()}",

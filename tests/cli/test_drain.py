@@ -29,7 +29,7 @@ def drained(server: Server) -> None:
         (("--stop-vms", "--grace", "90s"), [("stop_vms", "true"), ("grace", "90s")]),
     ],
 )
-async def test_it_says_what_it_was_told(words: tuple[str, ...], query: list[tuple[str, str]]) -> None:
+async def test_options_become_the_query(words: tuple[str, ...], query: list[tuple[str, str]]) -> None:
     async with serving() as server:
         drained(server)
         done = await volar(server, "system", "drain", *words)
@@ -51,7 +51,7 @@ async def test_a_grace_is_for_vms_that_are_stopped() -> None:
     assert server.asked(DRAIN) == []
 
 
-async def test_it_waits_until_nothing_of_a_vm_is_on_the_host() -> None:
+async def test_drain_waits_until_nothing_of_a_vm_is_on_the_host() -> None:
     async with serving() as server:
         drained(server)
         listed = [
@@ -69,7 +69,7 @@ async def test_it_waits_until_nothing_of_a_vm_is_on_the_host() -> None:
     assert listed == []
 
 
-async def test_it_waits_no_longer_than_it_was_told() -> None:
+async def test_drain_waits_no_longer_than_the_timeout() -> None:
     async with serving() as server:
         drained(server)
         server.routes["GET /api/v1/vms"] = answer([vm()], Volant_Event_Id="e-1")
@@ -79,7 +79,7 @@ async def test_it_waits_no_longer_than_it_was_told() -> None:
     assert "after 1 s 1 VM is up: demo" in done.err
 
 
-async def test_undrain_says_that_vms_start() -> None:
+async def test_undrain_prints_that_vms_start() -> None:
     async with serving() as server:
         server.routes["POST /api/v1/system/undrain"] = answer({**STATUS, "draining_since": None})
         done = await volar(server, "system", "undrain")

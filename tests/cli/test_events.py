@@ -14,7 +14,7 @@ GAP = 'event: STREAM_GAP\nid: e-8\ndata: {"type":"STREAM_GAP","requested":"e-3",
 
 
 @pytest.mark.parametrize("words", [("events", "--vm", "demo"), ("vms", "watch", "demo")])
-async def test_events_resume_and_gaps_are_said(words: tuple[str, ...]) -> None:
+async def test_events_resume_and_gaps_are_reported(words: tuple[str, ...]) -> None:
     async with serving() as server:
         server.routes[PATH] = [
             sse("retry: 10", event(2)),

@@ -52,7 +52,7 @@ def nothing_left() -> Iterator[dict[str, str]]:
             assert mark not in facts
 
 
-def test_the_demo_ends_well(nothing_left: dict[str, str]) -> None:
+def test_the_demo_succeeds(nothing_left: dict[str, str]) -> None:
     done = subprocess.run(
         [sys.executable, DEMO], env=nothing_left, capture_output=True, text=True, check=False, timeout=LONG_S
     )

@@ -48,7 +48,7 @@ async def test_both_streams_and_the_code_are_the_commands_own() -> None:
         ({"error": "no such user", "code": "no_such_user"}, 1),
     ],
 )
-async def test_every_end_has_its_code(end: dict[str, object], code: int) -> None:
+async def test_every_end_of_a_command_has_its_exit_code(end: dict[str, object], code: int) -> None:
     async with serving() as server:
         server.routes[PATH] = ndjson(wire(output("stdout", b"x"), end))
         done = await volar(server, "vms", "exec", "demo", "--", "x")
@@ -56,7 +56,7 @@ async def test_every_end_has_its_code(end: dict[str, object], code: int) -> None
     assert (str(end.get("error", "")) in done.err) == ("error" in end or not done.err)
 
 
-async def test_json_is_the_stream_itself() -> None:
+async def test_with_json_the_output_is_the_stream() -> None:
     lines: list[dict[str, object]] = [output("stdout", b"\xff"), {"exit_code": 3}]
     async with serving() as server:
         server.routes[PATH] = ndjson(wire(*lines))
@@ -75,7 +75,7 @@ async def test_a_stream_that_breaks_off_is_no_success() -> None:
     assert "before the command did" in done.err
 
 
-async def test_a_terminal_that_is_none_is_wrong_usage_before_anything_is_asked() -> None:
+async def test_t_without_a_terminal_is_wrong_usage_and_sends_no_request() -> None:
     async with serving() as server:
         done = await volar(server, "vms", "exec", "-it", "demo", "--", "sh")
     assert (done.code, server.requests) == (2, [])
@@ -86,7 +86,7 @@ def not_running(status: str) -> Handler:
     return problem(409, "vm-not-running", f"VM 'demo' is {status}", vm="demo")
 
 
-async def test_a_vm_that_is_starting_is_waited_for() -> None:
+async def test_a_command_waits_for_a_vm_that_is_starting() -> None:
     async with serving() as server:
         server.routes[PATH] = [not_running("starting"), ndjson(wire(output("stdout", b"x"), {"exit_code": 3}))]
         server.routes["GET /api/v1/vms/demo"] = [answer(vm(status="starting")), answer(vm(), Volant_Wait="met")]
@@ -96,7 +96,7 @@ async def test_a_vm_that_is_starting_is_waited_for() -> None:
     assert [(at.param("wait"), at.param("timeout")) for at in server.asked("/api/v1/vms/demo")][1] == ("running", "7s")
 
 
-async def test_the_wait_for_a_vm_that_is_starting_has_an_end() -> None:
+async def test_the_wait_for_a_vm_that_is_starting_has_a_deadline() -> None:
     async with serving() as server:
         server.routes[PATH] = not_running("starting")
         server.routes["GET /api/v1/vms/demo"] = answer(vm(status="starting"), Volant_Wait="timeout")
@@ -115,7 +115,7 @@ async def test_the_wait_for_a_vm_that_is_starting_has_an_end() -> None:
     assert (stopped.code, "VM 'demo' is stopped" in stopped.err) == (4, True)
 
 
-async def test_a_guest_that_crashes_meanwhile_is_reported_as_that() -> None:
+async def test_a_guest_that_crashes_meanwhile_is_reported() -> None:
     reason = {"code": "guest_panicked", "message": "the kernel panicked", "console": []}
     async with serving() as server:
         server.routes[PATH] = ndjson(wire(output("stdout", b"x")))

@@ -15,7 +15,7 @@ from .kit import running, volar
 
 
 @pytest.mark.parametrize(("status", "code"), [(400, 1), (404, 3), (409, 4), (412, 4), (500, 1), (502, 1), (503, 1)])
-async def test_problems_have_their_codes(status: int, code: int) -> None:
+async def test_problems_have_their_exit_codes(status: int, code: int) -> None:
     async with serving() as server:
         server.routes["GET /api/v1/vms/demo"] = problem(
             status, "some-code", "what is wrong", hint="what to do", field="cpu_cores", request_id="r7"
@@ -27,7 +27,7 @@ async def test_problems_have_their_codes(status: int, code: int) -> None:
     assert ("r7" in done.err) == (status >= 500)
 
 
-async def test_errors_are_json_where_json_is_asked_for() -> None:
+async def test_errors_are_json_with_json() -> None:
     async with serving() as server:
         server.routes["GET /api/v1/vms/demo"] = problem(404, "vm-not-found", "no VM", hint="list", vm="demo")
         done = await volar(server, "--json", "vms", "get", "demo")
@@ -45,7 +45,7 @@ async def test_errors_are_json_where_json_is_asked_for() -> None:
     }
 
 
-async def test_a_daemon_that_is_not_there_is_5() -> None:
+async def test_an_unreachable_daemon_is_5() -> None:
     done = await volar(None, "--api", "http://127.0.0.1:1", "vms", "list")
     assert done.code == 5
     assert "http://127.0.0.1:1" in done.err
@@ -74,7 +74,7 @@ async def test_wrong_usage_is_2(words: list[str]) -> None:
     assert "Usage" in done.err or "Error" in done.err
 
 
-async def test_waiting_ends_with_what_came_of_it() -> None:
+async def test_the_exit_code_of_a_wait_is_its_outcome() -> None:
     crashed = vm(status="crashed", reason={"code": "guest_panicked", "message": "the kernel panicked", "console": []})
     async with serving() as server:
         server.routes["GET /api/v1/vms"] = answer([], Volant_Event_Id="e-1")
@@ -97,7 +97,7 @@ async def test_waiting_ends_with_what_came_of_it() -> None:
     assert json.loads(late.out)["status"] == "starting"
 
 
-async def test_the_size_of_a_vm_is_sent_only_where_it_is_said() -> None:
+async def test_the_size_of_a_vm_is_sent_only_if_it_is_given() -> None:
     async with serving() as server:
         server.routes["POST /api/v1/vms"] = answer(vm(status="pending"), 201)
         for flags in ([], ["--memory", "2048"], ["--cpu", "1", "--memory", "4096"]):
@@ -109,7 +109,7 @@ async def test_the_size_of_a_vm_is_sent_only_where_it_is_said() -> None:
     assert sizes == [(None, None), (None, 2048), (1, 4096), (None, None)]
 
 
-async def test_an_interrupt_is_130_without_a_word() -> None:
+async def test_an_interrupt_is_130_without_a_message() -> None:
     async with serving() as server:
         server.routes["GET /api/v1/events/vms"] = sse(event(1), stay=True)
         async with running(server, ["vms", "watch", "--since", "0", "--json"]) as process:
@@ -122,7 +122,7 @@ async def test_an_interrupt_is_130_without_a_word() -> None:
     assert json.loads(line)["id"] == "e-1"
 
 
-async def test_a_pipe_that_nobody_reads_ends_it_without_a_word() -> None:
+async def test_a_pipe_without_a_reader_ends_volar_without_a_message() -> None:
     async with serving() as server:
 
         async def flood(request: Request, stream: trio.abc.Stream) -> None:
@@ -140,11 +140,11 @@ async def test_a_pipe_that_nobody_reads_ends_it_without_a_word() -> None:
             assert await process.stderr.receive_some() == b""
 
 
-def test_what_a_guest_says_commands_no_terminal() -> None:
+def test_output_of_a_guest_does_not_control_the_terminal() -> None:
     assert safe("a\x1b]0;x\x07\x9b2J\u202eb\tc\nd") == r"a\x1b]0;x\x07\x9b2J\x202eb" + "\tc" + r"\x0ad"
 
 
-async def test_a_state_that_is_none_names_the_option_and_the_states_there_are() -> None:
+async def test_an_unknown_state_is_an_error_with_the_option_and_the_states() -> None:
     done = await volar(None, "vms", "wait", "demo", "--for", "foo")
     assert "Invalid value for '--for': 'foo' is not a state to wait for; use one of pending, starting, " in done.err
     assert "deleted" in done.err
@@ -158,7 +158,7 @@ async def test_a_warning_of_a_create_is_printed_beside_the_answer() -> None:
     assert done.err == "volar: warning: the network is 'user': no bridge\n"
 
 
-async def test_starting_a_vm_that_runs_says_that_it_runs() -> None:
+async def test_starting_a_running_vm_prints_that_it_runs() -> None:
     async with serving() as server:
         server.routes["POST /api/v1/vms/demo/start"] = [answer(vm()), answer(vm(status="stopped"))]
         runs = await volar(server, "vms", "start", "demo")

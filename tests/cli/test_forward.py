@@ -32,7 +32,7 @@ async def line(stream: trio.abc.ReceiveStream | None) -> str:
     return data.decode()
 
 
-async def test_connections_pass_with_their_ends(tmp_path: Path) -> None:
+async def test_bytes_and_half_closes_pass_through_a_forwarded_port(tmp_path: Path) -> None:
     async with guest(tmp_path) as at, listening(digest_at_the_end) as port:
         async with running(server_of(at), ["vms", "forward", "--json", "demo", f"0:{port}"]) as process:
             told = json.loads(await line(process.stdout))
@@ -51,7 +51,7 @@ async def test_connections_pass_with_their_ends(tmp_path: Path) -> None:
             process.terminate()
 
 
-async def test_what_cannot_be_reached_is_reset_and_said_once(tmp_path: Path) -> None:
+async def test_an_unreachable_port_resets_connections_and_is_reported_once(tmp_path: Path) -> None:
     nobody = free_port()
     async with guest(tmp_path) as at:
         async with running(server_of(at), ["vms", "forward", "demo", f"0:{nobody}"]) as process:

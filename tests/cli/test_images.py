@@ -22,7 +22,7 @@ def environ(tmp_path: Path) -> dict[str, str]:
     return {"VOLANT_CACHE_DIR": str(tmp_path / "cache")}
 
 
-async def test_an_artifact_comes_is_listed_and_goes(environ: dict[str, str], tmp_path: Path) -> None:
+async def test_an_artifact_is_fetched_listed_and_removed(environ: dict[str, str], tmp_path: Path) -> None:
     fetched = await volar(None, "images", "fetch", str(tmp_path / "kernel"), DIGEST, "--json", environ=environ)
     assert json.loads(fetched.out)["digest"] == DIGEST
     listed = await volar(None, "images", "artifacts", environ=environ)
@@ -34,7 +34,7 @@ async def test_an_artifact_comes_is_listed_and_goes(environ: dict[str, str], tmp
     assert json.loads((await volar(None, "images", "artifacts", "--json", environ=environ)).out) == []
 
 
-async def test_one_on_which_a_vm_runs_stays_and_that_is_said(environ: dict[str, str], tmp_path: Path) -> None:
+async def test_an_artifact_that_a_vm_uses_stays_and_that_is_reported(environ: dict[str, str], tmp_path: Path) -> None:
     assert (await volar(None, "images", "fetch", str(tmp_path / "kernel"), DIGEST, environ=environ)).code == 0
     with (tmp_path / "cache/media" / DIGEST).open("rb") as file:
         # As QEMU does: a shared lock on some byte, of the open file.
@@ -58,7 +58,7 @@ async def test_one_on_which_a_vm_runs_stays_and_that_is_said(environ: dict[str, 
         (("remove", "abc"), 1, ("begins with abc", "images artifacts")),
     ],
 )
-async def test_what_goes_wrong_is_said(
+async def test_errors_are_reported(
     environ: dict[str, str], tmp_path: Path, arguments: tuple[str, ...], code: int, words: tuple[str, ...]
 ) -> None:
     done = await volar(None, "images", *(argument.format(tmp_path) for argument in arguments), environ=environ)

@@ -25,7 +25,7 @@ OTHER = "other-0123456789abcdef"
         (["--api-key-file", "FILE"], {"VOLANT_API_KEY": OTHER}, KEY),
     ],
 )
-async def test_where_a_key_comes_from(
+async def test_a_key_comes_from_the_environment_or_a_file(
     tmp_path: Path, words: list[str], environ: dict[str, str], shown: str | None
 ) -> None:
     file = tmp_path / "keys"
@@ -44,7 +44,7 @@ async def test_a_key_can_not_be_an_argument() -> None:
     assert done.code == 2
 
 
-async def test_a_key_that_can_not_be_one_is_wrong_usage_and_not_shown(tmp_path: Path) -> None:
+async def test_a_malformed_key_is_wrong_usage_and_not_shown(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("# none\n")
     for words, environ in (
         ([], {"VOLANT_API_KEY": "two words"}),
@@ -56,7 +56,7 @@ async def test_a_key_that_can_not_be_one_is_wrong_usage_and_not_shown(tmp_path: 
         assert "two words" not in done.err
 
 
-async def test_a_refused_key_is_said_with_the_hint_of_the_daemon() -> None:
+async def test_a_refused_key_is_reported_with_the_hint_of_the_daemon() -> None:
     async with serving() as server:
         server.routes["GET /api/v1/vms"] = problem(401, "unauthenticated", "asks for a key", hint="VOLANT_API_KEY")
         done = await volar(server, "vms", "list")

@@ -33,7 +33,7 @@ async def test_each_client_gets_the_url() -> None:
 
 
 @pytest.mark.parametrize("how", ["environment", "file", "flag"])
-async def test_with_a_key_it_says_where_to_put_it_and_never_the_key(tmp_path: Path, how: str) -> None:
+async def test_with_a_key_the_configuration_refers_to_it_and_never_contains_it(tmp_path: Path, how: str) -> None:
     (tmp_path / "key").write_text(KEY)
     words = {"environment": [], "file": ["--api-key-file", str(tmp_path / "key")], "flag": ["--key"]}[how]
     done = await volar(None, "--json", "mcp", *words, environ={"VOLANT_API_KEY": KEY} if how == "environment" else {})
@@ -48,7 +48,7 @@ async def test_one_client_gets_json_that_can_be_redirected() -> None:
     assert "~/.cursor/mcp.json" in done.err
 
 
-async def test_all_of_them_are_shown_with_their_places() -> None:
+async def test_all_clients_are_shown_with_their_files() -> None:
     done = await volar(None, "--api", "https://volant.example/behind", "mcp")
     assert done.code == 0
     assert done.out.decode().count('"https://volant.example:443/behind/api/v1/mcp"') == len(CLIENTS)
@@ -61,7 +61,7 @@ async def test_an_address_that_no_client_can_use_is_wrong_usage() -> None:
         assert (await volar(None, "--api", address, "mcp")).code == 2
 
 
-async def test_plain_http_to_another_host_is_allowed_on_purpose() -> None:
+async def test_plain_http_to_another_host_is_allowed_explicitly() -> None:
     far = await volar(None, "--api", "http://192.0.2.1:7777", "mcp", "--client", "claude-desktop")
     assert "--allow-http" in far.out.decode()
     near = await volar(None, "mcp", "--client", "claude-desktop")

@@ -13,7 +13,7 @@ from .kit import volar
     ("command", "status", "says"),
     [("pause", "paused", b"demo is being paused\n"), ("resume", "running", b"demo is running\n")],
 )
-async def test_it_asks_and_waits_if_told_to(command: str, status: str, says: bytes) -> None:
+async def test_pause_and_resume_wait_only_with_wait(command: str, status: str, says: bytes) -> None:
     async with serving() as server:
         path = f"/api/v1/vms/demo/{command}"
         server.routes[f"POST {path}"] = [
@@ -32,7 +32,7 @@ async def test_it_asks_and_waits_if_told_to(command: str, status: str, says: byt
     assert queries == [[], [("wait", status), ("timeout", "5s")], [("wait", status), ("timeout", "5s")]]
 
 
-async def test_what_is_paused_is_told_how_it_goes_on() -> None:
+async def test_exec_in_a_paused_vm_is_an_error_with_a_hint() -> None:
     async with serving() as server:
         server.routes["POST /api/v1/vms/demo/agent/v1/exec"] = problem(409, "vm-not-running", "VM 'demo' is paused")
         server.routes["GET /api/v1/vms/demo"] = answer(vm(status="paused"))

@@ -32,7 +32,7 @@ def setup(*words: str) -> Result:
     return CliRunner().invoke(volar, ["setup", *words], standalone_mode=False)
 
 
-def test_without_systemd_it_says_so_and_what_to_do(tmp_path: Path) -> None:
+def test_without_systemd_setup_fails_with_a_hint(tmp_path: Path) -> None:
     (tmp_path / "systemd").rmdir()
     for words in ((), ("--uninstall",)):
         done = setup(*words)
@@ -41,7 +41,7 @@ def test_without_systemd_it_says_so_and_what_to_do(tmp_path: Path) -> None:
         assert "run it in a terminal" in done.stderr
 
 
-def test_only_root_can_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_setup_needs_root_and_reports_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     for words in ((), ("--uninstall",)):
         done = setup(*words)
@@ -70,7 +70,7 @@ def test_a_dry_run_needs_nothing_prints_everything_and_does_nothing(
     assert "# remove /var/lib/volant\n" in done.stdout
 
 
-def test_addresses_in_the_settings_that_do_nothing_are_told_of(tmp_path: Path) -> None:
+def test_addresses_in_the_settings_that_have_no_effect_are_reported(tmp_path: Path) -> None:
     assert "VOLANT_API_LISTEN_ADDR" not in setup("--dry-run").stderr
     (tmp_path / "volantd").write_text('# mine\nVOLANT_API_LISTEN_ADDR="0.0.0.0:80"\nVOLANT_MAX_VMS=3\n')
     done = setup("--dry-run")
@@ -78,5 +78,5 @@ def test_addresses_in_the_settings_that_do_nothing_are_told_of(tmp_path: Path) -
     assert "systemctl edit volantd.socket" in done.stderr
 
 
-def test_what_goes_with_a_removal_alone_is_refused_without_it() -> None:
+def test_options_of_uninstall_are_refused_without_it() -> None:
     assert isinstance(setup("--purge").exception, click.UsageError)

@@ -52,7 +52,7 @@ def prepare(server: Server) -> None:
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 @pytest.mark.parametrize(("redirection", "why"), [(">&-", "it is closed"), (">/dev/full", "No space left on device")])
-async def test_output_that_can_not_be_written_fails_and_says_so(words: list[str], redirection: str, why: str) -> None:
+async def test_output_that_can_not_be_written_is_an_error(words: list[str], redirection: str, why: str) -> None:
     async with serving() as server:
         prepare(server)
         code, _, err = await shell(server, words, redirection)
@@ -65,7 +65,7 @@ async def test_output_that_can_not_be_written_fails_and_says_so(words: list[str]
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-async def test_a_reader_that_is_gone_ends_it_without_a_word(words: list[str]) -> None:
+async def test_a_reader_that_has_exited_ends_volar_without_a_message(words: list[str]) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     async with serving() as server:
@@ -91,7 +91,7 @@ async def test_other_streams_change_neither_output_nor_code(redirection: str) ->
         assert (await shell(server, ["mcp"], redirection))[0] == 0
 
 
-async def test_all_of_them_closed_is_a_failure_without_a_word() -> None:
+async def test_with_all_streams_closed_volar_fails_without_a_message() -> None:
     async with serving() as server:
         prepare(server)
         assert await shell(server, ["vms", "list"], "<&- >&- 2>&-") == (1, "", "")
@@ -113,7 +113,7 @@ async def test_closed_input_is_empty_input() -> None:
         (["vms", "cp", "demo:/etc/motd", "-"], "HEAD /api/v1/vms/demo/agent/v1/files/etc/motd"),
     ],
 )
-async def test_an_interrupt_ends_what_waits_for_the_daemon(words: list[str], route: str) -> None:
+async def test_an_interrupt_ends_a_wait_for_the_daemon(words: list[str], route: str) -> None:
     asked = trio.Event()
 
     async def silent(request: object, stream: trio.abc.Stream) -> None:

@@ -27,7 +27,7 @@ def guests(body: bytes, status: int = 200) -> Handler:
     return handler
 
 
-async def test_the_vm_is_asked_for_its_plugin_unless_that_is_known() -> None:
+async def test_the_plugin_is_looked_up_unless_it_is_given() -> None:
     async with serving() as server, Client(server.base_url) as client:
         server.routes["GET /api/v1/vms/demo"] = answer(vm(plugin="web"))
         server.routes[f"POST {PATH}"] = guests(b"done")
@@ -41,7 +41,7 @@ async def test_the_vm_is_asked_for_its_plugin_unless_that_is_known() -> None:
 
 
 @pytest.mark.parametrize("status", [400, 404, 409, 500, 502])
-async def test_who_has_answered_makes_the_difference(status: int) -> None:
+async def test_an_error_of_the_workload_is_an_answer_and_one_of_the_daemon_a_problem(status: int) -> None:
     async with serving() as server, Client(server.base_url) as client:
         server.routes[f"POST {PATH}"] = guests(b"no", status)
         async with client.vms.call_action("demo", "shot", plugin="web") as got:
@@ -73,7 +73,7 @@ async def test_a_body_in_pieces_is_sent_in_chunks() -> None:
     assert server.requests[0].headers["content-type"] == "x/y"
 
 
-async def test_what_is_no_name_would_be_another_path() -> None:
+async def test_names_are_checked_before_they_become_paths() -> None:
     async with serving() as server, Client(server.base_url) as client:
         for name, action, plugin in (("a/b", "x", "y"), ("a", "../x", "y"), ("a", "x", "y/z")):
             with pytest.raises(Problem):

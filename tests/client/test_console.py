@@ -60,7 +60,7 @@ async def test_refusals_are_problems(tmp_path: Path) -> None:
             assert told.value.code == "console-read-only"
 
 
-async def test_a_gap_is_told(tmp_path: Path) -> None:
+async def test_a_gap_is_reported(tmp_path: Path) -> None:
     async with at_desk(tmp_path) as desk, client_of(desk) as client:
         async with client.vms.console("demo", tail=0) as console:
             for _ in range(400):
@@ -78,7 +78,7 @@ async def test_a_gap_is_told(tmp_path: Path) -> None:
             assert missed
 
 
-async def test_a_console_goes_on_over_a_lost_connection(tmp_path: Path) -> None:
+async def test_a_console_reconnects_after_a_lost_connection(tmp_path: Path) -> None:
     async with at_desk(tmp_path) as desk, client_of(desk) as client:
         retries: list[str] = []
         async with client.vms.console(
@@ -86,7 +86,7 @@ async def test_a_console_goes_on_over_a_lost_connection(tmp_path: Path) -> None:
         ) as console:
             desk.say(b"one")
             assert await read(console, 3) == b"one"
-            socket = console._line.socket
+            socket = console._state.socket
             assert socket is not None
             await trio.aclose_forcefully(socket._connection._stream)
             with trio.fail_after(10):

@@ -49,7 +49,7 @@ async def test_a_feed_resumes_after_the_last_event_and_passes_on_gaps() -> None:
     assert len(retries) == 3
 
 
-async def test_the_oldest_kept_is_asked_for_by_parameter() -> None:
+async def test_the_oldest_kept_event_is_requested_by_parameter() -> None:
     async with serving() as server, Client(server.base_url) as client:
         server.routes[f"GET {PATH}"] = [sse(event(1)), sse(event(2), stay=True)]
         async with client.events(after="0") as feed:
@@ -90,7 +90,7 @@ async def test_types_of_newer_daemons_are_left_out() -> None:
     assert item.type is EventType.VM_RUNNING
 
 
-async def test_patience_ends() -> None:
+async def test_reconnecting_ends_after_patience_s() -> None:
     async with serving() as server, Client(server.base_url) as client:
         server.routes[f"GET {PATH}"] = [sse(event(1)), *[sse() for _ in range(50)]]
         async with client.events(after="e-0", patience_s=0.3) as feed:
@@ -110,7 +110,7 @@ async def test_a_refusal_ends_the_feed_with_its_reason() -> None:
                 await feed.receive()
 
 
-async def test_what_fails_at_first_is_raised_where_the_block_is_entered() -> None:
+async def test_a_failure_of_the_first_connection_is_raised_where_the_block_is_entered() -> None:
     async with serving() as server, Client(server.base_url) as client:
         server.routes[f"GET {PATH}"] = problem(400, "invalid-request", "no", field="types")
         with pytest.raises(ClientProblem, match="no"):
@@ -130,7 +130,7 @@ async def test_the_blocks_own_error_leaves_it_in_no_group() -> None:
                 raise ZeroDivisionError
 
 
-async def test_an_event_that_is_none_ends_the_feed() -> None:
+async def test_a_malformed_event_ends_the_feed() -> None:
     async with serving() as server, Client(server.base_url) as client:
         server.routes[f"GET {PATH}"] = sse("event: VM_RUNNING\ndata: {}", stay=True)
         async with client.events(after="e-0") as feed:

@@ -18,7 +18,7 @@ def line(stream: str, data: bytes) -> bytes:
     return b'{"stream":"%s","data":"%s"}\n' % (stream.encode(), base64.b64encode(data))
 
 
-async def test_output_is_byte_true_however_it_is_cut() -> None:
+async def test_output_is_exact_however_it_is_cut() -> None:
     blob = bytes(range(256)) * 300
     wire = line("stdout", blob) + line("stderr", b"\xff\n") + b'{"exit_code":3}\n'
     async with serving() as server, Client(server.base_url) as client:
@@ -46,7 +46,7 @@ async def test_a_stream_that_ends_early_is_no_success() -> None:
 
 
 @pytest.mark.parametrize("wire", [b"{}\n", b"nonsense\n", b'{"stream":"x"}\n', b"[" * 2_000_000])
-async def test_what_is_no_output_is_refused_within_bounds(wire: bytes) -> None:
+async def test_malformed_output_is_refused_within_bounds(wire: bytes) -> None:
     async with serving() as server, Client(server.base_url) as client:
         server.routes[f"POST {PATH}"] = ndjson(wire)
         with pytest.raises(UnexpectedAnswer):

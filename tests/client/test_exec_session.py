@@ -31,7 +31,7 @@ async def read(session: ExecSession, *, until: bytes = b"\0never") -> dict[str, 
     return found
 
 
-async def test_input_output_and_the_end(agent: Behind) -> None:
+async def test_a_session_has_input_output_and_an_end(agent: Behind) -> None:
     data = os.urandom(3_000_000)
     async with Client(agent.base_url) as client:
         script = ["sh", "-c", "echo $A $PWD >&2; cat; exit 4"]
@@ -61,7 +61,7 @@ async def test_a_terminal_and_signals(agent: Behind) -> None:
             assert session.end == ExecEnd(signal=9)
 
 
-async def test_what_is_wrong_is_an_end_that_says_so(agent: Behind) -> None:
+async def test_a_request_error_is_the_end_of_the_session(agent: Behind) -> None:
     async with Client(agent.base_url) as client:
         for detach in (False, True):
             async with client.vms.exec_session("demo", ["/no/such"], detach=detach) as session:
@@ -95,7 +95,7 @@ async def test_a_detached_command_is_found_again_by_position(agent: Behind) -> N
                 pass
 
 
-async def test_settling_hands_everything_over(agent: Behind) -> None:
+async def test_settle_returns_once_the_guest_has_all_input(agent: Behind) -> None:
     async with Client(agent.base_url) as client:
         async with client.vms.exec_session("demo", ["wc", "-c"], detach=True) as session:
             await session.send(bytes(2_000_000))
@@ -107,7 +107,7 @@ async def test_settling_hands_everything_over(agent: Behind) -> None:
             assert (await read(session))["stdout"].strip() == b"2000000"
 
 
-async def test_a_gap_and_a_taker_over_are_told(agent: Behind) -> None:
+async def test_a_gap_and_a_takeover_are_reported(agent: Behind) -> None:
     async with Client(agent.base_url) as client:
         script = ["sh", "-c", "read go; head -c 1500000 /dev/zero; echo; echo end; read go"]
         async with client.vms.exec_session("demo", script, detach=True) as first:
@@ -129,7 +129,7 @@ async def test_a_gap_and_a_taker_over_are_told(agent: Behind) -> None:
                 assert second.end == ExecEnd(exit_code=0)
 
 
-async def test_leaving_ends_what_is_not_detached(agent: Behind) -> None:
+async def test_leaving_the_block_ends_a_command_that_is_not_detached(agent: Behind) -> None:
     async with Client(agent.base_url) as client:
         async with client.vms.exec_session("demo", ["sh", "-c", "echo $$; exec sleep 1000"]) as session:
             pid = int((await read(session, until=b"\n"))["stdout"])

@@ -38,7 +38,7 @@ class Pieces:
         return piece
 
 
-async def test_written_read_and_deleted(agent: Behind, tmp_path: Path) -> None:
+async def test_a_file_is_written_read_and_deleted(agent: Behind, tmp_path: Path) -> None:
     path = f"{tmp_path}/a b%20\udcff"
     async with Client(agent.base_url) as client:
         assert await client.vms.write_file("demo", path, b"content", mode=0o640)

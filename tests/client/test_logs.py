@@ -34,7 +34,7 @@ async def test_a_log_resumes_at_its_line_and_stays_with_its_vm() -> None:
     assert first.headers["x-volant-api-key"] == "k"
 
 
-async def test_a_gap_at_the_start_is_not_told_twice() -> None:
+async def test_a_gap_at_the_start_is_reported_once() -> None:
     async with serving() as server, Client(server.base_url) as client:
         server.routes[f"GET {PATH}"] = [
             websocket({"gap": {"from": 1, "to": 8}}, code=None),

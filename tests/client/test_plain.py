@@ -274,7 +274,7 @@ async def test_a_queue_of_a_unix_socket_that_is_full_is_waited_for(tmp_path: Pat
                 await ask(f"unix:{tmp_path}/s", list_vms, within_s=0.3)
 
 
-async def test_what_changes_something_is_sent_again_under_its_key_when_the_connection_breaks(
+async def test_a_change_is_sent_again_under_its_key_when_the_connection_breaks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(_transport, "_AGAIN_PAUSE_S", 0.01)

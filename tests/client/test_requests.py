@@ -22,7 +22,7 @@ from volant.model import CreateVm, Problem, Status
 from .kit import Request, answer, not_found, problem, send_head, serving, vm
 
 
-async def test_a_problem_keeps_all_that_the_daemon_said() -> None:
+async def test_a_problem_has_all_members_of_the_daemons_answer() -> None:
     async with serving() as server, Client(server.base_url) as client:
         server.routes["POST /api/v1/vms"] = problem(
             400, "invalid-request", "too little", field="memory_mb", hint="more", request_id="abc", vm="demo"
@@ -47,7 +47,7 @@ async def test_an_error_that_is_no_problem_is_one_too() -> None:
     assert caught.value.request_id == "r1"
 
 
-async def test_what_is_not_sent_is_left_to_the_daemon() -> None:
+async def test_defaults_are_not_sent() -> None:
     async with serving() as server, Client(server.base_url) as client:
         server.routes["POST /api/v1/vms"] = answer(vm(status="pending"), 201)
         made = await client.vms.create(CreateVm(name="demo", cpu_cores=1, memory_mb=256, labels={"a": "b"}))
@@ -75,7 +75,7 @@ async def test_the_key_is_a_header_and_proxies_of_the_environment_are_not_asked(
     assert server.requests[0].headers["x-volant-api-key"] == "secret"
 
 
-async def test_nobody_there_is_said_with_the_address(tmp_path: Path) -> None:
+async def test_an_unreachable_daemon_is_reported_with_its_address(tmp_path: Path) -> None:
     with socket.socket() as taken:
         # Bound and not listening: nobody else gets the port.
         taken.bind(("127.0.0.1", 0))
@@ -134,7 +134,7 @@ async def test_an_answer_that_breaks_off_is_a_lost_connection() -> None:
 
 
 @pytest.mark.parametrize("body", [{"a": 1}, [{"id": "x"}], [vm(status="levitating")]])
-async def test_another_answer_than_the_contracts_is_said(body: object) -> None:
+async def test_an_answer_that_breaks_the_contract_is_an_error(body: object) -> None:
     async with serving() as server, Client(server.base_url) as client:
         server.routes["GET /api/v1/vms"] = answer(body)
         with pytest.raises(UnexpectedAnswer, match="GET /api/v1/vms"):
@@ -148,7 +148,7 @@ async def test_a_name_never_becomes_another_path() -> None:
                 await client.vms.delete(name)
 
 
-async def test_a_wait_goes_on_until_its_time_is_up() -> None:
+async def test_a_wait_continues_until_its_timeout() -> None:
     async with serving() as server, Client(server.base_url) as client:
         server.routes["POST /api/v1/vms/demo/restart"] = answer(vm(status="stopping"), Volant_Wait="timeout")
         server.routes["GET /api/v1/vms/demo"] = [
@@ -165,7 +165,7 @@ async def test_a_wait_goes_on_until_its_time_is_up() -> None:
     assert server.requests[0].query == [("wait", "running"), ("timeout", "5s")]
 
 
-async def test_who_waits_for_a_deletion_is_content_with_a_vm_that_is_not_there() -> None:
+async def test_a_wait_for_a_deletion_ends_if_there_is_no_such_vm() -> None:
     async with serving() as server, Client(server.base_url) as client:
         server.routes["GET /api/v1/vms/demo"] = not_found
         assert (await client.vms.wait("demo", ["deleted"])).outcome == "met"
@@ -185,7 +185,7 @@ async def break_off(request: Request, stream: trio.abc.Stream) -> None:
     await stream.aclose()
 
 
-async def test_what_changes_something_is_sent_again_under_its_key_when_the_connection_breaks(
+async def test_a_change_is_sent_again_under_its_key_when_the_connection_breaks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(_transport, "_AGAIN_PAUSE_S", 0.01)
@@ -204,7 +204,7 @@ async def test_what_changes_something_is_sent_again_under_its_key_when_the_conne
     assert len({(request.head, request.body) for request in server.asked("/api/v1/vms")}) == 1
 
 
-async def test_sending_again_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_repeating_a_request_ends_after_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_transport, "_AGAIN_PAUSE_S", 0.01)
     monkeypatch.setattr(_transport, "_AGAIN_S", 0.1)
     async with serving() as server, Client(server.base_url) as client:

@@ -115,7 +115,7 @@ async def test_the_file_shrinks_after_retention_and_commits_wait_for_one_piece_a
         assert log_size(path) <= 17 * 2**20
         newest = bench.store.events.newest.seq
         assert newest - bench.store.events.oldest.seq < 600
-        # It stands still then.
+        # Then it does nothing more.
         calls = bites_of(host)
         await trio.sleep(0.3)
         assert bites_of(host) == calls

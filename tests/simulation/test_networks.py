@@ -98,7 +98,7 @@ def test_an_older_update_of_hosts_does_not_win(tmp_path: Path, seed: int) -> Non
 
 @pytest.mark.parametrize("seed", [1, 2, 3, 5, 7])
 def test_a_late_update_of_hosts_includes_deleted_peers(tmp_path: Path, seed: int) -> None:
-    """What it is told while it stands still, as one does that is copied, it takes when nobody waits any more."""
+    """A guest that is paused, for instance while it is copied, reads an update after the request was given up."""
 
     async def story(world: World) -> None:
         await named(world, "blue")

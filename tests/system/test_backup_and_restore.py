@@ -51,7 +51,7 @@ async def test_a_restore_of_a_daemon_with_running_vms(make_daemon: Callable[...,
         said = volar(daemon, "system", "backup", str(kept))
         assert said == {"path": str(kept), "bytes": kept.stat().st_size}
         assert kept.stat().st_mode & 0o077 == 0
-        assert "is there already" in volar(daemon, "system", "backup", str(kept), code=4)
+        assert "exists already" in volar(daemon, "system", "backup", str(kept), code=4)
         volar(daemon, "system", "backup", str(kept), "--force")
         assert [path.name for path in tmp_path.iterdir()] == ["kept.db"]
 

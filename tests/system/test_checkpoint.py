@@ -91,7 +91,7 @@ class Guest:
         into = self.spec.memory_file.parent / f"copy-{self._host.random.new_id()}"
         await self._host.files.mkdir(into)
         checkpoint = await self._machine.checkpoint(into, hold=self.channel.hold)
-        print(f"stood still for {checkpoint.paused_s * 1000:.0f} ms; {checkpoint.memory_bytes // 2**20} MiB of memory")
+        print(f"paused for {checkpoint.paused_s * 1000:.0f} ms; {checkpoint.memory_bytes // 2**20} MiB of memory")
         return checkpoint
 
     @asynccontextmanager

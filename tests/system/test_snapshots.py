@@ -228,7 +228,7 @@ async def test_the_unfinished_copies_of_a_killed_daemon_are_finished_or_removed(
             await reachable(client, "demo")
             counted = await count(client, "demo")
             await trio.sleep(1.5)
-            assert await count(client, "demo") > counted, "its guest stands still"
+            assert await count(client, "demo") > counted, "its guest is still paused"
             await no_checkpoints_but_one(daemon)
             assert [(one.name, one.status) for one in await client.snapshots.list()] == [("whole", "ready")]
     async with daemon.client() as client:

@@ -71,7 +71,7 @@ class ConsolePump:
             await self._log.throttle(*piece)
 
     def recent(self, lines: int) -> bytes:
-        """Returns the last lines of this boot, and the unfinished one, where a prompt stands."""
+        """Returns the last lines of this boot, and the unfinished one, such as a prompt."""
         if not lines:
             return b""
         logged = self._log.tail_lines(lines, source=self._source)

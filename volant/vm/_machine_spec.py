@@ -18,7 +18,7 @@ from ._paths import MEMORY, STATE, checkpoint_at, memory_file, root_disk, vm_dir
 from ._settings import VmSettings
 
 CUSTOM_IMAGE = "custom"
-"""Stands for the image's digest where a boot uses nothing of the built image."""
+"""Replaces the image's digest if a boot uses nothing of the built image."""
 
 
 def machine_spec(settings: VmSettings, row: VmRow, accelerator: AcceleratorName) -> MachineSpec:

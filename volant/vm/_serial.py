@@ -3,7 +3,7 @@
 The hypervisor appends the console to a file (`_console.py` says why), which the pump reads once. The pump hands each
 piece to `feed`, which puts it into a ring that exists while there are readers. So readers cost the disk nothing, a slow
 one delays nobody, and it learns how many bytes it has missed. A reader first gets the last lines of the VM's log and
-the unfinished line, where a prompt stands.
+the unfinished line, such as a prompt.
 
 Input goes into the hypervisor's named pipe, up to 64 KiB ahead of the guest. There is one keyboard at a time, as two
 people who type at once would each get half a line of the other's. A guest that does not read its console fills the
