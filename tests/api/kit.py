@@ -301,7 +301,9 @@ async def api(
     templates = TemplateStore(host, path / "templates")
     places: Any = {"instance": "test", "runtime_dir": path / "run", "memory_dir": path / "mem"}
     build = TemplateBuilder(host, hypervisor, templates, **places)
-    warm_pool = WarmPool(host, hypervisor, templates, store.projection, WarmPoolLimits(), quiet=lambda: True, **places)
+    warm_pool = WarmPool(
+        host, hypervisor, templates, store.projection, WarmPoolLimits(each=0), quiet=lambda: True, **places
+    )
     slots = BootSlots()
     builder = Child(
         "templates",

@@ -21,6 +21,7 @@ from ._clones import creates_at_once, many_clones
 from ._commands import daemon_start, volar_list
 from ._events import event_streams, unread_stream
 from ._figure import Figure
+from ._first_exec import create_first_exec
 from ._fork import fork_chromium
 from ._hostile_guest import hostile_guest
 from ._idle import idle
@@ -47,6 +48,7 @@ def main() -> int:
         "create_to_agent": create_to_agent,
         "template_to_agent": template_to_agent,
         "standby_to_agent": standby_to_agent,
+        "create_first_exec": create_first_exec,
         "creates_at_once": creates_at_once,
         "many_clones": many_clones,
         "fork_chromium": fork_chromium,

@@ -72,9 +72,8 @@ async def standby_to_agent(pairs: int = 15) -> list[Figure]:
     """VMs from the warm pool and clones by the script in turns; also some cold boots and restores by libvirt."""
     with ExitStack() as stack:
         sides = await _Sides.begin(stack, "--templates", "auto", "--standby", "1")
-        await sides.ours.boot()
         for number in range(pairs):
-            await _until_one_waits(sides.daemon)
+            await until_one_waits(sides.daemon)
             await sides.measure(number, pairs)
         async with sides.daemon.http() as http:
             said = (await http.get("/metrics")).text
@@ -153,7 +152,7 @@ async def _settled(side: Side) -> float:
     return await side()
 
 
-async def _until_one_waits(daemon: Daemon) -> None:
+async def until_one_waits(daemon: Daemon) -> None:
     async with daemon.http() as http:
         with trio.fail_after(BOOT_S):
             while "volant_standby_waiting 1.0" not in (await http.get("/metrics")).text:  # noqa: ASYNC110

@@ -54,3 +54,26 @@ def test_the_machine_is_measured(host: Host) -> None:
     assert 0 <= host.machine.figures().cpu_percent <= 100
     assert host.clock.now().utcoffset() is not None
     assert host.random.new_id() != host.random.new_id()
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("some avg10=12.50 avg60=1.00 avg300=0.20 total=123\nfull avg10=3.00 avg60=0.10 avg300=0.00 total=5\n", 0.125),
+        ("some avg10=0.00 avg60=0.00 avg300=0.00 total=0\n", 0.0),
+        ("", 0.0),
+        (None, 0.0),
+    ],
+)
+def test_the_kernels_figure_of_memory_pressure_is_a_share(
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, share: float
+) -> None:
+    file = tmp_path / "memory"
+    if text is not None:
+        file.write_text(text)
+    monkeypatch.setattr("volant.host._machine._PRESSURE", file)
+    assert host.machine.memory_pressure() == share
+
+
+def test_this_hosts_memory_pressure_can_be_read(host: Host) -> None:
+    assert 0.0 <= host.machine.memory_pressure() <= 1.0

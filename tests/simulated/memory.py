@@ -37,6 +37,9 @@ class SimMachine(MachineFacet):
         used = sum((qemu.ram_in_use() or File()).size for qemu in machine.running()) // 2**20
         return 0 if fault("memory.is_short") else machine.memory_mb - used
 
+    def memory_pressure(self) -> float:
+        return 0.5 if fault("memory.is_under_pressure") else 0.0
+
     def spare_memory_mb(self, directory: Path) -> int:
         return max(0, self.memory_available_mb())
 

@@ -34,8 +34,8 @@ AFTERMATH_S = 30.0
 """The daemon notices that late that a hypervisor has ignored a command under the last faults."""
 IDLE_S = 60.0
 IDLE_STEPS_PER_VM = 200
-STANDBYS = 4
-"""Two for each of at most two templates."""
+TEMPLATES = 2
+"""The most templates of a run."""
 
 FAULTS: dict[str, float] = {
     "agent.refuses": 0.01,
@@ -57,6 +57,7 @@ FAULTS: dict[str, float] = {
     "guest.powers_off": 0.03,
     "guest.reboots": 0.03,
     "memory.is_short": 0.03,
+    "memory.is_under_pressure": 0.01,
     "network.answer_is_lost": 0.01,
     "network.does_half": 0.02,
     "network.refuses": 0.02,
@@ -167,7 +168,9 @@ class Scenario:
     async def run(self) -> None:
         # Some runs end with a filled warm pool, and some without.
         self.world.settings = msgspec.structs.replace(
-            self.world.settings, standby=2, standby_idle_s=self.sim.rng.choice([40.0, 600.0])
+            self.world.settings,
+            standby=self.sim.rng.choice([2, "auto"]),
+            standby_idle_s=self.sim.rng.choice([40.0, 600.0]),
         )
         await self.world.start_daemon()
         await self._make_network()
@@ -319,7 +322,8 @@ class Scenario:
         owned = {row.tag for row in rows.values() if row.status in (Status.RUNNING, Status.PAUSED)}
         pool = daemon.vms.warm_pool.tags
         assert set(running) == owned | pool, "hypervisors are not those of running VMs and of the warm pool"
-        assert len(pool) <= STANDBYS, f"too many processes in the warm pool: {pool}"
+        limits = daemon.vms.warm_pool.limits
+        assert len(pool) <= TEMPLATES * (limits.each or limits.most), f"too many processes in the warm pool: {pool}"
         for row in rows.values():
             assert row.status not in (Status.STARTING, Status.STOPPING, Status.DELETING, Status.PENDING), row
             if row.status in (Status.RUNNING, Status.PAUSED):

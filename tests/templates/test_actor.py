@@ -77,7 +77,7 @@ async def standing(
     projection = Projection() if projection is None else projection
     places: Any = {"instance": "volant-test", "runtime_dir": tmp_path / "r", "memory_dir": tmp_path / "mem"}
     build = TemplateBuilder(host, hypervisor, store, **places)
-    pool = WarmPool(host, hypervisor, store, projection, WarmPoolLimits(), quiet=lambda: True, **places)
+    pool = WarmPool(host, hypervisor, store, projection, WarmPoolLimits(each=0), quiet=lambda: True, **places)
     slots = boot_slots or BootLimiter(1)
 
     def templates() -> Templates:

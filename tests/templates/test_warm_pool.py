@@ -6,12 +6,15 @@ import errno
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import trio
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.templates.test_store import KEY, add, spec_of
 from volant.host import Host, Process
@@ -28,7 +31,8 @@ from volant.templates import (
     WarmPoolLimits,
     WarmProcess,
 )
-from volant.templates._warm_pool import Use, claim_in, wanted
+from volant.templates._demand import Use, most_together, pause_s, wanted
+from volant.templates._warm_pool import WarmCounts, claim_in
 
 
 def template_spec(memory_mb: int = 128, config: GuestConfig | None = None, *, has_nic: bool = False) -> TemplateSpec:
@@ -172,24 +176,85 @@ async def standing(path: Path, limits: WarmPoolLimits | None = None) -> AsyncIte
                 await process.wait()
 
 
+def used(memory_mb: int, *times: float) -> Use:
+    use = Use(template_spec(memory_mb))
+    for time in times:
+        use.note(time)
+    return use
+
+
 def test_the_most_recently_used_templates_get_processes_within_the_memory_limit() -> None:
-    small, large = template_spec(128), template_spec(512)
-    uses = {"a": Use(small, 10.0), "b": Use(large, 20.0), "c": Use(small, 5.0)}
-    assert wanted(uses, 21.0, WarmPoolLimits(each=2, max_mb=1200)) == {"b": 2, "a": 1}
-    assert wanted(uses, 21.0, WarmPoolLimits(each=1, max_mb=1200)) == {"b": 1, "a": 1, "c": 1}
-    assert wanted(uses, 21.0, WarmPoolLimits(each=2, max_mb=300)) == {"a": 2}
-    assert wanted(uses, 21.0, WarmPoolLimits(each=0)) == {}
-    assert wanted(uses, 106.0, WarmPoolLimits(each=1, idle_s=100.0)) == {"b": 1, "a": 1}
+    uses = {"a": used(128, 10.0), "b": used(512, 20.0), "c": used(128, 5.0)}
+    assert wanted(uses, 21.0, WarmPoolLimits(each=2, max_mb=1200), 0) == {"b": 2, "a": 1}
+    assert wanted(uses, 21.0, WarmPoolLimits(each=1, max_mb=1200), 0) == {"b": 1, "a": 1, "c": 1}
+    assert wanted(uses, 21.0, WarmPoolLimits(each=2, max_mb=300), 0) == {"a": 2}
+    assert wanted(uses, 21.0, WarmPoolLimits(each=0), 4096) == {}
+    assert wanted(uses, 106.0, WarmPoolLimits(each=1, idle_s=100.0), 0) == {"b": 1, "a": 1}
+
+
+def test_demand_decides_how_many_processes_wait() -> None:
+    limits = WarmPoolLimits(most=4)
+    for times, count in (
+        ((0.0,), 1),
+        ((0.0, 30.0, 60.0), 1),
+        ((0.0, 1.0, 60.0), 2),
+        ((*(number / 10 for number in range(20)),), 4),
+    ):
+        assert wanted({"a": used(128, *times)}, 61.0, limits, 4096) == {"a": count}, times
+    assert wanted({"a": used(128, 0.0, 1.0, 700.0)}, 701.0, limits, 4096) == {"a": 1}, "the burst is forgotten"
+
+
+def test_processes_that_follow_demand_take_a_quarter_of_the_free_memory() -> None:
+    uses = {"a": used(128, 0.0, 1.0, 2.0), "b": used(256, 3.0)}
+    assert wanted(uses, 4.0, WarmPoolLimits(), 4096) == {"b": 1, "a": 3}
+    assert wanted(uses, 4.0, WarmPoolLimits(), 2048) == {"b": 1, "a": 2}
+    assert wanted(uses, 4.0, WarmPoolLimits(), 1000) == {"a": 1}
+
+
+@given(st.lists(st.floats(0, 100)))
+def test_clones_begin_together_within_ten_seconds(times: list[float]) -> None:
+    times.sort()
+    most = max((sum(0 <= other - time < 10 for other in times) for time in times), default=1)
+    assert most_together(times) == most
+
+
+def test_the_pool_waits_for_the_end_of_a_series_of_clones() -> None:
+    assert pause_s(-inf, 100.0) == pause_s(90.0, 100.0) == 0.5
+    assert pause_s(99.9, 100.0) == 0.5
+    assert pause_s(99.0, 100.0) == 2.0
 
 
 def test_idle_time_has_no_rounding_gap() -> None:
     limits, rounded = WarmPoolLimits(each=1, idle_s=40.0), 0
     for number in range(1000):
-        use = Use(template_spec(), 100 / 3 * number)
+        use = used(128, 100 / 3 * number)
         now = use.idle_at(limits)
         rounded += now - use.at < limits.idle_s
-        assert wanted({"a": use}, now, limits) == {}
+        assert wanted({"a": use}, now, limits, 0) == {}
     assert rounded, "none of these is one of those that once were idle to the clock and not to the pool"
+
+
+async def test_a_template_that_was_just_built_has_a_process_for_its_first_clone(tmp_path: Path) -> None:
+    async with standing(tmp_path, WarmPoolLimits()) as pool:
+        pool.warm_pool.expect(template_spec())
+        await pool.filled()
+        await pool.take(1, template_spec())
+        assert pool.warm_pool.take(2, template_spec()) is None
+        assert pool.warm_pool.counts == {template_spec().digest: WarmCounts(hits=1, misses=1)}
+        await pool.filled(3)
+        assert pool.warm_pool.waiting(template_spec().digest) == 3
+
+
+async def test_memory_pressure_empties_the_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with standing(tmp_path) as pool:
+        pool.warm_pool.expect(template_spec())
+        await pool.filled()
+        monkeypatch.setattr(pool.host.machine, "memory_pressure", lambda: 0.2)
+        pool.warm_pool._wake.set()
+        await pool.filled(0)
+        monkeypatch.setattr(pool.host.machine, "memory_pressure", lambda: 0.0)
+        assert pool.warm_pool.take(1, template_spec()) is None
+        assert not pool.warm_pool.lacks(), "it stays empty for a while"
 
 
 async def test_a_used_template_gets_a_process_that_a_vm_claims(tmp_path: Path) -> None:
@@ -364,7 +429,7 @@ async def test_the_next_daemon_ends_unclaimed_processes_only(tmp_path: Path) -> 
         stray = tmp_path / "standby" / "0123.qcow2"
         stray.parent.mkdir()
         stray.touch()
-        after = pool.new(WarmPoolLimits())
+        after = pool.new(WarmPoolLimits(each=0))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(after.keep)
             await pool.until(lambda: not stray.exists())

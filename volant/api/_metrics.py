@@ -115,6 +115,9 @@ def _collect(deps: ApiDeps) -> Iterator[Metric]:
         "volant_standby_claims", "VMs that started from a process of the warm pool", value=warm_pool.figures.claimed
     )
     yield CounterMetricFamily(
+        "volant_standby_misses", "Clones that began while none was waiting", value=warm_pool.figures.missed
+    )
+    yield CounterMetricFamily(
         "volant_standby_failed_claims",
         "Processes of the warm pool that a VM could not claim; an ordinary clone followed each time",
         value=warm_pool.figures.failed_claims,

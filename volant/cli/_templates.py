@@ -32,11 +32,15 @@ async def list_(session: Session) -> None:
             each.memory_mb,
             f"{each.size_bytes / 2**20:.0f}",
             each.clones,
+            each.warm,
+            each.warm_hits,
+            each.warm_misses,
             each.error or "",
         )
         for each in templates
     )
-    columns = ("DIGEST", "STATE", "PLUGIN", "AFTER", "VCPUS", "MEMORY_MB", "SIZE_MB", "CLONES", "ERROR")
+    columns: tuple[str, ...] = ("DIGEST", "STATE", "PLUGIN", "AFTER", "VCPUS", "MEMORY_MB", "SIZE_MB", "CLONES")
+    columns += ("WARM", "HITS", "MISSES", "ERROR")
     session.out.listing(templates, columns, rows)
 
 

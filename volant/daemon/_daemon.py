@@ -101,6 +101,15 @@ def _host(notifier: Notifier, settings: Settings) -> Host:
     return Host(scopes, groups, parse_uids(settings.vm_uids), lowers=lowers)
 
 
+def _warm_pool_limits(settings: Settings) -> WarmPoolLimits:
+    return WarmPoolLimits(
+        each=None if settings.standby == "auto" else settings.standby,
+        most=2 * len(os.sched_getaffinity(0)),
+        max_mb=settings.standby_max_mb,
+        idle_s=settings.standby_idle_s,
+    )
+
+
 def _say(lines: Sequence[str]) -> None:
     """Prints lines on stdout, for programs that start the daemon with port 0. In one write, as the reader may stop
     after the first line."""
@@ -173,7 +182,7 @@ class Daemon:
             self.hypervisor,
             templates,
             projection,
-            WarmPoolLimits(each=settings.standby, max_mb=settings.standby_max_mb, idle_s=settings.standby_idle_s),
+            _warm_pool_limits(settings),
             instance=instance,
             runtime_dir=settings.runtime_dir,
             memory_dir=memory_dir(settings),

@@ -95,8 +95,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Disk space for all templates. The least recently used ones are removed first."""
     templates_max_age_s: Annotated[float, msgspec.Meta(gt=0, le=10 * 366 * 86400)] = 30 * 86400.0
     """Templates that were not used for this long are removed."""
-    standby: Annotated[int, msgspec.Meta(ge=0, le=64)] = 0
-    """Warm processes for each template that was used lately. A VM claims one instead of starting its own."""
+    standby: Annotated[int, msgspec.Meta(ge=0, le=64)] | Literal["auto"] = "auto"
+    """Warm processes for each template that was used lately. A VM claims one instead of starting its own. `auto`: as
+    many as recent VMs would have claimed, in a quarter of the free memory; 0: none."""
     standby_max_mb: Annotated[int, msgspec.Meta(ge=0, le=2**24)] = 2048
     """Guest memory for all warm processes together."""
     standby_idle_s: Annotated[float, msgspec.Meta(gt=0, le=366 * 86400)] = 600.0

@@ -20,6 +20,9 @@ class HostFigures(msgspec.Struct, frozen=True):
     memory_available_mb: int
 
 
+_PRESSURE = Path("/proc/pressure/memory")
+
+
 class Machine(Protocol):
     def figures(self) -> HostFigures:
         """Returns how busy the machine is. For one caller: the CPU figure counts from the previous call."""
@@ -29,6 +32,9 @@ class Machine(Protocol):
 
     def memory_available_mb(self) -> int:
         """Returns the memory in MiB that programs can still have without swapping."""
+
+    def memory_pressure(self) -> float:
+        """Returns for which share of the last ten seconds a program waited for memory; 0 if nothing is known."""
 
     def spare_memory_mb(self, directory: Path) -> int:
         """Returns `memory_available_mb` minus what files in a directory in RAM may still grow by."""
@@ -65,6 +71,13 @@ class LinuxMachine(Machine):
 
     def memory_available_mb(self) -> int:
         return _meminfo("MemAvailable") // 1024
+
+    def memory_pressure(self) -> float:
+        try:
+            # "some avg10=1.23 avg60=…", in percent; kernels without pressure stall information have no such file.
+            return float(_PRESSURE.read_text().split("avg10=")[1].split()[0]) / 100
+        except (OSError, IndexError, ValueError):
+            return 0.0
 
     def spare_memory_mb(self, directory: Path) -> int:
         return max(0, self.memory_available_mb() - self._disk.unbacked(directory) // 2**20)

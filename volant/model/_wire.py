@@ -151,6 +151,12 @@ class TemplateView(msgspec.Struct, frozen=True, kw_only=True):
     """When a VM began as a clone of it last."""
     clones: int
     """How many VMs did, since the daemon began."""
+    warm: int = 0
+    """Processes that wait for a VM to claim them."""
+    warm_hits: int = 0
+    """VMs that claimed one, since the daemon started."""
+    warm_misses: int = 0
+    """VMs that began as a clone while none was waiting."""
     error: str | None
     """Why there is none."""
 

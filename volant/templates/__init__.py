@@ -2,10 +2,11 @@
 
 from ._actor import Templates
 from ._builder import TemplateBuilder, template_tag_prefix
+from ._demand import WarmPoolLimits
 from ._guest import TemplateFailed
 from ._key import GuestConfig, TemplateKey, TemplateSpec
 from ._store import ReadyTemplate, TemplateRecord, TemplateStore, template_at, template_layer
-from ._warm_pool import Claim, WarmPool, WarmPoolLimits, WarmProcess, claim_in, standby_directory, standby_tag_prefix
+from ._warm_pool import Claim, WarmPool, WarmProcess, claim_in, standby_directory, standby_tag_prefix
 
 __all__ = [
     "Claim",

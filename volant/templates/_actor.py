@@ -26,7 +26,7 @@ from ._builder import TemplateBuilder
 from ._guest import TemplateFailed
 from ._key import TemplateKey, TemplateSpec
 from ._store import TemplateRecord, TemplateStore
-from ._warm_pool import WarmPool
+from ._warm_pool import WarmCounts, WarmPool
 from .messages import Build, GiveWay, ListTemplates, RemoveTemplate, Suspect, Wanted
 
 QUEUE = 16
@@ -221,6 +221,7 @@ class Templates(Actor):
                     await trio.sleep(_QUIET_S)
                 if not await self._build_in_slot(job):
                     return self._give_up(job)
+                self._warm_pool.expect(spec)
             stored = (await self._store.all())[digest]
         except (TemplateFailed, OSError, KeyError) as error:
             code = error.code if isinstance(error, TemplateFailed) else "io_error"
@@ -304,6 +305,7 @@ class Templates(Actor):
             del self._failures[next(iter(self._failures))]
 
     def _ready(self, digest: str, stored: TemplateRecord, used_at: datetime) -> TemplateView:
+        counts = self._warm_pool.counts.get(digest, WarmCounts())
         return TemplateView(
             digest=digest,
             state="ready",
@@ -316,6 +318,9 @@ class Templates(Actor):
             created_at=stored.created_at,
             used_at=used_at,
             clones=self._store.clones.get(digest, 0),
+            warm=self._warm_pool.waiting(digest),
+            warm_hits=counts.hits,
+            warm_misses=counts.misses,
             error=None,
         )
 

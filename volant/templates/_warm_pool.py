@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections import Counter, deque
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +24,19 @@ from volant.journal import Projection
 from volant.model import ProcessIdentity
 
 from ._builder import RESERVE_MB, machine_of
+from ._demand import Use, WarmPoolLimits, pause_s, wanted
 from ._guest import TemplateFailed
 from ._key import TemplateSpec
 from ._store import TemplateStore, template_at, template_layer
 from ._warm_up import warm_up
 
-_QUIET_S = 0.5
-"""A VM that has just claimed a process has the host for itself for so long."""
+_LOOK_S = 10.0
+"""While a template is in use, the memory of the host is looked at so often."""
+_PRESSURE = 0.1
+"""The pool is emptied when programs waited for memory for this share of the last ten seconds."""
 _RETRY_S, _RETRY_MAX_S = 0.5, 30.0
 _HOLD_OFF_S = 60.0
-"""The pause after a process of a template died or did not start."""
+"""The pause after a process of a template died or did not start, and the pool's after programs waited for memory."""
 _KILL_S = 10.0
 _CLEAR_S = 8.0
 _SWEEP_S = 30.0
@@ -53,17 +57,6 @@ class Claim(msgspec.Struct, frozen=True):
     nic: Nic | None = None
 
 
-class WarmPoolLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """How large the pool may be."""
-
-    each: int = 0
-    """Processes for one template."""
-    max_mb: int = 2048
-    """Memory of all guests together."""
-    idle_s: float = 600.0
-    """A template that no VM went on from for so long has none."""
-
-
 class WarmProcess(msgspec.Struct, frozen=True, kw_only=True):
     """One process of the pool."""
 
@@ -76,24 +69,10 @@ class WarmProcess(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass
-class Use:
-    """The last use of a template."""
-
-    spec: TemplateSpec
-    at: float
-    not_before: float = -math.inf
-    """When the next process may be started."""
-
-    def idle_at(self, limits: WarmPoolLimits) -> float:
-        """Returns when the template counts as idle. In one place: two formulas that round differently would make a task
-        that waits for it spin."""
-        return self.at + limits.idle_s
-
-
-@dataclass
 class _Figures:
     started: int = 0
     claimed: int = 0
+    missed: int = 0
     failed_claims: int = 0
     died: int = 0
     failed_starts: int = 0
@@ -109,17 +88,12 @@ def standby_directory(runtime_dir: Path, tag: str) -> Path:
     return inside(runtime_dir / "standby", tag.rpartition(".")[2])
 
 
-def wanted(uses: Mapping[str, Use], now: float, limits: WarmPoolLimits) -> dict[str, int]:
-    """Returns how many processes each template should have; the newest use first, as far as the memory goes."""
-    left_mb = limits.max_mb
-    found = {}
-    for digest, use in sorted(uses.items(), key=lambda each: -each[1].at):
-        memory_mb = use.spec.key.memory_mb
-        count = min(limits.each, left_mb // memory_mb) if now < use.idle_at(limits) else 0
-        if count:
-            found[digest] = count
-            left_mb -= count * memory_mb
-    return found
+@dataclass
+class WarmCounts:
+    """What VMs that were clones of one template got from the pool, since the daemon started."""
+
+    hits: int = 0
+    misses: int = 0
 
 
 class WarmPool:
@@ -161,16 +135,21 @@ class WarmPool:
         """By the id of the VM whose boot is being prepared."""
         self._doomed: dict[str, tuple[ProcessIdentity | None, int]] = {}
         """What is to be ended, by tag: its process if that is known, and the VM that it was taken for, or 0."""
-        self._taken_at = -math.inf
+        self._takes: deque[float] = deque([-math.inf, -math.inf], maxlen=2)
+        """When the last clones began, of whatever template."""
+        self._available_mb = 0
+        """As of the last look."""
+        self._not_before = -math.inf
+        """When the pool may be filled again."""
+        self.counts: dict[str, WarmCounts] = {}
+        """By template."""
         self._wake = trio.Event()
         self._swept = trio.Event()
         store.on_removed = self.forget
 
     def statistics(self) -> dict[str, object]:
         """Returns figures, ready for JSON."""
-        counts: dict[str, int] = {}
-        for each in self._waiting.values():
-            counts[each.digest] = counts.get(each.digest, 0) + 1
+        counts = Counter(each.digest for each in self._waiting.values())
         figures = {name: getattr(self.figures, name) for name in _Figures.__dataclass_fields__}
         return {"waiting": counts, "memory_mb": sum(each.memory_mb for each in self._waiting.values()), **figures}
 
@@ -178,6 +157,10 @@ class WarmPool:
     def tags(self) -> frozenset[str]:
         """The tags of the processes that may be claimed."""
         return frozenset(self._waiting)
+
+    def waiting(self, digest: str) -> int:
+        """Returns how many processes of a template may be claimed."""
+        return sum(each.digest == digest for each in self._waiting.values())
 
     def is_one(self, tag: str) -> bool:
         """Whether the process with this tag is a warm one, or was before a VM claimed it."""
@@ -187,17 +170,28 @@ class WarmPool:
 
     def take(self, vm_id: int, spec: TemplateSpec) -> WarmProcess | None:
         """Takes a process for a VM that is to be a clone, if there is one; `settle` follows in any case."""
-        if not self.limits.each:
+        if self.limits.each == 0:
             return None
-        use = self._uses.setdefault(spec.digest, Use(spec, 0.0))
-        use.at = self._taken_at = trio.current_time()
+        now = trio.current_time()
+        self._uses.setdefault(spec.digest, Use(spec)).note(now)
+        self._takes.append(now)
         self._wake.set()
+        counts = self.counts.setdefault(spec.digest, WarmCounts())
         for process in self._waiting.values():
             if process.digest == spec.digest:
                 self._remove(process)
                 self._taken[vm_id] = process
+                counts.hits += 1
                 return process
+        counts.misses += 1
+        self.figures.missed += 1
         return None
+
+    def expect(self, spec: TemplateSpec) -> None:
+        """Prepares for clones of a template that has just been built, as a VM or a client asked for it."""
+        if self.limits.each != 0:
+            self._uses.setdefault(spec.digest, Use(spec)).note(trio.current_time())
+            self._wake.set()
 
     def settle(self, vm_id: int, tag: str) -> WarmProcess | None:
         """Notes the tag in a VM's row. Returns the process taken for the VM if it has that tag, else ends it."""
@@ -247,6 +241,7 @@ class WarmPool:
     def forget(self, digest: str) -> None:
         """Ends the processes of a template that is removed."""
         self._uses.pop(digest, None)
+        self.counts.pop(digest, None)
         for process in [each for each in self._waiting.values() if each.digest == digest]:
             self._dismiss(process)
 
@@ -270,7 +265,7 @@ class WarmPool:
                     except OSError as error:
                         # The host is short of descriptors, say. The pool waits; nothing else depends on it.
                         _logger.warning("the warm pool can't be filled now: %s", error)
-                    with trio.move_on_after(min(retry_s, self._until_idle()) if self.lacks() else self._until_idle()):
+                    with trio.move_on_after(min(retry_s if self.lacks() else math.inf, self._until_next_look())):
                         await self._wake.wait()
                         retry_s = _RETRY_S / 2
                     retry_s = min(2 * retry_s, _RETRY_MAX_S)
@@ -283,17 +278,31 @@ class WarmPool:
 
     def lacks(self) -> bool:
         """Whether the pool is not as it should be, and tries again by itself."""
-        want = wanted(self._uses, trio.current_time(), self.limits)
-        return bool(self._doomed) or sum(want.values()) > len(self._waiting)
+        return bool(self._doomed) or sum(self._wanted().values()) > len(self._waiting)
+
+    def _look_at_memory(self) -> None:
+        """:raises OSError: the host is short of descriptors."""
+        machine = self._host.machine
+        self._available_mb = machine.memory_available_mb()
+        if machine.memory_pressure() > _PRESSURE:
+            self._not_before = trio.current_time() + _HOLD_OFF_S
+
+    def _wanted(self) -> dict[str, int]:
+        """Returns how many processes each template should have now; none while the host is short of memory."""
+        now = trio.current_time()
+        if self._available_mb < RESERVE_MB or now < self._not_before:
+            return {}
+        held_mb = sum(each.memory_mb for each in self._waiting.values())
+        return wanted(self._uses, now, self.limits, self._available_mb + held_mb)
 
     async def _tend(self, nursery: trio.Nursery) -> bool:
         """Ends the processes that are too many, or starts one that is missing. Whether there was something to do."""
         now = trio.current_time()
         for digest in [digest for digest, use in self._uses.items() if now >= use.idle_at(self.limits)]:
             del self._uses[digest]
-        available_mb = self._host.machine.memory_available_mb()
+        self._look_at_memory()
         have: dict[str, int] = {}
-        want = {} if available_mb < RESERVE_MB else wanted(self._uses, now, self.limits)
+        want = self._wanted()
         for process in [*self._waiting.values()]:
             have[process.digest] = have.get(process.digest, 0) + 1
             if have[process.digest] > want.get(process.digest, 0):
@@ -304,19 +313,20 @@ class WarmPool:
             use = self._uses.get(digest)
             if use is None or have.get(digest, 0) >= count or now < use.not_before:
                 continue
-            has_room = available_mb >= use.spec.key.memory_mb + RESERVE_MB
+            has_room = self._available_mb >= use.spec.key.memory_mb + RESERVE_MB
             if has_room and self._may_start():
                 await self._start(use, nursery)
                 return True
         return False
 
     def _may_start(self) -> bool:
-        is_quiet = trio.current_time() - self._taken_at >= _QUIET_S
+        is_quiet = trio.current_time() - self._takes[-1] >= pause_s(*self._takes)
         return is_quiet and self.quiet() and self._projection.drain is None
 
-    def _until_idle(self) -> float:
+    def _until_next_look(self) -> float:
+        """Returns the seconds until a template is idle, or the host's memory is to be looked at."""
         idle_at = min((use.idle_at(self.limits) for use in self._uses.values()), default=math.inf)
-        return max(0.0, idle_at - trio.current_time())
+        return min(max(0.0, idle_at - trio.current_time()), _LOOK_S if self._uses else math.inf)
 
     async def _start(self, use: Use, nursery: trio.Nursery) -> None:
         host, hypervisor, wanted = self._host, self._hypervisor, use.spec

@@ -2,7 +2,8 @@
 
 Under TCG a guest that wakes up spends nearly all of its time on translating code that this very process has not run
 before: some ten microseconds a block, 24,000 blocks until its first answer. An answer whose code is translated takes
-15 ms. So the guest of a warm process wakes up once, gets an identity as a VM's would, and is paused.
+15 ms. So the guest of a warm process wakes up once, gets an identity as a VM's would, does what users ask for first (a
+command, a file, a port), and is paused.
 
 It gets entropy of its own first. So warm processes have nothing in common from then on, and what a kernel makes once,
 as the boot id, is unlike any other's. The claim replaces the identity.
@@ -15,13 +16,13 @@ from functools import partial
 
 import trio
 
-from volant.channel import AgentClient, VirtioSerial, open_channel
+from volant.channel import AgentClient, AgentProtocolError, AgentUnreachable, VirtioSerial, open_channel
 from volant.host import Host
 from volant.hypervisor import Hypervisor, MachineSpec
 from volant.model import ProcessIdentity
-from volant.model.agent import DAEMON_IDENTITY, HEALTHZ, INFO
+from volant.model.agent import DAEMON_IDENTITY, EXEC, FILES, HEALTHZ, INFO
 
-from ._guest import ask, while_alive
+from ._guest import ANSWER_S, TemplateFailed, ask, while_alive
 
 WARM_S = 20.0
 _NAME = "standby"
@@ -29,6 +30,10 @@ _ADDRESS, _GATEWAY = "192.0.2.2", "192.0.2.1"
 _ENTROPY_BYTES = 64
 _ROUNDS = 2
 """Some code runs for the first time when something is done for the second."""
+_COMMAND = b'{"command": ["/bin/true"]}'
+_FILE = f"{FILES}etc/passwd"
+_PORT = "127.0.0.1:1"
+_MAX_ANSWER_BYTES = 1024 * 1024
 _SETTLE_S = 0.2
 """For the guest to notice that nobody is connected any more."""
 
@@ -63,3 +68,21 @@ async def _rehearse(host: Host, spec: MachineSpec) -> None:
             await ask(client, "PUT", DAEMON_IDENTITY, identity)
             await ask(client, "GET", HEALTHZ)
             await ask(client, "GET", INFO)
+            await _use(client, "POST", EXEC, _COMMAND)
+            await _use(client, "GET", _FILE)
+            await _use(client, "CONNECT", _PORT)
+
+
+async def _use(client: AgentClient, method: str, target: str, body: bytes | None = None) -> None:
+    """Does what a user might. A refusal rehearses as much: not every guest has this program, file or port.
+
+    :raises TemplateFailed: there is no answer.
+    """
+    headers = [] if body is None else [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    try:
+        with trio.fail_after(ANSWER_S):
+            async with client.stream(method, target, headers, body, timeout_s=ANSWER_S, reserved=True) as response:
+                if not response.switched:
+                    await response.read(_MAX_ANSWER_BYTES)
+    except (AgentUnreachable, AgentProtocolError, trio.TooSlowError) as error:
+        raise TemplateFailed("agent_timeout", f"the guest does not answer {method} {target}: {error}") from error

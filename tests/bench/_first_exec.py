@@ -1,0 +1,78 @@
+"""Measures the time from `POST /api/v1/vms` to the answer of a first command, and of a second one, in a new VM.
+
+Users feel this time: under emulation code runs slowly when a process executes it for the first time.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from statistics import median
+
+import httpx
+import trio
+
+from ._boot import BOOT_S, WANTED
+from ._figure import Figure, percentile
+from ._template import first_template, until_one_waits
+from ._world import volantd
+
+TARGET_MS = 60.0
+_SETTLE_S = 0.3
+_COMMAND = {"command": ["/bin/true"]}
+
+
+async def create_first_exec(rounds: int = 15, cold_rounds: int = 3) -> list[Figure]:
+    """VMs that claim a warm process, that are cloned from the template, and that boot cold."""
+    figures = []
+    for how, standby, boot, count in (
+        ("warm", "1", "template", rounds),
+        ("template", "0", "template", rounds),
+        ("cold", "0", "cold", cold_rounds),
+    ):
+        creates, firsts, seconds = [], [], []
+        with ExitStack() as stack:
+            daemon = stack.enter_context(volantd("--templates", "auto", "--standby", standby))
+            await first_template(daemon)
+            async with daemon.http() as http:
+                for number in range(count):
+                    if how == "warm":
+                        await until_one_waits(daemon)
+                    await trio.sleep(_SETTLE_S)
+                    body = {
+                        "name": f"exec{number}",
+                        "cpu_cores": WANTED.cpu_cores,
+                        "memory_mb": WANTED.memory_mb,
+                        "boot": boot,
+                    }
+                    began = time.perf_counter()
+                    made = await http.post(f"/api/v1/vms?wait=running&timeout={BOOT_S:.0f}s", json=body, timeout=BOOT_S)
+                    ran = time.perf_counter()
+                    await _exec(http, f"exec{number}")
+                    answered = time.perf_counter()
+                    await _exec(http, f"exec{number}")
+                    again = time.perf_counter()
+                    if made.headers.get("volant-wait") != "met":
+                        raise RuntimeError(f"the VM did not come to run: {made.text}")
+                    creates.append(ran - began)
+                    firsts.append(answered - ran)
+                    seconds.append(again - answered)
+                    (await http.delete(f"/api/v1/vms/exec{number}", timeout=BOOT_S)).raise_for_status()
+        both = [1000 * (create + first) for create, first in zip(creates, firsts, strict=True)]
+        figures += [
+            Figure(
+                f"create_first_exec_{how}", median(both), "ms", within=TARGET_MS if how == "warm" else None,
+                to=f"p95 {percentile(both, 95):.3g} ms; until `running` {1000 * median(creates):.3g} ms; {count} VMs",
+            ),
+            Figure(
+                f"first_exec_{how}", 1000 * median(firsts), "ms", median(firsts) / median(seconds),
+                f"the second one's {1000 * median(seconds):.3g} ms; p95 {1000 * percentile(firsts, 95):.3g} ms",
+            ),
+        ]  # fmt: skip
+    return figures
+
+
+async def _exec(http: httpx.AsyncClient, name: str) -> None:
+    answer = await http.post(f"/api/v1/vms/{name}/agent/v1/exec", json=_COMMAND, timeout=BOOT_S)
+    if answer.status_code != 200 or '"exit_code"' not in answer.text:
+        raise RuntimeError(f"no command ran in {name}: {answer.text}")
