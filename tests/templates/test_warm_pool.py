@@ -238,7 +238,7 @@ async def test_a_template_that_was_just_built_has_a_process_for_its_first_clone(
     async with standing(tmp_path, WarmPoolLimits()) as pool:
         pool.warm_pool.expect(template_spec())
         await pool.filled()
-        await pool.take(1, template_spec())
+        pool.rows.tags.append((await pool.take(1, template_spec())).tag)
         assert pool.warm_pool.take(2, template_spec()) is None
         assert pool.warm_pool.counts == {template_spec().digest: WarmCounts(hits=1, misses=1)}
         await pool.filled(3)
