@@ -15,7 +15,7 @@ import trio
 from volant.client import ClientError
 
 from ._progress import progress
-from ._run import CONFLICT, TIMED_OUT, Failure
+from ._run import CONFLICT, TIMED_OUT, Failure, unfinished
 from ._streaming import Session, command
 from ._text import safe
 
@@ -38,7 +38,7 @@ async def backup(session: Session, file: Path, force: bool) -> None:
         if not force and path.exists():
             raise Failure(f"{path} exists already", code=CONFLICT, hint="name another file, or add --force")
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
+        with unfinished(part, path):
             with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
                 with progress(session.out) as bar:
                     bar.total = taken.size
@@ -48,11 +48,6 @@ async def backup(session: Session, file: Path, force: bool) -> None:
                 out.flush()
                 os.fsync(out.fileno())
             _name(part, path, force)
-        except OSError as error:
-            raise Failure(f"{path} can't be written: {error.strerror}") from None
-        finally:
-            with suppress(OSError):
-                part.unlink()
     session.out.result({"path": str(path), "bytes": taken.size}, f"{safe(str(path))}: {taken.size} bytes")
 
 

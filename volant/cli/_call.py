@@ -6,7 +6,6 @@ import codecs
 import os
 import sys
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import trio
 from volant.client import ActionAnswer
 
 from ._complete import action_names, vm_names
-from ._run import FAILED, Failure
+from ._run import FAILED, Failure, unfinished
 from ._streaming import Session, command
 from ._text import safe
 
@@ -106,16 +105,11 @@ class FileBody:
 async def _write_file(answer: ActionAnswer, path: Path) -> None:
     """Writes the answer to a file, atomically, as half an answer would look like a whole one."""
     part = path.with_name(path.name + ".part")
-    try:
+    with unfinished(part, path):
         with part.open("wb") as file:
             async for piece in answer:
                 file.write(piece)
         part.replace(path)
-    except OSError as error:
-        raise Failure(f"{path} can't be written: {error.strerror}") from None
-    finally:
-        with suppress(OSError):
-            part.unlink()
 
 
 async def _write_out(answer: ActionAnswer) -> None:

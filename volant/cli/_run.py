@@ -7,7 +7,8 @@ import os
 import stat
 import sys
 import traceback
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, TypeVar
@@ -52,6 +53,18 @@ class Failure(Exception):
         self.detail = detail
         self.code = code
         self.hint = hint
+
+
+@contextmanager
+def unfinished(part: Path, path: Path) -> Iterator[None]:
+    """Writes `path` by its unfinished file `part`, which is gone at the end. :raises Failure: instead of OSError"""
+    try:
+        yield
+    except OSError as error:
+        raise Failure(f"{path} can't be written: {error.strerror}") from None
+    finally:
+        with suppress(OSError):
+            part.unlink()
 
 
 @dataclass(frozen=True)

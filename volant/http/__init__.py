@@ -19,7 +19,7 @@ from ._keys import TICKET_S
 from ._limits import Limits
 from ._middleware import Middleware, StreamRoute, first_problem, internal_error
 from ._networks import Network, parse_network
-from ._problems import new_request_id, problem_body, too_large
+from ._problems import new_request_id, not_json, problem_body, too_large
 from ._query import MAX_INTEGER, Query, parse_time
 from ._serving import serve
 from ._settings import ApiSettings
@@ -51,6 +51,7 @@ __all__ = [
     "json_response",
     "new_request_id",
     "no_query",
+    "not_json",
     "parse_network",
     "parse_time",
     "problem_body",

@@ -14,7 +14,7 @@ from volant.model import Problem, invalid
 from ._call import Call
 from ._json_paths import with_member
 from ._limits import Limits
-from ._problems import too_large
+from ._problems import not_json, too_large
 from ._query import Query
 
 T = TypeVar("T")
@@ -144,10 +144,7 @@ def _decode_body(data: bytes, content_type: str, kind: type[T]) -> T:
             return kind()
         raise Problem(400, "invalid-request", "the request has no body", hint="send a JSON object")
     if content_type and content_type != "application/json" and not content_type.endswith("+json"):
-        raise Problem(
-            415, "unsupported-media-type", f"the body is {content_type[:80]!r}, not JSON",
-            hint="send it with Content-Type: application/json",
-        )  # fmt: skip
+        raise not_json(content_type)
     return decode(data, kind)
 
 

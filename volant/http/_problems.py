@@ -47,6 +47,14 @@ def problem_headers(body: bytes, request_id: str) -> list[tuple[bytes, bytes]]:
     ]
 
 
+def not_json(content_type: str) -> Problem:
+    """Returns the 415 for a body of another type."""
+    return Problem(
+        415, "unsupported-media-type", f"the body is {content_type[:80]!r}, not JSON",
+        hint="send it with Content-Type: application/json",
+    )  # fmt: skip
+
+
 def too_large(limit: int) -> Problem:
     """413."""
     return Problem(413, "body-too-large", f"the body is larger than {limit} bytes")

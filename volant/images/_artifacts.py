@@ -163,8 +163,15 @@ def locked_part(cache_dir: Path, digest: str) -> Iterator[Path]:
         os.ftruncate(descriptor, 0)
     except OSError as error:
         raise _store.unwritable(cache_dir, error) from None
-    try:
+    with _removed(descriptor, path):
         yield path
+
+
+@contextlib.contextmanager
+def _removed(descriptor: int, path: Path) -> Iterator[None]:
+    """Removes an open part at the end, unless it was renamed."""
+    try:
+        yield
     finally:
         if _is_named(descriptor, path):
             path.unlink(missing_ok=True)
@@ -208,14 +215,10 @@ def new_part(cache_dir: Path) -> Iterator[Path]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise _store.unwritable(cache_dir, error) from None
-    try:
+    with _removed(descriptor, path):
         # `sweep` may remove it before it is locked; then placing it fails.
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield path
-    finally:
-        if _is_named(descriptor, path):
-            path.unlink(missing_ok=True)
-        os.close(descriptor)
 
 
 def place_received(cache_dir: Path, part: Path, digest: str) -> CachedArtifact:

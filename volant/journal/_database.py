@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import apsw
@@ -34,7 +34,7 @@ from ._rows import (
     read_snapshot,
     read_vm,
 )
-from ._schema import BUSY_TIMEOUT_MS, open_writer
+from ._schema import BUSY_TIMEOUT_MS, open_writer, transaction
 
 _encode = msgspec.json.Encoder().encode
 
@@ -315,19 +315,9 @@ class Database:
         found = self._connection.execute("SELECT seq, frame FROM events WHERE seq > ? ORDER BY seq", (seq,))
         return [EventFrame.read(epoch, seq, frame) for seq, frame in found]
 
-    @contextmanager
-    def transaction(self) -> Iterator[None]:
+    def transaction(self) -> AbstractContextManager[None]:
         """Commits what is written in the block, or none of it."""
-        connection = self._connection
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            connection.execute("COMMIT")
-        except BaseException:
-            # SQLite ends the transaction itself when the disk is full.
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
+        return transaction(self._connection)
 
     def execute(self, operation: op.Operation) -> None:
         """Carry out an operation. Must be in a transaction."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import apsw
@@ -252,17 +253,24 @@ def _prepare(connection: apsw.Connection) -> None:
 
 
 def _migrate(connection: apsw.Connection, host: Host) -> None:
-    connection.execute("BEGIN IMMEDIATE")
-    try:
+    with transaction(connection):
         version = connection.pragma("user_version")
         migrate(connection, version)
         if version < VERSION:
             connection.pragma("application_id", APPLICATION_ID)
             connection.pragma("user_version", VERSION)
             connection.execute("INSERT OR IGNORE INTO meta VALUES ('epoch', ?)", (host.random.new_id()[:12],))
+
+
+@contextmanager
+def transaction(connection: apsw.Connection) -> Iterator[None]:
+    """Commits what is written in the block, or none of it."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
         connection.execute("COMMIT")
     except BaseException:
-        # SQLite has ended it already when the disk is full.
+        # SQLite ends the transaction itself when the disk is full.
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise

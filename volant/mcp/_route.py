@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import trio
 
-from volant.http import Call, Limits, Message, StreamRoute, read_call_bytes
+from volant.http import Call, Limits, Message, StreamRoute, not_json, read_call_bytes
 from volant.model import Problem, invalid
 from volant.operations import TABLE, Answer, ApiDeps, OneOf, Permission, Table
 
@@ -84,10 +84,7 @@ def routes(deps: ApiDeps, limits: Limits, table: Table) -> list[StreamRoute]:
         call.query(credentials=False).done()
         content_type = (call.header(b"content-type") or "").partition(";")[0].strip().lower()
         if content_type and content_type != "application/json":
-            raise Problem(
-                415, "unsupported-media-type", f"the body is {content_type[:80]!r}, not JSON",
-                hint="send it with Content-Type: application/json",
-            )  # fmt: skip
+            raise not_json(content_type)
         if not content_type:
             # A missing type means JSON, as on all routes; the package would refuse it.
             others = [field for field in call.scope["headers"] if field[0] != b"content-type"]

@@ -385,7 +385,7 @@ class VmActor(Actor):
         """Copies the guest. Cancelled when the VM is to be something else."""
         try:
             with trio.fail_after(2 * CHECKPOINT_S):
-                process = self._process()
+                process = self._vm.running_process()
                 checkpoint = await process.checkpoint(into, CHECKPOINT_S)
                 deferred.reply(CheckpointTaken(checkpoint, process.agent.protocol))
             self.ctx.spawn(self._catch_up, checkpoint.paused_s, name="clock")
@@ -403,24 +403,18 @@ class VmActor(Actor):
         First by the time it was paused, in one request; and then, once its copies have begun, by what it shows.
         """
         try:
-            process = self._process()
+            process = self._vm.running_process()
             if paused_s and not process.paused:
                 # An agent that is too old for a step is only sent the time.
                 with suppress(AgentProtocolError):
                     await process.agent.clock.step(paused_s)
                     await trio.sleep(_MEASURE_AGAIN_S)
-                process = self._process()
+                process = self._vm.running_process()
             if not process.paused:
                 await process.agent.clock.set()
         except (AgentUnreachable, AgentProtocolError) as error:
             name = self._vm.row.name
             _logger.info("VM %s: its clock may be behind: %s", name, error, extra={"vm": name})
-
-    def _process(self) -> VmProcess:
-        """:raises AgentUnreachable: the row has no process any more."""
-        if self._vm.process is None:
-            raise AgentUnreachable("the hypervisor's process is gone")
-        return self._vm.process
 
 
 def _changed(row: VmRow) -> Problem:

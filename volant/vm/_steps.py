@@ -82,6 +82,12 @@ class VmState:
     warm_process: WarmProcess | None = None
     """Claimed by this boot."""
 
+    def running_process(self) -> VmProcess:
+        """:raises AgentUnreachable: the row has no process any more."""
+        if self.process is None:
+            raise AgentUnreachable("the hypervisor's process is gone")
+        return self.process
+
 
 class Steps:
     """The steps of one VM."""
@@ -267,7 +273,7 @@ class Steps:
 
     async def _set_up_guest(self, row: VmRow) -> None:
         """:raises AgentUnreachable: :raises AgentProtocolError: :raises RootFailed:"""
-        agent = self._process().agent
+        agent = self._vm.running_process().agent
         if row.template is not None:
             is_copy = row.checkpoint is not None
             protocol = (self._deps.checkpoints if is_copy else self._deps.templates.template_store).protocol(
@@ -284,7 +290,7 @@ class Steps:
     async def _pause(self) -> Seen:
         try:
             with _deadline(_PAUSE_S, "pause_failed", f"the guest was not paused within {_PAUSE_S:g} s"):
-                await self._process().pause()
+                await self._vm.running_process().pause()
         except (AgentUnreachable, HypervisorError) as error:
             raise StepError("pause_failed", f"the guest can't be paused: {error}") from error
         return Paused()
@@ -292,7 +298,7 @@ class Steps:
     async def _resume(self) -> Seen:
         try:
             with _deadline(_RESUME_S, "resume_failed", f"the guest was not resumed within {_RESUME_S:g} s"):
-                process = self._process()
+                process = self._vm.running_process()
                 await process.resume()
                 try:
                     await process.agent.clock.set()
@@ -306,7 +312,7 @@ class Steps:
         """Asks the guest to stop. When it does, the watch on the process reports that, and this step is cancelled."""
         with trio.move_on_after(grace_s):
             try:
-                process = self._process()
+                process = self._vm.running_process()
                 if process.paused:
                     with suppress(HypervisorError):
                         await process.resume()
@@ -318,12 +324,6 @@ class Steps:
                 _logger.info(text, row.name, error, extra={"vm": row.name})
             await trio.sleep_forever()
         return StepFailed(Reason("grace_over", f"the guest did not stop within {grace_s:g} s and is killed"))
-
-    def _process(self) -> VmProcess:
-        """:raises AgentUnreachable: the row has no process any more."""
-        if self._vm.process is None:
-            raise AgentUnreachable("the hypervisor's process is gone")
-        return self._vm.process
 
     # The end
 
