@@ -457,10 +457,13 @@ async def test_a_guest_that_sends_empty_frames_leaves_room_for_others(tmp_path: 
             except trio.BrokenResourceError:
                 pass
 
-    async with guest(tmp_path) as at, trio.open_nursery() as nursery:
+    async with (
+        guest(tmp_path) as at,
+        await at.api.server.connect() as stream,
+        trio.open_nursery() as nursery,
+    ):
         (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
         nursery.start_soon(trio.serve_listeners, pour, [listener])
-        stream = await at.api.server.connect()
         path = f"/api/v1/vms/demo/ports/{listener.socket.getsockname()[1]}/"
         await stream.send_all(request("GET", path, **UPGRADE))
         await read_head(stream)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import socket
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -47,6 +49,19 @@ async def test_an_error_that_is_no_problem_is_one_too() -> None:
     assert caught.value.request_id == "r1"
 
 
+async def test_an_explanation_that_is_no_text_is_none() -> None:
+    async with serving() as server, Client(server.base_url) as client:
+
+        async def guest(request: object, stream: trio.abc.Stream) -> None:
+            body = b'{"detail": "\xff"}'
+            await send_head(stream, 409, Content_Length=str(len(body)))
+            await stream.send_all(body)
+
+        server.routes["GET /api/v1/vms/demo/agent/healthz"] = guest
+        with pytest.raises(ClientProblem, match="409 without an explanation"):
+            await client.vms.agent_health("demo")
+
+
 async def test_defaults_are_not_sent() -> None:
     async with serving() as server, Client(server.base_url) as client:
         server.routes["POST /api/v1/vms"] = answer(vm(status="pending"), 201)
@@ -73,6 +88,18 @@ async def test_the_key_is_a_header_and_proxies_of_the_environment_are_not_asked(
         server.routes["GET /healthz"] = answer({"status": "starting"}, 503)
         assert (await client.healthz()).status == "starting"
     assert server.requests[0].headers["x-volant-api-key"] == "secret"
+
+
+def test_a_system_without_options_for_keep_alive_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS has no TCP_KEEPIDLE."""
+    for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT"):
+        monkeypatch.delattr(socket, name)
+    spec = importlib.util.find_spec("volant.client._address")
+    assert spec is not None
+    assert spec.loader is not None
+    fresh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh)
+    assert [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)] == fresh.KEEPALIVE
 
 
 async def test_an_unreachable_daemon_is_reported_with_its_address(tmp_path: Path) -> None:
@@ -146,6 +173,67 @@ async def test_a_name_never_becomes_another_path() -> None:
         for name in ("..", "a/b", "", "a?x", "A"):
             with pytest.raises(Problem, match="not a name"):
                 await client.vms.delete(name)
+
+
+@pytest.mark.parametrize("given", ["..", ".", ""])
+async def test_nothing_that_is_given_becomes_another_path(given: str) -> None:
+    async with serving() as server, Client(server.base_url) as client:
+
+        async def nothing() -> AsyncIterator[bytes]:
+            if given == "something":
+                yield b""
+
+        for attempt in (
+            client.templates.remove(given),
+            client.system.kill_orphan(given),
+            client.system.adopt_orphan(given),
+            client.vms.end_exec_session("demo", given),
+            client.plugins.upload(given, nothing(), 0),
+        ):
+            with pytest.raises(Problem) as refused:
+                await attempt
+            assert (refused.value.status, refused.value.code) == (400, "invalid-request")
+        assert server.requests == []
+
+
+async def test_slashes_of_what_is_given_stay_in_their_part_of_the_path() -> None:
+    async with serving() as server, Client(server.base_url) as client:
+        for given in ("a/b", "../x", "a?b#c", "%2e%2e", "ü \udcff"):
+            with pytest.raises(ClientProblem, match="nothing here"):
+                await client.templates.remove(given)
+    assert [request.path for request in server.requests] == [
+        f"/api/v1/templates/{part}" for part in ("a%2Fb", "..%2Fx", "a%3Fb%23c", "%252e%252e", "%C3%BC%20%FF")
+    ]
+
+
+async def test_text_that_is_not_unicode_is_refused_before_it_is_sent() -> None:
+    """An argument of a command line may be any bytes."""
+    bad = "a\udcff"
+    async with serving() as server, Client(server.base_url) as client:
+
+        async def follow() -> None:
+            async with client.events(after=bad):
+                pass
+
+        async def run() -> None:
+            async with client.vms.exec("demo", [bad]):
+                pass
+
+        async def attach() -> None:
+            async with client.vms.attach("demo", bad):
+                pass
+
+        for attempt in (
+            client.vms.create(CreateVm(name="demo", labels={"a": bad})),
+            client.vms.list(labels={"a": bad}),
+            follow(),
+            run(),
+            attach(),
+        ):
+            with pytest.raises(Problem, match="not Unicode") as refused:
+                await attempt
+            assert refused.value.status == 400
+        assert server.requests == []
 
 
 async def test_a_wait_continues_until_its_timeout() -> None:

@@ -74,9 +74,9 @@ def _option(parameter: inspect.Parameter, text: str, resource: str) -> Any:
     return click.option(f"--{flag}", key, help=f"{text[:1].upper()}{' '.join(text[1:].split())}.", **_HOW.get(kind, {}))
 
 
-def _json(text: str) -> Any:
+def _json(text: str) -> dict[str, Any]:
     try:
-        return msgspec.json.decode(text)
+        return msgspec.json.decode(text, type=dict[str, Any])
     except (ValueError, RecursionError) as error:
         raise click.UsageError(f"--data is not JSON: {error}") from None
 
