@@ -367,3 +367,25 @@ async def test_a_server_that_says_nothing_to_tls_is_unreachable() -> None:
     async with serving() as server:
         with pytest.raises(Unreachable, match="no connection within"):
             await ask(server.base_url.replace("http:", "https:"), list_vms, within_s=0.3)
+
+
+@pytest.mark.parametrize("given", ["..", ".", "", "a\udcff"])
+async def test_what_can_not_be_sent_is_refused_as_on_trio(given: str) -> None:
+    calls: list[Call] = [lambda client: client.vms.list(labels={"a": f"{given}\udcff"})]
+    if given != "a\udcff":
+        calls.append(lambda client: client.templates.remove(given))
+    async with serving() as server:
+        for call in calls:
+            with pytest.raises(Problem) as refused:
+                await ask(server.base_url, call)
+            assert refused.value.status == 400
+        assert server.requests == []
+
+
+async def test_any_text_can_be_a_prefix_of_the_path() -> None:
+    async with serving() as server:
+        server.routes["GET /a%20b/%C3%BC/c%2Fd/api/v1/vms"] = answer([vm()])
+        base = f"{server.base_url}/a b/ü/c%2Fd/"
+        assert [each.name for each in await ask(base, list_vms)] == ["demo"]
+        async with Client(base) as client:
+            assert [each.name for each in await client.vms.list()] == ["demo"]

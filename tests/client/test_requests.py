@@ -94,7 +94,7 @@ def test_a_system_without_options_for_keep_alive_will_do(monkeypatch: pytest.Mon
     """macOS has no TCP_KEEPIDLE."""
     for name in ("TCP_KEEPIDLE", "TCP_KEEPINTVL", "TCP_KEEPCNT"):
         monkeypatch.delattr(socket, name)
-    spec = importlib.util.find_spec("volant.client._address")
+    spec = importlib.util.find_spec("volant.client._connection")
     assert spec is not None
     assert spec.loader is not None
     fresh = importlib.util.module_from_spec(spec)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from ._errors import Unreachable
 
@@ -27,7 +27,7 @@ class Address:
     socket_path: str | None = None
     """A Unix socket, instead of host and port."""
     prefix: str = ""
-    """A proxy's path before the API's own, without a slash at its end."""
+    """A proxy's path before the API's own: percent-encoded, without a slash at its end."""
 
     @classmethod
     def parse(cls, text: str) -> Address:
@@ -54,7 +54,8 @@ class Address:
             host = parts.hostname if parts.hostname.isascii() else parts.hostname.encode("idna").decode()
         except UnicodeError:
             raise ValueError(f"{text!r} is no address: its host is not a valid name") from None
-        return cls(text, host, port or (443 if tls else 80), tls=tls, prefix=parts.path.rstrip("/"))
+        prefix = quote(parts.path.rstrip("/").encode("utf-8", "surrogateescape"), safe="/%:@!$&'()*+,;=~")
+        return cls(text, host, port or (443 if tls else 80), tls=tls, prefix=prefix)
 
     @property
     def host_header(self) -> str:

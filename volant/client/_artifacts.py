@@ -6,6 +6,7 @@ from collections.abc import AsyncIterable
 
 from volant.model import ArtifactView
 
+from ._calls import part
 from ._http import Http
 from ._upload import Sent, send
 
@@ -18,4 +19,4 @@ _SILENCE_S = 120.0
 async def send_artifact(http: Http, sha256: str, content: AsyncIterable[bytes], size: int) -> ArtifactView:
     """Sends a file of `size` bytes."""
     sent = Sent(content, size, "application/octet-stream", _SILENCE_S)
-    return await send(http, "PUT", f"/api/v1/artifacts/{sha256}", sent, ArtifactView)
+    return await send(http, "PUT", f"/api/v1/artifacts/{part(sha256, 'sha256')}", sent, ArtifactView)

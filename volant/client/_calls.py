@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 
-from volant.model import format_duration
+from volant.model import format_duration, invalid
 
 from ._errors import UnexpectedAnswer
 
@@ -37,6 +38,13 @@ def flag(value: bool) -> str | None:
 def pairs(values: Mapping[str, str] | None) -> Sequence[str]:
     """Returns `key=value` for each."""
     return [f"{key}={value}" for key, value in (values or {}).items()]
+
+
+def part(value: str, name: str) -> str:
+    """Returns a value as one part of a path. :raises Problem: 400; empty, `.` or `..` would make it another path."""
+    if value in ("", ".", ".."):
+        raise invalid(name, f"{name} is {value!r}, which names nothing")
+    return quote(value.encode("utf-8", "surrogateescape"), safe="")
 
 
 def words(values: Collection[str]) -> str | None:

@@ -9,12 +9,12 @@ import trio
 
 from ._address import Address, reason_of
 
-# A command in a guest may be silent for hours, so the kernel checks whether the daemon's host is still there.
+_PROBES = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 4}
+# A command in a guest may be silent for hours, so the kernel checks whether the daemon's host is still there. Not every
+# system lets a program say how often; there the kernel's own times count.
 KEEPALIVE = [
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10),
-    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+    *((socket.IPPROTO_TCP, getattr(socket, name), value) for name, value in _PROBES.items() if hasattr(socket, name)),
 ]
 
 

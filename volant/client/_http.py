@@ -13,7 +13,7 @@ import trio
 from ._address import Address, reason_of
 from ._connection import KEEPALIVE
 from ._errors import ClientProblem, UnexpectedAnswer
-from ._transport import ANSWER_S, CONNECT_S, MAX_BODY, MAX_ERROR_BODY, Answer, Query, Transport, problem
+from ._transport import ANSWER_S, CONNECT_S, MAX_BODY, MAX_ERROR_BODY, Answer, Query, Transport, encoding, problem
 
 
 class Http(Transport):
@@ -96,17 +96,18 @@ class Http(Transport):
         sent = dict(headers or {})
         if isinstance(content, httpx.AsyncByteStream) and "Content-Length" not in sent:
             sent["Transfer-Encoding"] = "chunked"
-        if body is not None:
-            content = msgspec.json.encode(body)
-            sent["Content-Type"] = "application/json"
-        request = self._client.build_request(
-            method,
-            path,
-            params={key: value for key, value in (query or {}).items() if value is not None},
-            content=content if isinstance(content, bytes) else None,
-            headers=sent,
-            timeout=httpx.Timeout(CONNECT_S, read=read_s, write=ANSWER_S),
-        )
+        with encoding():
+            if body is not None:
+                content = msgspec.json.encode(body)
+                sent["Content-Type"] = "application/json"
+            request = self._client.build_request(
+                method,
+                path,
+                params={key: value for key, value in (query or {}).items() if value is not None},
+                content=content if isinstance(content, bytes) else None,
+                headers=sent,
+                timeout=httpx.Timeout(CONNECT_S, read=read_s, write=ANSWER_S),
+            )
         request.stream = content if isinstance(content, httpx.AsyncByteStream) else RequestBody(content or b"")
         try:
             response = await self._client.send(request, stream=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
-from urllib.parse import quote
 
 from volant.model import (
     BuildTemplate,
@@ -34,7 +33,7 @@ from volant.model import (
     check_name,
 )
 
-from ._calls import body_of, duration, flag, pairs, words
+from ._calls import body_of, duration, flag, pairs, part, words
 from ._transport import Transport, decode
 
 
@@ -342,7 +341,7 @@ class TemplatesOperations:
 
     async def remove(self, digest: str) -> None:
         """Remove a template; its clones go on."""
-        await self._transport.request("DELETE", f"/api/v1/templates/{quote(digest, safe='')}")
+        await self._transport.request("DELETE", f"/api/v1/templates/{part(digest, 'digest')}")
 
 
 class SystemOperations:
@@ -394,14 +393,14 @@ class SystemOperations:
         """
         return decode(
             await self._transport.request(
-                "POST", f"/api/v1/system/orphans/{quote(mark, safe='')}/adopt", query={"name": name}
+                "POST", f"/api/v1/system/orphans/{part(mark, 'mark')}/adopt", query={"name": name}
             ),
             VmView,
         )
 
     async def kill_orphan(self, mark: str) -> None:
         """Kill an orphaned hypervisor; its disk stays."""
-        await self._transport.request("POST", f"/api/v1/system/orphans/{quote(mark, safe='')}/kill")
+        await self._transport.request("POST", f"/api/v1/system/orphans/{part(mark, 'mark')}/kill")
 
     async def tree(self) -> dict[str, Any]:
         """Show the supervisor tree."""

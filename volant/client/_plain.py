@@ -17,7 +17,7 @@ import msgspec
 
 from ._address import DEFAULT_BASE, Address, reason_of
 from ._requests import Requests
-from ._transport import ANSWER_S, CONNECT_S, MAX_BODY, MAX_ERROR_BODY, Answer, Query, Transport, problem
+from ._transport import ANSWER_S, CONNECT_S, MAX_BODY, MAX_ERROR_BODY, Answer, Query, Transport, encoding, problem
 
 T = TypeVar("T")
 
@@ -75,14 +75,15 @@ class Plain(Transport):
         also: Collection[int] = (),
     ) -> Answer:
         give_up_at = min(self._now() + timeout_s, self._end)
-        content = b"" if body is None else msgspec.json.encode(body)
+        with encoding():
+            content = b"" if body is None else msgspec.json.encode(body)
+            text = urlencode({key: value for key, value in (query or {}).items() if value is not None}, doseq=True)
         sent = {"Host": self.address.host_header, "Accept": "*/*", "Accept-Encoding": "identity"}
         sent |= {"Connection": "close", **self.headers, **(headers or {})}
         if body is not None:
             sent["Content-Type"] = "application/json"
         if content or method != "GET":
             sent["Content-Length"] = str(len(content))
-        text = urlencode({key: value for key, value in (query or {}).items() if value is not None}, doseq=True)
         target = f"{self.address.prefix}{path}" + (f"?{text}" if text else "")
         request = h11.Request(method=method, target=target, headers=list(sent.items()))
         exchange = _Exchange(give_up_at)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
-from urllib.parse import quote
 
 from volant.model import Health, VmView, check_name
 
 from ._browser import Browser, find_browser
-from ._calls import duration
+from ._calls import duration, part
 from ._errors import UnexpectedAnswer
 from ._exec import RemoteSession, RemoteSessions
 from ._operations import (
@@ -66,7 +65,7 @@ class VmsRequests(VmsOperations):
 
     async def end_exec_session(self, name: str, identifier: str) -> None:
         """Kills a detached command, and removes it."""
-        path = f"{vm_path(name)}/agent/v1/exec/sessions/{quote(identifier, safe='')}"
+        path = f"{vm_path(name)}/agent/v1/exec/sessions/{part(identifier, 'identifier')}"
         await self._transport.request("DELETE", path)
 
     async def openapi(self, name: str) -> dict[str, Any]:

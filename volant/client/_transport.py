@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 from uuid import uuid4
 
 import msgspec
 
 from volant import __version__
-from volant.model import invalid
+from volant.model import Problem, invalid
 
 from ._address import Address
 from ._errors import ClientProblem, ConnectionLost, DeadlineExceeded, UnexpectedAnswer, Unreachable
@@ -150,6 +151,20 @@ class Transport(ABC):
     def lost(self, reason: str) -> ConnectionLost:
         """Returns the error for a connection that broke."""
         return ConnectionLost(f"the connection to {self.address.text} broke: {reason}")
+
+
+@contextmanager
+def encoding() -> Iterator[None]:
+    """Encodes a request in a block. An argument of a command line may be any bytes, which Python has as surrogates.
+
+    :raises Problem: 400 a text can't be sent
+    """
+    try:
+        yield
+    except UnicodeEncodeError as error:
+        raise Problem(
+            400, "invalid-request", f"{error.object[:80]!r} is not Unicode", hint="write it in UTF-8"
+        ) from None
 
 
 def decode(answer: Answer, kind: type[T]) -> T:

@@ -14,7 +14,7 @@ from ._address import Address
 from ._connection import connect
 from ._errors import ConnectionLost, UnexpectedAnswer
 from ._http import Http
-from ._transport import CONNECT_S, Query, problem
+from ._transport import CONNECT_S, Query, encoding, problem
 
 ABNORMAL = 1006
 """The code of a connection that broke without being closed."""
@@ -88,8 +88,9 @@ async def open_websocket(http: Http, path: str, query: Query, *, pings: bool = T
     :raises ClientProblem: the daemon answered with an error instead of the upgrade.
     :raises ClientError: the daemon can't be reached, or its answer is no WebSocket.
     """
+    with encoding():
+        text = urlencode({key: value for key, value in query.items() if value is not None}, doseq=True)
     stream: Any = await connect(http.address, CONNECT_S, http.tls)
-    text = urlencode({key: value for key, value in query.items() if value is not None}, doseq=True)
     resource = f"{http.address.prefix}{path}" + (f"?{text}" if text else "")
     headers = [(name.encode(), value.encode()) for name, value in http.headers.items()]
     failure: Exception | None = None

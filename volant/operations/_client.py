@@ -42,14 +42,15 @@ def client_module(table: Table) -> str:
     classes = [_class(resource, operations) for resource, operations in resources.items()]
     text = "\n\n\n".join(classes)
     used = sorted({name for operations in resources.values() for each in operations for name in _model_names(each)})
-    helpers = sorted(name for name in ("body_of", "duration", "flag", "pairs", "words") if f"{name}(" in text)
+    named = ("body_of", "duration", "flag", "pairs", "part", "words")
+    helpers = sorted(name for name in named if re.search(rf"\b{name}\(", text))
     types = sorted(name for name in ("Collection", "Mapping", "Sequence") if re.search(rf"\b{name}\[", text))
     lines = [
         _HEAD,
         "from __future__ import annotations\n",
         *([f"from collections.abc import {', '.join(types)}"] if types else []),
         *(["from typing import Any"] if re.search(r"\bAny\b", text) else []),
-        "from urllib.parse import quote\n",
+        "",
         "from volant.model import (",
         *(f"    {name}," for name in [*used, "check_name"]),
         ")\n",
@@ -128,7 +129,7 @@ def _path(operation: Operation) -> str:
     def part(found: re.Match[str]) -> str:
         name = found[1]
         plain = name in ("name", "snapshot")
-        return f"{{check_name({name}, '{name}')}}" if plain else f"{{quote({name}, safe='')}}"
+        return f"{{{'check_name' if plain else 'part'}({name}, '{name}')}}"
 
     path = re.sub(r"{(\w+)}", part, operation.path)
     return f'f"{path}"' if path != operation.path else f'"{path}"'
