@@ -184,10 +184,10 @@ class _Browsers:
             if path.startswith(("json/activate/", "json/close/")):
                 media = b"text/plain; charset=utf-8"
             elif not path.startswith("json/protocol"):
-                told = _decoded(body, browser)
-                if isinstance(told, list) and len(told) > _MAX_PAGES:
-                    raise browser.problem(f"says that it has more than {_MAX_PAGES} pages")
-                body = msgspec.json.encode(rewritten(told, self._place(call, browser)))
+                pages = _decoded(body, browser)
+                if isinstance(pages, list) and len(pages) > _MAX_PAGES:
+                    raise browser.problem(f"reports more than {_MAX_PAGES} pages")
+                body = msgspec.json.encode(rewritten(pages, self._place(call, browser)))
         length = (b"content-length", b"%d" % len(body))
         await call.reject(200, [(b"content-type", media), length, (b"cache-control", b"no-store"), SANDBOX], body)
 

@@ -371,8 +371,8 @@ class _Daemon:
         for vm in vms[:_INSPECTED]:
             try:
                 self._bundle.document(f"inspect/{vm.name}.json", await self._client.vms.inspect(vm.name))
-            except Problem as gone:
-                self._bundle.missing[f"inspect/{vm.name}.json"] = gone.detail
+            except Problem as problem:
+                self._bundle.missing[f"inspect/{vm.name}.json"] = problem.detail
         if len(vms) > _INSPECTED:
             self._bundle.missing["inspect"] = f"{len(vms) - _INSPECTED} VMs more"
 

@@ -94,8 +94,8 @@ def build_(
             keyring=keyring,
             offline=offline,
         )
-    said = f"image {image.digest[:12]}, kernel {safe(image.kernel_version)}, {size(image.size_bytes)}"
-    out.result(image.as_json(), said)
+    summary = f"image {image.digest[:12]}, kernel {safe(image.kernel_version)}, {size(image.size_bytes)}"
+    out.result(image.as_json(), summary)
 
 
 @_command("list")
@@ -153,8 +153,8 @@ def fetch_(out: Output, cache: Path, url: str, sha256: str, max_mb: int) -> None
             )
     except ImageError as error:
         raise Failure(f"{safe(shown(url))}: {error.message}", hint=error.hint or None) from error
-    said = f"artifact {artifact.digest[:12]}, {size(artifact.size_bytes)}, {size(artifact.disk_bytes)} on the disk"
-    out.result(artifact.as_json(), said)
+    summary = f"artifact {artifact.digest[:12]}, {size(artifact.size_bytes)}, {size(artifact.disk_bytes)} on the disk"
+    out.result(artifact.as_json(), summary)
 
 
 @_command("remove")

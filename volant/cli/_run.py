@@ -57,7 +57,7 @@ class Failure(Exception):
 
 @contextmanager
 def unfinished(part: Path, path: Path) -> Iterator[None]:
-    """Writes `path` by its unfinished file `part`, which is gone at the end. :raises Failure: instead of OSError"""
+    """Removes `part`, the unfinished file of `path`, at the end. :raises Failure: instead of OSError"""
     try:
         yield
     except OSError as error:

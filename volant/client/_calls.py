@@ -41,7 +41,7 @@ def pairs(values: Mapping[str, str] | None) -> Sequence[str]:
 
 
 def part(value: str, name: str) -> str:
-    """Returns a value as one part of a path. :raises Problem: 400; empty, `.` or `..` would make it another path."""
+    """Returns a value as one part of a path. :raises Problem: 400: empty, `.` or `..`, which would change the path."""
     if value in ("", ".", ".."):
         raise invalid(name, f"{name} is {value!r}, which names nothing")
     return quote(value.encode("utf-8", "surrogateescape"), safe="")

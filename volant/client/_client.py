@@ -174,8 +174,8 @@ class _Vms(VmsRequests):
                     response = await self._http.once(path, key=key, query=waiting, timeout_s=left_s + ANSWER_S)
                 else:
                     response = await self._http.request(method, path, query=waiting, timeout_s=left_s + ANSWER_S)
-            except ClientProblem as gone:
-                if gone.status == 404 and "deleted" in states and method == "GET":
+            except ClientProblem as problem:
+                if problem.status == 404 and "deleted" in states and method == "GET":
                     return Waited("met", None)
                 raise
             outcome: Any = response.headers.get("volant-wait")

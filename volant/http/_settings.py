@@ -9,10 +9,10 @@ from ._networks import Network
 
 @dataclass(frozen=True, kw_only=True)
 class ApiSettings:
-    """What of the daemon's settings decides who may ask."""
+    """The settings that decide which requests are allowed."""
 
     addresses: tuple[str, ...] = ()
-    """Where it listens, as `http://127.0.0.1:7777` or `unix:/path`."""
+    """The addresses that it listens on, as `http://127.0.0.1:7777` or `unix:/path`."""
     allowed_hosts: tuple[str, ...] = ()
     """Names besides loopback and the listen address that are allowed in `Host`; without a port, with any port."""
     cors_origins: tuple[str, ...] = ()
@@ -20,6 +20,6 @@ class ApiSettings:
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     """Clients must send one of these; without any, no key is needed."""
     allow_cidr: tuple[Network, ...] = ()
-    """Networks from which requests are taken; without any, from all."""
+    """Networks whose requests are accepted; without any, all are."""
     trusted_proxies: tuple[Network, ...] = ()
-    """Proxies whose `X-Forwarded-For` counts."""
+    """Proxies whose `X-Forwarded-For` is trusted."""

@@ -225,11 +225,11 @@ async def _check(response: AgentResponse, vm: str) -> None:
     if response.status < 400:
         return
     try:
-        said = _problems.decode(await response.read(64 * 1024))
+        refusal = _problems.decode(await response.read(64 * 1024))
     except (msgspec.DecodeError, UnicodeDecodeError, AgentProtocolError, RecursionError):
-        said = _AgentProblem()
-    detail = said.detail or said.error or f"the agent answered {response.status}"
-    raise Problem(response.status, "agent-refused", detail[:1000], vm=vm, field=said.field, hint=said.hint)
+        refusal = _AgentProblem()
+    detail = refusal.detail or refusal.error or f"the agent answered {response.status}"
+    raise Problem(response.status, "agent-refused", detail[:1000], vm=vm, field=refusal.field, hint=refusal.hint)
 
 
 @contextmanager
