@@ -40,6 +40,7 @@ from tests.api.kit import (
 from volant.channel import AgentClient, AgentUnreachable
 from volant.http import Limits
 from volant.model import Problem
+from volant.relay import _relay
 from volant.relay._relay import FrameBounds
 
 ROOMY = replace(FAST, websocket_message=16 * 1024 * 1024)
@@ -412,6 +413,25 @@ async def test_a_refused_websocket_is_refused_as_the_guest_did(tmp_path: Path) -
             answer = await at.api.server.get(f"{prefix(at, way)}/no", **UPGRADE)
             assert (answer.status, answer.headers["x-own"], answer.body) == (404, "kept", b"none here")
             assert answer.headers["content-security-policy"] == "sandbox"
+
+
+async def test_a_refusal_that_does_not_end_is_a_502(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_relay, "_REFUSAL_S", 0.2)
+
+    async def refuse(stream: trio.SocketStream) -> None:
+        async with stream:
+            await read_head(stream)
+            await stream.send_all(b"HTTP/1.1 403 No\r\nContent-Length: 10\r\n\r\nhalf")
+            await trio.sleep_forever()
+
+    async with guest(tmp_path) as at, trio.open_nursery() as nursery:
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        nursery.start_soon(trio.serve_listeners, refuse, [listener])
+        port = listener.socket.getsockname()[1]
+        answer = await at.api.server.get(f"/api/v1/vms/demo/ports/{port}/", **UPGRADE)
+        assert answer.status == 502
+        assert b"it refused with 403" in answer.body
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_websocket_is_not_sent_elsewhere(tmp_path: Path) -> None:

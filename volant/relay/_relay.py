@@ -38,6 +38,8 @@ _PIECE = 256 * 1024
 """The size of one read. Smaller ones take more iterations for a gigabyte: 64 KiB cost twice the processor time."""
 _PORT = re.compile(r"[1-9][0-9]{0,4}\Z")
 _MAX_REFUSAL = 64 * 1024
+_REFUSAL_S = 30.0
+"""How long a guest may take for the body of a refusal that is read before the client gets it."""
 _FRAMES = 512
 """Frames of a guest's WebSocket that are tracked before other tasks run."""
 _FRAME_COST = 256
@@ -115,7 +117,7 @@ class Relay:
             async with client.stream(method, sender.target, headers, body, timeout_s=HEAD_S) as response:
                 begin = b""
                 if explain is not None and response.status in _UNKNOWN:
-                    begin = await response.read(_MAX_REFUSAL)
+                    begin = await _read_refusal(response)
                     problem = explain(response.status, begin)
                 if problem is None:
                     await call.start(response.status, sender.redirect(from_guest(response.headers)))
@@ -168,7 +170,7 @@ class Relay:
                     )
                     await splice.from_guest()
                 else:
-                    body = await _bounded(response, _MAX_REFUSAL)
+                    body = await _read_refusal(response)
                     # Clients that follow a redirect send their key along (Puppeteer, Playwright).
                     dropped = (b"content-length", b"location")
                     refusal = [field for field in from_guest(response.headers) if field[0] not in dropped]
@@ -365,11 +367,18 @@ def unreachable(vm: str, why: str) -> Problem:
     return Problem(502, "agent-unreachable", f"VM {vm!r} does not answer: {why}", vm=vm)
 
 
-async def _bounded(response: AgentResponse, limit: int) -> bytes:
+async def _read_refusal(response: AgentResponse) -> bytes:
+    """Returns the body of a refusal, or its beginning. :raises AgentUnreachable: it does not come in time."""
     body = b""
-    while len(body) < limit and (data := await response.receive()):
-        body += data
-    return body[:limit]
+    try:
+        with trio.fail_after(_REFUSAL_S):
+            while len(body) < _MAX_REFUSAL and (data := await response.receive()):
+                body += data
+    except trio.TooSlowError:
+        raise AgentUnreachable(
+            f"it refused with {response.status}, and did not send the rest of that within {_REFUSAL_S:g} s"
+        ) from None
+    return body
 
 
 def first_text(group: BaseExceptionGroup[Exception]) -> str:
