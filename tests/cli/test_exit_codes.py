@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
+from pathlib import Path
 
 import pytest
 import trio
 
 from tests.client.kit import Request, answer, event, problem, serving, sse, vm
+from volant.cli._output import as_json
 from volant.cli._text import safe
 
 from .kit import running, volar
@@ -164,3 +166,15 @@ async def test_starting_a_running_vm_prints_that_it_runs() -> None:
         runs = await volar(server, "vms", "start", "demo")
         starts = await volar(server, "vms", "start", "demo")
     assert (runs.out, starts.out) == (b"demo is running\n", b"demo is starting\n")
+
+
+async def test_the_name_of_a_file_may_be_any_bytes(tmp_path: Path) -> None:
+    name = f"{tmp_path}/a\udcff"
+    for words in (("call", "demo", "act", "--data", f"@{name}"), ("system", "backup", f"{name}/x")):
+        async with serving() as server:
+            server.routes["POST /api/v1/system/backup"] = problem(409, "backup-under-way", f"not {tmp_path}")
+            done = await volar(server, "--json", *words)
+        assert done.code != 0
+        assert json.loads(done.err)["error"]["detail"]
+    assert json.loads(as_json({"path": name})) == {"path": name}
+    assert json.loads(as_json({"b": name, "a": 1}, is_sorted=True)) == {"a": 1, "b": name}

@@ -37,6 +37,18 @@ def styled(text: str, colour: str | None, stream: TextIO, **more: bool) -> str:
     return click.style(text, fg=colour, **more) if colourful(stream) else text
 
 
+def as_json(value: object, *, is_sorted: bool = False) -> bytes:
+    """Returns `value` as JSON. The name of a file may be any bytes; those that are not UTF-8 are escaped surrogates, as
+    Python's `json` reads them."""
+    try:
+        return msgspec.json.encode(value, order="sorted" if is_sorted else None)
+    except UnicodeEncodeError:
+        import json
+
+        plain = json.dumps(msgspec.to_builtins(value, str_keys=True), ensure_ascii=False, sort_keys=is_sorted)
+        return plain.encode(errors="backslashreplace")
+
+
 class Output:
     """One command's output."""
 
@@ -45,12 +57,11 @@ class Output:
 
     def document(self, value: object) -> None:
         """Prints the JSON document of a command."""
-        text = msgspec.json.format(msgspec.json.encode(value, order="sorted" if isinstance(value, dict) else None))
-        self._write(text + b"\n")
+        self._write(msgspec.json.format(as_json(value, is_sorted=isinstance(value, dict))) + b"\n")
 
     def item(self, value: object) -> None:
         """Prints one line of a stream of JSON documents."""
-        self._write(msgspec.json.encode(value) + b"\n")
+        self._write(as_json(value) + b"\n")
 
     def line(self, text: str) -> None:
         """Prints one line for people, which must be safe already."""

@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 import click
-import msgspec
 
 from volant.client import ClientError, ConnectionLost, DeadlineExceeded, Unreachable
 from volant.client._address import DEFAULT_BASE, SERVICE_SOCKET
 from volant.model import WAIT_STATES, Problem, parse_duration
 
 from ._options import Options, common
-from ._output import Output, styled
+from ._output import Output, as_json, styled
 from ._streams import BROKEN_PIPE, OutputError, discard_output
 from ._text import safe
 
@@ -225,7 +224,7 @@ def _print_error(options: Options, facts: dict[str, object], code: int) -> None:
     stream = sys.stderr
     if options.json:
         given = {name: value for name, value in facts.items() if value is not None}
-        stream.write(msgspec.json.encode({"error": given | {"exit_code": code}}).decode() + "\n")
+        stream.write(as_json({"error": given | {"exit_code": code}}).decode() + "\n")
     else:
         detail = safe(facts["detail"])
         field = facts.get("field")
