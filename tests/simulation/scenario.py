@@ -281,7 +281,7 @@ class Scenario:
         """Checks all the time: at most one hypervisor for each VM, and each has an owner."""
         while True:
             await self.world.machine.changed.wait()
-            owners = [_owner(qemu) for qemu in self.world.machine.running()]
+            owners = [owner(qemu) for qemu in self.world.machine.running()]
             assert len(owners) == len(set(owners)), f"two hypervisors for one VM, or for one template: {owners}"
 
     # Rest
@@ -536,7 +536,7 @@ class Follower:
         }
 
 
-def _owner(qemu: SimQemu) -> str:
+def owner(qemu: SimQemu) -> str:
     """Returns the owner of a process, which may have only one."""
     tag = qemu.tag.rpartition("-")[2]
     if tag.startswith("s.") and qemu.directory.parent.name == "vms":
