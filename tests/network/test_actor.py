@@ -16,7 +16,7 @@ from actors import ONE_FOR_ONE, Child, Ref, Supervisor, open_system
 from tests.network.kit import INSTANCE, SETTINGS, stopped, vm
 from tests.simulated import SimLinks, SimNetwork
 from volant.model import VmRow, tap_of
-from volant.network import Link, NetworkFailed, NetworkKeeper, Networks, Step
+from volant.network import Link, MakeBridge, NetworkFailed, NetworkKeeper, Networks, Step
 from volant.network.messages import Attach, Detach, Reconcile
 
 T = TypeVar("T")
@@ -222,6 +222,34 @@ async def test_a_failed_tap_of_a_running_vm_is_retried(
         await trio.sleep(1000)
         assert network.inspect()["actor"]["batches"] == turns
     assert len([text for text in caplog.messages if "VM 2 is without a network" in text]) == 1
+
+
+async def test_the_firewall_forgets_a_vm_whose_bridge_was_never_made(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    bench = Bench(rows=[vm(1)], refuses=lambda step: isinstance(step, MakeBridge))
+    async with bench.actor() as network:
+        with pytest.raises(NetworkFailed):
+            await network.ask(Attach(1), timeout_s=FOREVER_S)
+        assert bench.guests() == {tap(1)}
+        assert not bench.links.links
+        bench.rows = [stopped(vm(1))]
+        bench.refuses = lambda step: False
+        await network.ask(Detach(1), timeout_s=FOREVER_S)
+        assert bench.guests() == set()
+
+
+async def test_tables_that_could_not_be_deleted_are_deleted_the_next_time() -> None:
+    bench = Bench(rows=[vm(1)], takes_s=0.0)
+    networks = bench.networks()
+    await networks.reconcile()
+    bench.rows, bench.firewall_refuses = [], True
+    with pytest.raises(NetworkFailed):
+        await networks.remove()
+    assert (bench.links.links, bool(bench.links.tables)) == ({}, True)
+    bench.firewall_refuses = False
+    await networks.remove_unused()
+    assert not bench.links.tables
 
 
 async def test_the_next_request_retries_failed_taps_of_other_vms(

@@ -64,6 +64,8 @@ class Networks:
         self._rows = rows
         self._loaded: Rules | None = None
         """The ruleset that was loaded last; None if unknown."""
+        self._has_tables = False
+        """Whether the firewall may have our tables, even if no link of ours exists."""
         self._gateways: object = None
         """The bridge's addresses after a complete reconciliation; None before."""
         self._without_tap: Mapping[int, NetworkFailed] = {}
@@ -196,9 +198,11 @@ class Networks:
         self._loaded = self._gateways = None
         if not await self._may_exist():
             return
+        self._has_tables = True
         links = [link for link in await self._backend.links() if is_ours(self._settings, link)]
         results = await self._backend.do([RemoveLink(name=link.name, kind=link.kind) for link in links])
         await self._backend.load(delete_tables(self._settings.tables))
+        self._has_tables = False
         for failure in filter(None, results):
             raise failure
 
@@ -210,12 +214,13 @@ class Networks:
         return plan_of(self._settings, self._rows())
 
     async def _may_exist(self) -> bool:
-        """Whether the host may have links of this daemon. Without any, a daemon that needs no networks needs no rights
-        either."""
-        return any(may_be_ours(self._settings, name) for name in await self._backend.names())
+        """Whether the host may have links or tables of this daemon. Without any, a daemon that needs no networks needs
+        no rights."""
+        return self._has_tables or any(may_be_ours(self._settings, name) for name in await self._backend.names())
 
     async def _load_rules(self, rules: Rules) -> None:
         before, self._loaded = self._loaded, None
+        self._has_tables = True
         text = ruleset_changes(before, rules)
         if text:
             try:
