@@ -278,7 +278,8 @@ class WarmPool:
 
     def lacks(self) -> bool:
         """Whether the pool is not as it should be, and tries again by itself."""
-        return bool(self._doomed) or sum(self._wanted().values()) > len(self._waiting)
+        # Also while the host is short of memory: that passes.
+        return bool(self._doomed) or sum(self._demand().values()) > len(self._waiting)
 
     def _look_at_memory(self) -> None:
         """:raises OSError: the host is short of descriptors."""
@@ -289,11 +290,13 @@ class WarmPool:
 
     def _wanted(self) -> dict[str, int]:
         """Returns how many processes each template should have now; none while the host is short of memory."""
-        now = trio.current_time()
-        if self._available_mb < RESERVE_MB or now < self._not_before:
+        if self._available_mb < RESERVE_MB or trio.current_time() < self._not_before:
             return {}
+        return self._demand()
+
+    def _demand(self) -> dict[str, int]:
         held_mb = sum(each.memory_mb for each in self._waiting.values())
-        return wanted(self._uses, now, self.limits, self._available_mb + held_mb)
+        return wanted(self._uses, trio.current_time(), self.limits, self._available_mb + held_mb)
 
     async def _tend(self, nursery: trio.Nursery) -> bool:
         """Ends the processes that are too many, or starts one that is missing. Whether there was something to do."""
