@@ -191,6 +191,8 @@ async def test_a_process_is_not_taken_for_gone_on_a_host_short_of_descriptors_or
     shortage: int,
 ) -> None:
     identity = await spawn(host, tag, tmp_path, SLEEP, started)
+    # The kernel shows no command line for a moment while a program is loaded.
+    await until_output(host, tmp_path / "out", b"up")
     stranger = Host()
     said = os.strerror(shortage)
 

@@ -184,7 +184,7 @@ def test_a_terminal_can_be_detached_and_attached_again(daemon: Daemon, guest: st
         person.see(b"31 97\r\n")
         person.type(b"\x1d")
         assert person.end() == 0
-        person.see(b"left")
+        person.see(b"detached")
     with terminal(daemon, "exec", "--attach", identifier, guest) as first:
         first.type(b"echo is $X\r")
         first.see(b"is kept")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,14 +64,15 @@ def waiting(daemon: Daemon) -> dict[int, Path]:
     return found
 
 
-async def filled(daemon: Daemon, count: int = 1) -> set[int]:
+async def filled(daemon: Daemon, count: int = 1, *, exactly: bool = True) -> set[int]:
     """Waits for a number of processes in the warm pool that have loaded their template; returns their pids."""
+    enough = operator.eq if exactly else operator.ge
     async with daemon.http() as http:
         with trio.fail_after(BOOT_S):
             while True:
-                said = (await http.get("/metrics")).text.splitlines()
+                (said,) = re.findall(r"^volant_standby_waiting (\d+)", (await http.get("/metrics")).text, re.MULTILINE)
                 found = waiting(daemon)
-                if f"volant_standby_waiting {count}.0" in said and len(found) == count:
+                if enough(int(said), count) and len(found) == int(said):
                     return set(found)
                 await trio.sleep(0.2)
 

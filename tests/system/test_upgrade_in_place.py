@@ -141,7 +141,7 @@ async def _prepare(daemon: Daemon, lab: Lab, client: Client, rootfs: Path) -> Se
     await boot(client, "first")
     await template(daemon)
     await boot(client, "clone")
-    await filled(daemon)
+    await filled(daemon, exactly=False)
     await boot(client, "warm")
     await fork(client, "clone")
     await boot(client, "paused")
@@ -157,7 +157,7 @@ async def _prepare(daemon: Daemon, lab: Lab, client: Client, rootfs: Path) -> Se
     assert await tells_from_where(client, "user") == HOST
     await client.vms.write_file("clone", "/tmp/note", b"noted\n")
     await client.snapshots.take("clone", TakeSnapshot(name="kept"))
-    await filled(daemon)
+    await filled(daemon, exactly=False)
     with trio.fail_after(BOOT_S):
         while any(vm.status in ("pending", "starting") for vm in await client.vms.list()):  # noqa: ASYNC110
             await trio.sleep(0.1)
