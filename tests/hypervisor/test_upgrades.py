@@ -8,7 +8,7 @@ import msgspec
 import pytest
 import trio
 
-from tests.hypervisor.kit import tiny_spec
+from tests.hypervisor.kit import real_qemu, tiny_spec
 from tests.hypervisor.test_checkpoint import COUNTS, clone, ends_when_typed_to, launch, nobody
 from volant.host import Host
 from volant.hypervisor import MachineKind, MachineSpec
@@ -106,23 +106,24 @@ async def test_a_copy_of_an_older_machine_keeps_its_type(host: Host, qemu: QemuH
 
 
 async def test_a_copy_of_a_machine_with_an_hpet_has_one(
-    host: Host, qemu: QemuHypervisor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As of one that an earlier version launched: new machines have none."""
     running: MachineSpec = tiny_spec(host, tmp_path, COUNTS)
     with trio.fail_after(90):
-        for number in range(3):
-            with monkeypatch.context() as before:
-                if not number:
-                    before.setattr(_launch, "FORMAT", WITH_HPET)
-                identity = await (qemu.launch(running) if number else launch(host, qemu, running))
-            assert format_of(host.proc.command_line(identity)) == WITH_HPET
-            into = running.memory_file.parent / str(number)
-            await host.files.mkdir(into)
-            async with qemu.attach(running, identity) as machine:
-                checkpoint = await machine.checkpoint(into, hold=nobody)
-                assert checkpoint.kind.devices == WITH_HPET
-                assert await qemu.incompatibility(checkpoint.kind) is None
-                assert await ends_when_typed_to(host, running, machine)
-                await machine.quit()
-            running = clone(running, f"c{number}", checkpoint.template)
+        async with real_qemu(host, running, tmp_path / "cache") as qemu:
+            for number in range(3):
+                with monkeypatch.context() as before:
+                    if not number:
+                        before.setattr(_launch, "FORMAT", WITH_HPET)
+                    identity = await (qemu.launch(running) if number else launch(host, qemu, running))
+                assert format_of(host.proc.command_line(identity)) == WITH_HPET
+                into = running.memory_file.parent / str(number)
+                await host.files.mkdir(into)
+                async with qemu.attach(running, identity) as machine:
+                    checkpoint = await machine.checkpoint(into, hold=nobody)
+                    assert checkpoint.kind.devices == WITH_HPET
+                    assert await qemu.incompatibility(checkpoint.kind) is None
+                    assert await ends_when_typed_to(host, running, machine)
+                    await machine.quit()
+                running = clone(running, f"c{number}", checkpoint.template)
