@@ -6,13 +6,14 @@ import json
 import os
 import shlex
 import signal
+import subprocess
+import sys
 from functools import partial
 
 import pytest
 import trio
 
 from tests.client.kit import Server, answer, ndjson, problem, serving, vm
-
 from .kit import ENVIRONMENT, ROOT, command, running
 
 COMMANDS = [
@@ -129,3 +130,25 @@ async def test_an_interrupt_ends_a_wait_for_the_daemon(words: list[str], route: 
             assert process.stderr is not None
             assert await process.stderr.receive_some() == b""
             assert await process.wait() == 130
+
+
+def test_an_interrupt_between_a_call_and_its_await_prints_nothing() -> None:
+    code = """
+from volant.cli._options import Options
+from volant.cli._streaming import run
+
+async def wait():
+    pass
+
+async def interrupted(session):
+    wait()
+    raise KeyboardInterrupt
+
+try:
+    run(Options(), interrupted)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    env = {key: value for key, value in ENVIRONMENT.items() if key != "PYTHONWARNINGS"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=env, cwd=ROOT, timeout=60)
+    assert (done.stdout, done.stderr) == (b"interrupted\n", b"")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Concatenate, ParamSpec
@@ -40,6 +42,9 @@ def run(options: Options, work: Work[Session]) -> int | None:
         async with client_of(options) as client:
             return await work(Session(client, Output(options.json)))
 
+    if not sys.warnoptions:
+        # An interrupt may come after the call of a coroutine function and before its await.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     return trio.run(connected)
 
 
