@@ -14,6 +14,7 @@ import pytest
 import trio
 
 from tests.client.kit import Server, answer, ndjson, problem, serving, vm
+
 from .kit import ENVIRONMENT, ROOT, command, running
 
 COMMANDS = [
