@@ -136,7 +136,7 @@ class VmsOperations:
         )
 
     async def resume(self, name: str, *, idempotency_key: str | None = None) -> VmView:
-        """Let a paused VM go on, with its clock set."""
+        """Resume a paused VM and set its clock."""
         return decode(
             await self._transport.once(f"/api/v1/vms/{check_name(name, 'name')}/resume", key=idempotency_key), VmView
         )
@@ -155,7 +155,7 @@ class VmsOperations:
         idempotency_key: str | None = None,
         timeout_s: float = 600,
     ) -> Sequence[VmView]:
-        """Create VMs that go on from where this one is; it goes on itself.
+        """Create VMs that continue from where this one is; it keeps running itself.
 
         Each has the memory and disk of this one, and receives its own identity before it is `running`. The VM has
         to be running or paused. With `wait`, `Volant-Wait` is `met` when it is for all.
@@ -200,8 +200,9 @@ class SnapshotsOperations:
     ) -> SnapshotView:
         """Keep a VM as it is now: memory, devices and disk.
 
-        The guest is paused for a moment, and what is copied then is written to the disk while it goes on. A client
-        that leaves cancels nothing. The VM has to be running or paused; a command that ends that ends this too.
+        The guest is paused for a moment, and what is copied then is written to the disk while it runs again. A
+        client that leaves cancels nothing. The VM has to be running or paused; a command that ends that ends this
+        too.
 
         :param timeout_s: how long to wait for the answer
         """
@@ -223,7 +224,7 @@ class SnapshotsOperations:
         )
 
     async def list(self) -> Sequence[SnapshotView]:
-        """List all snapshots, also those of VMs that are gone."""
+        """List all snapshots, also those of deleted VMs."""
         return decode(await self._transport.request("GET", "/api/v1/snapshots"), list[SnapshotView])
 
     async def get(self, snapshot: str) -> SnapshotView:
@@ -233,7 +234,7 @@ class SnapshotsOperations:
         )
 
     async def remove(self, snapshot: str) -> None:
-        """Remove a snapshot; VMs made from it go on."""
+        """Remove a snapshot; VMs made from it keep running."""
         await self._transport.request("DELETE", f"/api/v1/snapshots/{check_name(snapshot, 'snapshot')}")
 
 
@@ -319,7 +320,7 @@ class TemplatesOperations:
         self._transport = transport
 
     async def list(self) -> Sequence[TemplateView]:
-        """List what VMs begin as clones of."""
+        """List the templates that new VMs are cloned from."""
         return decode(await self._transport.request("GET", "/api/v1/templates"), list[TemplateView])
 
     async def build(
@@ -340,7 +341,7 @@ class TemplatesOperations:
         )
 
     async def remove(self, digest: str) -> None:
-        """Remove a template; its clones go on."""
+        """Remove a template; its clones keep running."""
         await self._transport.request("DELETE", f"/api/v1/templates/{part(digest, 'digest')}")
 
 
@@ -355,9 +356,9 @@ class SystemOperations:
     async def drain(self, *, stop_vms: bool = False, grace_s: float | None = None) -> SystemStatus:
         """Let no VM be created or start, for maintenance.
 
-        What would create or start a VM is 503, `urn:volant:error:draining`. VMs that run go on. One whose restart
-        policy is due, or whose host or guest has rebooted, waits. Asked again, `draining_since` stays. The answer
-        comes before VMs have stopped: their events, or `GET /api/v1/vms/{name}?wait=stopped`, report that.
+        What would create or start a VM is 503, `urn:volant:error:draining`. Running VMs keep running. One whose
+        restart policy is due, or whose host or guest has rebooted, waits. Asked again, `draining_since` stays. The
+        answer comes before VMs have stopped: their events, or `GET /api/v1/vms/{name}?wait=stopped`, report that.
 
         :param stop_vms: stop VMs that are up, some at a time; they start again after `undrain`
         :param grace_s: with `stop_vms`, for each guest: default `10s`, at most `10m`

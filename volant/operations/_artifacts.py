@@ -62,7 +62,7 @@ async def admit(context: Context, manifest: Manifest) -> None:
 
 
 async def _credentials(context: Context) -> Credentials | None:
-    """The user of this host that asks; None: nobody knows, or it does not count."""
+    """The user of this host that asks; None: unknown, or without meaning."""
     scope, access = context.scope, context.deps.access
     if any(name in _FORWARDED for name, _ in scope["headers"]):
         return None

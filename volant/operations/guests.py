@@ -69,8 +69,8 @@ TABLE.declare(
         )
     },
     described=(
-        Described("detach", bool, "The command goes on when the client leaves; the first message says its `id`"),
-        Described("attach", str, "Go on with the detached command of this `id`; the client before gets code 4000"),
+        Described("detach", bool, "The command keeps running when the client leaves; the first message says its `id`"),
+        Described("attach", str, "Attach to the detached command of this `id`; the previous client gets code 4000"),
         Described(
             "from",
             Annotated[int, msgspec.Meta(ge=0, le=10**15 - 1)],
@@ -158,7 +158,7 @@ TABLE.declare(
     "delete_file",
     _USE,
     "Delete a file or a directory",
-    answers={204: Answer("It is gone")},
+    answers={204: Answer("It is removed")},
     described=(Described("recursive", bool, "A directory with all that is in it"),),
     errors=(403, 409, 502, 503),
 )

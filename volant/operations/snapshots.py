@@ -33,7 +33,7 @@ from ._table import TABLE, Tool
 async def take_snapshot(context: Context, name: str, *, body: TakeSnapshot) -> SnapshotTaken:
     """Keep a VM as it is now: memory, devices and disk.
 
-    The guest is paused for a moment, and what is copied then is written to the disk while it goes on. A client that
+    The guest is paused for a moment, and what is copied then is written to the disk while it runs again. A client that
     leaves cancels nothing. The VM has to be running or paused; a command that ends that ends this too.
     """
     check_take(body)
@@ -55,7 +55,7 @@ async def list_vm_snapshots(context: Context, name: str) -> list[SnapshotView]:
 
 @TABLE.operation("GET /api/v1/snapshots", permission=Permission.VIEW, answer="The oldest first")
 async def list_snapshots(context: Context) -> list[SnapshotView]:
-    """List all snapshots, also those of VMs that are gone."""
+    """List all snapshots, also those of deleted VMs."""
     return _by_age(context.deps.store.projection.snapshots.values())
 
 
@@ -76,13 +76,13 @@ async def get_snapshot(context: Context, snapshot: str) -> SnapshotView:
     tool=Tool(
         "snapshots_delete",
         "Delete a snapshot",
-        "Destroy a snapshot, for good. VMs that were made from it go on.",
+        "Destroy a snapshot, for good. VMs that were made from it keep running.",
         destructive=True,
         idempotent=True,
     ),
 )
 async def remove_snapshot(context: Context, snapshot: str) -> None:
-    """Remove a snapshot; VMs made from it go on."""
+    """Remove a snapshot; VMs made from it keep running."""
     await context.deps.vms.copies.remove_snapshot(snapshot)
 
 

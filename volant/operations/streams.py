@@ -43,7 +43,7 @@ _LOG_PARAMETERS = (
         Annotated[int, msgspec.Meta(ge=0, le=MAX_INTEGER)] | Time,
         "After this `seq`, or from this time on; wins over `tail`",
     ),
-    Described("follow", bool, "Whether to go on with new lines"),
+    Described("follow", bool, "Whether to continue with new lines"),
     Described(
         "stream", Annotated[list[Literal["stdout", "stderr", "console"]], msgspec.Meta(min_length=1)], "Default: all"
     ),

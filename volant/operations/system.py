@@ -81,9 +81,9 @@ async def drain(
 ) -> SystemStatus:
     """Let no VM be created or start, for maintenance.
 
-    What would create or start a VM is 503, `urn:volant:error:draining`. VMs that run go on. One whose restart policy is
-    due, or whose host or guest has rebooted, waits. Asked again, `draining_since` stays. The answer comes before VMs
-    have stopped: their events, or `GET /api/v1/vms/{name}?wait=stopped`, report that.
+    What would create or start a VM is 503, `urn:volant:error:draining`. Running VMs keep running. One whose restart
+    policy is due, or whose host or guest has rebooted, waits. Asked again, `draining_since` stays. The answer comes
+    before VMs have stopped: their events, or `GET /api/v1/vms/{name}?wait=stopped`, report that.
     """
     await context.deps.vms.drain(grace_s if stop_vms else None)
     return await system_status(context)
@@ -147,7 +147,7 @@ async def adopt_orphan(
 @TABLE.operation(
     f"POST {_ORPHAN}/kill",
     permission=Permission.ADMIN,
-    answer="Its process and its files are gone",
+    answer="Its process has ended and its files are removed",
     errors=(404, 503),
     client="system.kill_orphan",
 )
@@ -178,7 +178,7 @@ async def disk_usage(context: Context) -> Usage:
 @TABLE.operation(
     "POST /api/v1/system/prune",
     permission=Permission.ADMIN,
-    answer="What is gone, or with `dry_run` would be",
+    answer="What was removed, or with `dry_run` would be",
     errors=(503,),
     client="system.prune",
     client_timeout_s=330,
@@ -285,13 +285,13 @@ TABLE.declare(
     },
     body=Nothing,
     errors=(409, 503),
-    details="Commits and readers go on meanwhile. `Content-Length` and `Repr-Digest` show whether it came whole.",
+    details="Commits and readers continue meanwhile. `Content-Length` and `Repr-Digest` show whether it came whole.",
 )
 TABLE.declare(
     "POST /api/v1/system/restore",
     "restore",
     Permission.ADMIN,
-    "Go on with a backup",
+    "Restore a backup",
     answers={
         202: Answer("It is checked and decided: the daemon ends all connections and begins anew", Restored),
     },
@@ -299,7 +299,7 @@ TABLE.declare(
     body_media=SQLITE,
     described=(Described("replace", bool, "Also when there are VMs that the backup does not know"),),
     errors=(408, 409, 413, 503),
-    details="VMs go on running. What the daemon knows of a VM that both know stays as it is.",
+    details="VMs keep running. What the daemon knows of a VM that both know stays as it is.",
 )
 TABLE.declare(
     "GET /metrics",

@@ -1,4 +1,4 @@
-"""Templates: what VMs begin as clones of."""
+"""Templates, which new VMs are cloned from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ._table import TABLE
     errors=(503,),
 )
 async def list_templates(context: Context) -> list[TemplateView]:
-    """List what VMs begin as clones of."""
+    """List the templates that new VMs are cloned from."""
     return list(await context.deps.vms.templates.list())
 
 
@@ -40,5 +40,5 @@ async def build_template(context: Context, *, body: BuildTemplate) -> TemplateVi
     "DELETE /api/v1/templates/{digest}", permission=Permission.CONTROL, answer="Removed", errors=(404, 503)
 )
 async def remove_template(context: Context, digest: str) -> None:
-    """Remove a template; its clones go on."""
+    """Remove a template; its clones keep running."""
     await context.deps.vms.templates.remove(digest)

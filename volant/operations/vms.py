@@ -97,7 +97,7 @@ async def list_vms(
         Tool(
             "vms_restore",
             "Make a VM from a snapshot",
-            "Make a new VM that goes on from a snapshot (snapshots_list). The VM that the snapshot is of is not "
+            "Make a new VM that continues from a snapshot (snapshots_list). The VM that the snapshot is of is not "
             "touched; `name` must be new.",
             body=RestoreVm,
         ),
@@ -156,14 +156,14 @@ async def delete_vm(context: Context, name: str) -> None:
     name = find_vm(context.deps, name).name
     await context.unless_stopping(
         partial(context.deps.vms.delete, name, only_at=context.versions),
-        f"the daemon stops; VM {name!r} goes on being deleted when it is back",
+        f"the daemon stops; VM {name!r} is deleted once it is back",
     )
 
 
 def _command_at(word: str, to: Status, tool: str | None = None, **more: Any) -> Callable[[F], F]:
     """Declares a command that brings a VM to a status.
 
-    :param tool: what models are told of it; None: they don't have it
+    :param tool: what models read of it; None: they don't have it
     :param more: as of `Tool`
     """
     return TABLE.operation(
@@ -187,7 +187,7 @@ async def _command(context: Context, name: str, command: Command, grace_s: float
 @_command_at(
     "start",
     Status.RUNNING,
-    "Boot a VM that is stopped or crashed, or let a paused one go on. Does nothing to one that runs.",
+    "Boot a VM that is stopped or crashed, or resume a paused one. Does nothing to one that runs.",
     idempotent=True,
 )
 async def start_vm(context: Context, name: str) -> VmChanged:
@@ -222,7 +222,7 @@ async def restart_vm(context: Context, name: str, *, grace_s: Grace = _DEFAULT_G
 @_command_at(
     "pause",
     Status.PAUSED,
-    "Pause a VM, to go on later from the same instant: programs, memory, connections stay, and it takes no "
+    "Pause a VM, to resume it later at the same instant: programs, memory, connections stay, and it takes no "
     "processor time. While it is paused nothing works in it, vms_exec neither. Its memory stays taken; to free "
     "that, use vms_stop.",
     idempotent=True,
@@ -235,11 +235,11 @@ async def pause_vm(context: Context, name: str) -> VmChanged:
 @_command_at(
     "resume",
     Status.RUNNING,
-    "Let a paused VM go on; its clock is set. Does nothing to one that runs.",
+    "Resume a paused VM; its clock is set. Does nothing to one that runs.",
     idempotent=True,
 )
 async def resume_vm(context: Context, name: str) -> VmChanged:
-    """Let a paused VM go on, with its clock set."""
+    """Resume a paused VM and set its clock."""
     return await _command(context, name, Command.RESUME)
 
 
@@ -260,13 +260,13 @@ async def recover_vm(context: Context, name: str) -> VmChanged:
     tool=Tool(
         "vms_fork",
         "Copy a running VM",
-        "Make new VMs that go on from where a running or paused VM is now: programs, memory and disk are the same, "
-        "name and ids their own; the VM itself goes on. Use it to try several things from one point.",
+        "Make new VMs that continue from where a running or paused VM is now: programs, memory and disk are the same, "
+        "name and ids their own; the VM itself keeps running. Use it to try several things from one point.",
     ),
     client_timeout_s=600,
 )
 async def fork_vm(context: Context, name: str, *, body: ForkVm) -> VmForked:
-    """Create VMs that go on from where this one is; it goes on itself.
+    """Create VMs that continue from where this one is; it keeps running itself.
 
     Each has the memory and disk of this one, and receives its own identity before it is `running`. The VM has to be
     running or paused. With `wait`, `Volant-Wait` is `met` when it is for all.
