@@ -19,6 +19,8 @@ from ._actor import VmActor
 _START_S = 60.0
 _SHUTDOWN_S = 10.0
 _RETRY_S = 1.0
+_NOTE_S = 5.0
+"""How long a request whose actor does not start waits until the row says so."""
 _STARTS_AT_ONCE = 8
 _logger = logging.getLogger("volant.vm")
 
@@ -51,6 +53,8 @@ class VmActors:
         try:
             return await self._start(row)
         except Exception as error:
+            with trio.move_on_after(_NOTE_S):
+                await self._note_lost(row.id, error)
             raise Problem(
                 503, "vm-lost", f"VM {row.name!r} is not under control: {error}", vm=row.name,
                 hint="`volantd`'s log says why its actor does not start",
@@ -83,9 +87,17 @@ class VmActors:
         if row is None:
             return
         self._refs.pop(row.id, None)
-        reason = Reason("control_lost", f"its actor keeps failing: {str(event.reason).splitlines()[0]}")
+        await self._note_lost(row.id, event.reason)
+
+    async def _note_lost(self, vm_id: int, error: object) -> None:
+        """Notes in the VM's row that it has no actor; without that nobody would know to `recover` it."""
+        row = self.projection.by_id(vm_id)
+        if row is None:
+            return
+        lines = str(error).splitlines() or [type(error).__name__]
+        reason = Reason("control_lost", f"its actor keeps failing: {lines[0]}")
         text = "VM %s: control is lost; `volar vms recover %s` tries again: %s"
-        _logger.error(text, row.name, row.name, event.reason, extra={"vm": row.name})
+        _logger.error(text, row.name, row.name, error, extra={"vm": row.name})
         while row is not None and row.id not in self._refs:
             lost = msgspec.structs.replace(row, reason=reason)
             try:
