@@ -31,10 +31,12 @@ class WebServer:
         self.origin = f"http://{address}:{self.port}"
 
     def get(self, request: BaseHTTPRequestHandler) -> None:
-        raise NotImplementedError
+        """Answers a GET; here there is nothing."""
+        request.send_error(404)
 
     def post(self, request: BaseHTTPRequestHandler, body: bytes) -> None:
-        raise NotImplementedError
+        """Answers a POST; here there is nothing."""
+        request.send_error(404)
 
     def __enter__(self) -> Self:
         self._thread.start()

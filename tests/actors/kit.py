@@ -23,7 +23,7 @@ class Note:
 
 
 class Crashing(Actor):
-    """Crashes or finishes when it is told to."""
+    """Crashes or finishes on request."""
 
     @handles(Crash)
     async def crash(self, message: Crash) -> None:

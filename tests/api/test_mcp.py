@@ -534,18 +534,18 @@ class Garbling:
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "told"),
+    ("status", "body", "expected"),
     [(200, b'{"stream":"stdout\xff"}\n', "does not answer"), (409, b'{"detail": "\xff"}', "the agent answered 409")],
 )
 async def test_an_agent_that_garbles_its_answer_is_the_guests_fault(
-    served: Api, caplog: pytest.LogCaptureFixture, status: int, body: bytes, told: str
+    served: Api, caplog: pytest.LogCaptureFixture, status: int, body: bytes, expected: str
 ) -> None:
     await served.crashed("demo")
     agent: Any = Garbling(status, body)
     served.reach(lambda name: agent)
     failed = await call(served, "vms_exec", vm="demo", command=["true"])
     assert failed["isError"] is True
-    assert told in failed["content"][0]["text"]
+    assert expected in failed["content"][0]["text"]
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 

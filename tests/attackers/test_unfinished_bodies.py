@@ -109,14 +109,14 @@ def upload(pieces: Iterable[bytes], pause_s: float) -> Call:
 
 
 @pytest.mark.parametrize(
-    ("size", "pause_s", "told", "after_s"),
+    ("size", "pause_s", "expected", "after_s"),
     [(1, 59.0, "less than 65536 bytes", 300.0), (200_000, 61.0, "nothing of the body came", 60.0)],
 )
-async def test_a_client_that_trickles_a_file_keeps_nobody_out(
-    autojump_clock: trio.testing.MockClock, size: int, pause_s: float, told: str, after_s: float
+async def test_a_client_that_trickles_a_file_does_not_block_others(
+    autojump_clock: trio.testing.MockClock, size: int, pause_s: float, expected: str, after_s: float
 ) -> None:
     began = trio.current_time()
-    with pytest.raises(Problem, match=told) as refused:
+    with pytest.raises(Problem, match=expected) as refused:
         await receive_into(upload(itertools.repeat(b"x" * size), pause_s), Kept())
     assert refused.value.status == 408
     assert trio.current_time() - began == pytest.approx(after_s)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import shutil
 import socket
 import ssl
 import time
@@ -329,7 +328,6 @@ def test_what_waits_for_an_event_loop_is_an_error() -> None:
 
 
 @pytest.mark.programs
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
 async def test_certificates_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     key, certificate = tmp_path / "key", tmp_path / "certificate"
     await trio.run_process(

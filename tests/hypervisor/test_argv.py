@@ -92,8 +92,8 @@ def test_a_guest_trusts_its_tsc_if_the_host_does() -> None:
 def test_a_command_line_of_an_earlier_version_can_be_parsed_back() -> None:
     argv = build_argv(SPEC, (10, 0), trust_tsc=True)
     at = argv.index("-append") + 1
-    for told in (argv[at], argv[at].replace(" psi=0 tsc=nowatchdog", "")):
-        found = parse_argv([*argv[:at], told, *argv[at + 1 :]])
+    for cmdline in (argv[at], argv[at].replace(" psi=0 tsc=nowatchdog", "")):
+        found = parse_argv([*argv[:at], cmdline, *argv[at + 1 :]])
         assert found is not None
         assert (found.name, found.cmdline) == ("demo", "debug")
 

@@ -90,7 +90,7 @@ class VmActors:
         await self._note_lost(row.id, event.reason)
 
     async def _note_lost(self, vm_id: int, error: object) -> None:
-        """Notes in the VM's row that it has no actor; without that nobody would know to `recover` it."""
+        """Notes in the VM's row that it has no actor, so that clients see why and can `recover` it."""
         row = self.projection.by_id(vm_id)
         if row is None:
             return
