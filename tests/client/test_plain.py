@@ -200,9 +200,10 @@ async def test_a_slow_answer_ends_at_the_deadline(begins: bytes | None) -> None:
             await trio.sleep(0.01)
 
     async with serving() as server:
+        slow = _transport.Request("GET", "/slow")
         server.routes["GET /slow"] = drip if begins is None else holds(begins)
         with pytest.raises(DeadlineExceeded, match=r"within 0\.2 s"):
-            await ask(server.base_url, lambda client: client._transport.request("GET", "/slow", timeout_s=0.2))
+            await ask(server.base_url, lambda client: client._transport.send(slow, timeout_s=0.2))
 
 
 def holds(begins: bytes) -> Handler:
@@ -223,9 +224,9 @@ def holds(begins: bytes) -> Handler:
 async def test_a_request_that_nobody_reads_ends_at_the_deadline() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         base = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        big = {"name": "p", "description": "x" * 30_000_000}
+        big = _transport.Request("POST", "/x", body={"name": "p", "description": "x" * 30_000_000})
         with pytest.raises(DeadlineExceeded):
-            await ask(base, lambda client: client._transport.request("POST", "/x", body=big, timeout_s=0.2))
+            await ask(base, lambda client: client._transport.send(big, timeout_s=0.2))
 
 
 async def test_an_answer_before_the_request_was_read_is_the_answer() -> None:
@@ -246,7 +247,7 @@ async def test_an_answer_before_the_request_was_read_is_the_answer() -> None:
             nursery.start_soon(trio.to_thread.run_sync, refuse)
             big = {"name": "x" * 10_000_000}
             with pytest.raises(ClientProblem, match="413"):
-                await ask(base, lambda client: client._transport.request("POST", "/x", body=big))
+                await ask(base, lambda client: client._transport.send(_transport.Request("POST", "/x", body=big)))
 
 
 async def test_all_requests_of_a_client_may_have_one_deadline() -> None:

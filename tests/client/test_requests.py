@@ -145,7 +145,7 @@ async def test_silence_ends_at_the_deadline() -> None:
         server.routes["GET /silent"], server.routes["GET /drip"] = silent, drip
         for path in ("/silent", "/drip"):
             with pytest.raises(DeadlineExceeded):
-                await client._http.request("GET", path, timeout_s=0.1)
+                await client._http.send(_transport.Request("GET", path), timeout_s=0.1)
 
 
 async def test_an_answer_that_breaks_off_is_a_lost_connection() -> None:

@@ -13,6 +13,7 @@ from volant.model import Restored
 
 from ._errors import UnexpectedAnswer
 from ._http import Http, chunks_of
+from ._transport import Request
 from ._upload import Sent, send
 
 _SILENCE_S = 660.0
@@ -53,7 +54,7 @@ class Backup:
 @asynccontextmanager
 async def open_backup(http: Http) -> AsyncIterator[Backup]:
     """Requests a backup, and receives it in the block."""
-    async with http.stream("POST", "/api/v1/system/backup", read_s=_SILENCE_S) as response:
+    async with http.stream(Request("POST", "/api/v1/system/backup"), read_s=_SILENCE_S) as response:
         digest = _DIGEST.search(response.headers.get("Repr-Digest", ""))
         name = _NAME.search(response.headers.get("Content-Disposition", ""))
         length = response.headers.get("Content-Length", "")

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from ._errors import ClientError
-from ._transport import Transport, decode
+from ._transport import Request, Transport, decode
 
 _WAIT_S = 90.0
 """Longer than the daemon waits for the VM and its browser."""
@@ -41,7 +41,7 @@ class _Version(msgspec.Struct, frozen=True):
 
 async def find_browser(http: Transport, path: str) -> Browser:
     """Returns the browser at `path`, which ends with `/devtools`."""
-    version = decode(await http.request("GET", f"{path}/json/version", timeout_s=_WAIT_S), _Version)
+    version = decode(await http.send(Request("GET", f"{path}/json/version"), timeout_s=_WAIT_S), _Version)
     pages = await http.get(f"{path}/json/list", list[BrowserPage])
     endpoint = f"{await _base(http)}{path}"
     return Browser(version.browser, endpoint, f"ws{endpoint.removeprefix('http')}/browser", pages)

@@ -44,7 +44,7 @@ from ._logs import pump_logs
 from ._operations import PluginsOperations
 from ._requests import Requests, SystemRequests, VmsRequests, checked, vm_path
 from ._tcp import TcpStream
-from ._transport import ANSWER_S, Query, decode
+from ._transport import ANSWER_S, Query, Request, decode
 from ._types import Command, Reconnected, Waited
 from ._websocket import open_websocket
 
@@ -173,7 +173,7 @@ class _Vms(VmsRequests):
                 if method == "POST":
                     response = await self._http.once(path, key=key, query=waiting, timeout_s=left_s + ANSWER_S)
                 else:
-                    response = await self._http.request(method, path, query=waiting, timeout_s=left_s + ANSWER_S)
+                    response = await self._http.send(Request(method, path, waiting), timeout_s=left_s + ANSWER_S)
             except ClientProblem as problem:
                 if problem.status == 404 and "deleted" in states and method == "GET":
                     return Waited("met", None)
@@ -205,7 +205,7 @@ class _Vms(VmsRequests):
         body = request_body(list(command), dict(env or {}), cwd, user, timeout_s)
         silence_s = None if timeout_s is None else timeout_s + ANSWER_S
         path = f"{vm_path(name)}/agent/v1/exec"
-        async with self._http.stream("POST", path, body=body, read_s=silence_s) as response:
+        async with self._http.stream(Request("POST", path, body=body), read_s=silence_s) as response:
             async with chunks_of(response) as chunks:
                 yield Process(chunks, name)
 
@@ -287,7 +287,7 @@ class _Vms(VmsRequests):
     async def delete_file(self, name: str, path: str, *, recursive: bool = False) -> None:
         """Deletes a file, a link, or a directory, which must be empty unless `recursive`."""
         query = {"recursive": "true" if recursive else None}
-        await self._http.request("DELETE", file_url(vm_path(name), path), query=query, timeout_s=SILENCE_S)
+        await self._http.send(Request("DELETE", file_url(vm_path(name), path), query), timeout_s=SILENCE_S)
 
     def logs(
         self,
@@ -381,9 +381,8 @@ class _Vms(VmsRequests):
         headers = {} if content_type is None else {"Content-Type": content_type}
         path = f"{vm_path(name)}/actions/{check_name(plugin, 'plugin')}/{check_name(action, 'action')}"
         raw = content if content is None or isinstance(content, bytes) else Pieces(content)
-        async with self._http.stream(
-            "POST", path, query=query, body=body, content=raw, headers=headers, read_s=ACTION_S, also=range(600)
-        ) as response:
+        request = Request("POST", path, query, body, headers, also=range(600))
+        async with self._http.stream(request, read_s=ACTION_S, content=raw) as response:
             if not response.is_success and not is_from_guest(response.headers):
                 raise await self._http.problem_of(response)
             async with chunks_of(response) as chunks:

@@ -12,7 +12,7 @@ from ._errors import ConnectionLost, UnexpectedAnswer
 from ._feed import Backoff, keep_connected
 from ._http import Http, chunks_of
 from ._sse import Message, SseParser
-from ._transport import Query, decode_json
+from ._transport import Query, Request, decode_json
 
 PATH = "/api/v1/events/vms"
 # The daemon writes at least every 15 s.
@@ -36,7 +36,7 @@ async def pump_events(
         if last_event_id:
             headers["Last-Event-ID"] = last_event_id
         parser = SseParser(last_event_id)
-        async with http.stream("GET", PATH, query=query, headers=headers, read_s=_SILENCE_S) as response:
+        async with http.stream(Request("GET", PATH, query, headers=headers), read_s=_SILENCE_S) as response:
             opened()
             async with chunks_of(response) as chunks:
                 async for chunk in chunks:

@@ -12,7 +12,7 @@ from ._actions import Pieces
 from ._calls import read_whole
 from ._errors import ClientProblem, UnexpectedAnswer
 from ._http import Http, chunks_of
-from ._transport import Query
+from ._transport import Query, Request
 
 TAR = "application/x-tar"
 SILENCE_S = 630.0
@@ -62,12 +62,12 @@ def file_url(base: str, path: str) -> str:
 async def stat_file(http: Http, url: str) -> FileInfo:
     """Returns the file or directory at a URL."""
     try:
-        response = await http.request("HEAD", url)
+        response = await http.send(Request("HEAD", url))
     except ClientProblem as problem:
         if problem.code != "unexpected-answer":
             raise
         # The answer to HEAD has no body that explains the error, so ask with GET.
-        async with http.stream("GET", url, headers={"Range": "bytes=0-0"}, read_s=SILENCE_S) as answer:
+        async with http.stream(Request("GET", url, headers={"Range": "bytes=0-0"}), read_s=SILENCE_S) as answer:
             return _info(answer.headers)
     return _info(response.headers)
 
@@ -76,7 +76,7 @@ async def stat_file(http: Http, url: str) -> FileInfo:
 async def open_file(http: Http, url: str, path: str, *, directory: bool, start: int = 0) -> AsyncIterator[FileReader]:
     """Opens a file, or a directory as tar, to be read in the block."""
     headers = {"Range": f"bytes={start}-"} if start else {}
-    async with http.stream("GET", url, headers=headers, read_s=SILENCE_S) as response:
+    async with http.stream(Request("GET", url, headers=headers), read_s=SILENCE_S) as response:
         info = _info(response.headers)
         if info.is_directory != directory:
             what, use = ("a directory", "get_tar") if info.is_directory else ("no directory", "read_file")
@@ -101,7 +101,8 @@ async def put_file(
     if size is not None:
         headers["Content-Length"] = str(size)
     raw = content if isinstance(content, bytes) else Pieces(content)
-    async with http.stream("PUT", url, query=query, content=raw, headers=headers, read_s=SILENCE_S) as response:
+    request = Request("PUT", url, query, headers=headers)
+    async with http.stream(request, read_s=SILENCE_S, content=raw) as response:
         return response.status_code == 201
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import httpx
@@ -13,7 +13,7 @@ import trio
 from ._address import Address, reason_of
 from ._connection import KEEPALIVE
 from ._errors import ClientProblem, UnexpectedAnswer
-from ._transport import ANSWER_S, CONNECT_S, MAX_BODY, MAX_ERROR_BODY, Answer, Query, Transport, encoding, problem
+from ._transport import ANSWER_S, CONNECT_S, MAX_BODY, MAX_ERROR_BODY, Answer, Request, Transport, encoding, problem
 
 
 class Http(Transport):
@@ -45,24 +45,13 @@ class Http(Transport):
         with trio.move_on_after(5, shield=True):
             await self._client.aclose()
 
-    async def request(
-        self,
-        method: str,
-        path: str,
-        *,
-        query: Query | None = None,
-        body: object = None,
-        headers: Mapping[str, str] | None = None,
-        timeout_s: float = ANSWER_S,
-        also: Collection[int] = (),
-    ) -> Answer:
+    async def send(self, request: Request, *, timeout_s: float = ANSWER_S) -> Answer:
         try:
             with trio.fail_after(timeout_s):
-                async with self.stream(
-                    method, path, query=query, body=body, headers=headers, read_s=timeout_s, also=also
-                ) as response:
+                async with self.stream(request, read_s=timeout_s) as response:
                     content = await self._read(response, MAX_BODY)
-                    return Answer(f"{method} {path}", response.status_code, dict(response.headers), content)
+                    name = f"{request.method} {request.path}"
+                    return Answer(name, response.status_code, dict(response.headers), content)
         except trio.TooSlowError:
             raise self.too_slow(timeout_s) from None
 
@@ -74,45 +63,35 @@ class Http(Transport):
 
     @asynccontextmanager
     async def stream(
-        self,
-        method: str,
-        path: str,
-        *,
-        query: Query | None = None,
-        body: object = None,
-        content: bytes | httpx.AsyncByteStream | None = None,
-        headers: Mapping[str, str] | None = None,
-        read_s: float | None,
-        also: Collection[int] = (),
+        self, request: Request, *, read_s: float | None, content: bytes | httpx.AsyncByteStream | None = None
     ) -> AsyncIterator[httpx.Response]:
         """Sends a request whose answer is read piece by piece.
 
         Errors of the connection are raised as those of this package, also from within the block.
 
-        :param body: sent as JSON
-        :param content: sent as it is; in chunks, unless it is bytes or the headers have its length
         :param read_s: the longest wait for a piece of the answer; None: no limit
+        :param content: a body that is sent as it is; in chunks, unless it is bytes or the headers have its length
         """
-        sent = dict(headers or {})
+        sent = dict(request.headers)
         if isinstance(content, httpx.AsyncByteStream) and "Content-Length" not in sent:
             sent["Transfer-Encoding"] = "chunked"
         with encoding():
-            if body is not None:
-                content = msgspec.json.encode(body)
+            if request.body is not None:
+                content = msgspec.json.encode(request.body)
                 sent["Content-Type"] = "application/json"
-            request = self._client.build_request(
-                method,
-                path,
-                params={key: value for key, value in (query or {}).items() if value is not None},
+            outgoing = self._client.build_request(
+                request.method,
+                request.path,
+                params={key: value for key, value in (request.query or {}).items() if value is not None},
                 content=content if isinstance(content, bytes) else None,
                 headers=sent,
                 timeout=httpx.Timeout(CONNECT_S, read=read_s, write=ANSWER_S),
             )
-        request.stream = content if isinstance(content, httpx.AsyncByteStream) else RequestBody(content or b"")
+        outgoing.stream = content if isinstance(content, httpx.AsyncByteStream) else RequestBody(content or b"")
         try:
-            response = await self._client.send(request, stream=True)
+            response = await self._client.send(outgoing, stream=True)
             try:
-                if not response.is_success and response.status_code not in also:
+                if not response.is_success and response.status_code not in request.also:
                     raise await self.problem_of(response)
                 yield response
             finally:

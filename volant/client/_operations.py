@@ -34,13 +34,10 @@ from volant.model import (
 )
 
 from ._calls import body_of, duration, flag, pairs, part, words
-from ._transport import Transport, decode
+from ._transport import Operations, Request, decode
 
 
-class VmsOperations:
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-
+class VmsOperations(Operations):
     async def list(
         self,
         *,
@@ -58,19 +55,10 @@ class VmsOperations:
         :param limit: at most so many
         :param cursor: as in the `Link` before; opaque
         """
-        return decode(
-            await self._transport.request(
-                "GET",
-                "/api/v1/vms",
-                query={
-                    "status": words(status),
-                    "plugin": plugin,
-                    "label": pairs(labels),
-                    "limit": limit,
-                    "cursor": cursor,
-                },
-            ),
+        return await self._transport.get(
+            "/api/v1/vms",
             list[VmView],
+            query={"status": words(status), "plugin": plugin, "label": pairs(labels), "limit": limit, "cursor": cursor},
         )
 
     async def create(
@@ -86,7 +74,7 @@ class VmsOperations:
 
     async def get(self, name: str) -> VmView:
         """Get a VM."""
-        return decode(await self._transport.request("GET", f"/api/v1/vms/{check_name(name, 'name')}"), VmView)
+        return await self._transport.get(f"/api/v1/vms/{check_name(name, 'name')}", VmView)
 
     async def delete(self, name: str, *, timeout_s: float = 75) -> None:
         """Delete a VM.
@@ -95,7 +83,7 @@ class VmsOperations:
 
         :param timeout_s: how long to wait for the answer
         """
-        await self._transport.request("DELETE", f"/api/v1/vms/{check_name(name, 'name')}", timeout_s=timeout_s)
+        await self._transport.send(Request("DELETE", f"/api/v1/vms/{check_name(name, 'name')}"), timeout_s=timeout_s)
 
     async def start(self, name: str, *, idempotency_key: str | None = None) -> VmView:
         """Start a VM; nothing happens to one that runs."""
@@ -174,22 +162,17 @@ class VmsOperations:
 
     async def inspect(self, name: str) -> dict[str, Any]:
         """Show what the daemon does with a VM, to find a fault; its shape is no contract."""
-        return decode(
-            await self._transport.request("GET", f"/api/v1/vms/{check_name(name, 'name')}/inspect"), dict[str, Any]
-        )
+        return await self._transport.get(f"/api/v1/vms/{check_name(name, 'name')}/inspect", dict[str, Any])
 
     async def memory(self, name: str) -> VmMemory:
         """Measure the memory of a VM, as its guest and as the host sees it.
 
         Costs the kernel some milliseconds for each GiB, so it is not for every second. 409: there is no process.
         """
-        return decode(await self._transport.request("GET", f"/api/v1/vms/{check_name(name, 'name')}/memory"), VmMemory)
+        return await self._transport.get(f"/api/v1/vms/{check_name(name, 'name')}/memory", VmMemory)
 
 
-class SnapshotsOperations:
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-
+class SnapshotsOperations(Operations):
     async def take(
         self,
         name: str,
@@ -218,33 +201,25 @@ class SnapshotsOperations:
 
     async def list_of_vm(self, name: str) -> Sequence[SnapshotView]:
         """List the snapshots of a VM."""
-        return decode(
-            await self._transport.request("GET", f"/api/v1/vms/{check_name(name, 'name')}/snapshots"),
-            list[SnapshotView],
-        )
+        return await self._transport.get(f"/api/v1/vms/{check_name(name, 'name')}/snapshots", list[SnapshotView])
 
     async def list(self) -> Sequence[SnapshotView]:
         """List all snapshots, also those of deleted VMs."""
-        return decode(await self._transport.request("GET", "/api/v1/snapshots"), list[SnapshotView])
+        return await self._transport.get("/api/v1/snapshots", list[SnapshotView])
 
     async def get(self, snapshot: str) -> SnapshotView:
         """Get a snapshot."""
-        return decode(
-            await self._transport.request("GET", f"/api/v1/snapshots/{check_name(snapshot, 'snapshot')}"), SnapshotView
-        )
+        return await self._transport.get(f"/api/v1/snapshots/{check_name(snapshot, 'snapshot')}", SnapshotView)
 
     async def remove(self, snapshot: str) -> None:
         """Remove a snapshot; VMs made from it keep running."""
-        await self._transport.request("DELETE", f"/api/v1/snapshots/{check_name(snapshot, 'snapshot')}")
+        await self._transport.send(Request("DELETE", f"/api/v1/snapshots/{check_name(snapshot, 'snapshot')}"))
 
 
-class PluginsOperations:
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-
+class PluginsOperations(Operations):
     async def list(self) -> Sequence[PluginView]:
         """List plugins."""
-        return decode(await self._transport.request("GET", "/api/v1/plugins"), list[PluginView])
+        return await self._transport.get("/api/v1/plugins", list[PluginView])
 
     async def install(
         self, request: Manifest | Mapping[str, Any], *, idempotency_key: str | None = None, timeout_s: float = 900
@@ -267,17 +242,15 @@ class PluginsOperations:
 
     async def get(self, name: str) -> PluginView:
         """Get a plugin."""
-        return decode(await self._transport.request("GET", f"/api/v1/plugins/{check_name(name, 'name')}"), PluginView)
+        return await self._transport.get(f"/api/v1/plugins/{check_name(name, 'name')}", PluginView)
 
     async def remove(self, name: str) -> None:
         """Remove a plugin that no VM uses."""
-        await self._transport.request("DELETE", f"/api/v1/plugins/{check_name(name, 'name')}")
+        await self._transport.send(Request("DELETE", f"/api/v1/plugins/{check_name(name, 'name')}"))
 
     async def manifest(self, name: str) -> Manifest:
         """Get what a plugin was installed from."""
-        return decode(
-            await self._transport.request("GET", f"/api/v1/plugins/{check_name(name, 'name')}/manifest"), Manifest
-        )
+        return await self._transport.get(f"/api/v1/plugins/{check_name(name, 'name')}/manifest", Manifest)
 
     async def enable(self, name: str, enabled: bool, *, idempotency_key: str | None = None) -> PluginView:
         """Let new VMs use a plugin, or not."""
@@ -289,13 +262,10 @@ class PluginsOperations:
         )
 
 
-class NetworksOperations:
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-
+class NetworksOperations(Operations):
     async def list(self) -> Sequence[NetworkView]:
         """List networks in which VMs reach each other."""
-        return decode(await self._transport.request("GET", "/api/v1/networks"), list[NetworkView])
+        return await self._transport.get("/api/v1/networks", list[NetworkView])
 
     async def create(self, name: str, *, idempotency_key: str | None = None) -> NetworkView:
         """Create a network.
@@ -308,20 +278,17 @@ class NetworksOperations:
 
     async def get(self, name: str) -> NetworkView:
         """Get a network, with the VMs in it."""
-        return decode(await self._transport.request("GET", f"/api/v1/networks/{check_name(name, 'name')}"), NetworkView)
+        return await self._transport.get(f"/api/v1/networks/{check_name(name, 'name')}", NetworkView)
 
     async def remove(self, name: str) -> None:
         """Remove a network that no VM is in."""
-        await self._transport.request("DELETE", f"/api/v1/networks/{check_name(name, 'name')}")
+        await self._transport.send(Request("DELETE", f"/api/v1/networks/{check_name(name, 'name')}"))
 
 
-class TemplatesOperations:
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-
+class TemplatesOperations(Operations):
     async def list(self) -> Sequence[TemplateView]:
         """List the templates that new VMs are cloned from."""
-        return decode(await self._transport.request("GET", "/api/v1/templates"), list[TemplateView])
+        return await self._transport.get("/api/v1/templates", list[TemplateView])
 
     async def build(
         self, request: BuildTemplate | Mapping[str, Any] | None = None, *, timeout_s: float = 600
@@ -334,24 +301,21 @@ class TemplatesOperations:
         :param timeout_s: how long to wait for the answer
         """
         return decode(
-            await self._transport.request(
-                "POST", "/api/v1/templates", body=body_of(request or BuildTemplate()), timeout_s=timeout_s
+            await self._transport.send(
+                Request("POST", "/api/v1/templates", body=body_of(request or BuildTemplate())), timeout_s=timeout_s
             ),
             TemplateView,
         )
 
     async def remove(self, digest: str) -> None:
         """Remove a template; its clones keep running."""
-        await self._transport.request("DELETE", f"/api/v1/templates/{part(digest, 'digest')}")
+        await self._transport.send(Request("DELETE", f"/api/v1/templates/{part(digest, 'digest')}"))
 
 
-class SystemOperations:
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-
+class SystemOperations(Operations):
     async def status(self) -> SystemStatus:
         """Show figures of the daemon and its host."""
-        return decode(await self._transport.request("GET", "/api/v1/system/status"), SystemStatus)
+        return await self._transport.get("/api/v1/system/status", SystemStatus)
 
     async def drain(self, *, stop_vms: bool = False, grace_s: float | None = None) -> SystemStatus:
         """Let no VM be created or start, for maintenance.
@@ -364,26 +328,26 @@ class SystemOperations:
         :param grace_s: with `stop_vms`, for each guest: default `10s`, at most `10m`
         """
         return decode(
-            await self._transport.request(
-                "POST", "/api/v1/system/drain", query={"stop_vms": flag(stop_vms), "grace": duration(grace_s)}
+            await self._transport.send(
+                Request("POST", "/api/v1/system/drain", query={"stop_vms": flag(stop_vms), "grace": duration(grace_s)})
             ),
             SystemStatus,
         )
 
     async def undrain(self) -> SystemStatus:
         """Let VMs start again; those that waited do."""
-        return decode(await self._transport.request("POST", "/api/v1/system/undrain"), SystemStatus)
+        return decode(await self._transport.send(Request("POST", "/api/v1/system/undrain")), SystemStatus)
 
     async def info(self) -> dict[str, Any]:
         """Show versions, addresses, the accelerator and the reason for it."""
-        return decode(await self._transport.request("GET", "/api/v1/system/info"), dict[str, Any])
+        return await self._transport.get("/api/v1/system/info", dict[str, Any])
 
     async def orphans(self) -> Sequence[OrphanView]:
         """List hypervisors that run and that no VM owns.
 
         The daemon never touches them. Adopt one, or kill it.
         """
-        return decode(await self._transport.request("GET", "/api/v1/system/orphans"), list[OrphanView])
+        return await self._transport.get("/api/v1/system/orphans", list[OrphanView])
 
     async def adopt_orphan(self, mark: str, *, name: str | None = None) -> VmView:
         """Make a VM of an orphaned hypervisor.
@@ -393,23 +357,23 @@ class SystemOperations:
         :param name: instead of its own name
         """
         return decode(
-            await self._transport.request(
-                "POST", f"/api/v1/system/orphans/{part(mark, 'mark')}/adopt", query={"name": name}
+            await self._transport.send(
+                Request("POST", f"/api/v1/system/orphans/{part(mark, 'mark')}/adopt", query={"name": name})
             ),
             VmView,
         )
 
     async def kill_orphan(self, mark: str) -> None:
         """Kill an orphaned hypervisor; its disk stays."""
-        await self._transport.request("POST", f"/api/v1/system/orphans/{part(mark, 'mark')}/kill")
+        await self._transport.send(Request("POST", f"/api/v1/system/orphans/{part(mark, 'mark')}/kill"))
 
     async def tree(self) -> dict[str, Any]:
         """Show the supervisor tree."""
-        return decode(await self._transport.request("GET", "/api/v1/system/tree"), dict[str, Any])
+        return await self._transport.get("/api/v1/system/tree", dict[str, Any])
 
     async def df(self) -> Usage:
         """Show what takes space on the host for the daemon."""
-        return decode(await self._transport.request("GET", "/api/v1/system/df"), Usage)
+        return await self._transport.get("/api/v1/system/df", Usage)
 
     async def prune(
         self,
@@ -430,10 +394,12 @@ class SystemOperations:
         :param timeout_s: how long to wait for the answer
         """
         return decode(
-            await self._transport.request(
-                "POST",
-                "/api/v1/system/prune",
-                query={"dry_run": flag(dry_run), "kind": words(kinds), "unused_for": duration(unused_for_s)},
+            await self._transport.send(
+                Request(
+                    "POST",
+                    "/api/v1/system/prune",
+                    query={"dry_run": flag(dry_run), "kind": words(kinds), "unused_for": duration(unused_for_s)},
+                ),
                 timeout_s=timeout_s,
             ),
             Pruned,
@@ -441,4 +407,6 @@ class SystemOperations:
 
     async def ticket(self, path: str | None = None) -> Ticket:
         """Create a ticket for a browser, which can't set headers on some streams."""
-        return decode(await self._transport.request("POST", "/api/v1/tickets", body=body_of(WantTicket(path))), Ticket)
+        return decode(
+            await self._transport.send(Request("POST", "/api/v1/tickets", body=body_of(WantTicket(path)))), Ticket
+        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Collection, Coroutine, Mapping
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 from urllib.parse import urlencode
 
@@ -17,7 +17,7 @@ import msgspec
 
 from ._address import DEFAULT_BASE, Address, reason_of
 from ._requests import Requests
-from ._transport import ANSWER_S, CONNECT_S, MAX_BODY, MAX_ERROR_BODY, Answer, Query, Transport, encoding, problem
+from ._transport import ANSWER_S, CONNECT_S, MAX_BODY, MAX_ERROR_BODY, Answer, Request, Transport, encoding, problem
 
 T = TypeVar("T")
 
@@ -63,35 +63,26 @@ class Plain(Transport):
         super().__init__(address, api_key)
         self._end = float("inf") if within_s is None else self._now() + within_s
 
-    async def request(
-        self,
-        method: str,
-        path: str,
-        *,
-        query: Query | None = None,
-        body: object = None,
-        headers: Mapping[str, str] | None = None,
-        timeout_s: float = ANSWER_S,
-        also: Collection[int] = (),
-    ) -> Answer:
+    async def send(self, request: Request, *, timeout_s: float = ANSWER_S) -> Answer:
         give_up_at = min(self._now() + timeout_s, self._end)
         with encoding():
-            content = b"" if body is None else msgspec.json.encode(body)
-            text = urlencode({key: value for key, value in (query or {}).items() if value is not None}, doseq=True)
+            content = b"" if request.body is None else msgspec.json.encode(request.body)
+            query = {key: value for key, value in (request.query or {}).items() if value is not None}
+            text = urlencode(query, doseq=True)
         sent = {"Host": self.address.host_header, "Accept": "*/*", "Accept-Encoding": "identity"}
-        sent |= {"Connection": "close", **self.headers, **(headers or {})}
-        if body is not None:
+        sent |= {"Connection": "close", **self.headers, **request.headers}
+        if request.body is not None:
             sent["Content-Type"] = "application/json"
-        if content or method != "GET":
+        if content or request.method != "GET":
             sent["Content-Length"] = str(len(content))
-        target = f"{self.address.prefix}{path}" + (f"?{text}" if text else "")
-        request = h11.Request(method=method, target=target, headers=list(sent.items()))
+        target = f"{self.address.prefix}{request.path}" + (f"?{text}" if text else "")
+        outgoing = h11.Request(method=request.method, target=target, headers=list(sent.items()))
         exchange = _Exchange(give_up_at)
         with _connect(self.address, min(give_up_at, self._now() + CONNECT_S)) as connection:
             try:
-                exchange.send(connection, request, content)
+                exchange.send(connection, outgoing, content)
                 head = exchange.read_head(connection)
-                is_error = not 200 <= head.status_code < 300 and head.status_code not in also
+                is_error = not 200 <= head.status_code < 300 and head.status_code not in request.also
                 maximum = MAX_ERROR_BODY if is_error else MAX_BODY
                 answered = exchange.read_body(connection, maximum)
             except TimeoutError:
@@ -103,7 +94,7 @@ class Plain(Transport):
             raise problem(head.status_code, found, answered or b"")
         if answered is None:
             raise self.too_long(maximum)
-        return Answer(f"{method} {path}", head.status_code, found, answered)
+        return Answer(f"{request.method} {request.path}", head.status_code, found, answered)
 
     def _now(self) -> float:
         return time.monotonic()

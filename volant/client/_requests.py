@@ -19,15 +19,15 @@ from ._operations import (
     TemplatesOperations,
     VmsOperations,
 )
-from ._transport import Transport, decode
+from ._transport import Operations, Request, Transport, decode
 from ._types import Command
 
 
-class Requests:
+class Requests(Operations):
     """The methods of a client that need no more than a transport, grouped as the API's paths are."""
 
     def __init__(self, transport: Transport) -> None:
-        self._transport = transport
+        super().__init__(transport)
         self.vms = VmsRequests(transport)
         self.plugins = PluginsOperations(transport)
         self.networks = NetworksOperations(transport)
@@ -37,11 +37,11 @@ class Requests:
 
     async def healthz(self) -> Health:
         """Returns the daemon's health. A status other than `ok` raises no error."""
-        return decode(await self._transport.request("GET", "/healthz", also=(503,)), Health)
+        return decode(await self._transport.send(Request("GET", "/healthz", also=(503,))), Health)
 
     async def newest_event(self) -> str:
         """Returns the id of the newest event."""
-        answer = await self._transport.request("GET", "/api/v1/vms", query={"limit": 1})
+        answer = await self._transport.send(Request("GET", "/api/v1/vms", {"limit": 1}))
         event_id = answer.headers.get("volant-event-id")
         if event_id is None:
             raise UnexpectedAnswer("the daemon's list of VMs lacks Volant-Event-Id")
@@ -66,7 +66,7 @@ class VmsRequests(VmsOperations):
     async def end_exec_session(self, name: str, identifier: str) -> None:
         """Kills a detached command, and removes it."""
         path = f"{vm_path(name)}/agent/v1/exec/sessions/{part(identifier, 'identifier')}"
-        await self._transport.request("DELETE", path)
+        await self._transport.send(Request("DELETE", path))
 
     async def openapi(self, name: str) -> dict[str, Any]:
         """Returns the workload's own OpenAPI document, with servers that are reached through the daemon."""
@@ -90,11 +90,11 @@ class SystemRequests(SystemOperations):
 
     async def tasks(self) -> str:
         """Returns what every task and thread of the daemon is doing, for people."""
-        return (await self._transport.request("GET", "/api/v1/system/tasks")).text
+        return (await self._transport.send(Request("GET", "/api/v1/system/tasks"))).text
 
     async def metrics(self) -> str:
         """Returns the metrics as Prometheus text."""
-        return (await self._transport.request("GET", "/metrics")).text
+        return (await self._transport.send(Request("GET", "/metrics"))).text
 
 
 def checked(name: str) -> str:

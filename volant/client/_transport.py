@@ -33,6 +33,18 @@ _AGAIN_S = 20.0
 _AGAIN_PAUSE_S = 0.25
 
 
+class Request(msgspec.Struct, frozen=True):
+    """A request to the daemon. Its answer is an error unless it is a success or has a status of `also`."""
+
+    method: str
+    path: str
+    query: Query | None = None
+    body: object = None
+    """Sent as JSON; None: no body."""
+    headers: Mapping[str, str] = {}
+    also: Collection[int] = ()
+
+
 class Answer(msgspec.Struct, frozen=True):
     """An answer that was read to its end."""
 
@@ -64,20 +76,9 @@ class Transport(ABC):
             self.headers["X-Volant-API-Key"] = api_key
 
     @abstractmethod
-    async def request(
-        self,
-        method: str,
-        path: str,
-        *,
-        query: Query | None = None,
-        body: object = None,
-        headers: Mapping[str, str] | None = None,
-        timeout_s: float = ANSWER_S,
-        also: Collection[int] = (),
-    ) -> Answer:
-        """Sends one request and returns its whole answer, which is a success or has a status of `also`.
+    async def send(self, request: Request, *, timeout_s: float = ANSWER_S) -> Answer:
+        """Sends one request and returns its whole answer.
 
-        :param body: sent as JSON
         :param timeout_s: for all of it, in seconds
         :raises ClientProblem: the daemon answered with an error.
         :raises ClientError: there is no answer, or one that is too long.
@@ -93,7 +94,7 @@ class Transport(ABC):
 
     async def get(self, path: str, kind: type[T], query: Query | None = None) -> T:
         """Sends a `GET` and returns its answer, decoded."""
-        return decode(await self.request("GET", path, query=query), kind)
+        return decode(await self.send(Request("GET", path, query)), kind)
 
     async def once(
         self,
@@ -118,11 +119,12 @@ class Transport(ABC):
         if key is not None and not _ONCE.match(key):
             raise invalid("idempotency_key", "the idempotency key is not 1 to 255 visible ASCII characters, no spaces")
         headers = {"Idempotency-Key": key if key is not None else uuid4().hex}
+        request = Request("POST", path, query, body, headers)
         lost: ConnectionLost | None = None
         give_up_at = float("inf")
         while True:
             try:
-                return await self.request("POST", path, query=query, body=body, headers=headers, timeout_s=timeout_s)
+                return await self.send(request, timeout_s=timeout_s)
             except ConnectionLost as error:
                 if lost is None:
                     give_up_at = self._now() + _AGAIN_S
@@ -151,6 +153,13 @@ class Transport(ABC):
     def lost(self, reason: str) -> ConnectionLost:
         """Returns the error for a connection that broke."""
         return ConnectionLost(f"the connection to {self.address.text} broke: {reason}")
+
+
+class Operations:
+    """A group of methods that are requests over one transport."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
 
 
 @contextmanager

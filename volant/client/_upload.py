@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 from ._actions import Pieces
 from ._errors import UnexpectedAnswer
 from ._http import Http, chunks_of
-from ._transport import decode_json
+from ._transport import Request, decode_json
 
 T = TypeVar("T")
 
@@ -33,14 +33,9 @@ async def send(http: Http, method: str, path: str, sent: Sent, kind: type[T]) ->
     :raises ClientError: the daemon refuses it, can't be reached, or answers something else
     """
     body = bytearray()
-    async with http.stream(
-        method,
-        path,
-        query=sent.query,
-        content=Pieces(sent.content),
-        headers={"Content-Type": sent.media_type, "Content-Length": str(sent.size)},
-        read_s=sent.read_s,
-    ) as response:
+    headers = {"Content-Type": sent.media_type, "Content-Length": str(sent.size)}
+    request = Request(method, path, sent.query, headers=headers)
+    async with http.stream(request, read_s=sent.read_s, content=Pieces(sent.content)) as response:
         async with chunks_of(response) as chunks:
             async for piece in chunks:
                 body += piece

@@ -28,10 +28,6 @@ process too, and get the first answer.
 """
 '''
 
-_INIT = """\
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport"""
-
 
 def client_module(table: Table) -> str:
     """Returns the source of the module."""
@@ -55,14 +51,14 @@ def client_module(table: Table) -> str:
         *(f"    {name}," for name in [*used, "check_name"]),
         ")\n",
         f"from ._calls import {', '.join(helpers)}" if helpers else "",
-        "from ._transport import ANSWER_S, Transport, decode",
+        "from ._transport import Operations, Request, decode",
     ]
     return "\n".join(lines) + "\n\n\n" + text + "\n"
 
 
 def _class(resource: str, operations: Iterable[Operation]) -> str:
-    head = f"class {resource.title()}Operations:\n{_INIT}"
-    return "\n\n".join([head, *(textwrap.indent(_method(each), "    ") for each in operations)])
+    head = f"class {resource.title()}Operations(Operations):\n"
+    return head + "\n\n".join(textwrap.indent(_method(each), "    ") for each in operations)
 
 
 def _method(operation: Operation) -> str:
@@ -76,28 +72,34 @@ def _method(operation: Operation) -> str:
         argument, expression = body
         arguments.append(argument)
         sent.append(f"body={expression}")
-    query = []
+    query: list[str] = []
     for key, parameter in operation.query.items():
         keywords.append(f"{key}: {parameter.client_type} = {_client_default(parameter)}")
         value = f"{parameter.encoder}({key})" if parameter.encoder else key
         query.append(f'"{parameter.name or key}": {value}')
     if query:
         sent.insert(0, f"query={{{', '.join(query)}}}")
+    waits = [] if operation.client_timeout_s is None else ["timeout_s=timeout_s"]
     if operation.idempotent:
         keywords.append("idempotency_key: str | None = None")
     if operation.client_timeout_s is not None:
         keywords.append(f"timeout_s: float = {operation.client_timeout_s}")
-        sent.append("timeout_s=timeout_s")
     signature = ", ".join(["self", *arguments, *(["*", *keywords] if keywords else [])])
     answer = operation.answers[operation.status].type
     returns = "None" if answer is None else _type(answer)
+    decoded = returns.replace("Sequence[", "list[")
     path = _path(operation)
     if operation.idempotent:
-        call = f"self._transport.once({', '.join([path, 'key=idempotency_key', *sent])})"
+        call = f"self._transport.once({', '.join([path, 'key=idempotency_key', *sent, *waits])})"
     else:
-        call = f"self._transport.request({', '.join([repr(operation.method), path, *sent])})"
-    decoded = returns.replace("Sequence[", "list[")
-    result = f"await {call}" if answer is None else f"return decode(await {call}, {decoded})"
+        request = f"Request({', '.join([repr(operation.method), path, *sent])})"
+        call = f"self._transport.send({', '.join([request, *waits])})"
+    if answer is None:
+        result = f"await {call}"
+    elif operation.method == "GET" and not waits:
+        result = f"return await self._transport.get({', '.join([path, decoded, *sent])})"
+    else:
+        result = f"return decode(await {call}, {decoded})"
     lines = [f"async def {name}({signature}) -> {returns}:", *_docstring(operation), f"    {result}"]
     return "\n".join(lines)
 
