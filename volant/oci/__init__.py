@@ -1,0 +1,28 @@
+"""OCI images: from a reference to read-only file systems in the cache and a typed configuration.
+
+`docs/explanation/oci.md` has the design. This package knows no VM.
+"""
+
+from ._config import ImageConfig, ImageHealthCheck, Port, parse_config
+from ._errors import OciError
+from ._manifest import AMD64, Descriptor, Index, IndexEntry, Manifest, Platform, digest_of, parse_manifest
+from ._reference import DEFAULT_REGISTRY, Reference, parse_reference
+
+__all__ = [
+    "AMD64",
+    "DEFAULT_REGISTRY",
+    "Descriptor",
+    "ImageConfig",
+    "ImageHealthCheck",
+    "Index",
+    "IndexEntry",
+    "Manifest",
+    "OciError",
+    "Platform",
+    "Port",
+    "Reference",
+    "digest_of",
+    "parse_config",
+    "parse_manifest",
+    "parse_reference",
+]
