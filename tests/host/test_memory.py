@@ -71,9 +71,19 @@ def test_the_kernels_figure_of_memory_pressure_is_a_share(
     file = tmp_path / "memory"
     if text is not None:
         file.write_text(text)
-    monkeypatch.setattr("volant.host._machine._PRESSURE", file)
+    monkeypatch.setattr("volant.host._machine._PRESSURE_FILE", file)
     assert host.machine.memory_pressure() == share
 
 
 def test_this_hosts_memory_pressure_can_be_read(host: Host) -> None:
     assert 0.0 <= host.machine.memory_pressure() <= 1.0
+
+
+@pytest.mark.parametrize(("share", "available_mb", "is_short"), [(0.2, 200, True), (0.2, 300, False), (0.1, 0, False)])
+def test_programs_that_wait_while_memory_is_left_are_at_limits_of_their_own(
+    host: Host, monkeypatch: pytest.MonkeyPatch, share: float, available_mb: int, is_short: bool
+) -> None:
+    monkeypatch.setattr(host.machine, "memory_pressure", lambda: share)
+    monkeypatch.setattr(host.machine, "memory_available_mb", lambda: available_mb)
+    monkeypatch.setattr(host.machine, "memory_total_mb", lambda: 1000)
+    assert host.machine.is_short_of_memory() == is_short

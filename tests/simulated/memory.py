@@ -38,7 +38,11 @@ class SimMachine(MachineFacet):
         return 0 if fault("memory.is_short") else machine.memory_mb - used
 
     def memory_pressure(self) -> float:
-        return 0.5 if fault("memory.is_under_pressure") else 0.0
+        return 0.0
+
+    def is_short_of_memory(self) -> bool:
+        self._calls.check()
+        return fault("memory.is_under_pressure")
 
     def spare_memory_mb(self, directory: Path) -> int:
         return max(0, self.memory_available_mb())

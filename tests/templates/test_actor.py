@@ -15,6 +15,7 @@ import trio.testing
 from actors import ONE_FOR_ONE, Child, Ref, Supervisor, open_system
 from tests.templates.test_store import KEY, add, spec_of
 from volant.host import Host
+from volant.host._machine import LinuxMachine
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.journal import Projection
 from volant.model import Drain, Problem, TemplateView
@@ -246,3 +247,15 @@ async def test_files_on_the_disk_are_removed_after_a_reboot(tmp_path: Path, buil
         with trio.fail_after(10):
             while left.exists():  # noqa: ASYNC110
                 await trio.sleep(0.01)
+
+
+async def test_a_build_is_given_up_while_programs_wait_for_memory(
+    tmp_path: Path, builder: Builder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_actor, "_LOOK_S", 0.01)
+    async with standing(tmp_path) as ref:
+        ref.tell(Wanted(SPEC))
+        await until(ref, "building")
+        monkeypatch.setattr(LinuxMachine, "is_short_of_memory", lambda self: True)
+        assert (await until(ref, "failed")).error == "no_memory: programs wait for memory"
+        assert not builder.under_way

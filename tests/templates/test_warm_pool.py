@@ -249,10 +249,10 @@ async def test_memory_pressure_empties_the_pool(tmp_path: Path, monkeypatch: pyt
     async with standing(tmp_path) as pool:
         pool.warm_pool.expect(template_spec())
         await pool.filled()
-        monkeypatch.setattr(pool.host.machine, "memory_pressure", lambda: 0.2)
+        monkeypatch.setattr(pool.host.machine, "is_short_of_memory", lambda: True)
         pool.warm_pool._wake.set()
         await pool.filled(0)
-        monkeypatch.setattr(pool.host.machine, "memory_pressure", lambda: 0.0)
+        monkeypatch.setattr(pool.host.machine, "is_short_of_memory", lambda: False)
         assert pool.warm_pool.take(1, template_spec()) is None
         await pool.until(lambda: pool.warm_pool._wake.statistics().tasks_waiting == 1)
         assert pool.warm_pool.lacks()

@@ -103,6 +103,8 @@ def _response(problem: Problem) -> Response:
         problem_body(problem, _request_id()), status=problem.status, content_type="application/problem+json"
     )
     response.headers["Cache-Control"] = "no-store"
+    if problem.retry_after_s is not None:
+        response.headers["Retry-After"] = str(problem.retry_after_s)
     return response
 
 

@@ -12,9 +12,16 @@ class ClientProblem(Problem):
     """
 
     def __init__(
-        self, status: int, code: str, detail: str, *, request_id: str | None = None, **members: str | None
+        self,
+        status: int,
+        code: str,
+        detail: str,
+        *,
+        request_id: str | None = None,
+        retry_after_s: int | None = None,
+        **members: str | None,
     ) -> None:
-        super().__init__(status, code, detail, **members)
+        super().__init__(status, code, detail, retry_after_s=retry_after_s, **members)
         self.request_id = request_id
 
 

@@ -21,7 +21,8 @@ GROUPS = {
     ),
     "directories": ("state_dir", "runtime_dir", "cache_dir"),
     "VMs": (
-        *("accelerator", "kernel", "initramfs", "max_vms", "max_boots", "return_memory", "sandbox", "vm_uids"),
+        *("accelerator", "kernel", "initramfs", "max_vms", "max_boots", "sandbox", "vm_uids"),
+        *("memory_overcommit", "return_memory"),
         *("agent_timeout_s", "image_timeout_s", "artifact_timeout_s", "artifact_max_mb"),
         *("artifact_dirs", "artifact_allow_cidr"),
     ),

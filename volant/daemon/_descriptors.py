@@ -12,7 +12,9 @@ OF_VM = 20
 """Descriptors for each running VM."""
 OF_CLIENTS = 256
 _SMALLEST_MB = 256
-"""Memory of a small VM: without `max_vms`, memory limits how many VMs there are."""
+"""What a small VM is promised: without `max_vms`, memory limits how many VMs there are."""
+_SMALLEST_SHARE_MB = 100
+"""What a small clone and its part of the reserve take where more memory is promised than the host has."""
 
 
 def raise_limit() -> int:
@@ -26,7 +28,8 @@ def most_vms(settings: Settings, host: Host) -> int:
     """Returns how many VMs can run, by the settings or the host's memory."""
     if settings.max_vms is not None:
         return settings.max_vms
-    return host.machine.memory_total_mb() // _SMALLEST_MB
+    each_mb = _SMALLEST_MB if settings.memory_overcommit == 1 else _SMALLEST_SHARE_MB
+    return host.machine.memory_total_mb() // each_mb
 
 
 def needed(vms: int) -> int:

@@ -32,6 +32,9 @@ MAX_NAMESERVERS = 3
 _INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,13}")
 """Shorter than a tap's name, so that it never is one."""
 
+_AUTO_OVERCOMMIT = 4.0
+"""Then each VM has a quarter of what it may still take in reserve."""
+
 DEFAULT_ADDRESS = "127.0.0.1:7777"
 
 RELOADED = ("api_key", "api_key_file", "api_allow_cidr", "trusted_proxies", "allowed_hosts", "cors_origins")
@@ -61,6 +64,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Initramfs to boot instead of the built image's, for VMs whose plugin has none."""
     max_vms: Annotated[int, msgspec.Meta(ge=0)] | None = None
     """Most VMs that can exist. Without it, memory is the limit."""
+    memory_overcommit: Annotated[float, msgspec.Meta(ge=1, le=100)] | Literal["auto"] = "auto"
+    """How many times the host's memory may be promised to VMs, while enough is free for what they may still take.
+    `auto`: 4 times; 1: once, so that all VMs can take all of theirs."""
     return_memory: Literal["on", "off"] = "on"
     """`on`: the host gets back the memory that guests free, from VMs that booted cold; `off`: guests keep it."""
     max_boots: Annotated[int, msgspec.Meta(ge=1, le=10000)] | None = None
@@ -257,6 +263,11 @@ def _decode(kind: type, value: object) -> object:
     if kind is Path and isinstance(value, str | Path) and str(value):
         return Path(value)
     raise msgspec.ValidationError(f"Expected a path, got {value!r}")
+
+
+def memory_overcommit(settings: Settings) -> float:
+    """Returns how many times the host's memory may be promised to VMs."""
+    return _AUTO_OVERCOMMIT if settings.memory_overcommit == "auto" else settings.memory_overcommit
 
 
 def shown(settings: Settings) -> dict[str, object]:

@@ -20,7 +20,11 @@ class HostFigures(msgspec.Struct, frozen=True):
     memory_available_mb: int
 
 
-_PRESSURE = Path("/proc/pressure/memory")
+_PRESSURE_FILE = Path("/proc/pressure/memory")
+_PRESSURE = 0.1
+"""Programs that wait for memory for this share of the time are slowed down noticeably."""
+_LITTLE = 4
+"""Where a quarter of the memory is available, the machine does not lack it."""
 
 
 class Machine(Protocol):
@@ -35,6 +39,12 @@ class Machine(Protocol):
 
     def memory_pressure(self) -> float:
         """Returns for which share of the last ten seconds a program waited for memory; 0 if nothing is known."""
+
+    def is_short_of_memory(self) -> bool:
+        """Whether programs wait because the machine lacks memory. A control group at its own limit shows in the same
+        figure of the kernel, so that alone does not count. Raises OSError."""
+        waits = self.memory_pressure() > _PRESSURE
+        return waits and self.memory_available_mb() < self.memory_total_mb() // _LITTLE
 
     def spare_memory_mb(self, directory: Path) -> int:
         """Returns `memory_available_mb` minus what files in a directory in RAM may still grow by."""
@@ -75,7 +85,7 @@ class LinuxMachine(Machine):
     def memory_pressure(self) -> float:
         try:
             # "some avg10=1.23 avg60=…", in percent; kernels without pressure stall information have no such file.
-            return float(_PRESSURE.read_text().split("avg10=")[1].split()[0]) / 100
+            return float(_PRESSURE_FILE.read_text().split("avg10=")[1].split()[0]) / 100
         except (OSError, IndexError, ValueError):
             return 0.0
 

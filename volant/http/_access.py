@@ -33,8 +33,6 @@ from ._settings import ApiSettings
 
 Header = tuple[bytes, bytes]
 
-GUESSES = "too-many-wrong-keys"
-"""The code of the problem after too many wrong keys; its answer carries `Retry-After`."""
 
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 _REMEMBERED = 256
@@ -142,9 +140,10 @@ class Access:
         if wait_s > 0:
             raise Problem(
                 401,
-                GUESSES,
+                "too-many-wrong-keys",
                 f"too many wrong API keys came from {address}; this one was not looked at",
                 hint="send it again in a second",
+                retry_after_s=1,
             )
         if keys.accept(digest):
             self._guesses.right(address, digest)

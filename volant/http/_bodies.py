@@ -12,9 +12,6 @@ from volant.model import Problem
 
 from ._limits import Limits
 
-BODIES_FULL = "too-much-under-way"
-"""The code of the problem when the budget is used up; its answer carries `Retry-After`."""
-
 
 class Bodies:
     """The budget."""
@@ -33,9 +30,10 @@ class Bodies:
         if cost > self._left:
             raise Problem(
                 503,
-                BODIES_FULL,
+                "too-much-under-way",
                 "the bodies of the requests under way are too large together",
                 hint="send it again in a second",
+                retry_after_s=1,
             )
         self._left -= cost
         return cost

@@ -17,8 +17,8 @@ import trio
 
 from volant.model import Problem, current_caller
 
-from ._access import GUESSES, Access
-from ._bodies import BODIES_FULL, Bodies
+from ._access import Access
+from ._bodies import Bodies
 from ._call import Call, Header, Message
 from ._limits import Limits
 from ._problems import new_request_id, too_large
@@ -150,8 +150,8 @@ class Middleware:
             headers.append((b"www-authenticate", b'Bearer realm="volant"'))
         if problem.status == 405 and problem.hint:
             headers.append((b"allow", problem.hint.removeprefix("use ").encode("latin-1")))
-        if problem.code in (BODIES_FULL, GUESSES):
-            headers.append((b"retry-after", b"1"))
+        if problem.retry_after_s is not None:
+            headers.append((b"retry-after", b"%d" % problem.retry_after_s))
         if problem.status == 426:
             headers.append((b"upgrade", b"websocket"))
         await call.fail(problem, headers)

@@ -9,7 +9,8 @@ class Problem(Exception):
     Raised anywhere below the API. The API renders it as `application/problem+json`; `volar` prints `detail` and `hint`.
 
     `code` is a short stable word that becomes the problem's `type`. `detail` says what failed, where and why. `hint`
-    says what to do. `field` names the wrong member of the body or parameter of the query.
+    says what to do. `field` names the wrong member of the body or parameter of the query. `retry_after_s` becomes the
+    header `Retry-After`.
     """
 
     def __init__(
@@ -21,6 +22,7 @@ class Problem(Exception):
         field: str | None = None,
         hint: str | None = None,
         vm: str | None = None,
+        retry_after_s: int | None = None,
     ) -> None:
         super().__init__(detail)
         self.status = status
@@ -29,6 +31,7 @@ class Problem(Exception):
         self.field = field
         self.hint = hint
         self.vm = vm
+        self.retry_after_s = retry_after_s
 
 
 def invalid(field: str, detail: str, *, hint: str | None = None) -> Problem:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Literal, Protocol
@@ -35,6 +36,8 @@ _QUIET_S = 1.0
 """A VM that has just booted has the host for itself for so long."""
 _SLOT_S = 30.0
 """As long as a VM's: longer than a boot takes. A slower build goes on without a slot."""
+_LOOK_S = 1.0
+"""While a template is built, the memory of the host is looked at so often."""
 _RETRY_S, _RETRY_MAX_S = 30.0, 3600.0
 _FAILURES = 64
 _EVICT_EVERY_S = 3600.0
@@ -240,6 +243,7 @@ class Templates(Actor):
         spec, digest = job.spec, job.spec.digest
         built = False
         failure: TemplateFailed | OSError | None = None
+        is_short = False
 
         async def end_slot() -> None:
             await trio.sleep(_SLOT_S)
@@ -247,6 +251,15 @@ class Templates(Actor):
 
         async def end_for_drain(scope: trio.CancelScope) -> None:
             await self._projection.drain_is_not(None)
+            scope.cancel()
+
+        async def end_when_short(scope: trio.CancelScope) -> None:
+            nonlocal is_short
+            while not is_short:
+                await trio.sleep(_LOOK_S)
+                # Without descriptors, say, nothing is known.
+                with suppress(OSError):
+                    is_short = self._host.machine.is_short_of_memory()
             scope.cancel()
 
         try:
@@ -257,6 +270,7 @@ class Templates(Actor):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(end_slot)
                 nursery.start_soon(end_for_drain, nursery.cancel_scope)
+                nursery.start_soon(end_when_short, nursery.cancel_scope)
                 self._scope = nursery.cancel_scope
                 try:
                     await self._builder.build(spec)
@@ -272,6 +286,8 @@ class Templates(Actor):
                 each.reply(True)
         if gave_way and not built:
             failure = TemplateFailed("no_memory", "a VM needed the memory")
+        if is_short and not built:
+            failure = TemplateFailed("no_memory", "programs wait for memory")
         if failure is not None:
             raise failure
         if built:

@@ -158,6 +158,8 @@ class TemplateBuilder:
 
     def _check_room(self, memory_mb: int) -> None:
         """:raises TemplateFailed: the host needs its memory, or its disk, for something else."""
+        if self._host.machine.is_short_of_memory():
+            raise TemplateFailed("no_memory", "programs wait for memory")
         available_mb = self._host.machine.spare_memory_mb(self._memory_dir)
         if available_mb < memory_mb + RESERVE_MB:
             raise TemplateFailed(

@@ -118,6 +118,14 @@ class TemplateStore:
         data = await self._host.files.read(self.directory / digest / RECORD, _MAX_RECORD)
         return msgspec.json.decode(data, type=TemplateRecord)
 
+    def has(self, plugin: str, cpu_cores: int, memory_mb: int) -> bool:
+        """Whether a template that was made or used since the daemon started suits such VMs of a plugin, as far as is
+        known without a look at its files."""
+        wanted = (plugin, cpu_cores, memory_mb)
+        return self.enabled and any(
+            (each.plugin, each.key.cpu_cores, each.key.memory_mb) == wanted for each in self._known.values()
+        )
+
     async def all(self) -> dict[str, TemplateRecord]:
         """Returns all templates by digest. Their files are not checked."""
         found: dict[str, TemplateRecord] = {}
@@ -171,6 +179,7 @@ class TemplateStore:
         await host.files.write(fresh / RECORD, msgspec.json.format(msgspec.json.encode(stored)))
         await self.remove(digest)
         await host.files.put_in_place(fresh, self.directory / digest)
+        self._known[digest] = stored
 
     async def remove(self, digest: str) -> None:
         """Removes a template, if it exists. VMs that went on from it keep what they have. :raises OSError:"""

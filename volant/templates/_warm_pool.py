@@ -32,8 +32,6 @@ from ._warm_up import warm_up
 
 _LOOK_S = 10.0
 """While a template is in use, the memory of the host is looked at so often."""
-_PRESSURE = 0.1
-"""The pool is emptied when programs waited for memory for this share of the last ten seconds."""
 _RETRY_S, _RETRY_MAX_S = 0.5, 30.0
 _HOLD_OFF_S = 60.0
 """The pause after a process of a template died or did not start, and the pool's after programs waited for memory."""
@@ -285,7 +283,7 @@ class WarmPool:
         """:raises OSError: the host is short of descriptors."""
         machine = self._host.machine
         self._available_mb = machine.memory_available_mb()
-        if machine.memory_pressure() > _PRESSURE:
+        if machine.is_short_of_memory():
             self._not_before = trio.current_time() + _HOLD_OFF_S
 
     def _wanted(self) -> dict[str, int]:

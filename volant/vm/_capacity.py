@@ -1,7 +1,8 @@
 """Admission: whether the host has room for one more VM.
 
-A VM counts with all the memory that it may take, though most take less: a host that promises more than it has kills
-hypervisors when guests use what they were promised.
+Each VM has a promise: the most memory that it may take. As long as the promises of all VMs fit the host, none can fail.
+Most VMs take far less, so with `memory_overcommit` the host may promise more than it has, as long as enough stays free
+for what VMs may still take. `docs/explanation/vm.md` has the rule and its reasons.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import ceil
+from typing import NamedTuple
 
 from volant import images
 from volant.host import Host
 from volant.journal import Projection
-from volant.model import FORK, CreateVm, Manifest, Problem, Status, VmRow, invalid
-from volant.templates import WarmPool
+from volant.model import FORK, BootMode, CreateVm, Manifest, Problem, Status, VmRow, invalid
+from volant.templates import TemplateStore, WarmPool
 
 from ._machine_spec import uses_image
 from ._settings import VmSettings
@@ -23,10 +26,34 @@ OVERHEAD_MB = 192
 """What a hypervisor's process needs beside its guest's memory."""
 CEILING_MB = 2 * OVERHEAD_MB
 """What it may take at most."""
+IDLE_MB = 48
+"""What a hypervisor's process takes once its guest is idle, with the pages that a clone's guest has written. Measured
+under TCG: 40."""
 _HOST_RESERVE_MB = 512
 """Kept for the host itself."""
 _DISK_RESERVE_MB = 128
 """Kept on the disk for the database and the logs."""
+_RETRY_AFTER_S = 10
+"""The kernel's figure of memory pressure is an average over so many seconds."""
+
+
+class MemoryNeed(NamedTuple):
+    """The memory that one VM takes of the host, in MiB."""
+
+    at_start: int
+    """What it takes as soon as it runs. A VM that boots cold takes all of its guest's memory."""
+    promised: int
+    """What it may take at most."""
+
+    @property
+    def growth(self) -> int:
+        """Returns what it may take later."""
+        return self.promised - self.at_start
+
+
+def memory_need(memory_mb: int, *, clone: bool) -> MemoryNeed:
+    """Returns what a VM of that size takes. `clone`: it goes on from a template or a checkpoint."""
+    return MemoryNeed(IDLE_MB + (0 if clone else memory_mb), memory_mb + OVERHEAD_MB)
 
 
 @dataclass
@@ -35,10 +62,11 @@ class Capacity:
 
     host: Host
     projection: Projection
+    templates: TemplateStore
     warm_pool: WarmPool
     settings: VmSettings
-    _reserved: list[int] = field(default_factory=list)
-    """The memory of VMs whose rows are being written, in MiB."""
+    _reserved: list[MemoryNeed] = field(default_factory=list)
+    """For VMs whose rows are being written."""
     _closed: bool = False
 
     @property
@@ -50,25 +78,36 @@ class Capacity:
         """Admits no more VMs: all are being deleted."""
         self._closed = True
 
+    def need_of_request(self, request: CreateVm, cpu_cores: int, memory_mb: int) -> MemoryNeed:
+        """Returns what a new VM will take."""
+        clone = self._boots_from_template(request.boot, request.plugin, cpu_cores, memory_mb)
+        return memory_need(memory_mb, clone=clone)
+
     @contextmanager
-    def reserve(self, memory_mb: int, count: int = 1) -> Iterator[None]:
-        """Reserves room for `count` VMs of that size, for the block in which their rows are written.
+    def reserve(self, need: MemoryNeed, count: int = 1) -> Iterator[None]:
+        """Reserves room for `count` such VMs, for the block in which their rows are written.
 
         :raises Problem: 503 the host has no room.
         """
         reserved = 0
         try:
             for _ in range(count):
-                self.admit(memory_mb)
+                self._admit(need)
                 # At once, as others ask while the journal writes.
-                self._reserved.append(memory_mb)
+                self._reserved.append(need)
                 reserved += 1
             yield
         finally:
             for _ in range(reserved):
-                self._reserved.remove(memory_mb)
+                self._reserved.remove(need)
 
-    def admit(self, memory_mb: int, *, besides: int | None = None) -> None:
+    def admit_again(self, row: VmRow) -> None:
+        """Checks that there is room for a VM that is down. :raises Problem: 503 there is none."""
+        # It has a disk since its first boot, which a template's memory does not fit.
+        clone = not row.layer and self._boots_from_template(row.boot, row.plugin, row.cpu_cores, row.memory_mb)
+        self._admit(memory_need(row.memory_mb, clone=clone), besides=row.id)
+
+    def _admit(self, need: MemoryNeed, *, besides: int | None = None) -> None:
         """Checks that there is room for one more VM. `besides`: the id of a VM that does not count.
 
         :raises Problem: 503 there is no room, or all VMs are being deleted.
@@ -82,33 +121,66 @@ class Capacity:
                 503, "no-capacity", f"there are {len(rows)} VMs, and VOLANT_MAX_VMS allows {limit}",
                 hint="delete one, or raise the limit",
             )  # fmt: skip
-        needed = memory_mb + OVERHEAD_MB
-        total, available = self.host.machine.memory_total_mb(), self.host.machine.memory_available_mb()
-        reserved = sum(mb + OVERHEAD_MB for mb in self._reserved)
-        promised = promised_mb(rows) + reserved
-        unpromised = max(0, total - _HOST_RESERVE_MB - promised)
-        if needed > unpromised:
+        self._check_pressure()
+        self._check_memory(need, rows)
+
+    def _check_pressure(self) -> None:
+        """:raises Problem: 503 programs wait for memory, so one more VM would slow all down."""
+        machine = self.host.machine
+        if machine.is_short_of_memory():
             raise Problem(
                 503, "no-capacity",
-                f"the VM needs {needed} MiB, and {unpromised} of the host's {total} MiB are not promised yet: "
-                f"{promised} MiB are promised to VMs that are up or about to be, and {_HOST_RESERVE_MB} MiB are kept "
-                f"for the host ({available} MiB are available now, as VMs do not use all that is promised to them)",
-                hint="stop or delete a VM, or ask for less memory_mb",
+                f"the host is short of memory: programs waited for it for {machine.memory_pressure():.0%} of the last "
+                f"ten seconds, and {machine.memory_available_mb()} of {machine.memory_total_mb()} MiB are available",
+                hint="try again later; stop or delete a VM, or end other programs, if it lasts",
+                retry_after_s=_RETRY_AFTER_S,
             )  # fmt: skip
-        if self.warm_pool.tags:
-            # The pool gives way, and frees more than may be missing.
+
+    def _check_memory(self, need: MemoryNeed, rows: list[VmRow]) -> None:
+        """:raises Problem: 503 the host has not enough memory."""
+        machine, ratio = self.host.machine, self.settings.memory_overcommit
+        total, available = machine.memory_total_mb(), machine.memory_available_mb()
+        starting = [self._need_of(row) for row in rows if _is_about_to_start(row)] + self._reserved
+        # Guests that gave memory back may take it again, and the warm pool gives way.
+        returned = max(0, available - machine.spare_memory_mb(self.settings.memory_dir))
+        spare = available - returned + IDLE_MB * len(self.warm_pool.tags)
+
+        promised = promised_mb(rows) + sum(each.promised for each in self._reserved)
+        unpromised = max(0, total - _HOST_RESERVE_MB - promised)
+        spare_in_full = max(0, spare - sum(each.promised for each in starting))
+        if need.promised <= min(unpromised, spare_in_full):
             return
-        # Other programs may have taken what is promised to no VM.
-        spare = self.host.machine.spare_memory_mb(self.settings.memory_dir)
-        spare = max(0, spare - about_to_take_mb(rows) - reserved)
-        if needed > spare:
+        if ratio <= 1:
+            raise _in_full(need, total, available, promised, unpromised, spare_in_full)
+
+        growths = [self._need_of(row).growth for row in rows if _is_up(row)]
+        growths += [each.growth for each in (*self._reserved, need)]
+        to_start = sum(each.at_start for each in starting)
+        # One VM alone may take all that it was promised.
+        reserve = max(ceil(sum(growths) / ratio), *growths)
+        left = spare - _HOST_RESERVE_MB - to_start - reserve
+        if need.at_start > left:
             raise Problem(
                 503, "no-capacity",
-                f"the VM needs {needed} MiB, and {spare} of the host's {total} MiB can be had now: {available} MiB are "
-                f"available, and VMs that are up or about to be may take {max(0, available - spare)} MiB of these; the "
-                f"rest is used by them and by other programs ({promised} MiB are promised to VMs)",
+                f"the VM takes {need.at_start} MiB when it starts, up to {need.promised} later, and {max(0, left)} MiB "
+                f"can be had: {available} of the host's {total} MiB are available; of these {_HOST_RESERVE_MB} are "
+                f"kept for the host, {to_start} for VMs that start, {returned} for guests that gave memory back, and "
+                f"{reserve} in reserve for what VMs may take later, up to {sum(growths)} with this one "
+                f"(memory_overcommit {ratio:g})",
                 hint="stop or delete a VM, end other programs, or ask for less memory_mb",
             )  # fmt: skip
+
+    def _need_of(self, row: VmRow) -> MemoryNeed:
+        clone = row.template is not None or row.checkpoint is not None
+        if not row.tag and not clone and row.fallback is None and not (row.layer and row.boots):
+            # What it boots from is not decided yet.
+            clone = self._boots_from_template(row.boot, row.plugin, row.cpu_cores, row.memory_mb)
+        return memory_need(row.memory_mb, clone=clone)
+
+    def _boots_from_template(self, boot: BootMode, plugin: str, cpu_cores: int, memory_mb: int) -> bool:
+        """Whether such a VM will be a clone, as far as is known. If it boots cold after all and there is no memory for
+        that, it fails alone, with `memory_refused`."""
+        return boot == "template" or (boot == "auto" and self.templates.has(plugin, cpu_cores, memory_mb))
 
     def check_disk(self, request: CreateVm) -> None:
         """:raises Problem: 503 the host's disk has no room for the VM's."""
@@ -147,12 +219,34 @@ def promised_mb(rows: Iterable[VmRow]) -> int:
     Clones count in full, as they may write to all they have. The memory of a fork's checkpoint counts, too, as long as
     one of its copies runs.
     """
-    up = [row for row in rows if row.tag or row.status in (Status.PENDING, Status.STARTING)]
+    up = [row for row in rows if _is_up(row)]
     forks = {origin: row.memory_mb for row in up if (origin := row.checkpoint or row.template or "").startswith(FORK)}
     return sum(row.memory_mb + OVERHEAD_MB for row in up) + sum(forks.values())
 
 
-def about_to_take_mb(rows: Iterable[VmRow]) -> int:
-    """Returns what of that VMs will take that have no process yet."""
-    up = (row for row in rows if row.process is None and row.status in (Status.PENDING, Status.STARTING))
-    return sum(row.memory_mb + OVERHEAD_MB for row in up)
+def _is_up(row: VmRow) -> bool:
+    return bool(row.tag) or row.status in (Status.PENDING, Status.STARTING)
+
+
+def _is_about_to_start(row: VmRow) -> bool:
+    return row.process is None and row.status in (Status.PENDING, Status.STARTING)
+
+
+def _in_full(need: MemoryNeed, total: int, available: int, promised: int, unpromised: int, spare: int) -> Problem:
+    """Returns the refusal of a host that promises no more memory than it has."""
+    if need.promised > unpromised:
+        return Problem(
+            503, "no-capacity",
+            f"the VM needs {need.promised} MiB, and {unpromised} of the host's {total} MiB are not promised yet: "
+            f"{promised} MiB are promised to VMs that are up or about to be, and {_HOST_RESERVE_MB} MiB are kept "
+            f"for the host ({available} MiB are available now, as VMs do not use all that is promised to them)",
+            hint="stop or delete a VM, ask for less memory_mb, or set memory_overcommit",
+        )  # fmt: skip
+    # Other programs have taken what is promised to no VM.
+    return Problem(
+        503, "no-capacity",
+        f"the VM needs {need.promised} MiB, and {spare} of the host's {total} MiB can be had now: {available} MiB are "
+        f"available, and VMs that are up or about to be may take {max(0, available - spare)} MiB of these; the "
+        f"rest is used by them and by other programs ({promised} MiB are promised to VMs)",
+        hint="stop or delete a VM, end other programs, or ask for less memory_mb",
+    )  # fmt: skip

@@ -53,7 +53,7 @@ from volant.model import (
 )
 
 from ._actors import VmActors
-from ._capacity import Capacity
+from ._capacity import Capacity, memory_need
 from ._checkpoint_store import RESERVE_MB, CheckpointLost, CheckpointStore, fresh
 from .messages import CHECKPOINT_S, CheckpointTaken, TakeCheckpoint
 
@@ -155,7 +155,8 @@ class Copies:
             return copies
 
         with ExitStack() as stack:
-            stack.enter_context(self.capacity.reserve(row.memory_mb, len(request.names or ()) or request.count or 1))
+            count = len(request.names or ()) or request.count or 1
+            stack.enter_context(self.capacity.reserve(memory_need(row.memory_mb, clone=True), count))
             job = self._begin(row, FORK)
             job.reserved = stack.pop_all()
         self._start(job, partial(self._fork, job, commit))
@@ -177,7 +178,7 @@ class Copies:
             raise no_such_snapshot(request.from_snapshot, field="from_snapshot")
         if self.store.projection.get(request.name) is not None:
             raise name_taken(request.name)
-        with self.capacity.reserve(snapshot.vm.memory_mb):
+        with self.capacity.reserve(memory_need(snapshot.vm.memory_mb, clone=True)):
             with trio.CancelScope(shield=True, deadline=trio.current_time() + _ASK_S):
                 row = await self._ask(RestoreRow(request, key, current_caller.get()))
                 await self.actors.get(row)

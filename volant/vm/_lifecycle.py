@@ -90,15 +90,15 @@ class Lifecycle:
         """
         plugin = self._store.projection.plugins.get(request.plugin)
         # Without the plugin the journal refuses the request.
-        memory_mb = request.memory_mb or 0
+        cpu_cores, memory_mb = 0, request.memory_mb or 0
         if plugin is not None:
-            memory_mb = size_of(request, plugin.manifest)[1]
+            cpu_cores, memory_mb = size_of(request, plugin.manifest)
             await self._capacity.check_image(memory_mb, plugin.manifest)
         if self._store.projection.get(request.name) is not None:
             # Room would not help.
             raise name_taken(request.name)
         self._capacity.check_disk(request)
-        with self._capacity.reserve(memory_mb):
+        with self._capacity.reserve(self._capacity.need_of_request(request, cpu_cores, memory_mb)):
             with trio.CancelScope(shield=True, deadline=trio.current_time() + _ASK_S):
                 row = await self._ask(CreateRow(request, key, current_caller.get()))
                 await self._actors.get(row)
@@ -247,7 +247,7 @@ class Lifecycle:
         if refusal and uses_passt(row):
             raise refused(refusal, vm=row.name)
         if row.status in (Status.STOPPED, Status.CRASHED):
-            self._capacity.admit(row.memory_mb, besides=row.id)
+            self._capacity.admit_again(row)
 
     async def _delete_at_once(self, name: str) -> None:
         try:

@@ -23,6 +23,8 @@ class VmSettings:
     initramfs: Path | None = None
     """Replaces the built image's where a plugin brings none, as `kernel` does."""
     max_vms: int | None = None
+    memory_overcommit: float = 1.0
+    """How many times the host's memory may be promised to VMs."""
     return_memory: bool = True
     """Whether memory that a guest frees goes back to the host, where the guest's memory is its own."""
     nameservers: tuple[str, ...] = ()

@@ -78,7 +78,7 @@ class Vms(Lifecycle):
             networks=networks,
             slots=slots,
         )
-        capacity = Capacity(host, store.projection, warm_pool, settings)
+        capacity = Capacity(host, store.projection, templates, warm_pool, settings)
         self.actors = VmActors(supervisor, journal, store.projection, partial(VmActor, deps=deps))
         super().__init__(store, journal, self.actors, capacity, deps.workload_changed)
         self.copies = Copies(host, store, journal, checkpoints, self.actors, capacity)
