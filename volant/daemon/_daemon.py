@@ -46,10 +46,10 @@ from volant.network import (
 from volant.operations import ApiDeps
 from volant.templates import TemplateBuilder, Templates, TemplateStore, WarmPool, WarmPoolLimits
 from volant.vm import (
-    CLONES_AT_ONCE,
     BootLimiter,
     BootSlots,
     Vms,
+    clones_at_once,
     instance_of,
     keep_drained,
 )
@@ -165,9 +165,10 @@ class Daemon:
         )
         templates = TemplateStore(self.host, template_dir(settings), enabled=settings.templates == "auto")
         projection = self.store.projection
+        processors = len(os.sched_getaffinity(0))
         slots = BootSlots(
-            cold=BootLimiter(settings.max_boots or 2 * len(os.sched_getaffinity(0)), projection),
-            clones=BootLimiter(CLONES_AT_ONCE, projection),
+            cold=BootLimiter(settings.max_boots or 2 * processors, projection),
+            clones=BootLimiter(clones_at_once(processors), projection),
         )
         builder = TemplateBuilder(
             self.host,

@@ -1,6 +1,6 @@
 """VMs: an actor for each, and all that can be done with them."""
 
-from ._boot_limiter import CLONES_AT_ONCE, BootLimiter, BootSlots
+from ._boot_limiter import BootLimiter, BootSlots, clones_at_once
 from ._drain import keep_drained
 from ._lifecycle import DELETED, Version, Wait
 from ._paths import memory_file, vm_directory
@@ -11,7 +11,6 @@ from ._tags import instance_of, processes_of_vms
 from ._vms import Vms
 
 __all__ = [
-    "CLONES_AT_ONCE",
     "DELETED",
     "BootLimiter",
     "BootSlots",
@@ -26,6 +25,7 @@ __all__ = [
     "VmSettings",
     "Vms",
     "Wait",
+    "clones_at_once",
     "instance_of",
     "keep_drained",
     "memory_file",
