@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -83,9 +84,17 @@ def test_an_image_is_found_when_it_fits_the_recipe_and_the_guest(
     assert image.kernel.read_bytes() == b"kernel"
     assert image.min_memory_mb <= 128
     assert [other.digest for other in list_images(tmp_path)] == [image.digest]
-    monkeypatch.setattr(_recipe, "guest_sources", lambda: {"volant/guest/_main.py": b"another agent"})
-    assert find(tmp_path) is None
-    assert [other.current for other in list_images(tmp_path)] == [False]
+    package = tmp_path / "volant"
+    shutil.copytree(_recipe._PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(_recipe, "_PACKAGE", package)
+    assert find(tmp_path) == image
+    for path in (package / "guest" / "_main.py", package / "images" / "_compose.py"):
+        before = path.read_bytes()
+        path.write_bytes(before + b"# another agent\n")
+        assert find(tmp_path) is None
+        assert [other.current for other in list_images(tmp_path)] == [False]
+        path.write_bytes(before)
+        assert find(tmp_path) == image
 
 
 @pytest.mark.parametrize("name", ["vmlinux", "initramfs", "image.json"])

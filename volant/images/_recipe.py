@@ -7,6 +7,8 @@ versions of a build, and the image's name depends on them.
 from __future__ import annotations
 
 import hashlib
+import os
+from functools import lru_cache
 from pathlib import Path
 
 SUITE = "trixie"
@@ -184,6 +186,7 @@ _PARTS = (
     "_debs.py",
     "_imports.py",
 )
+_PACKAGE = Path(__file__).parent.parent
 
 
 def recipe_digest() -> str:
@@ -192,9 +195,8 @@ def recipe_digest() -> str:
     A version number would be forgotten once, and then two different images would have one name.
     """
     digest = hashlib.sha256()
-    folder = Path(__file__).parent
     for name in _PARTS:
-        digest.update(name.encode() + b"\0" + hashlib.sha256((folder / name).read_bytes()).digest())
+        digest.update(name.encode() + b"\0" + hashlib.sha256((_PACKAGE / "images" / name).read_bytes()).digest())
     return digest.hexdigest()
 
 
@@ -203,11 +205,10 @@ def guest_sources() -> dict[str, bytes]:
 
     `volant.model` is empty there: what it exports needs libraries that a guest lacks.
     """
-    package = Path(__file__).parent.parent
     sources = {"volant/model/__init__.py": b""}
     for name in ("__init__.py", "model/agent.py"):
-        sources[f"volant/{name}"] = (package / name).read_bytes()
-    for path in (package / "guest").glob("*.py"):
+        sources[f"volant/{name}"] = (_PACKAGE / name).read_bytes()
+    for path in (_PACKAGE / "guest").glob("*.py"):
         sources[f"volant/guest/{path.name}"] = path.read_bytes()
     return dict(sorted(sources.items()))
 
@@ -221,6 +222,29 @@ def sources_digest(sources: dict[str, bytes]) -> str:
 
 
 def input_key() -> str:
-    """Returns the digest of the inputs that are known without the archive: recipe and guest code."""
+    """Returns the digest of the inputs that are known without the archive: recipe and guest code.
+
+    They are some fifty files, and each boot asks twice. So they are read again only when one of them has changed.
+    """
+    return _input_key(_fingerprint())
+
+
+@lru_cache(maxsize=1)
+def _input_key(fingerprint: tuple[object, ...]) -> str:
+    del fingerprint
     both = recipe_digest() + sources_digest(guest_sources())
     return hashlib.sha256(both.encode()).hexdigest()
+
+
+def _fingerprint() -> tuple[object, ...]:
+    """Returns a value that differs once one of the inputs has changed."""
+    found: list[object] = [_state_of(_PACKAGE / "__init__.py")]
+    for folder in ("guest", "images", "model"):
+        with os.scandir(_PACKAGE / folder) as entries:
+            found += [(entry.name, _state_of(entry)) for entry in entries if entry.name.endswith(".py")]
+    return tuple(found)
+
+
+def _state_of(file: Path | os.DirEntry[str]) -> tuple[int, ...]:
+    state = file.stat()
+    return state.st_ino, state.st_size, state.st_mtime_ns
