@@ -37,7 +37,7 @@ async def test_networks_are_made_listed_shown_and_removed() -> None:
 
 async def test_a_network_that_is_in_use_is_a_conflict() -> None:
     async with serving() as server:
-        problem = {"type": "x", "title": "x", "status": 409, "detail": "2 VMs are in network 'blue': db, web"}
+        problem = {"type": "x", "title": "x", "status": 409, "detail": "network 'blue' is in use by 2 VMs: db, web"}
         server.routes["DELETE /api/v1/networks/blue"] = answer(problem, 409)
         done = await volar(server, "networks", "remove", "blue")
     assert done.code == 4

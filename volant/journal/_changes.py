@@ -283,7 +283,7 @@ def _begin_snapshot(stage: Stage, message: messages.BeginSnapshot) -> Snapshot:
     snapshot = new_snapshot(message.request, vm, snapshot_id=message.snapshot_id, now=stage.now)
     if stage.snapshots.get(snapshot.name) is not None:
         raise _exists("snapshot", snapshot.name, "choose another name, or delete that one first")
-    stage.put_snapshot(snapshot)
+    stage.put(snapshot)
     return snapshot
 
 
@@ -295,7 +295,7 @@ def _finish_snapshot(stage: Stage, message: messages.FinishSnapshot) -> Snapshot
     snapshot = msgspec.structs.replace(
         snapshot, status="ready", paused_ms=message.paused_ms, size_bytes=message.size_bytes
     )
-    stage.put_snapshot(snapshot)
+    stage.put(snapshot)
     return snapshot
 
 
@@ -312,7 +312,7 @@ def _remove_snapshot(stage: Stage, message: messages.RemoveSnapshot) -> None:
             f"VM {users[0]!r} is about to go on from snapshot {snapshot.name!r}",
             hint="wait until it runs, or delete it",
         )
-    stage.drop_snapshot(snapshot)
+    stage.drop(snapshot)
 
 
 # Plugins
@@ -327,23 +327,16 @@ def _install_plugin(stage: Stage, message: messages.InstallPlugin) -> Plugin:
             "plugin", manifest.name, "delete that one first; VMs keep the manifest that they were created with"
         )
     plugin = Plugin(manifest, True, stage.now)
-    stage.put_plugin(plugin)
+    stage.put(plugin)
     return plugin
 
 
 @_decides
 def _remove_plugin(stage: Stage, message: messages.RemovePlugin) -> None:
-    name = message.name
-    _changeable_plugin(stage, name, "removed")
-    users = sorted(row.name for row in stage.all_rows() if row.plugin == name)
-    if users:
-        raise Problem(
-            409,
-            "plugin-in-use",
-            f"plugin {name!r} is in use by {len(users)} VM{'s' if len(users) > 1 else ''}: {_listed(users)}",
-            hint="delete them first, or disable the plugin",
-        )
-    stage.drop_plugin(name)
+    plugin = _changeable_plugin(stage, message.name, "removed")
+    users = [row for row in stage.all_rows() if row.plugin == plugin.name]
+    _check_unused("plugin", plugin.name, users, "delete them first, or disable the plugin")
+    stage.drop(plugin)
 
 
 @_decides
@@ -351,7 +344,7 @@ def _enable_plugin(stage: Stage, message: messages.EnablePlugin) -> Plugin:
     plugin = _changeable_plugin(stage, message.name, "disabled")
     if plugin.enabled is not message.enabled:
         plugin = msgspec.structs.replace(plugin, enabled=message.enabled)
-        stage.put_plugin(plugin)
+        stage.put(plugin)
     return plugin
 
 
@@ -385,24 +378,18 @@ def _add_network(stage: Stage, message: messages.AddNetwork) -> Network:
             409, "too-many-networks", f"there are {MAX_NETWORKS} networks already, which is the limit",
             hint="`volar networks remove` removes networks without VMs",
         )  # fmt: skip
-    stage.put_network(network)
+    stage.put(network)
     return network
 
 
 @_decides
 def _remove_network(stage: Stage, message: messages.RemoveNetwork) -> None:
-    name = message.name
-    if stage.networks.get(name) is None:
-        raise no_such_network(name)
-    members = sorted(row.name for row in stage.all_rows() if row.network == name)
-    if members:
-        raise Problem(
-            409,
-            "network-in-use",
-            f"{len(members)} VM{'s are' if len(members) > 1 else ' is'} in network {name!r}: {_listed(members)}",
-            hint="delete them first",
-        )
-    stage.drop_network(name)
+    network = stage.networks.get(message.name)
+    if network is None:
+        raise no_such_network(message.name)
+    members = [row for row in stage.all_rows() if row.network == network.name]
+    _check_unused("network", network.name, members, "delete them first")
+    stage.drop(network)
 
 
 # Maintenance
@@ -427,5 +414,9 @@ def _exists(kind: str, name: str, hint: str) -> Problem:
     return Problem(409, f"{kind}-exists", f"there is a {kind} named {name!r} already", field="name", hint=hint)
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+def _check_unused(kind: str, name: str, users: Sequence[VmRow], hint: str) -> None:
+    if users:
+        names = sorted(row.name for row in users)
+        listed = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+        used = f"{kind} {name!r} is in use by {len(names)} VM{'s' if len(names) > 1 else ''}: {listed}"
+        raise Problem(409, f"{kind}-in-use", used, hint=hint)

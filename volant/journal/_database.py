@@ -347,25 +347,25 @@ class Database:
                         frame.data,
                     ),
                 )
-            case op.PutPlugin(plugin):
+            case op.Put(Plugin() as plugin):
                 assert plugin.created_at is not None
                 execute(
                     "INSERT OR REPLACE INTO plugins VALUES (?, ?, ?, ?)",
                     (plugin.name, plugin.enabled, plugin.created_at.isoformat(), _encode(plugin.manifest)),
                 )
-            case op.DropPlugin(name):
-                execute("DELETE FROM plugins WHERE name = ?", (name,))
-            case op.PutSnapshot(snapshot):
+            case op.Put(Snapshot() as snapshot):
                 execute(
                     "INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?)",
                     (snapshot.id, snapshot.name, _encode(snapshot)),
                 )
-            case op.DropSnapshot(snapshot_id):
-                execute("DELETE FROM snapshots WHERE id = ?", (snapshot_id,))
-            case op.PutNetwork(network):
+            case op.Put(Network() as network):
                 execute("INSERT OR REPLACE INTO networks VALUES (?, ?)", (network.name, _encode(network)))
-            case op.DropNetwork(name):
-                execute("DELETE FROM networks WHERE name = ?", (name,))
+            case op.Drop(Plugin() as plugin):
+                execute("DELETE FROM plugins WHERE name = ?", (plugin.name,))
+            case op.Drop(Snapshot() as snapshot):
+                execute("DELETE FROM snapshots WHERE id = ?", (snapshot.id,))
+            case op.Drop(Network() as network):
+                execute("DELETE FROM networks WHERE name = ?", (network.name,))
             case op.PutResponse(StoredResponse(key, at, encoded)):
                 execute("INSERT OR REPLACE INTO responses VALUES (?, ?, ?, ?)", (key.scope, key.request, at, encoded))
             case op.PutDrain(None):

@@ -26,28 +26,17 @@ class AddEvent(msgspec.Struct, frozen=True):
     frame: EventFrame
 
 
-class PutPlugin(msgspec.Struct, frozen=True):
-    plugin: Plugin
+Named = Plugin | Snapshot | Network
 
 
-class DropPlugin(msgspec.Struct, frozen=True):
-    name: str
+class Put(msgspec.Struct, frozen=True):
+    """Adds it, or replaces the one with its key."""
+
+    named: Named
 
 
-class PutSnapshot(msgspec.Struct, frozen=True):
-    snapshot: Snapshot
-
-
-class DropSnapshot(msgspec.Struct, frozen=True):
-    snapshot_id: str
-
-
-class PutNetwork(msgspec.Struct, frozen=True):
-    network: Network
-
-
-class DropNetwork(msgspec.Struct, frozen=True):
-    name: str
+class Drop(msgspec.Struct, frozen=True):
+    named: Named
 
 
 class PutDrain(msgspec.Struct, frozen=True):
@@ -62,17 +51,4 @@ class DropResponse(msgspec.Struct, frozen=True):
     scope: bytes
 
 
-Operation = (
-    PutRow
-    | DropRow
-    | AddEvent
-    | PutPlugin
-    | DropPlugin
-    | PutSnapshot
-    | DropSnapshot
-    | PutNetwork
-    | DropNetwork
-    | PutDrain
-    | PutResponse
-    | DropResponse
-)
+Operation = PutRow | DropRow | AddEvent | Put | Drop | PutDrain | PutResponse | DropResponse

@@ -34,7 +34,7 @@ from ._database import Database, Loaded
 from ._errors import DatabaseRefused
 from ._frames import EventFrame
 from ._merge import Change, Evidence, merge, snapshots_after
-from ._operations import AddEvent, PutDrain, PutSnapshot
+from ._operations import AddEvent, Put, PutDrain
 from ._schema import MAX_BLOB_BYTES, migrated, open_reader
 
 EXAMINE_S = 300.0
@@ -126,7 +126,7 @@ def finish(
             execute("UPDATE meta SET value = ? WHERE key = 'epoch'", (epoch,))
             database.execute(PutDrain(drain))
             for snapshot in snapshots:
-                database.execute(PutSnapshot(snapshot))
+                database.execute(Put(snapshot))
     finally:
         connection.close()
     try:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from volant.model import (
     Drain,
@@ -80,6 +80,11 @@ class Stage:
         self.plugins = Overlay(projection.plugins)
         self.snapshots = Overlay(projection.snapshots)
         self.networks = Overlay(projection.networks)
+        self._overlays: Mapping[type[op.Named], Overlay[Any]] = {
+            Plugin: self.plugins,
+            Snapshot: self.snapshots,
+            Network: self.networks,
+        }
         self.drain = projection.drain
         self.frames: list[EventFrame] = []
         self.responses: dict[bytes, StoredResponse] = {}
@@ -145,29 +150,13 @@ class Stage:
 
     # Plugins, snapshots, networks, maintenance
 
-    def put_plugin(self, plugin: Plugin) -> None:
-        self.plugins.changed[plugin.name] = plugin
-        self.operations.append(op.PutPlugin(plugin))
+    def put(self, named: op.Named) -> None:
+        self._overlays[type(named)].changed[named.name] = named
+        self.operations.append(op.Put(named))
 
-    def drop_plugin(self, name: str) -> None:
-        self.plugins.changed[name] = None
-        self.operations.append(op.DropPlugin(name))
-
-    def put_snapshot(self, snapshot: Snapshot) -> None:
-        self.snapshots.changed[snapshot.name] = snapshot
-        self.operations.append(op.PutSnapshot(snapshot))
-
-    def drop_snapshot(self, snapshot: Snapshot) -> None:
-        self.snapshots.changed[snapshot.name] = None
-        self.operations.append(op.DropSnapshot(snapshot.id))
-
-    def put_network(self, network: Network) -> None:
-        self.networks.changed[network.name] = network
-        self.operations.append(op.PutNetwork(network))
-
-    def drop_network(self, name: str) -> None:
-        self.networks.changed[name] = None
-        self.operations.append(op.DropNetwork(name))
+    def drop(self, named: op.Named) -> None:
+        self._overlays[type(named)].changed[named.name] = None
+        self.operations.append(op.Drop(named))
 
     def put_drain(self, drain: Drain | None) -> None:
         if drain != self.drain:
