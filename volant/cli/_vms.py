@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -21,6 +21,14 @@ if TYPE_CHECKING:
     from volant.client import Client
 
 __all__ = ["group"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _choice(option: str, values: Sequence[str], text: str) -> Callable[[F], F]:
+    """An option with one of these values; the first is the default."""
+    return click.option(option, type=click.Choice(values), default=values[0], show_default=True, help=text)
+
 
 wait_option = click.option("--wait", is_flag=True, help="Wait until it is done, and show events meanwhile.")
 
@@ -87,20 +95,8 @@ def _memory_row(of: VmMemory) -> tuple[str, ...]:
 @click.option("--label", "labels", type=Pair(), multiple=True, help="KEY=VALUE; may be repeated.")
 @click.option("--runtime", help="The boot image, if not the plugin's.")
 @click.option("--cmdline", "kernel_cmdline", default="", help="Appended to the kernel's command line.")
-@click.option(
-    "--restart-policy",
-    type=click.Choice(["never", "on-failure", "always"]),
-    default="never",
-    show_default=True,
-    help="When the daemon restarts the VM.",
-)
-@click.option(
-    "--boot",
-    type=click.Choice(["auto", "cold", "template"]),
-    default="auto",
-    show_default=True,
-    help="How to boot: auto clones a template if there is one.",
-)
+@_choice("--restart-policy", ["never", "on-failure", "always"], "When the daemon restarts the VM.")
+@_choice("--boot", ["auto", "cold", "template"], "How to boot: auto clones a template if there is one.")
 @click.option(
     "--from-snapshot",
     shell_complete=snapshot_names,

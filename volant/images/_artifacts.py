@@ -37,7 +37,7 @@ _F_OFD_GETLK = 36
 
 
 @dataclass(frozen=True, slots=True)
-class CachedArtifact:
+class CachedArtifact(_store.JsonFields):
     """A verified file in the cache that VMs boot from."""
 
     digest: str
@@ -48,16 +48,6 @@ class CachedArtifact:
     size_bytes: int
     disk_bytes: int
     """Its space on the disk, without holes."""
-
-    def as_json(self) -> dict[str, object]:
-        """Returns the fields for JSON."""
-        return {
-            "digest": self.digest,
-            "path": str(self.path),
-            "url": self.url,
-            "size_bytes": self.size_bytes,
-            "disk_bytes": self.disk_bytes,
-        }
 
 
 def artifact_path(cache_dir: Path, digest: str) -> Path:

@@ -23,7 +23,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,16 @@ _MAX_JSON_BYTES = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Image:
+class JsonFields:
+    """The base of what is printed as JSON."""
+
+    def as_json(self) -> dict[str, object]:
+        """Returns the fields for JSON."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Image(JsonFields):
     """A kernel and an initramfs that a VM can boot."""
 
     digest: str
@@ -56,20 +65,6 @@ class Image:
     """Kernel and initramfs together."""
     current: bool
     """Whether new VMs boot it. False after `load`."""
-
-    def as_json(self) -> dict[str, object]:
-        """Returns the fields for JSON."""
-        return {
-            "digest": self.digest,
-            "kernel": str(self.kernel),
-            "initramfs": str(self.initramfs),
-            "min_memory_mb": self.min_memory_mb,
-            "kernel_parameters": list(self.kernel_parameters),
-            "protocol": self.protocol,
-            "kernel_version": self.kernel_version,
-            "size_bytes": self.size_bytes,
-            "current": self.current,
-        }
 
 
 def image_digest(recipe: str, packages: Iterable[_apt.Package], guest: str) -> str:

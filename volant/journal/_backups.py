@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import apsw
@@ -84,17 +85,16 @@ class Upload:
             raise no_room(error) from error
 
 
+@dataclass
 class Backups:
-    """Takes and restores backups, one at a time. `evidence` scans the host for VMs that the database may not know."""
+    """Takes and restores backups, one at a time."""
 
-    def __init__(
-        self, host: Host, store: Store, journal: Ref[Journal], evidence: Callable[[], Awaitable[Evidence]]
-    ) -> None:
-        self._host = host
-        self._store = store
-        self._journal = journal
-        self._evidence = evidence
-        self._is_busy = False
+    _host: Host
+    _store: Store
+    _journal: Ref[Journal]
+    _evidence: Callable[[], Awaitable[Evidence]]
+    """Scans the host for VMs that the database may not know."""
+    _is_busy: bool = False
 
     @asynccontextmanager
     async def take(self) -> AsyncIterator[Backup]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,9 @@ from ._segments import Place, Segment, read
 
 if TYPE_CHECKING:
     from ._vmlog import VmLog
+
+_BEFORE = Place(0, 0)
+"""Before the first line of a segment."""
 
 
 class LogGap(msgspec.Struct, frozen=True):
@@ -28,21 +32,19 @@ class LogGap(msgspec.Struct, frozen=True):
         return b'{"gap":{"from":%d,"to":%d}}' % (self.first, self.last)
 
 
+@dataclass(eq=False)
 class LogCursor:
     """A place in a VM's log. `VmLog.cursor` creates it."""
 
-    def __init__(
-        self, log: VmLog, ring: Log, position: int, heads: tuple[bytes, ...], since_us: int, end: int | None
-    ) -> None:
-        self._log = log
-        self._ring = ring
-        self._heads = heads
-        self._since_us = since_us
-        self._end = end
-        self._segment: Segment | None = None
-        self._place = Place(0, 0)
-        self.position = position
-        """The number of the last line that was taken or skipped."""
+    _log: VmLog
+    _ring: Log
+    position: int
+    """The number of the last line that was taken or skipped."""
+    _heads: tuple[bytes, ...]
+    _since_us: int
+    _end: int | None
+    _segment: Segment | None = None
+    _place: Place = _BEFORE
 
     async def take(self, max_bytes: int = 256 * 1024) -> list[bytes] | LogGap:
         """Waits for lines and takes them encoded, at least one and about `max_bytes` at most.

@@ -21,6 +21,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -35,16 +36,14 @@ _CHUNK = 512 * 1024
 _NAME = re.compile(r"(\d+)-(\d{16,})-(\d+)\.log")
 
 
+@dataclass(eq=False, slots=True)
 class Segment:
     """One file. `size` counts whole records, although the file may have a torn end."""
 
-    __slots__ = ("at_us", "first", "path", "size")
-
-    def __init__(self, path: Path, first: int, at_us: int, size: int) -> None:
-        self.path = path
-        self.first = first
-        self.at_us = at_us
-        self.size = size
+    path: Path
+    first: int
+    at_us: int
+    size: int
 
     @classmethod
     def fresh(cls, directory: Path, vm_id: int, first: int, at_us: int) -> Segment:

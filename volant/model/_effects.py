@@ -20,41 +20,36 @@ class PrepareImage(msgspec.Struct, frozen=True):
     """Without a template, as the clone has failed."""
 
 
-class Launch(msgspec.Struct, frozen=True):
+class _OfProcess(msgspec.Struct, frozen=True):
+    """A step about the process with this tag."""
+
+    tag: str
+
+
+class Launch(_OfProcess, frozen=True):
     """Start the hypervisor with this tag, or find it -> `Launched`."""
 
-    tag: str
 
-
-class AwaitAgent(msgspec.Struct, frozen=True):
+class AwaitAgent(_OfProcess, frozen=True):
     """Wait for the agent and send it the workload -> `AgentAnswered`."""
 
-    tag: str
 
-
-class Pause(msgspec.Struct, frozen=True):
+class Pause(_OfProcess, frozen=True):
     """Pause the guest -> `Paused`."""
 
-    tag: str
 
-
-class Resume(msgspec.Struct, frozen=True):
+class Resume(_OfProcess, frozen=True):
     """Resume the guest and set its clock -> `Resumed`."""
 
-    tag: str
 
-
-class AskStop(msgspec.Struct, frozen=True):
+class AskStop(_OfProcess, frozen=True):
     """Ask the guest to shut down, after resuming it if need be -> `Ended`, or `StepFailed` after `grace_s`."""
 
-    tag: str
     grace_s: float
 
 
-class Kill(msgspec.Struct, frozen=True):
+class Kill(_OfProcess, frozen=True):
     """End the process with this tag and remove its files -> `Cleared`."""
-
-    tag: str
 
 
 class Remove(msgspec.Struct, frozen=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeVar
 
 import msgspec
@@ -68,18 +69,16 @@ class Version(NamedTuple):
     revision: int
 
 
+@dataclass(eq=False)
 class Lifecycle:
     """The lifecycle of one daemon's VMs."""
 
-    def __init__(
-        self, store: Store, journal: Ref[Journal], actors: VmActors, capacity: Capacity, workload_changed: Signal
-    ) -> None:
-        """`workload_changed`: sent when the workload of some VM has another state."""
-        self._store = store
-        self._journal = journal
-        self._actors = actors
-        self._capacity = capacity
-        self._workload_changed = workload_changed
+    _store: Store
+    _journal: Ref[Journal]
+    _actors: VmActors
+    _capacity: Capacity
+    _workload_changed: Signal
+    """Sent when the workload of some VM has another state."""
 
     async def create(self, request: CreateVm, *, key: IdempotencyKey | None = None) -> VmRow:
         """Makes a VM; durable when this returns. A cancelled caller cancels nothing.

@@ -60,19 +60,19 @@ class Missed:
     bytes: int
 
 
+@dataclass(eq=False)
 class SerialConsole:
     """The console of one boot in one incarnation of its VM's actor."""
 
-    def __init__(self, host: Host, input_path: Path, socket_path: Path) -> None:
-        self._host = host
-        self._input_path = input_path
-        self._socket_path = socket_path
-        self._pump: ConsolePump | None = None
-        self._ring: Log | None = None
-        self._readers = 0
-        self._fed = 0
-        self._keyboard: Keyboard | None = None
-        self._connections = 0
+    _host: Host
+    _input_path: Path
+    _socket_path: Path
+    _pump: ConsolePump | None = None
+    _ring: Log | None = None
+    _readers: int = 0
+    _fed: int = 0
+    _keyboard: Keyboard | None = None
+    _connections: int = 0
 
     @property
     def is_open(self) -> bool:

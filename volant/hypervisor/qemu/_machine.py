@@ -16,6 +16,7 @@ import math
 import re
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -74,35 +75,24 @@ _BY_REASON = {
 }
 
 
+@dataclass(eq=False)
 class QemuMachine:
     """See `volant.hypervisor.Machine`."""
 
-    def __init__(
-        self,
-        host: Host,
-        spec: MachineSpec,
-        identity: ProcessIdentity,
-        process: Process | None,
-        closing: AsyncExitStack,
-    ) -> None:
-        self._closing = closing
-        self._host = host
-        self._spec = spec
-        self._identity = identity
-        self._process = process
-        self._qmp: QmpClient | None = None
-        self._guest_end: End | None = None
-        self._guest_ended = trio.Event()
-        self._stopped = trio.Event()
-        self._moving = trio.Lock()
-        """Held while something pauses or resumes the guest."""
-        self._left_paused = trio.Event()
-        """Set when a checkpoint could not resume the guest."""
-        self._migration: Migration | None = None
-
-    @property
-    def identity(self) -> ProcessIdentity:
-        return self._identity
+    _host: Host
+    _spec: MachineSpec
+    identity: ProcessIdentity
+    _process: Process | None
+    _closing: AsyncExitStack
+    _qmp: QmpClient | None = None
+    _guest_end: End | None = None
+    _guest_ended: trio.Event = field(default_factory=trio.Event)
+    _stopped: trio.Event = field(default_factory=trio.Event)
+    _moving: trio.Lock = field(default_factory=trio.Lock)
+    """Held while something pauses or resumes the guest."""
+    _left_paused: trio.Event = field(default_factory=trio.Event)
+    """Set when a checkpoint could not resume the guest."""
+    _migration: Migration | None = None
 
     async def ended(self) -> End:
         if self._process is None:
@@ -142,7 +132,7 @@ class QemuMachine:
             return process_end[0]
         if hangs:
             raise HypervisorError(
-                f"QEMU hangs: process {self._identity.pid} did not answer {PULSES_MISSED} queries, each within "
+                f"QEMU hangs: process {self.identity.pid} did not answer {PULSES_MISSED} queries, each within "
                 f"{PULSE_ANSWER_S:g} s"
             )
         raise HypervisorError(f"QEMU runs but can't be controlled: {self._qmp.why if self._qmp else ''}")
@@ -213,7 +203,7 @@ class QemuMachine:
         if self._qmp is None:
             raise HypervisorError("the hypervisor's process is gone")
         try:
-            if connects_itself(self._host.proc.command_line(self._identity)):
+            if connects_itself(self._host.proc.command_line(self.identity)):
                 return False
             await plug_in(self._host, self._qmp, self._spec.nic)
         except (OSError, trio.TooSlowError, ProcessGone) as error:
@@ -225,7 +215,7 @@ class QemuMachine:
             raise HypervisorError("the hypervisor's process is gone")
         self._migration = Migration()
         try:
-            saved = await make_state_file(self._host, self._spec, self._identity)
+            saved = await make_state_file(self._host, self._spec, self.identity)
             await self._migration.save(self._qmp, saved, timeout_s)
             await self._host.files.copy(saved, state)
             await self._host.files.remove(saved)
@@ -237,7 +227,7 @@ class QemuMachine:
     async def checkpoint(self, into: Path, *, hold: HoldChannel, timeout_s: float = 60.0) -> Checkpoint:
         if self._qmp is None:
             raise CheckpointFailed("refused", "the hypervisor's process is gone")
-        checkpoint = Checkpointer(self._host, self._spec, self._identity, self._qmp)
+        checkpoint = Checkpointer(self._host, self._spec, self.identity, self._qmp)
         with trio.move_on_after(timeout_s) as waiting:
             await self._moving.acquire()
         if waiting.cancelled_caught:
@@ -268,7 +258,7 @@ class QemuMachine:
             if end.exit_status is None:
                 return End(EndKind.KILLED, "the hypervisor's process was killed")
             return end
-        raise HypervisorError(f"QEMU (process {self._identity.pid}) still exists {timeout_s:g} s after SIGKILL")
+        raise HypervisorError(f"QEMU (process {self.identity.pid}) still exists {timeout_s:g} s after SIGKILL")
 
     # For `attach`
 
