@@ -365,6 +365,20 @@ async def api(
                 yield Api(server, deps, client, system, access)
 
 
+@asynccontextmanager
+async def web_vm(path: Path, app: Any, limits: Limits = FAST, **members: Any) -> AsyncIterator[Api]:
+    """Serves an API with a VM `demo` of the plugin `web`, with the real agent, and this app as its workload.
+
+    :param members: of the plugin's manifest
+    """
+    async with agent_behind(path / "vsock"), running(bare(app)) as inner, api(path, limits=limits) as served:
+        manifest = {"name": "web", "workload": {"entrypoint": ["serve"], "port": inner.port}, **members}
+        assert (await served.client.post("/api/v1/plugins", json=manifest)).status_code == 201
+        await served.crashed("demo", plugin="web")
+        async with served.reaching(path / "vsock"):
+            yield served
+
+
 async def disconnected(receive: Callable[[], Awaitable[Any]]) -> None:
     """Waits until the client of a request has left."""
     while (await receive())["type"] != "http.disconnect":

@@ -14,7 +14,7 @@ import httpx
 import pytest
 import trio
 
-from tests.api.kit import Api, agent_behind, api, bare, request, running
+from tests.api.kit import Api, api, request, web_vm
 from volant.api._workload_api import through_proxy
 
 DOCUMENT: dict[str, Any] = {"openapi": "3.1.0", "info": {"title": "Web", "version": "1"}, "paths": {"/shot": {}}}
@@ -60,6 +60,14 @@ class Web:
             await trio.sleep_forever()
 
 
+ACTIONS = {
+    "shot": {"path": "/v1/shot"},
+    "find": {"path": "/find", "method": "GET"},
+    "slow": {"path": "/silent", "timeout_s": 0.2},
+    "half": {"path": "/half", "timeout_s": 0.2},
+}
+
+
 @asynccontextmanager
 async def web(path: Path, *, listens: bool = True, **members: Any) -> AsyncIterator[Web]:
     found: list[Web] = []
@@ -67,23 +75,11 @@ async def web(path: Path, *, listens: bool = True, **members: Any) -> AsyncItera
     async def loopback(scope: Any, receive: Any, send: Any) -> None:
         await found[0].answer(scope, receive, send)
 
-    async with agent_behind(path / "vsock"), running(bare(loopback)) as inner, api(path) as served:
-        manifest = {
-            "name": "web",
-            "workload": {"entrypoint": ["serve"], "port": inner.port if listens else 1},
-            "actions": {
-                "shot": {"path": "/v1/shot"},
-                "find": {"path": "/find", "method": "GET"},
-                "slow": {"path": "/silent", "timeout_s": 0.2},
-                "half": {"path": "/half", "timeout_s": 0.2},
-            },
-            **members,
-        }
-        assert (await served.client.post("/api/v1/plugins", json=manifest)).status_code == 201
-        await served.crashed("demo", plugin="web")
-        async with served.reaching(path / "vsock"):
-            found.append(Web(served))
-            yield found[0]
+    if not listens:
+        members["workload"] = {"entrypoint": ["serve"], "port": 1}
+    async with web_vm(path, loopback, actions=ACTIONS, **members) as served:
+        found.append(Web(served))
+        yield found[0]
 
 
 async def test_body_type_and_query_go_to_the_path_of_the_manifest(tmp_path: Path) -> None:

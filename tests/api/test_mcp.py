@@ -17,7 +17,7 @@ import httpx
 import pytest
 import trio
 
-from tests.api.kit import FAST, Api, agent_behind, api, bare, request, running, until
+from tests.api.kit import FAST, Api, api, request, until, web_vm
 from volant.host import Host
 from volant.http import Limits
 from volant.journal import LogEntry
@@ -399,16 +399,10 @@ async def demo(tmp_path: Path, limits: Limits) -> AsyncIterator[Demo]:
 
     state = tmp_path / "state"
     state.mkdir()
-    async with agent_behind(tmp_path / "vsock"), running(bare(workload)) as inner, api(state, limits=limits) as served:
-        manifest = {
-            "name": "web", "workload": {"entrypoint": ["serve"], "port": inner.port},
-            "actions": {"shot": {"path": "/shot"}, "find": {"path": "/find", "method": "GET"}},
-        }  # fmt: skip
-        assert (await served.client.post("/api/v1/plugins", json=manifest)).status_code == 201
-        await served.crashed("demo", plugin="web")
-        async with served.reaching(tmp_path / "vsock"):
-            found.append(Demo(served))
-            yield found[0]
+    actions = {"shot": {"path": "/shot"}, "find": {"path": "/find", "method": "GET"}}
+    async with web_vm(state, workload, limits, actions=actions) as served:
+        found.append(Demo(served))
+        yield found[0]
 
 
 async def test_a_command_ends_with_its_code_and_its_output(demo: Demo) -> None:

@@ -42,6 +42,11 @@ def put_artifact(path: Path, content: bytes) -> tuple[str, str]:
     return str(source), digest
 
 
+def artifact_cache(path: Path, state_dir: Path) -> ArtifactCache:
+    """Returns the cache in `path`, as the daemon with this state uses it."""
+    return ArtifactCache(path / "cache", state_dir, timeout_s=60, max_mb=1, origins=Origins((path,)))
+
+
 async def items(served: Api) -> dict[tuple[str, str], dict[str, Any]]:
     answer = await served.client.get("/api/v1/system/df")
     assert answer.status_code == 200, answer.text
@@ -196,12 +201,12 @@ async def test_what_another_daemon_with_the_same_cache_uses_stays_for_as_long_as
     other.mkdir()
     url, digest = put_artifact(tmp_path, b"theirs")
     artifact = Artifact(url=url, sha256=digest)
-    artifacts = ArtifactCache(cache, other, timeout_s=60, max_mb=1, origins=Origins((tmp_path,)))
+    artifacts = artifact_cache(tmp_path, other)
     place(cache, "b" * 64)
     _users.note_use(cache, "b" * 64, other)
     # This daemon has used it, too, and a third one, of which nothing is left.
     for state_dir in (served.deps.store.path.parent, tmp_path / "gone"):
-        await ArtifactCache(cache, state_dir, timeout_s=60, max_mb=1, origins=Origins((tmp_path,))).obtain(artifact)
+        await artifact_cache(tmp_path, state_dir).obtain(artifact)
     await artifacts.obtain(artifact)
     found = await items(served)
     for key in (("medium", digest), ("image", "b" * 64)):
@@ -232,9 +237,7 @@ async def test_an_artifact_that_another_daemon_has_begun_to_use_since_it_was_lis
     cache, other = tmp_path / "cache", tmp_path / "other"
     other.mkdir()
     url, digest = put_artifact(tmp_path, b"theirs")
-    ours, theirs = (
-        ArtifactCache(cache, each, timeout_s=60, max_mb=1, origins=Origins((tmp_path,))) for each in (tmp_path, other)
-    )
+    ours, theirs = artifact_cache(tmp_path, tmp_path), artifact_cache(tmp_path, other)
     await theirs.obtain(Artifact(url=url, sha256=digest))
     assert not await ours.remove(digest, in_use=lambda: False)
     assert artifact_path(cache, digest).exists()
@@ -250,7 +253,7 @@ async def test_prune_does_not_wait_for_a_build(served: Api, tmp_path: Path) -> N
 async def test_an_artifact_that_is_needed_while_it_is_removed_is_fetched_again(tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     url, digest = put_artifact(tmp_path, b"wanted")
-    artifacts = ArtifactCache(tmp_path / "cache", tmp_path, timeout_s=60, max_mb=1, origins=Origins((tmp_path,)))
+    artifacts = artifact_cache(tmp_path, tmp_path)
     asked = False
 
     def in_use() -> bool:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import trio
 
+from tests.threaded_server import serve_in_threads
 from volant.channel import Address, HybridVsock, VirtioSerial
 from volant.guest import _mux
 from volant.model.agent import AGENT_PORT
@@ -201,11 +202,7 @@ class Port(Way):
                 return
             if not data:
                 return
-            die = False
-            if self._to_guest is not None:
-                die = len(data) >= self._to_guest
-                data = data[: self._to_guest]
-                self._to_guest = None if die else self._to_guest - len(data)
+            data, self._to_guest, die = _until(self._to_guest, data)
             while self._inner is None:
                 await self._changed.wait()
             inner = self._inner
@@ -233,17 +230,23 @@ class Port(Way):
             client = self._client
             if client is None:
                 continue
-            die = False
-            if self._to_host is not None:
-                die = len(data) >= self._to_host
-                data = data[: self._to_host]
-                self._to_host = None if die else self._to_host - len(data)
+            data, self._to_host, die = _until(self._to_host, data)
             try:
                 await client.send_all(data)
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 continue
             if die:
                 await client.aclose()
+
+
+def _until(left: int | None, data: bytes) -> tuple[bytes, int | None, bool]:
+    """Returns what may pass of `data` when `left` bytes may (None: all), how many may then, and whether this was the
+    end."""
+    if left is None:
+        return data, None, False
+    if len(data) >= left:
+        return data[:left], None, True
+    return data, left - len(data), False
 
 
 class Hypervisor(Way):
@@ -282,22 +285,13 @@ class Hypervisor(Way):
         """Serves in threads for the length of a block."""
         self._listener.bind(str(self.path))
         self._listener.listen(BACKLOG)
-        thread = threading.Thread(target=self._accept, daemon=True)
-        thread.start()
+        thread = serve_in_threads(self._listener, self._connect)
         try:
             yield
         finally:
             with self._closing, self._listener:
                 self._listener.shutdown(socket.SHUT_RDWR)
                 thread.join(10)
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                sock, _ = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._connect, args=(sock,), daemon=True).start()
 
     def _connect(self, sock: socket.socket) -> None:
         try:

@@ -7,7 +7,6 @@ import random
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, ExitStack, suppress
 from pathlib import Path
@@ -16,6 +15,7 @@ import msgspec
 import pytest
 import trio
 
+from tests.threaded_server import serve_in_threads
 from volant.channel import AgentClient, AgentUnreachable, Channel, ChannelStream, open_channel
 from volant.host import Host
 from volant.model.agent import EXEC, FILES, HEALTHZ, INFO, MAX_STREAMS
@@ -52,15 +52,8 @@ def loopback() -> Iterator[int]:
         with sock, suppress(OSError):
             handle(sock)
 
-    def accept() -> None:
-        with suppress(OSError):
-            while True:
-                sock, _ = listener.accept()
-                threading.Thread(target=serve, args=(sock,), daemon=True).start()
-
     with socket.create_server(("127.0.0.1", 0), backlog=256) as listener:
-        thread = threading.Thread(target=accept, daemon=True)
-        thread.start()
+        thread = serve_in_threads(listener, serve)
         yield listener.getsockname()[1]
         listener.shutdown(socket.SHUT_RDWR)
         thread.join(10)

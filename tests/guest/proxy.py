@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from tests.threaded_server import serve_in_threads
 from volant.guest._server import Server
 
 PREFIX = b"/api/v1/vms/demo/agent"
@@ -20,15 +21,7 @@ class Behind:
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.base_url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self._open: list[socket.socket] = []
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+        serve_in_threads(self._listener, self._serve)
 
     def _serve(self, client: socket.socket) -> None:
         data = b""

@@ -13,6 +13,7 @@ import pytest
 
 from tests.guest.conftest import Answer, Asker, read_all, read_until
 from tests.ports import free_port
+from tests.threaded_server import serve_in_threads
 from volant.guest._relay import without_hops
 from volant.model import agent as wire
 
@@ -28,13 +29,7 @@ class Upstream:
         self.heads: list[bytes] = []
         self.handler: Handler = lambda sock, rest: None
         self.ended = threading.Event()
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def _run(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                sock, _ = self.listener.accept()
-                threading.Thread(target=self._one, args=(sock,), daemon=True).start()
+        serve_in_threads(self.listener, self._one)
 
     def _one(self, sock: socket.socket) -> None:
         with sock, contextlib.suppress(OSError):

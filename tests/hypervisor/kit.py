@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,17 @@ from volant.hypervisor.qemu import QemuHypervisor, _probe
 HANG = bytes([0xF4, 0xEB, 0xFD])
 RESET = bytes([0xBA, 0xF9, 0x0C, 0, 0, 0xB0, 0x06, 0xEE]) + HANG  # 6 to port 0xCF9
 POWEROFF = bytes([0x66, 0xBA, 0x04, 0x06, 0x66, 0xB8, 0x00, 0x20, 0x66, 0xEF]) + HANG  # S5 to PM1a control of q35
+
+
+@contextmanager
+def passable_directory() -> Iterator[Path]:
+    """Makes a directory that other users can pass through and not list, for the length of a block."""
+    path = Path(tempfile.mkdtemp(prefix="vt", dir="/tmp"))
+    path.chmod(0o711)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
 
 
 def kernel(code: bytes) -> bytes:

@@ -9,7 +9,6 @@ import errno
 import os
 import shutil
 import socket
-import tempfile
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ import pytest
 import trio
 
 from tests.hypervisor.intruder import DENIED, PYTHON, tries
-from tests.hypervisor.kit import real_qemu, tiny_spec
+from tests.hypervisor.kit import passable_directory, real_qemu, tiny_spec
 from tests.hypervisor.test_checkpoint import COUNTS, clone, nobody
 from volant.host import Host, ProcessStatus, _procfs
 from volant.hypervisor import Disk, MachineSpec, Nic, Template
@@ -37,11 +36,9 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="users of their own are g
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """The place of a daemon's directories, which other users can pass through and not list."""
-    top = Path(tempfile.mkdtemp(prefix="vt", dir="/tmp"))
-    top.chmod(0o711)
-    yield top
-    shutil.rmtree(top)
+    """The place of a daemon's directories."""
+    with passable_directory() as path:
+        yield path
 
 
 @pytest.fixture

@@ -80,6 +80,11 @@ class GatedHost(ClockHost, LinuxThreads):
         return await super().run(gated, *args)
 
 
+def full_error() -> None:
+    """For `GatedHost.before`: fails as SQLite does when the disk is full."""
+    raise apsw.FullError("database or disk is full")
+
+
 class Bench:
     """A running journal."""
 

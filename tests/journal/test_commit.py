@@ -15,7 +15,7 @@ import trio
 
 from actors import ActorDown
 from actors.testing import kill
-from tests.journal.kit import Bench, GatedHost, events_after, running, take, types
+from tests.journal.kit import Bench, GatedHost, events_after, full_error, running, take, types
 from volant.journal import (
     CommitSteps,
     DatabaseRefused,
@@ -273,11 +273,7 @@ async def test_a_full_disk_is_a_503_and_loses_nothing(path: Path) -> None:
 async def test_sqlites_own_word_for_a_full_disk_is_journal_full(path: Path) -> None:
     host = GatedHost()
     async with running(path, host=host) as bench:
-
-        def full() -> None:
-            raise apsw.FullError("database or disk is full")
-
-        host.before = full
+        host.before = full_error
         with pytest.raises(Problem) as refusal:
             await bench.create("demo")
         assert (refusal.value.status, refusal.value.code) == (503, "journal-full")

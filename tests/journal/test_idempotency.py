@@ -14,7 +14,7 @@ import trio
 
 from actors import ActorDown, Request
 from actors.testing import kill
-from tests.journal.kit import Bench, ClockHost, GatedHost, running
+from tests.journal.kit import Bench, ClockHost, GatedHost, full_error, running
 from volant.journal import (
     CommitSteps,
     CreateRow,
@@ -150,11 +150,7 @@ async def test_of_duplicates_in_one_transaction_one_is_carried_out(path: Path) -
 async def test_a_commit_that_fails_stores_nothing(path: Path) -> None:
     host = GatedHost()
     async with running(path, host=host) as bench:
-
-        def full() -> None:
-            raise apsw.FullError("full")
-
-        host.before = full
+        host.before = full_error
         with pytest.raises(Problem, match="full"):
             await bench.ask(create("demo", "k"))
         host.before = None

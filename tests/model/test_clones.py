@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.model.test_decide import ANYTHING, NOW, PROCESS, WHY, create, outcome, see, settle
+from tests.model.kit import ANYTHING, LAUNCHED, NOW, PROCESS, WHY, create, outcome, see, settle
 from volant.model import (
     AgentAnswered,
     Cleared,
@@ -16,7 +16,6 @@ from volant.model import (
     EndKind,
     ImageReady,
     Kill,
-    Launched,
     Phase,
     PrepareImage,
     Problem,
@@ -31,7 +30,6 @@ from volant.model import (
 )
 
 CLONE = ImageReady("digest", "volant-tag", template="t")
-LAUNCHED = Launched(PROCESS, "qemu", "tcg")
 
 
 def cloning(*seen: Seen, **fields: object) -> VmRow:

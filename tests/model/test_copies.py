@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from tests.model.test_decide import NOW, PROCESS, WHY, create, see
+from tests.model.kit import LAUNCHED, NOW, WHY, create, see
 from volant.model import (
     AgentAnswered,
     Cleared,
@@ -15,7 +15,6 @@ from volant.model import (
     EndKind,
     ForkVm,
     ImageReady,
-    Launched,
     Origin,
     PrepareImage,
     Problem,
@@ -34,7 +33,6 @@ from volant.model import (
 )
 
 READY = ImageReady("digest", "volant-tag", template="fork-a", origin=Origin("fork", "demo", 7, paused_ms=3.5))
-LAUNCHED = Launched(PROCESS, "qemu", "tcg")
 
 
 def copy(*seen: Seen, **fields: object) -> VmRow:

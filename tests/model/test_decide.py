@@ -2,43 +2,30 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-
-import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.model.kit import ANYTHING, LAUNCHED, NOW, PROCESS, WHY, create, outcome, see, settle
 from volant.model import (
-    BASE,
     GUEST_SHUTDOWN,
     TRANSITIONS,
-    AgentAnswered,
     AskStop,
-    AwaitAgent,
     Cleared,
     Command,
     CommandRequest,
-    CreateVm,
     Desired,
-    Effect,
     Ended,
     EndKind,
     Hold,
     ImageReady,
     Kill,
-    Launch,
-    Launched,
     Pause,
     Paused,
     Phase,
-    PrepareImage,
     Problem,
-    ProcessIdentity,
     Reason,
     Released,
-    Remove,
-    Removed,
     RestartDue,
     RestartLater,
     Resume,
@@ -50,62 +37,8 @@ from volant.model import (
     Woke,
     decide,
     effect_of,
-    new_row,
     settled,
 )
-
-NOW = datetime(2026, 1, 2, tzinfo=UTC)
-PROCESS = ProcessIdentity(42, 1000, "boot", "volant-tag")
-WHY = Reason("why", "because")
-
-
-def create(**fields: object) -> VmRow:
-    request = msgspec.convert({"name": "demo", "cpu_cores": 1, "memory_mb": 128, **fields}, CreateVm)
-    return new_row(request, BASE, vm_id=7, now=NOW)
-
-
-def outcome(effect: Effect) -> Seen:
-    """What a step that goes well reports."""
-    match effect:
-        case PrepareImage():
-            return ImageReady("digest", "volant-tag")
-        case Launch():
-            return Launched(PROCESS, "qemu", "tcg")
-        case AwaitAgent():
-            return AgentAnswered()
-        case Pause():
-            return Paused()
-        case Resume():
-            return Resumed()
-        case AskStop():
-            return Ended(EndKind.SHUTDOWN, WHY)
-        case Kill():
-            return Cleared()
-        case Remove():
-            return Removed()
-        case RestartLater():
-            return RestartDue()
-        case Hold():
-            return Released()
-
-
-def see(row: VmRow, *seen: Seen, held: bool = False) -> VmRow:
-    """The row after all of `seen`; the VM must still exist."""
-    for each in seen:
-        for step in decide(row, each, NOW, held=held):
-            assert step.row is not None
-            row = step.row
-    return row
-
-
-def settle(row: VmRow | None) -> VmRow | None:
-    """Let every step go well until the VM is at rest, or gone."""
-    for _ in range(40):
-        if row is None or (effect := effect_of(row)) is None:
-            return row
-        for step in decide(row, outcome(effect), NOW):
-            row = step.row
-    raise AssertionError(f"{row} does not come to rest")
 
 
 def running(**fields: object) -> VmRow:
@@ -160,7 +93,7 @@ def test_a_guest_that_ignores_the_request_is_killed_after_the_grace() -> None:
 @pytest.mark.parametrize("command", [Command.STOP, Command.DELETE])
 @pytest.mark.parametrize(
     "so_far",
-    [(), (ImageReady("d", "volant-tag"),), (ImageReady("d", "volant-tag"), Launched(PROCESS, "qemu", "tcg"))],
+    [(), (ImageReady("d", "volant-tag"),), (ImageReady("d", "volant-tag"), LAUNCHED)],
 )
 def test_a_command_works_at_every_step_of_a_boot(command: Command, so_far: tuple[Seen, ...]) -> None:
     row = see(create(), Woke(None), *so_far)
@@ -410,24 +343,6 @@ def test_an_actor_that_starts_in_a_pause_or_a_resume_continues_it() -> None:
     for row in (see(running(), CommandRequest(Command.PAUSE)), see(paused(), CommandRequest(Command.RESUME)), paused()):
         assert decide(row, Woke(PROCESS), NOW) == ()
         assert statuses(row, Woke(None)) == ["crashed"]
-
-
-REASONS = st.just(WHY)
-ANYTHING: st.SearchStrategy[Seen] = st.one_of(
-    st.builds(CommandRequest, st.sampled_from(Command), st.sampled_from([0.0, 10.0])),
-    st.builds(Woke, st.sampled_from([None, PROCESS])),
-    st.just(ImageReady("digest", "volant-tag")),
-    st.just(Launched(PROCESS, "qemu", "tcg")),
-    st.just(AgentAnswered()),
-    st.just(Paused()),
-    st.builds(Resumed, st.sampled_from([None, WHY])),
-    st.builds(StepFailed, REASONS),
-    st.builds(Ended, st.sampled_from(EndKind), REASONS),
-    st.just(Cleared()),
-    st.just(Removed()),
-    st.just(RestartDue()),
-    st.just(Released()),
-)
 
 
 def due(row: VmRow) -> None:

@@ -71,6 +71,22 @@ def workload(**members: Any) -> dict[str, Any]:
     return {"workload": {**WORKLOAD, **members}}
 
 
+BAD_PATHS = [
+    "shot",
+    "/a b",
+    "/a\r\nX: y",
+    "/ä",
+    "/a?b=c",
+    "/a#b",
+    "/a\\b",
+    "/a%2",
+    "/a/../b",
+    "/a/%2e%2E",
+    "/.",
+    "/a%2F..",
+    "/" + "a" * 1024,
+]
+
 BAD: list[tuple[str, dict[str, Any]]] = [
     ("name", {"name": "Web"}),
     ("surplus", {"surplus": 1}),
@@ -103,19 +119,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("workload", {"actions": {"shot": {"path": "/"}}}),
     ("workload.port", {"workload": {"entrypoint": ["x"]}, "actions": {"shot": {"path": "/"}}}),
     ("workload.port", {"workload": {"entrypoint": ["x"]}, "openapi": "/openapi.json"}),
-    ("actions.shot.path", action(path="shot")),
-    ("actions.shot.path", action(path="/a b")),
-    ("actions.shot.path", action(path="/a\r\nX: y")),
-    ("actions.shot.path", action(path="/ä")),
-    ("actions.shot.path", action(path="/a?b=c")),
-    ("actions.shot.path", action(path="/a#b")),
-    ("actions.shot.path", action(path="/a\\b")),
-    ("actions.shot.path", action(path="/a%2")),
-    ("actions.shot.path", action(path="/a/../b")),
-    ("actions.shot.path", action(path="/a/%2e%2E")),
-    ("actions.shot.path", action(path="/.")),
-    ("actions.shot.path", action(path="/a%2F..")),
-    ("actions.shot.path", action(path="/" + "a" * 1024)),
+    *(("actions.shot.path", action(path=path)) for path in BAD_PATHS),
     ("actions.shot.method", action(method="HEAD")),
     ("actions.shot.timeout_s", action(timeout_s=0)),
     ("actions.shot.timeout_s", action(timeout_s=601)),

@@ -30,7 +30,7 @@ from volant.model import (
 )
 from volant.model._network import MAX_PORTS, capacity_of, mac_of, parse_port, parse_ports
 
-from .test_decide import NOW
+from .kit import NOW
 
 ONE, OTHER = "0123456789", "fedcba9876"
 instances = st.from_regex(r"[0-9a-f]{10}", fullmatch=True)

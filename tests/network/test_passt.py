@@ -14,7 +14,7 @@ import msgspec
 import pytest
 import trio
 
-from tests.model.test_decide import create
+from tests.model.kit import create
 from volant.host import Host
 from volant.hypervisor.qemu._sandbox import user_of
 from volant.model import Lease, PublishedPort, VmRow, user_lease

@@ -24,6 +24,7 @@ import trio
 
 from actors.testing import FaultReport, Simulation, kill, simulate
 from tests.simulated import Answer, Unreachable, World, simulated_world
+from tests.simulated.machine import Machine
 from tests.simulated.qemu import SimQemu
 from volant.model import TRANSITIONS, Status, VmRow, settled
 from volant.model.agent import IDENTITY_NETWORK_SINCE
@@ -176,7 +177,7 @@ class Scenario:
         await self._make_network()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.follower.run)
-            nursery.start_soon(self._watch_processes)
+            nursery.start_soon(watch_processes, self.world.machine)
             async with trio.open_nursery() as people:
                 for operator in self.operators:
                     people.start_soon(operator.run, lambda: self.over)
@@ -276,13 +277,6 @@ class Scenario:
             kill(system, path)
         except KeyError:
             pass  # It is deleted, or does not run at the moment.
-
-    async def _watch_processes(self) -> None:
-        """Checks all the time: at most one hypervisor for each VM, and each has an owner."""
-        while True:
-            await self.world.machine.changed.wait()
-            owners = [owner(qemu) for qemu in self.world.machine.running()]
-            assert len(owners) == len(set(owners)), f"two hypervisors for one VM, or for one template: {owners}"
 
     # Rest
 
@@ -543,6 +537,14 @@ def owner(qemu: SimQemu) -> str:
         # A VM has claimed it from the warm pool.
         return qemu.directory.name
     return tag if tag.startswith(("s.", "t.")) else tag.partition(".")[0]
+
+
+async def watch_processes(machine: Machine) -> None:
+    """Checks all the time: at most one hypervisor for each VM, and each has an owner."""
+    while True:
+        await machine.changed.wait()
+        owners = [owner(qemu) for qemu in machine.running()]
+        assert len(owners) == len(set(owners)), f"two hypervisors for one VM, or for one template: {owners}"
 
 
 def _builds(daemon: Any) -> bool:

@@ -13,7 +13,7 @@ import trio
 from actors.testing import Simulation, allow_real, simulate
 from tests.simulated import Unreachable, World, simulated_world
 from tests.simulation.kit import JSON
-from tests.simulation.scenario import owner
+from tests.simulation.scenario import owner, watch_processes
 from volant.model import settled
 
 SYSTEM = "/api/v1/system"
@@ -34,7 +34,7 @@ class BackupScenario:
     async def run(self) -> None:
         await self.world.start_daemon()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._watch_processes)
+            nursery.start_soon(watch_processes, self.world.machine)
             for _ in range(30):
                 await self.rng.choice([self._make, self._make, self._take, self._restore, self._prune, self._change])()
                 await self._revive()
@@ -126,12 +126,6 @@ class BackupScenario:
     async def _prune(self) -> None:
         answer = await self._ask("POST", f"{SYSTEM}/prune?kind=log,leftover,disk,database")
         assert answer is None or answer.status in (200, 503), answer
-
-    async def _watch_processes(self) -> None:
-        while True:
-            await self.world.machine.changed.wait()
-            owners = [owner(qemu) for qemu in self.world.machine.running()]
-            assert len(owners) == len(set(owners)), f"two hypervisors for one VM: {owners}"
 
     async def _come_to_rest(self) -> None:
         """Nobody runs without a row, as no VM was let go with `replace`; everything is what it should be."""

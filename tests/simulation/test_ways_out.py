@@ -31,6 +31,11 @@ async def wait_for(world: World, status: str) -> Any:
     return answer.json()
 
 
+async def running(world: World) -> Any:
+    await create(world)
+    return await wait_for(world, "running")
+
+
 async def look(world: World) -> Any:
     return (await world.request("GET", "/api/v1/vms/demo/inspect")).json()["actor"]["actor"]
 
@@ -103,8 +108,7 @@ def test_a_hypervisor_that_hangs_at_its_start_is_abandoned(tmp_path: Path) -> No
 
 def test_a_guest_that_ignores_its_stop_is_killed_after_its_grace(tmp_path: Path) -> None:
     async def story(world: World) -> None:
-        await create(world)
-        await wait_for(world, "running")
+        await running(world)
         began = trio.current_time()
         await world.request("POST", "/api/v1/vms/demo/stop?grace=20s")
         assert (await step(world, "AskStop"))["limit_s"] == 20
@@ -116,8 +120,7 @@ def test_a_guest_that_ignores_its_stop_is_killed_after_its_grace(tmp_path: Path)
 
 def test_a_process_that_outlives_its_kill_is_killed_until_it_is_gone(tmp_path: Path) -> None:
     async def story(world: World) -> None:
-        await create(world)
-        await wait_for(world, "running")
+        await running(world)
         await world.request("POST", "/api/v1/vms/demo/stop?grace=0s")
         assert (await step(world, "Kill"))["limit_s"] == 30
         await trio.sleep(35)
@@ -130,8 +133,7 @@ def test_a_process_that_outlives_its_kill_is_killed_until_it_is_gone(tmp_path: P
 
 def test_a_process_is_killed_once_the_host_has_descriptors_again(tmp_path: Path) -> None:
     async def story(world: World) -> None:
-        await create(world)
-        await wait_for(world, "running")
+        await running(world)
         processes = world.daemon.host.processes
         # More than an actor may crash.
         refusals = [OSError(errno.EMFILE, "Too many open files")] * 10
@@ -154,8 +156,7 @@ def test_a_process_is_killed_once_the_host_has_descriptors_again(tmp_path: Path)
 
 def test_a_hanging_hypervisor_is_killed_with_a_reason(tmp_path: Path) -> None:
     async def story(world: World) -> None:
-        await create(world)
-        vm = await wait_for(world, "running")
+        vm = await running(world)
         await trio.sleep(1000)
         assert (await world.request("GET", "/api/v1/vms/demo")).json()["pid"] == vm["pid"]
         world.machine.running()[0].frozen = True
@@ -172,8 +173,7 @@ def test_a_hanging_hypervisor_is_killed_with_a_reason(tmp_path: Path) -> None:
 
 def test_a_hypervisor_that_hangs_for_a_moment_is_left_alone(tmp_path: Path) -> None:
     async def story(world: World) -> None:
-        await create(world)
-        vm = await wait_for(world, "running")
+        vm = await running(world)
         qemu = world.machine.running()[0]
         for _ in range(4):
             qemu.frozen = True
@@ -199,8 +199,7 @@ def test_closing_a_log_is_retried_and_the_vm_is_deleted(tmp_path: Path, monkeypa
 
     async def story(world: World) -> None:
         nonlocal full
-        await create(world)
-        await wait_for(world, "running")
+        await running(world)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(world.request, "DELETE", "/api/v1/vms/demo")
             await trio.sleep(50)

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from tests.vm.kit import vm_settings
 from volant.hypervisor.qemu._argv import build_argv
 from volant.hypervisor.qemu._parse_argv import parse_argv
 from volant.model import (
@@ -44,14 +45,7 @@ def settings(tmp_path: Path) -> VmSettings:
         (image / name).write_bytes(b"x")
     record = {"min_memory_mb": 96, "kernel_parameters": ["quiet", "random=1"], "protocol": 1, "kernel_version": "6"}
     (image / "image.json").write_text(json.dumps({**record, "kernel": {"size": 1}, "initramfs": {"size": 1}}))
-    return VmSettings(
-        runtime_dir=Path("/run"),
-        cache_dir=tmp_path,
-        memory_dir=Path("/shm"),
-        disk_dir=Path("/disks"),
-        template_dir=Path("/templates"),
-        snapshot_dir=Path("/snapshots"),
-    )
+    return vm_settings(tmp_path)
 
 
 def launched(boot: Boot | None, image: str, cmdline: str, **fields: Any) -> VmRow:

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import trio
 
-from tests.model.test_decide import create
+from tests.model.kit import create
 from volant.hypervisor import HypervisorError
 from volant.model import VmRow, user_lease
 from volant.vm._network import VmNetworks

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from tests.vm.kit import vm_settings
 from volant.hypervisor import Disk
 from volant.images import artifact_path
 from volant.model import Artifact, Boot, CreateVm, Manifest, VmRow, new_row, view
@@ -17,14 +18,7 @@ from volant.vm._machine_spec import machine_spec, uses_image
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 CACHE = Path("/cache")
-SETTINGS = VmSettings(
-    runtime_dir=Path("/run"),
-    cache_dir=CACHE,
-    memory_dir=Path("/shm"),
-    disk_dir=Path("/state/disks"),
-    template_dir=Path("/state/templates"),
-    snapshot_dir=Path("/state/snapshots"),
-)
+SETTINGS = vm_settings(CACHE)
 OPERATOR = {"kernel": Path("/operator/kernel"), "initramfs": Path("/operator/initramfs")}
 PARTS = ("kernel", "initramfs")
 
