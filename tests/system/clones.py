@@ -44,7 +44,7 @@ async def who(client: Client, name: str) -> Who:
     """Reads the identity of a running clone."""
     with trio.fail_after(_ASK_S):
         async with client.vms.exec_session(name, ["sh", "-c", _SCRIPT]) as session:
-            lines = _Lines(session)
+            lines = Lines(session)
             said = [await lines.next() for _ in range(6)]
             measured = [await _clock(session, lines) for _ in range(_CLOCK_TRIES)]
     way, off = min(measured)
@@ -52,7 +52,7 @@ async def who(client: Client, name: str) -> Who:
     return Who(uuid, boot_id, machine_id, hostname, urandom, json.loads(clone), clock_off_s=off, clock_way_s=way)
 
 
-async def _clock(session: ExecSession, lines: _Lines) -> tuple[float, float]:
+async def _clock(session: ExecSession, lines: Lines) -> tuple[float, float]:
     """Returns the seconds of a round trip, and by how many the guest's clock was ahead in its middle."""
     sent = time.time()
     await session.send(b"\n")
@@ -61,7 +61,7 @@ async def _clock(session: ExecSession, lines: _Lines) -> tuple[float, float]:
     return way, shown - sent - way / 2
 
 
-class _Lines:
+class Lines:
     """Returns the lines that a command prints."""
 
     def __init__(self, session: ExecSession) -> None:

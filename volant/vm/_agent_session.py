@@ -113,7 +113,8 @@ class AgentSession:
     async def run(self) -> None:
         """Keeps the session until cancelled."""
         async with self.connection.open(), trio.open_nursery() as nursery:
-            nursery.start_soon(self._keep_clock)
+            if not self.configured:
+                nursery.start_soon(self.clock.repair, self._limits.clocks)
             if self._workload is not None:
                 nursery.start_soon(self._keep_workload)
             if self._peers.can_change:
@@ -219,10 +220,6 @@ class AgentSession:
     def _set_configured(self, link: int | None) -> None:
         self.configured, self._configured_link = True, link
         self._identity_assigned.set()
-
-    async def _keep_clock(self) -> None:
-        await self._identity_assigned.wait()
-        await self.clock.repair(self._limits.clocks)
 
     async def _keep_hosts(self) -> None:
         await self._identity_assigned.wait()

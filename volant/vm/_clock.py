@@ -40,6 +40,7 @@ class GuestClock:
         self._connection = connection
         self._lock = trio.Lock()
         self._is_exact = True
+        self._may_be_repaired = trio.Event()
 
     def now_ns(self) -> int:
         """Returns the host's time, in nanoseconds since 1970."""
@@ -51,6 +52,11 @@ class GuestClock:
         :raises AgentUnreachable: it can't be reached in time. :raises AgentProtocolError: it refuses.
         """
         await self._once_reachable(self._set)
+
+    def doubt(self) -> None:
+        """Lets `repair` set the clock of a guest that has booted: the hardware's clock has whole seconds."""
+        self._is_exact = False
+        self._may_be_repaired.set()
 
     async def step(self, behind_s: float) -> None:
         """Moves the clock of a guest that was paused for `behind_s` seconds, in one request. Raises as `set`."""
@@ -70,12 +76,14 @@ class GuestClock:
         if not 0 <= behind_ns <= _EXACT_NS:
             # The guest has run the code on the way by now, so the next way takes a third of the first.
             await self._set(FIRST_TRIES, behind_ns // 6)
+        self._may_be_repaired.set()
 
     async def repair(self, limiter: trio.CapacityLimiter) -> None:
-        """Sets the clock again while it is not exact, as after a clone on a busy host.
+        """Corrects the clock of a guest that has begun to run, until it is exact: at first, the host may be too busy.
 
         One guest at a time, and with growing pauses, so that this does not keep the host busy.
         """
+        await self._may_be_repaired.wait()
         backoff = Backoff(_REPAIR_S, _REPAIR_MAX_S)
         for _ in range(_REPAIRS):
             if self._is_exact:
@@ -83,7 +91,7 @@ class GuestClock:
             await backoff.pause()
             with suppress(AgentUnreachable, AgentProtocolError):
                 async with self._connection.limited(limiter):
-                    await self.set()
+                    await self._correct()
 
     async def _once_reachable(self, send: Callable[[], Awaitable[None]]) -> None:
         with trio.move_on_after(_REACHABLE_S):
@@ -96,11 +104,15 @@ class GuestClock:
     async def _set(self, tries: int = _TRIES, lead_ns: int = 0) -> None:
         """`lead_ns`: how long the way there will take, as far as is known."""
         async with self._lock:
-            self._is_exact = await self._measure(tries, max(0, min(lead_ns, _MAX_LEAD_NS)))
+            time_ns = self.now_ns() + max(0, min(lead_ns, _MAX_LEAD_NS))
+            self._is_exact = await self._measure(tries, {"time_ns": time_ns})
 
-    async def _measure(self, tries: int, lead_ns: int) -> bool:
-        """Whether the clock is exact afterwards."""
-        request = {"time_ns": self.now_ns() + lead_ns}
+    async def _correct(self) -> None:
+        async with self._lock:
+            self._is_exact = await self._measure(_TRIES, {"step_ns": 0})
+
+    async def _measure(self, tries: int, request: dict[str, int]) -> bool:
+        """Whether the clock is exact afterwards. `request`: the first one."""
         shortest_ns = IDENTITY_S * 1e9
         for _ in range(tries):
             sent_ns = self.now_ns()

@@ -286,6 +286,7 @@ class Steps:
             if row.layer:
                 await agent.root_mounted()
             await agent.configure()
+            agent.clock.doubt()
 
     async def _pause(self) -> Seen:
         try:
