@@ -50,6 +50,8 @@ devpts /dev/pts devpts nosuid,noexec,gid=5,mode=0620,ptmxmode=0666 0 0
 tmpfs /dev/shm tmpfs nosuid,nodev,mode=1777 0 0
 cgroup2 /sys/fs/cgroup cgroup2 nosuid,nodev,noexec,nsdelegate 0 0
 """
+_DEBUGFS = "/sys/kernel/debug"
+_DEBUGFS_MOUNT = f"debugfs {_DEBUGFS} debugfs nosuid,nodev,noexec,mode=0700 0 0\n"
 _VIRTIO_MODULES = {2: "virtio_blk", 4: "virtio_rng", 19: "vmw_vsock_virtio_transport"}
 _VIRTIO_NET = 1
 _VIRTIO_BALLOON = 5
@@ -60,6 +62,9 @@ _QUIET = {
     "vm/stat_interval": "60",  # each second
 }
 """Settings of the kernel below /proc/sys that stop timers which would wake an idle guest."""
+_FAIR_SERVERS = f"{_DEBUGFS}/sched/fair_server"
+"""The time that the scheduler reserves beside real-time programs, for each processor. Whatever wakes an idle guest
+starts a timer for it, which wakes the guest again a second later."""
 _PVPANIC = ("0x1b36", "0x0011")
 _PVPANIC_ISA = "QEMU0001"
 """Of machines without PCI, and not only of ISA."""
@@ -192,7 +197,7 @@ def _finish_setup() -> None:
         _load(modules + [_VIRTIO_MODULES[number] for number in sorted(present) if number in _VIRTIO_MODULES])
         for path in ("/dev/pts", "/dev/shm"):
             os.makedirs(path, exist_ok=True)
-        _mount(_LATER_MOUNTS)
+        _mount(_LATER_MOUNTS + (_DEBUGFS_MOUNT if os.path.lexists(_DEBUGFS) else ""))
         for link, target in (("fd", "fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")):
             if not os.path.lexists(f"/dev/{link}"):
                 os.symlink(f"/proc/self/{target}", f"/dev/{link}")
@@ -216,15 +221,16 @@ def _finish_setup() -> None:
 
 
 def _quiet_timers() -> None:
-    """Sets `_QUIET`, except for what the kernel's command line sets."""
+    """Sets `_QUIET`, except for what the kernel's command line sets, and reserves no time beside real-time programs."""
     chosen = {word.partition("=")[0].replace(".", "/") for word in kernel_parameters()}
-    for name, value in _QUIET.items():
-        if f"sysctl/{name}" not in chosen:
-            try:
-                with open(f"/proc/sys/{name}", "w") as handle:
-                    handle.write(value)
-            except OSError:
-                pass  # another kernel
+    wanted = {f"/proc/sys/{name}": value for name, value in _QUIET.items() if f"sysctl/{name}" not in chosen}
+    wanted |= {f"{_FAIR_SERVERS}/{cpu}/runtime": "0" for cpu in _list(_FAIR_SERVERS)}
+    for path, value in wanted.items():
+        try:
+            with open(path, "w") as handle:
+                handle.write(value)
+        except OSError:
+            pass  # another kernel
 
 
 def _load(modules: list[str], parameters: dict[str, list[str]] | None = None) -> None:
