@@ -1,4 +1,4 @@
-"""`python -m tests.bench [NAME…]` prints one figure a line.
+"""`python -m tests.bench [NAME…]` prints one figure a line; without a name it runs all but idle_fleet and clock_drift.
 
 Quote the ratios of one run, and an absolute figure only with its machine. Nothing else should run meanwhile: the sides
 of a pair alternate, which evens out a drift, but not a burst.
@@ -17,6 +17,7 @@ import trio
 
 from ._adoption import adoption
 from ._boot import create_to_agent
+from ._clock_drift import clock_drift
 from ._clones import creates_at_once, many_clones
 from ._commands import daemon_start, volar_list
 from ._events import event_streams, unread_stream
@@ -25,6 +26,7 @@ from ._first_exec import create_first_exec
 from ._fork import fork_chromium
 from ._hostile_guest import hostile_guest
 from ._idle import idle
+from ._idle_fleet import VMS, idle_fleet
 from ._journal import journal, vmlog
 from ._network import network
 from ._networked_clone import networked_clone
@@ -37,9 +39,11 @@ from ._world import Skipped
 
 Bench = Callable[[], Awaitable[list[Figure]]]
 
+_ONLY_NAMED = {"idle_fleet", "clock_drift"}
+"""They take as long as they are told to, so they run only if they are named."""
 _TOTAL_S = 780.0
 _BENCH_S = 180.0
-"""In addition to the time for which many clones idle."""
+"""In addition to the time for which VMs idle, and to a second for each VM that idle_fleet has more than usual."""
 
 
 def main() -> int:
@@ -54,6 +58,8 @@ def main() -> int:
         "fork_chromium": fork_chromium,
         "adoption": adoption,
         "idle": idle,
+        "idle_fleet": idle_fleet,
+        "clock_drift": clock_drift,
         "daemon_start": daemon_start,
         "volar_list": volar_list,
         "get_vm": get_vm,
@@ -70,9 +76,10 @@ def main() -> int:
         "networked_clone": networked_clone,
     }
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(benches)}; all by default")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(benches)}")
     parser.add_argument("--pairs", type=int, default=5, metavar="N", help="boots of each side (default: 5)")
-    parser.add_argument("--idle", type=float, default=60.0, metavar="S", help="idle time of many clones (default: 60)")
+    parser.add_argument("--idle", type=float, default=60.0, metavar="S", help="idle time of VMs (default: 60)")
+    parser.add_argument("--vms", type=int, default=VMS, metavar="N", help=f"VMs of idle_fleet (default: {VMS})")
     parser.add_argument("--check", action="store_true", help="fail when a target is missed")
     options = parser.parse_args()
     if unknown := set(options.names) - set(benches):
@@ -81,11 +88,14 @@ def main() -> int:
         parser.error("--pairs must be at least 1")
     benches["create_to_agent"] = partial(create_to_agent, options.pairs)
     benches["many_clones"] = partial(many_clones, options.idle)
-    wanted = {name: bench for name, bench in benches.items() if not options.names or name in options.names}
-    return trio.run(_run, wanted, options.check, options.idle)
+    benches["idle_fleet"] = partial(idle_fleet, options.vms, options.idle)
+    benches["clock_drift"] = partial(clock_drift, options.idle)
+    names = set(options.names) or benches.keys() - _ONLY_NAMED
+    wanted = {name: bench for name, bench in benches.items() if name in names}
+    return trio.run(_run, wanted, options.check, options.idle + max(0, options.vms - VMS))
 
 
-async def _run(benches: dict[str, Bench], check: bool, idle_s: float) -> int:
+async def _run(benches: dict[str, Bench], check: bool, more_s: float) -> int:
     """Runs them one after the other until a signal; returns the exit code."""
     code = 130
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
@@ -97,18 +107,18 @@ async def _run(benches: dict[str, Bench], check: bool, idle_s: float) -> int:
                     nursery.cancel_scope.cancel()
 
             nursery.start_soon(watch)
-            code = await _run_all(benches, check, idle_s)
+            code = await _run_all(benches, check, more_s)
             nursery.cancel_scope.cancel()
     return code
 
 
-async def _run_all(benches: dict[str, Bench], check: bool, idle_s: float) -> int:
+async def _run_all(benches: dict[str, Bench], check: bool, more_s: float) -> int:
     failed = False
     began = time.monotonic()
-    with trio.move_on_after(_TOTAL_S + idle_s) as total:
+    with trio.move_on_after(_TOTAL_S + more_s) as total:
         for name, bench in benches.items():
             try:
-                with trio.fail_after(_BENCH_S + idle_s):
+                with trio.fail_after(_BENCH_S + more_s):
                     figures = await bench()
                 for figure in figures:
                     print(figure, flush=True)
@@ -117,12 +127,12 @@ async def _run_all(benches: dict[str, Bench], check: bool, idle_s: float) -> int
                 print(f"{name} skipped: {why}", flush=True)
             except trio.TooSlowError:
                 failed = True
-                print(f"{name} failed: it took longer than {_BENCH_S + idle_s:.0f} s", file=sys.stderr, flush=True)
+                print(f"{name} failed: it took longer than {_BENCH_S + more_s:.0f} s", file=sys.stderr, flush=True)
             except Exception as error:
                 failed = True
                 print(f"{name} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
     if total.cancelled_caught:
-        print(f"the rest was left out after {_TOTAL_S + idle_s:.0f} s", file=sys.stderr)
+        print(f"the rest was left out after {_TOTAL_S + more_s:.0f} s", file=sys.stderr)
         return 1
     print(f"{time.monotonic() - began:.0f} s in all", file=sys.stderr)
     return 1 if failed else 0

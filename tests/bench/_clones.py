@@ -160,9 +160,10 @@ async def _clients(daemon: Daemon, count: int) -> AsyncIterator[list[httpx.Async
         yield clients
 
 
-async def create(http: httpx.AsyncClient, name: str, boot: str) -> dict[str, Any]:
-    """Creates a VM and asks its agent; returns the VM. :raises RuntimeError: if it is not a clone"""
-    body = {"name": name, "cpu_cores": WANTED.cpu_cores, "memory_mb": WANTED.memory_mb, "boot": boot}
+async def create(http: httpx.AsyncClient, name: str, boot: str, network: str = "none") -> dict[str, Any]:
+    """Creates a VM and asks its agent; returns the VM. :raises RuntimeError: if it did not begin as `boot` says"""
+    body: dict[str, object] = {"name": name, "cpu_cores": WANTED.cpu_cores, "memory_mb": WANTED.memory_mb}
+    body |= {"boot": boot, "network": network}
     made = await http.post(f"/api/v1/vms?wait=running&timeout={BOOT_S:.0f}s", json=body, timeout=2 * BOOT_S)
     info = await http.get(f"/api/v1/vms/{name}/agent/v1/info", timeout=BOOT_S)
     vm: dict[str, Any] = made.json()

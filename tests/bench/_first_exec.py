@@ -48,9 +48,9 @@ async def create_first_exec(rounds: int = 15, cold_rounds: int = 3) -> list[Figu
                     began = time.perf_counter()
                     made = await http.post(f"/api/v1/vms?wait=running&timeout={BOOT_S:.0f}s", json=body, timeout=BOOT_S)
                     ran = time.perf_counter()
-                    await _exec(http, f"exec{number}")
+                    await execute(http, f"exec{number}")
                     answered = time.perf_counter()
-                    await _exec(http, f"exec{number}")
+                    await execute(http, f"exec{number}")
                     again = time.perf_counter()
                     if made.headers.get("volant-wait") != "met":
                         raise RuntimeError(f"the VM did not come to run: {made.text}")
@@ -72,7 +72,8 @@ async def create_first_exec(rounds: int = 15, cold_rounds: int = 3) -> list[Figu
     return figures
 
 
-async def _exec(http: httpx.AsyncClient, name: str) -> None:
+async def execute(http: httpx.AsyncClient, name: str) -> None:
+    """Runs a command in a VM that does nothing. :raises RuntimeError: if it does not run"""
     answer = await http.post(f"/api/v1/vms/{name}/agent/v1/exec", json=_COMMAND, timeout=BOOT_S)
     if answer.status_code != 200 or '"exit_code"' not in answer.text:
         raise RuntimeError(f"no command ran in {name}: {answer.text}")
