@@ -257,7 +257,7 @@ class Stream:
                     self._put.close()
 
         try:
-            await daemon.app.asgi_app(scope, receive, send)
+            await daemon.app(scope, receive, send)
         except* DaemonDied:
             pass
         finally:

@@ -2,56 +2,29 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
-from quart import Response, request
-from quart_trio import QuartTrio
-from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+import trio
 
 from volant import agui, mcp
 from volant.concurrency import FairShare
-from volant.http import Limits, Middleware, internal_error, problem_body, too_large
-from volant.model import Problem
+from volant.host import Host
+from volant.http import AsgiApp, Limits, Middleware
 from volant.operations import TABLE, ApiDeps, Table, check_permission
 from volant.relay import Relay
 
-from . import (
-    _actions,
-    _agent,
-    _artifacts,
-    _backups,
-    _console,
-    _devtools,
-    _docs,
-    _events,
-    _logs,
-    _metrics,
-    _rest,
-    _system,
-    _tcp,
-    _workload_api,
-)
-
-_log = logging.getLogger("volant.api")
+from . import _actions, _agent, _artifacts, _backups, _console, _devtools, _events, _logs, _system, _tcp
 
 
-def create_app(deps: ApiDeps, limits: Limits | None = None, table: Table = TABLE) -> QuartTrio:
+def create_app(deps: ApiDeps, limits: Limits | None = None, table: Table = TABLE) -> Middleware:
     """Returns the app that serves a table of operations, to be handed to `volant.http.serve`."""
     limits = limits or Limits()
-    app = QuartTrio("volant.api", static_folder=None)
-    app.config.update(MAX_CONTENT_LENGTH=limits.json_body, RESPONSE_TIMEOUT=None, BODY_TIMEOUT=30)
-    # A proxied path must stay as it is, and redirects help no client of an API.
-    app.url_map.merge_slashes = False
-    app.url_map.strict_slashes = False
-    _answer_errors(app, limits)
-    _rest.add_routes(app, deps, table)
-    for resource in (_system, _metrics, _workload_api):
-        resource.add_routes(app, deps)
-    _docs.add_routes(app, deps, table)
     share = FairShare()
     relay = Relay(share)
     streams = [
+        *_system.routes(deps),
         *_agent.routes(deps, relay),
         *_actions.routes(deps, relay),
         *_devtools.routes(deps, relay, share),
@@ -64,49 +37,39 @@ def create_app(deps: ApiDeps, limits: Limits | None = None, table: Table = TABLE
         *agui.routes(deps, limits),
         *mcp.routes(deps, limits, table),
     ]
-    authorize = partial(check_permission, deps, table)
-    app.asgi_app = Middleware(app.asgi_app, streams, deps.access, limits, authorize)  # type: ignore[method-assign]
-    return app
+
+    def single() -> AsgiApp:
+        from ._quart import quart_app
+
+        return quart_app(deps, limits, table)
+
+    return Middleware(_Late(deps.host, single), streams, deps.access, limits, partial(check_permission, deps, table))
 
 
-def _answer_errors(app: QuartTrio, limits: Limits) -> None:
-    async def problem(error: Problem) -> Response:
-        return _response(error)
+class _Late:
+    """An ASGI app that is made in a thread once the server has started; requests wait for it.
 
-    async def http_error(error: HTTPException) -> Response:
-        if isinstance(error, RequestEntityTooLarge):
-            return _response(too_large(limits.json_body))
-        status = error.code or 500
-        words = (error.name or "error").lower()
-        detail = {
-            404: f"there is nothing at {request.path[:200]}",
-            405: f"{request.method} is not possible on {request.path[:200]}",
-            408: "the body of the request took too long",
-        }.get(status, error.description or words)
-        response = _response(Problem(status, words.replace(" ", "-"), detail))
-        for name, value in error.get_headers():
-            if name.lower() in ("allow", "retry-after"):
-                response.headers[name] = value
-        return response
+    It does not wait for the first request, as the program's files may be replaced by an upgrade.
+    """
 
-    async def unexpected(error: Exception) -> Response:
-        _log.error("request %s failed", _request_id(), exc_info=error)
-        return _response(internal_error())
+    def __init__(self, host: Host, make: Callable[[], AsgiApp]) -> None:
+        self._host = host
+        self._make = make
+        self._making = trio.Lock()
+        self._app: AsgiApp | None = None
 
-    app.register_error_handler(Problem, problem)
-    app.register_error_handler(HTTPException, http_error)
-    app.register_error_handler(Exception, unexpected)
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            await receive()
+            await send({"type": "lifespan.startup.complete"})
+            await self._made()
+            await receive()
+            await send({"type": "lifespan.shutdown.complete"})
+            return
+        await (self._app or await self._made())(scope, receive, send)
 
-
-def _response(problem: Problem) -> Response:
-    response = Response(
-        problem_body(problem, _request_id()), status=problem.status, content_type="application/problem+json"
-    )
-    response.headers["Cache-Control"] = "no-store"
-    if problem.retry_after_s is not None:
-        response.headers["Retry-After"] = str(problem.retry_after_s)
-    return response
-
-
-def _request_id() -> str:
-    return str(request.scope["state"]["request_id"])
+    async def _made(self) -> AsgiApp:
+        async with self._making:
+            if self._app is None:
+                self._app = await self._host.threads.run(self._make)
+        return self._app

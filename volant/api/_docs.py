@@ -11,9 +11,9 @@ import msgspec
 from quart import Response
 from quart_trio import QuartTrio
 
-from volant.http import no_query
 from volant.operations import ApiDeps, Table
 
+from ._json import no_query
 from ._openapi import document
 
 _PAGE = Path(__file__).with_name("docs.html")

@@ -14,9 +14,10 @@ from quart import Response, request
 from quart_trio import QuartTrio
 
 from volant import __version__
-from volant.http import no_query
 from volant.model import EventType, Status
 from volant.operations import ApiDeps
+
+from ._json import no_query
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry

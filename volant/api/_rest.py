@@ -11,7 +11,7 @@ import msgspec
 from quart import Response, request
 from quart_trio import QuartTrio
 
-from volant.http import Nothing, Query, empty_response, json_response, read_body, read_body_or, read_one_of
+from volant.http import Nothing, Query
 from volant.journal import IdempotencyKey
 from volant.model import Command, CommandRequest
 from volant.operations import (
@@ -30,6 +30,7 @@ from volant.operations import (
 
 from ._conditions import if_match, if_none_match
 from ._idempotency import Outcome, Repeats
+from ._json import empty_response, json_response, read_body, read_body_or, read_one_of
 
 
 def add_routes(app: QuartTrio, deps: ApiDeps, table: Table) -> None:

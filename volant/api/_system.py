@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from quart import Response
-from quart_trio import QuartTrio
+import re
+
+import msgspec
 
 from volant.concurrency import dump_tasks
-from volant.http import json_response, no_query
+from volant.http import JSON, Call, StreamRoute
 from volant.model import Health
 from volant.operations import ApiDeps
 
 
-def add_routes(app: QuartTrio, deps: ApiDeps) -> None:
-    """Adds these routes."""
+def routes(deps: ApiDeps) -> list[StreamRoute]:
+    """Returns these routes, which answer without Quart: a supervisor of the daemon waits for them."""
 
-    @app.get("/healthz")
-    async def healthz() -> Response:
+    async def healthz(call: Call) -> None:
         health = deps.system.health()
-        return json_response(Health(health), 200 if health == "ok" else 503)
+        await _answer(call, 200 if health == "ok" else 503, JSON, msgspec.json.encode(Health(health)))
 
-    @app.get("/api/v1/system/tasks")
-    async def tasks() -> Response:
-        no_query()
-        return Response(f"{dump_tasks()}\n", content_type="text/plain; charset=utf-8")
+    async def tasks(call: Call) -> None:
+        call.query(credentials=False).done()
+        await _answer(call, 200, "text/plain; charset=utf-8", f"{dump_tasks()}\n".encode())
+
+    return [
+        StreamRoute(re.compile(r"/healthz\Z"), healthz),
+        StreamRoute(re.compile(r"/api/v1/system/tasks\Z"), tasks),
+    ]
+
+
+async def _answer(call: Call, status: int, content_type: str, body: bytes) -> None:
+    headers = [(b"content-type", content_type.encode()), (b"content-length", b"%d" % len(body))]
+    await call.reject(status, headers, body)

@@ -25,11 +25,12 @@ from quart import Response
 from quart_trio import QuartTrio
 
 from volant.channel import AgentClient, AgentProtocolError, AgentUnreachable
-from volant.http import json_response, no_query
 from volant.model import Problem, VmRow, is_openapi, is_too_deep
 from volant.model.agent import AGENT_PREFIX, HEALTHZ, WORKLOAD_PREFIX
 from volant.operations import ApiDeps, find_vm
 from volant.relay import SANDBOX, to_port, unreachable
+
+from ._json import json_response, no_query
 
 _USUAL_PATH = "/openapi.json"
 _ANSWER_S = 10.0

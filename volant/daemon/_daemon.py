@@ -21,13 +21,12 @@ from typing import Literal
 
 import msgspec
 import trio
-from quart_trio import QuartTrio
 
 from actors import ONE_FOR_ONE, ActorDown, AskTimeout, Child, DynamicSupervisor, GaveUp, Supervisor, System, open_system
 from volant import __version__
 from volant.api import create_app
 from volant.host import Host, own_cgroups, raise_own
-from volant.http import Access, ApiSettings, serve
+from volant.http import Access, ApiSettings, AsgiApp, serve
 from volant.hypervisor import AcceleratorChoice, Hypervisor
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.images import ArtifactCache
@@ -366,7 +365,7 @@ class Daemon:
         with trio.move_on_after(_STREAMS_STOP_S):
             await self._served.wait()
 
-    async def _serve(self, app: QuartTrio, *, task_status: trio.TaskStatus[None]) -> None:
+    async def _serve(self, app: AsgiApp, *, task_status: trio.TaskStatus[None]) -> None:
         await serve(app, self._sockets, stopping=self.stopping, task_status=task_status)
         self._served.set()
         # The supervisor restarts a child that ends.

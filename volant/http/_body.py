@@ -7,7 +7,6 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 import trio
-from quart import request
 
 from volant.model import Problem, invalid
 
@@ -15,65 +14,30 @@ from ._call import Call
 from ._json_paths import with_member
 from ._limits import Limits
 from ._problems import not_json, too_large
-from ._query import Query
+
+JSON = "application/json"
 
 T = TypeVar("T")
-U = TypeVar("U")
 
 _AT = re.compile(r"(?P<what>.*) - at `(?P<where>[^`]*)`\Z", re.DOTALL)
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>.*)`\Z", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(?P<name>.*)`\Z", re.DOTALL)
-_BODY_S = 30
+BODY_S = 30
+"""Deadline for a body that is held in memory."""
 _SILENCE_S = 60.0
 """The longest pause within an upload."""
 _PROGRESS, _PROGRESS_S = 64 * 1024, 300.0
 """The fewest bytes of an upload in that time. Few uploads are taken at once, and a slow client would block others."""
 
 
-def no_query() -> None:
-    """:raises Problem: 400 the current request has a parameter."""
-    if request.query_string:
-        Query(request.query_string).done()
-
-
 class Nothing(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """The body of a command: an empty object, or none at all."""
 
 
-async def read_body(kind: type[T]) -> T:
-    """Decodes the body of the current request.
-
-    :raises Problem: 400 no JSON, or not of this kind; 415 another content type. Quart raises 408 and 413.
-    """
-    request.body_timeout = _BODY_S
-    data = await request.get_data(False, False, False)
-    return _decode_body(data, request.mimetype, kind)
-
-
-async def read_body_or(otherwise: T) -> T:
-    """Decodes the body of the current request as the type of `otherwise`; returns `otherwise` if there is no body.
-    :raises Problem: as `read_body`."""
-    request.body_timeout = _BODY_S
-    data = await request.get_data(False, False, False)
-    return _decode_body(data, request.mimetype, type(otherwise)) if data else otherwise
-
-
-async def read_one_of(member: str, kind: type[T], otherwise: type[U]) -> T | U:
-    """Decodes the body of the current request: as `kind` if it is an object with that member, else as `otherwise`.
-    :raises Problem: as `read_body`."""
-    request.body_timeout = _BODY_S
-    data = await request.get_data(False, False, False)
-    try:
-        has = member in msgspec.json.decode(data, type=dict[str, msgspec.Raw])
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        has = False
-    return _decode_body(data, request.mimetype, kind) if has else _decode_body(data, request.mimetype, otherwise)
-
-
 async def read_call_body(call: Call, kind: type[T], limits: Limits) -> T:
-    """As `read_body`, for a route outside Quart. :raises Problem: 400, 408, 413, 415, 503, or as `read_call_bytes`."""
+    """Decodes the body of a request. :raises Problem: as `decode_body` and `read_call_bytes`."""
     data = await read_call_bytes(call, limits)
-    return _decode_body(data, (call.header(b"content-type") or "").partition(";")[0].strip().lower(), kind)
+    return decode_body(data, (call.header(b"content-type") or "").partition(";")[0].strip().lower(), kind)
 
 
 class Upload(Protocol):
@@ -123,7 +87,7 @@ async def read_call_bytes(call: Call, limits: Limits) -> bytes:
     if length is not None and int(length) > limits.json_body:
         raise too_large(limits.json_body)
     data = bytearray()
-    with trio.move_on_after(_BODY_S) as scope:
+    with trio.move_on_after(BODY_S) as scope:
         more = True
         while more:
             message = await call.receive_counted()
@@ -138,12 +102,13 @@ async def read_call_bytes(call: Call, limits: Limits) -> bytes:
     return bytes(data)
 
 
-def _decode_body(data: bytes, content_type: str, kind: type[T]) -> T:
+def decode_body(data: bytes, content_type: str, kind: type[T]) -> T:
+    """:raises Problem: 400 no JSON, or not of this kind; 415 another content type."""
     if not data:
         if kind is Nothing:
             return kind()
         raise Problem(400, "invalid-request", "the request has no body", hint="send a JSON object")
-    if content_type and content_type != "application/json" and not content_type.endswith("+json"):
+    if content_type and content_type != JSON and not content_type.endswith("+json"):
         raise not_json(content_type)
     return decode(data, kind)
 

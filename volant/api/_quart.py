@@ -1,0 +1,78 @@
+"""The Quart app: all that takes a request as a whole and gives one answer.
+
+Only `_app.py` imports this module, and late: Quart and its dependencies take as long to import as half of the daemon.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from quart import Response, request
+from quart_trio import QuartTrio
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+
+from volant.http import Limits, internal_error, problem_body, too_large
+from volant.model import Problem
+from volant.operations import ApiDeps, Table
+
+from . import _docs, _metrics, _rest, _workload_api
+
+_log = logging.getLogger("volant.api")
+
+
+def quart_app(deps: ApiDeps, limits: Limits, table: Table) -> QuartTrio:
+    """Returns the app that serves those operations of a table that have no route of their own."""
+    app = QuartTrio("volant.api", static_folder=None)
+    app.config.update(MAX_CONTENT_LENGTH=limits.json_body, RESPONSE_TIMEOUT=None, BODY_TIMEOUT=30)
+    # A proxied path must stay as it is, and redirects help no client of an API.
+    app.url_map.merge_slashes = False
+    app.url_map.strict_slashes = False
+    _answer_errors(app, limits)
+    _rest.add_routes(app, deps, table)
+    for resource in (_metrics, _workload_api):
+        resource.add_routes(app, deps)
+    _docs.add_routes(app, deps, table)
+    return app
+
+
+def _answer_errors(app: QuartTrio, limits: Limits) -> None:
+    async def problem(error: Problem) -> Response:
+        return _response(error)
+
+    async def http_error(error: HTTPException) -> Response:
+        if isinstance(error, RequestEntityTooLarge):
+            return _response(too_large(limits.json_body))
+        status = error.code or 500
+        words = (error.name or "error").lower()
+        detail = {
+            404: f"there is nothing at {request.path[:200]}",
+            405: f"{request.method} is not possible on {request.path[:200]}",
+            408: "the body of the request took too long",
+        }.get(status, error.description or words)
+        response = _response(Problem(status, words.replace(" ", "-"), detail))
+        for name, value in error.get_headers():
+            if name.lower() in ("allow", "retry-after"):
+                response.headers[name] = value
+        return response
+
+    async def unexpected(error: Exception) -> Response:
+        _log.error("request %s failed", _request_id(), exc_info=error)
+        return _response(internal_error())
+
+    app.register_error_handler(Problem, problem)
+    app.register_error_handler(HTTPException, http_error)
+    app.register_error_handler(Exception, unexpected)
+
+
+def _response(problem: Problem) -> Response:
+    response = Response(
+        problem_body(problem, _request_id()), status=problem.status, content_type="application/problem+json"
+    )
+    response.headers["Cache-Control"] = "no-store"
+    if problem.retry_after_s is not None:
+        response.headers["Retry-After"] = str(problem.retry_after_s)
+    return response
+
+
+def _request_id() -> str:
+    return str(request.scope["state"]["request_id"])
