@@ -21,6 +21,7 @@ class SimLimits(Limits):
             process = machine.processes.get(identity.pid)
             if process is not None and process.alive:
                 machine.groups[identity.tag] = identity.pid
+                process.is_spare = False
 
         await self._calls.run(move)
 

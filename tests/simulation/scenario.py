@@ -329,6 +329,8 @@ class Scenario:
         self.seen.copies += sum(row.origin is not None and row.checkpoint is None for row in rows.values())
         self.seen.standbys += sum("-s." in row.tag for row in alive)
         assert set(world.machine.groups) == {row.tag for row in alive}, "control groups are not those of running VMs"
+        spare = {tag for tag, qemu in running.items() if qemu.process.is_spare}
+        assert spare == pool, "processes that the kernel ends first are not those of the warm pool"
         self._check_files({str(row.id) for row in alive}, {str(row.id) for row in alive if row.template is None})
         self._check_networks(list(rows.values()), running)
 

@@ -28,9 +28,12 @@ async def test_hypervisors_are_sandboxed_and_limited_and_can_be_copied(box: Box)
             users.add(int(status["Uid"][1]))
             assert {int(status[key][0], 16) for key in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}
             assert status["NoNewPrivs"] == ["1"]
+            assert box.run("cat", f"/proc/{vm.pid}/oom_score_adj").stdout.strip() == "0"
             assert (await client.vms.memory(name)).host.pss_mb > 0
             assert await run(client, name, "echo", "well") == "well\n"
         assert len(users) == 3
+        # systemd skips it where it lacks CAP_SYS_RESOURCE itself.
+        assert box.show("volantd.service", "OOMScoreAdjust") == "-500"
         assert users < set(parse_uids(info["users"]))
         scopes = box.scopes()
         assert len(scopes) == 3
@@ -42,4 +45,8 @@ async def test_hypervisors_are_sandboxed_and_limited_and_can_be_copied(box: Box)
             await client.vms.delete(name)
     assert box.scopes() == []
     # What the kernel refuses a daemon without the rights that it needs would be told here.
-    assert not [text for text in box.said() if "no users of their own" in text or "stays in the daemon's" in text]
+    assert not [
+        text
+        for text in box.said()
+        if "no users of their own" in text or "stays in the daemon's" in text or "for memory" in text
+    ]

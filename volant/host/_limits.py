@@ -10,7 +10,7 @@ import trio
 
 from volant.model import ProcessIdentity
 
-from . import _cgroups, _priority
+from . import _cgroups, _oom, _priority
 from ._cgroups import Cgroups, ResourceLimits
 from ._errors import ProcessGone
 from ._processes import Processes
@@ -27,7 +27,7 @@ class Limits(Protocol):
         """Moves a process out of the daemon's control group, so that what systemd does to the daemon does not touch it,
         and limits what it takes, as far as the host can; `limits` None: no limits. Its tag becomes the name of its
         scope, or of its control group where there is no systemd. Where neither works, the process stays where it is,
-        and the log says so."""
+        and the log says so. When the host runs out of memory, it is not the first that the kernel ends any more."""
 
     async def remove_empty(self, ended: str | None = None) -> None:
         """Removes the control groups of processes that have ended, where we made them. `ended`: the tag of a process
@@ -56,6 +56,13 @@ class LinuxLimits(Limits):
         self._lowers = lowers
 
     async def apply(self, identity: ProcessIdentity, description: str, limits: ResourceLimits | None = None) -> None:
+        try:
+            with self._processes.open(identity) as process:
+                _oom.end_by_size(process.pid)
+        except ProcessGone:
+            return
+        except (OSError, ValueError) as error:
+            _logger.warning("process %d is the first that the kernel ends for memory: %s", identity.pid, error)
         try:
             if self._scopes is not None:
                 await self._scopes.enclose(identity.pid, identity.tag, description, limits)

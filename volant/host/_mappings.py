@@ -13,15 +13,15 @@ moment of opening, a thread acts as that user.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from . import _procfs
 
 PAGE = mmap.PAGESIZE
 PIECE = 32 * 1024 * 1024
@@ -35,7 +35,6 @@ _THERE = 0b11 << 6
 """Bits: the page is in memory, or swapped out."""
 _OWN = bytes(bool(byte & _THERE and not byte & _FILES) for byte in range(256))
 _RUN = re.compile(rb"\x01+")
-_libc = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class PrivateMapping:
 
     def open_file(self) -> int:
         """Returns a descriptor of the file. Raises OSError."""
-        with _as_user_of(self.pid):
+        with _procfs.as_user_of(self.pid):
             place = os.open(self.file, os.O_PATH | os.O_CLOEXEC)
         try:
             # The file is ours, not that user's.
@@ -67,7 +66,7 @@ class PrivateMapping:
         return self._open("pagemap")
 
     def _open(self, name: str) -> int:
-        with _as_user_of(self.pid):
+        with _procfs.as_user_of(self.pid):
             return os.open(f"/proc/{self.pid}/{name}", os.O_RDONLY | os.O_CLOEXEC)
 
 
@@ -84,7 +83,7 @@ def find_private_mapping(pid: int, size: int) -> PrivateMapping:
     if len(found) != 1:
         raise FileNotFoundError(f"process {pid} has {len(found)} private mappings of {size} bytes, and not the one")
     start, name_there = found[0]
-    with _as_user_of(pid):
+    with _procfs.as_user_of(pid):
         for path in Path(f"/proc/{pid}/fd").iterdir():
             try:
                 if str(path.readlink()) == name_there and path.is_file():
@@ -92,20 +91,6 @@ def find_private_mapping(pid: int, size: int) -> PrivateMapping:
             except FileNotFoundError:
                 continue
     raise FileNotFoundError(f"process {pid} has a mapping of {name_there}, and does not have it open any more")
-
-
-@contextmanager
-def _as_user_of(pid: int) -> Iterator[None]:
-    """Lets this thread open files with the rights of a process's user, where the daemon may act for that user. The
-    block must not await anything."""
-    figures = Path(f"/proc/{pid}").stat()
-    _libc.setfsgid(figures.st_gid)
-    _libc.setfsuid(figures.st_uid)
-    try:
-        yield
-    finally:
-        _libc.setfsuid(os.geteuid())
-        _libc.setfsgid(os.getegid())
 
 
 def copy_piece(source: int, target: int, start: int, size: int) -> int:

@@ -29,7 +29,7 @@ import trio
 
 from volant.model import ProcessIdentity
 
-from . import _procfs
+from . import _oom, _procfs
 from ._errors import ProcessGone
 from ._own import Ownership
 from ._sandbox import Sandbox, start_sandboxed
@@ -87,7 +87,8 @@ class Processes(Protocol):
         descriptors: Sequence[int] = (),
     ) -> ProcessIdentity:
         """Starts a process that outlives us: own session, no stdin, no core dump, and of our descriptors only
-        `descriptors`, under the same numbers. `sandbox`: what it may do; None: what we may do.
+        `descriptors`, under the same numbers. `sandbox`: what it may do; None: what we may do. Until `Limits.apply` it
+        is the first that the kernel ends when the host runs out of memory.
 
         `tag` must stand on the command line already, as a whole argument or between `,` and `=` of one: 4 to 100
         letters, digits and `._:@-`. Stdout and stderr are appended to `stdout_path` (created 0600); the caller bounds
@@ -414,6 +415,9 @@ def _start(start: Callable[[int], subprocess.Popen[bytes]], stdout_path: Path) -
         os.close(output)
     # Popen must neither reap this child nor warn of it when it is collected as garbage.
     popen.returncode = 0
+    # It may have ended, and works without.
+    with suppress(OSError):
+        _oom.end_first(popen.pid)
     return popen.pid
 
 
