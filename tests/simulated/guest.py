@@ -19,6 +19,7 @@ import h11
 import trio
 
 from actors import fault
+from volant.guest._resync import HELLO, Hunt
 from volant.model.agent import (
     DAEMON_CLOCK,
     DAEMON_HOSTS,
@@ -40,16 +41,11 @@ from volant.model.agent import (
     LOG_ID_HEADER,
     PROTOCOL_MIN,
     PROTOCOL_VERSION,
-    RESYNC_MAGIC,
-    RESYNC_NONCE_BYTES,
     encode_log_frame,
 )
 
 MISSING_PROGRAM = "nosuch"
 """The one program that the guest's root does not have."""
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-_NO_NONCE = bytes(RESYNC_NONCE_BYTES)
-_HELLO = bytes(16384 + 18) + RESYNC_MAGIC + _NO_NONCE
 _WINDOW = 2**24
 _PIECE = 8192
 
@@ -278,15 +274,14 @@ class SimPort:
         self._sending = trio.Lock()
         self._conn: h2.connection.H2Connection | None = None
         self._streams: dict[int, _Stream] = {}
-        self._hunted = bytearray()
-        self._nonce = b""
+        self._hunting = Hunt()
 
     async def run(self) -> None:
         """Serves until the host disconnects."""
         try:
             await self._guest.up.wait()
             await self._guest.wait_running()
-            await self._stream.send_all(_HELLO)
+            await self._stream.send_all(HELLO)
             async with trio.open_nursery() as nursery:
                 while data := await self._stream.receive_some(65536):
                     await self._guest.wait_running()
@@ -333,31 +328,18 @@ class SimPort:
             stream.poke()
         self._streams.clear()
         self._conn = None
-        self._nonce = b""
-        self._hunted.clear()
+        self._hunting.begin()
         async with self._sending:
-            await self._stream.send_all(_HELLO)
+            await self._stream.send_all(HELLO)
 
     async def _hunt(self, data: bytes, nursery: trio.Nursery) -> None:
-        self._hunted += data
-        while True:
-            magic = self._hunted.find(RESYNC_MAGIC)
-            start = self._hunted.find(_PREFACE) if self._nonce else -1
-            if start >= 0 and (magic < 0 or start < magic):
-                rest = bytes(self._hunted[start:])
-                self._hunted.clear()
-                self._begin()
-                await self._receive(rest, nursery)
-                return
-            after = magic + len(RESYNC_MAGIC)
-            nonce = bytes(self._hunted[after : after + RESYNC_NONCE_BYTES])
-            if magic < 0 or len(nonce) < RESYNC_NONCE_BYTES:
-                return
-            del self._hunted[: after + RESYNC_NONCE_BYTES]
-            if nonce not in (_NO_NONCE, self._nonce):
-                self._nonce = nonce
-                async with self._sending:
-                    await self._stream.send_all(nonce)
+        answers, start = self._hunting.feed(data)
+        if answers:
+            async with self._sending:
+                await self._stream.send_all(answers)
+        if start:
+            self._begin()
+            await self._receive(start, nursery)
 
     def _begin(self) -> None:
         self._conn = h2.connection.H2Connection(

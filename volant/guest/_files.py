@@ -15,6 +15,7 @@ Bodies are copied in pieces of at most 256 KiB; no file is ever in memory as a w
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -217,7 +218,7 @@ def _put_file(body: Iterator[bytes], path: bytes, mode: int | None, owner: tuple
     temporary = _file_io.temporary_name(name)
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=directory)
-        try:
+        with _renaming(temporary, name, directory, os.unlink):
             try:
                 for data in body:
                     _file_io.write(fd, data)
@@ -229,11 +230,6 @@ def _put_file(body: Iterator[bytes], path: bytes, mode: int | None, owner: tuple
                 tag = _tag(os.fstat(fd))
             finally:
                 os.close(fd)
-            os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
-        except BaseException:
-            os.unlink(temporary, dir_fd=directory)
-            raise
-        os.fsync(directory)
     finally:
         os.close(directory)
     return (201 if before is None else 204), [("ETag", tag)]
@@ -263,21 +259,28 @@ def _put_directory(
     temporary = _file_io.temporary_name(name)
     try:
         os.mkdir(temporary, 0o755, dir_fd=above)
-        try:
+        with _renaming(temporary, name, above, shutil.rmtree):
             directory = os.open(temporary, flags, dir_fd=above)
             try:
                 unpack(body, directory, owner)
             finally:
                 os.close(directory)
             os.sync()
-            os.rename(temporary, name, src_dir_fd=above, dst_dir_fd=above)
-        except BaseException:
-            shutil.rmtree(temporary, dir_fd=above)
-            raise
-        os.fsync(above)
     finally:
         os.close(above)
     return 201, []
+
+
+@contextlib.contextmanager
+def _renaming(temporary: bytes, name: bytes, directory: int, remove: Callable[..., None]) -> Iterator[None]:
+    """Gives what a block has written its name, durably, or removes it if the block fails."""
+    try:
+        yield
+        os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
+    except BaseException:
+        remove(temporary, dir_fd=directory)
+        raise
+    os.fsync(directory)
 
 
 def _open_parent(parent: bytes) -> int:

@@ -7,10 +7,10 @@ stream: a reader that sleeps stops its own sender only.
 **The port is not a connection.** The host's process may die at any byte and be replaced before the guest notices, so
 the guest may wait for the rest of a frame that will never come. A host that connects therefore sends more zero bytes
 than the longest frame has, `RESYNC_MAGIC` and a random nonce. The zeros complete any partial frame and are not a valid
-frame themselves, so HTTP/2 fails here at the latest. After any failure the guest *hunts* for the magic, and answers
-with the nonce. The host drops everything before that, and both begin HTTP/2 again. An agent that starts, or loses sync
-while the host does not notice, sends zeros, the magic and a nonce of zeros: then the host's HTTP/2 fails, or it asks
-again.
+frame themselves, so HTTP/2 fails here at the latest. After any failure the guest *hunts* for the magic (`_resync`),
+and answers with the nonce. The host drops everything before that, and both begin HTTP/2 again. An agent that starts,
+or loses sync while the host does not notice, sends zeros, the magic and a nonce of zeros: then the host's HTTP/2
+fails, or it asks again.
 
 **One thread, edge-triggered.** Without a host the port polls as hung up all the time, and a level-triggered loop would
 spin. So epoll is edge-triggered, and readiness is remembered until EAGAIN. One thread has all the state of HTTP/2; only
@@ -36,13 +36,9 @@ import h2.events
 import h2.exceptions
 import h2.settings
 
-from volant.model.agent import (
-    AGENT_PORT,
-    MAX_STREAMS,
-    RESERVED_STREAMS,
-    RESYNC_MAGIC,
-    RESYNC_NONCE_BYTES,
-)
+from volant.model.agent import AGENT_PORT, MAX_STREAMS, RESERVED_STREAMS
+
+from ._resync import FRAME, HELLO, Hunt
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -54,14 +50,7 @@ CONNECTION_WINDOW = STREAM_WINDOW * (MAX_STREAMS + RESERVED_STREAMS)
 """The windows of all streams together. With less, stalled streams would block the others."""
 OUTPUT_HIGH = 128 * 1024
 OUTPUT_LIMIT = 4 * 1024 * 1024
-FRAME = 16384
-"""HTTP/2's default for the longest frame, which neither side raises."""
-RESYNC_ZEROS = FRAME + 2 * 9
-"""Completes the longest frame, a partial header behind it, and one more header."""
 
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-_NO_NONCE = bytes(RESYNC_NONCE_BYTES)
-_HELLO = bytes(RESYNC_ZEROS) + RESYNC_MAGIC + _NO_NONCE
 _SOCKET_BUFFER = 64 * 1024
 _READ = 64 * 1024
 _PORT_WRITE = 32 * 1024
@@ -115,8 +104,7 @@ class _Mux:
         self.serve = serve
         self.epoll = select.epoll()
         self.conn: h2.connection.H2Connection | None = None
-        self.nonce = b""  # answered last; empty: none since the link was lost
-        self.hunted = bytearray()
+        self.hunting = Hunt()
         self.out = bytearray()
         self.port_readable = True
         self.port_writable = True
@@ -128,7 +116,7 @@ class _Mux:
         edge = select.EPOLLIN | select.EPOLLOUT | select.EPOLLET
         self.epoll.register(self.fd, edge)
         try:
-            self.out += _HELLO
+            self.out += HELLO
             while True:
                 busy = self.turn()
                 for fd, events in self.epoll.poll(0 if busy else -1):
@@ -201,31 +189,11 @@ class _Mux:
     # The link
 
     def hunt(self, data: bytes) -> None:
-        """Looks for the host's magic and nonce and, once they were answered, for the start of HTTP/2."""
-        self.hunted += data
-        while True:
-            magic = self.hunted.find(RESYNC_MAGIC)
-            start = self.hunted.find(_PREFACE) if self.nonce else -1
-            if start >= 0 and (magic < 0 or start < magic):
-                rest = bytes(self.hunted[start:])
-                self.hunted.clear()
-                self.begin()
-                self.receive(rest)
-                return
-            if magic < 0:
-                # Either may have come in part.
-                del self.hunted[: max(0, len(self.hunted) - max(len(RESYNC_MAGIC), len(_PREFACE)) + 1)]
-                return
-            after = magic + len(RESYNC_MAGIC)
-            nonce = bytes(self.hunted[after : after + RESYNC_NONCE_BYTES])
-            if len(nonce) < RESYNC_NONCE_BYTES:
-                del self.hunted[:magic]
-                return
-            del self.hunted[: after + RESYNC_NONCE_BYTES]
-            # A repeated nonce has its answer already.
-            if nonce not in (_NO_NONCE, self.nonce):
-                self.nonce = nonce
-                self.out += nonce
+        answers, start = self.hunting.feed(data)
+        self.out += answers
+        if start:
+            self.begin()
+            self.receive(start)
 
     def begin(self) -> None:
         config = h2.config.H2Configuration(
@@ -267,9 +235,8 @@ class _Mux:
         """Drops the link, and tells the host."""
         self.drop_streams()
         self.conn = None
-        self.nonce = b""
-        self.hunted.clear()
-        self.out[:] = _HELLO
+        self.hunting.begin()
+        self.out[:] = HELLO
 
     def on_event(self, event: h2.events.Event) -> None:
         assert self.conn is not None
