@@ -34,6 +34,14 @@ class ExecEnd(msgspec.Struct, frozen=True, omit_defaults=True):
     """With `error`: `timeout`, `not_found`, `not_executable`, … (`agent_types.ExecEnd`)."""
 
 
+def reported_end(message: ExecEnd) -> ExecEnd:
+    """Returns the end of a command from a message that may have more. :raises UnexpectedAnswer: it has no end."""
+    end = ExecEnd(message.exit_code, message.signal, message.error, message.code)
+    if end == ExecEnd():
+        raise UnexpectedAnswer("the command ended, and the agent did not report how")
+    return end
+
+
 class RemoteSession(msgspec.Struct, frozen=True):
     """A detached command; the fields are those of `volant.model.agent_types.ExecSession`."""
 
@@ -55,13 +63,9 @@ class RemoteSessions(msgspec.Struct, frozen=True):
     sessions: list[RemoteSession]
 
 
-class _Line(msgspec.Struct):
+class _Line(ExecEnd, frozen=True):
     stream: Literal["stdout", "stderr"] | None = None
     data: bytes = b""
-    exit_code: int | None = None
-    signal: int | None = None
-    error: str | None = None
-    code: str | None = None
 
 
 class Process:
@@ -89,9 +93,7 @@ class Process:
         line = decode_json(await self._next_line(), _Line, "the output of the command")
         if line.stream is not None:
             return ExecOutput(line.stream, line.data)
-        self.end = ExecEnd(line.exit_code, line.signal, line.error, line.code)
-        if self.end == ExecEnd():
-            raise UnexpectedAnswer("the command ended, and the agent did not report how")
+        self.end = reported_end(line)
         raise StopAsyncIteration
 
     async def _next_line(self) -> bytes:

@@ -13,7 +13,7 @@ from volant.model import LogRange
 from volant.model.agent_types import ExecStart
 
 from ._errors import ClientProblem, ConnectionLost, UnexpectedAnswer
-from ._exec import ExecEnd, ExecOutput
+from ._exec import ExecEnd, ExecOutput, reported_end
 from ._http import Http
 from ._transport import Query, decode_json
 from ._websocket import Closed, Socket, open_websocket
@@ -32,15 +32,11 @@ class ExecGap(msgspec.Struct, frozen=True):
     gap: LogRange
 
 
-class _Control(msgspec.Struct):
+class _Control(ExecEnd, frozen=True):
     id: str | None = None
     tty: bool = False
     position: int = 0
     gap: LogRange | None = None
-    exit_code: int | None = None
-    signal: int | None = None
-    error: str | None = None
-    code: str | None = None
 
 
 class ExecSession:
@@ -83,7 +79,7 @@ class ExecSession:
             control = decode_json(message, _Control, "a control message about the command")
             if control.gap is not None:
                 return ExecGap(control.gap)
-            self._take_end(control)
+            self.end = reported_end(control)
         raise StopAsyncIteration
 
     async def send(self, data: bytes) -> None:
@@ -139,17 +135,11 @@ class ExecSession:
                 raise UnexpectedAnswer("a detached command began without its id")
             control = decode_json(message, _Control, "a control message about the command")
             if control.id is None:
-                self._take_end(control)
+                self.end = reported_end(control)
                 return
             self.id, self.tty, self.position = control.id, control.tty, control.position
         if scope.cancelled_caught:
             raise ConnectionLost(f"the agent of {self._vm} did not answer within {_HELLO_S:g} s")
-
-    def _take_end(self, control: _Control) -> None:
-        end = ExecEnd(control.exit_code, control.signal, control.error, control.code)
-        if end == ExecEnd():
-            raise UnexpectedAnswer("the command ended, and the agent did not report how")
-        self.end = end
 
     async def _receive(self) -> str | bytes:
         try:
