@@ -198,6 +198,13 @@ async def having(networks: Networks, *rows: VmRow) -> None:
     assert await networks.ensure({row.id for row in rows}) == {}
 
 
+async def with_vm(world: World) -> tuple[VmRow, Peer]:
+    """Sets up one VM on the bridge; returns its row and its guest."""
+    (row,) = world.rows = [vm(1)]
+    await having(world.networks(), row)
+    return row, world.guest(row)
+
+
 def mac(row: VmRow) -> str:
     assert row.lease is not None
     return row.lease.mac

@@ -19,7 +19,20 @@ from tests.attackers.exposed_host import (
     exposed_host,
 )
 from tests.network import peer
-from tests.network.kit import SETTINGS, UPLINK, Peer, World, a_world, address, ethernet, having, mac, switch, vm
+from tests.network.kit import (
+    SETTINGS,
+    UPLINK,
+    Peer,
+    World,
+    a_world,
+    address,
+    ethernet,
+    having,
+    mac,
+    switch,
+    vm,
+    with_vm,
+)
 
 pytestmark = pytest.mark.usefixtures("namespace")
 
@@ -71,9 +84,7 @@ def serve_metadata(world: World, address: str, port: int) -> None:
 
 async def test_a_guest_reaches_no_service_of_the_host_by_broadcast_or_multicast() -> None:
     with a_world(forwarding=True) as world:
-        (row,) = world.rows = [vm(1)]
-        await having(world.networks(), row)
-        guest = world.guest(row)
+        _, guest = await with_vm(world)
         with exposed_host([GATEWAY, UPLINK]) as services:
             say_everywhere(world.world, "198.51.100.255")
             assert len(services.received()) == 2 + len(MULTICAST_GROUPS), "the services hear"
@@ -137,9 +148,7 @@ async def test_a_guest_opens_no_connection_to_the_host() -> None:
 async def test_a_guest_reaches_no_cloud_metadata_service(metadata: str) -> None:
     with a_world(forwarding=True) as world:
         serve_metadata(world, metadata, 80)
-        (row,) = world.rows = [vm(1)]
-        await having(world.networks(), row)
-        guest = world.guest(row)
+        _, guest = await with_vm(world)
 
         for protocol in ("tcp", "udp"):
             assert peer.ask(protocol, metadata, 80).startswith("secrets")
@@ -149,9 +158,7 @@ async def test_a_guest_reaches_no_cloud_metadata_service(metadata: str) -> None:
 async def test_guests_on_azure_reach_its_dns_server() -> None:
     with a_world(forwarding=True) as world:
         serve_metadata(world, "168.63.129.16", 53)
-        (row,) = world.rows = [vm(1)]
-        await having(world.networks(), row)
-        guest = world.guest(row)
+        _, guest = await with_vm(world)
 
         for protocol in ("tcp", "udp"):
             assert guest("ask", protocol, "168.63.129.16", 53).startswith("secrets")

@@ -25,6 +25,7 @@ from tests.network.kit import (
     stopped,
     switch,
     vm,
+    with_vm,
 )
 
 pytestmark = pytest.mark.usefixtures("namespace")
@@ -59,9 +60,7 @@ def arp(sender_mac: str, sender: str, wanted: str) -> bytes:
 
 async def test_a_guest_reaches_its_gateway_and_the_world_with_the_hosts_address() -> None:
     with a_world() as world:
-        world.rows = [vm(1)]
-        await having(world.networks(), *world.rows)
-        guest = world.guest(world.rows[0])
+        _, guest = await with_vm(world)
         world.world("serve", "tcp", WORLD, 80, "web")
         world.world("serve", "udp", WORLD, 53, "names")
 
@@ -85,14 +84,12 @@ async def test_the_host_does_not_route_for_its_other_networks() -> None:
 
 async def test_the_world_reaches_no_guest_even_with_a_route() -> None:
     with a_world(forwarding=True) as world:
-        world.rows = [vm(1)]
-        await having(world.networks(), *world.rows)
-        guest = world.guest(world.rows[0])
+        row, guest = await with_vm(world)
         guest("serve", "tcp", "0.0.0.0", 80, "guest")
         world.world("route", "10.87.0.0/24", UPLINK)
 
-        assert peer.ask("tcp", address(world.rows[0]), 80) == f"guest {GATEWAY}"
-        assert world.world("refused", "tcp", address(world.rows[0]), 80)
+        assert peer.ask("tcp", address(row), 80) == f"guest {GATEWAY}"
+        assert world.world("refused", "tcp", address(row), 80)
 
 
 async def test_guests_reach_each_other_only_in_the_same_named_network() -> None:
@@ -219,9 +216,7 @@ async def test_guests_do_not_reach_the_hosts_metadata_service() -> None:
         cloud = world.machine("cloud0", "169.254.0.9/16", "169.254.169.254/16")
         cloud("serve", "tcp", "169.254.169.254", 80, "secrets")
         world.world("serve", "tcp", WORLD, 80, "web")
-        (row,) = world.rows = [vm(1)]
-        await having(world.networks(), row)
-        guest = world.guest(row)
+        _, guest = await with_vm(world)
 
         assert peer.ask("tcp", "169.254.169.254", 80) == "secrets 169.254.0.9"
         assert guest("refused", "tcp", "169.254.169.254", 80)

@@ -31,6 +31,7 @@ from tests.network.kit import (
     ruleset,
     stopped,
     vm,
+    with_vm,
 )
 from volant.host import Host
 from volant.model import VmRow
@@ -360,9 +361,7 @@ async def test_a_foreign_bridge_is_an_error_and_is_kept() -> None:
 
 async def test_a_renamed_bridge_keeps_its_vms() -> None:
     with a_world() as world:
-        world.rows = [vm(1)]
-        await having(world.networks(), *world.rows)
-        guest = world.guest(world.rows[0])
+        _, guest = await with_vm(world)
         world.world("serve", "tcp", WORLD, 80, "web")
 
         renamed = NetworkSettings(instance=SETTINGS.instance, subnet=SUBNET, bridge="br7")
