@@ -409,9 +409,7 @@ async def test_a_websocket_passes_byte_for_byte_however_long_its_messages_are(tm
             offer = {**UPGRADE, "Sec_WebSocket_Extensions": "permessage-deflate; client_max_window_bits"}
             await stream.send_all(request("GET", f"{PREFIX}/browser/{GUID}", None, **offer))
             # What follows the head of the answer may come with it, and the browser begins to talk at once.
-            head = b""
-            while not head.endswith(b"\r\n\r\n"):
-                head += await stream.receive_some(1)
+            head = await only_head(stream)
             assert b"sec-websocket-extensions: permessage-deflate\r\n" in head.lower()
             assert at.browser.seen[-1][1]["sec-websocket-extensions"] == offer["Sec_WebSocket_Extensions"]
             with trio.fail_after(60):
@@ -423,8 +421,13 @@ async def test_a_websocket_passes_byte_for_byte_however_long_its_messages_are(tm
 
 
 async def head_of(stream: trio.SocketStream, path: str = f"/browser/{GUID}") -> bytes:
-    """Open a WebSocket; the head of the answer, and nothing that follows it."""
+    """Open a WebSocket; the head of the answer."""
     await stream.send_all(request("GET", f"{PREFIX}{path}", None, **UPGRADE))
+    return await only_head(stream)
+
+
+async def only_head(stream: trio.SocketStream) -> bytes:
+    """The head of an answer, and nothing that follows it."""
     head = b""
     while not head.endswith(b"\r\n\r\n"):
         head += await stream.receive_some(1)

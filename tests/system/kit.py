@@ -268,6 +268,14 @@ class Daemon:
             yield client
 
     @asynccontextmanager
+    async def started(self) -> AsyncIterator[Client]:
+        """Starts it, and gives a client once it has adopted its VMs."""
+        self.start()
+        async with self.client() as client:
+            await adopted(client)
+            yield client
+
+    @asynccontextmanager
     async def http(self) -> AsyncIterator[httpx.AsyncClient]:
         """A plain HTTP client, for tests of the wire."""
 
@@ -426,6 +434,15 @@ async def reachable(client: Client, name: str) -> None:
             await trio.sleep(0.02)
 
 
+async def runs_on(client: Client, vm: VmView, *, boots: int = 1) -> VmView:
+    """Checks that a VM runs in the process that it had, and that its agent works; returns the VM."""
+    after = await client.vms.get(vm.name)
+    assert (after.id, after.pid, after.status, after.boots) == (vm.id, vm.pid, "running", boots)
+    await reachable(client, vm.name)
+    assert await run(client, vm.name, "echo", "alive") == "alive\n"
+    return after
+
+
 async def healthy(client: Client, name: str) -> None:
     """Waits until the workload's health check passes."""
     with trio.fail_after(60):
@@ -434,14 +451,20 @@ async def healthy(client: Client, name: str) -> None:
 
 
 @contextmanager
-def shared_vm(daemon: Daemon, manifest: Mapping[str, Any]) -> Iterator[None]:
-    """Installs a plugin, and boots a healthy VM of it, called `demo`, that stays between tests until the block ends."""
+def shared_vm(daemon: Daemon, manifest: Mapping[str, Any] | None = None, **fields: Any) -> Iterator[None]:
+    """Boots a VM called `demo`, which stays between tests until the block ends.
+
+    :param manifest: of a plugin, which is installed first; then the VM is healthy, too
+    """
 
     async def make() -> None:
         async with daemon.client() as client:
-            await client.plugins.install(manifest)
-            await boot(client, "demo", plugin=manifest["name"])
-            await healthy(client, "demo")
+            if manifest is None:
+                await boot(client, "demo", **fields)
+            else:
+                await client.plugins.install(manifest)
+                await boot(client, "demo", plugin=manifest["name"], **fields)
+                await healthy(client, "demo")
 
     daemon.kept.add("demo")
     trio.run(make)

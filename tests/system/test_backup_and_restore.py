@@ -17,7 +17,7 @@ import httpx
 import msgspec
 import trio
 
-from tests.system.kit import Daemon, adopted, boot, is_alive, next_event, reachable, run, spec
+from tests.system.kit import Daemon, adopted, boot, is_alive, next_event, runs_on, spec
 from volant.client import Client, ClientError, StreamGap
 
 
@@ -76,10 +76,7 @@ async def test_a_restore_of_a_daemon_with_running_vms(make_daemon: Callable[...,
         await adopted(client)
         info = await client.system.info()
         assert info["event_epoch"] == restored["event_epoch"]
-        after = await client.vms.get("stays")
-        assert (after.id, after.pid, after.status, after.boots) == (stays.id, stays.pid, "running", 1)
-        await reachable(client, "stays")
-        assert await run(client, "stays", "echo", "alive") == "alive\n"
+        await runs_on(client, stays)
         assert (await client.vms.get("deleted-later")).status == "stopped"
         assert orphan.pid is not None
         assert is_alive(orphan.pid)
@@ -138,9 +135,7 @@ async def test_a_daemon_killed_at_any_moment_of_a_restore_has_the_old_or_the_new
             nursery.start_soon(restore, daemon.base_url, accepted)
             await trio.sleep(rng.uniform(0.0, 0.08))
             daemon.kill()
-        daemon.start()
-        async with daemon.client() as client:
-            await adopted(client)
+        async with daemon.started() as client:
             after = (await client.system.info())["event_epoch"]
             names = {vm.name for vm in await client.vms.list()}
         if accepted:
@@ -202,13 +197,8 @@ async def test_a_damaged_database_is_kept_and_a_backup_brings_the_running_vm_bac
     assert b"restored 1 VMs" in done.stdout
     assert [path.read_bytes() for path in daemon.state_dir.glob("volant-before-*.db")] == [b""]
 
-    daemon.start()
-    async with daemon.client() as client:
-        await adopted(client)
-        after = await client.vms.get("demo")
-        assert (after.pid, after.status, after.boots) == (vm.pid, "running", 2)
-        await reachable(client, "demo")
-        assert await run(client, "demo", "echo", "alive") == "alive\n"
+    async with daemon.started() as client:
+        await runs_on(client, vm, boots=2)
         assert (await client.system.info())["orphans"] == []
 
 

@@ -7,14 +7,13 @@ import os
 import subprocess
 import sys
 from base64 import b64decode
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import msgspec
 import pytest
 import trio
 
-from tests.hypervisor.kit import guest_spec, real_qemu
+from tests.hypervisor.kit import guest_spec
 from volant.channel import AgentClient, VirtioSerial, open_channel
 from volant.host import Host
 from volant.hypervisor import MachineSpec
@@ -27,19 +26,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def host() -> Host:
-    return Host()
-
-
-@pytest.fixture
 def spec(host: Host, image_cache: Path, tmp_path: Path) -> MachineSpec:
     return guest_spec(host, image_cache, tmp_path / "vm", name="boot", memory_mb=128, cmdline="")
-
-
-@pytest.fixture
-async def qemu(host: Host, spec: MachineSpec, tmp_path: Path) -> AsyncIterator[QemuHypervisor]:
-    async with real_qemu(host, spec, tmp_path / "cache") as hypervisor:
-        yield hypervisor
 
 
 async def run(client: AgentClient, *command: str) -> tuple[bytes, int]:

@@ -17,7 +17,7 @@ import msgspec
 import pytest
 import trio
 
-from tests.hypervisor.kit import guest_spec, real_qemu
+from tests.hypervisor.kit import guest_spec
 from tests.system.kit import load
 from tests.system.rootfs import make_ext4
 from volant.channel import AgentClient, Channel, VirtioSerial, open_channel
@@ -61,19 +61,8 @@ for path in glob.glob("/proc/[0-9]*/cmdline"):
 
 
 @pytest.fixture
-def host() -> Host:
-    return Host()
-
-
-@pytest.fixture
 def spec(host: Host, image_cache: Path, tmp_path: Path) -> MachineSpec:
     return guest_spec(host, image_cache, tmp_path / "vm", name="origin", memory_mb=160)
-
-
-@pytest.fixture
-async def qemu(host: Host, spec: MachineSpec, tmp_path: Path) -> AsyncIterator[QemuHypervisor]:
-    async with real_qemu(host, spec, tmp_path / "cache") as hypervisor:
-        yield hypervisor
 
 
 class Guest:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 import trio
 
-from tests.system.kit import REPOSITORY, Daemon, boot, run
+from tests.system.kit import REPOSITORY, Daemon, run, shared_vm
 
 _ZEROS = hashlib.sha256(bytes(50_000_000)).hexdigest()
 
@@ -19,15 +19,8 @@ _ZEROS = hashlib.sha256(bytes(50_000_000)).hexdigest()
 @pytest.fixture(scope="module")
 def guest(module_daemon: Daemon) -> Iterator[str]:
     """The name of a running VM, which the tests of this module share."""
-
-    async def make() -> None:
-        async with module_daemon.client() as client:
-            await boot(client, "demo")
-
-    module_daemon.kept.add("demo")
-    trio.run(make)
-    yield "demo"
-    module_daemon.kept.clear()
+    with shared_vm(module_daemon):
+        yield "demo"
 
 
 async def volar(daemon: Daemon, *arguments: str) -> subprocess.CompletedProcess[bytes]:

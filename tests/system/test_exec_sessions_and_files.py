@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.system.kit import REPOSITORY, Daemon, boot, load, run
+from tests.system.kit import REPOSITORY, Daemon, load, run, shared_vm
 from volant.client import ClientProblem, ExecEnd, ExecGap, ExecOutput
 
 _S = 120.0
@@ -30,15 +30,8 @@ _S = 120.0
 @pytest.fixture(scope="module")
 def guest(module_daemon: Daemon) -> Iterator[str]:
     """The name of a running VM, which the tests of this module share."""
-
-    async def make() -> None:
-        async with module_daemon.client() as client:
-            await boot(client, "demo", memory_mb=160)
-
-    module_daemon.kept.add("demo")
-    trio.run(make)
-    yield "demo"
-    module_daemon.kept.clear()
+    with shared_vm(module_daemon, memory_mb=160):
+        yield "demo"
 
 
 def command(daemon: Daemon, *words: str) -> list[str]:

@@ -23,7 +23,7 @@ from tests.system.hostile import (
     turn,
 )
 from tests.system.hostile_agent import PORTS, SERVERS
-from tests.system.kit import Daemon, adopted, boot, load, spec
+from tests.system.kit import Daemon, boot, load, spec
 from tests.system.rootfs import layer_of, make_ext4
 from volant.client import ClientProblem
 
@@ -146,9 +146,7 @@ async def test_a_restarted_daemon_adopts_the_others_and_can_delete_a_hostile_gue
         await boot_evil(client)
         await turn(client, behaviour)
     daemon.kill()
-    daemon.start()
-    async with daemon.client() as client:
-        await adopted(client)
+    async with daemon.started() as client:
         async with noticing(daemon, client) as noticed:
             await trio.sleep(LONG_S)
             await delete_evil(client, noticed)

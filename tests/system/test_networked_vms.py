@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.system.kit import BOOT_S, Daemon, adopted, boot, reachable, run, until
+from tests.system.kit import BOOT_S, Daemon, boot, kept, reachable, run, until
 from tests.system.netns import IN_ITS_OWN
 from tests.system.test_orphans import volar
 from tests.system.test_snapshots import fork
@@ -112,7 +112,6 @@ def bridged(image_cache: Path, lab: Lab, _running: list[Daemon]) -> Iterator[Dae
     flags = ("--network", "auto", "--templates", "auto", "--standby", "1")
     daemon = Daemon(image_cache, *flags, wrapper=lab.host.enter, ephemeral=False)
     daemon.command += ["--listen", f"unix:{daemon.root}/api"]
-    _running.append(daemon)
 
     async def prepare() -> None:
         async with daemon.client() as client:
@@ -124,14 +123,10 @@ def bridged(image_cache: Path, lab: Lab, _running: list[Daemon]) -> Iterator[Dae
             await is_on_the_network(client, second)
             await filled(daemon)
 
-    try:
-        daemon.start()
+    with kept(daemon, _running):
         trio.run(prepare)
         daemon.delete_vms()
         yield daemon
-    finally:
-        _running.remove(daemon)
-        daemon.dispose()
 
 
 @pytest.fixture
@@ -247,9 +242,7 @@ async def test_networks_outlive_a_killed_daemon_and_end_with_their_vms(daemon: D
     daemon.kill()
     # Existing networks work without the daemon.
     assert await fetch(lab, 8080) == "stays\n"
-    daemon.start()
-    async with daemon.client() as client:
-        await adopted(client)
+    async with daemon.started() as client:
         assert lab.host.links() == with_both
         assert await fetch(lab, 8080) == "stays\n"
         await reachable(client, "stays")
@@ -276,9 +269,7 @@ async def test_an_orphaned_guest_keeps_its_address_when_it_is_adopted(daemon: Da
         await boot(client, "victim")
     with_all = lab.host.links()
     daemon.lose_database()
-    daemon.start()
-    async with daemon.client() as client:
-        await adopted(client)
+    async with daemon.started() as client:
         assert lab.host.links() == with_all, "what a guest has that may be found again is not taken away"
         tags = {orphan["name"]: orphan["mark"] for orphan in volar(daemon, "vms", "orphans")}
         volar(daemon, "vms", "kill", tags["victim"])
@@ -345,9 +336,7 @@ async def test_guests_reach_the_internet_again_whichever_process_is_killed(daemo
     assert passts() == first
     for vm in vms[1:]:
         os.kill(first[vm.id], signal.SIGKILL)
-    daemon.start()
-    async with daemon.client() as client:
-        await adopted(client)
+    async with daemon.started() as client:
         await client.vms.apply_and_wait("clone", "resume", ["running"])
         for vm in vms:
             await reachable(client, vm.name)

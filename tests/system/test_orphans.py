@@ -10,7 +10,7 @@ from typing import Any
 
 import trio
 
-from tests.system.kit import Daemon, adopted, boot, is_alive, reachable, run
+from tests.system.kit import Daemon, boot, is_alive, reachable, run
 from volant.client import LogLine
 
 
@@ -30,9 +30,7 @@ async def test_guests_outlive_the_loss_of_the_database(make_daemon: Callable[...
         await run(client, "demo", "sh", "-c", "echo here before >/run/kept; echo before the loss >/dev/console")
     daemon.lose_database()
 
-    daemon.start()
-    async with daemon.client() as client:
-        await adopted(client)
+    async with daemon.started() as client:
         assert await client.vms.list() == []
         assert set(daemon.hypervisors()) == {vm.pid, victim.pid}
         found = {one["name"]: one for one in volar(daemon, "vms", "orphans")}
@@ -64,9 +62,7 @@ async def test_guests_outlive_the_loss_of_the_database(make_daemon: Callable[...
 
     # It is an ordinary VM again: it survives the next restart, and stops cleanly.
     assert daemon.stop() == 0
-    daemon.start()
-    async with daemon.client() as client:
-        await adopted(client)
+    async with daemon.started() as client:
         assert (await client.vms.get("demo")).pid == vm.pid
         await reachable(client, "demo")
         stopped = await client.vms.apply_and_wait("demo", "stop", ["stopped"], grace_s=60)

@@ -11,7 +11,7 @@ from contextlib import suppress
 import pytest
 import trio
 
-from tests.system.kit import BOOT_S, Daemon, Stopwatch, adopted, boot, is_alive, load, next_event, run, spec, until
+from tests.system.kit import BOOT_S, Daemon, Stopwatch, boot, is_alive, load, next_event, run, spec, until
 from volant.client import Client, ClientProblem, LogLine
 
 CYCLES = load("VOLANT_TEST_PAUSES", usual=100, full=1000)
@@ -157,9 +157,7 @@ async def test_a_restarted_daemon_keeps_a_paused_vm_and_resumes_one_that_should_
         assert await run(client, "demo", "touch", "/tmp/mine") == ""
         await pause(client, "demo")
     daemon.kill()
-    daemon.start()
-    async with daemon.client() as client:
-        await adopted(client)
+    async with daemon.started() as client:
         found = await client.vms.get("demo")
         assert (found.status, found.pid) == ("paused", vm.pid)
         await resume(client, "demo")
@@ -170,9 +168,7 @@ async def test_a_restarted_daemon_keeps_a_paused_vm_and_resumes_one_that_should_
     # The state that a daemon leaves if it is killed while it copies the guest.
     stop_machine(daemon, vm.id)
     await trio.sleep(PAUSED_S)
-    daemon.start()
-    async with daemon.client() as client:
-        await adopted(client)
+    async with daemon.started() as client:
         with trio.fail_after(30):
             while True:
                 # The daemon resumes it shortly after its start.

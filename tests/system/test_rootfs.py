@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.system.kit import BOOT_S, Daemon, adopted, boot, reachable, run, spec, until
+from tests.system.kit import BOOT_S, Daemon, boot, reachable, run, spec, until
 from tests.system.rootfs import digest, hypervisor_arguments, is_clean, layer_of, make_ext4, plugin
 from volant.client import Client, ClientProblem
 from volant.images import artifact_path, find
@@ -194,9 +194,7 @@ async def test_a_daemon_that_was_killed_finds_the_disks_again(make_daemon: Calla
     daemon.kill()
     stray = daemon.state_dir / "disks/9-stray"
     stray.mkdir()
-    daemon.start()
-    async with daemon.client() as client:
-        await adopted(client)
+    async with daemon.started() as client:
         await reachable(client, "one")
         assert "kept" in (await run(client, "one", "ls", "/")).split()
         # An orphaned disk is listed, and not deleted.

@@ -140,9 +140,7 @@ async def test_a_snapshot_outlives_its_vm_and_the_daemon(daemon: Daemon) -> None
         await run(client, "demo", "sh", "-c", "echo after > /after")
         await client.vms.delete("demo")
     assert daemon.stop() == 0
-    daemon.start()
-    async with daemon.client() as client:
-        await adopted(client)
+    async with daemon.started() as client:
         assert [one.name for one in await client.snapshots.list()] == ["warm"]
         async with client.events(vm="again") as events:
             waited = await client.vms.create_and_wait(RestoreVm(name="again", from_snapshot="warm"), timeout_s=BOOT_S)
@@ -222,9 +220,7 @@ async def test_the_unfinished_copies_of_a_killed_daemon_are_finished_or_removed(
     for what in ("snapshots", "fork"):
         await begin_and_be_killed(daemon, HANGS_WHILE_THE_GUEST_STANDS_STILL, f"/api/v1/vms/demo/{what}", {})
         assert is_alive(before.pid or 0)
-        daemon.start()
-        async with daemon.client() as client:
-            await adopted(client)
+        async with daemon.started() as client:
             await reachable(client, "demo")
             counted = await count(client, "demo")
             await trio.sleep(1.5)

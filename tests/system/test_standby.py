@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.system.kit import BOOT_S, Daemon, adopted, boot, is_alive, reachable, run, until
+from tests.system.kit import BOOT_S, Daemon, boot, is_alive, kept, reachable, run, until
 from tests.system.rootfs import make_ext4, plugin
 from tests.system.test_templates import eventually, template, who
 from volant.client import Client
@@ -22,7 +22,6 @@ from volant.client import Client
 def pool(image_cache: Path, _running: list[Daemon]) -> Iterator[Daemon]:
     """A daemon with a template and a process in its warm pool."""
     daemon = Daemon(image_cache, "--templates", "auto", "--standby", "1", ephemeral=False)
-    _running.append(daemon)
 
     async def prepare() -> None:
         async with daemon.client() as client:
@@ -31,13 +30,9 @@ def pool(image_cache: Path, _running: list[Daemon]) -> Iterator[Daemon]:
             # The daemon fills the pool of a template as soon as it is built.
             await filled(daemon)
 
-    try:
-        daemon.start()
+    with kept(daemon, _running):
         trio.run(prepare)
         yield daemon
-    finally:
-        _running.remove(daemon)
-        daemon.dispose()
 
 
 @pytest.fixture
@@ -111,9 +106,7 @@ async def test_a_clean_stop_ends_them_and_no_vm(daemon: Daemon) -> None:
     assert not is_alive(pid)
     assert list(daemon.hypervisors()) == [vm.pid]
     assert not list(daemon.runtime_dir.glob("standby/*"))
-    daemon.start()
-    async with daemon.client() as client:
-        await adopted(client)
+    async with daemon.started() as client:
         await reachable(client, "kept")
         assert (await client.vms.get("kept")).pid == vm.pid
         await refill(daemon, client)
@@ -129,9 +122,7 @@ async def test_after_kill_nine_the_next_daemon_ends_them(daemon: Daemon) -> None
     # Even without the database, the working directory tells a VM from a process of the pool.
     for path in daemon.state_dir.glob("volant.db*"):
         path.unlink()
-    daemon.start()
-    async with daemon.client() as client:
-        await adopted(client)
+    async with daemon.started() as client:
         await eventually(lambda: not is_alive(pid))
         assert list(daemon.hypervisors()) == [vm.pid]
         (orphan,) = await client.system.orphans()

@@ -19,12 +19,12 @@ from tests.system.kit import (
     BOOT_S,
     REPOSITORY,
     Daemon,
-    adopted,
     boot,
     next_event,
     reachable,
     run,
     run_cut_off,
+    runs_on,
     spec,
     until,
 )
@@ -95,14 +95,9 @@ async def test_the_next_version_takes_over_everything_from_the_previous_one(
     daemon.kill()
 
     begin_with(daemon, None)
-    daemon.start()
-    async with daemon.client() as client:
-        await adopted(client)
-        after = await client.vms.get("demo")
-        assert (after.id, after.pid, after.status, after.boots) == (vm.id, vm.pid, "running", 1)
+    async with daemon.started() as client:
+        after = await runs_on(client, vm)
         assert (after.labels, after.plugin, after.started_at) == (vm.labels, vm.plugin, vm.started_at)
-        await reachable(client, "demo")
-        assert await run(client, "demo", "echo", "alive") == "alive\n"
         # The log and the events continue without a gap, and adoption causes no event.
         await last_line(client, last)
         assert await client.newest_event() == newest

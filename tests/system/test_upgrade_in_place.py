@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 import pytest
 import trio
 
-from tests.system.kit import BOOT_S, REPOSITORY, Daemon, adopted, boot, reachable, run, until
+from tests.system.kit import BOOT_S, REPOSITORY, Daemon, boot, reachable, run, until
 from tests.system.rootfs import make_ext4, plugin
 from tests.system.test_networked_vms import (
     FETCH,
@@ -103,9 +103,7 @@ async def test_running_vms_continue_and_stored_data_is_usable(
 
     build_image(REPOSITORY, cache)
     begin_with(daemon, None)
-    daemon.start()
-    async with daemon.client() as client:
-        await adopted(client)
+    async with daemon.started() as client:
         assert daemon.hypervisors() == processes
         assert lab.host.links() == links
         for vm in before:
