@@ -48,26 +48,17 @@ def build(
         )
     cache_dir = cache_dir.absolute()
     with _store.building(cache_dir, lambda: progress(_packages.WAITING), "The image") as scratch:
-        return _build(cache_dir, scratch, progress, mirror, security_mirror, keyring, offline)
+        archive = None if offline else _packages.Archive(mirror, security_mirror, keyring)
+        return _build(cache_dir, scratch, progress, archive)
 
 
 def _build(
-    cache_dir: Path,
-    scratch: Path,
-    progress: Callable[[Progress], None],
-    mirror: str | None,
-    security_mirror: str | None,
-    keyring: Path | None,
-    offline: bool,
+    cache_dir: Path, scratch: Path, progress: Callable[[Progress], None], archive: _packages.Archive | None
 ) -> Image:
     recipe = _recipe.recipe_digest()
     guest = _recipe.guest_sources()
     guest_digest = _recipe.sources_digest(guest)
-    apt: _apt.Apt | None = None
-    if offline:
-        packages = _packages.last(cache_dir)
-    else:
-        packages, apt = _packages.resolve(cache_dir, _apt.Apt.resolve, progress, mirror, security_mirror, keyring)
+    packages, apt = _packages.resolve(cache_dir, _apt.Apt.resolve, progress, archive)
     digest = _store.image_digest(recipe, packages, guest_digest)
     image = _store.load(cache_dir, digest)
     if image is None:

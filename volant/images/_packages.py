@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from . import _apt, _sources, _store
 from ._errors import ImageError
@@ -30,6 +31,14 @@ class Progress:
 
 
 WAITING = Progress("wait", "Waiting for another build to end")
+
+
+class Archive(NamedTuple):
+    """Where packages come from, and the keys that must have signed them; None: what this host uses."""
+
+    mirror: str | None
+    security_mirror: str | None
+    keyring: Path | None
 
 
 def silent(progress: Progress) -> None:
@@ -65,18 +74,8 @@ def fetch_packages(
     wanted, given = sorted(set(names)), sorted(set(without))
     cache_dir = cache_dir.absolute()
     with _store.building(cache_dir, lambda: progress(WAITING), "The packages") as scratch:
-        apt: _apt.Apt | None = None
-        if offline:
-            packages = last(cache_dir)
-        else:
-            packages, apt = resolve(
-                cache_dir,
-                lambda apt: apt.resolve_with_dependencies(wanted, given),
-                progress,
-                mirror,
-                security_mirror,
-                keyring,
-            )
+        archive = None if offline else Archive(mirror, security_mirror, keyring)
+        packages, apt = resolve(cache_dir, lambda apt: apt.resolve_with_dependencies(wanted, given), progress, archive)
         lacking = set(wanted) - {package.name for package in packages}
         if lacking:
             raise ImageError(
@@ -92,15 +91,16 @@ def resolve(
     cache_dir: Path,
     choose: Callable[[_apt.Apt], list[_apt.Package]],
     progress: Callable[[Progress], None],
-    mirror: str | None,
-    security_mirror: str | None,
-    keyring: Path | None,
-) -> tuple[list[_apt.Package], _apt.Apt]:
-    """Returns the packages that `choose` takes from the archive, or the last ones if that can't be reached. The caller
-    holds the lock.
+    archive: Archive | None,
+) -> tuple[list[_apt.Package], _apt.Apt | None]:
+    """Returns the packages that `choose` takes from the archive, or the last ones if there is none or it can't be
+    reached. The caller holds the lock.
 
     :raises ImageError: there are neither
     """
+    if archive is None:
+        return _last(cache_dir), None
+    mirror, security_mirror, keyring = archive
     if keyring is not None and not keyring.is_file():
         raise ImageError("no_keyring", f"There is no keyring {keyring}", "name one that exists with --keyring FILE")
     sources = _sources.explicit_sources(mirror, security_mirror) if mirror else _sources.archive()
@@ -118,7 +118,7 @@ def resolve(
     return choose(apt), apt
 
 
-def last(cache_dir: Path) -> list[_apt.Package]:
+def _last(cache_dir: Path) -> list[_apt.Package]:
     """Returns the packages of the last build. :raises ImageError: there was none."""
     packages = _load(cache_dir)
     if packages is None:
