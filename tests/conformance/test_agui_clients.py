@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +14,7 @@ from ag_ui.core import Event as AguiModel
 from pydantic import TypeAdapter
 
 from tests.conformance.kit import Node
-from tests.system.kit import BOOT_S, Daemon, spec, websocket
+from tests.system.kit import BOOT_S, Daemon, kill_hypervisor, spec, websocket
 from volant.client import Client
 
 # The tests watch a boot, which has to take some time.
@@ -62,9 +60,7 @@ async def live_and_die(client: Client) -> None:
         await client.vms.create(spec(name))
     for name in NAMES:
         await client.vms.wait(name, {"running"}, timeout_s=BOOT_S)
-    pid = (await client.vms.get("two")).pid
-    assert pid is not None
-    os.kill(pid, signal.SIGKILL)
+    kill_hypervisor(await client.vms.get("two"))
     await client.vms.wait("two", {"crashed"}, timeout_s=BOOT_S)
     await client.vms.stop("one")
     await client.vms.wait("one", {"stopped"}, timeout_s=BOOT_S)
@@ -109,9 +105,7 @@ async def test_the_boot_of_one_vm_is_a_run_that_resumes(daemon: Daemon, node: No
             cut = len(events)
             assert events[-1]["type"] == "STEP_STARTED"
             await nursery.start(listen, f"{socket}&resume=true&step={events[-1]['stepName']}", events, is_end)
-            pid = (await client.vms.get("one")).pid
-            assert pid is not None
-            os.kill(pid, signal.SIGKILL)
+            kill_hypervisor(await client.vms.get("one"))
     assert events[cut]["type"] == "STATE_SNAPSHOT"
     await verify(node, events, tmp_path / "boot.json")
     assert [event["type"] for event in events].count("RUN_STARTED") == 1

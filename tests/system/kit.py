@@ -353,6 +353,12 @@ def is_alive(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] not in "ZX"
 
 
+def kill_hypervisor(vm: VmView) -> None:
+    """Kills the process of a VM."""
+    assert vm.pid is not None
+    os.kill(vm.pid, signal.SIGKILL)
+
+
 def spec(name: str, **fields: Any) -> CreateVm:
     """Returns the spec of the smallest VM."""
     return CreateVm(**{"name": name, "cpu_cores": 1, "memory_mb": 128, **fields})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from pathlib import Path
 import httpx
 
 from tests.cli.test_debug import members
-from tests.system.kit import REPOSITORY, Daemon, boot, run, spec, until
+from tests.system.kit import REPOSITORY, Daemon, boot, kill_hypervisor, run, spec, until
 
 KEY = "hush-api-key-0123456789abcdef"
 SECRETS = (KEY, *(f"hush-{name}-c0ffee" for name in ("env", "label", "cmdline", "console", "query", "ticket")))
@@ -50,9 +49,7 @@ async def test_the_bundle_has_what_a_report_needs_and_no_secret(
                 async with http.stream("GET", f"/api/v1/events/vms?{query}"):
                     pass
         await run(client, "demo", "sh", "-c", "echo hush-console-c0ffee > /dev/console")
-        vm = await client.vms.get("demo")
-        assert vm.pid is not None
-        os.kill(vm.pid, signal.SIGKILL)
+        kill_hypervisor(await client.vms.get("demo"))
         await until(client, "demo", "crashed")
         await client.vms.create(spec("other"))
 

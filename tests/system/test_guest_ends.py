@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import signal
-
-from tests.system.kit import Daemon, Stopwatch, boot, event_of, next_event, run, run_cut_off, spec, until
+from tests.system.kit import (
+    Daemon,
+    Stopwatch,
+    boot,
+    event_of,
+    kill_hypervisor,
+    next_event,
+    run,
+    run_cut_off,
+    spec,
+    until,
+)
 from volant.client import Client
 
 
@@ -37,9 +45,8 @@ async def test_a_guest_that_powers_off_is_stopped_and_one_that_reboots_comes_bac
 async def test_a_restart_policy_starts_it_again_after_a_crash_and_not_after_a_stop(daemon: Daemon) -> None:
     async with daemon.client() as client:
         vm = await boot(client, "demo", restart_policy="on-failure")
-        assert vm.pid is not None
         async with client.events(vm="demo") as feed:
-            os.kill(vm.pid, signal.SIGKILL)
+            kill_hypervisor(vm)
             for kind in ("VM_CRASHED", "VM_STARTING", "VM_RUNNING"):
                 assert (await next_event(feed)).type == kind
             again = await client.vms.get("demo")

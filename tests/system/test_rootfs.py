@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import trio
 
-from tests.system.kit import BOOT_S, Daemon, boot, reachable, run, spec, until
+from tests.system.kit import BOOT_S, Daemon, boot, kill_hypervisor, reachable, run, spec, until
 from tests.system.rootfs import digest, hypervisor_arguments, is_clean, layer_of, make_ext4, plugin
 from volant.client import Client, ClientProblem
 from volant.images import artifact_path, find
@@ -90,8 +89,7 @@ async def test_a_vm_runs_on_a_root_filesystem(daemon: Daemon, image_cache: Path,
         assert "kept" in (await run(client, "one", "ls", "/")).split()
         await run(client, "one", "mkdir", "/synced")
         await run(client, "one", "sync")
-        assert vm.pid is not None
-        os.kill(vm.pid, signal.SIGKILL)
+        kill_hypervisor(vm)
         assert (await crashed(client, "one")).code == "hypervisor_killed"
         await start(client, "one")
         assert {"kept", "synced"} <= set((await run(client, "one", "ls", "/")).split())
