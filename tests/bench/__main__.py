@@ -16,6 +16,7 @@ from functools import partial
 import trio
 
 from ._adoption import adoption
+from ._back_to_back import back_to_back
 from ._boot import create_to_agent
 from ._clock_drift import clock_drift
 from ._clones import creates_at_once, many_clones
@@ -54,6 +55,7 @@ def main() -> int:
         "standby_to_agent": standby_to_agent,
         "create_first_exec": create_first_exec,
         "creates_at_once": creates_at_once,
+        "back_to_back": back_to_back,
         "many_clones": many_clones,
         "fork_chromium": fork_chromium,
         "adoption": adoption,

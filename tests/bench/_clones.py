@@ -57,7 +57,7 @@ async def creates_at_once(rounds: int = 3) -> list[Figure]:
         bare = [(spec, BareClone(spec, await _argv(spec))) for spec in specs]
         async with _clients(daemon, AT_ONCE) as clients:
             for _ in range(rounds):
-                await _until_pool_is_quiet(daemon)
+                await until_pool_is_quiet(daemon)
                 by_hand = await _bare_at_once(bare)
                 await trio.sleep(_SETTLE_S)
                 created = await _ours_at_once(clients)
@@ -238,7 +238,7 @@ async def _bare_at_once(bare: list[tuple[MachineSpec, BareClone]]) -> list[float
     return took
 
 
-async def _until_pool_is_quiet(daemon: Daemon) -> None:
+async def until_pool_is_quiet(daemon: Daemon) -> None:
     """Waits until the warm pool has started no process for a while."""
     async with daemon.http() as http:
         with trio.fail_after(BOOT_S):

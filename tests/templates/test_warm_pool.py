@@ -220,8 +220,8 @@ def test_clones_begin_together_within_ten_seconds(times: list[float]) -> None:
 
 def test_the_pool_waits_for_the_end_of_a_series_of_clones() -> None:
     assert pause_s(-inf, 100.0) == pause_s(90.0, 100.0) == 0.5
-    assert pause_s(99.9, 100.0) == 0.5
-    assert pause_s(99.0, 100.0) == 2.0
+    assert pause_s(99.0, 100.0) > 1.0
+    assert pause_s(99.9, 100.0) > 0.5, "the VM claimed a process, and the next one will take longer"
 
 
 def test_idle_time_has_no_rounding_gap() -> None:

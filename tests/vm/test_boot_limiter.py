@@ -56,6 +56,25 @@ async def test_boots_get_slots_in_order_of_arrival(nursery: trio.Nursery) -> Non
     assert crowd.limiter.statistics() == {"limit": 2, "booting": 2, "waiting": 1}
 
 
+async def test_the_boot_that_is_due_the_longest_is_next(nursery: trio.Nursery) -> None:
+    limiter = BootLimiter(1)
+    served: list[int] = []
+
+    async def boot(vm_id: int, due_at: float) -> None:
+        await limiter.acquire(vm_id, due_at=due_at)
+        served.append(vm_id)
+
+    # The later a VM was created, the sooner it was prepared.
+    for vm_id in (1, 5, 4, 3, 2):
+        nursery.start_soon(boot, vm_id, float(vm_id))
+        await trio.testing.wait_all_tasks_blocked()
+    assert limiter.inspect(5) == {"state": "waiting", "ahead": 3, "limit": 1}
+    for vm_id in (1, 2, 3, 4):
+        limiter.release(vm_id)
+        await trio.testing.wait_all_tasks_blocked()
+    assert served == [1, 2, 3, 4, 5]
+
+
 async def test_a_cancelled_boot_leaves_the_queue(nursery: trio.Nursery) -> None:
     crowd = Crowd(nursery, limit=1)
     await crowd.come(1, 2, 3)

@@ -98,7 +98,7 @@ def pause_s(before_last: float, last: float) -> float:
     """Returns how long after the last clone began no process may be started.
 
     Where clones follow each other faster than the pool can be filled in between, filling it would slow them down: then
-    it waits until they seem to be over.
+    it waits until they seem to be over. How soon the last one followed says little, as a VM that claims a process is
+    done sooner.
     """
-    interval_s = last - before_last
-    return max(_QUIET_S, 2 * interval_s) if interval_s < _REFILL_S else _QUIET_S
+    return _QUIET_S if last - before_last >= _REFILL_S else _REFILL_S

@@ -1,9 +1,10 @@
 """Limits how many boots run at a time.
 
 A boot costs seconds of a processor. Two hundred at once would each take as long as all of them together, and miss their
-deadlines. So a boot first waits for a slot, in the order in which boots came, and no deadline runs meanwhile. It holds
-the slot until the agent answers, the boot fails, or `SLOT_S` is over, so that guests that never answer don't delay the
-others for the whole of their deadlines. The build of a template waits until no VM does.
+deadlines. So a boot first waits for a slot, and no deadline runs meanwhile. The boot that is due the longest gets the
+next one: boots that begin together are prepared together, and are ready in any order. A boot holds its slot until the
+agent answers, the boot fails, or `SLOT_S` is over, so that guests that never answer don't delay the others for the
+whole of their deadlines. The build of a template waits until no VM does.
 
 While the daemon drains nobody gets a slot. A boot whose process is there already, as an actor or the daemon has started
 again, gets one at once, even beyond the limit: it boots anyway.
@@ -24,6 +25,16 @@ BootId = int | str
 """The id of a VM, or the digest of a template."""
 
 
+@dataclass
+class _Waiting:
+    due_at: float
+    served: trio.Event = field(default_factory=trio.Event)
+
+
+def _in_order(queue: dict[BootId, _Waiting]) -> list[BootId]:
+    return sorted(queue, key=lambda boot: queue[boot].due_at)
+
+
 class BootLimiter:
     """Hands out boot slots."""
 
@@ -34,13 +45,16 @@ class BootLimiter:
         self._holders: set[BootId] = set()
         self._drained: set[BootId] = set()
         """Boots that wait for the end of a drain."""
-        self._waiting: dict[BootId, trio.Event] = {}
-        """In the order in which they came."""
-        self._last: dict[BootId, trio.Event] = {}
-        """Likewise, behind all of those."""
+        self._waiting: dict[BootId, _Waiting] = {}
+        self._last: dict[BootId, _Waiting] = {}
+        """Behind all of those."""
 
-    async def acquire(self, boot: BootId, *, last: bool = False) -> None:
-        """Waits for a slot; a boot that holds one keeps it. `last`: behind all that wait without."""
+    async def acquire(self, boot: BootId, *, due_at: float = 0.0, last: bool = False) -> None:
+        """Waits for a slot; a boot that holds one keeps it.
+
+        :param due_at: since when the boot is due; of those that are due equally long, the first one to come is served
+        :param last: behind all that wait without
+        """
         while True:
             if self._projection is not None and self._projection.drain is not None:
                 self._drained.add(boot)
@@ -48,19 +62,19 @@ class BootLimiter:
                     await self._projection.undrained()
                 finally:
                     self._drained.discard(boot)
-            await self._acquire(boot, self._last if last else self._waiting)
+            await self._acquire(boot, due_at, self._last if last else self._waiting)
             if self._projection is None or self._projection.drain is None:
                 return
             self.release(boot)
 
-    async def _acquire(self, boot: BootId, queue: dict[BootId, trio.Event]) -> None:
+    async def _acquire(self, boot: BootId, due_at: float, queue: dict[BootId, _Waiting]) -> None:
         if boot in self._holders or (len(self._holders) < self.limit and not self._waiting):
             self._holders.add(boot)
             await trio.lowlevel.checkpoint()
             return
-        event = queue[boot] = trio.Event()
+        place = queue[boot] = _Waiting(due_at)
         try:
-            await event.wait()
+            await place.served.wait()
         except BaseException:
             self.release(boot)
             raise
@@ -75,9 +89,9 @@ class BootLimiter:
         for queue in (self._waiting, self._last):
             queue.pop(boot, None)
         while (queue := self._waiting or self._last) and len(self._holders) < self.limit:
-            first = next(iter(queue))
+            first = _in_order(queue)[0]
             self._holders.add(first)
-            queue.pop(first).set()
+            queue.pop(first).served.set()
 
     @property
     def in_use(self) -> bool:
@@ -90,7 +104,7 @@ class BootLimiter:
             return {"state": "booting", "limit": self.limit}
         if boot in self._drained:
             return {"state": "held", "limit": self.limit}
-        waiting = [*self._waiting, *self._last]
+        waiting = [*_in_order(self._waiting), *_in_order(self._last)]
         if boot in waiting:
             return {"state": "waiting", "ahead": waiting.index(boot), "limit": self.limit}
         return None

@@ -152,7 +152,8 @@ class Steps:
     async def _prepare(self, row: VmRow) -> Seen:
         deps, settings = self._deps, self._deps.settings
         image, template, origin, warm_process = await deps.preparation.prepare(row)
-        await deps.slots.of(template).acquire(row.id)
+        # The row was changed last when its boot became due.
+        await deps.slots.of(template).acquire(row.id, due_at=row.updated_at.timestamp())
         socket = machine_spec(settings, row, "tcg").console_socket_path
         tag = self._vm.fresh_tag = tag_of(deps.instance, row)
         if warm_process is not None:
