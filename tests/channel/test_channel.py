@@ -12,7 +12,7 @@ import pytest
 import trio
 import trio.testing
 
-from volant.channel import AgentUnreachable, Channel, ChannelStream, VirtioSerial, open_channel
+from volant.channel import AgentUnreachable, Channel, ChannelStream, ParkedLink, VirtioSerial, open_channel
 from volant.host import Host
 from volant.model.agent import MAX_STREAMS, RESERVED_STREAMS
 
@@ -325,6 +325,74 @@ async def test_the_link_recovers_after_the_agent_was_restarted_at_any_byte(port:
                             await read_all(stream)
                     assert await echoes(channel, b"again")
             assert channel.statistics().links >= 4
+    finally:
+        agent.stop()
+
+
+async def parked(channel: Channel) -> ParkedLink:
+    """Parks the link as soon as nothing is under way on it."""
+    while (link := channel.park()) is None:  # noqa: ASYNC110 - there is no event for that
+        await trio.sleep(0.01)
+    return link
+
+
+async def test_a_parked_link_is_the_first_of_another_channel(port: Port) -> None:
+    agent = GuestAgent(port, handle)
+    address = VirtioSerial(port.path)
+    try:
+        with trio.fail_after(20):
+            async with open_channel(Host(), address) as channel:
+                assert await echoes(channel, b"one")
+                link = await parked(channel)
+            for _ in range(2):
+                async with open_channel(Host(), address, link) as channel:
+                    assert channel.link == 1, "the guest need not answer first"
+                    assert await echoes(channel, b"two" * 100_000)
+                    link = await parked(channel)
+            assert port.clients == 1
+            async with open_channel(Host(), address, link) as channel:
+                agent.stop()
+                agent = GuestAgent(port, handle)
+                while channel.statistics().last_loss is None:  # noqa: ASYNC110
+                    await trio.sleep(0.01)
+                assert await echoes(channel, b"the next link is made")
+            clients = port.clients
+            async with open_channel(Host(), address) as channel:
+                assert await echoes(channel, b"the one before is closed")
+            assert port.clients == clients + 1
+    finally:
+        agent.stop()
+
+
+async def test_a_link_with_an_open_stream_is_not_parked(port: Port) -> None:
+    agent = GuestAgent(port, handle)
+    address = VirtioSerial(port.path)
+    try:
+        with trio.fail_after(20):
+            async with open_channel(Host(), address) as channel:
+                assert channel.park() is None, "there is none yet"
+                async with await channel.open_stream(timeout_s=5) as stream:
+                    await stream.send_all(b"echo\nhello")
+                    assert await stream.receive_some() == b"hello"
+                    assert channel.park() is None
+                    await stream.send_all(b"more")
+                    assert await stream.receive_some() == b"more"
+    finally:
+        agent.stop()
+
+
+async def test_a_parked_link_whose_hypervisor_has_ended_is_lost(port: Port) -> None:
+    agent = GuestAgent(port, handle)
+    address = VirtioSerial(port.path)
+    try:
+        with trio.fail_after(20):
+            async with open_channel(Host(), address) as channel:
+                assert await echoes(channel, b"one")
+                link = await parked(channel)
+            await link.stream.send_eof()
+            async with open_channel(Host(), address, link) as channel:
+                assert await echoes(channel, b"another link is made")
+                assert channel.statistics().links > 1
     finally:
         agent.stop()
 

@@ -2,7 +2,7 @@
 
 from ._address import Address, HybridVsock, VirtioSerial, Vsock
 from ._agent import AgentAnswer, AgentClient, AgentResponse
-from ._channel import Channel, ChannelStatistics, open_channel, run_channel
+from ._channel import Channel, ChannelStatistics, ParkedLink, open_channel, run_channel
 from ._errors import AgentProtocolError, AgentUnreachable
 from ._stream import ChannelStream
 
@@ -17,6 +17,7 @@ __all__ = [
     "ChannelStatistics",
     "ChannelStream",
     "HybridVsock",
+    "ParkedLink",
     "VirtioSerial",
     "Vsock",
     "open_channel",

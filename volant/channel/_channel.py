@@ -35,6 +35,17 @@ STEADY_S = 10.0
 _CHECK_S = 0.001
 
 
+class ParkedLink:
+    """A link that no channel uses at present: `Channel.park` makes it, and `open_channel` takes it."""
+
+    def __init__(self, stream: trio.SocketStream, link: Link) -> None:
+        self.stream = stream
+        self.link = link
+
+    async def aclose(self) -> None:
+        await trio.aclose_forcefully(self.stream)
+
+
 class ChannelStatistics(msgspec.Struct, frozen=True):
     """The state of a channel, for `inspect`."""
 
@@ -129,6 +140,15 @@ class Channel:
         if self._closed.is_set():
             raise trio.BrokenResourceError("the channel to the guest was closed while it was held")
 
+    def park(self) -> ParkedLink | None:
+        """Keeps the link for another channel to the same port, which spares the guest the work of a new one. The guest
+        must be paused, and this channel is closed before anything is awaited. None: the link can't be kept, as
+        something is under way on it.
+        """
+        if self._link is None or self._socket is None or not self._link.park():
+            return None
+        return ParkedLink(self._socket, self._link)
+
     def _unread(self) -> tuple[int, int]:
         if self._socket is None or self._closed.is_set():
             return 0, 0
@@ -206,29 +226,39 @@ class Channel:
             self._last_loss = None
             return SocketChannelStream(slot, stream, self._sockets)
 
-    async def _keep(self, path: Path) -> None:
-        """Makes one link after the other."""
+    async def _keep(self, path: Path, parked: ParkedLink | None) -> None:
+        """Makes one link after the other; `parked` is the first."""
         backoff = Backoff(RETRY_MIN_S, RETRY_MAX_S, steady_s=STEADY_S)
+        if parked is not None:
+            parked.link.go_on(HoldablePort(parked.stream, self._hold))
+            await self._use(parked.stream, parked.link)
         while True:
             try:
                 stream = await self._hold.run(partial(self._host.sockets.connect_unix, path, CONNECT_S))
             except (OSError, trio.TooSlowError) as error:
                 self._last_loss = f"the hypervisor's agent socket: {str(error) or 'no answer'}"
             else:
-                async with stream:
-                    self._socket = stream
-                    link = Link(HoldablePort(stream, self._hold), bytes.fromhex(self._host.random.new_id()))
-                    try:
-                        await link.run(partial(self._set_link, link))
-                    except LinkLost as error:
-                        self._last_loss = str(error)
-                    finally:
-                        self._bytes_in += link.bytes_in
-                        self._bytes_out += link.bytes_out
-                        self._set_link(None)
-                    await self._hold.wait_released()
-                    self._socket = None
+                link = Link(HoldablePort(stream, self._hold), bytes.fromhex(self._host.random.new_id()))
+                await self._use(stream, link)
             await backoff.pause()
+
+    async def _use(self, stream: trio.SocketStream, link: Link) -> None:
+        """Carries streams over a link until it is lost, and closes its connection, unless it is parked."""
+        self._socket = stream
+        try:
+            try:
+                await link.run(partial(self._set_link, link))
+            except LinkLost as error:
+                self._last_loss = str(error)
+            finally:
+                self._bytes_in += link.bytes_in
+                self._bytes_out += link.bytes_out
+                self._set_link(None)
+            await self._hold.wait_released()
+            self._socket = None
+        finally:
+            if not link.is_parked:
+                await trio.aclose_forcefully(stream)
 
     def _set_link(self, link: Link | None) -> None:
         self._link = link
@@ -248,19 +278,23 @@ class Channel:
 
 
 async def run_channel(
-    host: Host, address: Address, *, task_status: trio.TaskStatus[Channel] = trio.TASK_STATUS_IGNORED
+    host: Host,
+    address: Address,
+    parked: ParkedLink | None = None,
+    *,
+    task_status: trio.TaskStatus[Channel] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Keeps a channel open while this task lives: `channel = await nursery.start(run_channel, host, address)`.
 
     It starts at once, even if the guest boots or the hypervisor is not there yet. A lost link breaks its streams and is
-    made again, at first at once, later after up to `RETRY_MAX_S`.
+    made again, at first at once, later after up to `RETRY_MAX_S`. `parked`: its first link.
     """
     async with trio.open_nursery() as nursery:
         channel = Channel(host, address, nursery)
         try:
             task_status.started(channel)
             if isinstance(address, VirtioSerial):
-                await channel._keep(address.path)
+                await channel._keep(address.path, parked)
             else:
                 await trio.sleep_forever()
         finally:
@@ -268,8 +302,8 @@ async def run_channel(
 
 
 @asynccontextmanager
-async def open_channel(host: Host, address: Address) -> AsyncIterator[Channel]:
-    """Keeps a channel open for the length of a block."""
+async def open_channel(host: Host, address: Address, parked: ParkedLink | None = None) -> AsyncIterator[Channel]:
+    """Keeps a channel open for the length of a block. `parked`: its first link, which it closes in any case."""
     async with open_helpers() as helpers:
-        channel: Channel = await helpers.start(run_channel, host, address)
+        channel: Channel = await helpers.start(run_channel, host, address, parked)
         yield channel

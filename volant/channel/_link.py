@@ -84,14 +84,16 @@ class Link:
         self._scope = trio.CancelScope()
         self._stall = trio.CancelScope()
         self._paused = False
+        self._is_up = False
+        self._is_feeding = self._is_sending = False
+        self.is_parked = False
+        """Whether the end of `run` leaves the connection as it is."""
 
     async def run(self, on_ready: Callable[[], None]) -> NoReturn:
         """Finds the guest's agent, calls `on_ready`, and carries streams. :raises LinkLost: in the end."""
+        self.is_parked = False
         try:
-            rest = await self._resync()
-            self._conn.initiate_connection()
-            self._conn.increment_flow_control_window(CONNECTION_WINDOW - self._conn.inbound_flow_control_window)
-            self._flush()
+            rest = b"" if self._is_up else await self._begin()
             on_ready()
             with self._scope:
                 async with trio.open_nursery() as nursery:
@@ -106,6 +108,28 @@ class Link:
         finally:
             self._lose("the channel was closed")
         raise LinkLost(self._lost)
+
+    async def _begin(self) -> bytes:
+        """Finds the guest's agent and begins HTTP/2; returns the first bytes from there."""
+        rest = await self._resync()
+        self._conn.initiate_connection()
+        self._conn.increment_flow_control_window(CONNECTION_WINDOW - self._conn.inbound_flow_control_window)
+        self._flush()
+        self._is_up = True
+        return rest
+
+    def park(self) -> bool:
+        """Lets a cancelled `run` leave the connection as it is, for another `run`. False: something is under way on
+        it, which would be lost."""
+        moves = self._streams or self._out or self._is_feeding or self._is_sending
+        self.is_parked = self._is_up and self._lost is None and not moves
+        return self.is_parked
+
+    def go_on(self, stream: trio.abc.Stream) -> None:
+        """Prepares a parked link for its next `run`, on another wrapper of its connection."""
+        self._stream = stream
+        self._scope = trio.CancelScope()
+        self.bytes_in = self.bytes_out = 0
 
     def open(self, slot: Slot, port: int) -> MuxStream:
         """Opens a stream to a port of the guest; never waits. :raises LinkLost: the link is over."""
@@ -161,6 +185,7 @@ class Link:
         counter = FrameCounter()
         budget = frame_budget()
         while True:
+            self._is_feeding = bool(data)
             while data:
                 size, _, price = counter.take(data, _FRAMES_PER_TURN)
                 self._feed(data[:size])
@@ -170,6 +195,7 @@ class Link:
                 wait = budget.spend(price, trio.current_time())
                 if wait or data:
                     await trio.sleep(wait)
+            self._is_feeding = False
             data = bytes(await self._stream.receive_some(_READ))
             if not data:
                 raise LinkLost("the hypervisor closed the connection")
@@ -195,6 +221,7 @@ class Link:
                 self._out_filled = trio.Event()
                 await self._out_filled.wait()
             chunk, self._out = self._out, bytearray()
+            self._is_sending = True
             # In pieces, each with a deadline, so that a slow guest does not count as one that takes nothing.
             for start in range(0, len(chunk), FRAME_LIMIT):
                 piece = chunk[start : start + FRAME_LIMIT]
@@ -204,6 +231,7 @@ class Link:
                 if self._stall.cancelled_caught:
                     raise trio.TooSlowError
                 self.bytes_out += len(piece)
+            self._is_sending = False
             self._out_room.unpark_all()
 
     def _flush(self) -> None:
@@ -259,7 +287,7 @@ class Link:
             stream.finish()
 
     def _lose(self, why: str) -> None:
-        if self._lost is not None:
+        if self._lost is not None or self.is_parked:
             return
         self._lost = why
         for stream in self._streams.values():

@@ -18,6 +18,7 @@ from pathlib import Path
 import msgspec
 import trio
 
+from volant.channel import ParkedLink
 from volant.host import Host, ProcessGone, inside
 from volant.hypervisor import Hypervisor, HypervisorError, MachineSpec, Nic
 from volant.journal import Projection
@@ -42,7 +43,7 @@ _CLAIM = "claim.json"
 _MAX_CLAIM_BYTES = 65536
 _logger = logging.getLogger("volant.templates")
 
-WarmUp = Callable[[Host, Hypervisor, MachineSpec, ProcessIdentity], Awaitable[None]]
+WarmUp = Callable[[Host, Hypervisor, MachineSpec, ProcessIdentity], Awaitable[ParkedLink | None]]
 
 
 class Claim(msgspec.Struct, frozen=True):
@@ -129,6 +130,8 @@ class WarmPool:
         self._waiting: dict[str, WarmProcess] = {}
         """By tag, the oldest first."""
         self._watches: dict[str, trio.CancelScope] = {}
+        self._links: dict[str, ParkedLink] = {}
+        """By tag, those to the agents of warm processes, until a channel takes them."""
         self._taken: dict[int, WarmProcess] = {}
         """By the id of the VM whose boot is being prepared."""
         self._doomed: dict[str, tuple[ProcessIdentity | None, int]] = {}
@@ -219,7 +222,8 @@ class WarmPool:
         try:
             if host.files.exists(directory):
                 await host.files.write(directory / _CLAIM, msgspec.json.encode(claim, enc_hook=str))
-                await host.files.mkdir(spec.directory.parent)
+                if not host.files.exists(spec.directory.parent):
+                    await host.files.mkdir(spec.directory.parent)
                 await host.files.move_directory(directory, spec.directory)
             await self._hypervisor.resume_warm(spec)
         except (OSError, HypervisorError) as error:
@@ -229,6 +233,10 @@ class WarmPool:
             return False
         self.figures.claimed += 1
         return True
+
+    def take_link(self, tag: str) -> ParkedLink | None:
+        """Gives away the link to the agent of a process that was claimed, if there is one."""
+        return self._links.pop(tag, None)
 
     async def give_way(self) -> bool:
         """Empties the pool, as a VM lacks memory. Whether there was a process to end."""
@@ -341,7 +349,9 @@ class WarmPool:
             identity = await hypervisor.launch(spec)
             # A workload does not run before it belongs to a VM.
             if wanted.key.config is None:
-                await self._warm_up(host, hypervisor, spec, identity)
+                link = await self._warm_up(host, hypervisor, spec, identity)
+                if link is not None:
+                    self._links[tag] = link
         except (HypervisorError, TemplateFailed, OSError) as error:
             _logger.warning("no warm process for template %s: %s", wanted.digest, error)
             self.figures.failed_starts += 1
@@ -429,6 +439,8 @@ class WarmPool:
         host = self._host
         # A process that a row names belongs to the row: an actor may fall over while its commit is under way.
         if claimed or not self._is_owned(tag):
+            if (link := self.take_link(tag)) is not None:
+                await link.aclose()
             with trio.move_on_after(_KILL_S) as scope:
                 # Reading all of /proc costs as much as a launch.
                 await (host.processes.end_all(tag) if identity is None else host.processes.end([identity]))

@@ -16,7 +16,15 @@ from functools import partial
 
 import trio
 
-from volant.channel import AgentClient, AgentProtocolError, AgentUnreachable, VirtioSerial, open_channel
+from volant.channel import (
+    AgentClient,
+    AgentProtocolError,
+    AgentUnreachable,
+    Channel,
+    ParkedLink,
+    VirtioSerial,
+    open_channel,
+)
 from volant.host import Host
 from volant.hypervisor import Hypervisor, MachineSpec
 from volant.model import ProcessIdentity
@@ -28,49 +36,53 @@ WARM_S = 20.0
 _NAME = "standby"
 _ADDRESS, _GATEWAY = "192.0.2.2", "192.0.2.1"
 _ENTROPY_BYTES = 64
-_ROUNDS = 2
-"""Some code runs for the first time when something is done for the second."""
 _COMMAND = b'{"command": ["/bin/true"]}'
 _FILE = f"{FILES}etc/passwd"
 _PORT = "127.0.0.1:1"
 _MAX_ANSWER_BYTES = 1024 * 1024
 _SETTLE_S = 0.2
-"""For the guest to notice that nobody is connected any more."""
+"""For the guest to end what the last request has begun."""
 
 
-async def warm_up(host: Host, hypervisor: Hypervisor, spec: MachineSpec, identity: ProcessIdentity) -> None:
-    """Lets the guest answer some requests, and pauses it again.
+async def warm_up(
+    host: Host, hypervisor: Hypervisor, spec: MachineSpec, identity: ProcessIdentity
+) -> ParkedLink | None:
+    """Lets the guest answer some requests, and pauses it again. Returns the link to its agent, for the VM's channel.
 
     :raises TemplateFailed: it does not answer, or not in time. :raises HypervisorError:
     """
+    address = VirtioSerial(spec.agent_path)
     async with hypervisor.attach(spec, identity) as machine:
         await machine.resume()
-        await while_alive(machine, partial(_rehearse, host, spec), WARM_S)
-        await trio.sleep(_SETTLE_S)
-        await machine.pause()
+        async with open_channel(host, address) as channel:
+            await while_alive(machine, partial(_rehearse, host, spec, channel), WARM_S)
+        # Some code runs for the first time when something is done for the second.
+        async with open_channel(host, address) as channel:
+            await while_alive(machine, partial(_rehearse, host, spec, channel), WARM_S)
+            await trio.sleep(_SETTLE_S)
+            await machine.pause()
+            return channel.park()
 
 
-async def _rehearse(host: Host, spec: MachineSpec) -> None:
-    for _ in range(_ROUNDS):
-        async with open_channel(host, VirtioSerial(spec.agent_path)) as channel:
-            await channel.ready()
-            client = AgentClient(channel)
-            identity: dict[str, object] = {
-                "hostname": _NAME,
-                "machine_id": host.random.token_bytes(16).hex(),
-                "vm_id": 0,
-                "entropy": base64.b64encode(host.random.token_bytes(_ENTROPY_BYTES)).decode(),
-                "time_ns": int(host.clock.now().timestamp() * 1e6) * 1000,
-            }
-            if spec.nic is not None:
-                # The NIC wakes up, too; what the guest sends leads nowhere.
-                identity["network"] = {"mac": spec.nic.mac, "address": _ADDRESS, "prefix": 24, "gateway": _GATEWAY}
-            await ask(client, "PUT", DAEMON_IDENTITY, identity)
-            await ask(client, "GET", HEALTHZ)
-            await ask(client, "GET", INFO)
-            await _use(client, "POST", EXEC, _COMMAND)
-            await _use(client, "GET", _FILE)
-            await _use(client, "CONNECT", _PORT)
+async def _rehearse(host: Host, spec: MachineSpec, channel: Channel) -> None:
+    await channel.ready()
+    client = AgentClient(channel)
+    identity: dict[str, object] = {
+        "hostname": _NAME,
+        "machine_id": host.random.token_bytes(16).hex(),
+        "vm_id": 0,
+        "entropy": base64.b64encode(host.random.token_bytes(_ENTROPY_BYTES)).decode(),
+        "time_ns": int(host.clock.now().timestamp() * 1e6) * 1000,
+    }
+    if spec.nic is not None:
+        # The NIC wakes up, too; what the guest sends leads nowhere.
+        identity["network"] = {"mac": spec.nic.mac, "address": _ADDRESS, "prefix": 24, "gateway": _GATEWAY}
+    await ask(client, "PUT", DAEMON_IDENTITY, identity)
+    await ask(client, "GET", HEALTHZ)
+    await ask(client, "GET", INFO)
+    await _use(client, "POST", EXEC, _COMMAND)
+    await _use(client, "GET", _FILE)
+    await _use(client, "CONNECT", _PORT)
 
 
 async def _use(client: AgentClient, method: str, target: str, body: bytes | None = None) -> None:

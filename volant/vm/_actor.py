@@ -360,6 +360,7 @@ class VmActor(Actor):
             configured=row.agent_seen,
             is_clone=row.template is not None,
             paused=paused,
+            take_link=partial(deps.warm_pool.take_link, tag),
         )
         return VmProcess(
             deps.host, deps.hypervisor, spec, identity, log, row.boot_key, report, agent, paused=paused

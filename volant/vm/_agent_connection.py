@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from typing import Any, TypeGuard
 
 import msgspec
 import trio
 
-from volant.channel import Address, AgentClient, AgentProtocolError, AgentUnreachable, Channel, open_channel
+from volant.channel import Address, AgentClient, AgentProtocolError, AgentUnreachable, Channel, ParkedLink, open_channel
 from volant.host import Host
 from volant.model.agent import HEALTHZ, INFO, PROTOCOL_MIN, PROTOCOL_VERSION
 
@@ -33,9 +33,13 @@ class NoSuchRoute(AgentProtocolError):
 class AgentConnection:
     """The connection to one agent. It is there while a task is in `open`."""
 
-    def __init__(self, host: Host, address: Address, *, paused: bool = False) -> None:
+    def __init__(
+        self, host: Host, address: Address, *, take_link: Callable[[], ParkedLink | None], paused: bool = False
+    ) -> None:
+        """`take_link`: returns a link to the agent that there is already."""
         self._host = host
         self._address = address
+        self._take_link = take_link
         self._paused = paused
         self._opened = trio.Event()
         self._channel: Channel | None = None
@@ -48,7 +52,7 @@ class AgentConnection:
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
         """Opens the channel for a block. The channel connects again by itself whenever its link breaks."""
-        async with open_channel(self._host, self._address) as channel:
+        async with open_channel(self._host, self._address, self._take_link()) as channel:
             self._channel = channel
             channel.set_paused(self._paused)
             self.client = AgentClient(channel)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import trio
 
-from volant.channel import AgentProtocolError, AgentUnreachable, VirtioSerial, Vsock
+from volant.channel import AgentProtocolError, AgentUnreachable, ParkedLink, VirtioSerial, Vsock
 from volant.concurrency import Backoff
 from volant.host import Host
 from volant.hypervisor import MachineSpec
@@ -77,10 +77,12 @@ class AgentSession:
         configured: bool,
         is_clone: bool,
         paused: bool,
+        take_link: Callable[[], ParkedLink | None],
     ) -> None:
         """`manifest`, `workload`: what to configure the guest with; no manifest: nothing. `signal`: sent to a copied
         workload. `configured`: an earlier incarnation of the actor did it. `is_clone`: the guest has another one's
-        identity until it gets its own. `paused`: whether the guest is."""
+        identity until it gets its own. `paused`: whether the guest is. `take_link`: as in
+        `AgentConnection`."""
         self._host = host
         self._log = log
         self._boot_key = boot_key
@@ -96,7 +98,7 @@ class AgentSession:
         if configured or not is_clone:
             self._identity_assigned.set()
         address = VirtioSerial(spec.agent_path) if spec.vsock_cid is None else Vsock(spec.vsock_cid)
-        self.connection = AgentConnection(host, address, paused=paused)
+        self.connection = AgentConnection(host, address, take_link=take_link, paused=paused)
         self.clock = GuestClock(host, self.connection)
         self.configured = configured
         self._hosts = HostsEntries(self.connection, peers)

@@ -352,6 +352,8 @@ class Steps:
             await host.files.remove_tree(spec.directory)
             await host.files.remove_tree(spec.memory_file)
             if self._deps.warm_pool.is_one(tag):
+                if (link := self._deps.warm_pool.take_link(tag)) is not None:
+                    await link.aclose()
                 await host.files.remove_tree(standby_directory(settings.runtime_dir, tag))
         except OSError as error:
             raise StepError("not_removed", f"files of the VM can't be removed: {error}") from error
