@@ -166,16 +166,15 @@ class LinuxFiles(Files):
         await trio.to_thread.run_sync(remove)
 
     async def empty_if_larger(self, path: Path, limit: int) -> bool:
-        def empty() -> bool:
-            try:
-                if path.stat().st_size <= limit:
-                    return False
-                os.truncate(path, 0)
-            except FileNotFoundError:
+        try:
+            # Mostly it is not, and to find that out needs no thread.
+            if self.size(path) <= limit:
+                await trio.lowlevel.checkpoint()
                 return False
-            return True
-
-        return await trio.to_thread.run_sync(empty)
+            await trio.to_thread.run_sync(os.truncate, path, 0)
+        except FileNotFoundError:
+            return False
+        return True
 
     async def make_fifo(self, path: Path, mode: int = 0o600) -> None:
         def make() -> None:

@@ -107,10 +107,6 @@ class VmProcess:
 
     async def run(self, beside: Callable[[], Awaitable[None]] | None = None) -> None:
         """Watches the process until cancelled. `beside`: a task that runs as long."""
-        if self._host.files.exists(self._spec.sandbox_path):
-            with suppress(OSError, ValueError):
-                data = await self._host.files.read(self._spec.sandbox_path, _MAX_SANDBOX_BYTES)
-                self._sandbox = msgspec.json.decode(data, type=dict[str, object])
         pump = ConsolePump(self._host, self._spec.console_path, self._log, self._boot_key, feed=self.console.feed)
         with ExitStack() as stack:
             try:
@@ -177,7 +173,12 @@ class VmProcess:
         self.agent.connection.set_paused(paused)
 
     async def _limit(self) -> None:
-        """Applies the resource limits, and notes when the kernel kills for lack of memory."""
+        """Reads which sandbox there is, applies the resource limits, and notes when the kernel kills for lack of
+        memory."""
+        if self._host.files.exists(self._spec.sandbox_path):
+            with suppress(OSError, ValueError):
+                data = await self._host.files.read(self._spec.sandbox_path, _MAX_SANDBOX_BYTES)
+                self._sandbox = msgspec.json.decode(data, type=dict[str, object])
         await self._host.limits.apply(self.identity, f"VM {self._spec.name}", bounds_of(self._spec))
         self._memory_events = events = self._host.limits.oom_events(self.identity)
         if events is None:
