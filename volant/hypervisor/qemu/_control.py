@@ -16,9 +16,11 @@ async def connect_control(host: Host, path: Path, timeout_s: float) -> trio.Sock
 
     :raises OSError: when the connection fails. :raises trio.TooSlowError: when an attempt takes too long.
     """
-    with host.watches.open(path.parent) as names:
-        while not host.files.exists(path):
-            await names.wait()
+    if not host.files.exists(path):
+        # The end of the last watch keeps the event loop waiting for the kernel, often for ten milliseconds.
+        with host.watches.open(path.parent) as names:
+            while not host.files.exists(path):
+                await names.wait()
     while True:
         try:
             return await host.sockets.connect_unix(path, timeout_s)
