@@ -274,6 +274,6 @@ async def test_a_refusal_that_can_not_be_stored_is_a_503(served: Api) -> None:
             raise Problem(503, "journal-full", "full")
         return await ask(message, **options)
 
-    object.__setattr__(served.deps, "journal", type("Ref", (), {"ask": staticmethod(failing)})())
+    msgspec.structs.force_setattr(served.deps, "journal", type("Ref", (), {"ask": staticmethod(failing)})())
     assert (await post(served, "/api/v1/vms/nobody/start")).status_code == 503
     assert (await served.client.post("/api/v1/vms/nobody/start")).status_code == 404

@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from urllib.parse import quote
 import httpx
 import pytest
 import trio
+from msgspec.structs import replace
 
 from tests.api.kit import FAST, Api, api, request, until, web_vm
 from volant.host import Host

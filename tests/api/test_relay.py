@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
@@ -19,6 +19,7 @@ import httpx
 import pytest
 import trio
 import trio.testing
+from msgspec.structs import replace
 from trio_websocket import ConnectionClosed
 
 from tests.api.kit import (

@@ -6,7 +6,6 @@ import json
 import socket
 import struct
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import h2.connection
 import pytest
 import trio
 import trio.testing
+from msgspec.structs import replace
 from quart import Response, request, websocket
 from quart_trio import QuartTrio
 

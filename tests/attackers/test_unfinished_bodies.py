@@ -6,7 +6,6 @@ import http.client
 import itertools
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import msgspec
 import pytest
 import trio
 import trio.testing
+from msgspec.structs import replace
 
 from tests.api.kit import FAST, Api, api, read_answer, read_head, request
 from tests.system.kit import Daemon

@@ -198,7 +198,7 @@ async def test_readers_that_never_read_block_nothing_while_100_000_lines_pass(da
 
 
 PATIENCE = """
-from dataclasses import replace
+from msgspec.structs import replace
 from volant.api import _app
 from volant.http import Limits, _serving
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Annotated, get_args
 
 import msgspec
@@ -164,8 +163,7 @@ def routes(deps: ApiDeps, limits: Limits) -> list[StreamRoute]:
     ]
 
 
-@dataclass(frozen=True)
-class _Parameters:
+class _Parameters(msgspec.Struct, frozen=True):
     """The parameters of a request."""
 
     vm: str | None
@@ -201,11 +199,10 @@ class _Parameters:
         return Overview(self.thread_id, self.run_id)
 
 
-@dataclass
-class _LeftOpen:
+class _LeftOpen(msgspec.Struct):
     """The boot and the step that disconnected clients had open in a run."""
 
-    _known: OrderedDict[tuple[int, str, str], tuple[int, str | None]] = field(default_factory=OrderedDict)
+    _known: OrderedDict[tuple[int, str, str], tuple[int, str | None]] = msgspec.field(default_factory=OrderedDict)
 
     def keep(self, vm_id: int, thread_id: str, boots: Boots) -> None:
         if boots.run_id:

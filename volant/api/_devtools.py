@@ -15,7 +15,6 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from urllib.parse import quote
@@ -58,8 +57,7 @@ _ADDRESSES = ("webSocketDebuggerUrl", "devtoolsFrontendUrl")
 _ANSWERED = re.compile(r"json(?:/(?:version|list|protocol|new)/?|/(?:activate|close)/[A-Za-z0-9._-]{1,128}|/?)\Z")
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(msgspec.Struct, frozen=True):
     """Where clients find the browser of one VM."""
 
     secure: bool
@@ -228,8 +226,7 @@ class _Browsers:
             raise browser.problem(f"does not answer: {first_text(group)}") from None
 
 
-@dataclass(frozen=True)
-class _Browser:
+class _Browser(msgspec.Struct, frozen=True):
     """The browser that a request is for."""
 
     vm_id: int

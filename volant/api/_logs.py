@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from typing import cast
+
+import msgspec
 
 from volant.concurrency import FairShare
 from volant.http import GOING_AWAY, NORMAL, Call, Query, StreamRoute, interruptible, parse_time
@@ -60,8 +61,7 @@ def routes(deps: ApiDeps, share: FairShare) -> list[StreamRoute]:
     ]
 
 
-@dataclass(frozen=True)
-class _Wanted:
+class _Wanted(msgspec.Struct, frozen=True):
     """Which lines a client wants."""
 
     since_seq: int | None

@@ -9,10 +9,10 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+import msgspec
 import trio
 
 MAX_LINES = 4000
@@ -22,14 +22,13 @@ _NAMES = 3
 _HERE = f"{Path(__file__).resolve().parents[2]}/"
 
 
-@dataclass
-class _Group:
+class _Group(msgspec.Struct):
     """Siblings with the same stack and the same children."""
 
     shape: str
     stack: tuple[str, ...]
     children: list[_Group]
-    names: list[str] = field(default_factory=list)
+    names: list[str] = msgspec.field(default_factory=list)
 
     def join(self, other: _Group) -> None:
         """Merges a group of the same shape."""

@@ -18,8 +18,9 @@ import mmap
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from . import _procfs
 
@@ -37,8 +38,7 @@ _OWN = bytes(bool(byte & _THERE and not byte & _FILES) for byte in range(256))
 _RUN = re.compile(rb"\x01+")
 
 
-@dataclass(frozen=True)
-class PrivateMapping:
+class PrivateMapping(msgspec.Struct, frozen=True):
     """A file that a process has mapped as memory of its own."""
 
     pid: int

@@ -13,10 +13,10 @@ Each call opens a connection of its own, as a VM needs one call of a few millise
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import trio
 
 from ._cgroups import ResourceLimits
@@ -30,8 +30,7 @@ class ScopeError(Exception):
     """systemd did not make the scope."""
 
 
-@dataclass(frozen=True)
-class Scopes:
+class Scopes(msgspec.Struct, frozen=True):
     """Makes scopes."""
 
     socket: Path

@@ -8,9 +8,9 @@ coroutine on ASGI's own `receive` and `send`, with these helpers.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import trio
 
 from volant.model import Problem
@@ -26,8 +26,7 @@ GOING_AWAY = 1001
 NORMAL = 1000
 
 
-@dataclass
-class Call:
+class Call(msgspec.Struct):
     """A request, and the ways to answer it."""
 
     scope: Any
@@ -38,9 +37,9 @@ class Call:
     """The share of the budget for JSON bodies that its body takes, if it is held in memory."""
     args: Sequence[str] = ()
     """The groups that the route's pattern matched, percent-decoded."""
-    caller: str = field(default="", init=False)
+    caller: str = ""
     """The caller for logs; empty until it is known."""
-    started: bool = field(default=False, init=False)
+    started: bool = False
     """Whether the head of the answer was sent."""
 
     @property

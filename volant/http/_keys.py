@@ -10,9 +10,9 @@ import hmac
 import secrets
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
 from hashlib import sha256
 
+import msgspec
 import trio
 
 from volant.model import Problem
@@ -46,8 +46,7 @@ class Keys:
         return found
 
 
-@dataclass(frozen=True)
-class _Kept:
+class _Kept(msgspec.Struct, frozen=True):
     good_until: float
     path: str | None
     caller: str

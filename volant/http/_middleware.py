@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
+import msgspec
 import trio
 
 from volant.model import Problem, current_caller
@@ -37,8 +37,7 @@ AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
 Handler = Callable[[Call], Awaitable[None]]
 
 
-@dataclass(frozen=True)
-class StreamRoute:
+class StreamRoute(msgspec.Struct, frozen=True):
     """A route that is served without Quart. `methods` None: any but TRACE."""
 
     pattern: re.Pattern[str]

@@ -26,7 +26,6 @@ import secrets
 import stat
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from . import _store
@@ -36,8 +35,7 @@ from ._users import forget_use, is_noted, note_use, users
 _F_OFD_GETLK = 36
 
 
-@dataclass(frozen=True, slots=True)
-class CachedArtifact(_store.JsonFields):
+class CachedArtifact(_store.JsonFields, frozen=True):
     """A verified file in the cache that VMs boot from."""
 
     digest: str

@@ -8,8 +8,9 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from volant.model import agent
 

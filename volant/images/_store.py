@@ -23,9 +23,11 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import msgspec
+from msgspec.structs import asdict, replace
 
 from . import _apt, _recipe
 from ._errors import ImageError
@@ -35,8 +37,7 @@ DIGEST = re.compile(r"[0-9a-f]{64}")
 _MAX_JSON_BYTES = 4 * 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True)
-class JsonFields:
+class JsonFields(msgspec.Struct, frozen=True):
     """The base of what is printed as JSON."""
 
     def as_json(self) -> dict[str, object]:
@@ -44,8 +45,7 @@ class JsonFields:
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
 
 
-@dataclass(frozen=True, slots=True)
-class Image(JsonFields):
+class Image(JsonFields, frozen=True):
     """A kernel and an initramfs that a VM can boot."""
 
     digest: str

@@ -10,9 +10,10 @@ A message with a `key` stores its result in the same transaction (`RESULTS`). A 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from actors import Request
 from volant.model import (
@@ -36,8 +37,7 @@ from ._projection import Plugin
 from ._responses import IdempotencyKey
 
 
-@dataclass(frozen=True, slots=True)
-class CreateRow(Request[VmRow]):
+class CreateRow(Request[VmRow], msgspec.Struct, frozen=True):
     """Creates a VM of status `pending` -> its row, with its id and its lease.
 
     :raises Problem: 400 for the request; 404 no such plugin or network; 409 name or port taken, plugin disabled;
@@ -49,8 +49,7 @@ class CreateRow(Request[VmRow]):
     caller: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RestoreRow(Request[VmRow]):
+class RestoreRow(Request[VmRow], msgspec.Struct, frozen=True):
     """Creates a VM of status `pending` that continues from a snapshot -> its row.
 
     :raises Problem: 400 for the request; 404 no such snapshot, or its network is gone; 409 name taken, or the
@@ -62,8 +61,7 @@ class RestoreRow(Request[VmRow]):
     caller: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ForkRow(Request[tuple[VmRow, ...]]):
+class ForkRow(Request[tuple[VmRow, ...]], msgspec.Struct, frozen=True):
     """Creates the VMs that continue from `checkpoint`, which is of another VM -> their rows, all or none.
 
     :raises Problem: 404 that VM is gone; 409 it is neither running nor paused, a name is taken; 503 as with
@@ -77,8 +75,7 @@ class ForkRow(Request[tuple[VmRow, ...]]):
     caller: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class BeginSnapshot(Request[Snapshot]):
+class BeginSnapshot(Request[Snapshot], msgspec.Struct, frozen=True):
     """Creates the row of a snapshot with the status `creating`. Its files may be written then.
 
     :raises Problem: 400 for the request; 404 the VM is gone; 409 it is neither running nor paused, the name is taken.
@@ -89,8 +86,7 @@ class BeginSnapshot(Request[Snapshot]):
     snapshot_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class FinishSnapshot(Request[Snapshot]):
+class FinishSnapshot(Request[Snapshot], msgspec.Struct, frozen=True):
     """Makes a snapshot `ready`, whose files are on the disk -> its row. :raises Problem: 404 it is gone."""
 
     name: str
@@ -100,16 +96,14 @@ class FinishSnapshot(Request[Snapshot]):
     key: IdempotencyKey | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RemoveSnapshot(Request[None]):
+class RemoveSnapshot(Request[None], msgspec.Struct, frozen=True):
     """Removes the row of a snapshot, if there is one. :raises Problem: 409 a VM is about to continue from it."""
 
     name: str
     snapshot_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class CommitSteps(Request[VmRow | None]):
+class CommitSteps(Request[VmRow | None], msgspec.Struct, frozen=True):
     """Changes a row by all `steps` or none, each with its event -> the new row, None when it is removed.
 
     The row's revision rises by one, unless there are no steps.
@@ -125,8 +119,7 @@ class CommitSteps(Request[VmRow | None]):
     caller: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class AdoptRow(Request[VmRow]):
+class AdoptRow(Request[VmRow], msgspec.Struct, frozen=True):
     """Creates the row of a VM that was found on the host -> the row. `steps` lead from `pending` to its status, each
     with its event. Its id was given out before.
 
@@ -136,23 +129,20 @@ class AdoptRow(Request[VmRow]):
     steps: tuple[Step, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class InstallPlugin(Request[Plugin]):
+class InstallPlugin(Request[Plugin], msgspec.Struct, frozen=True):
     """Adds a plugin, enabled. :raises Problem: 400 for the manifest; 409 there is one of that name."""
 
     manifest: Manifest
     key: IdempotencyKey | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RemovePlugin(Request[None]):
+class RemovePlugin(Request[None], msgspec.Struct, frozen=True):
     """Removes a plugin. :raises Problem: 404; 409 a VM uses it, or it is built in."""
 
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class EnablePlugin(Request[Plugin]):
+class EnablePlugin(Request[Plugin], msgspec.Struct, frozen=True):
     """Allows or forbids new VMs to use a plugin. :raises Problem: 404; 409 it is built in."""
 
     name: str
@@ -160,8 +150,7 @@ class EnablePlugin(Request[Plugin]):
     key: IdempotencyKey | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class AddNetwork(Request[Network]):
+class AddNetwork(Request[Network], msgspec.Struct, frozen=True):
     """Creates a named network -> its row. :raises Problem: 400 for the name; 409 the name is taken, or there are too
     many; 503 this host can't have it."""
 
@@ -169,35 +158,30 @@ class AddNetwork(Request[Network]):
     key: IdempotencyKey | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RemoveNetwork(Request[None]):
+class RemoveNetwork(Request[None], msgspec.Struct, frozen=True):
     """Removes a named network. :raises Problem: 404; 409 a VM is in it."""
 
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class SetDrain(Request[Drain]):
+class SetDrain(Request[Drain], msgspec.Struct, frozen=True):
     """Stops VMs from being created or started until `EndDrain`, over restarts too. `stop_grace_s`: see `Drain`."""
 
     stop_grace_s: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class EndDrain(Request[None]):
+class EndDrain(Request[None], msgspec.Struct, frozen=True):
     """Allows VMs to be created and started again."""
 
 
-@dataclass(frozen=True, slots=True)
-class StoreRefusal(Request[None]):
+class StoreRefusal(Request[None], msgspec.Struct, frozen=True):
     """Stores that the request with this key was refused, and nothing was done."""
 
     refusal: _results.Refusal
     key: IdempotencyKey
 
 
-@dataclass(frozen=True, slots=True)
-class Restore(Request[str]):
+class Restore(Request[str], msgspec.Struct, frozen=True):
     """Has the next daemon continue with the database at `upload`, which `examine` has read as `backup` -> its epoch.
 
     After the reply the journal refuses changes, and `Store.replaced` is set.
@@ -211,8 +195,7 @@ class Restore(Request[str]):
     replace: bool
 
 
-@dataclass(frozen=True, slots=True)
-class StillThere(Request[None]):
+class StillThere(Request[None], msgspec.Struct, frozen=True):
     """Gets a reply at once from a journal that takes messages, whatever its disk does."""
 
 

@@ -8,7 +8,6 @@ import binascii
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -63,12 +62,11 @@ class _AgentProblem(msgspec.Struct):
 _problems = msgspec.json.Decoder(_AgentProblem)
 
 
-@dataclass
-class Ran:
+class Ran(msgspec.Struct):
     """The result of a command that ended, or was killed."""
 
-    stdout: Window = field(default_factory=Window)
-    stderr: Window = field(default_factory=Window)
+    stdout: Window = msgspec.field(default_factory=Window)
+    stderr: Window = msgspec.field(default_factory=Window)
     exit_code: int | None = None
     signal: int | None = None
     error: str | None = None
@@ -120,8 +118,7 @@ class _Lines:
             raise AgentProtocolError(f"a line about a command is malformed: {error}") from error
 
 
-@dataclass
-class FileRead:
+class FileRead(msgspec.Struct):
     """Some bytes of a file."""
 
     data: bytes
@@ -177,8 +174,7 @@ def _route(path: str) -> str:
     return "/v1/files/" + quote(path.lstrip("/"), safe="/")
 
 
-@dataclass
-class Acted:
+class Acted(msgspec.Struct):
     """The workload's answer."""
 
     status: int

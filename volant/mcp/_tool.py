@@ -23,8 +23,7 @@ Seconds = Annotated[float, msgspec.Meta(gt=0, le=600)]
 Path = Annotated[str, msgspec.Meta(pattern=r"^/[^\x00]*$", max_length=4096)]
 
 
-@dataclass(frozen=True)
-class Link:
+class Link(msgspec.Struct, frozen=True):
     """A link to the full content."""
 
     uri: str
@@ -32,16 +31,14 @@ class Link:
     mime_type: str
 
 
-@dataclass(frozen=True)
-class Image:
+class Image(msgspec.Struct, frozen=True):
     """An image for the model."""
 
     data: bytes
     mime_type: str
 
 
-@dataclass(frozen=True)
-class Result(Generic[Gives]):
+class Result(Generic[Gives], msgspec.Struct, frozen=True):
     """The result of a tool: its struct, with links and images beside it."""
 
     value: Gives
@@ -72,8 +69,7 @@ class ToolCall(Context):
 Run = Callable[[ToolCall, Any], Awaitable[Result[Any]]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tool:
+class Tool(msgspec.Struct, frozen=True, kw_only=True):
     """One tool."""
 
     name: str

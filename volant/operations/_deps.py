@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, Protocol
+
+import msgspec
 
 from actors import Ref
 from volant.host import Host
@@ -35,8 +36,7 @@ class DaemonInfo(Protocol):
         """Addresses, versions, accelerator and why, ready for JSON."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ApiDeps:
+class ApiDeps(msgspec.Struct, frozen=True, kw_only=True):
     """What operations and their adapters use of the daemon."""
 
     vms: Vms

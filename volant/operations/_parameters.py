@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
 from types import GenericAlias
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -24,8 +23,7 @@ TEN_MINUTES = (
 _PATTERNS = {600.0: TEN_MINUTES, math.inf: _DURATION}
 
 
-@dataclass(frozen=True, kw_only=True)
-class QueryParameter:
+class QueryParameter(msgspec.Struct, frozen=True, kw_only=True):
     """One parameter. `name`: in the query, where it differs from the name in Python."""
 
     help: str
@@ -54,8 +52,7 @@ class QueryParameter:
         return default if text is None else text
 
 
-@dataclass(frozen=True, kw_only=True)
-class Text(QueryParameter):
+class Text(QueryParameter, frozen=True, kw_only=True):
     """Text, or with `of` a narrower type of text, which the operation checks."""
 
     of: Any = str
@@ -65,8 +62,7 @@ class Text(QueryParameter):
         return self.of
 
 
-@dataclass(frozen=True, kw_only=True)
-class Flag(QueryParameter):
+class Flag(QueryParameter, frozen=True, kw_only=True):
     """`true` or `false`."""
 
     client_type = "bool"
@@ -80,8 +76,7 @@ class Flag(QueryParameter):
         return query.flag(name, default)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Integer(QueryParameter):
+class Integer(QueryParameter, frozen=True, kw_only=True):
     """An integer in a range, bounds included."""
 
     minimum: int = 0
@@ -104,8 +99,7 @@ class Integer(QueryParameter):
         return default if value is None else value
 
 
-@dataclass(frozen=True, kw_only=True)
-class Seconds(QueryParameter):
+class Seconds(QueryParameter, frozen=True, kw_only=True):
     """A duration as text, such as `10s`; seconds for the operation, the client and models."""
 
     maximum: float = 600.0
@@ -125,8 +119,7 @@ class Seconds(QueryParameter):
         return query.duration(name, default, maximum_s=self.maximum)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Words(QueryParameter):
+class Words(QueryParameter, frozen=True, kw_only=True):
     """Some of a set of words, comma-separated or repeated. `of`: an enumeration, a `Literal`, or the words."""
 
     of: Any
@@ -151,8 +144,7 @@ class Words(QueryParameter):
         return query.words(name, self.allowed) or default
 
 
-@dataclass(frozen=True, kw_only=True)
-class Names(QueryParameter):
+class Names(QueryParameter, frozen=True, kw_only=True):
     """Names, each in a parameter of its own."""
 
     repeated = True
@@ -170,8 +162,7 @@ class Names(QueryParameter):
         return query.names(name) or default
 
 
-@dataclass(frozen=True, kw_only=True)
-class LabelPairs(QueryParameter):
+class LabelPairs(QueryParameter, frozen=True, kw_only=True):
     """`key=value` pairs, each in a parameter of its own."""
 
     repeated = True
@@ -190,8 +181,7 @@ class LabelPairs(QueryParameter):
         return query.labels(name)
 
 
-@dataclass(frozen=True)
-class Described:
+class Described(msgspec.Struct, frozen=True):
     """A parameter as the OpenAPI document shows it."""
 
     name: str

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import GenericAlias
 from typing import Any, Generic, TypeVar, get_args, get_origin
 from urllib.parse import quote
+
+import msgspec
 
 from volant.journal import (
     NetworkCreated,
@@ -22,8 +23,7 @@ from volant.model import NetworkView, PluginView, SnapshotView, VmView
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Page(Generic[T]):
+class Page(Generic[T], msgspec.Struct, frozen=True):
     """A part of a list."""
 
     items: Sequence[T]
@@ -35,8 +35,7 @@ class Page(Generic[T]):
     """The event up to which the list is true."""
 
 
-@dataclass(frozen=True)
-class Shown:
+class Shown(msgspec.Struct, frozen=True):
     """A result as clients see it."""
 
     view: Any

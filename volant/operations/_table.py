@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -50,15 +49,13 @@ _IDEMPOTENCY_KEY = Described(
 )
 
 
-@dataclass(frozen=True)
-class OneOf:
+class OneOf(msgspec.Struct, frozen=True):
     """A body of one of these types."""
 
     types: tuple[Any, ...]
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True):
     """A successful response. `type` None: no body. `items`: what a line, message or event of a stream can be.
 
     Under the status of an error it stands beside `ProblemDetails`.
@@ -73,8 +70,7 @@ class Answer:
     """Whether it may also come as server-sent events, one JSON object each."""
 
 
-@dataclass(frozen=True)
-class Tool:
+class Tool(msgspec.Struct, frozen=True):
     """How models see an operation. Empty texts are those of the operation."""
 
     name: str = ""
@@ -88,8 +84,7 @@ class Tool:
     """Of an operation that takes one of several bodies, which one."""
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Operation:
+class Operation(msgspec.Struct, frozen=True, eq=False, kw_only=True, dict=True):
     """One method of one path."""
 
     method: str
@@ -105,7 +100,7 @@ class Operation:
     body_media: str | None = None
     """The only type of content that is taken; the body must be there then."""
     body_optional: bool = False
-    query: Mapping[str, QueryParameter] = field(default_factory=dict)
+    query: Mapping[str, QueryParameter] = msgspec.field(default_factory=dict)
     """By the name in Python."""
     described: tuple[Described, ...] = ()
     """Parameters of one that is served by hand."""
