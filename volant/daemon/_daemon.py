@@ -321,12 +321,7 @@ class Daemon:
             _logger.warning("using the restored database; the previous one is %s", aside)
         # A database that was lost or replaced by hand does not know which ids are used.
         self.store.ids_taken = (await self._evidence()).newest_id
-        found = {BRIDGE: await self._networks.obstacle(), USER: passt_obstacle()}
-        obstacles = {kind: obstacle for kind, obstacle in found.items() if obstacle is not None}
-        unfiltered = await self._networks.passt_filter.obstacle() if USER not in obstacles else None
-        self.store.networking = msgspec.structs.replace(
-            self.store.networking, obstacles=obstacles, user_unfiltered=unfiltered or ""
-        )
+        await self._find_obstacles()
         self._choose_network()
         root = Supervisor(
             ONE_FOR_ONE,
@@ -382,6 +377,25 @@ class Daemon:
                 continue
             _logger.warning("stopping at once")
             scope.cancel()
+
+    async def _find_obstacles(self) -> None:
+        """Notes which networks this host can't give to VMs. Two of the checks run a program, side by side."""
+        found = {USER: passt_obstacle()}
+        unfiltered = None
+
+        async def check_filter() -> None:
+            nonlocal unfiltered
+            unfiltered = await self._networks.passt_filter.obstacle()
+
+        async with trio.open_nursery() as nursery:
+            if found[USER] is None:
+                nursery.start_soon(check_filter)
+            found[BRIDGE] = await self._networks.obstacle()
+        self.store.networking = msgspec.structs.replace(
+            self.store.networking,
+            obstacles={kind: obstacle for kind, obstacle in found.items() if obstacle is not None},
+            user_unfiltered=unfiltered or "",
+        )
 
     def _choose_network(self) -> None:
         """Decides which networks VMs may have, by what this host supports and by who may control the daemon."""
