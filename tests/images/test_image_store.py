@@ -11,11 +11,11 @@ import sys
 import threading
 import tomllib
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
-from msgspec.structs import replace
 
 from volant.images import (
     Image,

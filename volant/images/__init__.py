@@ -2,18 +2,44 @@
 
 `fetch_packages` is for scripts that make root filesystems, as `examples/browser` does."""
 
-from ._apt import Package
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
 from ._artifact_cache import ArtifactCache, Upload
 from ._artifacts import CachedArtifact, artifact_path, list_artifacts, make_private, remove_artifact
-from ._build import build
 from ._ensure import ensure
 from ._errors import ImageError
-from ._fetch import fetch, local_path, shown
-from ._obstacle import obstacle
 from ._origins import ANYWHERE, PUBLIC, Origins, parse_networks
-from ._packages import Progress, fetch_packages
+from ._progress import Progress
 from ._store import DIGEST, Image, find, list_images, load, prune
+from ._urls import local_path, shown
 from ._users import forget_use, users
+
+if TYPE_CHECKING:
+    from ._apt import Package
+    from ._build import build
+    from ._fetch import fetch
+    from ._obstacle import obstacle
+    from ._packages import fetch_packages
+else:
+    # The daemon leaves building and fetching to other processes, and its start need not import what they need.
+    _MODULES = {
+        "Package": "_apt",
+        "build": "_build",
+        "fetch": "_fetch",
+        "fetch_packages": "_packages",
+        "obstacle": "_obstacle",
+    }
+
+    def __getattr__(name: str) -> object:
+        if name not in _MODULES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+        globals()[name] = value
+        return value
+
 
 __all__ = [
     "ANYWHERE",

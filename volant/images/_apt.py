@@ -16,9 +16,8 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import msgspec
 
 from . import _recipe, _sources
 from ._errors import ImageError
@@ -32,7 +31,8 @@ _HELD_FIELDS = ("Package:", "Version:", "Architecture:", "Multi-Arch:", "Provide
 _MAX_DEB_BYTES = 512 * 1024 * 1024
 
 
-class Package(msgspec.Struct, frozen=True, order=True):
+@dataclass(frozen=True, slots=True, order=True)
+class Package:
     """A package as apt resolved it."""
 
     name: str
@@ -254,7 +254,7 @@ def verify(package: Package, path: Path) -> bool:
 
 def dump_list(packages: Iterable[Package]) -> list[dict[str, object]]:
     """Returns the list for `image.json`."""
-    return [msgspec.structs.asdict(package) for package in sorted(packages)]
+    return [asdict(package) for package in sorted(packages)]
 
 
 def load_list(text: str) -> list[Package]:

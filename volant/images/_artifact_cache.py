@@ -18,10 +18,10 @@ from . import _artifacts
 from ._artifacts import CachedArtifact
 from ._child import run_child
 from ._errors import ImageError
-from ._fetch import local_path, shown
 from ._origins import PUBLIC, Origins
-from ._packages import Progress
 from ._part import Part, disk_errors
+from ._progress import Progress
+from ._urls import local_path, shown
 
 _FETCHES_AT_ONCE = 4
 _UPLOADS_AT_ONCE = 4

@@ -16,7 +16,7 @@ from volant.model import agent
 
 from . import _apt, _compose, _cpio, _packages, _recipe, _store
 from ._errors import ImageError
-from ._packages import Progress, silent
+from ._progress import WAITING, Progress, silent
 from ._store import Image
 
 
@@ -48,7 +48,7 @@ def build(
             "build the image on an x86-64 host",
         )
     cache_dir = cache_dir.absolute()
-    with _store.building(cache_dir, lambda: progress(_packages.WAITING), "The image") as scratch:
+    with _store.building(cache_dir, lambda: progress(WAITING), "The image") as scratch:
         archive = None if offline else _packages.Archive(mirror, security_mirror, keyring)
         return _build(cache_dir, scratch, progress, archive)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import trio
 
 from ._errors import ImageError
-from ._packages import Progress
+from ._progress import Progress
 
 _MAX_LINE = 64 * 1024
 _MAX_STDERR = 16 * 1024

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
-import msgspec
 
-
-class Entry(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Entry:
     """A file, directory, symbolic link or character device, by `mode`."""
 
     mode: int

@@ -12,7 +12,7 @@ import trio
 from . import _store
 from ._child import run_child
 from ._errors import ImageError
-from ._packages import Progress
+from ._progress import Progress
 from ._store import Image
 from ._users import is_noted, note_use
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-import urllib.parse
 from pathlib import Path
 
 from volant.host import open_below
@@ -19,6 +18,7 @@ from ._download import Download, ProgressReporter, Tell
 from ._errors import ImageError
 from ._origins import PUBLIC, Origins
 from ._part import Part, check_space, disk_errors
+from ._urls import local_path, shown
 
 _READ = 1024 * 1024
 
@@ -64,24 +64,6 @@ def fetch(
                 # Without the actual digest: whoever knows it can get the file from a cache.
                 raise ImageError("media_mismatch", f"its SHA-256 is not {digest}", "correct the manifest, or the file")
             return _artifacts.place(cache_dir, path, digest, shown(url))
-
-
-def local_path(url: str) -> Path | None:
-    """Returns the path of a file of this host, or None for other URLs."""
-    if url.startswith("/"):
-        return Path(url)
-    if url.startswith("file://"):
-        return Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path))
-    return None
-
-
-def shown(url: str) -> str:
-    """Returns a URL for people, without login and query, which may be secrets."""
-    if local_path(url) is not None:
-        return url
-    parts = urllib.parse.urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    return urllib.parse.urlunsplit((parts.scheme, host, parts.path, "…" if parts.query else "", ""))
 
 
 def _no_such_file() -> ImageError:

@@ -11,26 +11,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
-
 from . import _apt, _sources, _store
 from ._errors import ImageError
-
-
-class Progress(msgspec.Struct, frozen=True):
-    """The progress of a build or fetch."""
-
-    phase: str
-    """`wait`, `update`, `resolve`, `download`, `unpack`, `compile`, `compose`, `write` or `done`, in this order."""
-    message: str
-    """For people."""
-    done: int = 0
-    total: int = 0
-    unit: str = ""
-    """`bytes` if `done` and `total` are counted; else both are 0."""
-
-
-WAITING = Progress("wait", "Waiting for another build to end")
+from ._progress import WAITING, Progress, silent
 
 
 class Archive(NamedTuple):
@@ -39,11 +22,6 @@ class Archive(NamedTuple):
     mirror: str | None
     security_mirror: str | None
     keyring: Path | None
-
-
-def silent(progress: Progress) -> None:
-    """Ignores progress."""
-    del progress
 
 
 def fetch_packages(

@@ -14,9 +14,8 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-
-import msgspec
 
 from . import _recipe
 from ._errors import ImageError
@@ -41,7 +40,8 @@ _TRANSPORT = re.compile(
 _DUMPED = re.compile(r'^([^\s"]+) "(.*)";$')
 
 
-class Source(msgspec.Struct, frozen=True, order=True):
+@dataclass(frozen=True, slots=True, order=True)
+class Source:
     """A suite of the archive at an address."""
 
     uri: str

@@ -24,13 +24,16 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from msgspec.structs import asdict, replace
 
-from . import _apt, _recipe
+from . import _recipe
 from ._errors import ImageError
+
+if TYPE_CHECKING:
+    from ._apt import Package
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
 """A complete SHA-256 in hex."""
@@ -67,7 +70,7 @@ class Image(JsonFields, frozen=True):
     """Whether new VMs boot it. False after `load`."""
 
 
-def image_digest(recipe: str, packages: Iterable[_apt.Package], guest: str) -> str:
+def image_digest(recipe: str, packages: Iterable[Package], guest: str) -> str:
     """Returns the name of the image that this recipe makes of these packages and this guest code."""
     rows = [[item.name, item.version, item.sha256] for item in sorted(packages)]
     text = json.dumps({"recipe": recipe, "packages": rows, "guest": guest}, sort_keys=True, separators=(",", ":"))
