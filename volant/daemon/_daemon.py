@@ -6,7 +6,6 @@ running, unless the daemon is ephemeral.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import platform
@@ -235,7 +234,7 @@ class Daemon:
             passt=passt,
             network=self._network.ref,
             supervisor=self._supervisor,
-            settings=dataclasses.replace(
+            settings=msgspec.structs.replace(
                 vm_directories(settings),
                 kernel=settings.kernel,
                 initramfs=settings.initramfs,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import apsw
+import msgspec
 import trio
 
 from actors import Ref
@@ -85,8 +85,7 @@ class Upload:
             raise no_room(error) from error
 
 
-@dataclass
-class Backups:
+class Backups(msgspec.Struct):
     """Takes and restores backups, one at a time."""
 
     _host: Host

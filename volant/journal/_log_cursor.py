@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -32,8 +31,7 @@ class LogGap(msgspec.Struct, frozen=True):
         return b'{"gap":{"from":%d,"to":%d}}' % (self.first, self.last)
 
 
-@dataclass(eq=False)
-class LogCursor:
+class LogCursor(msgspec.Struct, eq=False):
     """A place in a VM's log. `VmLog.cursor` creates it."""
 
     _log: VmLog

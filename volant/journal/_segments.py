@@ -21,7 +21,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -36,8 +35,7 @@ _CHUNK = 512 * 1024
 _NAME = re.compile(r"(\d+)-(\d{16,})-(\d+)\.log")
 
 
-@dataclass(eq=False, slots=True)
-class Segment:
+class Segment(msgspec.Struct, eq=False):
     """One file. `size` counts whole records, although the file may have a torn end."""
 
     path: Path

@@ -11,9 +11,9 @@ import logging
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import trio
 
 from volant.host import PROGRAM_ENVIRONMENT, Grant, Host, ProcessGone, ResourceLimits
@@ -69,8 +69,7 @@ def passt_socket(runtime_dir: Path, vm_id: int) -> Path:
     return runtime_dir / "net" / f"{vm_id}.sock"
 
 
-@dataclass(frozen=True)
-class Passt:
+class Passt(msgspec.Struct, frozen=True):
     """Manages the passt processes of one daemon."""
 
     host: Host

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from actors import Request
 
 from ._backend import NetworkFailed
 
 
-@dataclass(frozen=True, slots=True)
-class Attach(Request[None]):
+class Attach(Request[None], msgspec.Struct, frozen=True):
     """Sets up the tap of a VM that is about to be launched; its row has a tag. Answered when the tap is on the bridge
     and the firewall lets the guest send. A VM without a tap is answered at once.
 
@@ -21,8 +20,7 @@ class Attach(Request[None]):
     raises = (NetworkFailed,)
 
 
-@dataclass(frozen=True, slots=True)
-class Detach(Request[None]):
+class Detach(Request[None], msgspec.Struct, frozen=True):
     """Removes the tap and the rules of a VM that has no process any more. Answered when both are gone.
 
     :raises NetworkFailed: when they can't be removed.
@@ -32,8 +30,7 @@ class Detach(Request[None]):
     raises = (NetworkFailed,)
 
 
-@dataclass(frozen=True, slots=True)
-class Confine(Request[None]):
+class Confine(Request[None], msgspec.Struct, frozen=True):
     """Filters the destinations of passt, before one is started. Answered at once where the host can't filter them.
 
     :raises NetworkFailed: when the host can, but the rules can't be loaded now.
@@ -42,8 +39,7 @@ class Confine(Request[None]):
     raises = (NetworkFailed,)
 
 
-@dataclass(frozen=True, slots=True)
-class Reconcile(Request[None]):
+class Reconcile(Request[None], msgspec.Struct, frozen=True):
     """Makes the host match the rows: creates what is missing and removes what is stale.
 
     :raises NetworkFailed: when a part of it can't be done.

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+
+import msgspec
 
 Header = tuple[bytes, bytes]
 
@@ -27,8 +28,7 @@ _RELOADS = re.compile(rb"[0-9.]*\Z")
 _DOT = re.compile(rb"%2e", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class Sender:
+class Sender(msgspec.Struct, frozen=True):
     """The server in a guest that answers a request, with the `Host` and the target of that request."""
 
     vm: str

@@ -12,10 +12,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Literal, Protocol
 
+import msgspec
 import trio
 
 from actors import Actor, Deferred, handles
@@ -44,14 +44,12 @@ _EVICT_EVERY_S = 3600.0
 _logger = logging.getLogger("volant.templates")
 
 
-@dataclass
-class _Job:
+class _Job(msgspec.Struct):
     spec: TemplateSpec
-    waiting: list[Deferred[TemplateView]] = field(default_factory=list)
+    waiting: list[Deferred[TemplateView]] = msgspec.field(default_factory=list)
 
 
-@dataclass
-class _Failure:
+class _Failure(msgspec.Struct):
     spec: TemplateSpec | None
     count: int
     until: float

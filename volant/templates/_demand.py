@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 
 import msgspec
 
@@ -33,12 +32,11 @@ class WarmPoolLimits(msgspec.Struct, frozen=True, kw_only=True):
     """A template that no VM went on from for so long has none."""
 
 
-@dataclass
-class Use:
+class Use(msgspec.Struct):
     """The clones of a template that began lately."""
 
     spec: TemplateSpec
-    times: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
+    times: deque[float] = msgspec.field(default_factory=lambda: deque(maxlen=_REMEMBERED))
     not_before: float = float("-inf")
     """When the next process may be started."""
 

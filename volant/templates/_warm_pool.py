@@ -12,7 +12,6 @@ import math
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -67,8 +66,7 @@ class WarmProcess(msgspec.Struct, frozen=True, kw_only=True):
     """Gets the name of the VM's layer."""
 
 
-@dataclass
-class _Figures:
+class _Figures(msgspec.Struct):
     started: int = 0
     claimed: int = 0
     missed: int = 0
@@ -87,8 +85,7 @@ def standby_directory(runtime_dir: Path, tag: str) -> Path:
     return inside(runtime_dir / "standby", tag.rpartition(".")[2])
 
 
-@dataclass
-class WarmCounts:
+class WarmCounts(msgspec.Struct):
     """What VMs that were clones of one template got from the pool, since the daemon started."""
 
     hits: int = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from actors import Request
 from volant.model import Problem, TemplateView
@@ -10,23 +10,20 @@ from volant.model import Problem, TemplateView
 from ._key import TemplateSpec
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(msgspec.Struct, frozen=True):
     """A tell: a VM of this kind has booted cold, and the next one should not have to."""
 
     spec: TemplateSpec
 
 
-@dataclass(frozen=True, slots=True)
-class Suspect:
+class Suspect(msgspec.Struct, frozen=True):
     """A tell: a clone of that template has failed, and not for want of memory."""
 
     digest: str
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Build(Request[TemplateView]):
+class Build(Request[TemplateView], msgspec.Struct, frozen=True):
     """A client wants the template -> it, ready. A build that is under way is waited for.
 
     :raises Problem: 409 templates are off; 503 it can't be built, and why.
@@ -36,18 +33,15 @@ class Build(Request[TemplateView]):
     raises = (Problem,)
 
 
-@dataclass(frozen=True, slots=True)
-class GiveWay(Request[bool]):
+class GiveWay(Request[bool], msgspec.Struct, frozen=True):
     """A VM lacks memory -> whether a build was under way. It is given up, and tried again later."""
 
 
-@dataclass(frozen=True, slots=True)
-class ListTemplates(Request[tuple[TemplateView, ...]]):
+class ListTemplates(Request[tuple[TemplateView, ...]], msgspec.Struct, frozen=True):
     """All templates, those being built, and those that could not be built lately."""
 
 
-@dataclass(frozen=True, slots=True)
-class RemoveTemplate(Request[None]):
+class RemoveTemplate(Request[None], msgspec.Struct, frozen=True):
     """Removes a template. :raises Problem: 404; 503 its files can't be removed."""
 
     digest: str

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 
 import msgspec
 import trio
@@ -25,8 +24,7 @@ _STARTS_AT_ONCE = 8
 _logger = logging.getLogger("volant.vm")
 
 
-@dataclass
-class VmActors:
+class VmActors(msgspec.Struct):
     """The actors of one daemon's VMs."""
 
     supervisor: DynamicSupervisor
@@ -34,8 +32,8 @@ class VmActors:
     projection: Projection
     make: Callable[[int], VmActor]
     """Returns the actor of the VM with an id."""
-    _refs: dict[int, Ref[VmActor]] = field(default_factory=dict)
-    _starting: dict[int, trio.Event] = field(default_factory=dict)
+    _refs: dict[int, Ref[VmActor]] = msgspec.field(default_factory=dict)
+    _starting: dict[int, trio.Event] = msgspec.field(default_factory=dict)
 
     def find(self, vm_id: int) -> Ref[VmActor] | None:
         """Returns the actor of a VM, if it was started."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 import base64
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 
+import msgspec
 import trio
 
 from volant.channel import AgentProtocolError, AgentUnreachable, ParkedLink, VirtioSerial, Vsock
@@ -49,13 +49,12 @@ class RootFailed(Exception):
     """The guest can't mount its root filesystem. The text is for people, in part the guest's."""
 
 
-@dataclass(frozen=True)
-class GuestLimits:
+class GuestLimits(msgspec.Struct, frozen=True):
     """How many guests the daemon updates at a time."""
 
-    clocks: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(1))
+    clocks: trio.CapacityLimiter = msgspec.field(default_factory=lambda: trio.CapacityLimiter(1))
     """To set a clock takes processor time that other guests lack, and that keeps their clocks wrong."""
-    hosts: trio.CapacityLimiter = field(default_factory=lambda: trio.CapacityLimiter(HOSTS_AT_ONCE))
+    hosts: trio.CapacityLimiter = msgspec.field(default_factory=lambda: trio.CapacityLimiter(HOSTS_AT_ONCE))
 
 
 class AgentSession:

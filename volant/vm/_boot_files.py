@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from volant import images
 from volant.host import Host
@@ -15,8 +15,7 @@ from ._machine_spec import CUSTOM_IMAGE, uses_image
 from ._settings import VmSettings
 
 
-@dataclass
-class BootFiles:
+class BootFiles(msgspec.Struct):
     """The boot files of one daemon's VMs."""
 
     host: Host

@@ -12,8 +12,7 @@ again, gets one at once, even beyond the limit: it boots anyway.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
+import msgspec
 import trio
 
 from volant.journal import Projection
@@ -25,10 +24,9 @@ BootId = int | str
 """The id of a VM, or the digest of a template."""
 
 
-@dataclass
-class _Waiting:
+class _Waiting(msgspec.Struct):
     due_at: float
-    served: trio.Event = field(default_factory=trio.Event)
+    served: trio.Event = msgspec.field(default_factory=trio.Event)
 
 
 def _in_order(queue: dict[BootId, _Waiting]) -> list[BootId]:
@@ -124,12 +122,11 @@ def clones_at_once(processors: int) -> int:
     return processors + 1
 
 
-@dataclass(frozen=True)
-class BootSlots:
+class BootSlots(msgspec.Struct, frozen=True):
     """The slots of VMs' boots. Clones have their own, as they would wait for the cold boots of many."""
 
-    cold: BootLimiter = field(default_factory=lambda: BootLimiter(4))
-    clones: BootLimiter = field(default_factory=lambda: BootLimiter(clones_at_once(2)))
+    cold: BootLimiter = msgspec.field(default_factory=lambda: BootLimiter(4))
+    clones: BootLimiter = msgspec.field(default_factory=lambda: BootLimiter(clones_at_once(2)))
 
     def of(self, template: str | None) -> BootLimiter:
         """Returns the limiter for a boot that goes on from `template`; None: a cold boot."""

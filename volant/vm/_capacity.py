@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from math import ceil
 from typing import NamedTuple
+
+import msgspec
 
 from volant import images
 from volant.host import Host
@@ -56,8 +57,7 @@ def memory_need(memory_mb: int, *, clone: bool) -> MemoryNeed:
     return MemoryNeed(IDLE_MB + (0 if clone else memory_mb), memory_mb + OVERHEAD_MB)
 
 
-@dataclass
-class Capacity:
+class Capacity(msgspec.Struct):
     """The room for VMs on one host."""
 
     host: Host
@@ -65,7 +65,7 @@ class Capacity:
     templates: TemplateStore
     warm_pool: WarmPool
     settings: VmSettings
-    _reserved: list[MemoryNeed] = field(default_factory=list)
+    _reserved: list[MemoryNeed] = msgspec.field(default_factory=list)
     """For VMs whose rows are being written."""
     _closed: bool = False
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Collection
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -63,15 +62,14 @@ class ReadyCheckpoint(msgspec.Struct, frozen=True):
     paused_ms: float
 
 
-@dataclass
-class CheckpointStore:
+class CheckpointStore(msgspec.Struct):
     """The checkpoints of one daemon."""
 
     host: Host
     hypervisor: Hypervisor
     memory_dir: Path
     snapshot_dir: Path
-    _known: dict[Path, CheckpointRecord] = field(default_factory=dict)
+    _known: dict[Path, CheckpointRecord] = msgspec.field(default_factory=dict)
     """Those whose `state` was read and matched its digest."""
 
     def at(self, checkpoint: str) -> Path:

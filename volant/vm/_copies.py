@@ -10,11 +10,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
 import trio
 
 from actors import ActorDown, AskTimeout, Ref, Request
@@ -66,17 +66,16 @@ _RETRY_S, _RETRY_MAX_S = 1.0, 60.0
 _logger = logging.getLogger("volant.vm")
 
 
-@dataclass(eq=False)
-class _Job:
+class _Job(msgspec.Struct, eq=False):
     """One checkpoint that is being made."""
 
     vm: VmRow
     checkpoint: str
-    done: trio.Event = field(default_factory=trio.Event)
+    done: trio.Event = msgspec.field(default_factory=trio.Event)
     failure: Exception | None = None
     copies: tuple[VmRow, ...] = ()
     """Of a fork, once they are committed."""
-    reserved: ExitStack = field(default_factory=ExitStack)
+    reserved: ExitStack = msgspec.field(default_factory=ExitStack)
     """Room for the copies, until the job is over, whoever waits for it."""
 
     @property
@@ -93,8 +92,7 @@ class _Job:
             raise self.failure
 
 
-@dataclass
-class Copies:
+class Copies(msgspec.Struct):
     """Makes and removes copies of VMs, in tasks of its own: a caller that is cancelled cancels nothing."""
 
     host: Host
@@ -104,7 +102,7 @@ class Copies:
     actors: VmActors
     capacity: Capacity
     _nursery: trio.Nursery | None = None
-    _jobs: dict[str, _Job] = field(default_factory=dict)
+    _jobs: dict[str, _Job] = msgspec.field(default_factory=dict)
     """By the names of the checkpoints."""
 
     async def keep(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

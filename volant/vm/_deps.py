@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
+import msgspec
 import trio
 
 from actors import Ref
@@ -22,11 +21,10 @@ from ._settings import VmSettings
 from ._templates import VmTemplates
 
 
-@dataclass
-class Signal:
+class Signal(msgspec.Struct):
     """Something that many tasks may wait for, again and again."""
 
-    event: trio.Event = field(default_factory=trio.Event)
+    event: trio.Event = msgspec.field(default_factory=trio.Event)
     """Set by the next `send`."""
 
     def send(self) -> None:
@@ -35,8 +33,7 @@ class Signal:
         before.set()
 
 
-@dataclass(frozen=True, kw_only=True)
-class VmDeps:
+class VmDeps(msgspec.Struct, frozen=True, kw_only=True):
     """The dependencies of VMs' actors."""
 
     host: Host
@@ -53,8 +50,8 @@ class VmDeps:
     checkpoints: CheckpointStore
     networks: VmNetworks
     slots: BootSlots
-    limits: GuestLimits = field(default_factory=GuestLimits)
-    processes: dict[int, VmProcess] = field(default_factory=dict)
+    limits: GuestLimits = msgspec.field(default_factory=GuestLimits)
+    processes: dict[int, VmProcess] = msgspec.field(default_factory=dict)
     """The processes under watch, by the VM's id."""
-    workload_changed: Signal = field(default_factory=Signal)
+    workload_changed: Signal = msgspec.field(default_factory=Signal)
     """Sent when the workload of some VM has another state, which is no event of the VM's."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+
+import msgspec
 
 from actors import ActorDown, AskTimeout, Ref
 from volant.concurrency import Backoff
@@ -23,8 +24,7 @@ _RETRY_S, _RETRY_MAX_S = 1.0, 60.0
 _logger = logging.getLogger("volant.vm")
 
 
-@dataclass
-class VmNetworks:
+class VmNetworks(msgspec.Struct):
     """The network connections of one daemon's VMs."""
 
     store: Store

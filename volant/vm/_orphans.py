@@ -11,7 +11,6 @@ line says: name, size, kernel, disk. The rest is lost: labels, environment, rest
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -50,8 +49,7 @@ _ADOPT_S = 60.0
 _logger = logging.getLogger("volant.vm")
 
 
-@dataclass(frozen=True)
-class Orphan:
+class Orphan(msgspec.Struct, frozen=True):
     """An orphaned hypervisor, as it was a moment ago."""
 
     identity: ProcessIdentity
@@ -76,8 +74,7 @@ class Orphan:
         )
 
 
-@dataclass
-class Orphans:
+class Orphans(msgspec.Struct):
     """The orphaned hypervisors of one daemon."""
 
     host: Host

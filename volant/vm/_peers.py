@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+import msgspec
 
 from volant.journal import Projection
 from volant.model import VmRow, is_named
 
 
-@dataclass
-class Peers:
+class Peers(msgspec.Struct):
     """The peers of one VM, as the rows have them now."""
 
     projection: Projection

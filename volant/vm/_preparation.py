@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,8 +35,7 @@ class Prepared(NamedTuple):
     """Taken from the warm pool for the boot."""
 
 
-@dataclass
-class BootPreparation:
+class BootPreparation(msgspec.Struct):
     """Prepares the boots of one daemon's VMs."""
 
     host: Host

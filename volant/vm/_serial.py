@@ -21,9 +21,9 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import trio
 
 from actors import Cursor, Gap, Log
@@ -53,15 +53,13 @@ class NotTyped(Exception):
     """The guest, or its hypervisor, does not take the input. The text is for people."""
 
 
-@dataclass(frozen=True, slots=True)
-class Missed:
+class Missed(msgspec.Struct, frozen=True):
     """A reader was too slow, and missed so many bytes."""
 
     bytes: int
 
 
-@dataclass(eq=False)
-class SerialConsole:
+class SerialConsole(msgspec.Struct, eq=False):
     """The console of one boot in one incarnation of its VM's actor."""
 
     _host: Host

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 
-@dataclass(frozen=True, kw_only=True)
-class VmSettings:
+
+class VmSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Directories, limits and deadlines of VMs."""
 
     runtime_dir: Path

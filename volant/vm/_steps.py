@@ -7,9 +7,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import trio
 
 from actors import TaskHandle
@@ -69,8 +69,7 @@ _CLONE_S = 30.0
 _logger = logging.getLogger("volant.vm")
 
 
-@dataclass
-class VmState:
+class VmState(msgspec.Struct):
     """What one incarnation of the actor knows of its VM. The actor changes it, and its steps read it."""
 
     row: VmRow

@@ -13,9 +13,10 @@ somebody's work, and a restored database may not know of them. A snapshot with a
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from pathlib import Path
+
+import msgspec
 
 from volant import images
 from volant.host import Host
@@ -44,8 +45,7 @@ _LONG_S = 100 * 366 * 86400.0
 _A_BUILD = "a build of a template"
 
 
-@dataclass(frozen=True)
-class _Item:
+class _Item(msgspec.Struct, frozen=True):
     """One item on the disk."""
 
     kind: StoredKind
@@ -60,14 +60,13 @@ class _Item:
     """Other daemons that use it, where they share the cache."""
 
 
-@dataclass
-class _Users:
+class _Users(msgspec.Struct):
     """The users of items, as of now."""
 
     rows: dict[int, VmRow]
     running: frozenset[int]
     """The VMs that have a process, also those without a row."""
-    plugins: dict[str, Manifest] = field(default_factory=dict)
+    plugins: dict[str, Manifest] = msgspec.field(default_factory=dict)
     snapshots: tuple[Snapshot, ...] = ()
 
     def of(self, found: _Item) -> list[str]:
@@ -108,8 +107,7 @@ def _artifacts_of(manifest: Manifest) -> set[str]:
     return {artifact.sha256 for artifact in artifacts if artifact is not None}
 
 
-@dataclass
-class Storage:
+class Storage(msgspec.Struct):
     """The disk space of one daemon."""
 
     host: Host

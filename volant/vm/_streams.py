@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+import msgspec
 
 from volant.channel import AgentClient
 from volant.host import Host
@@ -18,8 +19,7 @@ from ._serial import SerialConsole
 _WITH_CONSOLE = frozenset({Status.STARTING, Status.RUNNING, Status.PAUSED, Status.STOPPING})
 
 
-@dataclass
-class Streams:
+class Streams(msgspec.Struct):
     """The streams of one daemon's VMs."""
 
     host: Host

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -49,8 +48,7 @@ _SUSPECT = frozenset(
 _logger = logging.getLogger("volant.vm")
 
 
-@dataclass
-class VmTemplates:
+class VmTemplates(msgspec.Struct):
     """The templates of one daemon, for its VMs and for clients."""
 
     host: Host

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from actors import Request
 from volant.hypervisor import Checkpoint, CheckpointFailed
@@ -14,8 +15,7 @@ CHECKPOINT_S = 60.0
 """How long the hypervisor may take for a checkpoint."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ask(Request[VmRow]):
+class Ask(Request[VmRow], msgspec.Struct, frozen=True):
     """A client's command -> the row, durable.
 
     :raises Problem: 409 not legal now; 412 the row is at none of `revisions`; 422 the key was used for another request;
@@ -30,8 +30,7 @@ class Ask(Request[VmRow]):
     raises = (Problem, DuplicateRequest)
 
 
-@dataclass(frozen=True, slots=True)
-class CheckpointTaken:
+class CheckpointTaken(msgspec.Struct, frozen=True):
     """A guest that was copied."""
 
     checkpoint: Checkpoint
@@ -39,8 +38,7 @@ class CheckpointTaken:
     """The newest that its agent is known to speak."""
 
 
-@dataclass(frozen=True, slots=True)
-class TakeCheckpoint(Request[CheckpointTaken]):
+class TakeCheckpoint(Request[CheckpointTaken], msgspec.Struct, frozen=True):
     """Copies the guest into an empty directory. It is paused for a moment, or stays paused. A command that wants it to
     be something else ends that.
 
@@ -52,8 +50,7 @@ class TakeCheckpoint(Request[CheckpointTaken]):
     raises = (Problem, CheckpointFailed)
 
 
-@dataclass(frozen=True, slots=True)
-class Report(Request[None]):
+class Report(Request[None], msgspec.Struct, frozen=True):
     """What a task of the actor has seen.
 
     `effect`: the step that reports. A late report, of a step that is no longer the wanted one, is dropped. None: the

@@ -16,10 +16,10 @@ import math
 import re
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import trio
 
 from volant.concurrency import Backoff, open_helpers
@@ -75,8 +75,7 @@ _BY_REASON = {
 }
 
 
-@dataclass(eq=False)
-class QemuMachine:
+class QemuMachine(msgspec.Struct, eq=False):
     """See `volant.hypervisor.Machine`."""
 
     _host: Host
@@ -86,11 +85,11 @@ class QemuMachine:
     _closing: AsyncExitStack
     _qmp: QmpClient | None = None
     _guest_end: End | None = None
-    _guest_ended: trio.Event = field(default_factory=trio.Event)
-    _stopped: trio.Event = field(default_factory=trio.Event)
-    _moving: trio.Lock = field(default_factory=trio.Lock)
+    _guest_ended: trio.Event = msgspec.field(default_factory=trio.Event)
+    _stopped: trio.Event = msgspec.field(default_factory=trio.Event)
+    _moving: trio.Lock = msgspec.field(default_factory=trio.Lock)
     """Held while something pauses or resumes the guest."""
-    _left_paused: trio.Event = field(default_factory=trio.Event)
+    _left_paused: trio.Event = msgspec.field(default_factory=trio.Event)
     """Set when a checkpoint could not resume the guest."""
     _migration: Migration | None = None
 
