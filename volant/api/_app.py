@@ -9,13 +9,16 @@ from typing import Any
 import trio
 
 from volant import agui, mcp
-from volant.concurrency import FairShare
+from volant.concurrency import FairShare, open_helpers
 from volant.host import Host
 from volant.http import AsgiApp, Limits, Middleware
 from volant.operations import TABLE, ApiDeps, Table, check_permission
 from volant.relay import Relay
 
 from . import _actions, _agent, _artifacts, _backups, _console, _devtools, _events, _logs, _system, _tcp
+
+_SOON_S = 1.0
+"""The first probe of a supervisor is answered by then."""
 
 
 def create_app(deps: ApiDeps, limits: Limits | None = None, table: Table = TABLE) -> Middleware:
@@ -47,9 +50,10 @@ def create_app(deps: ApiDeps, limits: Limits | None = None, table: Table = TABLE
 
 
 class _Late:
-    """An ASGI app that is made in a thread once the server has started; requests wait for it.
+    """An ASGI app that is made in a thread: at its first request, else a moment after the start.
 
-    It does not wait for the first request, as the program's files may be replaced by an upgrade.
+    Whoever starts the daemon asks for `/healthz` first, and an import slows all that runs beside it. It does not wait
+    for a request, as an upgrade may replace the program's files.
     """
 
     def __init__(self, host: Host, make: Callable[[], AsgiApp]) -> None:
@@ -62,11 +66,16 @@ class _Late:
         if scope["type"] == "lifespan":
             await receive()
             await send({"type": "lifespan.startup.complete"})
-            await self._made()
-            await receive()
+            async with open_helpers() as helpers:
+                helpers.start_soon(self._make_soon)
+                await receive()
             await send({"type": "lifespan.shutdown.complete"})
             return
         await (self._app or await self._made())(scope, receive, send)
+
+    async def _make_soon(self) -> None:
+        await trio.sleep(_SOON_S)
+        await self._made()
 
     async def _made(self) -> AsgiApp:
         async with self._making:
