@@ -347,9 +347,13 @@ class LinuxProcesses(Processes):
 
     def _scan(self, tag_prefix: str, of_anybody: bool) -> list[ProcessIdentity]:
         found = []
+        prefix = tag_prefix.encode()
         for pid in _procfs.pids():
             try:
-                tokens = _procfs.tokens(_procfs.command_line(pid))
+                command_line = _procfs.command_line(pid)
+                if prefix not in command_line:
+                    continue
+                tokens = _procfs.tokens(command_line)
                 tags = [token for token in tokens if token.startswith(tag_prefix) and _TAG.fullmatch(token)]
                 if not tags:
                     continue
