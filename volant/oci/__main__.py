@@ -1,0 +1,32 @@
+"""`python -m volant.oci`: converts the layers of an image, and joins them, as a job on stdin says.
+
+Its last line of output is empty JSON, or the error as JSON. It is killed when the fetch is cancelled; `mkfs.erofs` then
+ends with its input.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import msgspec
+
+from ._errors import OciError
+from ._job import Failure, ImageJob, run
+
+
+def main() -> int:
+    """Returns the exit code."""
+    job = msgspec.json.decode(sys.stdin.buffer.read(), type=ImageJob)
+    failure: Failure | None = None
+    try:
+        run(job)
+    except OciError as error:
+        failure = Failure(error.code, error.message, error.hint)
+    except OSError as error:
+        failure = Failure("io_error", f"the cache can't be used: {error}", "check its disk")
+    sys.stdout.buffer.write(b"\n" + msgspec.json.encode(failure or {}) + b"\n")
+    return 1 if failure else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,267 @@
+"""Converts layers to read-only EROFS file systems, and joins those of an image.
+
+Runs in a process of its own (`__main__.py`), because it decompresses and hashes for seconds. Everything is streamed:
+memory does not depend on the size of a layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import resource
+import subprocess
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+import msgspec
+import zstandard
+
+from ._errors import OciError
+from ._manifest import MAX_LAYER_BYTES
+from ._tar import TarCheck
+
+PROGRAM = "mkfs.erofs"
+PROGRAM_HINT = "on Debian: `sudo apt install erofs-utils`"
+_PIECE = 1024 * 1024
+_COMPRESSED_PIECE = 64 * 1024
+_MAX_RATIO = 1000
+"""zlib compresses zeros 1030-fold; a layer has other content, too."""
+_RATIO_FREE = 64 * 1024 * 1024
+_MAX_WINDOW = 128 * 1024 * 1024
+"""What `zstd --long` needs to be decompressed."""
+_PROGRAM_MEMORY = 4 * 1024**3
+"""Of `mkfs.erofs`, which has all entries of a layer in memory."""
+_RESERVE_BYTES = 256 * 1024 * 1024
+"""Stays free on the cache's file system, which is often that of the database, too."""
+_CHECK_SPACE_BYTES = 32 * 1024 * 1024
+_MAX_COMPLAINT = 300
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+
+_SAME_BYTES = ("-U", "clear", "-T0", "--mkfs-time", "--quiet")
+"""No UUID and no time of ours; files keep their own times."""
+_LAYER_OPTIONS = ("-Enoinline_data", "--tar=f", "--aufs", *_SAME_BYTES)
+_JOIN_OPTIONS = ("--aufs", *_SAME_BYTES)
+
+
+class LayerJob(msgspec.Struct, frozen=True):
+    """A layer to convert."""
+
+    blob: str
+    """Path of the layer as a registry has it."""
+    digest: str
+    """Of the blob."""
+    size: int
+    """Of the blob, in bytes."""
+    diff_id: str
+    """Of the uncompressed layer."""
+    target: str
+    """Path of the file to make."""
+
+
+def convert(job: LayerJob) -> None:
+    """Makes the file of a layer; it is on the disk when this returns.
+
+    :raises OciError: `image_mismatch`, `image_invalid`, `image_too_large`, `cache_full`, `io_error`, `program_missing`
+    """
+    target = Path(job.target)
+    with Path(job.blob).open("rb", buffering=0) as blob:
+        actual = os.fstat(blob.fileno()).st_size
+        if actual != job.size:
+            raise _mismatch(f"layer {job.digest} has {actual} bytes, the manifest says {job.size}")
+        compressed = _Hashed(blob)
+        plain = hashlib.sha256()
+        check = TarCheck()
+        with _Program([*_LAYER_OPTIONS, str(target)], target) as program:
+            for piece in _bounded(decompressed(compressed), job):
+                plain.update(piece)
+                if not check.ended:
+                    program.write(check.feed(piece))
+            compressed.drain()
+            if (found := f"sha256:{compressed.hash.hexdigest()}") != job.digest:
+                raise _mismatch(f"the digest of layer {job.digest} is {found}")
+            if (found := f"sha256:{plain.hexdigest()}") != job.diff_id:
+                raise _mismatch(f"the diff ID of layer {job.digest} is {found}, the configuration says {job.diff_id}")
+            program.write(check.finish())
+    _finish(target)
+
+
+def join(layers: Sequence[str], target: Path) -> None:
+    """Makes the metadata that combine the files of layers, lowest first, to one file system.
+
+    :raises OciError: as `convert`
+    """
+    with _Program([*_JOIN_OPTIONS, str(target), *layers], target):
+        pass
+    _finish(target)
+
+
+def decompressed(stream: _Hashed) -> Iterator[bytes]:
+    """Yields the pieces of a layer. The first bytes tell how it is compressed: media types are often wrong."""
+    first = stream.read(_COMPRESSED_PIECE)
+    try:
+        if first.startswith(_GZIP):
+            yield from _gunzip(first, stream)
+        elif first.startswith(_ZSTD):
+            yield from _unzstd(first, stream)
+        else:
+            while first:
+                yield first
+                first = stream.read(_PIECE)
+    except (zlib.error, zstandard.ZstdError) as error:
+        raise OciError("image_invalid", f"the layer can't be decompressed: {error}", "push the image again") from error
+
+
+def _gunzip(data: bytes, stream: _Hashed) -> Iterator[bytes]:
+    member = zlib.decompressobj(wbits=31)
+    while data:
+        if piece := member.decompress(data, _PIECE):
+            yield piece
+        if not member.eof:
+            # What it holds back when a piece is full comes with the next call.
+            data = member.unconsumed_tail or stream.read(_COMPRESSED_PIECE)
+            continue
+        # Layers may consist of many members, or be padded with zeros.
+        data = member.unused_data.lstrip(b"\0")
+        while not data and (more := stream.read(_COMPRESSED_PIECE)):
+            data = more.lstrip(b"\0")
+        if not data:
+            return
+        member = zlib.decompressobj(wbits=31)
+    while piece := member.decompress(b"", _PIECE):
+        yield piece
+    if not member.eof:
+        raise zlib.error("it is cut off")
+
+
+def _unzstd(data: bytes, stream: _Hashed) -> Iterator[bytes]:
+    class Source:
+        """Gives the first bytes again."""
+
+        def __init__(self) -> None:
+            self._first = data
+
+        def read(self, size: int) -> bytes:
+            first, self._first = self._first, b""
+            return first or stream.read(size)
+
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW)
+    with decompressor.stream_reader(Source(), read_across_frames=True) as reader:  # type: ignore[arg-type]
+        while piece := reader.read(_PIECE):
+            yield piece
+
+
+def _bounded(pieces: Iterator[bytes], job: LayerJob) -> Iterator[bytes]:
+    limit = min(MAX_LAYER_BYTES, job.size * _MAX_RATIO + _RATIO_FREE)
+    size, checked = 0, -_CHECK_SPACE_BYTES
+    for piece in pieces:
+        size += len(piece)
+        if size > limit:
+            raise OciError(
+                "image_too_large", f"layer {job.digest} has more than {limit // 2**20} MiB uncompressed",
+                "use an image with smaller layers",
+            )  # fmt: skip
+        if size - checked >= _CHECK_SPACE_BYTES:
+            checked = size
+            check_space(Path(job.target).parent)
+        yield piece
+
+
+def check_space(directory: Path) -> None:
+    """:raises OciError: `cache_full`"""
+    figures = os.statvfs(directory)
+    free = figures.f_bavail * figures.f_frsize
+    if free < _RESERVE_BYTES:
+        raise OciError(
+            "cache_full",
+            f"the cache has {free // 2**20} MiB free, and {_RESERVE_BYTES // 2**20} must stay",
+            "make room on its file system, or name another folder with VOLANT_CACHE_DIR",
+        )
+
+
+def _finish(target: Path) -> None:
+    try:
+        descriptor = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fchmod(descriptor, 0o400)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise OciError("io_error", f"the cache can't be written: {error.strerror or error}") from error
+
+
+class _Hashed:
+    """A file that is hashed while it is read."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.hash = hashlib.sha256()
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        self.hash.update(data)
+        return data
+
+    def drain(self) -> None:
+        while self.read(_PIECE):
+            pass
+
+
+class _Program:
+    """Runs `mkfs.erofs` for a block. An error in the block ends it; else its own error is raised."""
+
+    def __init__(self, arguments: Sequence[str], target: Path) -> None:
+        self._log = tempfile.TemporaryFile(dir=target.parent)  # noqa: SIM115
+        try:
+            self._process = subprocess.Popen(
+                [PROGRAM, *arguments], stdin=subprocess.PIPE, stdout=self._log, stderr=self._log, cwd=target.parent
+            )
+        except FileNotFoundError:
+            self._log.close()
+            raise OciError("program_missing", f"{PROGRAM} is not installed", PROGRAM_HINT) from None
+        assert self._process.stdin is not None
+        self._stdin = self._process.stdin
+        resource.prlimit(self._process.pid, resource.RLIMIT_AS, (_PROGRAM_MEMORY, _PROGRAM_MEMORY))
+
+    def write(self, data: bytes) -> None:
+        try:
+            self._stdin.write(data)
+        except BrokenPipeError:
+            raise self._failure() from None
+
+    def __enter__(self) -> _Program:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        with self._log:
+            if kind is not None:
+                self._process.kill()
+                _quietly(self._stdin.close)
+                self._process.wait()
+                return
+            _quietly(self._stdin.close)
+            if self._process.wait() != 0:
+                raise self._failure()
+
+    def _failure(self) -> OciError:
+        status = self._process.wait()
+        self._log.seek(0)
+        lines = self._log.read(64 * 1024).decode(errors="replace").strip().splitlines()
+        said = (lines[0] if lines else f"status {status}")[:_MAX_COMPLAINT]
+        if "No space left" in said or "quota" in said:
+            return OciError("cache_full", "the cache is full", "make room on its file system")
+        return OciError("image_invalid", f"{PROGRAM} can't convert the layer: {said}", "push the image again")
+
+
+def _quietly(close: Callable[[], None]) -> None:
+    try:
+        close()
+    except BrokenPipeError:
+        pass
+
+
+def _mismatch(what: str) -> OciError:
+    return OciError("image_mismatch", what, "fetch it again; if it stays, the registry or a mirror has a damaged copy")

@@ -1,0 +1,194 @@
+"""Checks a tar while it streams to `mkfs.erofs`, which is written in C and should see only what is well-formed.
+
+All bytes pass unchanged up to the end of the archive. Two readers of one archive must not see different files in it, so
+whatever readers understand in different ways is refused: data behind links, mode bits that name another kind of file, a
+lone block of zeros.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from ._errors import OciError
+
+MAX_ENTRIES = 1_000_000
+"""Of a layer. `mkfs.erofs` has each in memory."""
+_MAX_NAME = 4096
+_MAX_EXTENDED = 1024 * 1024
+"""Of one extended header: all attributes of a file have at most 64 KiB on Linux."""
+_MAX_SIZE = 2**62
+_BLOCK = 512
+_ZEROS = bytes(_BLOCK)
+END = 2 * _ZEROS
+"""Ends an archive."""
+
+_REGULAR, _OLD_REGULAR, _HARD_LINK = b"0", b"\0", b"1"
+_PAX, _PAX_FOR_ALL, _LONG_NAME, _LONG_LINK = b"x", b"g", b"L", b"K"
+_KINDS = {
+    _REGULAR: 0o100000,
+    _OLD_REGULAR: 0o100000,
+    _HARD_LINK: 0o100000,
+    b"2": 0o120000,
+    b"5": 0o040000,
+    b"6": 0o010000,
+}
+"""Kinds of entries, and the bits of the mode that old archives have for them."""
+_DEVICES = (b"3", b"4")
+_TYPE_BITS = 0o170000
+_OCTAL = re.compile(rb"[ \0]*([0-7]*)[ \0]*\Z")
+_RECORD = re.compile(rb"([1-9][0-9]{0,7}) ")
+_FORBIDDEN = (b"GNU.sparse.", b"SCHILY.xattr.trusted.overlay.")
+"""Sparse files, and what would steer overlayfs in the guest."""
+
+
+class TarCheck:
+    """Give `feed` the pieces of an archive, then call `finish`."""
+
+    def __init__(self) -> None:
+        self.entries = 0
+        self._rest = b""
+        """The beginning of a header."""
+        self._skip = 0
+        """Bytes until the next header."""
+        self._wanted = 0
+        """Bytes of an extended header, with its padding, that are still to come."""
+        self._extended = bytearray()
+        self._read_extended: Callable[[bytes], None] = self._long_name
+        self._extended_size = 0
+        self._size: int | None = None
+        """The size of the next entry, if an extended header gives it."""
+        self._zeros = 0
+        """Blocks of zeros since the last entry."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the archive has ended: what follows is padding."""
+        return self._zeros == 2
+
+    def feed(self, piece: bytes) -> bytes:
+        """Returns the part of a piece that belongs to the archive. :raises OciError: `image_invalid`"""
+        at, end = 0, len(piece)
+        while at < end and not self.ended:
+            if self._skip:
+                step = min(self._skip, end - at)
+                self._skip -= step
+                at += step
+            elif self._wanted:
+                step = min(self._wanted, end - at)
+                self._extended += piece[at : at + step]
+                self._wanted -= step
+                at += step
+                if not self._wanted:
+                    self._read_extended(bytes(self._extended[: self._extended_size]))
+                    self._extended.clear()
+            else:
+                step = min(_BLOCK - len(self._rest), end - at)
+                self._rest += piece[at : at + step]
+                at += step
+                if len(self._rest) == _BLOCK:
+                    header, self._rest = self._rest, b""
+                    self._header(header)
+        return piece[:at] if at < end else piece
+
+    def finish(self) -> bytes:
+        """Returns what is missing at the end. :raises OciError: `image_invalid`: the archive is cut off"""
+        if self._skip or self._wanted or self._rest or self._size is not None:
+            raise _invalid("it is cut off")
+        return END[self._zeros * _BLOCK :]
+
+    def _header(self, header: bytes) -> None:
+        if header == _ZEROS:
+            self._zeros += 1
+            return
+        if self._zeros:
+            raise _invalid("it has a block of zeros between two entries")
+        if _number(header[148:156], "checksum") != sum(header) - sum(header[148:156]) + 8 * 32:
+            raise _invalid("a header has a wrong checksum")
+        self.entries += 1
+        if self.entries > MAX_ENTRIES:
+            raise OciError("image_too_large", f"the layer has more than {MAX_ENTRIES} entries", "use another image")
+        kind, size = header[156:157], _number(header[124:136], "size")
+        if kind in (_PAX, _PAX_FOR_ALL, _LONG_NAME, _LONG_LINK):
+            self._begin_extended(kind, size)
+            return
+        if self._size is not None:
+            size, self._size = self._size, None
+        self._check_kind(kind, header)
+        if size and kind not in (_REGULAR, _OLD_REGULAR):
+            raise _invalid(f"{_name(header)} has data and is no file")
+        self._skip = _padded(size)
+
+    def _check_kind(self, kind: bytes, header: bytes) -> None:
+        if kind in _DEVICES:
+            raise OciError(
+                "image_invalid", f"the layer has the device {_name(header)}", "build the image without devices in it"
+            )
+        bits = _KINDS.get(kind)
+        if bits is None:
+            raise _invalid(f"{_name(header)} is of the unknown kind {kind!r}")
+        if _number(header[100:108], "mode") & _TYPE_BITS not in (0, bits):
+            raise _invalid(f"{_name(header)} has a mode of another kind of file")
+
+    # Extended headers
+
+    def _begin_extended(self, kind: bytes, size: int) -> None:
+        limit = _MAX_NAME + 1 if kind in (_LONG_NAME, _LONG_LINK) else _MAX_EXTENDED
+        if not 0 < size <= limit:
+            raise _invalid(f"an extended header has {size} bytes")
+        self._extended_size = size
+        self._wanted = _padded(size)
+        self._read_extended = {_PAX: self._records, _PAX_FOR_ALL: self._records_for_all}.get(kind, self._long_name)
+
+    def _long_name(self, data: bytes) -> None:
+        pass
+
+    def _records_for_all(self, data: bytes) -> None:
+        self._records(data)
+        if self._size is not None:
+            raise _invalid("a header for all entries has a size")
+
+    def _records(self, data: bytes) -> None:
+        at = 0
+        while at < len(data):
+            begin = _RECORD.match(data, at)
+            end = at + int(begin[1]) if begin else 0
+            if begin is None or end <= begin.end() or end > len(data) or data[end - 1] != 0x0A:
+                raise _invalid("an extended header is malformed")
+            key, equals, value = data[begin.end() : end - 1].partition(b"=")
+            if not key or not equals or b"\0" in key:
+                raise _invalid("an extended header is malformed")
+            if key.startswith(_FORBIDDEN):
+                raise _invalid(f"it uses {key[:60].decode(errors='replace')!r}")
+            if key in (b"path", b"linkpath") and (len(value) > _MAX_NAME or b"\0" in value):
+                raise _invalid(f"a name has {len(value)} bytes or a zero byte")
+            if key == b"size":
+                if not value.isdigit() or len(value) > 19 or int(value) > _MAX_SIZE:
+                    raise _invalid("an extended header has a wrong size")
+                self._size = int(value)
+            at = end
+
+
+def _number(field: bytes, what: str) -> int:
+    """Returns a number of a header: octal digits, or binary as GNU tar has it."""
+    if field[0] & 0x80:
+        value = int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
+        if field[0] == 0xFF or value > _MAX_SIZE:
+            raise _invalid(f"a header has a wrong {what}")
+        return value
+    match = _OCTAL.match(field)
+    if match is None:
+        raise _invalid(f"a header has a wrong {what}")
+    return int(match[1] or b"0", 8)
+
+
+def _padded(size: int) -> int:
+    return -(-size // _BLOCK) * _BLOCK
+
+
+def _name(header: bytes) -> str:
+    return repr(header[:100].split(b"\0")[0].decode(errors="replace"))
+
+
+def _invalid(why: str) -> OciError:
+    return OciError("image_invalid", f"the layer is not a usable tar: {why}", "build or push the image again")
