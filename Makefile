@@ -14,6 +14,7 @@ test: ## All tests on all cores, with real guests
 	@.ci/system-packages python qemu ext4
 	@[ "$$(id -u)" != 0 ] || .ci/system-packages systemd || echo "Without it, tests under systemd are skipped" >&2
 	@[ "$$(id -u)" != 0 ] || .ci/system-packages network || echo "Without it, tests of networks are skipped" >&2
+	@[ "$$(id -u)" != 0 ] || .ci/system-packages oci || echo "Without it, tests of OCI images are skipped" >&2
 	@[ "$$(id -u)" != 0 ] || .ci/system-packages chromium || echo "Without it, tests with a browser are skipped" >&2
 	@.ci/test $(PARALLEL) $(TESTS)
 

@@ -31,6 +31,7 @@ from ._idle_fleet import VMS, idle_fleet
 from ._journal import journal, vmlog
 from ._network import network
 from ._networked_clone import networked_clone
+from ._oci import oci_fetch
 from ._printing import healthz_printing
 from ._relays import relays
 from ._serving import get_vm, healthz
@@ -76,6 +77,7 @@ def main() -> int:
         "vmlog": vmlog,
         "network": network,
         "networked_clone": networked_clone,
+        "oci_fetch": oci_fetch,
     }
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(benches)}")

@@ -1,0 +1,279 @@
+"""Runs skopeo: reads manifests, and copies an image into an OCI layout."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import trio
+
+from volant.concurrency import Backoff, open_helpers
+from volant.host import PROGRAM_ENVIRONMENT, Host
+
+from ._errors import OciError
+from ._layers import check_space
+from ._manifest import MAX_DOCUMENT_BYTES, Platform
+from ._reference import Reference
+
+PROGRAM = "skopeo"
+PROGRAM_HINT = "on Debian: `sudo apt install skopeo`"
+_ANSWER_S = 120.0
+"""For one document. Includes the pauses that a busy registry asks for."""
+_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 15.0
+"""Between tries."""
+_WATCH_S = 0.5
+"""How often a copy is looked at."""
+_OTHER_BYTES = 16 * 1024 * 1024
+"""What a copy may write beside the layers."""
+_MAX_COMPLAINT = 400
+_NO_CREDENTIALS = b'{"auths":{}}'
+_NOT_INSTALLED = 127
+"""The shell's exit status for a program that it does not find."""
+
+_MESSAGE = re.compile(r'msg="((?:[^"\\]|\\.)*)"')
+_QUERY = re.compile(r'\?[^\s"]+')
+"""Addresses of blobs may contain signatures."""
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]+")
+
+_REASONS: tuple[tuple[str, str, str], ...] = (
+    (
+        r"429|too ?many ?requests",
+        "registry_busy",
+        "wait a while, or give credentials: registries allow more requests with them",
+    ),
+    (
+        r"authentication required|unauthorized|denied|\b40[13]\b|invalid username/password|authorization",
+        "image_unauthorized",
+        "give credentials that may read it, as `docker login` and `skopeo login` store them; check the name",
+    ),
+    (r"rejected by policy|signature", "image_rejected", "this host's /etc/containers/policy.json does not allow it"),
+    (r"no space left|quota exceeded", "cache_full", "make room on the cache's file system"),
+    (
+        r"did not match|does not match|doesn't match",
+        "image_mismatch",
+        "fetch it again; if it stays, the registry or a mirror has a damaged copy",
+    ),
+    (
+        r"gave HTTP response to HTTPS",
+        "registry_unreachable",
+        "the registry speaks plain HTTP, which has to be allowed for it by name",
+    ),
+    (
+        r"x509|certificate|tls:",
+        "registry_unreachable",
+        "put the registry's CA into /etc/containers/certs.d/REGISTRY/ca.crt",
+    ),
+    (
+        r"no such host|connection refused|timeout|unreachable|server misbehaving|\b50[0-9]\b|pinging",
+        "registry_unreachable",
+        "check the name of the registry and this host's network",
+    ),
+    (
+        r"manifest unknown|name unknown|not found|no such file|no descriptor found|\b404\b|does not exist",
+        "image_not_found",
+        "check name and tag",
+    ),
+    (
+        r"unexpected EOF|connection reset|broken pipe|blob unknown|fetching blob|reading blob|happened during read",
+        "fetch_interrupted",
+        "try again; if it stays, push the image again",
+    ),
+)
+"""What skopeo says, our code for it, and what to do. The first that matches counts."""
+
+
+class Skopeo:
+    """Runs skopeo for one daemon."""
+
+    def __init__(
+        self,
+        host: Host,
+        private_dir: Path,
+        *,
+        plain_http: frozenset[str] = frozenset(),
+        environment: Mapping[str, str] | None = None,
+        stalled_s: float = 60.0,
+        retries: int = 2,
+    ) -> None:
+        """
+        :param private_dir: for credentials, on a file system in memory
+        :param plain_http: registries that may be used without TLS, with their ports
+        :param environment: more variables, such as those of proxies
+        :param stalled_s: a copy that does not grow for so long is ended
+        :param retries: after broken connections and the like, with growing pauses
+        """
+        self._host = host
+        self._private_dir = private_dir
+        self._plain_http = plain_http
+        self._environment = {**PROGRAM_ENVIRONMENT, **(environment or {})}
+        self._stalled_s = stalled_s
+        self._retries = retries
+        self._retry_option = f"--retry-times={retries}"
+
+    @asynccontextmanager
+    async def credentials(self, auth: bytes | None) -> AsyncIterator[Path]:
+        """Keeps the content of an auth file in a file for the length of a block; None: no credentials."""
+        directory = self._private_dir / secrets.token_hex(8)
+        await self._host.files.mkdir(directory)
+        try:
+            await self._host.files.write(directory / "auth.json", _NO_CREDENTIALS if auth is None else auth)
+            yield directory / "auth.json"
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._host.files.remove_tree(directory)
+
+    async def forget_credentials(self) -> None:
+        """Removes what a killed daemon left. :raises OSError:"""
+        await self._host.files.remove_tree(self._private_dir)
+
+    async def inspect(self, reference: Reference, work: Path, auth: Path, *, config: bool = False) -> bytes:
+        """Returns a manifest, an index or, with `config`, a configuration, as the registry has it. Not checked.
+
+        :raises OciError:
+        """
+        arguments = ["inspect", "--raw", *(["--config"] if config else []), "--authfile", str(auth)]
+        arguments += [self._retry_option, *self._tls("--tls-verify", reference), source(reference)]
+        try:
+            return await self._run(arguments, reference, work, _ANSWER_S, MAX_DOCUMENT_BYTES)
+        except trio.TooSlowError:
+            raise OciError(
+                "registry_unreachable", f"{reference.registry or reference}: no answer within {_ANSWER_S:g} s",
+                "check this host's network, and whether the registry works",
+            ) from None  # fmt: skip
+
+    async def copy(
+        self,
+        reference: Reference,
+        layout: Path,
+        auth: Path,
+        *,
+        platform: Platform,
+        max_bytes: int,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> None:
+        """Copies an image into an OCI layout, as image `image`. Layers that are there already are not fetched.
+
+        The caller sets the deadline. A broken connection is tried again; layers that have arrived stay.
+
+        :param max_bytes: what it may write at most
+        :param progress: called with the bytes written so far
+        :raises OciError:
+        """
+        arguments = [f"--override-os={platform.os}", f"--override-arch={platform.architecture}", "copy", "--quiet"]
+        arguments += ["--src-authfile", str(auth), self._retry_option, "--dest-oci-accept-uncompressed-layers"]
+        arguments += [*self._tls("--src-tls-verify", reference), source(reference), f"oci:{layout}:image"]
+        pauses = Backoff(_PAUSE_S, _LONGEST_PAUSE_S)
+        for left in reversed(range(self._retries + 1)):
+            try:
+                return await self._copy(arguments, reference, layout.parent, max_bytes, progress)
+            except OciError as error:
+                # skopeo itself tries again when it was not connected yet.
+                if error.code != "fetch_interrupted" or not left:
+                    raise
+            await pauses.pause()
+
+    async def _copy(
+        self,
+        arguments: Sequence[str],
+        reference: Reference,
+        work: Path,
+        max_bytes: int,
+        progress: Callable[[int], None],
+    ) -> None:
+        failures: list[OciError] = []
+        async with open_helpers() as nursery:
+
+            async def watch() -> None:
+                failures.append(await self._watch(reference, work, max_bytes, progress))
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(watch)
+            await self._run(arguments, reference, work, float("inf"), 65536)
+        if failures:
+            raise failures[0]
+
+    async def _watch(
+        self, reference: Reference, work: Path, max_bytes: int, progress: Callable[[int], None]
+    ) -> OciError:
+        """Returns why a copy has to end."""
+        before, since = -1, trio.current_time()
+        while True:
+            written = await trio.to_thread.run_sync(used_bytes, work)
+            if written != before:
+                before, since = written, trio.current_time()
+                progress(written)
+            if written > max_bytes + _OTHER_BYTES:
+                return OciError(
+                    "image_too_large", f"{reference}: the registry sends more than {max_bytes // 2**20} MiB, as the "
+                    "manifest or the limit says", "use a smaller image",
+                )  # fmt: skip
+            try:
+                check_space(work)
+            except OciError as error:
+                return error
+            if trio.current_time() - since >= self._stalled_s:
+                return OciError(
+                    "fetch_stalled", f"{reference}: nothing has arrived for {self._stalled_s:g} s",
+                    "try again; check the registry and this host's network",
+                )  # fmt: skip
+            await trio.sleep(_WATCH_S)
+
+    def _tls(self, option: str, reference: Reference) -> list[str]:
+        return [f"{option}=false"] if reference.registry in self._plain_http else []
+
+    async def _run(
+        self, arguments: Sequence[str], reference: Reference, work: Path, timeout_s: float, limit: int
+    ) -> bytes:
+        errors = work / "errors"
+        # Warnings must not end up in a document.
+        command = ["sh", "-c", 'exec "$@" 2>errors', "sh", PROGRAM, "--tmpdir", str(work), *arguments]
+        status, output = await self._host.processes.run(
+            command, env=self._environment, cwd=work, timeout_s=timeout_s, output_limit=limit
+        )
+        if status == 0:
+            return output
+        said = (await self._host.files.read_tail(errors, 16384)).decode(errors="replace")
+        if status == _NOT_INSTALLED:
+            raise OciError("program_missing", f"{PROGRAM} is not installed", PROGRAM_HINT)
+        if len(output) >= limit:
+            raise OciError("image_invalid", f"{reference}: a document has more than {limit // 2**20} MiB")
+        raise failure(reference, said)
+
+
+def source(reference: Reference) -> str:
+    """Returns a reference as skopeo writes it."""
+    if reference.transport == "docker":
+        return f"docker://{reference}"
+    return f"{reference.transport}:{reference.name}{reference.tag and f':{reference.tag}'}"
+
+
+def failure(reference: Reference, said: str) -> OciError:
+    """Returns the error for what skopeo says: text of the registry may be in it."""
+    lines = said.strip().splitlines() or ["it does not say why"]
+    match = _MESSAGE.search(lines[-1])
+    text = match[1].replace('\\"', '"') if match else lines[-1]
+    text = _CONTROL.sub(" ", _QUERY.sub("?…", text))
+    shown = text if len(text) <= _MAX_COMPLAINT else f"{text[:_MAX_COMPLAINT]}…"
+    for pattern, code, hint in _REASONS:
+        if re.search(pattern, text, re.IGNORECASE):
+            return OciError(code, f"{reference} can't be fetched: {shown}", hint)
+    return OciError("fetch_failed", f"{reference} can't be fetched: {shown}", "see what skopeo says")
+
+
+def used_bytes(directory: Path) -> int:
+    """Returns the space on the disk of all files below a directory. Blocks."""
+    total = 0
+    for path, _, names in os.walk(directory):
+        for name in names:
+            try:
+                figures = os.lstat(os.path.join(path, name))  # noqa: PTH118
+            except FileNotFoundError:
+                continue
+            # Not what other directories have, too: layers that are reused.
+            if figures.st_nlink == 1:
+                total += figures.st_blocks * 512
+    return total
