@@ -69,6 +69,20 @@ def test_a_burst_of_creations_boots_some_at_a_time_and_none_is_late(tmp_path: Pa
     run(tmp_path, story)
 
 
+def test_vms_that_are_created_at_once_boot_in_order(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        async with trio.open_nursery() as nursery:
+            for number in range(VMS):
+                nursery.start_soon(create, world, f"vm{number}")
+        await all_run(world, VMS, 600)
+        began = {row.id: row.process.start_time for row in world.daemon.store.projection.rows() if row.process}
+        for vm_id, at in began.items():
+            overtook = [other for other in began if other > vm_id and began[other] < at]
+            assert len(overtook) <= AT_ONCE, (vm_id, overtook)
+
+    run(tmp_path, story)
+
+
 def test_after_a_reboot_of_the_host_vms_boot_some_at_a_time(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         await create(world, *(f"vm{n}" for n in range(VMS)))

@@ -61,12 +61,12 @@ async def test_the_boot_that_is_due_the_longest_is_next(nursery: trio.Nursery) -
     served: list[int] = []
 
     async def boot(vm_id: int, due_at: float) -> None:
-        await limiter.acquire(vm_id, due_at=due_at)
+        await limiter.acquire(vm_id, due=(due_at, vm_id))
         served.append(vm_id)
 
     # The later a VM was created, the sooner it was prepared.
     for vm_id in (1, 5, 4, 3, 2):
-        nursery.start_soon(boot, vm_id, float(vm_id))
+        nursery.start_soon(boot, vm_id, float(vm_id // 2))
         await trio.testing.wait_all_tasks_blocked()
     assert limiter.inspect(5) == {"state": "waiting", "ahead": 3, "limit": 1}
     for vm_id in (1, 2, 3, 4):

@@ -25,12 +25,12 @@ BootId = int | str
 
 
 class _Waiting(msgspec.Struct):
-    due_at: float
+    due: tuple[float, int]
     served: trio.Event = msgspec.field(default_factory=trio.Event)
 
 
 def _in_order(queue: dict[BootId, _Waiting]) -> list[BootId]:
-    return sorted(queue, key=lambda boot: queue[boot].due_at)
+    return sorted(queue, key=lambda boot: queue[boot].due)
 
 
 class BootLimiter:
@@ -47,10 +47,11 @@ class BootLimiter:
         self._last: dict[BootId, _Waiting] = {}
         """Behind all of those."""
 
-    async def acquire(self, boot: BootId, *, due_at: float = 0.0, last: bool = False) -> None:
+    async def acquire(self, boot: BootId, *, due: tuple[float, int] = (0.0, 0), last: bool = False) -> None:
         """Waits for a slot; a boot that holds one keeps it.
 
-        :param due_at: since when the boot is due; of those that are due equally long, the first one to come is served
+        :param due: since when the boot is due, and what decides between boots that are due equally long; at last the
+            first one to come is served
         :param last: behind all that wait without
         """
         while True:
@@ -60,17 +61,17 @@ class BootLimiter:
                     await self._projection.undrained()
                 finally:
                     self._drained.discard(boot)
-            await self._acquire(boot, due_at, self._last if last else self._waiting)
+            await self._acquire(boot, due, self._last if last else self._waiting)
             if self._projection is None or self._projection.drain is None:
                 return
             self.release(boot)
 
-    async def _acquire(self, boot: BootId, due_at: float, queue: dict[BootId, _Waiting]) -> None:
+    async def _acquire(self, boot: BootId, due: tuple[float, int], queue: dict[BootId, _Waiting]) -> None:
         if boot in self._holders or (len(self._holders) < self.limit and not self._waiting):
             self._holders.add(boot)
             await trio.lowlevel.checkpoint()
             return
-        place = queue[boot] = _Waiting(due_at)
+        place = queue[boot] = _Waiting(due)
         try:
             await place.served.wait()
         except BaseException:

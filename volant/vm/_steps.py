@@ -151,8 +151,9 @@ class Steps:
     async def _prepare(self, row: VmRow) -> Seen:
         deps, settings = self._deps, self._deps.settings
         image, template, origin, warm_process = await deps.preparation.prepare(row)
-        # The row was changed last when its boot became due.
-        await deps.slots.of(template).acquire(row.id, due_at=row.updated_at.timestamp())
+        # VMs that are created at once begin to start in any order. Later the row says since when a boot is due.
+        due_at = row.updated_at if row.boots else row.created_at
+        await deps.slots.of(template).acquire(row.id, due=(due_at.timestamp(), row.id))
         socket = machine_spec(settings, row, "tcg").console_socket_path
         tag = self._vm.fresh_tag = tag_of(deps.instance, row)
         if warm_process is not None:
