@@ -112,12 +112,39 @@ async def test_a_head_that_never_ends_is_bounded(client: AgentClient, server: Se
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"HTTP/1.1 20", answer(b"{}")[:-1], b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n"]
+    "data",
+    [
+        b"",
+        b"HTTP/1.1 20",
+        answer(b"{}")[:-1],
+        answer(bytes(100_000))[:-1],
+        b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n",
+    ],
 )
 async def test_a_truncated_answer_is_unreachable(client: AgentClient, server: Server, data: bytes) -> None:
     server.answer = data
     with pytest.raises(AgentUnreachable):
         await client.request_json("GET", "/", timeout_s=5)
+
+
+@pytest.mark.parametrize("size", [0, 1, 5000, 1_000_000])
+async def test_what_follows_a_body_of_known_length_is_no_part_of_it(
+    client: AgentClient, server: Server, size: int
+) -> None:
+    body = b"0123456789" * (size // 10) + b"x" * (size % 10)
+    server.answer = answer(body) + b"HTTP/1.1 200 OK"
+    with trio.fail_after(5):
+        async with client.stream("GET", "/", timeout_s=5) as response:
+            assert await response.read(2_000_000) == body
+            assert await response.receive() == b""
+
+
+async def test_the_answer_to_head_has_a_length_and_no_body(client: AgentClient, server: Server) -> None:
+    server.answer = b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n"
+    with trio.fail_after(5):
+        async with client.stream("HEAD", "/", timeout_s=5) as response:
+            assert (b"content-length", b"100") in response.headers
+            assert await response.receive() == b""
 
 
 async def test_silence_ends_at_the_deadline(client: AgentClient, server: Server, guest: Agent) -> None:

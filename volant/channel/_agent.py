@@ -175,6 +175,9 @@ class _Exchange:
         self._receiver: trio.CancelScope | None = None
         self._over = False
         self._ended = False
+        self._left: int | None = None
+        """How much of the body is left to receive, if its length is known. Without a body (`HEAD`) h11 reports its end
+        before anything is received."""
 
     async def begin(
         self,
@@ -250,6 +253,7 @@ class _Exchange:
             match event:
                 case h11.InformationalResponse(status_code=101) | h11.Response():
                     self.switched = self._conn.their_state is h11.SWITCHED_PROTOCOL
+                    self._left = _length(event.headers)
                     return AgentResponse(self, event.status_code, event.reason, list(event.headers))
                 case h11.InformationalResponse():
                     continue
@@ -258,44 +262,68 @@ class _Exchange:
         raise AgentProtocolError("the agent sent one informational response after the other")
 
     async def receive_body(self) -> bytes:
-        if self._over or self.switched:
+        while not self._over and not self.switched:
+            event = self._parse()
+            if event is h11.NEED_DATA:
+                data = await self._receive(_RECEIVE if self._left is None else min(_RECEIVE, self._left))
+                if self._left is None or not data:
+                    self._conn.receive_data(data)
+                    continue
+                # The rest of a body of known length passes h11 by, which would copy it twice.
+                self._left -= len(data)
+                self._over = not self._left
+                return data
             await trio.lowlevel.checkpoint()
-            return b""
-        while True:
-            event = await self._next_event()
-            if isinstance(event, h11.Data):
-                if event.data:
-                    return bytes(event.data)
-                continue
-            self._over = True
-            return b""
+            if not isinstance(event, h11.Data):
+                self._over = True
+            elif event.data:
+                if self._left is not None:
+                    self._left -= len(event.data)
+                return bytes(event.data)
+        await trio.lowlevel.checkpoint()
+        return b""
 
     async def _next_event(self) -> Any:
-        while True:
-            if self._body_error is not None:
-                raise self._body_error
-            begun = self._conn.their_state is h11.SEND_BODY
+        while (event := self._parse()) is h11.NEED_DATA:
+            self._conn.receive_data(await self._receive(_RECEIVE_HEAD))
+        await trio.lowlevel.checkpoint()
+        return event
+
+    def _parse(self) -> Any:
+        """Returns the next event of what was received. Raises what the request's body raised, too."""
+        if self._body_error is not None:
+            raise self._body_error
+        begun = self._conn.their_state is h11.SEND_BODY
+        try:
+            return self._conn.next_event()
+        except h11.RemoteProtocolError as error:
+            if self._ended:
+                where = "in the middle of its answer" if begun else "without an answer"
+                raise AgentUnreachable(f"it closed the connection {where}") from error
+            raise AgentProtocolError(f"the agent broke HTTP: {str(error)[:WHY_CHARACTERS]}") from error
+
+    async def _receive(self, max_bytes: int) -> bytes:
+        """Returns the next bytes of the stream, empty at its end. Raises what the request's body raised, too."""
+        with trio.CancelScope() as self._receiver:
             try:
-                event = self._conn.next_event()
-            except h11.RemoteProtocolError as error:
-                if self._ended:
-                    where = "in the middle of its answer" if begun else "without an answer"
-                    raise AgentUnreachable(f"it closed the connection {where}") from error
-                raise AgentProtocolError(f"the agent broke HTTP: {str(error)[:WHY_CHARACTERS]}") from error
-            if event is not h11.NEED_DATA:
-                await trio.lowlevel.checkpoint()
-                return event
-            with trio.CancelScope() as self._receiver:
-                try:
-                    data = await self._stream.receive_some(_RECEIVE if begun else _RECEIVE_HEAD)
-                except trio.BrokenResourceError as error:
-                    raise AgentUnreachable(f"the stream to the agent broke: {error}") from error
-                self._ended = not data
-                self._conn.receive_data(data)
-            self._receiver = None
+                data = await self._stream.receive_some(max_bytes)
+            except trio.BrokenResourceError as error:
+                raise AgentUnreachable(f"the stream to the agent broke: {error}") from error
+            self._ended = not data
+            return data
+        # The task that sends the body has cancelled it.
+        assert self._body_error is not None
+        raise self._body_error
 
     def upgraded(self) -> ChannelStream:
         if not self.switched:
             raise ValueError("the agent did not switch protocols")
         prefix, _ = self._conn.trailing_data
         return PrefixedStream(bytes(prefix), self._stream)
+
+
+def _length(headers: Iterable[Header]) -> int | None:
+    """Returns the length of a body, None if that shows only at its end. h11 has checked these fields."""
+    fields = dict(headers)
+    length = fields.get(b"content-length")
+    return None if length is None or b"transfer-encoding" in fields else int(length)

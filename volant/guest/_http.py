@@ -230,7 +230,7 @@ class BodyFilter:
             return 0
         if not self._chunked:
             used = len(data) if self._left is None else min(self._left, len(data))
-            out += data[:used]
+            out += data if used == len(data) else data[:used]
             if self._left is not None:
                 self._left -= used
                 self.done = self._left == 0

@@ -150,13 +150,14 @@ class _Exchange:
         """Moves what belongs to the answer; returns how many bytes. :raises ValueError: the answer is malformed."""
         used = 0
         while used < len(data) and not self.done:
-            if self._pass(data[used:], out):
+            rest = data[used:] if used else data
+            if self._pass(rest, out):
                 return len(data)
             if self._head is not None:
-                used += self._collect(data[used:], out)
+                used += self._collect(rest, out)
             else:
                 assert self._body is not None
-                used += self._body.feed(data[used:], out)
+                used += self._body.feed(rest, out)
                 self.done = self._body.done
         return used
 
@@ -261,8 +262,7 @@ class _Relay:
             moved = False
             if self._up_raw and not self.up:
                 if self._exchange is None:
-                    self.up += self._up_raw
-                    self._up_raw.clear()
+                    self.up, self._up_raw = self._up_raw, self.up
                 else:
                     try:
                         used = self._exchange.from_client(self._up_raw, self.up)
@@ -272,8 +272,7 @@ class _Relay:
                 moved = moved or bool(self.up)
             if self._down_raw and not self._down:
                 if self._exchange is None:
-                    self._down += self._down_raw
-                    self._down_raw.clear()
+                    self._down, self._down_raw = self._down_raw, self._down
                 else:
                     try:
                         used = self._exchange.from_workload(self._down_raw, self._down)
