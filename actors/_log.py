@@ -121,6 +121,14 @@ class Log:
             raise ValueError(f"after={after} lies ahead of the newest frame, {self.newest}")
         return Cursor(self, after)
 
+    async def wait(self, *, after: int) -> None:
+        """Returns once a reader at `after` has something to take, be it a gap or the end. It is always a checkpoint."""
+        await checkpoint_if_cancelled()
+        if self._has(after):
+            await cancel_shielded_checkpoint()
+        while not self._has(after):
+            await self._lot.park()
+
     def _has(self, after: int) -> bool:
         """Returns whether a reader at `after` has something to take."""
         return self._closed or after < self._next - 1
@@ -172,13 +180,7 @@ class Cursor:
         gone; the next call goes on with the oldest that is left. It is always a checkpoint; a cancelled call has taken
         nothing.
         """
-        await checkpoint_if_cancelled()
-        waited = False
-        while not self._log._has(self.after):
-            await self._log._lot.park()
-            waited = True
-        if not waited:
-            await cancel_shielded_checkpoint()
+        await self._log.wait(after=self.after)
         return self.take_nowait(max_bytes)
 
     def take_nowait(self, max_bytes: int) -> list[tuple[int, bytes]] | Gap:

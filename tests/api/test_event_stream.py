@@ -82,6 +82,27 @@ async def test_a_stream_begins_now(served: Api) -> None:
     assert numbers == list(range(numbers[0], numbers[0] + 3))
 
 
+async def test_readers_at_different_places_get_the_same_events(served: Api) -> None:
+    await served.crashed("one")
+    async with stream(served, "?since=0") as first, stream(served, "?since=0") as second, stream(served) as late:
+        await served.crashed("two")
+        events = await first.events(6)
+        assert await second.events(6) == events
+        assert await late.events(3) == events[3:]
+
+
+async def test_a_client_of_http_1_0_gets_events_without_chunks(served: Api) -> None:
+    async with await served.server.connect() as client:
+        await client.send_all(b"GET /api/v1/events/vms HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n")
+        head, data = await read_head(client)
+        assert b"chunked" not in head.lower()
+        await served.crashed("demo")
+        with trio.fail_after(10):
+            while data.count(b"\ndata: ") < 3 or not data.endswith(b"\n\n"):
+                data += await client.receive_some(65536)
+        assert [block.partition(b":")[0] for block in data.split(b"\n\n")] == [b"retry", b"id", b"id", b"id", b""]
+
+
 async def test_a_stream_resumes_after_an_id(served: Api) -> None:
     await served.crashed("demo")
     async with stream(served, "?since=0") as blocks:

@@ -6,7 +6,7 @@ import re
 
 import trio
 
-from volant.http import Call, StreamRoute, interruptible
+from volant.http import Call, Piece, StreamRoute, interruptible
 from volant.journal import EventCursor, EventFrame, EventGap
 from volant.model import EventType, Problem, is_name
 from volant.operations import ApiDeps
@@ -26,12 +26,17 @@ _MAX_ID = 200
 
 def routes(deps: ApiDeps) -> list[StreamRoute]:
     """The routes of this resource."""
+    blocks = _Blocks()
 
     async def events(call: Call) -> None:
         query = call.query(credentials=True)
         since, last_event_id = query.text("since"), query.text("last_event_id")
         wanted = _Filter(
-            vm=query.text("vm"), types=query.words("types", _TYPES), labels=query.labels(), strict=query.text("on_gap")
+            blocks,
+            vm=query.text("vm"),
+            types=query.words("types", _TYPES),
+            labels=query.labels(),
+            strict=query.text("on_gap"),
         )
         query.done()
         after = _after(call.header(b"last-event-id"), last_event_id, since)
@@ -54,10 +59,27 @@ def routes(deps: ApiDeps) -> list[StreamRoute]:
     return [StreamRoute(_PATH, events, sse=True)]
 
 
+class _Blocks:
+    """The events that were sent last, as one piece: as a rule all readers get the same ones at the same time."""
+
+    def __init__(self) -> None:
+        self._frames: list[EventFrame] = []
+        self._piece = Piece(b"\n")
+
+    def of(self, frames: list[EventFrame]) -> Piece:
+        """Returns the SSE blocks of all `frames`, of which there is at least one."""
+        if frames is not self._frames:
+            self._frames = frames
+            self._piece = Piece(b"".join(frame.sse for frame in frames))
+        return self._piece
+
+
 class _Filter:
     """Which events a client wants. :raises Problem: 400."""
 
-    def __init__(self, *, vm: str | None, types: frozenset[str], labels: dict[str, str], strict: str | None) -> None:
+    def __init__(
+        self, blocks: _Blocks, *, vm: str | None, types: frozenset[str], labels: dict[str, str], strict: str | None
+    ) -> None:
         if vm is not None and not is_name(vm):
             raise Problem(400, "invalid-request", f"the parameter vm is {vm[:80]!r}, not a name", field="vm")
         if strict not in (None, "410"):
@@ -68,17 +90,19 @@ class _Filter:
                 field="on_gap",
                 hint="410 or nothing",
             )
+        self._blocks = blocks
         self._vm = vm
         self._types = types
         self._labels = labels.items()
         self._all = vm is None and not types and not labels
         self.strict = strict is not None
 
-    def of(self, frames: list[EventFrame]) -> bytes:
-        """Returns the SSE blocks of the events that match."""
+    def of(self, frames: list[EventFrame]) -> Piece | None:
+        """Returns the SSE blocks of the events that match, if there is one."""
         if self._all:
-            return b"".join(frame.sse for frame in frames)
-        return b"".join(frame.sse for frame in frames if self._wants(frame))
+            return self._blocks.of(frames)
+        matching = [frame.sse for frame in frames if self._wants(frame)]
+        return Piece(b"".join(matching)) if matching else None
 
     def _wants(self, frame: EventFrame) -> bool:
         event = frame.event
@@ -112,20 +136,20 @@ async def _stream(call: Call, cursor: EventCursor, wanted: _Filter) -> None:
                 if waits.stopped():
                     break
                 beat = trio.current_time() + KEEP_UP_S
-                data = _id_block(cursor)
+                piece: Piece | None = _id_block(cursor)
             elif isinstance(taken, EventGap):
-                data = taken.sse
+                piece = Piece(taken.sse)
             elif taken:
-                data = wanted.of(taken)
+                piece = wanted.of(taken)
             else:
                 break
-            if data:
+            if piece is not None:
                 sent_to = cursor.position
-                await call.write(data)
+                await call.write_piece(piece)
         # A client that reconnects after our restart need not read filtered events again.
         if cursor.position != sent_to:
-            await call.write(_id_block(cursor))
+            await call.write_piece(_id_block(cursor))
 
 
-def _id_block(cursor: EventCursor) -> bytes:
-    return f"id: {cursor.position}\n\n".encode()
+def _id_block(cursor: EventCursor) -> Piece:
+    return Piece(f"id: {cursor.position}\n\n".encode())

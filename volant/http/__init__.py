@@ -2,7 +2,7 @@
 
 from ._access import Access, without_credentials
 from ._body import BODY_S, JSON, Nothing, Upload, decode, decode_body, read_call_body, read_call_bytes, receive_into
-from ._call import GOING_AWAY, NORMAL, Call, Header, Message
+from ._call import GOING_AWAY, NORMAL, Call, Header, Message, Piece
 from ._keys import TICKET_S
 from ._limits import Limits
 from ._middleware import Middleware, StreamRoute, first_problem, internal_error
@@ -30,6 +30,7 @@ __all__ = [
     "Middleware",
     "Network",
     "Nothing",
+    "Piece",
     "Query",
     "StreamRoute",
     "Upload",

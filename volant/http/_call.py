@@ -26,6 +26,18 @@ GOING_AWAY = 1001
 NORMAL = 1000
 
 
+class Piece:
+    """A piece of a body that many clients get, framed once for all of them."""
+
+    __slots__ = ("chunk", "data")
+
+    def __init__(self, data: bytes) -> None:
+        """:param data: not empty"""
+        self.data = data
+        self.chunk = b"%x\r\n%b\r\n" % (len(data), data)
+        """`data` as a chunk (RFC 9112, 7.1)."""
+
+
 class Call(msgspec.Struct):
     """A request, and the ways to answer it."""
 
@@ -92,6 +104,12 @@ class Call(msgspec.Struct):
     async def write(self, data: bytes) -> None:
         """Send a piece of the body; returns when the kernel has it."""
         await self.send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def write_piece(self, piece: Piece) -> None:
+        """As `write`, for an answer that began without a `Content-Length`."""
+        await self.send(
+            {"type": "http.response.body", "body": piece.data, "more_body": True, "volant.chunk": piece.chunk}
+        )
 
     async def finish(self) -> None:
         """End the body."""

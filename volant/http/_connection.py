@@ -202,7 +202,12 @@ class Connection(TCPServer):
 
     async def _write(self, data: bytes) -> None:
         try:
-            async with self.send_lock:
+            # `acquire` alone gives way to all other tasks, and the write does so itself.
+            if self.send_lock.locked():
+                await self.send_lock.acquire()
+            else:
+                self.send_lock.acquire_nowait()
+            try:
                 if self._torn:
                     return
                 self.writes += 1
@@ -210,6 +215,8 @@ class Connection(TCPServer):
                 for start in range(0, len(view), SLICE):
                     with trio.fail_after(self.limits.send_s):
                         await self.stream.send_all(view[start : start + SLICE])
+            finally:
+                self.send_lock.release()
         except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
             self.tear()
             await self.http.handle(Closed())
@@ -547,9 +554,21 @@ class Tasks:
 
 
 class RequestStream(HTTPStream):
-    """One request and its answer."""
+    """One request and its answer.
+
+    A piece of the body may come with `volant.chunk`, the same piece with its chunk's framing: what many clients get is
+    framed once, and passes neither Hypercorn nor h11.
+    """
 
     tasks: Tasks
+
+    async def app_send(self, message: Any) -> None:
+        chunk = None if message is None else message.get("volant.chunk")
+        # HTTP/1.0 has no chunks.
+        if chunk is not None and self.state is ASGIHTTPState.RESPONSE and self.scope["http_version"] != "1.0":
+            await self.tasks.connection.protocol_send(RawData(chunk))
+        else:
+            await super().app_send(message)
 
     async def _send_closed(self) -> None:
         await self.send(EndBody(stream_id=self.stream_id))

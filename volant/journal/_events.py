@@ -88,6 +88,8 @@ class EventLog:
         self._ring = Log(max_frames=ring_events, max_bytes=ring_bytes)
         self._recent: dict[int, EventFrame] = {}
         self._recent_oldest = 1
+        self._shared: tuple[tuple[int, int, int], list[EventFrame]] = (0, 0, 0), []
+        """What a reader took last, with its place, the newest event then, and its limit."""
         self._kept: OrderedDict[int, list[EventFrame]] = OrderedDict()
         self._reading = trio.Lock()
         self._cursors: dict[EventCursor, None] = {}
@@ -162,6 +164,15 @@ class EventLog:
         if event_id is None or event_id.epoch != self._epoch or not self._oldest - 1 <= event_id.seq <= self._newest:
             return None
         return event_id.seq
+
+    def _next_frames(self, after: int, max_bytes: int) -> list[EventFrame]:
+        """Returns the next events of the ring. As a rule all readers ask for the same ones at the same time."""
+        place = after, self._newest, max_bytes
+        if self._shared[0] != place:
+            taken = self._ring.cursor(after=after).take_nowait(max_bytes)
+            assert not isinstance(taken, Gap)
+            self._shared = place, [self._recent[seq] for seq, _ in taken]
+        return self._shared[1]
 
     async def _page(self, number: int, after: int) -> list[EventFrame]:
         """Returns the page that has the event after `after`, if the database has it."""
@@ -243,7 +254,8 @@ class EventCursor:
         return EventId(self._log.epoch, self.seq)
 
     async def take(self, max_bytes: int = 256 * 1024) -> list[EventFrame] | EventGap:
-        """Waits for events and takes them in order, at least one and about `max_bytes` (of `sse`) at most.
+        """Waits for events and takes them in order, at least one and about `max_bytes` (of `sse`) at most. Readers at
+        the same place share the list, so it must not be changed.
 
         An `EventGap` says that some are not stored any more; the next call continues with the oldest. An empty list is
         the end: the daemon stops. A cancelled call has taken nothing.
@@ -257,10 +269,10 @@ class EventCursor:
                 return self._take_gap()
             ring = log._ring
             if self.seq + 1 >= ring.oldest:
-                taken = await ring.cursor(after=self.seq).take(max_bytes)
-                if isinstance(taken, Gap):
+                await ring.wait(after=self.seq)
+                if self.seq + 1 < ring.oldest:
                     continue
-                frames = [log._recent[seq] for seq, _ in taken]
+                frames = log._next_frames(self.seq, max_bytes)
             elif log._closed:
                 await trio.lowlevel.checkpoint()
                 return []
