@@ -30,6 +30,7 @@ from volant.network import Passt
 from volant.operations import TABLE, ApiDeps, Health, Permission, Table
 from volant.templates import TemplateBuilder, Templates, TemplateStore, WarmPool, WarmPoolLimits
 from volant.vm import BootSlots, Vms, VmSettings
+from volant.vm._streams import Streams
 
 FAST = Limits(
     keep_alive_s=30.0, header_s=5.0, send_s=20.0, finish_s=3.0, drop_s=2.0, linger_s=0.5, grace_s=0.3, lifespan_s=2.0
@@ -246,11 +247,12 @@ class Api:
     def reach(self, agent: AgentClient | Callable[[str], AgentClient]) -> None:
         """From now on this is the way to the agent of each VM, or whatever `agent` does when it is asked for one."""
 
-        def reach(name: str) -> AgentClient:
-            return agent(name) if callable(agent) else agent
+        class Reaching(Streams):
+            def agent(self, name: str) -> AgentClient:
+                return agent(name) if callable(agent) else agent
 
-        streams: Any = self.deps.vms.streams
-        streams.agent = reach
+        streams = self.deps.vms.streams
+        self.deps.vms.streams = Reaching(streams.host, streams.projection, streams.processes, streams.actors)
 
     @asynccontextmanager
     async def reaching(self, vsock: Path) -> AsyncIterator[AgentClient]:
