@@ -318,9 +318,10 @@ class Daemon:
         aside = await self.host.threads.run(take_over, self.host, self.store.path)
         if aside is not None:
             _logger.warning("using the restored database; the previous one is %s", aside)
-        # A database that was lost or replaced by hand does not know which ids are used.
-        self.store.ids_taken = (await self._evidence()).newest_id
-        await self._find_obstacles()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._find_obstacles)
+            # A database that was lost or replaced by hand does not know which ids are used.
+            self.store.ids_taken = (await self._evidence()).newest_id
         self._choose_network()
         root = Supervisor(
             ONE_FOR_ONE,
