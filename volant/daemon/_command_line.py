@@ -8,6 +8,7 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
@@ -97,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="Settings in TOML. Flags and VOLANT_* variables override it.")
-    hints = get_type_hints(Settings)
+    hints = _hints()
     # Only --help needs them, and they cost parsing this file.
     texts = _descriptions() if {"-h", "--help"} & set(sys.argv) else {}
     for title, fields in GROUPS.items():
@@ -111,6 +112,12 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
                 group.add_argument(*names, dest=field, action="store_true", help=text)
             else:
                 group.add_argument(*names, dest=field, metavar=_metavar(field, hints[field]), help=text)
+
+
+@cache
+def _hints() -> dict[str, Any]:
+    """Returns the type of each setting. Three parsers have the settings."""
+    return get_type_hints(Settings)
 
 
 def _metavar(field: str, hint: Any) -> str:
