@@ -33,6 +33,7 @@ from h2.events import (
 )
 from h2.exceptions import NoAvailableStreamIDError, ProtocolError
 from h2.settings import SettingCodes, Settings
+from hyperframe.frame import Frame
 
 from volant.model.agent import MAX_STREAMS, RESERVED_STREAMS, RESYNC_MAGIC, RESYNC_NONCE_BYTES
 
@@ -55,6 +56,9 @@ STALL_S = 60.0
 _READ = 64 * 1024
 _FRAMES_PER_TURN = 64
 _NO_NONCE = bytes(RESYNC_NONCE_BYTES)
+
+# h2 writes out each frame that it receives, with its data in hexadecimal digits, for a log that it does not write.
+Frame.__repr__ = object.__repr__  # type: ignore[method-assign]
 
 
 class Link:

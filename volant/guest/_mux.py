@@ -35,6 +35,7 @@ import h2.errors
 import h2.events
 import h2.exceptions
 import h2.settings
+import hyperframe.frame
 
 from volant.model.agent import AGENT_PORT, MAX_STREAMS, RESERVED_STREAMS
 
@@ -55,6 +56,9 @@ _SOCKET_BUFFER = 64 * 1024
 _READ = 64 * 1024
 _PORT_WRITE = 32 * 1024
 _REOPEN_S = 1.0
+
+# h2 writes out each frame that it receives, with its data in hexadecimal digits, for a log that it does not write.
+hyperframe.frame.Frame.__repr__ = object.__repr__  # type: ignore[method-assign]
 
 
 def run(open_port: Callable[[], int], serve: Callable[[socket.socket], None]) -> NoReturn:
