@@ -245,25 +245,3 @@ async def test_a_program_without_stdin_reads_nothing(host: Host, tmp_path: Path)
     status, said = await host.processes.run(["cat"], env={"PATH": os.environ["PATH"]}, cwd=tmp_path, timeout_s=10)
 
     assert (status, said) == (0, b"")
-
-
-async def test_a_process_can_be_kept_from_huge_pages(tag: str, tmp_path: Path) -> None:
-    """In a process of its own, as the one that starts it gives them up, too."""
-    code = (
-        "import pathlib, sys, trio\n"
-        "from volant.host import Host\n"
-        "async def main():\n"
-        f"    argv = [sys.executable, '-c', {SLEEP!r}, {tag!r}]\n"
-        f"    place = dict(tag={tag!r}, env={{}}, cwd=pathlib.Path({str(tmp_path)!r}))\n"
-        "    for huge in (True, False):\n"
-        "        host = Host()\n"
-        "        found = await host.processes.spawn(argv, **place, stdout_path=place['cwd'] / 'out', huge_pages=huge)\n"
-        "        with host.processes.open(found) as process:\n"
-        "            status = pathlib.Path(f'/proc/{process.pid}/status').read_text()\n"
-        "            print(status.partition('THP_enabled:')[2].split()[0])\n"
-        "            process.kill()\n"
-        "            await process.wait()\n"
-        "trio.run(main)\n"
-    )
-    done = await trio.run_process([sys.executable, "-c", code], capture_stdout=True, cwd=Path(__file__).parents[2])
-    assert done.stdout.split() == [b"1", b"0"]

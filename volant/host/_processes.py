@@ -14,7 +14,6 @@ wait for one child steal its status.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
 import resource
@@ -35,8 +34,6 @@ from ._errors import ProcessGone
 from ._own import Ownership
 from ._sandbox import Sandbox, start_sandboxed
 
-_libc = ctypes.CDLL(None)
-_PR_SET_THP_DISABLE = 41
 _TAG = re.compile(r"[A-Za-z0-9._:@-]{4,100}")
 _STATUSES_KEPT = 256
 """Exit statuses of children that nobody has asked for yet."""
@@ -88,12 +85,10 @@ class Processes(Protocol):
         stdout_path: Path,
         sandbox: Sandbox | None = None,
         descriptors: Sequence[int] = (),
-        huge_pages: bool = True,
     ) -> ProcessIdentity:
         """Starts a process that outlives us: own session, no stdin, no core dump, and of our descriptors only
         `descriptors`, under the same numbers. `sandbox`: what it may do; None: what we may do. Until `Limits.apply` it
-        is the first that the kernel ends when the host runs out of memory. `huge_pages`: whether its memory may consist
-        of huge pages; after a process without them, no later one has any either, nor do we.
+        is the first that the kernel ends when the host runs out of memory.
 
         `tag` must stand on the command line already, as a whole argument or between `,` and `=` of one: 4 to 100
         letters, digits and `._:@-`. Stdout and stderr are appended to `stdout_path` (created 0600); the caller bounds
@@ -269,15 +264,11 @@ class LinuxProcesses(Processes):
         stdout_path: Path,
         sandbox: Sandbox | None = None,
         descriptors: Sequence[int] = (),
-        huge_pages: bool = True,
     ) -> ProcessIdentity:
         if not _TAG.fullmatch(tag) or tag not in _procfs.tokens("\0".join(argv).encode()):
             raise ValueError(f"the tag {tag!r} is malformed or not on the command line")
 
         def start(output: int) -> subprocess.Popen[bytes]:
-            if not huge_pages:
-                # A child inherits it. It takes effect on our memory, too, which has no need of them.
-                _libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)
             if sandbox is not None:
                 return start_sandboxed(argv, env, cwd, output, sandbox, descriptors)
             return subprocess.Popen(

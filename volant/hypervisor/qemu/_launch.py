@@ -146,8 +146,6 @@ async def _spawn(
                 stdout_path=spec.log_path,
                 sandbox=restrictions,
                 descriptors=taps,
-                # TCG fills 2 MiB at a time only in part, and is no faster with them.
-                huge_pages=spec.accelerator != "tcg",
             )
         except OSError as error:
             raise LaunchFailed("qemu_missing", f"QEMU can't be started: {error}") from error
