@@ -15,7 +15,7 @@ MAY_USE = {
     "actors": {"trio", "pytest"},
     "volant/model": {"msgspec"},
     "volant/client": {"h11", "httpx", "msgspec", "trio", "trio_websocket"},
-    "volant/guest": {"h11", "h2", "wsproto"},
+    "volant/guest": {"h11", "h2", "hyperframe", "wsproto"},
 }
 """Third-party libraries by package. `actors.testing` brings a pytest plugin."""
 

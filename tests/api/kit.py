@@ -251,8 +251,12 @@ class Api:
             def agent(self, name: str) -> AgentClient:
                 return agent(name) if callable(agent) else agent
 
+        self.replace_streams(Reaching)
+
+    def replace_streams(self, kind: type[Streams]) -> None:
+        """Lets a subclass take the place of the streams of VMs: the instances of `Streams` take no other methods."""
         streams = self.deps.vms.streams
-        self.deps.vms.streams = Reaching(streams.host, streams.projection, streams.processes, streams.actors)
+        self.deps.vms.streams = kind(streams.host, streams.projection, streams.processes, streams.actors)
 
     @asynccontextmanager
     async def reaching(self, vsock: Path) -> AsyncIterator[AgentClient]:

@@ -12,15 +12,16 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection
 
 from tests.api.kit import UPGRADE, Api, api, read_head, request, until, websocket
+from volant.model import VmRow
 from volant.vm import SerialConsole, _serial
 from volant.vm._console import ConsolePump
+from volant.vm._streams import Streams
 
 BOOT = "1.1"
 
@@ -68,16 +69,19 @@ async def desk(tmp_path: Path) -> AsyncIterator[Desk]:
 async def at_desk(tmp_path: Path) -> AsyncIterator[Desk]:
     async with api(tmp_path) as served:
         await served.crashed("demo")
-        row = served.deps.store.projection.get("demo")
-        assert row is not None
+        row = served.deps.store.projection.require("demo")
         host = served.deps.host
         output, fifo, sock = tmp_path / "console.log", tmp_path / "console.in", tmp_path / "console.sock"
         output.touch()
         await host.files.make_fifo(fifo)
         reading = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
         serial = SerialConsole(host, fifo, sock)
-        streams: Any = served.deps.vms.streams
-        streams.console = lambda name: (row, serial)
+
+        class AtDesk(Streams):
+            def console(self, name: str) -> tuple[VmRow, SerialConsole]:
+                return row, serial
+
+        served.replace_streams(AtDesk)
         shut = trio.CancelScope()
 
         async def boot(task_status: trio.TaskStatus[None]) -> None:

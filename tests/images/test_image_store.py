@@ -285,7 +285,7 @@ def late():
 def test_the_image_and_the_package_declare_the_libraries_of_the_guest() -> None:
     imported = set().union(*map(imported_modules, _recipe.guest_sources().values()))
     libraries = {name.partition(".")[0] for name in imported} - sys.stdlib_module_names - {"volant"}
-    assert libraries == {"h2", "wsproto"}
+    assert libraries == {"h2", "hyperframe", "wsproto"}
     assert libraries <= set(_recipe.LIBRARIES.values())
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert libraries <= {re.split(r"[^A-Za-z0-9_-]", each)[0] for each in project["dependencies"]}
