@@ -551,8 +551,9 @@ async def watch_processes(machine: Machine) -> None:
 
 def _builds(daemon: Any) -> bool:
     """Whether a template is being built, or waits to be."""
-    builder = daemon.vms.templates.inspect().get("actor") or {}
-    return bool(builder.get("building") or builder.get("waiting"))
+    builder = daemon.vms.templates.inspect()["actor"]
+    # It is None while the actor starts again. One that can't be inspected has no such fields.
+    return bool(builder and (builder["building"] or builder["waiting"]))
 
 
 def _short(row: VmRow) -> str:

@@ -241,6 +241,8 @@ async def test_a_template_that_was_just_built_has_a_process_for_its_first_clone(
         pool.rows.tags.append((await pool.take(1, template_spec())).tag)
         assert pool.warm_pool.take(2, template_spec()) is None
         assert pool.warm_pool.counts == {template_spec().digest: WarmCounts(hits=1, misses=1)}
+        figures = pool.warm_pool.statistics()
+        assert (figures["started"], figures["missed"], figures["waiting"]) == (1, 1, {})
         await pool.filled(3)
         assert pool.warm_pool.waiting(template_spec().digest) == 3
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import trio
 
 from volant import agui, mcp
-from volant.concurrency import FairShare, open_helpers
+from volant.concurrency import Backoff, FairShare, open_helpers
 from volant.host import Host
 from volant.http import AsgiApp, Limits, Middleware
+from volant.model import Problem
 from volant.operations import TABLE, ApiDeps, Table, check_permission
 from volant.relay import Relay
 
@@ -19,6 +21,8 @@ from . import _actions, _agent, _artifacts, _backups, _console, _devtools, _even
 
 _SOON_S = 1.0
 """The first probe of a supervisor is answered by then."""
+_RETRY_MAX_S = 30.0
+_RETRY_AFTER_S = 1
 
 
 def create_app(deps: ApiDeps, limits: Limits | None = None, table: Table = TABLE) -> Middleware:
@@ -74,11 +78,21 @@ class _Late:
         await (self._app or await self._made())(scope, receive, send)
 
     async def _make_soon(self) -> None:
-        await trio.sleep(_SOON_S)
-        await self._made()
+        backoff = Backoff(_SOON_S, _RETRY_MAX_S)
+        while self._app is None:
+            await backoff.pause()
+            with suppress(Problem):
+                await self._made()
 
     async def _made(self) -> AsgiApp:
+        """:raises Problem: 503 the program's files can't be read, as the process is short of descriptors, say."""
         async with self._making:
             if self._app is None:
-                self._app = await self._host.threads.run(self._make)
+                try:
+                    self._app = await self._host.threads.run(self._make)
+                except OSError as error:
+                    raise Problem(
+                        503, "daemon-starting", f"the daemon can't load a part of itself: {error.strerror}",
+                        hint="try again in a moment", retry_after_s=_RETRY_AFTER_S,
+                    ) from error  # fmt: skip
         return self._app

@@ -148,7 +148,7 @@ class WarmPool:
     def statistics(self) -> dict[str, object]:
         """Returns figures, ready for JSON."""
         counts = Counter(each.digest for each in self._waiting.values())
-        figures = {name: getattr(self.figures, name) for name in _Figures.__dataclass_fields__}
+        figures = msgspec.structs.asdict(self.figures)
         return {"waiting": counts, "memory_mb": sum(each.memory_mb for each in self._waiting.values()), **figures}
 
     @property
