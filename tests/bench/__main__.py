@@ -42,7 +42,7 @@ from ._world import Skipped
 Bench = Callable[[], Awaitable[list[Figure]]]
 
 _ONLY_NAMED = {"idle_fleet", "clock_drift"}
-"""They take as long as they are told to, so they run only if they are named."""
+"""These run only if they are named: their options say how long they take."""
 _TOTAL_S = 780.0
 _BENCH_S = 180.0
 """In addition to the time for which VMs idle, and to a second for each VM that idle_fleet has more than usual."""

@@ -1,6 +1,7 @@
 """Data and decisions: no I/O, no clock, no Trio."""
 
 from ._caller import current_caller
+from ._coded_error import CodedError
 from ._decide import GUEST_SHUTDOWN, Step, decide
 from ._drain import Drain, draining
 from ._effects import (
@@ -198,6 +199,7 @@ __all__ = [
     "BuildTemplate",
     "Cleared",
     "Cloning",
+    "CodedError",
     "Command",
     "CommandRequest",
     "ConsoleGap",

@@ -2,18 +2,8 @@
 
 from __future__ import annotations
 
+from volant.model import CodedError
 
-class OciError(Exception):
-    """A reference, an image or one of its layers can't be used.
 
-    `code` is for programs, `message` says what happened, `hint` what to do about it.
-    """
-
-    def __init__(self, code: str, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
-        self.hint = hint
-
-    def __str__(self) -> str:
-        return f"{self.message} ({self.hint})" if self.hint else self.message
+class OciError(CodedError):
+    """A reference, an image or one of its layers can't be used."""

@@ -17,6 +17,7 @@ Transport = Literal["docker", "oci", "oci-archive", "docker-archive"]
 DEFAULT_REGISTRY = ".".join(("docker", "io"))
 """In pieces, as this repository names no host of a registry."""
 _OTHER_NAME = f"index.{DEFAULT_REGISTRY}"
+_FILES: dict[str, Transport] = {"oci": "oci", "oci-archive": "oci-archive", "docker-archive": "docker-archive"}
 _OFFICIAL = "library"
 _LATEST = "latest"
 _MAX_TEXT = 4096
@@ -69,8 +70,8 @@ def parse_reference(text: str) -> Reference:
     if not text or len(text) > _MAX_TEXT or not _PLAIN.match(text):
         raise _bad(text, f"a reference has 1 to {_MAX_TEXT} characters, and no control characters")
     transport, colon, rest = text.partition(":")
-    if colon and transport in ("oci", "oci-archive", "docker-archive") and rest[:1] in ("/", ".", ""):
-        return _in_file(text, transport, rest)  # type: ignore[arg-type]
+    if colon and transport in _FILES and rest[:1] in ("/", ".", ""):
+        return _in_file(text, _FILES[transport], rest)
     if _URL.match(text):
         raise _bad(text, "it begins like a URL", "write registry/name:tag, without https:// or docker://")
     return _in_registry(text)
