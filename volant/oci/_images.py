@@ -22,6 +22,8 @@ from ._store import CachedImage, Store, Work
 
 _FETCHES_AT_ONCE = 2
 """Each uses a processor to decompress, and another to write."""
+_CLEAR_S = 30.0
+"""For the removal of a working directory. The next start removes what is left."""
 
 
 @dataclass
@@ -178,5 +180,5 @@ class OciImages:
         try:
             yield work
         finally:
-            with trio.CancelScope(shield=True):
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLEAR_S):
                 await trio.to_thread.run_sync(manager.__exit__, None, None, None)

@@ -29,6 +29,8 @@ _WATCH_S = 0.5
 """How often a copy is looked at."""
 _OTHER_BYTES = 16 * 1024 * 1024
 """What a copy may write beside the layers."""
+_CLEAR_S = 10.0
+"""For the removal of credentials. The next start removes what is left."""
 _MAX_COMPLAINT = 400
 _NO_CREDENTIALS = b'{"auths":{}}'
 _NOT_INSTALLED = 127
@@ -123,7 +125,7 @@ class Skopeo:
             await self._host.files.write(directory / "auth.json", _NO_CREDENTIALS if auth is None else auth)
             yield directory / "auth.json"
         finally:
-            with trio.CancelScope(shield=True):
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLEAR_S):
                 await self._host.files.remove_tree(directory)
 
     async def forget_credentials(self) -> None:
