@@ -6,7 +6,7 @@ UV ?= uv
 # Tests of one file share a daemon; tests/conftest.py sorts files and counts workers.
 PARALLEL = --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: check test test-all test-wheels fast lint fmt demo simulate bench docs lock setup clean
+.PHONY: check test test-all test-wheels fast lint fmt demo simulate bench docs lock vendor setup clean
 
 check: lint fast ## What each commit has to pass: format, lint, types, import contracts, fast tests
 
@@ -15,6 +15,8 @@ test: ## All tests on all cores, with real guests
 	@[ "$$(id -u)" != 0 ] || .ci/system-packages systemd || echo "Without it, tests under systemd are skipped" >&2
 	@[ "$$(id -u)" != 0 ] || .ci/system-packages network || echo "Without it, tests of networks are skipped" >&2
 	@[ "$$(id -u)" != 0 ] || .ci/system-packages oci || echo "Without it, tests of OCI images are skipped" >&2
+	@[ "$$(id -u)" != 0 ] || .ci/system-packages virtiofsd || echo "Without it, tests of directories of the host are skipped" >&2
+	@[ "$$(id -u)" != 0 ] || .ci/system-packages testssl || echo "Without it, TLS is not scanned for weaknesses" >&2
 	@[ "$$(id -u)" != 0 ] || .ci/system-packages chromium || echo "Without it, tests with a browser are skipped" >&2
 	@.ci/test $(PARALLEL) $(TESTS)
 
@@ -41,7 +43,7 @@ fmt:
 	@.ci/in-venv ruff format .
 
 demo: ## Builds an image, boots a VM, uses it, deletes it; leaves nothing behind
-	@.ci/system-packages python qemu
+	@.ci/system-packages python qemu oci
 	@.ci/in-venv python examples/demo.py
 
 simulate: ## SEEDS runs of a daemon on a simulated host, with faults and kills
@@ -61,8 +63,11 @@ lock: ## Resolve the dependencies again; needs uv
 		--no-emit-package volant-actors --no-emit-package volant-client --group dev pyproject.toml --output-file requirements.lock >/dev/null
 	@.ci/in-venv python .ci/check_lock.py --stamp
 
+vendor: ## Fetch the libraries of the console again, as volant/web/static/vendor/vendor.json pins them
+	@.ci/in-venv python .ci/vendor.py
+
 setup: ## The virtual environment
-	@.ci/system-packages python qemu
+	@.ci/system-packages python qemu oci
 	@.ci/in-venv true
 
 clean: ## Remove what can be made again, but not the images in the cache

@@ -1,4 +1,5 @@
-"""Finds what daemons and guests leave on a host: processes, sockets, network devices, files outside the caches.
+"""Finds what daemons and guests leave on a host: processes, sockets, network devices, files outside the caches,
+control groups that are frozen.
 
 `check_leftovers.py before FILE` records the present ones; `check_leftovers.py after FILE` fails if there are new ones.
 """
@@ -28,7 +29,7 @@ def main() -> int:
     while True:
         left = {name: sorted(set(probe()) - set(before[name])) for name, probe in PROBES.items()}
         if not any(left.values()):
-            print("Nothing is left: no process, socket, network device or file outside the caches")
+            print("Nothing is left: no process, socket, network device, control group or file outside the caches")
             return 0
         if time.monotonic() > give_up_at:
             break
@@ -48,7 +49,9 @@ def _processes() -> set[str]:
             command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
         except OSError:
             continue
-        if command.startswith(("qemu-system", "/usr/bin/qemu-system")) or "volantd" in command:
+        if command.startswith(("qemu-system", "/usr/bin/qemu-system")) or any(
+            word in command for word in ("volantd", "/host/_watchdog.py ")
+        ):
             found.add(f"{folder.name} {command[:200]}")
     return found
 
@@ -71,11 +74,17 @@ def _files() -> set[str]:
     return found
 
 
+def _groups() -> set[str]:
+    places = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified"))
+    return {str(path) for place in places for path in place.glob("volant-*-movable")}
+
+
 PROBES: dict[str, Callable[[], set[str]]] = {
     "process": _processes,
     "socket": _sockets,
     "network device": _devices,
     "file": _files,
+    "control group": _groups,
 }
 
 if __name__ == "__main__":
