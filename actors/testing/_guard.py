@@ -349,14 +349,12 @@ else:
         reads = dict(_READS)
         for method in (_SHARED_RANDOM.random, _SHARED_RANDOM.getrandbits):
             reads[method] = "randomness"
-        # It reads a clock so often that a check for each would cost more than all else.
-        clock_of_trio = trio.testing.MockClock.current_time.__code__.co_filename
         by_name = {code.co_name for code in starts}
         by_id = {id(code): check for code, check in starts.items()}
 
         def profile(frame: FrameType, event: str, arg: Any) -> None:
             if event == "c_call":
-                if arg in reads and frame.f_code.co_filename != clock_of_trio:
+                if arg in reads:
                     guard.called(frame, arg, reads[arg])
             elif event == "call" and frame.f_code.co_name in by_name:
                 check = by_id.get(id(frame.f_code))

@@ -12,7 +12,6 @@ it closes asynchronous generators, which is work for the scheduler.
 from __future__ import annotations
 
 import gc
-import math
 from collections import deque
 from collections.abc import Awaitable, Callable
 from random import Random
@@ -23,6 +22,7 @@ import trio
 from .._exit import Exit
 from .._fault import current_faults
 from .._tap import TapEvent, ambient_tap
+from ._clock import JumpingClock
 from ._errors import SimulationError
 from ._faults import Faults, Plan
 from ._guard import Guard
@@ -48,11 +48,8 @@ class Simulation:
     ) -> None:
         if not limit_s > 0 or limit_steps < 1:
             raise ValueError(f"limit_s and limit_steps must be positive, not {limit_s} and {limit_steps}")
-        # Importing trio.testing takes as long as all the rest.
-        from trio.testing import MockClock
-
         self._seed = seed
-        self._clock = MockClock(autojump_threshold=0)
+        self._clock = JumpingClock()
         self._scope = trio.CancelScope()
         self._failure: SimulationError | None = None
         self._trace = Trace(
@@ -118,7 +115,7 @@ class Simulation:
 
     def _hold_clock(self, hold: bool) -> None:
         self._trace.held += 1 if hold else -1
-        self._clock.autojump_threshold = math.inf if self._trace.held else 0
+        self._clock.held = self._trace.held > 0
 
     def _run(self, main: Callable[[Simulation], Awaitable[T]]) -> T:
         if trio.lowlevel.in_trio_run():

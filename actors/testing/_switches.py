@@ -1,4 +1,4 @@
-"""Seeds Trio's scheduler, by its private switches.
+"""Seeds Trio's scheduler, by its private switches, and sees whether a task waits until no other can run.
 
 Trio shuffles each batch of runnable tasks on purpose, so that no program relies on an order. The shuffle draws from one
 module-wide `Random`, and a flag makes it independent of the order of a set. Both exist so that Hypothesis can replay a
@@ -33,3 +33,9 @@ def seeded_scheduling(random: Random) -> Iterator[None]:
         yield
     finally:
         run._ALLOW_DETERMINISTIC_SCHEDULING, run._r = before
+
+
+def waits_for_idle() -> bool:
+    """Whether a task of this run waits in `wait_all_tasks_blocked`. It goes on before time does."""
+    run: Any = trio._core._run
+    return bool(run.GLOBAL_RUN_CONTEXT.runner.waiting_for_idle)

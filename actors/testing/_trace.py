@@ -12,16 +12,14 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final, TypeAlias
+from typing import Final, TypeAlias
 
 import trio
 from trio.lowlevel import Task, current_statistics
 
+from ._clock import JumpingClock
 from ._errors import NotDeterministic, SimulationError, Stuck
 from ._guard import is_internal
-
-if TYPE_CHECKING:
-    from trio.testing import MockClock
 
 _KEPT: Final = 200
 _DETAIL: Final = 400
@@ -44,7 +42,7 @@ class Trace(trio.abc.Instrument):
 
     def __init__(
         self,
-        clock: MockClock,
+        clock: JumpingClock,
         failed: Callable[[SimulationError], None],
         *,
         limit_s: float,
