@@ -17,6 +17,7 @@ from volant.model import (
     Command,
     CommandRequest,
     CreateVm,
+    Desired,
     Effect,
     Ended,
     EndKind,
@@ -25,6 +26,8 @@ from volant.model import (
     Kill,
     Launch,
     Launched,
+    Leaves,
+    Leaving,
     Pause,
     Paused,
     PrepareImage,
@@ -38,6 +41,7 @@ from volant.model import (
     Resume,
     Resumed,
     Seen,
+    Stays,
     StepFailed,
     VmRow,
     Woke,
@@ -50,6 +54,9 @@ NOW = datetime(2026, 1, 2, tzinfo=UTC)
 PROCESS = ProcessIdentity(42, 1000, "boot", "volant-tag")
 WHY = Reason("why", "because")
 LAUNCHED = Launched(PROCESS, "qemu", "tcg")
+
+
+LEAVING = Leaving(id="m1", vm="c1", epoch=1, from_host="h1", to_host="h2", at=NOW, desired=Desired.RUNNING)
 
 
 def create(**fields: object) -> VmRow:
@@ -110,5 +117,7 @@ ANYTHING: st.SearchStrategy[Seen] = st.one_of(
     st.just(Removed()),
     st.just(RestartDue()),
     st.just(Released()),
+    st.builds(Leaves, st.sampled_from([LEAVING, msgspec.structs.replace(LEAVING, deciding=True)])),
+    st.builds(Stays, st.sampled_from(["m1", "m2"]), st.just("the other host is gone")),
 )
 """Whatever may be seen."""

@@ -16,6 +16,7 @@ from volant.model import (
     EndKind,
     ImageReady,
     Kill,
+    Left,
     Phase,
     PrepareImage,
     Problem,
@@ -96,7 +97,7 @@ def test_any_input_in_any_order_leaves_no_clone(chain: list[Seen | None], boot: 
                 continue
             seen = CLONE if isinstance(effect, PrepareImage) and not effect.cold else outcome(effect)
         try:
-            for step in decide(row, seen, NOW):
+            for step in decide(row, seen, NOW, held=row.leaving is not None):
                 row = step.row
         except Problem:
             continue
@@ -104,6 +105,6 @@ def test_any_input_in_any_order_leaves_no_clone(chain: list[Seen | None], boot: 
             return
         assert row.process is None or row.tag
     assert row is not None
-    for step in decide(row, CommandRequest(Command.DELETE), NOW):
+    for step in decide(row, CommandRequest(Command.DELETE) if row.leaving is None else Left("h2"), NOW):
         row = step.row
     assert settle(row) is None

@@ -45,6 +45,10 @@ GOOD: list[dict[str, Any]] = [
     {"openapi": {"openapi": "3.1.0", "info": {}, "paths": {}}},
     {"workload": {**WORKLOAD, "health_check": {"path": "/healthz?full=1"}}},
     {"workload": {"entrypoint": ["x"], "health_check": {"command": ["true"]}}},
+    {"workload": {"entrypoint": ["x"], "user": "web:adm", "stop_signal": "SIGRTMIN+3", "on_exit": "stop"}},
+    {"workload": {"entrypoint": ["x"], "user": "1000", "stop_signal": "3"}},
+    {"exec": {"env": {"A": "b"}, "user": "1000:1000", "workdir": "/srv"}},
+    {"exec": {}},
     {"boot": {"rootfs": {"url": "/srv/my images/x.ext4", "sha256": DIGEST}}},
     {"boot": {"rootfs": {"url": "file:///srv/x.ext4", "sha256": DIGEST}}},
     {"boot": {"kernel": {"url": "https://images.example:8443/vmlinux?v=2", "sha256": DIGEST}}},
@@ -105,6 +109,13 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("workload.port", workload(port=0)),
     ("workload.port", workload(port=65536)),
     ("workload.workdir", workload(workdir="home")),
+    *(("workload.user", workload(user=user)) for user in ("", ":adm", "a\0b", "a" * 257)),
+    *(("workload.stop_signal", workload(stop_signal=text)) for text in ("", "SIG NONE", "9" * 20)),
+    ("workload.on_exit", workload(on_exit="restart")),
+    ("exec.user", {"exec": {"user": ""}}),
+    ("exec.workdir", {"exec": {"workdir": "srv"}}),
+    ("exec.env", {"exec": {"env": {"A=B": "c"}}}),
+    ("exec.command", {"exec": {"command": ["sh"]}}),
     ("workload.env", workload(env={"A=B": "c"})),
     ("workload.env", workload(env={f"V{i}": "" for i in range(257)})),
     ("workload.env.A", workload(env={"A": "x" * 32769})),
@@ -172,6 +183,13 @@ def test_bad_manifests_are_refused_with_the_field(field: str, members: dict[str,
 )
 def test_the_schema_refuses_what_the_code_refuses(field: str, members: dict[str, Any]) -> None:
     assert not by_schema(**members)
+
+
+@pytest.mark.parametrize("text", ["0", "65", "SIGNONE", "SIGRTMIN+99", "SIGRTMAX+1", "RTMIN-1", "RTMIN+", "+3", "SIG"])
+def test_a_stop_signal_has_to_exist(text: str) -> None:
+    with pytest.raises(Problem) as caught:
+        take(**workload(stop_signal=text))
+    assert caught.value.field == "workload.stop_signal"
 
 
 def test_an_error_does_not_repeat_the_user_in_a_url() -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from volant.model import (
     CreateNetwork,
     CreateVm,
+    Key,
     Lease,
     Manifest,
     NetworkChoice,
@@ -148,12 +149,15 @@ def test_a_port_of_the_host_leads_to_one_guest(one: str, other: str, meet: bool)
         with pytest.raises(Problem, match="can't have both"):
             parse_ports([one, other])
         with pytest.raises(Problem) as taken:
-            check_ports_free([first], [("web", second)])
+            check_ports_free("own", [first], [(Key("own", "web"), second)])
         assert (taken.value.status, taken.value.code) == (409, "port-taken")
         assert "'web'" in taken.value.detail
+        with pytest.raises(Problem) as foreign:
+            check_ports_free("own", [first], [(Key("other", "web"), second)])
+        assert "web" not in foreign.value.detail
     else:
         assert parse_ports([one, other]) == (first, second)
-        check_ports_free([first], [("web", second)])
+        check_ports_free("own", [first], [(Key("own", "web"), second)])
 
 
 def test_a_vm_publishes_a_bounded_number_of_ports() -> None:

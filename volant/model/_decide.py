@@ -17,9 +17,10 @@ from datetime import datetime
 
 import msgspec
 
-from ._effects import MAX_RESTARTS, UP, is_held, restarts_by_itself
+from ._effects import MAX_RESTARTS, UP, has_failed, is_at_rest, is_held, restarts_by_itself
+from ._moves import check_leaves, moving
 from ._problem import Problem
-from ._row import Desired, Phase, ProcessIdentity, Reason, Status, VmRow
+from ._row import Desired, Leaving, Phase, ProcessIdentity, Reason, Status, VmRow
 from ._seen import (
     AgentAnswered,
     Cleared,
@@ -29,12 +30,16 @@ from ._seen import (
     EndKind,
     ImageReady,
     Launched,
+    Leaves,
+    Left,
     Paused,
     Released,
     Removed,
+    Replicated,
     RestartDue,
     Resumed,
     Seen,
+    Stays,
     StepFailed,
     Woke,
     WorkloadChanged,
@@ -43,6 +48,16 @@ from ._transitions import check_transition
 
 GUEST_SHUTDOWN = "guest_shutdown"
 """The reason code of a VM whose guest has powered itself off. Public."""
+WORKLOAD_EXITED = "workload_exited"
+"""The reason code of a VM that stopped with its workload, which had exited with 0. Public."""
+WORKLOAD_FAILED = "workload_failed"
+"""The reason code of a VM that stopped with its workload, which had failed. Public."""
+_FINAL_GRACE_S = 10.0
+"""How long the rest of a guest may take to shut down once the workload has ended."""
+
+
+_BY_ITSELF = (GUEST_SHUTDOWN, WORKLOAD_EXITED, WORKLOAD_FAILED)
+_WITH_WORKLOAD = (Status.STARTING, Status.RUNNING, Status.PAUSED)
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -57,12 +72,23 @@ def decide(row: VmRow, seen: Seen, now: datetime, *, held: bool = False) -> tupl
 
     `held`: no boot may begin, as the daemon drains. It begins with `Released`.
 
-    :raises Problem: 409 when a command is not legal now.
+    :raises Problem: 409 when a command is not legal now; 503 the VM moves to another host.
     """
     change = _Change(row, now, held)
     match seen:
         case CommandRequest():
             _carry_out(change, seen)
+        case Leaves(leaving):
+            _leave(change, leaving)
+        case Stays(move, why):
+            _stay(change, move, why)
+        case Left(to_host):
+            if row.status is not Status.DELETING:
+                change.to("", desired=Desired.DELETED, grace_s=0)
+                _end_process(change, Status.DELETING, f"{to_host} has it now")
+        case Replicated(replica):
+            if row.movable is not None and row.status is not Status.DELETING and replica != row.replica:
+                change.to("", replica=replica)
         case Woke(process, rebooted):
             _woke(change, process, rebooted)
         case ImageReady(digest, tag, serial_socket, template, origin):
@@ -79,6 +105,7 @@ def decide(row: VmRow, seen: Seen, now: datetime, *, held: bool = False) -> tupl
                     boots=row.boots + 1,
                     booted=row.generation,
                     agent_seen=False,
+                    disk_from=None,
                 )
         case Launched(process, hypervisor, accelerator):
             if row.phase is Phase.LAUNCH:
@@ -99,14 +126,17 @@ def decide(row: VmRow, seen: Seen, now: datetime, *, held: bool = False) -> tupl
                     agent_seen=True,
                     checkpoint=None,
                 )
+                _stop_if_finished(change)
         case Paused():
             if row.phase is Phase.PAUSE:
-                change.to("paused", status=Status.PAUSED, phase=Phase.NONE, reason=None)
+                text = "paused" if row.leaving is None else f"paused, to go on at {row.leaving.to_host}"
+                change.to(text, status=Status.PAUSED, phase=Phase.NONE, reason=None)
         case Resumed(reason):
             if row.phase is Phase.RESUME:
                 # The reason says that a pause failed and was undone.
                 before = row.reason if row.status is Status.RUNNING else None
                 change.to("resumed", status=Status.RUNNING, phase=Phase.NONE, reason=reason or before)
+                _stop_if_finished(change)
         case StepFailed(reason):
             _step_failed(change, reason)
         case Ended(kind, reason):
@@ -115,14 +145,16 @@ def decide(row: VmRow, seen: Seen, now: datetime, *, held: bool = False) -> tupl
             _cleared(change)
         case Removed():
             if row.phase is Phase.REMOVE:
-                change.remove("deleted")
+                change.remove("deleted" if row.leaving is None else f"moved to {row.leaving.to_host}")
         case RestartDue():
             if restarts_by_itself(row):
                 change.to("", generation=row.generation + 1, restarts=row.restarts + 1)
                 _boot(change, f"started again by its restart policy, {row.restarts + 1} of {MAX_RESTARTS}")
         case WorkloadChanged(workload):
-            if row.process is not None and workload != row.workload:
+            # What happens to it while the guest shuts down says nothing about the workload.
+            if row.process is not None and row.status in _WITH_WORKLOAD and workload != row.workload:
                 change.to("the workload is " + (workload.state if workload is not None else "gone"), workload=workload)
+                _stop_if_finished(change)
         case Released():
             if is_held(row):
                 _boot(change, "started, as the daemon is not draining any more")
@@ -170,8 +202,39 @@ def _boot(change: _Change, message: str) -> None:
     )
 
 
+def _leave(change: _Change, leaving: Leaving) -> None:
+    """Pauses the VM if it is not at rest, as it goes on at another host, or notes what else is known of its move."""
+    row = change.row
+    if row.leaving is None:
+        check_leaves(row)
+        # It may have been started or stopped while a host was sought.
+        leaving = msgspec.structs.replace(leaving, desired=row.desired)
+        desired = row.desired if is_at_rest(row) else Desired.PAUSED
+        phase = Phase.PAUSE if row.status is Status.RUNNING else Phase.NONE
+        change.to(f"moves to {leaving.to_host}", leaving=leaving, desired=desired, phase=phase)
+    elif row.leaving.id != leaving.id or row.status is Status.DELETING:
+        raise moving(row, row.leaving)
+    elif row.leaving != leaving:
+        change.to("", leaving=leaving)
+
+
+def _stay(change: _Change, move: str, why: str) -> None:
+    """Lets the VM go on here."""
+    row = change.row
+    if row.leaving is None or row.leaving.id != move or row.status is Status.DELETING:
+        return
+    phase = row.phase
+    is_paused = row.desired is Desired.PAUSED and row.status in (Status.RUNNING, Status.PAUSED)
+    if is_paused and row.leaving.desired is Desired.RUNNING and phase in (Phase.NONE, Phase.PAUSE):
+        # While it is being paused, it may be paused already.
+        phase = Phase.RESUME
+    change.to(f"stays here: {why}", leaving=None, desired=row.leaving.desired, phase=phase)
+
+
 def _carry_out(change: _Change, request: CommandRequest) -> None:
     row = change.row
+    if row.leaving is not None and request.command is not Command.RECOVER:
+        raise moving(row, row.leaving)
     if row.status is Status.DELETING and request.command is not Command.DELETE:
         raise Problem(
             409,
@@ -282,6 +345,26 @@ def _stop(change: _Change) -> None:
             _end_process(change, Status.STOPPING, "stop was requested")
 
 
+def _stop_if_finished(change: _Change) -> None:
+    """Stops a VM whose workload has ended, unless it is paused or changes its state already.
+
+    An exit with 0 is like a shutdown by the guest. After a failure the restart policy applies as after a crash.
+    """
+    row = change.row
+    if row.status is not Status.RUNNING or row.phase is not Phase.NONE or not row.is_finished:
+        return
+    assert row.workload is not None
+    if has_failed(row):
+        reason = Reason(WORKLOAD_FAILED, f"the workload has failed: {row.workload.error or 'it has not said why'}")
+        goes_on = row.restart_policy != "never"
+    else:
+        reason = Reason(WORKLOAD_EXITED, "the workload has ended with exit code 0")
+        goes_on = row.restart_policy == "always"
+    desired = row.desired if goes_on else Desired.STOPPED
+    change.to("", desired=desired, grace_s=_FINAL_GRACE_S, reason=reason)
+    _end_process(change, Status.STOPPING, reason.message)
+
+
 def _end_process(change: _Change, status: Status, message: str) -> None:
     """Go to `status` (stopping or deleting). Asks the guest to shut down if possible."""
     row = change.row
@@ -380,7 +463,8 @@ def _cleared(change: _Change) -> None:
     row = change.row
     if row.phase is not Phase.KILL:
         return
-    change.to("", process=None, tag="", agent_seen=False, workload=None, phase=Phase.NONE)
+    workload = row.workload if row.status is Status.STOPPING and row.is_finished else None
+    change.to("", process=None, tag="", agent_seen=False, workload=workload, phase=Phase.NONE)
     match row.status:
         case Status.STARTING:
             change.to("booting cold, as the clone failed", phase=Phase.IMAGE, template=None)
@@ -398,8 +482,8 @@ def _cleared(change: _Change) -> None:
 
 def _stopped(change: _Change) -> None:
     row = change.row
-    # Only a shutdown by the guest remains as the reason until the next boot.
-    by_itself = row.reason is not None and row.reason.code == GUEST_SHUTDOWN
+    # Only a stop that nobody requested has a reason until the next boot.
+    by_itself = row.reason is not None and row.reason.code in _BY_ITSELF
     change.to("stopped", status=Status.STOPPED, reason=row.reason if by_itself else None)
     if change.row.desired in UP and change.row.generation > change.row.booted:
         _boot(change, "started again")

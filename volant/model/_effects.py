@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
-from ._row import Desired, Phase, Status, VmRow
+from ._row import Desired, Phase, Status, VmRow, visible_workload
 
 MAX_RESTARTS = 10
 """In a row, without a `start` by a person. Then the restart policy gives up."""
@@ -111,6 +113,25 @@ def settled(row: VmRow) -> bool:
             return False
 
 
+def readiness(row: VmRow) -> Literal["met", "failed"] | None:
+    """Returns whether a VM is `ready` or can't become so; None: not yet, or that follows from its status."""
+    workload = visible_workload(row)
+    match row.status:
+        case Status.RUNNING:
+            if workload is None or workload.state in ("healthy", "exited"):
+                return "met"
+            return "failed" if workload.state == "failed" else None
+        case Status.STOPPING | Status.STOPPED if workload is not None:
+            if row.desired in UP and row.generation > row.booted:
+                return None
+            if workload.state == "exited":
+                return "met"
+            tried_again = row.desired in UP and (row.status is Status.STOPPING or _policy_restarts(row))
+            return None if tried_again else "failed"
+        case _:
+            return None
+
+
 def is_held(row: VmRow) -> bool:
     """Returns whether a boot is due and waits, which only happens while the daemon drains."""
     return (
@@ -119,6 +140,12 @@ def is_held(row: VmRow) -> bool:
         and row.desired in UP
         and row.generation > row.booted
     )
+
+
+def is_at_rest(row: VmRow) -> bool:
+    """Returns whether the VM has stopped or crashed, and stays so until somebody starts or deletes it."""
+    is_down = row.status in (Status.STOPPED, Status.CRASHED) and row.phase is Phase.NONE
+    return is_down and not is_held(row) and not restarts_by_itself(row)
 
 
 def restarts_by_itself(row: VmRow) -> bool:
@@ -134,8 +161,14 @@ def _policy_restarts(row: VmRow) -> bool:
         and (
             (row.status is Status.CRASHED and row.restart_policy != "never")
             or (row.status is Status.STOPPED and row.restart_policy == "always")
+            or (row.status is Status.STOPPED and row.restart_policy == "on-failure" and has_failed(row))
         )
     )
+
+
+def has_failed(row: VmRow) -> bool:
+    """Returns whether the VM stopped, or stops, as its workload has failed."""
+    return row.is_finished and row.workload is not None and row.workload.state == "failed"
 
 
 def _backoff_s(restarts: int) -> float:

@@ -1,4 +1,8 @@
-"""Lifecycle events. Each change of a VM's status has exactly one (contract: Events); two types are about copies."""
+"""Lifecycle events. Each change of a VM's status has exactly one (contract: Events). Five types are about copies, and
+four about the workload of a VM that is up.
+
+Events of OCI images have the same sequence, and a stream of their own.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,11 @@ from typing import Any
 
 import msgspec
 
-from ._row import Reason, Status, VmRow
-from ._text import Time
+from ._audit import Cause
+from ._project import DEFAULT_PROJECT
+from ._row import Origin, Reason, Status, VmRow, WorkloadView, visible_workload
+from ._snapshot import Snapshot
+from ._text import Time, first_few
 
 
 class EventType(StrEnum):
@@ -27,6 +34,40 @@ class EventType(StrEnum):
     """Copies were made of the VM. Its status stays."""
     VM_RESTORED = "VM_RESTORED"
     """A VM that continues from a snapshot runs for the first time. Follows its `VM_RUNNING`."""
+    VM_REPLICA_FAILED = "VM_REPLICA_FAILED"
+    """Other hosts get no newer replica of the VM, or too few of them do. Its status stays, and it is tried again."""
+    SNAPSHOT_TAKEN = "SNAPSHOT_TAKEN"
+    """A snapshot of the VM is `ready`. Its status stays."""
+    SNAPSHOT_DELETED = "SNAPSHOT_DELETED"
+    """A snapshot of the VM is deleted. The VM may be gone."""
+    SNAPSHOT_PUSHED = "SNAPSHOT_PUSHED"
+    """All of a snapshot is in a registry."""
+    SNAPSHOT_PULLED = "SNAPSHOT_PULLED"
+    """A snapshot from a registry is `ready`. Its VM was never on this host."""
+    WORKLOAD_STARTED = "WORKLOAD_STARTED"
+    """The program of the workload runs: for the first time in this boot, or again. A copy has it, too."""
+    WORKLOAD_READY = "WORKLOAD_READY"
+    """The workload is healthy. Without a health check, that is so once its program runs."""
+    WORKLOAD_EXITED = "WORKLOAD_EXITED"
+    """The workload has ended with 0 and is not restarted."""
+    WORKLOAD_FAILED = "WORKLOAD_FAILED"
+    """The workload has ended otherwise, or could not be started, and is not restarted."""
+    IMAGE_PULL_STARTED = "IMAGE_PULL_STARTED"
+    """The layers of an image are being fetched, for a request or a VM."""
+    IMAGE_PULL_PROGRESS = "IMAGE_PULL_PROGRESS"
+    """At most 19 for a fetch."""
+    IMAGE_PULLED = "IMAGE_PULLED"
+    """The image is in the cache."""
+    IMAGE_PULL_FAILED = "IMAGE_PULL_FAILED"
+
+    @property
+    def is_of_image(self) -> bool:
+        """Whether it is about an OCI image, not about a VM."""
+        return self.startswith("IMAGE_")
+
+
+VM_EVENTS = tuple(kind for kind in EventType if not kind.is_of_image)
+IMAGE_EVENTS = tuple(kind for kind in EventType if kind.is_of_image)
 
 
 class EventId(msgspec.Struct, frozen=True, order=True):
@@ -47,13 +88,27 @@ class EventId(msgspec.Struct, frozen=True, order=True):
         return cls(epoch, int(seq))
 
 
+class ImageFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What an event says of a fetch of an OCI image."""
+
+    reference: str
+    digest: str
+    done_bytes: int = 0
+    total_bytes: int = 0
+    """Of the layers that the cache lacked, as the registry has them."""
+    code: str = ""
+    """With `IMAGE_PULL_FAILED`: why, as of problems."""
+
+
 class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The `data` of one server-sent event."""
 
     type: EventType
     id: str
     name: str
+    """Of the VM; empty for events of images."""
     vm_id: int
+    """0 for events of images."""
     status: Status | None
     """None once the VM is deleted."""
     ip_address: str
@@ -64,12 +119,31 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """For filters."""
     copies: tuple[str, ...] = ()
     """With `VM_FORKED`: the names of the new VMs."""
+    origin: Origin | None = None
+    """With `VM_CREATED` and `VM_DELETED`: the guest that the VM is a copy of; left out if it is no copy."""
     snapshot: str | None = None
-    """With `VM_RESTORED`: the name of the snapshot."""
+    """With `VM_RESTORED` and events of snapshots: the name of the snapshot."""
+    snapshot_id: str | None = None
+    """With events of snapshots: its id, which is never used again."""
+    reference: str | None = None
+    """With `SNAPSHOT_PUSHED` and `SNAPSHOT_PULLED`: what it is called in the registry."""
+    paused_ms: float | None = None
+    """With `VM_FORKED` and events of snapshots: how long the VM was paused for the copy."""
+    created_at: Time | None = None
+    """With `VM_DELETED` and events of snapshots: when the VM or the snapshot was created."""
+    workload: WorkloadView | None = None
+    """With `WORKLOAD_STARTED` and so on: its state."""
     caller: str | None = None
     """The client that requested the change: its address and key, or its user at a Unix socket."""
+    request_id: str | None = None
+    """The request of that client, as in the audit log."""
+    image: ImageFacts | None = None
+    """With events of images, and with no others."""
+    project: str = DEFAULT_PROJECT
+    """Of the VM, or that asked for the image; left out where it is `default`."""
 
 
+_UP = (Status.RUNNING, Status.PAUSED)
 _ENTERING: dict[Status, EventType] = {
     Status.PENDING: EventType.VM_CREATED,
     Status.STARTING: EventType.VM_STARTING,
@@ -89,7 +163,7 @@ def event_for(
     event_id: EventId,
     message: str,
     now: datetime,
-    caller: str | None = None,
+    cause: Cause | None = None,
 ) -> Event | None:
     """Returns the event of a change, or None when the public status stays.
 
@@ -101,19 +175,74 @@ def event_for(
     if before is not None and after is not None and before.status is after.status:
         return None
     if after is None:
-        return _event(EventType.VM_DELETED, row, event_id, now, message, status=None, caller=caller)
+        return _event(
+            EventType.VM_DELETED, row, event_id, now, message,
+            status=None, origin=row.origin, created_at=row.created_at, **_of(cause),
+        )  # fmt: skip
+    origin = after.origin if before is None else None
     reason = after.reason if after.status is Status.CRASHED else None
     return _event(
-        _ENTERING[after.status], row, event_id, now, message, status=after.status, reason=reason, caller=caller
-    )
+        _ENTERING[after.status], row, event_id, now, message,
+        status=after.status, reason=reason, origin=origin, **_of(cause),
+    )  # fmt: skip
 
 
 def forked_event(
-    row: VmRow, copies: tuple[str, ...], *, event_id: EventId, now: datetime, caller: str | None = None
+    row: VmRow,
+    copies: tuple[str, ...],
+    paused_ms: float | None,
+    *,
+    event_id: EventId,
+    now: datetime,
+    cause: Cause | None = None,
 ) -> Event:
     """Returns the event of a VM of which copies were made."""
-    message = f"forked: {', '.join(copies[:5])}" + (f" and {len(copies) - 5} more" if len(copies) > 5 else "")
-    return _event(EventType.VM_FORKED, row, event_id, now, message, status=row.status, copies=copies, caller=caller)
+    message = f"forked: {first_few(copies)}"
+    return _event(
+        EventType.VM_FORKED, row, event_id, now, message,
+        status=row.status, copies=copies, paused_ms=paused_ms, **_of(cause),
+    )  # fmt: skip
+
+
+def snapshot_event(
+    of: EventType,
+    snapshot: Snapshot,
+    vm: VmRow | None,
+    *,
+    event_id: EventId,
+    now: datetime,
+    cause: Cause | None = None,
+    reference: str | None = None,
+) -> Event:
+    """Returns the event of a snapshot.
+
+    :param vm: the row of its VM; None: that is gone
+    :param reference: in a registry
+    """
+    done = of.removeprefix("SNAPSHOT_").lower()
+    where = {EventType.SNAPSHOT_PUSHED: f" to {reference}", EventType.SNAPSHOT_PULLED: f" from {reference}"}
+    return _event(
+        of, vm or snapshot.vm, event_id, now, f"snapshot {snapshot.name} was {done}{where.get(of, '')}",
+        status=None if vm is None else vm.status,
+        reference=reference,
+        snapshot=snapshot.name,
+        snapshot_id=snapshot.id,
+        paused_ms=snapshot.paused_ms,
+        created_at=snapshot.created_at,
+        **_of(cause),
+    )  # fmt: skip
+
+
+def replica_event(before: VmRow | None, after: VmRow | None, *, event_id: EventId, now: datetime) -> Event | None:
+    """Returns the event of a VM that could not be replicated, if the change is that, and the reason another one than
+    the last time."""
+    if before is None or after is None or after.replica is None or after.replica.reason is None:
+        return None
+    known, reason = None if before.replica is None else before.replica.reason, after.replica.reason
+    if known is not None and known.code == reason.code:
+        return None
+    message = f"not replicated as it should be: {reason.message}"
+    return _event(EventType.VM_REPLICA_FAILED, after, event_id, now, message, status=after.status, reason=reason)
 
 
 def restored_event(before: VmRow | None, after: VmRow | None, *, event_id: EventId, now: datetime) -> Event | None:
@@ -121,10 +250,80 @@ def restored_event(before: VmRow | None, after: VmRow | None, *, event_id: Event
     if before is None or after is None or before.checkpoint is None or after.checkpoint is not None:
         return None
     origin = after.origin
-    if origin is None or origin.kind != "snapshot" or after.status is not Status.RUNNING:
+    if origin is None or origin.kind != "snapshot" or after.status is not Status.RUNNING or after.arrived:
         return None
     message = f"goes on from snapshot {origin.snapshot} of VM {origin.vm}"
     return _event(EventType.VM_RESTORED, after, event_id, now, message, status=after.status, snapshot=origin.snapshot)
+
+
+def workload_events(before: VmRow | None, after: VmRow | None) -> list[tuple[EventType, str]]:
+    """Returns the types of the events about the workload that a change has, in order, and their texts.
+
+    They follow from the two states that the agent has reported. What came in between is not known: a guest may change
+    its mind at any rate, and the daemon reads the newest report about once a second.
+    """
+    now = visible_workload(after) if after is not None and after.status in _UP else None
+    if now is None:
+        return []
+    earlier = visible_workload(before) if before is not None and before.status in _UP else None
+    found = []
+    started = _has_started(now) and (
+        earlier is None
+        or not _has_started(earlier)
+        or now.restarts != earlier.restarts
+        or (now.pid is not None and earlier.pid is not None and now.pid != earlier.pid)
+    )
+    if started:
+        again = f" again, restarts: {now.restarts}" if now.restarts else ""
+        found.append((EventType.WORKLOAD_STARTED, f"the workload was started{again}"))
+    if started or earlier is None or earlier.state != now.state:
+        match now.state:
+            case "healthy":
+                found.append((EventType.WORKLOAD_READY, "the workload is ready"))
+            case "exited":
+                found.append((EventType.WORKLOAD_EXITED, "the workload has ended with exit code 0"))
+            case "failed":
+                why = now.error or "it has not said why"
+                found.append((EventType.WORKLOAD_FAILED, f"the workload has failed: {why}"))
+    return found
+
+
+def workload_event(of: EventType, row: VmRow, message: str, *, event_id: EventId, now: datetime) -> Event:
+    """Returns one of the events that `workload_events` names, for the row after the change."""
+    return _event(of, row, event_id, now, message, status=row.status, workload=row.workload)
+
+
+def _has_started(workload: WorkloadView) -> bool:
+    """Whether its program has run at all: one that does not exist has not."""
+    return (
+        workload.pid is not None
+        or workload.restarts > 0
+        or workload.state in ("healthy", "unhealthy", "exited")
+        or workload.exit_code is not None
+        or workload.signal is not None
+    )
+
+
+def image_event(
+    of: EventType, image: ImageFacts, message: str, *, project: str, event_id: EventId, now: datetime
+) -> Event:
+    """Returns an event of an OCI image that a project has asked for."""
+    return Event(
+        type=of,
+        id=str(event_id),
+        name="",
+        vm_id=0,
+        status=None,
+        ip_address="",
+        timestamp=now,
+        message=message,
+        image=image,
+        project=project,
+    )
+
+
+def _of(cause: Cause | None) -> dict[str, str]:
+    return {} if cause is None else {"caller": str(cause.caller), "request_id": cause.request_id}
 
 
 def _event(
@@ -140,5 +339,6 @@ def _event(
         timestamp=now,
         message=message,
         labels=row.labels,
+        project=row.project,
         **more,
     )

@@ -10,7 +10,9 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 
 from ._problem import invalid
+from ._secret import SecretRef
 from ._text import Labels, Name, Plain, check_labels, check_name, check_plain
+from .agent import DEFAULT_STOP_SIGNAL, MAX_USER_CHARACTERS, signal_number
 
 MAX_MANIFEST_BYTES = 256 * 1024
 """As JSON. The row of each VM of the plugin has a copy."""
@@ -19,6 +21,7 @@ MAX_DEPTH = 64
 """Of objects and lists within each other, where what they hold is free."""
 _MAX_ARGUMENTS = 256
 _MAX_VARIABLES = 256
+_MAX_DIRECTORIES = 128
 _MAX_VALUE = 32768
 _MAX_VERSION = 64
 
@@ -42,21 +45,32 @@ PlainPath = Annotated[
 """The path of a URL, percent-encoded where it must be, without `.` and `..` and without a query."""
 _Argument = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": r"^[^\x00]*$"})]
 _PROGRAM = {"type": "string", "pattern": r"^[^\x00]+$"}
-Env = Annotated[
-    dict[
-        Annotated[str, msgspec.Meta(extra_json_schema={"pattern": r"^[^=\x00]+$"})],
-        Annotated[str, msgspec.Meta(extra_json_schema={"pattern": r"^[^\x00]*$", "maxLength": _MAX_VALUE})],
-    ],
-    msgspec.Meta(extra_json_schema={"maxProperties": _MAX_VARIABLES}),
-]
+_Variable = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": r"^[^=\x00]+$"})]
+_Value = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": r"^[^\x00]*$", "maxLength": _MAX_VALUE})]
+_VARIABLES = msgspec.Meta(extra_json_schema={"maxProperties": _MAX_VARIABLES})
+Env = Annotated[dict[_Variable, _Value], _VARIABLES]
 """An environment."""
+EnvWithSecrets = Annotated[Mapping[_Variable, _Value | SecretRef], _VARIABLES]
+"""An environment in which values can be those of secrets."""
+
+GuestUser = Annotated[
+    str,
+    msgspec.Meta(extra_json_schema={"pattern": r"^[^\x00:][^\x00]*$", "maxLength": MAX_USER_CHARACTERS}),
+]
+"""A user of the guest's root filesystem: `NAME` or `UID`, optionally `:` and a group."""
+_Directory = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": r"^/[^\x00]*$", "maxLength": 4095})]
 
 DEVTOOLS_PORT = 9222
 """The default port of browsers for DevTools clients."""
 
 
+Arguments = Annotated[tuple[_Argument, ...], msgspec.Meta(max_length=_MAX_ARGUMENTS)]
+"""A program's arguments, or a program with its arguments."""
+
+
 class HealthCheck(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
-    """How the agent checks the workload: an HTTP path, or a command that exits 0."""
+    """How the agent checks the workload: an HTTP path, or a command that exits 0. A command has the workload's
+    environment, user and working directory."""
 
     path: Annotated[str, msgspec.Meta(extra_json_schema={"pattern": r"^/[\x21-\x7e]*$", "maxLength": 1024})] | None = (
         None
@@ -69,6 +83,8 @@ class HealthCheck(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_
     timeout_s: Annotated[float, msgspec.Meta(ge=0.1, le=600)] = 2.0
     retries: Annotated[int, msgspec.Meta(ge=1, le=100)] = 3
     """Failures in a row until the workload is unhealthy."""
+    start_period_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 0.0
+    """How much longer than `retries` checks the workload may take until its first success."""
 
     SCHEMA: ClassVar[Mapping[str, Any]] = {
         "oneOf": [
@@ -93,12 +109,35 @@ class Workload(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_def
     """The program and its arguments."""
     env: Env = {}
     """A VM's own `env` overrides it."""
-    workdir: Annotated[str, msgspec.Meta(extra_json_schema={"pattern": r"^/[^\x00]*$", "maxLength": 4095})] = "/"
+    workdir: _Directory = "/"
+    """Made if it does not exist. A program with a relative path, such as `./server`, is looked up in it; one without a
+    slash, in the `PATH` of `env`."""
+    user: GuestUser | None = None
+    """The user that it runs as: `NAME` or `UID`, optionally `:` and a group, as `web`, `1000` or `web:adm`. `HOME` is
+    that user's, unless `env` sets it. None: root."""
+    stop_signal: Annotated[str, msgspec.Meta(extra_json_schema={"pattern": "^[A-Za-z0-9+-]+$", "maxLength": 16})] = (
+        DEFAULT_STOP_SIGNAL
+    )
+    """The signal that asks it to stop: a name or a number, as `SIGQUIT`, `SIGRTMIN+3` or `3`. `SIGTERM` goes to all of
+    its processes, another one to the program itself."""
     port: Port | None = None
     """The port of the guest's loopback on which the workload serves HTTP. The agent relays unknown routes to it."""
     restart: Literal["never", "on-failure", "always"] = "on-failure"
     """When the agent restarts it."""
+    on_exit: Literal["keep", "stop"] = "keep"
+    """What happens to the VM when the workload has ended and is not restarted: it runs on, or it stops."""
     health_check: HealthCheck | None = None
+
+
+class ExecDefaults(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
+    """What commands start with that clients run in the VM, unless the request says otherwise."""
+
+    env: Env = {}
+    """A VM's own `env` overrides it."""
+    user: GuestUser | None = None
+    """As the workload's. None: root."""
+    workdir: _Directory = "/"
+    """Made if it does not exist."""
 
 
 class Resources(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
@@ -122,6 +161,15 @@ class Artifact(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$", max_length=64)]
 
 
+class OciImage(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """An OCI image, whose files are the root filesystem of a VM."""
+
+    reference: Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
+    """Where it comes from, such as `registry:5000/name:tag`."""
+    digest: Annotated[str, msgspec.Meta(pattern="^sha256:[0-9a-f]{64}$", max_length=71)]
+    """Of the manifest for this platform: the content, whatever the tag means now."""
+
+
 class Boot(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
     """The files that a VM boots from. The default for each is the daemon's own."""
 
@@ -131,6 +179,13 @@ class Boot(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_default
     """Must contain the agent."""
     rootfs: Artifact | None = None
     """A raw ext4 image for workload, exec and files. It is never written to: each VM has its own layer."""
+    image: OciImage | None = None
+    """An OCI image in place of `rootfs`. It is never written to: each VM has a disk of its own above it."""
+
+    @property
+    def has_disk(self) -> bool:
+        """Whether a VM has a disk of its own."""
+        return self.rootfs is not None or self.image is not None
 
 
 class Action(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
@@ -189,6 +244,10 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_def
     boot: Boot | None = None
     workload: Workload | None = None
     """None: a VM has a shell and the agent."""
+    exec: ExecDefaults | None = None
+    """What commands start with that clients run in the VM. None: as root in `/`, without the VM's `env`."""
+    directories: Annotated[tuple[_Directory, ...], msgspec.Meta(max_length=_MAX_DIRECTORIES)] = ()
+    """Directories that are made in the VM, as root, where they do not exist."""
     actions: Annotated[dict[Name, Action], msgspec.Meta(extra_json_schema={"maxProperties": MAX_ACTIONS})] = {}
     """By name: `POST /api/v1/vms/{name}/actions/{plugin}/{action}`. They need the workload's `port`."""
     openapi: PlainPath | dict[str, Any] | None = None
@@ -200,6 +259,11 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_def
     """How its VMs are cloned."""
     labels: Labels = {}
     """Labels of each VM of the plugin. The VM's own override them."""
+
+    @property
+    def image(self) -> OciImage | None:
+        """The OCI image that VMs boot from, if they do."""
+        return None if self.boot is None else self.boot.image
 
     SCHEMA: ClassVar[Mapping[str, Any]] = {
         "if": {
@@ -238,6 +302,12 @@ def check_manifest(manifest: Manifest) -> Manifest:
         _check_boot(manifest.boot)
     if manifest.workload is not None:
         _check_workload(manifest.workload)
+    if manifest.exec is not None:
+        _check_directory(manifest.exec.workdir, "exec.workdir")
+        check_guest_user(manifest.exec.user, "exec.user")
+        check_env(manifest.exec.env, "exec.env")
+    for directory in manifest.directories:
+        _check_directory(directory, "directories")
     _check_actions(manifest.actions)
     if manifest.openapi is not None:
         _check_openapi(manifest.openapi)
@@ -264,20 +334,45 @@ def check_path(path: str, field: str) -> str:
     return path
 
 
-def check_env(env: Mapping[str, str], field: str) -> None:
+def check_env(env: Mapping[str, str | SecretRef], field: str) -> None:
     """:raises Problem: 400 when a variable's name or value can't be put into an environment."""
     if len(env) > _MAX_VARIABLES:
         raise invalid(field, f"{field} has {len(env)} variables, at most {_MAX_VARIABLES} are allowed")
     for key, value in env.items():
         if not key or "=" in key or "\0" in key:
             raise invalid(field, f"{field} has the variable name {key[:80]!r}: not empty, no '=' and no NUL")
-        if "\0" in value or len(value) > _MAX_VALUE:
+        if isinstance(value, str) and ("\0" in value or len(value) > _MAX_VALUE):
             raise invalid(
                 f"{field}.{key[:80]}", f"{field}.{key[:80]} has a NUL character or more than {_MAX_VALUE} characters"
             )
 
 
+def check_guest_user(user: str | None, field: str) -> None:
+    """:raises Problem: 400 when `user` is no `GuestUser`."""
+    if user is None:
+        return
+    if not user or user.startswith(":") or "\0" in user or len(user) > MAX_USER_CHARACTERS:
+        raise invalid(
+            field, f"{field} {user[:80]!r} is no user", hint="a name or a number, optionally `:` and a group: `web:adm`"
+        )
+
+
+def check_stop_signal(text: str, field: str) -> None:
+    """:raises Problem: 400 when there is no such signal."""
+    if signal_number(text) is None:
+        raise invalid(field, f"{field} {text[:80]!r} is no signal", hint="a name such as SIGINT, or a number")
+
+
+def _check_directory(path: str, field: str) -> None:
+    if not path.startswith("/") or "\0" in path or len(path) > 4095:
+        raise invalid(field, f"{field} is not an absolute path")
+
+
 def _check_boot(boot: Boot) -> None:
+    if boot.rootfs is not None and boot.image is not None:
+        raise invalid("boot.image", "boot has a rootfs and an image, and a VM has one root filesystem")
+    if boot.image is not None:
+        check_plain(boot.image.reference, "boot.image.reference")
     for name in ("kernel", "initramfs", "rootfs"):
         artifact = getattr(boot, name)
         if artifact is not None:
@@ -313,8 +408,9 @@ def _check_url(url: str, field: str) -> None:
 
 
 def _check_workload(workload: Workload) -> None:
-    if not workload.workdir.startswith("/") or "\0" in workload.workdir or len(workload.workdir) > 4095:
-        raise invalid("workload.workdir", "workload.workdir is not an absolute path")
+    _check_directory(workload.workdir, "workload.workdir")
+    check_guest_user(workload.user, "workload.user")
+    check_stop_signal(workload.stop_signal, "workload.stop_signal")
     if not workload.entrypoint[0]:
         raise invalid("workload.entrypoint", "workload.entrypoint has an empty program")
     _check_arguments(workload.entrypoint, "workload.entrypoint")

@@ -12,6 +12,7 @@ from typing import Annotated, Literal, NamedTuple
 import msgspec
 
 from ._problem import Problem, contradictory, invalid
+from ._project import DEFAULT_PROJECT, Key
 from ._text import Name, Time, check_name
 
 NONE, BRIDGE, USER = "none", "bridge", "user"
@@ -84,6 +85,12 @@ class Network(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     created_at: datetime
+    project: str = DEFAULT_PROJECT
+
+    @property
+    def key(self) -> Key:
+        """Finds it by name."""
+        return Key(self.project, self.name)
 
 
 class NetworkView(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,11 +100,12 @@ class NetworkView(msgspec.Struct, frozen=True, kw_only=True):
     vms: Mapping[str, str]
     """Addresses of its VMs by name."""
     created_at: Time
+    project: str = DEFAULT_PROJECT
 
 
 def network_view(network: Network, vms: Mapping[str, str] | None = None) -> NetworkView:
     """Returns what clients see of `network`, with the addresses of its VMs by name."""
-    return NetworkView(name=network.name, vms=vms or {}, created_at=network.created_at)
+    return NetworkView(name=network.name, vms=vms or {}, created_at=network.created_at, project=network.project)
 
 
 _UNFILTERED = "; its destinations are not filtered, so a guest reaches this host's own addresses: "
@@ -124,6 +132,8 @@ class Networking(msgspec.Struct, frozen=True, kw_only=True):
     """Why the host does not support `bridge` or `user`, and what to do."""
     user_refused: str = ""
     """Why the daemon's access control forbids the network `user`, and what to do; empty if it is allowed."""
+    egress_obstacles: Mapping[str, str] = {}
+    """Why this host can't filter what VMs send with the network `bridge` or `user`, and what to do."""
     user_unfiltered: str = ""
     """Why a guest with the network `user` reaches the host's own addresses; empty if it does not."""
 
@@ -188,33 +198,35 @@ def refused(reason: str, *, vm: str) -> Problem:
     )
 
 
-def check_ports_free(ports: Iterable[PublishedPort], others: Iterable[tuple[str, PublishedPort]]) -> None:
+def check_ports_free(project: str, ports: Iterable[PublishedPort], others: Iterable[tuple[Key, PublishedPort]]) -> None:
     """Checks that no other VM publishes a port.
 
+    :param project: that of the VM. It sees no names of others.
     :param others: published ports, each with its VM
     :raises Problem: 409 when a port is taken.
     """
-    taken: dict[tuple[int, str], list[tuple[str, PublishedPort]]] = {}
+    taken: dict[tuple[int, str], list[tuple[Key, PublishedPort]]] = {}
     for vm, other in others:
         taken.setdefault((other.host_port, other.protocol), []).append((vm, other))
     for port in ports:
         for vm, other in taken.get((port.host_port, port.protocol), ()):
             if port.conflicts(other):
+                whose = f"VM {vm.name!r}" if vm.project == project else "another VM"
                 raise Problem(
                     409,
                     "port-taken",
-                    f"port {port.host_port}/{port.protocol} of {port.host} already leads to VM {vm!r}",
+                    f"port {port.host_port}/{port.protocol} of {port.host} already leads to {whose}",
                     field="ports",
                     hint="publish another port of the host, or delete that VM",
                 )
 
 
-def new_network(request: CreateNetwork, *, now: datetime) -> Network:
+def new_network(request: CreateNetwork, *, project: str = DEFAULT_PROJECT, now: datetime) -> Network:
     """Returns a new named network. :raises Problem: 400 when the name is invalid or a kind of network."""
     check_name(request.name, "name")
     if not is_named(request.name):
         raise invalid("name", f"{request.name!r} is a kind of network, and can't be the name of one")
-    return Network(name=request.name, created_at=now)
+    return Network(name=request.name, created_at=now, project=project)
 
 
 def no_such_network(name: str, *, field: str | None = None) -> Problem:

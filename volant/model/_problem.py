@@ -56,6 +56,22 @@ def name_taken(name: str) -> Problem:
     )
 
 
+def already_exists(kind: str, name: str, hint: str) -> Problem:
+    """Returns the 409 for the name of another object that is no VM."""
+    return Problem(409, f"{kind}-exists", f"there is a {kind} named {name!r} already", field="name", hint=hint)
+
+
+def events_gone(after: str, oldest: str = "") -> Problem:
+    """Returns the 410 for events that are not kept. `oldest`: the oldest that is; empty: it is not known here."""
+    since = f"the oldest kept is {oldest}; " if oldest else ""
+    return Problem(
+        410,
+        "events-gone",
+        f"the events after {after[:80]!r} are not kept, or never were",
+        hint=f"{since}list the VMs, and continue from the list's Volant-Event-Id",
+    )
+
+
 def no_such_plugin(name: str, *, field: str | None = None) -> Problem:
     """Returns the 404 for the name of a plugin."""
     return Problem(404, "plugin-not-found", f"there is no plugin named {name[:80]!r}", field=field)

@@ -9,10 +9,14 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from ._manifest import Env, Manifest
+from ._egress import EGRESS_ALL, Egress, EgressRequest
+from ._manifest import Arguments, Env, EnvWithSecrets, HealthCheck, Manifest
 from ._network import MAX_PORTS, NONE, Lease, PortText, PublishedPort
+from ._project import DEFAULT_PROJECT, Key
+from ._secret import MAX_SECRETS_OF_VM, SecretFile, SecretText, secrets_of
 from ._text import PLAIN_PATTERN, Duration, Labels, Name, Time
-from .agent_types import WorkloadState
+from ._volume import MAX_VOLUMES, DirectoryMount, VolumeMount, VolumeText
+from ._workload_state import WorkloadState
 
 
 class Status(StrEnum):
@@ -29,7 +33,8 @@ class Status(StrEnum):
 
 
 READY: Literal["ready"] = "ready"
-"""Running, with a workload that is healthy or has exited with 0. Without a health check, it is healthy once started."""
+"""Running, with a workload that is healthy or has exited with 0. Without a health check, it is healthy once started. A
+VM that has stopped with its workload, as that had exited with 0, counts too."""
 WAIT_STATES: tuple[str, ...] = (*(str(status) for status in Status), READY, "deleted")
 """The states that a client can wait for."""
 
@@ -98,6 +103,8 @@ class Origin(msgspec.Struct, frozen=True):
     """The name of the snapshot; null for a fork."""
     paused_ms: float | None = None
     """How long that guest was paused; null until it is known."""
+    snapshot_id: str | None = None
+    """The id of the snapshot, which is never used again; null for a fork."""
 
 
 class WorkloadView(msgspec.Struct, frozen=True):
@@ -108,9 +115,23 @@ class WorkloadView(msgspec.Struct, frozen=True):
     """Of its last run, if that ended by itself."""
     error: str | None = None
     """Why it could not be started, how it ended, or what its failing health check said. For people."""
+    signal: int | None = None
+    """The number of the signal that ended its last run."""
+    pid: int | None = None
+    """The number of its process in the guest; null while it does not run."""
+    restarts: int = 0
+    """How often the agent has restarted it in this boot."""
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it has ended, or could not be started, and is not restarted."""
+        return self.state in ("exited", "failed")
 
 
 RestartPolicy = Literal["never", "on-failure", "always"]
+Failover = Literal["never", "restart", "restore"]
+"""What happens to a VM when its host gives no sign of life any more: nothing; another host boots it again; or another
+one continues it from its newest replica."""
 BootMode = Literal["auto", "cold", "template"]
 """`auto`: as a clone of a template where there is one; `template`: as a clone, which may have to be waited for."""
 
@@ -125,7 +146,35 @@ def is_checkpoint(template: str) -> bool:
 
 
 MAX_DISK_MB = 16 * 1024 * 1024
+MIN_IOPS, MAX_IOPS = 10, 10**9
+"""Fewer operations a second than the minimum let a boot miss its deadline."""
+MAX_MBPS = 10**6
 KernelCmdline = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": PLAIN_PATTERN, "maxLength": 1024})]
+
+
+class Placement(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """Which hosts of the fleet may have a VM. What hosts and VMs have is known as of some seconds ago."""
+
+    zone: Annotated[str, msgspec.Meta(extra_json_schema={"pattern": PLAIN_PATTERN, "maxLength": 128})] | None = None
+    """Those in this zone."""
+    labels: Labels = {}
+    """Those with these labels."""
+    affinity: Labels = {}
+    """Those that have a VM of the project with all of these labels."""
+    anti_affinity: Labels = {}
+    """Those that have none with all of these labels."""
+
+
+MAX_REPLICAS = 3
+
+
+class Replicate(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """How often a VM is copied to other hosts, and to how many."""
+
+    every: Duration
+    """A duration from `10s` to `1d`."""
+    to: Annotated[int, msgspec.Meta(ge=1, le=MAX_REPLICAS)] = 1
+    """So many other hosts have its newest copy."""
 
 
 class CreateVm(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -135,26 +184,152 @@ class CreateVm(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     cpu_cores: Annotated[int, msgspec.Meta(ge=1, le=256)] | None = None
     """None: the plugin's; 1 for `base`."""
     memory_mb: Annotated[int, msgspec.Meta(ge=64, le=16 * 1024 * 1024)] | None = None
-    """None: the plugin's; 256 for `base`."""
+    """None: the plugin's; 256 for `base`, 512 with an `image`."""
     plugin: Name = "base"
+    image: Annotated[str, msgspec.Meta(min_length=1, max_length=1024)] | None = None
+    """An OCI image in place of a plugin: `name:tag`, `registry:5000/name:tag`, `name@sha256:…`, or a file of the
+    daemon's host, as `oci:/path`, `oci-archive:/path` or `docker-archive:/path`. What it means is decided now, and the
+    members from `registry_secret` to `publish_all` are only for it. Each replaces what the image says."""
+    registry_secret: Name | None = None
+    """A secret of the project: an auth file with credentials for the image's registry, instead of
+    `Volant-Registry-Auth`. It is read when the image is fetched."""
+    command: Arguments | None = None
+    """The arguments of the image's entrypoint; without one, the program and its arguments."""
+    entrypoint: Arguments | None = None
+    """Replaces the image's command, too. An empty one: there is none."""
+    user: Annotated[str, msgspec.Meta(max_length=256)] | None = None
+    """`user`, `uid`, `user:group` or `uid:gid`; names are those of the image."""
+    workdir: Annotated[str, msgspec.Meta(max_length=4095)] | None = None
+    """An absolute path in the image."""
+    stop_signal: Annotated[str, msgspec.Meta(max_length=32)] | None = None
+    """Sent to the program when the VM stops; a name or a number. Default: the image's, else SIGTERM."""
+    health_check: HealthCheck | Literal["none"] | None = None
+    """How the agent checks the program; `none`: not at all."""
+    start_workload: bool = True
+    """Whether the image's program starts with the VM. The VM stops when it has ended."""
+    publish_all: bool = False
+    """Whether each port that the image exposes gets a free port of the host."""
     runtime: Name | None = None
     kernel_cmdline: KernelCmdline = ""
     """Appended to the daemon's own."""
     labels: Labels = {}
-    env: Env = {}
-    """For the workload. Overrides the manifest's."""
+    env: EnvWithSecrets = {}
+    """For the workload. Overrides the manifest's or the image's. `{"secret": "name"}` in place of a value is that of a
+    secret of the VM's project, as it is when the VM boots."""
     restart_policy: RestartPolicy = "never"
     boot: BootMode = "auto"
     """Whether a boot may clone a template, or must."""
     ttl: Duration | None = None
     """A duration from `1s` to `366d`. The VM is deleted so long after its creation."""
     disk_mb: Annotated[int, msgspec.Meta(ge=1, le=MAX_DISK_MB)] | None = None
-    """The size of its disk, and so the limit on the host. None: the size of the plugin's root filesystem."""
+    """The size of its disk, and so the limit on the host. None: the size of the plugin's root filesystem; 10240 with
+    an `image`."""
     network: Name | None = None
     """`none`, `bridge`, `user`, or the name of a network; None: the daemon's setting."""
     ports: Annotated[tuple[PortText, ...], msgspec.Meta(extra_json_schema={"maxItems": MAX_PORTS})] = ()
     """Ports of the host that lead to the VM, each as `[host:]host_port:guest_port[/tcp|udp]`. The default is TCP on
     127.0.0.1."""
+    egress: EgressRequest | None = None
+    """Where the VM may open connections to: `none`, `all`, or rules, each for a network (`cidr`) or a DNS name
+    (`name`). Unless it is `all`, the daemon answers the VM's DNS queries. None: `all`."""
+    volumes: Annotated[tuple[VolumeText, ...], msgspec.Meta(extra_json_schema={"maxItems": MAX_VOLUMES})] = ()
+    """Volumes to mount, each as `name:/path`, with `:ro`, `:nocopy` or `:ro,nocopy`, and directories of the host, each
+    as `/host/path:/path`, with `:rw` to write. The VM boots cold. An empty volume receives what the VM has at the path,
+    but with `nocopy`."""
+    secrets: Annotated[tuple[SecretText, ...], msgspec.Meta(extra_json_schema={"maxItems": MAX_SECRETS_OF_VM})] = ()
+    """Secrets of the VM's project that are files in its memory, each as `name`, which is `/run/secrets/name`, or as
+    `name:/run/path`. The files belong to the workload's user, with the mode 0400."""
+    disk_iops: Annotated[int, msgspec.Meta(ge=MIN_IOPS, le=MAX_IOPS)] | None = None
+    """Most reads and writes per second, of its disk and its volumes together."""
+    disk_mbps: Annotated[int, msgspec.Meta(ge=1, le=MAX_MBPS)] | None = None
+    """Most MiB per second that it reads and writes, of its disk and its volumes together."""
+    failover: Failover = "never"
+    """What happens when its host of the fleet gives no sign of life any more. `restart`: another host boots it again
+    from its image, with an empty disk. `restore`: a host that has its newest replica continues it from that, with
+    memory and disk; none does if there is none. With both it must have no volumes, no directories and no image that is
+    a file. While its host can't reach etcd, it is paused: no VM ever runs on two hosts."""
+    replicate: Replicate | None = None
+    """How often other hosts get a replica of it, a copy of its memory and its disk. For `failover` `restore`, which
+    needs it."""
+    placement: Placement | None = None
+    """Which hosts of the fleet may have it, also when another one takes it over. None: any."""
+
+
+class Move(msgspec.Struct, frozen=True):
+    """A VM moves from one host to another, or has moved."""
+
+    from_host: str
+    to_host: str
+    at: Time
+    """When it began, or, of a take-over, when it was done."""
+    state: Literal["moving", "moved", "taken_over", "restored"] = "taken_over"
+    """`moving`: it is paused and being copied; `moved`: with memory and disk; `taken_over`: the other host gave no sign
+    of life, so it was booted again; `restored`: likewise, and it went on from its newest replica."""
+
+
+MOVED, REPLICA = "moved-", "replica-"
+"""How the names of snapshots begin from which VMs go on elsewhere: one that was moved, one whose host is gone. Both
+hosts call the snapshot of a replica so."""
+
+
+class Leaving(msgspec.Struct, frozen=True, kw_only=True):
+    """A VM is about to go on at another host. It is paused, and boots no more, until it is decided where it goes on.
+
+    In the snapshot of a replica, how it goes on there once its host is gone; it runs meanwhile.
+    `docs/explanation/fleet.md` says who decides.
+    """
+
+    id: str
+    """Identifies the move, or the copy, which is never begun again."""
+    vm: str
+    """What its claim had when the move began, as `epoch`."""
+    epoch: int
+    from_host: str
+    to_host: str
+    at: Time
+    desired: Desired
+    """What it should be where it goes on."""
+    deciding: bool = False
+    """Whether etcd may have been asked to give it to the other host: only etcd knows then."""
+    replica: bool = False
+    """Whether it stays, and only a copy leaves."""
+
+    @property
+    def snapshot(self) -> str:
+        """The name of the snapshot that this host takes of it."""
+        return f"move-{self.id}"
+
+    @property
+    def arrival(self) -> str:
+        """The name of that snapshot on the other host: names are unique in the fleet."""
+        return f"{REPLICA if self.replica else MOVED}{self.id}"
+
+
+class Replica(msgspec.Struct, frozen=True, kw_only=True):
+    """The newest copies that other hosts have of a VM."""
+
+    hosts: tuple[str, ...] = ()
+    """Those that have one."""
+    at: Time | None = None
+    """When it was taken: what the VM has done since is lost with its host. null: there is none."""
+    reason: Reason | None = None
+    """Why there is none, no newer one, or none on more hosts; null: all is well."""
+
+
+class Movable(msgspec.Struct, frozen=True, kw_only=True):
+    """What a VM has that another host may start when its own gives no sign of life."""
+
+    id: str
+    """Identifies it in the fleet for good: a VM that is made anew under its name has another one."""
+    epoch: int = 1
+    """How many hosts it has had. What comes under an earlier epoch counts for nothing."""
+    request: CreateVm
+    """What it was made of."""
+    manifest: Manifest | None = None
+    """What follows from the image of the request; None: the plugin's counts."""
+    expires_at: Time | None = None
+    move: Move | None = None
+    """The last one."""
 
 
 class BuildTemplate(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -179,17 +354,39 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
 
     id: int
     name: str
+    project: str = DEFAULT_PROJECT
     cpu_cores: int
     memory_mb: int
     plugin: str
     runtime: str
     manifest: Manifest
-    """As it was when the VM was created."""
+    """As it was when the VM was created; with an OCI image, what follows from the image and the request."""
+    start_workload: bool = True
+    """Whether the manifest's workload starts with the VM."""
     kernel_cmdline: str = ""
     labels: dict[str, str] = {}
     env: dict[str, str] = {}
+    secret_env: dict[str, str] = {}
+    """The names of secrets, by the environment variables whose values they are."""
+    secrets: tuple[SecretFile, ...] = ()
+    """Secrets that are files."""
+    registry_secret: str | None = None
+    """The secret with credentials for the registry of its image, in case a boot has to fetch it; None: it needs none.
+    The guest does not get it."""
     restart_policy: RestartPolicy = "never"
     boot: BootMode = "auto"
+    placement: Placement | None = None
+    """As it was requested."""
+    movable: Movable | None = None
+    """None: no other host ever starts it by itself."""
+    leaving: Leaving | None = None
+    """None: it stays here."""
+    move: Move | None = None
+    """How it came here, if it was moved with its memory."""
+    arrived: str = ""
+    """The id of that move."""
+    replica: Replica | None = None
+    """Its copies on other hosts; None: none was made since it came here."""
     created_at: datetime
     updated_at: datetime
     expires_at: datetime | None = None
@@ -207,6 +404,14 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
     lease: Lease | None = None
     """None: it has no NIC."""
     ports: tuple[PublishedPort, ...] = ()
+    egress: Egress = EGRESS_ALL
+    """Where it may open connections to."""
+    volumes: tuple[VolumeMount, ...] = ()
+    """Parents before what is mounted in them."""
+    directories: tuple[DirectoryMount, ...] = ()
+    """Likewise."""
+    disk_iops: int | None = None
+    disk_mbps: int | None = None
 
     desired: Desired = Desired.RUNNING
     generation: int = 1
@@ -237,6 +442,9 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
     """The guest that it is a copy of; None: it is no copy."""
     checkpoint: str | None = msgspec.field(default=None, name="capture")
     """The name of the checkpoint that its first boot continues from; None once it has run."""
+    disk_from: str | None = None
+    """The name of the checkpoint that has its disk, with which it came from another host; None once it has booted
+    here."""
     tag: str = msgspec.field(default="", name="mark")
     """The process tag of the last boot, committed before the launch. Empty once nothing of the process is left."""
     process: ProcessIdentity | None = None
@@ -247,11 +455,28 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
     agent_seen: bool = False
     """Whether the agent of this process has ever answered."""
     workload: WorkloadView | None = None
-    """The last reported state of this boot's workload; None: it has none, or has not reported yet."""
+    """The last reported state of this boot's workload; None: it has none, or has not reported yet. Of a VM that does
+    not run: how its workload ended, if the VM stopped with it."""
     found_boot: int = 0
     """The number of the boot that was adopted as an orphan, so what its guest was sent is unknown. 0: none."""
     revision: int = 0
     """Raised by the journal with each commit."""
+
+    @property
+    def key(self) -> Key:
+        """Finds it by name."""
+        return Key(self.project, self.name)
+
+    @property
+    def network_key(self) -> Key:
+        """Finds its network, if that is a named one."""
+        return Key(self.project, self.network)
+
+    @property
+    def source(self) -> str:
+        """What it is made from: the reference of its OCI image, or the name of its plugin."""
+        image = self.manifest.image
+        return self.plugin if image is None else image.reference
 
     @property
     def ip_address(self) -> str:
@@ -259,9 +484,28 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
         return self.lease.address if self.lease is not None else ""
 
     @property
+    def is_finished(self) -> bool:
+        """Whether the workload has ended, and the VM with it."""
+        return (
+            self.workload is not None
+            and self.workload.has_ended
+            and self.manifest.workload is not None
+            and self.manifest.workload.on_exit == "stop"
+        )
+
+    @property
     def boot_key(self) -> str:
         """Identifies one boot of one VM, for instance in log positions."""
         return f"{self.id}.{self.boots}"
+
+
+class ImageOfVm(msgspec.Struct, frozen=True):
+    """The OCI image of a VM."""
+
+    reference: str
+    digest: str
+    command: tuple[str, ...] = ()
+    """Its program with all arguments, as the VM's request has changed it."""
 
 
 class VmView(msgspec.Struct, frozen=True, kw_only=True):
@@ -306,12 +550,40 @@ class VmView(msgspec.Struct, frozen=True, kw_only=True):
     """Why it has this network."""
     ports: tuple[str, ...] = ()
     """Of the host that lead to its own, each as `host:host_port:guest_port/protocol`."""
+    egress: Egress = EGRESS_ALL
+    """Where it may open connections to: `none`, `all`, or the rules that allow some."""
+    volumes: tuple[str, ...] = ()
+    """Those it mounts, each as `name:/path`, with `:ro`, `:nocopy` or `:ro,nocopy`, and directories of the host, each
+    as `/host/path:/path:ro` or `:rw`."""
+    secrets: tuple[str, ...] = ()
+    """The names of the secrets that it gets, as environment variables or as files."""
+    disk_iops: int | None = None
+    """The limit of reads and writes per second; null: none."""
+    disk_mbps: int | None = None
+    """The limit of MiB per second; null: none."""
+    image: ImageOfVm | None = None
+    """Its OCI image; null if it has none."""
     workload: WorkloadView | None = None
-    """The state of its workload; null if the VM does not run or has none."""
+    """The state of its workload; null if the VM has none or does not run. A VM that has stopped with its workload
+    (`on_exit`) keeps it until the next boot."""
     expires_at: Time | None = None
     """When it is deleted automatically; null: never."""
     warnings: tuple[str, ...] = ()
     """What the VM lacks that you would expect, and what to do."""
+    project: str = DEFAULT_PROJECT
+    failover: Failover = "never"
+    """What happens when its host of the fleet gives no sign of life any more."""
+    replicate: Replicate | None = None
+    """How often other hosts get a copy of it; null: never."""
+    replica: Replica | None = None
+    """Its newest copies on other hosts; null: it is to have none."""
+    move: Move | None = None
+    """The move to another host that it is in, or else its last one; null: there was none."""
+    placement: Placement | None = None
+    """Which hosts of the fleet may have it, as it was requested; null: any."""
+    unreachable: str | None = None
+    """The host of the fleet that has it, if that gives no sign of life: then this is what it last reported, and only in
+    part. null: all of this is true now."""
 
 
 def view(row: VmRow) -> VmView:
@@ -319,6 +591,7 @@ def view(row: VmRow) -> VmView:
     return VmView(
         id=row.id,
         name=row.name,
+        project=row.project,
         status=row.status,
         desired=row.desired,
         reason=row.reason,
@@ -331,6 +604,11 @@ def view(row: VmRow) -> VmView:
         network_reason=row.network_reason,
         warnings=(f"the network is {row.network!r}: {row.network_reason}",) if row.network_fallback else (),
         ports=tuple(map(str, row.ports)),
+        egress=row.egress,
+        volumes=(*map(str, row.volumes), *map(str, row.directories)),
+        secrets=secrets_of(row),
+        disk_iops=row.disk_iops,
+        disk_mbps=row.disk_mbps,
         cpu_cores=row.cpu_cores,
         memory_mb=row.memory_mb,
         kernel_cmdline=row.kernel_cmdline,
@@ -350,25 +628,44 @@ def view(row: VmRow) -> VmView:
         created_at=row.created_at,
         updated_at=row.updated_at,
         started_at=row.started_at,
-        workload=_workload(row),
+        image=_image(row),
+        workload=visible_workload(row),
         expires_at=row.expires_at,
+        failover="never" if row.movable is None else row.movable.request.failover,
+        replicate=None if row.movable is None else row.movable.request.replicate,
+        replica=shown_replica(row),
+        move=_move(row),
+        placement=row.placement,
     )
 
 
-def _workload(row: VmRow) -> WorkloadView | None:
-    if row.status not in (Status.RUNNING, Status.PAUSED) or row.manifest.workload is None:
+def shown_replica(row: VmRow) -> Replica | None:
+    """Returns what clients see of a VM's replicas; None: it is to have none."""
+    if row.movable is None or row.movable.request.replicate is None:
         return None
-    return row.workload or WorkloadView("starting")
+    return row.replica or Replica(reason=Reason("replica_due", "none was made yet since the VM came to its host"))
 
 
-def readiness(row: VmRow) -> Literal["met", "failed"] | None:
-    """Returns whether a running VM is `ready` or can't become so; None: not yet."""
-    if row.status is not Status.RUNNING:
+def _move(row: VmRow) -> Move | None:
+    if row.leaving is not None:
+        return Move(row.leaving.from_host, row.leaving.to_host, row.leaving.at, "moving")
+    return row.move or (None if row.movable is None else row.movable.move)
+
+
+def _image(row: VmRow) -> ImageOfVm | None:
+    image, workload = row.manifest.image, row.manifest.workload
+    if image is None:
         return None
-    workload = _workload(row)
-    if workload is None or workload.state in ("healthy", "exited"):
-        return "met"
-    return "failed" if workload.state == "failed" else None
+    return ImageOfVm(image.reference, image.digest, () if workload is None else workload.entrypoint)
+
+
+def visible_workload(row: VmRow) -> WorkloadView | None:
+    """Returns what clients see of the workload's state."""
+    if row.manifest.workload is None or not row.start_workload:
+        return None
+    if row.status in (Status.RUNNING, Status.PAUSED):
+        return row.workload or WorkloadView("starting")
+    return row.workload if row.status in (Status.STOPPING, Status.STOPPED) and row.is_finished else None
 
 
 def _booted_from(row: VmRow) -> Literal["cold", "template", "snapshot", "fork"] | None:
@@ -376,4 +673,7 @@ def _booted_from(row: VmRow) -> Literal["cold", "template", "snapshot", "fork"] 
         return None
     if row.template is None:
         return "cold"
-    return row.origin.kind if row.origin is not None and is_checkpoint(row.template) else "template"
+    if not is_checkpoint(row.template):
+        return "template"
+    # One that was moved goes on from a snapshot, and is no copy.
+    return "snapshot" if row.origin is None or row.arrived else row.origin.kind

@@ -7,7 +7,8 @@ from typing import Literal
 
 import msgspec
 
-from ._row import Origin, ProcessIdentity, Reason, WorkloadView
+from ._audit import Cause
+from ._row import Leaving, Origin, ProcessIdentity, Reason, Replica, WorkloadView
 
 
 class Command(StrEnum):
@@ -30,8 +31,36 @@ class CommandRequest(msgspec.Struct, frozen=True):
     grace_s: float = 10.0
     aside: bool = False
     """With `RESTART`: a VM that should be paused is paused after the boot."""
-    caller: str | None = None
-    """The client, for the first event that follows."""
+    # Named so in the digests that stored responses have of requests.
+    cause: Cause | None = msgspec.field(default=None, name="caller")
+    """Who requests it, for the record and the first event that follows."""
+
+
+class Leaves(msgspec.Struct, frozen=True):
+    """It is to go on at another host, or is about to be given to it (`deciding`)."""
+
+    leaving: Leaving
+
+
+class Stays(msgspec.Struct, frozen=True):
+    """It goes on here after all."""
+
+    id: str
+    """Of the move."""
+    reason: str
+    """For people."""
+
+
+class Left(msgspec.Struct, frozen=True):
+    """It is another host's, so it ends here."""
+
+    to_host: str
+
+
+class Replicated(msgspec.Struct, frozen=True):
+    """Other hosts have newer copies of it, or it is known why not."""
+
+    replica: Replica
 
 
 class Woke(msgspec.Struct, frozen=True):
@@ -129,6 +158,10 @@ class Released(msgspec.Struct, frozen=True):
 
 Seen = (
     CommandRequest
+    | Leaves
+    | Stays
+    | Left
+    | Replicated
     | Woke
     | ImageReady
     | Launched

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from typing import Annotated, Literal
 
 import msgspec
 
+from ._effects import is_at_rest
 from ._problem import Problem, invalid, name_taken
-from ._row import SNAPSHOT, BootMode, Origin, RestartPolicy, Status, VmRow
+from ._project import DEFAULT_PROJECT, Key
+from ._row import REPLICA, SNAPSHOT, BootMode, Origin, RestartPolicy, Status, VmRow
+from ._secret import secrets_of
 from ._spec import parse_ttl
 from ._text import Duration, Labels, Name, Plain, Time, check_labels, check_name, check_plain
+from ._volume import Volume, VolumeMount
 
 MAX_COPIES = 32
 """Of one fork."""
+FIRST_FOREIGN_ID = 10**14
+"""The VMs of snapshots that were pulled have ids from here on: far above those of VMs of any host."""
 _NAME_CHARACTERS = 63
 
+SnapshotReference = Annotated[
+    str,
+    msgspec.Meta(min_length=1, max_length=1024, description="In a registry: `registry:5000/team/app:tag`"),
+]
 Cores = Annotated[int, msgspec.Meta(ge=1, le=256)]
 MemoryMb = Annotated[int, msgspec.Meta(ge=64, le=16 * 1024 * 1024)]
 
@@ -28,6 +38,8 @@ class TakeSnapshot(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     """None: the VM's name and the time."""
     description: Plain = ""
     labels: Labels = {}
+    volumes: bool = False
+    """Whether to copy the volumes that the VM writes to, too. The guest is paused for as long as that takes."""
 
 
 class ForkVm(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -65,6 +77,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     status: Literal["creating", "ready"] = "creating"
     vm: VmRow
     """The row of its VM at that time."""
+    volumes: bool = False
+    """Whether it has the volumes that the VM wrote to."""
     description: str = ""
     labels: dict[str, str] = {}
     created_at: datetime
@@ -72,11 +86,95 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """How long the guest was paused."""
     size_bytes: int = 0
     """The size on the disk."""
+    move: str = ""
+    """The id of the move or the replica that it is a part of, with which it goes; empty: of none."""
+    source: str = ""
+    """The reference and the digest that it was pulled from; empty: it was taken on this host. The VM of one
+    that was pulled was never here, and has an id that no VM of this host gets."""
+
+    @property
+    def project(self) -> str:
+        return self.vm.project
+
+    @property
+    def key(self) -> Key:
+        """Finds it by name."""
+        return Key(self.project, self.name)
 
     @property
     def checkpoint(self) -> str:
         """The name of its checkpoint."""
         return f"{SNAPSHOT}{self.id}"
+
+    @property
+    def is_replica(self) -> bool:
+        """Whether another host has it, or is to get it, in case that of its VM dies."""
+        return bool(self.move) and self.name.startswith(REPLICA)
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether a VM can go on from it; else it has the disk of a VM at rest, which moves from host to host."""
+        return not self.move or not is_at_rest(self.vm)
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether clients see it in lists and events; else it is a part of its VM."""
+        return self.has_memory and not self.is_replica
+
+
+class PushSnapshot(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Where to send a snapshot."""
+
+    reference: SnapshotReference
+    registry_secret: Name | None = None
+    """A secret of the project: an auth file with credentials for the registry, instead of `Volant-Registry-Auth`."""
+
+
+class PullSnapshot(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Which snapshot to receive."""
+
+    reference: SnapshotReference
+    name: Name | None = None
+    """Its name here. None: the name that it had when it was pushed."""
+    registry_secret: Name | None = None
+    """A secret of the project: an auth file with credentials for the registry, instead of `Volant-Registry-Auth`."""
+
+
+class RegistrySnapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot that a registry has."""
+
+    reference: str
+    """The complete name."""
+    digest: str
+    """`sha256:…` of its manifest: a name that never means another snapshot."""
+    size_bytes: int
+    """Of its chunks, before compression."""
+    sent_bytes: int
+    """What the registry lacked, as it was sent."""
+    chunks: int
+    sent_chunks: int
+    """Those that the registry lacked."""
+
+
+class TransferView(msgspec.Struct, frozen=True, kw_only=True):
+    """A snapshot that is on its way to or from a registry."""
+
+    kind: Literal["push", "pull"]
+    project: str
+    snapshot: str
+    """Its name here; empty until it is known."""
+    reference: str
+    phase: Literal["waiting", "preparing", "moving", "finishing"]
+    """`preparing`: the files are read, or what the snapshot relies on is fetched."""
+    done_bytes: int
+    """Of the chunks that are where they are to be, before compression."""
+    total_bytes: int
+    """0: not known yet."""
+    moved_bytes: int
+    """What was sent or received, as it is on the wire."""
+    done_chunks: int
+    total_chunks: int
+    moved_chunks: int
 
 
 class SnapshotView(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,6 +196,13 @@ class SnapshotView(msgspec.Struct, frozen=True, kw_only=True):
     """How long the guest was paused."""
     size_bytes: int
     """The size on the disk; 0 until it is ready."""
+    volumes: tuple[str, ...] = ()
+    """The names of the volumes that it has copies of. A VM that goes on from it gets volumes of its own."""
+    secrets: tuple[str, ...] = ()
+    """The names of the secrets that its VM had. Their values may be in the memory and on the disk that it holds."""
+    project: str = DEFAULT_PROJECT
+    source: str | None = None
+    """Where it was pulled from, with the digest; null: it was taken on this host."""
 
 
 def snapshot_view(snapshot: Snapshot) -> SnapshotView:
@@ -117,23 +222,49 @@ def snapshot_view(snapshot: Snapshot) -> SnapshotView:
         created_at=snapshot.created_at,
         paused_ms=snapshot.paused_ms,
         size_bytes=snapshot.size_bytes,
+        volumes=tuple(mount.name for mount in copied_volumes(snapshot)),
+        secrets=secrets_of(vm),
+        project=snapshot.project,
+        source=snapshot.source or None,
     )
 
 
-def new_snapshot(request: TakeSnapshot, vm: VmRow, *, snapshot_id: str, now: datetime) -> Snapshot:
-    """Returns the row of a new snapshot of `vm`. :raises Problem: 400; 409 see `check_copyable`."""
+def copied_volumes(snapshot: Snapshot) -> tuple[VolumeMount, ...]:
+    """Returns the volumes that a snapshot has copies of, as its VM mounted them."""
+    return written_volumes(snapshot.vm) if snapshot.volumes else ()
+
+
+def written_volumes(vm: VmRow) -> tuple[VolumeMount, ...]:
+    """Returns the volumes that a VM may write to."""
+    return tuple(mount for mount in vm.volumes if not mount.read_only)
+
+
+def name_of_copy(vm: str, volume: str) -> str:
+    """Returns the name of the volume that the VM `vm` gets as its own copy of one of a snapshot."""
+    return f"{vm}-{volume}"[:_NAME_CHARACTERS].rstrip("-")
+
+
+def snapshot_name(vm: VmRow, snapshot_id: str, now: datetime) -> str:
+    """Returns the name of a snapshot that was given none."""
+    return f"{vm.name[:40].rstrip('-')}-{now:%Y%m%d-%H%M%S}-{snapshot_id[:4]}"
+
+
+def new_snapshot(request: TakeSnapshot, vm: VmRow, *, snapshot_id: str, now: datetime, move: str = "") -> Snapshot:
+    """Returns the row of a new snapshot of `vm`, for a move if that is given. :raises Problem: 400; 409 see
+    `check_copyable`; one that moves may also be at rest."""
     check_take(request)
-    check_copyable(vm)
-    name = request.name
-    if name is None:
-        name = f"{vm.name[:40].rstrip('-')}-{now:%Y%m%d-%H%M%S}-{snapshot_id[:4]}"
+    if not move or not is_at_rest(vm):
+        check_copyable(vm, volumes=request.volumes)
+    name = request.name or snapshot_name(vm, snapshot_id, now)
     return Snapshot(
         id=snapshot_id,
         name=check_name(name, "name"),
         vm=vm,
+        volumes=request.volumes,
         description=request.description,
         labels=request.labels,
         created_at=now,
+        move=move,
     )
 
 
@@ -142,6 +273,7 @@ def copied_row(vm: VmRow, *, vm_id: int, name: str, origin: Origin, checkpoint: 
     return VmRow(
         id=vm_id,
         name=name,
+        project=vm.project,
         cpu_cores=vm.cpu_cores,
         memory_mb=vm.memory_mb,
         plugin=vm.plugin,
@@ -150,6 +282,9 @@ def copied_row(vm: VmRow, *, vm_id: int, name: str, origin: Origin, checkpoint: 
         kernel_cmdline=vm.kernel_cmdline,
         labels=vm.labels,
         env=vm.env,
+        secret_env=vm.secret_env,
+        secrets=vm.secrets,
+        registry_secret=vm.registry_secret,
         restart_policy=vm.restart_policy,
         boot=vm.boot,
         created_at=now,
@@ -159,6 +294,10 @@ def copied_row(vm: VmRow, *, vm_id: int, name: str, origin: Origin, checkpoint: 
         # Its machine has a NIC or none, as its origin's; an address and ports of the host can't be had twice.
         network=vm.network,
         network_reason=f"VM {vm.name}, which it is a copy of, has it",
+        egress=vm.egress,
+        volumes=vm.volumes,
+        disk_iops=vm.disk_iops,
+        disk_mbps=vm.disk_mbps,
         image=vm.image,
         balloon=vm.balloon,
         origin=origin,
@@ -166,9 +305,17 @@ def copied_row(vm: VmRow, *, vm_id: int, name: str, origin: Origin, checkpoint: 
     )
 
 
-def restored_row(request: RestoreVm, snapshot: Snapshot, *, vm_id: int, now: datetime) -> VmRow:
-    """Returns the row of a new VM that continues from `snapshot`. :raises Problem: 400; 409 it is not ready."""
+def restored_row(
+    request: RestoreVm, snapshot: Snapshot, *, vm_id: int, now: datetime, volumes: Mapping[str, Volume]
+) -> VmRow:
+    """Returns the row of a new VM that continues from `snapshot`.
+
+    :param volumes: the VM's own copies of `copied_volumes`, by the ids of those
+    :raises Problem: 400; 409 it is not ready.
+    """
     check_restore(request)
+    if not snapshot.has_memory:
+        raise no_such_snapshot(request.from_snapshot, field="from_snapshot")
     if snapshot.status != "ready":
         raise Problem(
             409, "snapshot-not-ready", f"snapshot {snapshot.name!r} is still being taken", field="from_snapshot",
@@ -186,10 +333,11 @@ def restored_row(request: RestoreVm, snapshot: Snapshot, *, vm_id: int, now: dat
     labels = {**vm.manifest.labels, **request.labels}
     check_labels(labels)
     ttl = parse_ttl(request.ttl)
-    origin = Origin("snapshot", vm.name, vm.id, snapshot.name, snapshot.paused_ms)
+    origin = Origin("snapshot", vm.name, vm.id, snapshot.name, snapshot.paused_ms, snapshot.id)
     row = copied_row(vm, vm_id=vm_id, name=request.name, origin=origin, checkpoint=snapshot.checkpoint, now=now)
     return msgspec.structs.replace(
         row,
+        volumes=tuple(_own(mount, volumes) for mount in vm.volumes),
         labels=labels,
         restart_policy=request.restart_policy,
         boot=request.boot,
@@ -197,7 +345,14 @@ def restored_row(request: RestoreVm, snapshot: Snapshot, *, vm_id: int, now: dat
     )
 
 
-def fork_names(request: ForkVm, vm: str, taken: frozenset[str]) -> tuple[str, ...]:
+def _own(mount: VolumeMount, volumes: Mapping[str, Volume]) -> VolumeMount:
+    volume = volumes.get(mount.id)
+    if volume is None:
+        return mount
+    return msgspec.structs.replace(mount, id=volume.id, name=volume.name, writers=volume.writers)
+
+
+def fork_names(request: ForkVm, vm: str, taken: Collection[str]) -> tuple[str, ...]:
     """Returns the names of the copies. :raises Problem: 409 one is taken."""
     if request.names is not None:
         for name in request.names:
@@ -246,8 +401,9 @@ def check_restore(request: RestoreVm) -> None:
     parse_ttl(request.ttl)
 
 
-def check_copyable(vm: VmRow) -> None:
-    """:raises Problem: 409 the guest can't be copied."""
+def check_copyable(vm: VmRow, *, volumes: bool = False) -> None:
+    """:raises Problem: 409 the guest can't be copied: it does not run, mounts a directory of the host, or writes to a
+    volume and `volumes`, whether these are copied, too, is false."""
     if not is_copyable(vm):
         shown = vm.status.value if vm.desired.value == vm.status.value else f"{vm.status.value}, to be {vm.desired}"
         raise Problem(
@@ -257,6 +413,23 @@ def check_copyable(vm: VmRow) -> None:
             vm=vm.name,
             hint="wait until it runs" if vm.status is Status.STARTING else f"`volar vms start {vm.name}` starts it",
         )
+    if vm.directories:
+        raise Problem(
+            409,
+            "host-directory",
+            f"VM {vm.name!r} mounts {vm.directories[0].source} of the host, which can't be copied with its memory",
+            vm=vm.name,
+            hint="create the VM without the directory, or keep the data in a volume",
+        )
+    written = written_volumes(vm)
+    if written and not volumes:
+        raise Problem(
+            409,
+            "volume-written",
+            f"VM {vm.name!r} writes to the volume {written[0].name!r}, which its memory has parts of",
+            vm=vm.name,
+            hint="take a snapshot with its volumes (`volumes`, `volar vms snapshot --volumes`), or mount it read-only",
+        )
 
 
 def is_copyable(vm: VmRow) -> bool:
@@ -264,9 +437,21 @@ def is_copyable(vm: VmRow) -> bool:
     return vm.status in (Status.RUNNING, Status.PAUSED) and vm.desired.value == vm.status.value and not vm.phase
 
 
+def has_disk_to_move(vm: VmRow) -> bool:
+    """Returns whether a VM at rest has a disk of its own; else it has none, or its first boot makes it."""
+    has_booted = vm.boots > 0 and not has_failed_as_clone(vm)
+    return bool(vm.layer) and (has_booted or vm.disk_from is not None)
+
+
+def has_failed_as_clone(vm: VmRow) -> bool:
+    """Returns whether its only boot was that of a clone, which failed and leaves a disk of unknown content."""
+    return vm.fallback is not None and vm.boots == 1
+
+
 def waits_for(vm: VmRow, checkpoint: str) -> bool:
-    """Returns whether a VM is about to continue from a checkpoint."""
-    return vm.checkpoint == checkpoint and vm.status in (Status.PENDING, Status.STARTING)
+    """Returns whether a VM is about to continue from a checkpoint, or has its disk there."""
+    is_booting = vm.status in (Status.PENDING, Status.STARTING)
+    return vm.disk_from == checkpoint or (vm.checkpoint == checkpoint and is_booting)
 
 
 def no_such_snapshot(name: str, *, field: str | None = None) -> Problem:

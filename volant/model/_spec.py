@@ -4,31 +4,62 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
+from ._egress import EGRESS_ALL, Egress, choose_egress, parse_egress
 from ._manifest import BASE, Manifest, check_env
+from ._mounts import parse_mounts
 from ._network import NONE, Networking, chosen_network, parse_ports
 from ._problem import contradictory, invalid
-from ._row import CreateVm, VmRow
+from ._project import DEFAULT_PROJECT
+from ._row import CreateVm, Movable, Replicate, VmRow
+from ._secret import check_secrets, parse_secrets, split_env
 from ._text import check_labels, check_name, check_plain, parse_duration
 
 _MAX_TTL_S = 366 * 86400.0
+_MIN_REPLICATE_S, _MAX_REPLICATE_S = 10.0, 86400.0
+"""Each replica pauses the guest for a moment, and reads all of its memory."""
 _NO_NETWORKING = Networking()
 
 
 DEFAULT_MEMORY_MB = 256
 """For VMs of `base`. The minimum of its image is little to work with."""
+IMAGE_MEMORY_MB = 512
+"""For VMs of an OCI image."""
+IMAGE_DISK_MB = 10 * 1024
+"""Likewise. The disk takes what is written to it."""
+_FILES_OF_ONE_HOST = ("oci:", "oci-archive:", "docker-archive:")
+_ONLY_FOR_IMAGES = (
+    "registry_secret",
+    "command",
+    "entrypoint",
+    "user",
+    "workdir",
+    "stop_signal",
+    "health_check",
+    "publish_all",
+)
 
 
 def size_of(request: CreateVm, manifest: Manifest) -> tuple[int, int]:
     """Returns the CPU cores and the MiB of memory: those of the request, else of the plugin."""
     needs = manifest.resources
-    memory_mb = DEFAULT_MEMORY_MB if manifest.name == BASE.name else needs.memory_mb
+    memory_mb = needs.memory_mb
+    if manifest.name == BASE.name:
+        memory_mb = DEFAULT_MEMORY_MB if request.image is None else IMAGE_MEMORY_MB
     return request.cpu_cores or needs.cpu_cores, request.memory_mb or memory_mb
 
 
 def new_row(
-    request: CreateVm, manifest: Manifest, *, vm_id: int, now: datetime, networking: Networking = _NO_NETWORKING
+    request: CreateVm,
+    manifest: Manifest,
+    *,
+    project: str = DEFAULT_PROJECT,
+    project_egress: Egress = EGRESS_ALL,
+    vm_id: int,
+    now: datetime,
+    networking: Networking = _NO_NETWORKING,
+    movable: Movable | None = None,
 ) -> VmRow:
-    """Returns the row of a new VM, with the status `pending` and without a lease.
+    """Returns the row of a new VM, with the status `pending`, without a lease and without the ids of its volumes.
 
     :raises Problem: 400 that names the field.
     """
@@ -42,7 +73,8 @@ def new_row(
         )
     labels = {**manifest.labels, **request.labels}
     check_labels(labels)
-    has_disk = manifest.boot is not None and manifest.boot.rootfs is not None
+    has_disk = manifest.boot is not None and manifest.boot.has_disk
+    disk_mb = request.disk_mb or (None if manifest.image is None else IMAGE_DISK_MB)
     if request.disk_mb is not None and not has_disk:
         raise contradictory(
             "disk_mb",
@@ -58,29 +90,102 @@ def new_row(
             hint="set `network` to `bridge`, `user`, or the name of a network",
         )
     ttl = parse_ttl(request.ttl)
+    expires_at = None if ttl is None else now + ttl
+    if movable is not None:
+        # It may be as old as it was on the host before.
+        expires_at = movable.expires_at
+    mounts = parse_mounts(request.volumes)
+    env, secret_env = split_env(request.env)
     return VmRow(
         id=vm_id,
         name=request.name,
+        project=project,
         cpu_cores=cpu_cores,
         memory_mb=memory_mb,
         plugin=request.plugin,
         runtime=request.runtime if request.runtime is not None else manifest.runtime,
         manifest=manifest,
+        start_workload=request.start_workload,
         kernel_cmdline=request.kernel_cmdline,
         labels=labels,
-        env=request.env,
+        env=env,
+        secret_env=secret_env,
+        secrets=parse_secrets(request.secrets),
+        registry_secret=request.registry_secret,
         restart_policy=request.restart_policy,
         boot=request.boot,
         created_at=now,
         updated_at=now,
-        expires_at=None if ttl is None else now + ttl,
+        expires_at=expires_at,
         network=choice.network,
         network_reason=choice.reason,
         network_fallback=choice.fallback,
         ports=ports,
+        egress=choose_egress(
+            request.egress, project=project_egress, connected=choice.network != NONE, reason=choice.reason
+        ),
         layer=f"{vm_id}-{now:%Y%m%dT%H%M%S.%f}" if has_disk else "",
-        disk_mb=request.disk_mb,
+        disk_mb=disk_mb,
+        volumes=mounts.volumes,
+        directories=mounts.directories,
+        disk_iops=request.disk_iops,
+        disk_mbps=request.disk_mbps,
+        movable=movable,
+        placement=request.placement,
     )
+
+
+def _check_image(request: CreateVm) -> None:
+    if request.image is not None:
+        check_plain(request.image, "image")
+        if request.plugin != BASE.name:
+            raise contradictory(
+                "image", f"image is {request.image!r} and plugin {request.plugin!r}: a VM has one of them",
+                hint="leave one out",
+            )  # fmt: skip
+        return
+    given = [name for name in _ONLY_FOR_IMAGES if getattr(request, name) not in (None, False)]
+    if not request.start_workload:
+        given.append("start_workload")
+    if given:
+        raise contradictory(
+            given[0], f"{given[0]} is only for a VM of an OCI image",
+            hint="name the image in `image`, or leave it out",
+        )  # fmt: skip
+
+
+def _check_failover(request: CreateVm) -> None:
+    if request.replicate is not None:
+        replicate_every_s(request.replicate)
+        if request.failover != "restore":
+            raise contradictory(
+                "replicate", f"replicate is given, and failover is {request.failover!r}, which uses no replica",
+                hint="set `failover` to `restore`, or leave `replicate` out",
+            )  # fmt: skip
+    elif request.failover == "restore":
+        raise invalid(
+            "replicate", "failover is 'restore', and replicate does not say how often to copy the VM to other hosts",
+            hint='write for instance "replicate": {"every": "5m"}',
+        )  # fmt: skip
+    if request.failover == "never":
+        return
+    what = None
+    if request.volumes:
+        what = f"volumes is {[*request.volumes]}"
+    elif request.image is not None and request.image.startswith(_FILES_OF_ONE_HOST):
+        what = f"image is {request.image!r}"
+    if what is not None:
+        raise contradictory(
+            "failover", f"failover is {request.failover!r}, and {what}, which only one host has",
+            hint="leave `failover` out, or put the image into a registry",
+        )  # fmt: skip
+
+
+def replicate_every_s(replicate: Replicate) -> float:
+    """Returns the seconds from one replica to the next. :raises Problem: 400, malformed, too short or too long."""
+    return parse_duration(
+        replicate.every, "replicate.every", minimum_s=_MIN_REPLICATE_S, maximum_s=_MAX_REPLICATE_S
+    )  # fmt: skip
 
 
 def parse_ttl(ttl: str | None) -> timedelta | None:
@@ -94,6 +199,11 @@ def check_create(request: CreateVm) -> None:
     """Checks what the types of `CreateVm` can't say. :raises Problem: 400 that names the field."""
     check_name(request.name, "name")
     check_name(request.plugin, "plugin")
+    _check_image(request)
+    _check_failover(request)
+    if request.placement is not None:
+        for name in ("labels", "affinity", "anti_affinity"):
+            check_labels(getattr(request.placement, name), f"placement.{name}")
     if request.runtime is not None:
         check_name(request.runtime, "runtime")
     check_plain(request.kernel_cmdline, "kernel_cmdline", maximum=1024)
@@ -102,4 +212,13 @@ def check_create(request: CreateVm) -> None:
     if request.network is not None:
         check_name(request.network, "network")
     parse_ports(request.ports)
+    if request.egress is not None:
+        parse_egress(request.egress)
+    mounts = parse_mounts(request.volumes)
+    secret_env = split_env(request.env)[1]
+    check_secrets(secret_env, parse_secrets(request.secrets), (*mounts.volumes, *mounts.directories))
+    if request.volumes and request.boot == "template":
+        raise invalid(
+            "boot", "boot is 'template', and a template has no volumes", hint="leave `boot` out: the VM boots cold"
+        )
     parse_ttl(request.ttl)

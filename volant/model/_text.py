@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Annotated
 
@@ -97,15 +97,15 @@ def check_plain(value: str, field: str, *, maximum: int = MAX_TEXT) -> str:
     return value
 
 
-def check_labels(labels: Mapping[str, str]) -> None:
+def check_labels(labels: Mapping[str, str], field: str = "labels") -> None:
     """:raises Problem: 400 when there are too many labels, or one can't be written as `key=value`."""
     if len(labels) > MAX_LABELS:
-        raise invalid("labels", f"labels has {len(labels)} members, at most {MAX_LABELS} are allowed")
+        raise invalid(field, f"{field} has {len(labels)} members, at most {MAX_LABELS} are allowed")
     for key, value in labels.items():
         if not key or "=" in key:
-            raise invalid("labels", f"labels has the key {key[:80]!r}: not empty and without '='")
-        check_plain(key, "labels", maximum=128)
-        check_plain(value, f"labels.{key}", maximum=1024)
+            raise invalid(field, f"{field} has the key {key[:80]!r}: not empty and without '='")
+        check_plain(key, field, maximum=128)
+        check_plain(value, f"{field}.{key}", maximum=1024)
 
 
 def utf8_boundary(data: bytes | bytearray, cut: int, begin: int = 0) -> int:
@@ -114,3 +114,8 @@ def utf8_boundary(data: bytes | bytearray, cut: int, begin: int = 0) -> int:
         if cut - back > begin and data[cut - back] & 0xC0 != 0x80:
             return cut - back
     return cut
+
+
+def first_few(names: Sequence[str]) -> str:
+    """Returns up to five names and the number of the others, for a sentence."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

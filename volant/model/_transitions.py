@@ -7,6 +7,8 @@ from ._row import Status as S
 TRANSITIONS: frozenset[tuple[S | None, S | None]] = frozenset(
     {
         (None, S.PENDING),
+        (None, S.STOPPED),
+        (None, S.CRASHED),
         (S.PENDING, S.STARTING),
         (S.PENDING, S.STOPPED),
         (S.PENDING, S.DELETING),

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from ._caller import Permission, Role
 from ._text import Time
 
 Wellbeing = Literal["ok", "starting", "stopping", "degraded"]
@@ -64,7 +65,7 @@ class OrphanView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 StoredKind = Literal[
-    "journal", "database", "log", "disk", "snapshot", "image", "medium", "template", "leftover", "cache"
+    "journal", "database", "log", "disk", "snapshot", "volume", "image", "medium", "template", "leftover", "cache"
 ]
 PRUNED_KINDS: tuple[StoredKind, ...] = ("log", "image", "medium", "template", "leftover")
 """What `prune` removes by default: it can be fetched or built again, or its VM is deleted."""
@@ -128,6 +129,8 @@ class PluginView(msgspec.Struct, frozen=True):
     created_at: Time | None
     """None for what is built in."""
     labels: Mapping[str, str]
+    project: str = "default"
+    """That of the caller, for what is built in."""
 
 
 class TemplateView(msgspec.Struct, frozen=True, kw_only=True):
@@ -223,6 +226,69 @@ class Ticket(msgspec.Struct, frozen=True):
 
     ticket: str
     expires_at: Time
+
+
+class SignInWithKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of a request for a session."""
+
+    key: Annotated[str, msgspec.Meta(min_length=1, max_length=16384)]
+    """An API key, or a token of the issuer."""
+
+
+class NewSignInView(msgspec.Struct, frozen=True):
+    """A sign-in at the issuer that has begun. The other half is the cookie beside this."""
+
+    url: str
+    """Where the browser goes on, at the issuer."""
+    proof: str
+    """For `POST /api/v1/session/oidc/finish`, once the browser is back."""
+
+
+class FinishSignIn(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of a request for the session that a sign-in at the issuer has led to."""
+
+    proof: Annotated[str, msgspec.Meta(min_length=1, max_length=100)]
+    """From the beginning of the sign-in."""
+
+
+class SessionView(msgspec.Struct, frozen=True, kw_only=True):
+    """Who a client is, and what it may do."""
+
+    caller: str
+    """As events and the audit log name it."""
+    role: Role
+    project: str | None
+    """The one project that it sees; null: all."""
+    permissions: tuple[Permission, ...]
+    signed_in: bool
+    """Whether it has a session, which it can end."""
+    expires_at: Time | None
+    """Of the session; null without one."""
+
+
+class NewSessionView(SessionView, frozen=True, kw_only=True):
+    """A session that has begun. The other half is the cookie beside this."""
+
+    proof: str
+    """For the header `Volant-Session`."""
+
+
+class OpenPort(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of a request for the origin of a port."""
+
+    port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+    """Of the guest's loopback."""
+    path: Annotated[str, msgspec.Meta(pattern=r"^/[\x21-\x7e]*$", max_length=1000)] = "/"
+    """What a browser opens there, with its query."""
+
+
+class PortOriginView(msgspec.Struct, frozen=True):
+    """A port at an origin of its own."""
+
+    origin: str
+    """Stays the same for this port of this VM."""
+    url: str
+    """To open in a browser, within a minute and once where keys are in force: it hands over the grant."""
 
 
 class ProblemDetails(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

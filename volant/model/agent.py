@@ -15,6 +15,7 @@ unknown fields are refused.
 
 from __future__ import annotations
 
+import signal
 import struct
 
 TYPE_CHECKING = False
@@ -23,7 +24,7 @@ if TYPE_CHECKING:  # typing is slow to import
 
 
 PROTOCOL_MIN: Final = 1
-PROTOCOL_VERSION: Final = 3
+PROTOCOL_VERSION: Final = 5
 """The newest version that this code speaks."""
 IDENTITY_WORKLOAD_SINCE: Final = 2
 """The first version in which an `Identity` may have `manifest` and `workload`."""
@@ -31,6 +32,10 @@ IDENTITY_NETWORK_SINCE: Final = 3
 """The first version in which an `Identity` may have `network`, and with `DAEMON_HOSTS`."""
 IDENTITY_AS_IT_IS_SINCE: Final = 3
 """The first version in which an `Identity` may have `as_it_is`."""
+VOLUMES_SINCE: Final = 4
+"""The first version with `DAEMON_VOLUMES`."""
+SECRETS_SINCE: Final = 5
+"""The first version with `DAEMON_SECRETS`."""
 
 AGENT_PORT: Final = 1024
 """The vsock port on which the agent listens; over virtio-serial, the `:authority` of the CONNECT."""
@@ -68,6 +73,13 @@ DAEMON_CLOCK: Final = "/v1/daemon/clock"
 """`PUT {"time_ns"}` sets the wall clock, `{"step_ns"}` moves it; answered with the new time."""
 DAEMON_HOSTS: Final = "/v1/daemon/hosts"
 """`PUT {"hosts": {NAME: ADDRESS}}`: replaces the daemon's part of `/etc/hosts`."""
+DAEMON_VOLUMES: Final = "/v1/daemon/volumes"
+"""`PUT {"volumes": [GuestVolume]}`: mounts those that are not mounted yet, in this order, and grows each filesystem to
+the size of its disk. 409: one can't be mounted, and why."""
+DAEMON_SECRETS: Final = "/v1/daemon/secrets"
+"""`PUT` a `GuestSecrets`: puts files into memory, and adds variables to the environment of the workload, and to that of
+commands if the manifest has `exec`. It precedes both, and a clone's `Identity`. `GET`, and the answer to `PUT`:
+`{"boot"}` for which the values were sent, or null. 409: a file can't be made, and why."""
 DAEMON_SETTLE: Final = "/v1/daemon/settle"
 """`POST`: prepares the guest for becoming a template; waits until it is set up and has written everything."""
 CLONE_FILE: Final = "/run/volant-clone.json"
@@ -91,6 +103,10 @@ until the guest is set up."""
 ROOT_PARAMETER: Final = "volant.root"
 """The kernel parameter with the serial number of the root filesystem's disk."""
 ROOT_SERIAL: Final = "volant-root"
+IMAGE_PARAMETER: Final = "volant.image"
+"""The kernel parameter with the serial number of the disk with an OCI image, which the guest mounts below the root
+filesystem's disk, as an overlay."""
+IMAGE_SERIAL: Final = "volant-image"
 NETWORK_PARAMETER: Final = "volant.net"
 """The kernel parameter with the settings of the NIC: `ADDRESS/PREFIX,GATEWAY,MAC`."""
 NAMESERVERS_PARAMETER: Final = "volant.dns"
@@ -126,9 +142,28 @@ FRAME_STDERR_GAP: Final = 4
 MAX_FRAME_BYTES: Final = 64 * 1024
 """The longest data of one frame."""
 
+DEFAULT_STOP_SIGNAL: Final = "SIGTERM"
+MAX_USER_CHARACTERS: Final = 256
+
 LOG_HEADER: Final = struct.Struct("!BQQI")
 """Kind, position, wall clock in nanoseconds, length of the data that follows."""
 _GAP: Final = struct.Struct("!Q")
+
+
+def signal_number(text: str) -> int | None:
+    """Returns the number of a signal: `SIGINT`, `INT`, `SIGRTMIN+3` or `2`; None: there is no such signal."""
+    if text.isascii() and text.isdecimal():
+        number = int(text) if len(text) < 4 else 0
+        return number if 1 <= number <= signal.SIGRTMAX else None
+    name = text.upper().removeprefix("SIG")
+    base, sign, offset = name[:5], name[5:6], name[6:]
+    if base in ("RTMIN", "RTMAX") and sign in ("", "+", "-"):
+        if sign and not (offset.isascii() and offset.isdecimal() and len(offset) < 3):
+            return None
+        number = int(getattr(signal, f"SIG{base}")) + int(f"{sign}{offset}" if sign else "0")
+        return number if signal.SIGRTMIN <= number <= signal.SIGRTMAX else None
+    found = signal.Signals.__members__.get(f"SIG{name}")
+    return None if found is None else int(found)
 
 
 def encode_log_frame(kind: int, position: int, time_ns: int, data: bytes) -> bytes:

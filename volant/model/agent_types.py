@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
-WorkloadState = Literal["none", "starting", "healthy", "unhealthy", "exited", "failed"]
+from ._workload_state import WorkloadState
 
 
 class WorkloadStatus(TypedDict):
@@ -88,10 +88,11 @@ class ExecRequest(TypedDict):
 
     command: list[str]
     env: NotRequired[dict[str, str]]
-    """Added to the agent's own small environment."""
+    """Added to the agent's own small environment and to the `env` of the manifest's `exec`, and overrides both."""
     cwd: NotRequired[str]
+    """Default: the `workdir` of the manifest's `exec`, else `/`."""
     user: NotRequired[str | None]
-    """A name or a number, optionally `:` and a group. None: root."""
+    """A name or a number, optionally `:` and a group. None: the `user` of the manifest's `exec`, else root."""
     timeout_s: NotRequired[float | None]
     """The whole process group is killed after that many seconds. None: no limit."""
     stdin: NotRequired[str | None]
@@ -193,6 +194,8 @@ class HealthCheckSpec(TypedDict):
     interval_s: NotRequired[float]
     timeout_s: NotRequired[float]
     retries: NotRequired[int]
+    start_period_s: NotRequired[float]
+    """An agent without this member refuses the request."""
 
 
 class WorkloadSpec(TypedDict):
@@ -201,6 +204,12 @@ class WorkloadSpec(TypedDict):
     entrypoint: list[str]
     env: NotRequired[dict[str, str]]
     workdir: NotRequired[str]
+    """Made if it does not exist."""
+    user: NotRequired[str | None]
+    """A name or a number, optionally `:` and a group. None: root. An agent without this member or the next refuses
+    the request."""
+    stop_signal: NotRequired[str]
+    """What `signal_number` takes."""
     port: NotRequired[int | None]
     restart: NotRequired[Literal["never", "on-failure", "always"]]
     health_check: NotRequired[HealthCheckSpec | None]
@@ -219,6 +228,49 @@ class GuestNetwork(TypedDict):
     """Addresses of DNS servers. Missing: `/etc/resolv.conf` stays."""
     hosts: NotRequired[dict[str, str]]
     """As by `PUT /v1/daemon/hosts`."""
+
+
+class GuestSecretFile(TypedDict):
+    """A file with the value of a secret."""
+
+    path: str
+    """In a directory that is in memory."""
+    data: str
+    """Base64."""
+
+
+class GuestSecrets(TypedDict):
+    """The body of `PUT /v1/daemon/secrets`."""
+
+    boot: str
+    """For which boot of which VM the values are; the agent returns it."""
+    env: dict[str, str]
+    """The base64 of values by environment variable."""
+    files: list[GuestSecretFile]
+    user: NotRequired[str | None]
+    """The owner of the files, as in `WorkloadSpec`. None: root."""
+
+
+class GuestVolume(TypedDict):
+    """A volume or a directory of the host to mount; it has either `serial` or `tag`."""
+
+    serial: NotRequired[str]
+    """Of the volume's disk."""
+    tag: NotRequired[str]
+    """Of the directory's virtiofs device."""
+    path: str
+    """Absolute, with the VM's root as `/`."""
+    read_only: bool
+    nocopy: NotRequired[bool]
+    """An empty volume stays empty. Missing or false: it receives what the root has at the path."""
+    bytes: NotRequired[int]
+    """The size that the disk will have in a moment, as it was grown."""
+
+
+class Volumes(TypedDict):
+    """The body of `PUT /v1/daemon/volumes`."""
+
+    volumes: list[GuestVolume]
 
 
 class Hosts(TypedDict):

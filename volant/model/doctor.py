@@ -1,4 +1,4 @@
-"""The report of `volantd check`, which `volar setup --check` shows: whether VMs can run on a host."""
+"""The reports of `volantd check`, which `volar setup --check` shows, and of `volantd check-fleet`."""
 
 from __future__ import annotations
 
@@ -38,3 +38,14 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     def lesser(self) -> list[str]:
         """The names of the checks with the level `less`."""
         return [finding.check for finding in self.findings if finding.level == "less"]
+
+
+class FleetReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The fleet that a host can be one of."""
+
+    host: str
+    """The name of the host."""
+    address: str
+    """Where other hosts reach it."""
+    hosts: tuple[str, ...]
+    """The names of all, with it."""

@@ -13,12 +13,25 @@ from ipaddress import AddressValueError, IPv4Address, IPv6Address
 
 import msgspec
 
+from ._api_key import ApiKey
+from ._caller import Role
+from ._egress import Egress, parse_egress
 from ._manifest import BASE, Manifest
 from ._network import KINDS, Lease, Network, PublishedPort, kind_of
 from ._problem import Problem
 from ._row import MAX_DISK_MB, VmRow
+from ._secret import MAX_SECRET_BYTES, MAX_SECRETS_OF_VM, Secret, is_secret_path
 from ._snapshot import Snapshot
 from ._text import check_plain, is_name
+from ._volume import (
+    MAX_VOLUME_MB,
+    MAX_VOLUMES,
+    DirectoryMount,
+    Volume,
+    VolumeMount,
+    is_short_path,
+    is_volume_path,
+)
 
 MAX_ID = 10**15
 """The limit for ids and counters, far above any real value and far below SQLite's limit."""
@@ -26,9 +39,15 @@ _LAYER = re.compile(r"([1-9][0-9]{0,17})-[A-Za-z0-9][A-Za-z0-9.]{0,63}\Z")
 _TAG = re.compile(r"volant-[0-9a-z]{1,32}-(?:([1-9][0-9]{0,17})\.[1-9][0-9]{0,17}|s\.[0-9a-f]{1,32})\Z")
 _IMAGE = re.compile(r"(?:[0-9a-f]{64}|custom)\Z")
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
+_IMAGE_DIGEST = re.compile(r"sha256:[0-9a-f]{64}\Z")
 _TEMPLATE = re.compile(r"(?:[0-9a-f]{32}|(?:fork|snapshot)-[0-9A-Za-z-]{1,64})\Z")
 _CHECKPOINT = re.compile(r"(?:fork|snapshot)-[0-9A-Za-z-]{1,64}\Z")
 _SNAPSHOT_ID = re.compile(r"[0-9A-Za-z-]{1,64}\Z")
+_VOLUME_ID = re.compile(r"[0-9a-f]{16}\Z")
+_SECRET_KEY_ID = re.compile(r"[0-9a-f]{8}\Z")
+_SEAL_BYTES = 64
+"""More than a nonce and a tag."""
+_KEY_ID = re.compile(r"[0-9a-f]{32}\Z")
 _SOCKET = re.compile(r"/[^\x00-\x1f\x7f]{1,4095}\Z")
 _MAC = re.compile(r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}\Z")
 _TAP = re.compile(r"(?:v[0-9a-z]{14})?\Z")
@@ -51,7 +70,7 @@ def check_stored_vm(row: VmRow) -> None:
     """:raises BadMember: a path, a process, a device or an argument has a form that volantd does not use."""
     if not 1 <= row.id <= MAX_ID:
         raise BadMember("id", row.id, f"and ids are from 1 to {MAX_ID}")
-    for member in ("name", "plugin", "runtime", "network"):
+    for member in ("name", "project", "plugin", "runtime", "network"):
         _name(member, getattr(row, member))
     check_stored_manifest(row.manifest, "manifest.")
     if row.layer:
@@ -69,13 +88,14 @@ def check_stored_vm(row: VmRow) -> None:
     _text("image", row.image, _IMAGE, "which is no digest of an image")
     _text("template", row.template, _TEMPLATE, "which is no digest of a template and no name of a checkpoint")
     _text("capture", row.checkpoint, _CHECKPOINT, "which is no name of a checkpoint")
+    _text("disk_from", row.disk_from, _CHECKPOINT, "which is no name of a checkpoint")
     if row.hypervisor is not None:
         _name("hypervisor", row.hypervisor)
     _plain("kernel_cmdline", row.kernel_cmdline)
     for member, low, high in (
         ("cpu_cores", 1, 4096), ("memory_mb", 1, 2**30), ("disk_mb", 1, MAX_DISK_MB), ("boots", 0, MAX_ID),
         ("booted", 0, MAX_ID), ("generation", 0, MAX_ID), ("restarts", 0, MAX_ID), ("found_boot", 0, MAX_ID),
-        ("revision", 0, MAX_ID), ("grace_s", 0, 10**9),
+        ("revision", 0, MAX_ID), ("grace_s", 0, 10**9), ("disk_iops", 1, MAX_ID), ("disk_mbps", 1, MAX_ID),
     ):  # fmt: skip
         number = getattr(row, member)
         if number is not None and not low <= number <= high:
@@ -86,6 +106,23 @@ def check_stored_vm(row: VmRow) -> None:
         _lease(row.lease, kind_of(row.network) not in ("none", "user"))
     for number, port in enumerate(row.ports):
         _port(f"ports[{number}]", port)
+    check_stored_egress(row.egress)
+    if (mounts := len(row.volumes) + len(row.directories)) > MAX_VOLUMES:
+        raise BadMember("volumes", mounts, f"and a VM has at most {MAX_VOLUMES}")
+    if (count := len(row.secret_env) + len(row.secrets)) > MAX_SECRETS_OF_VM:
+        raise BadMember("secrets", count, f"and a VM has at most {MAX_SECRETS_OF_VM}")
+    for variable, secret in row.secret_env.items():
+        _name(f"secret_env.{variable[:80]}", secret)
+    if row.registry_secret is not None:
+        _name("registry_secret", row.registry_secret)
+    for number, file in enumerate(row.secrets):
+        _name(f"secrets[{number}].name", file.name)
+        if not is_secret_path(file.path):
+            raise BadMember(f"secrets[{number}].path", file.path, "where no secret can be")
+    for number, mount in enumerate(row.volumes):
+        _mount(f"volumes[{number}]", mount)
+    for number, directory in enumerate(row.directories):
+        _directory(f"directories[{number}]", directory)
 
 
 def check_stored_snapshot(snapshot: Snapshot) -> None:
@@ -103,9 +140,53 @@ def check_stored_snapshot(snapshot: Snapshot) -> None:
 def check_stored_network(network: Network) -> None:
     """:raises BadMember: see `check_stored_vm`."""
     _name("name", network.name)
+    _name("project", network.project)
     if network.name in KINDS:
         raise BadMember("name", network.name, "which is a kind of network")
     check_stored_time("created_at", network.created_at)
+
+
+def check_stored_volume(volume: Volume) -> None:
+    """:raises BadMember: see `check_stored_vm`."""
+    _text("id", volume.id, _VOLUME_ID, "which is no id of a volume")
+    _text("source", volume.source, _VOLUME_ID, "which is no id of a volume")
+    _name("name", volume.name)
+    _name("project", volume.project)
+    if not 1 <= volume.size_mb <= MAX_VOLUME_MB:
+        raise BadMember("size_mb", volume.size_mb, f"and from 1 to {MAX_VOLUME_MB} is possible")
+    if not 0 <= volume.writers <= MAX_ID:
+        raise BadMember("writers", volume.writers, "which is no count")
+    check_stored_time("created_at", volume.created_at)
+
+
+def check_stored_secret(secret: Secret) -> None:
+    """:raises BadMember: see `check_stored_vm`."""
+    _name("name", secret.name)
+    _name("project", secret.project)
+    _text("key_id", secret.key_id, _SECRET_KEY_ID, "which is no id of a key")
+    if not 1 <= secret.version <= MAX_ID:
+        raise BadMember("version", secret.version, "which is no version")
+    if len(secret.sealed) > MAX_SECRET_BYTES + _SEAL_BYTES:
+        raise BadMember("sealed", len(secret.sealed), "bytes, which are more than a secret has")
+    check_stored_time("created_at", secret.created_at)
+    check_stored_time("updated_at", secret.updated_at)
+
+
+def check_stored_key(key: ApiKey) -> None:
+    """:raises BadMember: see `check_stored_vm`."""
+    _text("digest", key.digest, _SHA256, "which is no SHA-256")
+    _text("id", key.id, _KEY_ID, "which is no id of a key")
+    _name("name", key.name)
+    if (key.project is None) != (key.role is Role.ADMIN):
+        raise BadMember("project", key.project, "and every key has one but an administrator's")
+    if key.project is not None:
+        _name("project", key.project)
+    _plain("created_by", key.created_by)
+    check_stored_time("created_at", key.created_at)
+    check_stored_time("expires_at", key.expires_at)
+    if key.used is not None:
+        _plain("used.address", key.used.address)
+        check_stored_time("used.at", key.used.at)
 
 
 def check_stored_manifest(manifest: Manifest, prefix: str = "") -> None:
@@ -118,6 +199,9 @@ def check_stored_manifest(manifest: Manifest, prefix: str = "") -> None:
         if artifact is not None:
             _text(f"{prefix}boot.{part}.sha256", artifact.sha256, _SHA256, "which is no SHA-256")
             _plain(f"{prefix}boot.{part}.url", artifact.url)
+    if boot is not None and boot.image is not None:
+        _text(f"{prefix}boot.image.digest", boot.image.digest, _IMAGE_DIGEST, "which is no digest of an image")
+        _plain(f"{prefix}boot.image.reference", boot.image.reference)
 
 
 def check_stored_plugin(manifest: Manifest) -> None:
@@ -195,6 +279,32 @@ def _port(member: str, port: PublishedPort) -> None:
     for name in ("host_port", "guest_port"):
         if not 1 <= getattr(port, name) <= 65535:
             raise BadMember(f"{member}.{name}", getattr(port, name), "which is no port")
+
+
+def check_stored_egress(egress: Egress) -> None:
+    """Its members become rules of the firewall. :raises BadMember:"""
+    try:
+        if parse_egress(egress) == egress:
+            return
+    except Problem as problem:
+        raise BadMember(problem.field or "egress", egress, problem.detail) from None
+    raise BadMember("egress", egress, "which is not how volantd writes it")
+
+
+def _directory(member: str, mount: DirectoryMount) -> None:
+    if not is_short_path(mount.source):
+        raise BadMember(f"{member}.source", mount.source, "which is no absolute path in its shortest form")
+    if not is_volume_path(mount.path):
+        raise BadMember(f"{member}.path", mount.path, "where no directory can be mounted")
+
+
+def _mount(member: str, mount: VolumeMount) -> None:
+    _name(f"{member}.name", mount.name)
+    _text(f"{member}.id", mount.id, _VOLUME_ID, "which is no id of a volume")
+    if not is_volume_path(mount.path):
+        raise BadMember(f"{member}.path", mount.path, "where no volume can be mounted")
+    if not 0 <= mount.writers <= MAX_ID:
+        raise BadMember(f"{member}.writers", mount.writers, "which is no count")
 
 
 def _name(member: str, value: str) -> None:
