@@ -119,6 +119,12 @@ async def test_limits_are_set_where_controllers_are_enabled(tmp_path: Path) -> N
     [
         ("31 23 0:28 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw", (Path("/sys/fs/cgroup"), "/")),
         ("31 23 0:28 /a /my\\040groups rw shared:4 - cgroup2 none rw", (Path("/my groups"), "/a")),
+        (
+            "31 23 0:28 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw\n"
+            "32 23 0:28 / /sys/fs/cgroup ro - cgroup2 none rw\n"
+            "33 32 0:28 /volant.slice /sys/fs/cgroup/volant.slice rw - cgroup2 none rw",
+            (Path("/sys/fs/cgroup"), "/"),
+        ),
         ("31 23 0:28 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu", None),
         ("", None),
     ],

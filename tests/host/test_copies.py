@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from collections.abc import AsyncIterator
@@ -143,3 +144,10 @@ async def test_a_large_hole_is_skipped_at_once(host: Host, tmp_path: Path, monke
             copy.seek(at)
             assert copy.read(4) == b"data"
     assert host.files.size(tmp_path / "copy") == size
+
+
+async def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with trio.fail_after(20), pytest.raises(OSError, match="no regular file"):
+        await Host().files.copy(tmp_path / "pipe", tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -40,7 +41,7 @@ async def test_a_process_is_spawned_so_that_it_outlives_the_daemon(
     finally:
         os.close(leak)
         os.close(other)
-    with host.processes.open(identity) as process, trio.fail_after(5):
+    with host.processes.open(identity) as process, trio.fail_after(20):
         assert await process.wait() == 0
     # 0, 1, 2 and the one that lists the directory
     assert output.startswith(f"True /dev/null 4 {tmp_path}"), output
@@ -59,7 +60,7 @@ async def test_the_exit_status_reaches_every_handle_and_no_zombie_stays(
         with host.processes.open(identity) as process:
             statuses.append(await process.wait())
 
-    with trio.fail_after(5):
+    with trio.fail_after(20):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(wait)
             nursery.start_soon(wait)
@@ -128,7 +129,7 @@ async def test_an_adopted_process_is_found_by_its_tag_and_watched(
         "import subprocess, sys\n"
         f"subprocess.Popen([sys.executable, '-c', {SLEEP!r}, 'guest={tag},x=y'], start_new_session=True)\n"
     )
-    with trio.fail_after(10):
+    with trio.fail_after(60):
         await trio.run_process([sys.executable, "-c", code], stdout=None)
         identity = await host.processes.find(tag)
         assert identity is not None
@@ -245,3 +246,38 @@ async def test_a_program_without_stdin_reads_nothing(host: Host, tmp_path: Path)
     status, said = await host.processes.run(["cat"], env={"PATH": os.environ["PATH"]}, cwd=tmp_path, timeout_s=10)
 
     assert (status, said) == (0, b"")
+
+
+async def test_the_use_of_a_process_is_measured(
+    host: Host, tag: str, tmp_path: Path, started: list[ProcessIdentity]
+) -> None:
+    code = """
+import time
+end = time.process_time() + 0.2
+while time.process_time() < end:
+    pass
+print("done", flush=True)
+time.sleep(60)
+"""
+    identity = await spawn(host, tag, tmp_path, code, started)
+    await until_output(host, tmp_path / "out", b"done")
+    used = host.proc.usage(identity)
+    assert 0.15 <= used.cpu_s < 20
+    assert 1024 < used.rss_kb < 2**20
+    assert used.read_bytes >= 0
+    assert used.written_bytes >= 0
+    with host.processes.open(identity) as process:
+        process.kill()
+        await process.wait()
+    with pytest.raises(ProcessGone):
+        host.proc.usage(identity)
+
+
+def test_the_bytes_of_network_interfaces_are_measured(host: Host) -> None:
+    def loopback() -> tuple[int, int]:
+        return host.machine.interface_bytes()["lo"]
+
+    before = loopback()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        sender.sendto(bytes(1000), ("127.0.0.1", 9))
+    assert all(now - then >= 1000 for then, now in zip(before, loopback(), strict=True))

@@ -15,7 +15,7 @@ from volant.host._watches import LinuxWatches
 async def test_no_write_is_missed_between_reading_and_waiting(host: Host, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.touch()
-    with host.watches.open(path) as watch, trio.fail_after(5):
+    with host.watches.open(path) as watch, trio.fail_after(20):
         with path.open("ab") as file:
             file.write(b"1")
         await watch.wait()
@@ -39,7 +39,7 @@ async def test_many_watches_share_one_reader_that_may_leave(host: Host, tmp_path
 
     for path in paths:
         path.touch()
-    with trio.fail_after(5):
+    with trio.fail_after(20):
         async with trio.open_nursery() as nursery:
             for number in range(5):
                 nursery.start_soon(follow, number)
@@ -52,13 +52,13 @@ async def test_many_watches_share_one_reader_that_may_leave(host: Host, tmp_path
                 paths[number].write_bytes(b"x")
     assert sorted(woken) == [2, 3, 4]
     assert isinstance(host.watches, LinuxWatches)
-    assert host.watches._inotify is None
+    assert not host.watches._by_wd
 
 
 async def test_two_watches_of_one_file_both_wake_up(host: Host, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.touch()
-    with host.watches.open(path) as one, host.watches.open(path) as two, trio.fail_after(5):
+    with host.watches.open(path) as one, host.watches.open(path) as two, trio.fail_after(20):
         path.write_bytes(b"x")
         await one.wait()
         await two.wait()
@@ -67,7 +67,7 @@ async def test_two_watches_of_one_file_both_wake_up(host: Host, tmp_path: Path) 
 async def test_a_watched_file_may_vanish(host: Host, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.touch()
-    with host.watches.open(path) as watch, trio.fail_after(5):
+    with host.watches.open(path) as watch, trio.fail_after(20):
         path.unlink()
         with trio.move_on_after(0.01):
             await watch.wait()

@@ -44,7 +44,13 @@ def grant(grants: Sequence[Grant], below: Sequence[Path]) -> None:
             owner = os.lstat(each.path).st_mode >> 6 & 7
             entry = (_USER if each.who == "user" else _GROUP, each.id, each.access)
             _set(each.path, _ACCESS, owner, [entry], each.access)
-        for parent in each.path.parents:
+    open_ways([each.path for each in grants], below)
+
+
+def open_ways(paths: Sequence[Path], below: Sequence[Path]) -> None:
+    """Lets all users through to files, in directories that are one of `below` or in one. Raises OSError."""
+    for path in paths:
+        for parent in path.parents:
             if not any(parent.is_relative_to(place) for place in below):
                 break
             _add_mode(parent, EXECUTE)
@@ -55,6 +61,14 @@ def lend_directory(path: Path, user: int) -> None:
     path.chmod(_STICKY | 0o700)
     _set(path, _ACCESS, 7, [(_USER, user, 7)], 7)
     _set(path, _DEFAULT, 7, [(_USER, os.geteuid(), 7)], 7)
+
+
+def share_directory(path: Path, user: int) -> None:
+    """Lets a user and us make files in a directory of ours, and use all that the other makes there, as far as its mode
+    lets a group do. Raises OSError."""
+    path.chmod(0o700)
+    _set(path, _ACCESS, 7, [(_USER, user, 7)], 7)
+    _set(path, _DEFAULT, 7, sorted([(_USER, os.geteuid(), 7), (_USER, user, 7)]), 7)
 
 
 def are_supported(directory: Path) -> bool:

@@ -24,6 +24,8 @@ _FILES = ("memory.max", "cpu.max", "cpu.weight", "io.weight", "pids.max")
 _EVENTS = "memory.events"
 _EXIT_S, _EXIT_AGAIN_S = 1.0, 0.005
 """Limits the wait for a process that exits: it takes some 5 ms, more on a busy host."""
+MOVABLE, FROZEN = "-movable", "vms"
+"""Names of directories of groups: `volant-INSTANCE-movable/vms` is frozen as a whole, with all groups in it."""
 ALL_WEIGHT = 20
 """CPU weight of all hypervisors together. The daemon has 100, or it would wait for a processor while guests are
 busy."""
@@ -45,28 +47,31 @@ class Cgroups:
     """Makes control groups in a directory."""
 
     directory: Path
+    stays: bool = False
+    """Whether the directory is neither made nor removed here."""
     _lock: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
     """Else one thread removes the empty group that another thread is about to fill."""
 
     def enclose(self, pid: int, name: str, limits: ResourceLimits | None) -> None:
         """Moves a process into a group of its own, with `limits` as far as the kernel supports them. An existing group
         is kept. Raises OSError."""
+        group = self.directory / name
         with self._lock:
+            if not is_in(group, pid):
+                self._make(group)
+                move(pid, group)
+            if limits is not None:
+                limit(group, limits)
+
+    def _make(self, group: Path) -> None:
+        if not self.stays:
             self.directory.mkdir(exist_ok=True)
-            for group in (self.directory.parent, self.directory):
-                for controller in _CONTROLLERS:
-                    # One by one, as a missing controller would fail the others.
-                    with suppress(OSError):
-                        (group / "cgroup.subtree_control").write_text(f"+{controller}")
-            with suppress(OSError):
-                (self.directory / "cpu.weight").write_text(str(ALL_WEIGHT))
-            self._sweep()
-            group = self.directory / name
-            group.mkdir(exist_ok=True)
-            for file, value in () if limits is None else _values(limits).items():
-                if (group / file).exists():
-                    (group / file).write_text(value)
-            (group / "cgroup.procs").write_text(str(pid))
+        enable_controllers(self.directory.parent)
+        enable_controllers(self.directory)
+        with suppress(OSError):
+            (self.directory / "cpu.weight").write_text(str(ALL_WEIGHT))
+        self._sweep()
+        group.mkdir(exist_ok=True)
 
     def remove_empty(self, ended: str | None = None) -> None:
         """Removes the groups of processes that have ended, and the directory with the last one.
@@ -78,8 +83,9 @@ class Cgroups:
         while True:
             with self._lock:
                 self._sweep()
-                with suppress(OSError):
-                    self.directory.rmdir()
+                if not self.stays:
+                    with suppress(OSError):
+                        self.directory.rmdir()
             if ended is None or not (self.directory / ended).exists() or time.monotonic() >= deadline:
                 return
             time.sleep(_EXIT_AGAIN_S)
@@ -94,6 +100,35 @@ class Cgroups:
                     group.rmdir()
 
 
+def is_in(group: Path, pid: int) -> bool:
+    """Whether a process is in a group itself, and not in one below it. Raises OSError."""
+    try:
+        return str(pid) in (group / "cgroup.procs").read_text().split()
+    except FileNotFoundError:
+        return False
+
+
+def move(pid: int, group: Path) -> None:
+    """Moves a process into a group. It takes the kernel ten milliseconds, in which no process of the host starts or
+    ends. Raises OSError."""
+    (group / "cgroup.procs").write_text(str(pid))
+
+
+def limit(group: Path, limits: ResourceLimits) -> None:
+    """Sets the limits that the kernel supports. Raises OSError."""
+    for file, value in _values(limits).items():
+        if (group / file).exists():
+            (group / file).write_text(value)
+
+
+def enable_controllers(directory: Path) -> None:
+    """Enables those that there are in the groups below a directory."""
+    for controller in _CONTROLLERS:
+        # One by one, as a missing controller would fail the others.
+        with suppress(OSError):
+            (directory / "cgroup.subtree_control").write_text(f"+{controller}")
+
+
 def _values(limits: ResourceLimits) -> dict[str, str]:
     return {
         "memory.max": str(limits.memory_mb * 2**20),
@@ -104,14 +139,41 @@ def _values(limits: ResourceLimits) -> dict[str, str]:
     }
 
 
+def is_frozen_as_a_whole(directory: Path) -> bool:
+    """Whether it holds the groups of processes that are frozen together (`_freezer.py`)."""
+    return directory.name == FROZEN and directory.parent.name.removesuffix(".scope").endswith(MOVABLE)
+
+
+def is_frozen(group: Path) -> bool:
+    """Whether a group is frozen, with all processes that it gets. False if there is no such group."""
+    try:
+        return "frozen 1" in (group / "cgroup.events").read_text().splitlines()
+    except OSError:
+        return False
+
+
+def is_to_freeze(group: Path) -> bool:
+    """Whether a group is frozen or about to be. False if there is no such group."""
+    try:
+        return (group / "cgroup.freeze").read_text().strip() == "1"
+    except OSError:
+        return False
+
+
 def mount_of(mountinfo: str) -> tuple[Path, str] | None:
     """Returns where the hierarchy of version 2 is mounted, and which group of it. See proc_pid_mountinfo(5)."""
+    found: list[tuple[Path, str]] = []
     for line in mountinfo.splitlines():
         before, _, after = line.partition(" - ")
         fields = before.split()
-        if after.split()[:1] == ["cgroup2"] and len(fields) >= 5:
-            return Path(fields[4].encode().decode("unicode_escape")), fields[3]
-    return None
+        if len(fields) < 5:
+            continue
+        place = Path(fields[4].encode().decode("unicode_escape"))
+        # It hides what was mounted there before.
+        found = [(other, group) for other, group in found if not other.is_relative_to(place)]
+        if after.split()[:1] == ["cgroup2"]:
+            found.append((place, fields[3]))
+    return found[0] if found else None
 
 
 def group_of(pid: int) -> Path | None:

@@ -14,6 +14,9 @@ class Clock(Protocol):
     def monotonic(self) -> float:
         """Returns seconds on a clock that does not jump, to measure with."""
 
+    def boottime(self) -> float:
+        """Returns seconds since the host was booted. Nobody sets this clock, and it goes on while the host sleeps."""
+
 
 class LinuxClock(Clock):
     def now(self) -> datetime:
@@ -21,3 +24,6 @@ class LinuxClock(Clock):
 
     def monotonic(self) -> float:
         return time.monotonic()
+
+    def boottime(self) -> float:
+        return time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -4,14 +4,10 @@ can't read themselves.
 The kernel says which user a client is: for a Unix socket with its groups (`SO_PEERCRED`, `SO_PEERGROUPS`), for a TCP
 connection over loopback by the owner of the other end (`/proc/net/tcp`). On Linux the identity for access to files
 belongs to a thread (setfsuid(2)), so a thread of its own takes the client's identity, opens the file and ends.
-
-openat2(2) resolves the paths (Linux 5.6). Links of /proc such as `/proc/self/fd/3` are never followed: they lead to
-what the daemon has open, whatever the rights of the client.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import ipaddress
 import os
@@ -22,21 +18,14 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from . import _sandbox
+from ._walk import open_path
 
-_OPENAT2 = 437
-"""The number of the system call, the same on all architectures."""
-_AT_FDCWD = -100
-_NO_MAGIC_LINKS, _BENEATH = 0x02, 0x08
-_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
 """O_NONBLOCK, as to open a pipe would wait for its writer."""
-_TRIES = 8
-"""openat2(2) fails with EAGAIN when a part of the path is renamed meanwhile."""
 _SO_PEERGROUPS = 59
 _MAX_GROUPS_BYTES = 1024
 """What Python lets getsockopt(2) return: 256 groups."""
 _TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Credentials(NamedTuple):
@@ -108,8 +97,8 @@ def open_as(credentials: Credentials, path: Path) -> int:
     :raises OSError: the client may not, or this process may not act for it
     """
     if credentials.uid == os.geteuid():
-        return _open(_AT_FDCWD, os.fsencode(path), _NO_MAGIC_LINKS)
-    return _in_thread_of(credentials, lambda: _open(_AT_FDCWD, os.fsencode(path), _NO_MAGIC_LINKS))
+        return open_path(path, _FLAGS)
+    return _in_thread_of(credentials, lambda: open_path(path, _FLAGS))
 
 
 def open_below(directories: Iterable[Path], path: Path) -> int:
@@ -118,11 +107,7 @@ def open_below(directories: Iterable[Path], path: Path) -> int:
     :raises OSError: there is none
     """
     for directory, inner in _below(directories, path):
-        top = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            return _open(top, os.fsencode(inner), _BENEATH | _NO_MAGIC_LINKS)
-        finally:
-            os.close(top)
+        return open_path(directory / inner, _FLAGS, within=directory)
     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 
@@ -136,20 +121,6 @@ def _below(directories: Iterable[Path], path: Path) -> Iterable[tuple[Path, Path
     for directory in directories:
         if plain.is_relative_to(directory) and plain != directory:
             yield directory, plain.relative_to(directory)
-
-
-def _open(directory: int, path: bytes, resolve: int) -> int:
-    how = struct.pack("=QQQ", _FLAGS, 0, resolve)
-    for _ in range(_TRIES):
-        fd: int = _libc.syscall(
-            ctypes.c_long(_OPENAT2), ctypes.c_int(directory), ctypes.c_char_p(path), how, ctypes.c_size_t(len(how))
-        )
-        if fd >= 0:
-            return fd
-        if ctypes.get_errno() != errno.EAGAIN:
-            break
-    code = ctypes.get_errno()
-    raise OSError(code, os.strerror(code), os.fsdecode(path))
 
 
 def _in_thread_of(credentials: Credentials, work: Callable[[], int]) -> int:

@@ -1,17 +1,30 @@
-"""The facet for open files: reads and writes by descriptor. None of it waits, but for the disk."""
+"""The facet for open files: reads and writes by descriptor. What is not `async` waits for nothing but the disk."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
 import os
+from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
+
+import trio
+
+from ._walk import open_path
 
 _FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 0x01, 0x02
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+class OpenDirectory(NamedTuple):
+    """A directory of the host that is open, whatever has its name now."""
+
+    fd: int
+    owner: int
+    group: int
 
 
 class Descriptors(Protocol):
@@ -22,6 +35,10 @@ class Descriptors(Protocol):
 
     def close(self, fd: int) -> None:
         """Closes a descriptor."""
+
+    async def open_directory(self, base: Path, path: Path, timeout_s: float) -> OpenDirectory:
+        """Opens the directory `path`, which is `base` or in it, only to name it. Fails with ELOOP where a part of the
+        way from `base` is a symbolic link, and with ETIMEDOUT where its file system hangs."""
 
     def read_at(self, fd: int, limit: int, offset: int) -> bytes:
         """Returns up to `limit` bytes from `offset`; none at the end."""
@@ -46,6 +63,32 @@ class LinuxDescriptors(Descriptors):
 
     def close(self, fd: int) -> None:
         os.close(fd)
+
+    async def open_directory(self, base: Path, path: Path, timeout_s: float) -> OpenDirectory:
+        waits = True
+        unclaimed: list[int] = []
+        """Whoever takes the descriptor out closes it, or gives it on."""
+
+        def close_unclaimed() -> None:
+            with suppress(IndexError):
+                os.close(unclaimed.pop())
+
+        def open_it() -> os.stat_result:
+            unclaimed.append(open_path(path, os.O_PATH | os.O_DIRECTORY, within=base, links=False))
+            if not waits:
+                close_unclaimed()
+                raise TimeoutError
+            return os.fstat(unclaimed[0])
+
+        try:
+            with trio.fail_after(timeout_s):
+                figures = await trio.to_thread.run_sync(open_it, abandon_on_cancel=True)
+            return OpenDirectory(unclaimed.pop(), figures.st_uid, figures.st_gid)
+        except trio.TooSlowError:
+            raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT), str(path)) from None
+        finally:
+            waits = False
+            close_unclaimed()
 
     def read_at(self, fd: int, limit: int, offset: int) -> bytes:
         return os.pread(fd, limit, offset)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -37,8 +39,8 @@ class Files(Protocol):
     async def read_tail(self, path: Path, limit: int) -> bytes:
         """Returns the last `limit` bytes of a file."""
 
-    async def write(self, path: Path, data: bytes, mode: int = 0o600) -> None:
-        """Replaces a file by one with this content: all or nothing, also after a power cut."""
+    async def write(self, path: Path, data: bytes, mode: int = 0o600, *, durable: bool = True) -> None:
+        """Replaces a file by one with this content: all or nothing, also after a power cut unless not `durable`."""
 
     async def copy(self, source: Path, target: Path, mode: int = 0o600) -> None:
         """Copies a file to a new one: by reference where the file system can, else without its holes, in pieces.
@@ -78,8 +80,14 @@ class Files(Protocol):
     def size(self, path: Path) -> int:
         """Returns the size of a file in bytes."""
 
+    def mode(self, path: Path) -> int:
+        """Returns the permission bits of a file."""
+
     def fingerprint(self, path: Path) -> str:
         """Returns a text that changes when a file is written to or replaced: inode, size and modification time."""
+
+    def changed_at(self, path: Path) -> float:
+        """Returns when a file or directory was last modified, in seconds since 1970."""
 
     def names(self, directory: Path) -> list[str]:
         """Returns the names in a directory, sorted."""
@@ -119,7 +127,7 @@ class LinuxFiles(Files):
 
         return await trio.to_thread.run_sync(read)
 
-    async def write(self, path: Path, data: bytes, mode: int = 0o600) -> None:
+    async def write(self, path: Path, data: bytes, mode: int = 0o600, *, durable: bool = True) -> None:
         def write() -> None:
             fresh = path.with_name(f".{path.name}.{uuid4().hex}")
             fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
@@ -127,8 +135,12 @@ class LinuxFiles(Files):
                 with os.fdopen(fd, "wb") as file:
                     file.write(data)
                     file.flush()
-                    os.fsync(fd)
-                self.rename(fresh, path)
+                    if durable:
+                        os.fsync(fd)
+                if durable:
+                    self.rename(fresh, path)
+                else:
+                    fresh.rename(path)
             except BaseException:
                 fresh.unlink(missing_ok=True)
                 raise
@@ -136,7 +148,10 @@ class LinuxFiles(Files):
         await trio.to_thread.run_sync(write)
 
     async def copy(self, source: Path, target: Path, mode: int = 0o600) -> None:
-        with open_descriptor(source, os.O_RDONLY) as reader:
+        # It may be somebody's file: to open a pipe would wait for a writer.
+        with open_descriptor(source, os.O_RDONLY | os.O_NONBLOCK) as reader:
+            if not stat.S_ISREG(os.fstat(reader).st_mode):
+                raise OSError(errno.EINVAL, "it is no regular file", str(source))
             await copy_in_pieces(reader, target, mode)
 
     async def put_in_place(self, fresh: Path, path: Path) -> None:
@@ -195,9 +210,15 @@ class LinuxFiles(Files):
     def size(self, path: Path) -> int:
         return path.stat().st_size
 
+    def mode(self, path: Path) -> int:
+        return stat.S_IMODE(path.stat().st_mode)
+
     def fingerprint(self, path: Path) -> str:
         figures = path.stat()
         return f"{figures.st_ino}.{figures.st_size}.{figures.st_mtime_ns}"
+
+    def changed_at(self, path: Path) -> float:
+        return path.stat().st_mtime
 
     def names(self, directory: Path) -> list[str]:
         return sorted(entry.name for entry in directory.iterdir())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 from pathlib import Path
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 import trio
 
@@ -23,11 +25,28 @@ _LOWER_AGAIN_S, _LOWER_TRIES = 0.25, 40
 
 
 class Limits(Protocol):
-    async def apply(self, identity: ProcessIdentity, description: str, limits: ResourceLimits | None = None) -> None:
+    async def apply(
+        self,
+        identity: ProcessIdentity,
+        description: str,
+        limits: ResourceLimits | None = None,
+        *,
+        spare: bool = False,
+    ) -> None:
         """Moves a process out of the daemon's control group, so that what systemd does to the daemon does not touch it,
         and limits what it takes, as far as the host can; `limits` None: no limits. Its tag becomes the name of its
         scope, or of its control group where there is no systemd. Where neither works, the process stays where it is,
-        and the log says so. When the host runs out of memory, it is not the first that the kernel ends any more."""
+        and the log says so. A process that is in its group already stays there, also after `enclose`. When the host
+        runs out of memory, it is not the first that the kernel ends any more, unless it is `spare`."""
+
+    movable: Cgroups | None = None
+    """Where `enclose` makes groups; the `Freezer` sets it."""
+
+    async def enclose(self, identity: ProcessIdentity, limits: ResourceLimits | None) -> None:
+        """Moves a process into a group of its own below one that is frozen as a whole. Raises ProcessGone, OSError."""
+
+    def is_frozen(self, identity: ProcessIdentity) -> bool:
+        """Whether a process is frozen, or is about to be, as its group is. It can only be killed."""
 
     async def remove_empty(self, ended: str | None = None) -> None:
         """Removes the control groups of processes that have ended, where we made them. `ended`: the tag of a process
@@ -54,24 +73,69 @@ class LinuxLimits(Limits):
         self._scopes = scopes
         self._groups = groups
         self._lowers = lowers
+        self._moves: WeakValueDictionary[ProcessIdentity, trio.Lock] = WeakValueDictionary()
 
-    async def apply(self, identity: ProcessIdentity, description: str, limits: ResourceLimits | None = None) -> None:
+    async def apply(
+        self,
+        identity: ProcessIdentity,
+        description: str,
+        limits: ResourceLimits | None = None,
+        *,
+        spare: bool = False,
+    ) -> None:
+        if not spare and not self._end_by_size(identity):
+            return
+        async with self._moving(identity):
+            frozen = _frozen_group(identity)
+            try:
+                if frozen is not None:
+                    # Anywhere else it would run when it must not.
+                    await self._limit(frozen, limits)
+                elif self._scopes is not None:
+                    await self._scopes.enclose(identity.pid, identity.tag, description, limits)
+                elif self._groups is not None:
+                    await trio.to_thread.run_sync(self._groups.enclose, identity.pid, identity.tag, limits)
+            except (ScopeError, OSError) as error:
+                _logger.warning("process %d stays in the daemon's control group: %s", identity.pid, error)
+        if self._lowers:
+            await self._lower(identity)
+
+    def _moving(self, identity: ProcessIdentity) -> trio.Lock:
+        """Returns what is held while a process is moved, or `apply` would move it out of where `enclose` puts it."""
+        return self._moves.setdefault(identity, trio.Lock())
+
+    async def enclose(self, identity: ProcessIdentity, limits: ResourceLimits | None) -> None:
+        groups = self.movable
+        if groups is None:
+            raise FileNotFoundError(errno.ENOENT, "there is no group that is frozen as a whole")
+        group = groups.directory / identity.tag
+        async with self._moving(identity):
+            with self._processes.open(identity) as process:
+                await trio.to_thread.run_sync(groups.enclose, process.pid, identity.tag, None)
+                if process.exited:
+                    raise ProcessGone(f"process {identity.pid} has ended")
+            await self._limit(group, limits)
+
+    async def _limit(self, group: Path, limits: ResourceLimits | None) -> None:
+        if limits is None:
+            return
+        try:
+            await trio.to_thread.run_sync(_cgroups.limit, group, limits)
+        except FileNotFoundError:
+            pass  # it has ended, and its group is removed
+        except OSError as error:
+            _logger.warning("the limits of %s are not set: %s", group.name, error)
+
+    def _end_by_size(self, identity: ProcessIdentity) -> bool:
+        """Returns whether the process is still there."""
         try:
             with self._processes.open(identity) as process:
                 _oom.end_by_size(process.pid)
         except ProcessGone:
-            return
+            return False
         except (OSError, ValueError) as error:
             _logger.warning("process %d is the first that the kernel ends for memory: %s", identity.pid, error)
-        try:
-            if self._scopes is not None:
-                await self._scopes.enclose(identity.pid, identity.tag, description, limits)
-            elif self._groups is not None:
-                await trio.to_thread.run_sync(self._groups.enclose, identity.pid, identity.tag, limits)
-        except (ScopeError, OSError) as error:
-            _logger.warning("process %d stays in the daemon's control group: %s", identity.pid, error)
-        if self._lowers:
-            await self._lower(identity)
+        return True
 
     async def _lower(self, identity: ProcessIdentity) -> None:
         for _ in range(_LOWER_TRIES):
@@ -85,9 +149,14 @@ class LinuxLimits(Limits):
                 # Without it busy guests slow the daemon down, and nothing else.
                 return
 
+    def is_frozen(self, identity: ProcessIdentity) -> bool:
+        group = _frozen_group(identity)
+        return group is not None and _cgroups.is_to_freeze(group.parent)
+
     async def remove_empty(self, ended: str | None = None) -> None:
-        if self._groups is not None:
-            await trio.to_thread.run_sync(self._groups.remove_empty, ended)
+        for groups in (self._groups, self.movable):
+            if groups is not None:
+                await trio.to_thread.run_sync(groups.remove_empty, ended)
 
     def of(self, identity: ProcessIdentity) -> dict[str, str] | None:
         group = _own_group(identity)
@@ -107,3 +176,12 @@ def _own_group(identity: ProcessIdentity) -> Path | None:
     except OSError:
         return None
     return group if group is not None and group.name in (identity.tag, f"{identity.tag}.scope") else None
+
+
+def _frozen_group(identity: ProcessIdentity) -> Path | None:
+    """Returns the group of a process if it is one of those that are frozen as a whole."""
+    try:
+        group = _cgroups.group_of(identity.pid)
+    except OSError:
+        return None
+    return group if group is not None and _cgroups.is_frozen_as_a_whole(group.parent) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -9,6 +10,8 @@ import msgspec
 
 from ._disk import Disk
 
+# Of the thread that reads, as only the main thread stays in the daemon's own namespace for sure.
+_INTERFACES = Path("/proc/thread-self/net/dev")
 _CLOCK = Path("/sys/devices/system/clocksource/clocksource0/current_clocksource")
 
 
@@ -51,6 +54,9 @@ class Machine(Protocol):
 
     def file_room_mb(self, directory: Path) -> int:
         """Returns the MiB that a new file may take in a directory in RAM, which need not exist. Raises OSError."""
+
+    def interface_bytes(self) -> Mapping[str, tuple[int, int]]:
+        """Returns the bytes that each network interface of this network namespace has received and sent."""
 
     def tsc(self) -> str:
         """Returns the model of the CPU if the kernel uses its time stamp counter as its clock, else an empty text: it
@@ -96,6 +102,14 @@ class LinuxMachine(Machine):
         existing = directory if directory.exists() else directory.parent
         free_mb = (self._disk.free(existing) - self._disk.unbacked(directory)) // 2**20
         return max(0, min(free_mb, self.spare_memory_mb(directory)))
+
+    def interface_bytes(self) -> Mapping[str, tuple[int, int]]:
+        found = {}
+        for line in _INTERFACES.read_text().splitlines()[2:]:
+            name, _, rest = line.partition(":")
+            figures = rest.split()
+            found[name.strip()] = int(figures[0]), int(figures[8])
+        return found
 
     def tsc(self) -> str:
         try:

@@ -11,6 +11,7 @@ from . import _procfs
 
 SPARE = 1000
 """The kernel ends these first, whatever their size."""
+NEVER = -1000
 _FILE = "oom_score_adj"
 
 
@@ -24,6 +25,14 @@ def end_by_size(pid: int) -> None:
     own = int((_procfs.PROC / "self" / _FILE).read_text())
     # A daemon without CAP_SYS_RESOURCE can't put a process behind what its own value was at its start.
     _write(pid, max(0, own))
+
+
+def end_last(pid: int) -> None:
+    """As far as this daemon may: without CAP_SYS_RESOURCE, as late as itself. Raises OSError."""
+    try:
+        _write(pid, NEVER)
+    except PermissionError:
+        _write(pid, int((_procfs.PROC / "self" / _FILE).read_text()))
 
 
 def _write(pid: int, score: int) -> None:

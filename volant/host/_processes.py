@@ -107,12 +107,14 @@ class Processes(Protocol):
         output_limit: int = 65536,
         until: bytes | None = None,
         stdin: bytes = b"",
+        sandbox: Sandbox | None = None,
     ) -> tuple[int, bytes]:
         """Runs a short program to its end, and returns its exit status (minus the signal number), and stdout and stderr
         together.
 
-        It is killed after `timeout_s`, beyond `output_limit` bytes of output, and when its output holds `until`. Raises
-        OSError when it cannot be started, trio.TooSlowError.
+        It is killed after `timeout_s`, beyond `output_limit` bytes of output, and when its output holds `until`.
+        `sandbox`: as of `spawn`. Raises OSError when it cannot be started or the sandbox can't be set up,
+        trio.TooSlowError.
         """
 
     async def scan(self, tag_prefix: str, *, of_anybody: bool = False) -> list[ProcessIdentity]:
@@ -311,33 +313,43 @@ class LinuxProcesses(Processes):
         output_limit: int = 65536,
         until: bytes | None = None,
         stdin: bytes = b"",
+        sandbox: Sandbox | None = None,
     ) -> tuple[int, bytes]:
-        with _memory_file(stdin) as given:
-            process = await trio.lowlevel.open_process(
-                list(argv),
-                stdin=given,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env=dict(env),
-                cwd=cwd,
-                start_new_session=True,
-            )
-        assert process.stdout is not None
+        ours, its = os.pipe2(os.O_CLOEXEC)
+        try:
+            with _memory_file(stdin) as given:
+                popen = await trio.to_thread.run_sync(_start_program, argv, env, cwd, given, its, sandbox)
+        except BaseException:
+            os.close(ours)
+            raise
+        finally:
+            os.close(its)
+        try:
+            # Not reaped yet, so the pid is still its own.
+            pidfd = os.pidfd_open(popen.pid)
+        except OSError:
+            os.close(ours)
+            popen.kill()
+            await trio.to_thread.run_sync(popen.wait, _KILLED_S)
+            raise
         output = bytearray()
         try:
-            async with process.stdout:
+            async with trio.lowlevel.FdStream(ours) as stream:
                 with trio.fail_after(timeout_s):
-                    while data := await process.stdout.receive_some(output_limit):
+                    while data := await stream.receive_some(output_limit):
                         output += data
                         if len(output) > output_limit or (until is not None and until in output):
-                            process.kill()
+                            popen.kill()
                             break
-                    return await process.wait(), bytes(output[:output_limit])
+                    await trio.lowlevel.wait_readable(pidfd)
+                    return popen.wait(), bytes(output[:output_limit])
         finally:
-            if process.returncode is None:
-                process.kill()
+            if popen.returncode is None:
+                popen.kill()
                 with trio.CancelScope(shield=True), trio.move_on_after(_KILLED_S):
-                    await process.wait()
+                    await trio.lowlevel.wait_readable(pidfd)
+                    popen.wait()
+            os.close(pidfd)
 
     async def scan(self, tag_prefix: str, *, of_anybody: bool = False) -> list[ProcessIdentity]:
         if not self._own.owns(tag_prefix):
@@ -423,6 +435,16 @@ def _start(start: Callable[[int], subprocess.Popen[bytes]], stdout_path: Path) -
     with suppress(OSError):
         _oom.end_first(popen.pid)
     return popen.pid
+
+
+def _start_program(
+    argv: Sequence[str], env: Mapping[str, str], cwd: Path, stdin: int, output: int, sandbox: Sandbox | None
+) -> subprocess.Popen[bytes]:
+    if sandbox is not None:
+        return start_sandboxed(argv, env, cwd, output, sandbox, stdin=stdin)
+    return subprocess.Popen(
+        list(argv), stdin=stdin, stdout=output, stderr=output, env=dict(env), cwd=cwd, start_new_session=True
+    )
 
 
 @contextmanager

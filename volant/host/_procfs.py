@@ -14,6 +14,8 @@ from typing import NamedTuple
 PROC = Path("/proc")
 _TOKENS = re.compile(rb"[\0,=]")
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_TICKS = os.sysconf("SC_CLK_TCK")
+_PAGE = os.sysconf("SC_PAGE_SIZE")
 _libc = ctypes.CDLL(None)
 
 
@@ -85,6 +87,27 @@ def wakeups(pid: int) -> int:
         with suppress(FileNotFoundError, ProcessLookupError):
             total += int(status(f"{pid}/task/{thread.name}")["voluntary_ctxt_switches"][0])
     return total
+
+
+class Usage(NamedTuple):
+    """What a process has used since its start, and its resident memory."""
+
+    cpu_s: float
+    rss_kb: int
+    read_bytes: int
+    """From disks: what was in the page cache does not count."""
+    written_bytes: int
+
+
+def usage(pid: int) -> Usage:
+    fields = (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    moved = dict(line.split(": ") for line in (PROC / str(pid) / "io").read_text().splitlines())
+    return Usage(
+        cpu_s=(int(fields[11]) + int(fields[12])) / _TICKS,
+        rss_kb=int(fields[21]) * _PAGE // 1024,
+        read_bytes=int(moved["read_bytes"]),
+        written_bytes=int(moved["write_bytes"]),
+    )
 
 
 def real_user(pid: int) -> int:

@@ -34,6 +34,7 @@ _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
 _PR_SET_NO_NEW_PRIVS = 38
 _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 _CLONE_FS = 0x200
+_CAPSET_VERSION = 0x20080522
 _CAPABILITIES = 64
 """More than the kernel has."""
 NEEDED_CAPABILITIES = {"CAP_KILL": 5, "CAP_SETGID": 6, "CAP_SETUID": 7, "CAP_SETPCAP": 8, "CAP_SYS_PTRACE": 19}
@@ -52,18 +53,34 @@ class _Machine(NamedTuple):
     setgroups: int
     setresuid: int
     setresgid: int
-    rights: tuple[int, ...]
-    """Change owner and mode of a file, which Landlock leaves to processes of the same user: chmod, chown, setxattr,
-    removexattr and the like."""
+    fchmod: int
+    chmod: tuple[int, ...]
+    chown: tuple[int, ...]
+    xattr: tuple[int, ...]
+    """Change attributes of a file, as do those before, which Landlock leaves to processes of the same user."""
+    modes: dict[int, int]
+    """Give a file or directory a mode: chmod, open, mkdir and the like, with the number of the argument that is the
+    mode."""
 
 
-_IO_URING_SETUP, _FCHMODAT2 = 425, 452
-"""The same on all processors. The filter can't see what io_uring does."""
+_IO_URING_SETUP, _OPENAT2, _FCHMODAT2 = 425, 437, 452
+"""The same on all processors. The filter can't see what io_uring does, nor the mode of openat2."""
+_SET_ID = stat.S_ISUID | stat.S_ISGID
 _MACHINES = {
     "x86_64": _Machine(
-        0xC000003E, 42, 116, 117, 119, (90, 91, 268, 92, 93, 94, 260, 188, 189, 190, 197, 198, 199, _FCHMODAT2)
+        *(0xC000003E, 42, 116, 117, 119, 91),
+        (90, 268, _FCHMODAT2),
+        (92, 93, 94, 260),
+        (188, 189, 190, 197, 198, 199),
+        {90: 1, 91: 1, 268: 2, _FCHMODAT2: 2, 2: 2, 85: 1, 257: 3, 83: 1, 258: 2, 133: 1, 259: 2},
     ),
-    "aarch64": _Machine(0xC00000B7, 203, 159, 147, 149, (52, 53, 54, 55, 5, 6, 7, 14, 15, 16, _FCHMODAT2)),
+    "aarch64": _Machine(
+        *(0xC00000B7, 203, 159, 147, 149, 52),
+        (53, _FCHMODAT2),
+        (54, 55),
+        (5, 6, 7, 14, 15, 16),
+        {52: 1, 53: 2, _FCHMODAT2: 2, 56: 3, 34: 2, 33: 2},
+    ),
 }
 _machine = _MACHINES.get(platform.machine())
 _X32 = 0x40000000
@@ -74,7 +91,9 @@ class Sandbox(msgspec.Struct, frozen=True, kw_only=True):
     existing files."""
 
     user: int | None = None
-    """Its user and its group; None: the daemon's."""
+    """Its user; None: the daemon's."""
+    group: int | None = None
+    """Its group, if it has a user of its own; None: the one with the user's number."""
     groups: tuple[int, ...] = ()
     """Further groups, if it has a user of its own."""
     landlock: bool = False
@@ -83,6 +102,19 @@ class Sandbox(msgspec.Struct, frozen=True, kw_only=True):
     """Files that it may read, and directories with all in them."""
     write: tuple[Path, ...] = ()
     """Files and devices that it may read and change."""
+    make: tuple[Path, ...] = ()
+    """Directories in which it may make, change and remove regular files."""
+    trees: tuple[Path, ...] = ()
+    """Directories in which it may also make, move and remove directories. It may change the mode of files that it has
+    open then."""
+    shared: tuple[Path, ...] = ()
+    """Directories in which it may do everything with files, directories, links and modes, but make devices and programs
+    that run with the rights of their owner or group."""
+    modes: bool = False
+    """Whether it may change the mode of all files that its user owns. A change of owner does nothing then, and does not
+    fail: programs that unpack archives want to give directories to root."""
+    tcp: bool = False
+    """Whether it may use TCP."""
     no_connect: bool = False
     """Whether it may not connect to sockets; others connect to it."""
 
@@ -91,7 +123,11 @@ class Sandbox(msgspec.Struct, frozen=True, kw_only=True):
 
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
 _FS_EXECUTE, _FS_WRITE_FILE, _FS_READ_FILE, _FS_READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
-_FS_MAKE_SOCK, _FS_TRUNCATE, _FS_IOCTL_DEV = 1 << 9, 1 << 14, 1 << 15
+_FS_REMOVE_DIR, _FS_REMOVE_FILE, _FS_MAKE_DIR, _FS_MAKE_REG = 1 << 4, 1 << 5, 1 << 7, 1 << 8
+_FS_MAKE_SOCK, _FS_MAKE_FIFO, _FS_MAKE_SYM, _FS_REFER = 1 << 9, 1 << 10, 1 << 12, 1 << 13
+_FS_TRUNCATE, _FS_IOCTL_DEV = 1 << 14, 1 << 15
+TREES_SINCE = 2
+"""The version of Landlock that lets files be moved to another directory."""
 _FS_BITS = {1: 13, 2: 14, 3: 15, 4: 15}
 _FS_BITS_NOW = 16
 _OF_FILES = _FS_EXECUTE | _FS_WRITE_FILE | _FS_READ_FILE | _FS_TRUNCATE | _FS_IOCTL_DEV
@@ -120,8 +156,10 @@ def start_sandboxed(
     output: int,
     sandbox: Sandbox,
     descriptors: Sequence[int] = (),
+    stdin: int | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Starts a process in a sandbox, in a session of its own, without input or core dumps, and with `descriptors`.
+    """Starts a process in a sandbox, in a session of its own, without core dumps, and with `descriptors`. `stdin`: its
+    input; None: none.
 
     :raises OSError: when the sandbox can't be set up completely, or the program can't be started; no process is left.
     """
@@ -141,8 +179,8 @@ def start_sandboxed(
         def start() -> subprocess.Popen[bytes]:
             _enter(sandbox, place, rules)
             popen = subprocess.Popen(
-                argv, stdin=null, stdout=output, stderr=output, env=dict(env), close_fds=True,
-                pass_fds=descriptors, start_new_session=True,
+                argv, stdin=null if stdin is None else stdin, stdout=output, stderr=output, env=dict(env),
+                close_fds=True, pass_fds=descriptors, start_new_session=True,
             )  # fmt: skip
             # In this thread, as it takes the same user. The other limits of the sandbox hold without this one.
             with suppress(OSError):
@@ -150,6 +188,23 @@ def start_sandboxed(
             return popen
 
         return in_own_thread(start, "sandbox")
+
+
+def confine_self(sandbox: Sandbox, cwd: Path) -> None:
+    """Confines the calling process for good, which must have one thread, and enters a directory.
+
+    :raises OSError: the sandbox can't be set up completely; a part of it may be
+    """
+    if sandbox.user is not None and _machine is None:
+        raise OSError(errno.ENOSYS, f"no users can be given on {platform.machine()}")
+    with ExitStack() as open_files:
+        place = os.open(cwd, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        open_files.callback(os.close, place)
+        rules = opened_ruleset(sandbox, place, open_files) if sandbox.landlock else None
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        _enter(sandbox, place, rules)
+        # There is no exec that would take them away.
+        _check(_libc.capset(struct.pack("=Ii", _CAPSET_VERSION, 0), bytes(24)), "capset")
 
 
 def in_own_thread(work: Callable[[], T], name: str) -> T:
@@ -188,6 +243,19 @@ def act_for(user: int, group: int, groups: Sequence[int]) -> None:
         raise OSError(errno.EPERM, f"user {user} can't be acted for")
 
 
+def as_user(user: int | None, work: Callable[[], T]) -> T:
+    """Returns what `work` returns, which uses files with the rights of a user and a group of that number. None: with
+    ours. Blocks. Raises OSError, and what `work` raises."""
+    if user is None:
+        return work()
+
+    def run() -> T:
+        act_for(user, user, ())
+        return work()
+
+    return in_own_thread(run, "as another user")
+
+
 def _enter(sandbox: Sandbox, place: int, rules: int | None) -> None:
     """Drops, in this thread, all rights that are not in `sandbox`. The order matters: steps need rights that later ones
     drop."""
@@ -204,10 +272,27 @@ def _enter(sandbox: Sandbox, place: int, rules: int | None) -> None:
         assert _machine is not None
         groups = (ctypes.c_uint32 * len(sandbox.groups))(*sandbox.groups)
         _syscall(_machine.setgroups, len(sandbox.groups), ctypes.byref(groups))
-        _syscall(_machine.setresgid, *[sandbox.user] * 3)
+        _syscall(_machine.setresgid, *[sandbox.user if sandbox.group is None else sandbox.group] * 3)
         _syscall(_machine.setresuid, *[sandbox.user] * 3)
     if _machine is not None:
-        _forbid(_machine, (*_machine.rights, _IO_URING_SETUP, *([_machine.connect] if sandbox.no_connect else [])))
+        _forbid(
+            _machine,
+            _forbidden(_machine, sandbox),
+            _machine.modes if sandbox.shared else {},
+            _machine.chown if sandbox.modes else (),
+        )
+
+
+def _forbidden(machine: _Machine, sandbox: Sandbox) -> tuple[int, ...]:
+    """Returns the system calls that a sandbox is denied."""
+    denied = [*machine.xattr, _IO_URING_SETUP, *(() if sandbox.modes else machine.chown)]
+    if sandbox.shared:
+        denied.append(_OPENAT2)
+    elif not sandbox.modes:
+        denied += [*machine.chmod, *(() if sandbox.trees else (machine.fchmod,))]
+    if sandbox.no_connect:
+        denied.append(machine.connect)
+    return tuple(denied)
 
 
 def _drop_capabilities() -> None:
@@ -226,9 +311,9 @@ def opened_ruleset(sandbox: Sandbox, place: int, open_files: ExitStack) -> int:
     if not version:
         raise OSError(errno.EOPNOTSUPP, "the kernel has no Landlock")
     known = (1 << _FS_BITS.get(version, _FS_BITS_NOW)) - 1
-    attributes = struct.pack(
-        "=QQQ", known, _NO_TCP if version >= _TCP_SINCE else 0, _SCOPED if version >= _SCOPED_SINCE else 0
-    )[: 24 if version >= _SCOPED_SINCE else 16 if version >= _TCP_SINCE else 8]
+    no_tcp = 0 if sandbox.tcp or version < _TCP_SINCE else _NO_TCP
+    attributes = struct.pack("=QQQ", known, no_tcp, _SCOPED if version >= _SCOPED_SINCE else 0)
+    attributes = attributes[: 24 if version >= _SCOPED_SINCE else 16 if version >= _TCP_SINCE else 8]
     rules = _syscall(_CREATE_RULESET, attributes, len(attributes), 0)
     open_files.callback(os.close, rules)
 
@@ -251,6 +336,7 @@ def opened_ruleset(sandbox: Sandbox, place: int, open_files: ExitStack) -> int:
 
     use = _FS_READ_FILE | _FS_READ_DIR
     change = _FS_READ_FILE | _FS_WRITE_FILE | _FS_TRUNCATE | _FS_IOCTL_DEV
+    make = use | change | _FS_MAKE_REG | _FS_REMOVE_FILE
     allow(place, use | _FS_WRITE_FILE | _FS_TRUNCATE | _FS_MAKE_SOCK)
     for system in _SYSTEM:
         allow_path(system, use | _FS_EXECUTE, must_be=False)
@@ -260,22 +346,48 @@ def opened_ruleset(sandbox: Sandbox, place: int, open_files: ExitStack) -> int:
         allow_path(path, use, must_be=True)
     for path in sandbox.write:
         allow_path(path, change, must_be=True)
+    for path in sandbox.make:
+        allow_path(path, make, must_be=True)
+    for path in sandbox.trees:
+        allow_path(path, make | _FS_MAKE_DIR | _FS_REMOVE_DIR | _FS_REFER, must_be=True)
+    everything = make | _FS_MAKE_DIR | _FS_REMOVE_DIR | _FS_REFER | _FS_MAKE_SYM | _FS_MAKE_FIFO | _FS_MAKE_SOCK
+    for path in sandbox.shared:
+        allow_path(path, everything, must_be=True)
     return rules
 
 
-def _forbid(machine: _Machine, calls: Iterable[int]) -> None:
-    """From now on, these system calls, and all of another architecture, fail with EPERM."""
-    load, jump_equal, jump_at_least, give = 0x20, 0x15, 0x35, 0x06
-    allow, refuse = 0x7FFF0000, 0x00050000 | errno.EPERM
+def _forbid(machine: _Machine, calls: Iterable[int], modes: Mapping[int, int], ignored: Iterable[int]) -> None:
+    """From now on, these system calls, and all of another architecture, fail with EPERM.
+
+    :param modes: calls that fail only where the argument of this number has a set-user-id or set-group-id bit
+    :param ignored: calls that do nothing, and say that they have done it
+    """
+    load, jump_equal, jump_at_least, jump_any, jump_always, give = 0x20, 0x15, 0x35, 0x45, 0x05, 0x06
+    allow, ignore = 0x7FFF0000, 0x00050000
+    refuse = ignore | errno.EPERM
     numbers = tuple(calls)
+    checks: list[tuple[int, int, int, int]] = []
+    for number in ignored:
+        checks += [(jump_equal, 0, 1, number), (give, 0, 0, ignore)]
+    for number, argument in modes.items():
+        # The low half of the argument. A call of another number skips the other four.
+        checks += [
+            (jump_equal, 0, 4, number),
+            (load, 0, 0, 16 + 8 * argument),
+            (jump_any, 1, 0, _SET_ID),
+            (give, 0, 0, allow),
+            (give, 0, 0, refuse),
+        ]
     body = [
         (load, 0, 0, 4),
         (jump_equal, 0, len(numbers) + 3, machine.audit),
         (load, 0, 0, 0),
         (jump_at_least, len(numbers) + 1, 0, _X32),
         *((jump_equal, len(numbers) - at, 0, number) for at, number in enumerate(numbers)),
-        (give, 0, 0, allow),
+        (jump_always, 0, 0, 1),
         (give, 0, 0, refuse),
+        *checks,
+        (give, 0, 0, allow),
     ]
     program = b"".join(struct.pack("=HBBI", *each) for each in body)
     held = ctypes.create_string_buffer(program, len(program))

@@ -42,6 +42,10 @@ class SandboxAccess(Protocol):
         """Lets a user make files in a directory of ours that we can use too, and remove or replace none of ours. Then
         calls `grant`."""
 
+    async def share_directory(self, path: Path, user: int, below: Sequence[Path]) -> None:
+        """Lets a user make anything in an empty directory of ours, and us use it: what the user has made there only it
+        can remove. Directories above it, as of `grant`."""
+
 
 class LinuxSandboxAccess(SandboxAccess):
     def support(self, directories: Sequence[Path]) -> SandboxSupport | None:
@@ -64,6 +68,13 @@ class LinuxSandboxAccess(SandboxAccess):
             _access_lists.grant(grants, below)
 
         await trio.to_thread.run_sync(lend)
+
+    async def share_directory(self, path: Path, user: int, below: Sequence[Path]) -> None:
+        def share() -> None:
+            _access_lists.share_directory(path, user)
+            _access_lists.open_ways([path], below)
+
+        await trio.to_thread.run_sync(share)
 
 
 def _why_no_users(directories: Sequence[Path]) -> str | None:

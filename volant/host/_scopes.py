@@ -12,15 +12,21 @@ Each call opens a connection of its own, as a VM needs one call of a few millise
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import trio
 
 from ._cgroups import ResourceLimits
 
+if TYPE_CHECKING:
+    from jeepney.io.trio import DBusConnection
+
+_SYSTEMD, _MANAGER = "org.freedesktop.systemd1", "/org/freedesktop/systemd1"
+_UNLIMITED = 2**64 - 1
 _TIMEOUT_S = 15.0
 _MAX_MESSAGES = 10_000
 """Limits the messages that are read: a busy manager reports many jobs."""
@@ -41,47 +47,96 @@ class Scopes(msgspec.Struct, frozen=True):
     stop_timeout_s: float = 10.0
     """The time between SIGTERM and SIGKILL when systemd stops a scope."""
 
-    async def enclose(self, pid: int, name: str, description: str, limits: ResourceLimits | None) -> None:
+    async def enclose(
+        self, pid: int, name: str, description: str, limits: ResourceLimits | None, *, delegate: bool = False
+    ) -> None:
         """Moves a process into a scope of its own, `<name>.scope`, with `limits` as far as the kernel supports them.
-        An existing scope is kept.
+        An existing scope is kept. `delegate`: the daemon makes groups below the scope's.
 
         :raises ScopeError: systemd refuses, or does not do it within 15 s.
         """
         unit = f"{name}.scope"
         if unit in _units_of(pid):
             return
+        async with self._connected(unit) as connection:
+            properties = self._properties(pid, description, limits)
+            if delegate:
+                # The groups in it have limits of their own.
+                properties |= {"Delegate": ("b", True), "TasksMax": ("t", _UNLIMITED)}
+            await self._start(connection, unit, properties)
+        if (units := _units_of(pid)) and unit not in units:
+            raise ScopeError(f"systemd has made {unit}, and process {pid} is not in it")
+
+    async def group_of(self, name: str) -> str:
+        """Returns the path of the control group of the scope `<name>.scope`, from systemd's root group; empty if there
+        is no such scope.
+
+        :raises ScopeError: systemd refuses, or does not answer within 15 s.
+        """
+        unit = f"{name}.scope"
+        # systemd escapes what may not stand in the path of an object.
+        escaped = "".join(each if each.isascii() and each.isalnum() else f"_{ord(each):02x}" for each in unit)
+        path, interface = f"/org/freedesktop/systemd1/unit/{escaped}", "org.freedesktop.DBus.Properties"
+        arguments = ("org.freedesktop.systemd1.Scope", "ControlGroup")
+        ((_, group),) = await self._ask(unit, path, interface, "Get", "ss", arguments)
+        return str(group)
+
+    async def weigh(self, name: str, weight: int) -> None:
+        """Sets the shares of the scope `<name>.scope` of a busy processor or disk.
+
+        :raises ScopeError: systemd refuses, or does not answer within 15 s.
+        """
+        unit = f"{name}.scope"
+        properties = [("CPUWeight", ("t", weight)), ("IOWeight", ("t", weight))]
+        await self._ask(unit, _MANAGER, f"{_SYSTEMD}.Manager", "SetUnitProperties", "sba(sv)", (unit, True, properties))
+
+    async def _ask(
+        self, unit: str, path: str, interface: str, method: str, signature: str, arguments: tuple[object, ...]
+    ) -> tuple[Any, ...]:
+        """Calls a method and returns the answer. :raises ScopeError:"""
+        from jeepney import DBusAddress, MessageType, new_method_call
+
+        call = new_method_call(DBusAddress(path, _SYSTEMD, interface), method, signature, arguments)
+        async with self._connected(unit) as connection:
+            await connection.send(call, serial=1)
+            for _ in range(_MAX_MESSAGES):
+                message = await connection.receive()
+                if _fields(message).get("reply_serial") == 1:
+                    if message.header.message_type is MessageType.error:
+                        raise ScopeError(f"systemd refuses {method} of {unit}: {_text(message.body)}")
+                    body: tuple[Any, ...] = message.body
+                    return body
+        raise ScopeError(f"systemd did not answer {method} of {unit}")
+
+    @asynccontextmanager
+    async def _connected(self, unit: str) -> AsyncIterator[DBusConnection]:
+        """Connects to the manager, and bounds and translates what is done with it. :raises ScopeError:"""
+        # Imported here, as most daemons don't need it.
+        from jeepney.auth import BEGIN, Authenticator
+        from jeepney.io.trio import DBusConnection
+
         try:
             with trio.fail_after(_TIMEOUT_S):
                 stream = await trio.open_unix_socket(self.socket)
                 async with stream:
-                    await self._start(stream, unit, pid, description, limits)
+                    authenticator = Authenticator(inc_null_byte=False)
+                    await stream.send_all(b"\0")
+                    for line in authenticator:
+                        await stream.send_all(line)
+                        authenticator.feed(await stream.receive_some(4096))
+                    await stream.send_all(BEGIN)
+                    yield DBusConnection(stream.socket)
         except trio.TooSlowError:
-            raise ScopeError(f"systemd did not make {unit} within {_TIMEOUT_S:g} s") from None
+            raise ScopeError(f"systemd did not answer about {unit} within {_TIMEOUT_S:g} s") from None
         except (OSError, ValueError, trio.BrokenResourceError, trio.EndOfChannel) as error:
             raise ScopeError(f"systemd can't be asked for {unit} at {self.socket}: {error}") from error
-        if (units := _units_of(pid)) and unit not in units:
-            raise ScopeError(f"systemd has made {unit}, and process {pid} is not in it")
 
-    async def _start(
-        self, stream: trio.SocketStream, unit: str, pid: int, description: str, limits: ResourceLimits | None
-    ) -> None:
-        # Imported here, as most daemons don't need it.
+    async def _start(self, connection: DBusConnection, unit: str, properties: Mapping[str, tuple[str, Any]]) -> None:
         from jeepney import DBusAddress, MessageType, new_method_call
-        from jeepney.auth import BEGIN, Authenticator
-        from jeepney.io.trio import DBusConnection
 
-        authenticator = Authenticator(inc_null_byte=False)
-        await stream.send_all(b"\0")
-        for line in authenticator:
-            await stream.send_all(line)
-            authenticator.feed(await stream.receive_some(4096))
-        await stream.send_all(BEGIN)
-
-        connection = DBusConnection(stream.socket)
-        name = "org.freedesktop.systemd1"
-        manager = DBusAddress("/org/freedesktop/systemd1", bus_name=name, interface=f"{name}.Manager")
-        properties = [(key, value) for key, value in self._properties(pid, description, limits).items()]
-        call = new_method_call(manager, "StartTransientUnit", "ssa(sv)a(sa(sv))", (unit, "fail", properties, []))
+        manager = DBusAddress(_MANAGER, bus_name=_SYSTEMD, interface=f"{_SYSTEMD}.Manager")
+        given = list(properties.items())
+        call = new_method_call(manager, "StartTransientUnit", "ssa(sv)a(sa(sv))", (unit, "fail", given, []))
         await connection.send(call, serial=1)
         job: str | None = None
         ended: dict[str, str] = {}

@@ -35,6 +35,10 @@ class Sockets(Protocol):
         """Listens on a Unix stream socket, in place of what is there. The path may have any length; it stays when the
         listener is closed. Raises OSError."""
 
+    def listen_for(self, path: Path) -> AbstractContextManager[int]:
+        """Listens on a Unix stream socket for a process that is started in the block and inherits the descriptor. Then
+        the socket lives as long as that process. Raises OSError."""
+
     def unread(self, stream: trio.SocketStream) -> tuple[int, int]:
         """Returns the bytes of a Unix stream that the peer has not read yet, and those that we have not. Raises
         OSError."""
@@ -79,6 +83,11 @@ class LinuxSockets(Sockets):
             sock.bind(address)
             sock.listen(backlog)
             return trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+
+    @contextmanager
+    def listen_for(self, path: Path) -> Iterator[int]:
+        with self.listen_unix(path).socket as sock:
+            yield sock.fileno()
 
     def unread(self, stream: trio.SocketStream) -> tuple[int, int]:
         queues = []
