@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
@@ -452,7 +452,7 @@ async def test_an_upload_has_a_deadline_while_the_same_artifact_is_fetched(cache
         ended.set()
 
     async def send() -> None:
-        async with cached.receiving(DIGEST) as upload:
+        async with cached.receiving(DIGEST, "default") as upload:
             await upload.write(DATA)
             await upload.finish()
 
@@ -467,3 +467,23 @@ async def test_an_upload_has_a_deadline_while_the_same_artifact_is_fetched(cache
     finally:
         over.set()
         fetcher.join()
+
+
+async def test_a_project_can_not_take_all_places_for_uploads(cache: Path) -> None:
+    cached = ArtifactCache(cache, cache.parent, timeout_s=60, max_mb=64)
+    async with AsyncExitStack() as uploads:
+        for number in range(4):
+            await uploads.enter_async_context(cached.receiving(f"{number:064x}", "busy"))
+        with pytest.raises(ImageError, match="4 of project 'busy'") as refused:
+            await uploads.enter_async_context(cached.receiving(DIGEST, "busy"))
+        assert refused.value.code == "cache_busy"
+        async with cached.receiving(DIGEST, "quiet") as upload:
+            await upload.write(DATA)
+            await upload.finish()
+        for number in range(4, 16):
+            await uploads.enter_async_context(cached.receiving(f"{number:064x}", f"project-{number}"))
+        with pytest.raises(ImageError, match="16 of all projects"):
+            await uploads.enter_async_context(cached.receiving(DIGEST, "quiet"))
+    # All gave their places back.
+    async with cached.receiving(DIGEST, "busy"):
+        pass

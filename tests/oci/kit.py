@@ -75,11 +75,13 @@ def write_layout(
     *,
     kind: str = "tar+gzip",
     index: list[dict[str, Any]] | None = None,
+    last: tuple[Path, str] | None = None,
     **config: Any,
 ) -> BuiltImage:
     """Writes an image to an OCI layout, as `t`. `config` has Docker's members, such as `Cmd`.
 
     :param index: entries of an index that becomes `t` instead of the image
+    :param last: one more layer, which may be large: its file, compressed, which is moved, and its diff ID
     """
     blobs = directory / "blobs" / "sha256"
     blobs.mkdir(parents=True, exist_ok=True)
@@ -91,10 +93,17 @@ def write_layout(
 
     plain = list(layers)
     diff_ids = [digest_of(layer) for layer in plain]
+    if last is not None:
+        diff_ids.append(last[1])
     document = {"os": "linux", "architecture": "amd64", "rootfs": {"type": "layers", "diff_ids": diff_ids}}
     described = [
         {"mediaType": f"application/vnd.oci.image.layer.v1.{kind}", **put(compress(layer, kind))} for layer in plain
     ]
+    if last is not None:
+        digest, size = f"sha256:{sha256(last[0])}", last[0].stat().st_size
+        last[0].rename(blobs / digest.removeprefix("sha256:"))
+        media_type = f"application/vnd.oci.image.layer.v1.{kind}"
+        described.append({"mediaType": media_type, "digest": digest, "size": size})
     manifest = {
         "schemaVersion": 2,
         "mediaType": "application/vnd.oci.image.manifest.v1+json",

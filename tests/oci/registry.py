@@ -29,8 +29,8 @@ version: 0.1
 log: {{level: error, accesslog: {{disabled: true}}}}
 storage: {{filesystem: {{rootdirectory: {directory}/data}}}}
 http: {{addr: "127.0.0.1:{port}", secret: none}}
-auth: {{htpasswd: {{realm: tests, path: {directory}/htpasswd}}}}
 """
+_AUTHENTICATES = "auth: {{htpasswd: {{realm: tests, path: {directory}/htpasswd}}}}\n"
 _START_S = 20.0
 needs_registry = pytest.mark.skipif(
     not all(map(shutil.which, ("docker-registry", "skopeo", "mkfs.erofs", "fsck.erofs"))),
@@ -39,15 +39,16 @@ needs_registry = pytest.mark.skipif(
 
 
 class Registry:
-    """A real registry on the loopback."""
+    """A real registry on the loopback. `authenticates`: whether it wants the password."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, authenticates: bool = True) -> None:
         self._directory = directory
         self.address = f"127.0.0.1:{free_port()}"
         directory.mkdir()
         (directory / "htpasswd").write_text(_HTPASSWD)
         port = self.address.rpartition(":")[2]
-        (directory / "config.yml").write_text(_CONFIG.format(directory=directory, port=port))
+        config = _CONFIG + (_AUTHENTICATES if authenticates else "")
+        (directory / "config.yml").write_text(config.format(directory=directory, port=port))
         self.auth = auth_file(self.address, PASSWORD)
 
     def __enter__(self) -> Self:
@@ -66,6 +67,10 @@ class Registry:
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()
+        self._process.wait()
+
+    def wait(self) -> None:
+        """Returns when it has ended."""
         self._process.wait()
 
     def push(self, layout: Path, name: str, *options: str, tag: str = "t") -> None:

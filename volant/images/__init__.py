@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from volant import lazy_exports
 
 from ._artifact_cache import ArtifactCache, Upload
 from ._artifacts import CachedArtifact, artifact_path, list_artifacts, make_private, remove_artifact
@@ -23,29 +24,30 @@ if TYPE_CHECKING:
     from ._fetch import fetch
     from ._obstacle import obstacle
     from ._packages import fetch_packages
+    from ._stock import STOCK, BuiltStock, build_stock
 else:
     # The daemon leaves building and fetching to other processes, and its start need not import what they need.
     _MODULES = {
+        "STOCK": "_stock",
+        "BuiltStock": "_stock",
         "Package": "_apt",
         "build": "_build",
+        "build_stock": "_stock",
         "fetch": "_fetch",
         "fetch_packages": "_packages",
         "obstacle": "_obstacle",
     }
 
-    def __getattr__(name: str) -> object:
-        if name not in _MODULES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
-        globals()[name] = value
-        return value
+    __getattr__ = lazy_exports(__name__, _MODULES)
 
 
 __all__ = [
     "ANYWHERE",
     "DIGEST",
     "PUBLIC",
+    "STOCK",
     "ArtifactCache",
+    "BuiltStock",
     "CachedArtifact",
     "Image",
     "ImageError",
@@ -55,6 +57,7 @@ __all__ = [
     "Upload",
     "artifact_path",
     "build",
+    "build_stock",
     "ensure",
     "fetch",
     "fetch_packages",

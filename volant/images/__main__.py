@@ -1,7 +1,7 @@
 """`python -m volant.images`: builds and lists images, fetches artifacts. The daemon runs it as a child process.
 
 With `--json-progress`, each line on standard output is a JSON object: `{"phase","message","done","total","unit"}` while
-it works, then `{"image":{…}}`, `{"artifact":{…}}` or `{"error":{"code","message","hint"}}`.
+it works, then `{"image":{…}}`, `{"artifact":{…}}`, `{"stock":{…}}` or `{"error":{"code","message","hint"}}`.
 Exit codes: 0 success, 1 failure, 2 wrong arguments.
 """
 
@@ -13,7 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import ImageError, Origins, Progress, build, fetch, list_images, parse_networks
+from msgspec import structs
+
+from . import ImageError, Origins, Progress, build, build_stock, fetch, list_images, parse_networks
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,13 +31,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fetcher.add_argument("--allow-directory", type=Path, action="append", default=[], metavar="DIR")
     fetcher.add_argument("--allow-network", action="append", default=[], metavar="CIDR")
     fetcher.add_argument("--descriptor", type=int, metavar="N", help="an open descriptor of the local file")
-    for command in (builder, lister, fetcher):
+    stock = commands.add_parser("stock", help="write an OCI archive with a stock image")
+    stock.add_argument("name", help="debian, python or node")
+    stock.add_argument("--output", type=Path, required=True, metavar="FILE")
+    for command in (builder, lister, fetcher, stock):
         command.add_argument("--cache", type=Path, required=True, metavar="DIR")
-    builder.add_argument("--mirror", metavar="URL", help="a Debian mirror, instead of this host's apt sources")
-    builder.add_argument("--security-mirror", metavar="URL", help="with --mirror: where security updates come from")
-    builder.add_argument("--keyring", type=Path, metavar="FILE", help="the keys that must have signed the mirror")
-    builder.add_argument("--offline", action="store_true", help="take the packages of the last build")
-    for command in (builder, fetcher):
+    for command in (builder, stock):
+        command.add_argument("--mirror", metavar="URL", help="a Debian mirror, instead of this host's apt sources")
+        command.add_argument("--security-mirror", metavar="URL", help="with --mirror: where security updates come from")
+        command.add_argument("--keyring", type=Path, metavar="FILE", help="the keys that must have signed the mirror")
+        command.add_argument("--offline", action="store_true", help="take the packages of the last build")
+    for command in (builder, fetcher, stock):
         command.add_argument("--json-progress", action="store_true", help="output for programs")
     options = parser.parse_args(arguments)
     if options.command == "list":
@@ -58,14 +64,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if options.security_mirror and not options.mirror:
             parser.error("--security-mirror goes with --mirror")
-        image = build(
-            options.cache,
-            progress=report,
-            mirror=options.mirror,
-            security_mirror=options.security_mirror,
-            keyring=options.keyring,
-            offline=options.offline,
-        )
+        source = {
+            "progress": report,
+            "mirror": options.mirror,
+            "security_mirror": options.security_mirror,
+            "keyring": options.keyring,
+            "offline": options.offline,
+        }
+        if options.command == "stock":
+            built = build_stock(options.name, options.output.absolute(), options.cache, **source)
+            _print({"stock": structs.asdict(built)})
+            return 0
+        image = build(options.cache, **source)
     except ImageError as error:
         if options.json_progress:
             _print({"error": {"code": error.code, "message": error.message, "hint": error.hint}})

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import trio
 
+from volant.concurrency import NoPlace, Places
 from volant.host import Credentials, is_below, open_as
 from volant.model import Artifact
 
@@ -18,13 +19,17 @@ from . import _artifacts
 from ._artifacts import CachedArtifact
 from ._child import run_child
 from ._errors import ImageError
-from ._origins import PUBLIC, Origins
+from ._origins import ANYWHERE, PUBLIC, Origins, checked
 from ._part import Part, disk_errors
 from ._progress import Progress
 from ._urls import local_path, shown
 
 _FETCHES_AT_ONCE = 4
-_UPLOADS_AT_ONCE = 4
+_UPLOADS_AT_ONCE = 16
+_UPLOADS_OF_ONE = 4
+"""Of one project."""
+_PLACED_AT_ONCE = 4
+"""Received files that are moved to their place, each by a thread."""
 _OPEN_S = 10.0
 """How long opening a local file may take; its file system may hang."""
 _PIECE = 1024 * 1024
@@ -82,9 +87,9 @@ class ArtifactCache:
         :param origins: from where artifacts may be fetched
         """
         self._origins = origins
-        self._uploads = trio.CapacityLimiter(_UPLOADS_AT_ONCE)
+        self._uploads = Places(_UPLOADS_AT_ONCE, _UPLOADS_OF_ONE)
         self._opens = trio.CapacityLimiter(_FETCHES_AT_ONCE)
-        self._places = trio.CapacityLimiter(_UPLOADS_AT_ONCE)
+        self._placed = trio.CapacityLimiter(_PLACED_AT_ONCE)
         self._cache_dir = cache_dir
         self._owner = owner
         self._timeout_s = timeout_s
@@ -107,6 +112,24 @@ class ArtifactCache:
     def may_read(self, path: Path) -> bool:
         """Whether files at this path may be fetched for every client; does not access the file."""
         return is_below(self._origins.directories, path)
+
+    async def may_connect(self, host: str, port: int) -> bool:
+        """Whether clients may have the daemon connect there: each address is public, or allowed, and is known now."""
+        try:
+            await trio.to_thread.run_sync(checked, host, port, self._origins, abandon_on_cancel=True)
+        except (ImageError, OSError):
+            return False
+        return True
+
+    async def addresses(self, host: str, port: int, *, anywhere: bool, must_exist: bool = True) -> list[str]:
+        """Returns the addresses of a host to which clients may have the daemon connect; `anywhere`: all.
+
+        :param must_exist: False: a host without an address is no error
+        :raises ImageError: `media_refused` :raises OSError: the name can't be looked up at present
+        """
+        look_up = partial(checked, host, port, ANYWHERE if anywhere else self._origins, must_exist=must_exist)
+        found = await trio.to_thread.run_sync(look_up, abandon_on_cancel=True)
+        return [str(address[0]) for _, address in found]
 
     async def has(self, artifact: Artifact) -> bool:
         """Whether an artifact is in the cache, and stays there until this daemon removes it."""
@@ -134,36 +157,38 @@ class ArtifactCache:
             return await self._obtain(artifact, file, partial(self._fetch, artifact, file, descriptors))
 
     @asynccontextmanager
-    async def receiving(self, digest: str) -> AsyncIterator[Upload]:
+    async def receiving(self, digest: str, project: str) -> AsyncIterator[Upload]:
         """Receives an artifact from a client in a block. Without `Upload.finish` nothing of it stays.
 
+        :param project: of the client
         :raises ImageError: `cache_busy`: too many uploads at once; `cache_unwritable`; `timeout` after `timeout_s`
         """
+        upload = Upload(self, digest)
         try:
-            self._uploads.acquire_on_behalf_of_nowait(upload := Upload(self, digest))
-        except trio.WouldBlock:
-            raise ImageError(
-                "cache_busy", f"{_UPLOADS_AT_ONCE} files are uploaded already", "try again when one of them is done"
-            ) from None
-        try:
-            with trio.move_on_after(self._timeout_s) as scope, _artifacts.new_part(self._cache_dir) as path:
+            with (
+                self._uploads.take(project),
+                trio.move_on_after(self._timeout_s) as scope,
+                _artifacts.new_part(self._cache_dir) as path,
+            ):
                 upload.part = Part(path, self._max_bytes)
                 try:
                     yield upload
                 finally:
                     upload.part.close()
-            if scope.cancelled_caught:
-                raise ImageError(
-                    "timeout", f"the upload took longer than {self._timeout_s:g} s", "raise VOLANT_ARTIFACT_TIMEOUT_S"
-                )
-        finally:
-            self._uploads.release_on_behalf_of(upload)
+        except NoPlace as full:
+            raise ImageError(
+                "cache_busy", f"too many files are uploaded already: {full}", "try again when one of them is done"
+            ) from None
+        if scope.cancelled_caught:
+            raise ImageError(
+                "timeout", f"the upload took longer than {self._timeout_s:g} s", "raise VOLANT_ARTIFACT_TIMEOUT_S"
+            )
 
     async def keep(self, part: Path, digest: str) -> CachedArtifact:
         """Moves a received file to its place. :raises ImageError: the disk fails."""
         # Waits while the same artifact is being fetched. If this is cancelled, the caller removes the part.
         await trio.to_thread.run_sync(
-            _artifacts.place_received, self._cache_dir, part, digest, abandon_on_cancel=True, limiter=self._places
+            _artifacts.place_received, self._cache_dir, part, digest, abandon_on_cancel=True, limiter=self._placed
         )
         found = await self._find(Artifact("", digest))
         if found is None:
@@ -193,7 +218,7 @@ class ArtifactCache:
         raise ImageError(
             "timeout",
             f"{_named(artifact)}: it did not arrive within {self._timeout_s:g} s",
-            "raise VOLANT_ARTIFACT_TIMEOUT_S, or fetch it beforehand with `volar images fetch`",
+            "raise VOLANT_ARTIFACT_TIMEOUT_S, or fetch it beforehand with `volar boot-images fetch`",
         )
 
     async def remove(self, digest: str, *, in_use: Callable[[], bool]) -> bool:

@@ -23,7 +23,7 @@ def read_files(deb: Path, wanted: Callable[[str], bool]) -> dict[str, bytes]:
     """
     files: dict[str, bytes] = {}
     links: dict[str, str] = {}
-    with _tar_stream(deb) as archive:
+    with tar_stream(deb) as archive:
         for member in archive:
             path = member.name.removeprefix("./").strip("/")
             if not path or not wanted(path):
@@ -60,10 +60,14 @@ def _join(path: str, target: str) -> str:
 
 
 @contextlib.contextmanager
-def _tar_stream(deb: Path) -> Iterator[tarfile.TarFile]:
+def tar_stream(deb: Path, part: str = "fsys") -> Iterator[tarfile.TarFile]:
+    """Opens the files of a package, or its control files (`ctrl`), for a block that reads them in order.
+
+    :raises ImageError: the package can't be read
+    """
     try:
         process = subprocess.Popen(
-            ["dpkg-deb", "--fsys-tarfile", str(deb)],
+            ["dpkg-deb", f"--{part}-tarfile", str(deb)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

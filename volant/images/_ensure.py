@@ -51,7 +51,7 @@ async def ensure(
     raise ImageError(
         "timeout",
         f"The image was not built within {deadline_s:g} s",
-        "check the network, or build it beforehand with `volar images build`",
+        "check the network, or build it beforehand with `volar boot-images build`",
     )
 
 

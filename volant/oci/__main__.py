@@ -11,7 +11,7 @@ import sys
 import msgspec
 
 from ._errors import OciError
-from ._job import Failure, ImageJob, run
+from ._job import Failure, ImageJob, confine, run
 
 
 def main() -> int:
@@ -19,6 +19,8 @@ def main() -> int:
     job = msgspec.json.decode(sys.stdin.buffer.read(), type=ImageJob)
     failure: Failure | None = None
     try:
+        if job.confinement is not None:
+            confine(job.confinement)
         run(job)
     except OciError as error:
         failure = Failure(error.code, error.message, error.hint)

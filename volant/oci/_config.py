@@ -7,6 +7,7 @@ are the same.
 from __future__ import annotations
 
 import re
+from datetime import datetime
 from typing import Annotated, Any
 
 import msgspec
@@ -58,6 +59,8 @@ class ImageConfig(msgspec.Struct, frozen=True, kw_only=True):
     platform: Platform
     diff_ids: tuple[str, ...]
     """Digests of the uncompressed layers, lowest first."""
+    created_at: datetime | None = None
+    """When it was built, as it says."""
     entrypoint: tuple[str, ...] = ()
     cmd: tuple[str, ...] = ()
     """Arguments of the entrypoint; without one, the command."""
@@ -106,6 +109,7 @@ class _RootFs(msgspec.Struct, frozen=True):
 class _Document(Platform, frozen=True, kw_only=True):
     rootfs: _RootFs
     config: _Execution | None = None
+    created: _Name | None = None
 
 
 def parse_config(data: bytes, manifest: Manifest, platform: Platform) -> ImageConfig:
@@ -125,6 +129,7 @@ def parse_config(data: bytes, manifest: Manifest, platform: Platform) -> ImageCo
     return ImageConfig(
         platform=Platform(found.os, found.architecture, found.variant or None),
         diff_ids=found.rootfs.diff_ids,
+        created_at=_time(found.created),
         entrypoint=_arguments("Entrypoint", run.entrypoint),
         cmd=_arguments("Cmd", run.cmd),
         env=tuple(dict(_variable(text) for text in run.env or ()).items()),
@@ -136,6 +141,16 @@ def parse_config(data: bytes, manifest: Manifest, platform: Platform) -> ImageCo
         health_check=_health_check(run.healthcheck),
         volumes=tuple(sorted({_path("Volumes", path) for path in run.volumes or {}})),
     )
+
+
+def _time(text: str | None) -> datetime | None:
+    """Returns a time; None for what is none, as nothing depends on it."""
+    try:
+        found = datetime.fromisoformat(text or "")
+    except ValueError:
+        return None
+    # Tools that keep no time write the year 1.
+    return found if found.tzinfo is not None and found.year >= 1970 else None
 
 
 def _arguments(member: str, texts: tuple[str, ...] | None) -> tuple[str, ...]:

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import os
+import stat
 import sys
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import trio
 
-from volant.host import PROGRAM_ENVIRONMENT, Host
+from volant.host import PROGRAM_ENVIRONMENT, Host, as_user
 
 from ._config import ImageConfig, parse_config
 from ._errors import OciError
-from ._job import ImageJob, check_end
+from ._isolation import open_theirs
+from ._job import Confinement, ImageJob, check_end
 from ._layers import LayerJob
 from ._manifest import MAX_DOCUMENT_BYTES, Descriptor, Index, Manifest, Platform, digest_of, parse_manifest
 from ._reference import Reference
+from ._report import Report
 from ._skopeo import Skopeo
-from ._store import CachedImage, Store, Work, disk_errors
+from ._store import Store, Work, disk_errors, first_numbers
 
+T = TypeVar("T")
 _PARENT = Path(__file__).resolve().parents[2]
 """The process that converts must import this very package."""
 
 
-@dataclass(frozen=True)
-class FetchLimits:
+class FetchLimits(msgspec.Struct, frozen=True, kw_only=True):
     """How long a fetch may take, and how much it may bring."""
 
     timeout_s: float = 1800.0
@@ -35,87 +40,221 @@ class FetchLimits:
     """Of the layers of an image, as they are fetched."""
 
 
-@dataclass
-class Report:
-    """How far a fetch is."""
+class Resolved(msgspec.Struct, frozen=True, kw_only=True):
+    """An image that is known and checked, except for its layers."""
 
-    phase: str = "waiting"
-    """Then `resolving`, `fetching`, `converting`."""
-    done_bytes: int = 0
+    reference: str
+    """Complete, as `parse_reference` reads it."""
+    digest: str
+    """`sha256:…` of its manifest."""
+    config: ImageConfig
     total_bytes: int = 0
-    """Of the layers that the cache lacks, as they are fetched; 0: not known."""
+    """Of the layers that the cache lacks, as they are fetched; 0: the image is in the cache."""
 
 
-async def fetch_image(
-    host: Host,
-    store: Store,
-    skopeo: Skopeo,
-    reference: Reference,
-    auth: Path,
-    work: Work,
-    *,
-    limits: FetchLimits,
-    platform: Platform,
-    report: Report,
-) -> CachedImage:
-    """Returns an image that is in the cache then. The caller sets the deadline, and removes `work`.
+class Target(msgspec.Struct, frozen=True, kw_only=True):
+    """What a fetch has found under a reference."""
 
-    :raises OciError:
-    """
+    source: Reference
+    """Where the layers are."""
+    digest: str
+    manifest: Manifest
+    config: ImageConfig
+    total_bytes: int
+    """As of `Resolved`."""
+    is_cached: bool
 
-    def count(written: int) -> None:
-        report.done_bytes = written
 
-    report.phase = "resolving"
-    if reference.transport == "docker":
-        data, manifest = await _resolve(skopeo, reference, auth, work, platform)
-        digest = digest_of(data)
-        if (found := await trio.to_thread.run_sync(store.find, digest)) is None:
-            source = reference.with_digest(digest)
-            document = await skopeo.inspect(source, work.path, auth, config=True)
-            config = parse_config(_checked(document, manifest.config), manifest, platform)
-            held = await trio.to_thread.run_sync(store.hold, work, config.diff_ids)
-            await trio.to_thread.run_sync(_put_placeholders, work, manifest, held)
-            missing = {layer for number, layer in enumerate(manifest.layers) if number not in held}
-            report.total_bytes = sum(layer.size for layer in missing)
-            if report.total_bytes > limits.max_bytes:
-                raise OciError(
-                    "image_too_large", f"{reference} has layers of {report.total_bytes // 2**20} MiB, at most "
-                    f"{limits.max_bytes // 2**20} are allowed", "use a smaller image",
+class Fetcher(msgspec.Struct, frozen=True, kw_only=True):
+    """Fetches images into a cache. The caller sets deadlines, and removes working directories."""
+
+    host: Host
+    store: Store
+    skopeo: Skopeo
+    limits: FetchLimits
+    platform: Platform
+
+    async def resolve(self, reference: Reference, auth: Path, work: Work, report: Report) -> Target:
+        """Returns what a reference means, checked. Of a file it copies the layers, too, as it may contain several
+        images, and skopeo chooses.
+
+        :raises OciError:
+        """
+        if reference.transport == "docker":
+            report.phase = "resolving"
+            data, manifest = await _resolve(self.skopeo, reference, auth, work, self.platform)
+            source = reference.with_digest(digest_of(data))
+            found = await trio.to_thread.run_sync(self.store.find, source.digest)
+            if found is not None:
+                return Target(
+                    source=source, digest=source.digest, manifest=manifest, config=found.config, total_bytes=0,
+                    is_cached=True,
                 )  # fmt: skip
-            report.phase = "fetching"
-            await skopeo.copy(
-                source, work.layout, auth, platform=platform, max_bytes=report.total_bytes, progress=count
-            )
-    else:
-        # A file may contain several images, and skopeo chooses.
+            document = await self.skopeo.inspect(source, work.scratch, auth, config=True)
+            config = parse_config(_checked(document, manifest.config), manifest, self.platform)
+            total = _missing(manifest, await trio.to_thread.run_sync(self.store.having, config.diff_ids))
+            self._check_size(reference, total)
+            return Target(
+                source=source, digest=source.digest, manifest=manifest, config=config, total_bytes=total,
+                is_cached=False,
+            )  # fmt: skip
+        await self._copy(await self._readable(reference, work), auth, work, report, self.limits.max_bytes)
+        digest, manifest, config = await self._as_skopeo(partial(_read_layout, work, self.platform))
+        is_cached = await trio.to_thread.run_sync(self.store.find, digest) is not None
+        total = sum(layer.size for layer in manifest.layers)
+        return Target(
+            source=reference, digest=digest, manifest=manifest, config=config, total_bytes=0 if is_cached else total,
+            is_cached=is_cached,
+        )  # fmt: skip
+
+    async def fetch(self, target: Target, auth: Path, work: Work, report: Report) -> None:
+        """Puts an image with its layers into the cache. :raises OciError:"""
+        manifest, config = target.manifest, target.config
+        held = await trio.to_thread.run_sync(self.store.hold, work, config.diff_ids)
+        first = first_numbers(config.diff_ids)
+        new = {first[diff_id] for number, diff_id in enumerate(config.diff_ids) if number not in held}
+        made = await trio.to_thread.run_sync(self.store.begin, work, new)
+        convert = partial(self._convert, work, manifest, config, made, new, report)
+        if target.source.transport == "docker":
+            await self._as_skopeo(partial(_put_placeholders, work, manifest, held))
+            total = _missing(manifest, held)
+            self._check_size(target.source, total)
+            report.begin(total, len(manifest.layers) - len(held))
+
+            async def copy() -> None:
+                await self._copy(target.source, auth, work, report, total)
+                await trio.to_thread.run_sync(work.arrived.touch)
+                report.phase = "converting"
+
+            await _together(copy, convert)
+        else:
+            report.begin(target.total_bytes, len(manifest.layers) - len(held))
+            report.phase = "converting"
+            await trio.to_thread.run_sync(work.arrived.touch)
+            await convert()
+        await trio.to_thread.run_sync(self.store.commit, work, target.digest, config, made)
+        report.is_done = True
+
+    async def _copy(self, source: Reference, auth: Path, work: Work, report: Report, max_bytes: int) -> None:
         report.phase = "fetching"
-        await skopeo.copy(reference, work.layout, auth, platform=platform, max_bytes=limits.max_bytes, progress=count)
-        digest, manifest, config = await trio.to_thread.run_sync(_read_layout, work, platform)
-        if (found := await trio.to_thread.run_sync(store.find, digest)) is None:
-            held = await trio.to_thread.run_sync(store.hold, work, config.diff_ids)
-    if found is None:
-        report.phase = "converting"
-        await _convert(host, work, manifest, config, held)
-        await trio.to_thread.run_sync(store.commit, work, digest, config)
-    await trio.to_thread.run_sync(store.note, reference, digest)
-    found = await trio.to_thread.run_sync(lambda: store.find(digest, use=True))
-    if found is None:
-        raise OciError("io_error", f"{reference} was stored and can't be read back", "check the cache's disk")
-    return found
+        await self.skopeo.copy(
+            source, work.layout, auth, platform=self.platform, max_bytes=max_bytes, progress=report.count
+        )
+
+    async def _convert(
+        self,
+        work: Work,
+        manifest: Manifest,
+        config: ImageConfig,
+        made: Sequence[Path],
+        new: Collection[int],
+        report: Report,
+    ) -> None:
+        """Converts new layers as they arrive, and joins all, in a process of its own.
+
+        :param made: its files
+        """
+        first = first_numbers(config.diff_ids)
+        layers = [work.layer(first[diff_id]) for diff_id in config.diff_ids]
+        todo = [
+            LayerJob(
+                blob=str(work.blob(layer.digest)),
+                digest=layer.digest,
+                size=layer.size,
+                diff_id=diff_id,
+                target=str(work.layer(number)),
+                done=str(work.done(number)),
+            )
+            for number, (layer, diff_id) in enumerate(zip(manifest.layers, config.diff_ids, strict=True))
+            if number in new
+        ]
+        job = ImageJob(
+            tuple(todo),
+            tuple(map(str, layers)),
+            str(work.metadata),
+            str(work.arrived),
+            await self._confine(work, made, [path for path in dict.fromkeys(layers) if path not in made]),
+            os.getpid(),
+        )
+        report.converted = [Path(each.done) for each in todo]
+        status, output = await self.host.processes.run(
+            [sys.executable, "-P", "-m", "volant.oci"],
+            env={**PROGRAM_ENVIRONMENT, "PYTHONPATH": str(_PARENT), "TMPDIR": str(work.scratch)},
+            cwd=work.scratch,
+            timeout_s=float("inf"),
+            stdin=msgspec.json.encode(job),
+        )
+        check_end(status, output)
+
+    async def _confine(self, work: Work, made: Sequence[Path], held: Sequence[Path]) -> Confinement | None:
+        isolation = self.skopeo.isolation
+        if isolation is None:
+            return None
+        with disk_errors():
+            groups = await isolation.prepare_files(self.host, made, held)
+        return Confinement(
+            directory=str(work.scratch),
+            landlock=isolation.landlock > 0,
+            read=(str(work.image),),
+            write=tuple(map(str, made)),
+            user=isolation.user,
+            groups=groups,
+        )
+
+    async def _as_skopeo(self, work: Callable[[], T]) -> T:
+        """Uses what skopeo has made with its rights: names in there may lead anywhere."""
+        with disk_errors():
+            return await trio.to_thread.run_sync(as_user, self.skopeo.user, work)
+
+    async def _readable(self, reference: Reference, work: Work) -> Reference:
+        """Returns a reference to the same file that skopeo's user may read."""
+        isolation, path = self.skopeo.isolation, Path(reference.name)
+        if isolation is None or isolation.user is None or reference.transport == "oci":
+            return reference
+        if not path.is_relative_to(self.store.work):
+            # Not by an access list, as it is somebody's file.
+            path = work.path / "archive"
+            await self._copy_file(reference, path)
+        with disk_errors():
+            await isolation.let_read(self.host, path)
+        return Reference(reference.transport, str(path), tag=reference.tag)
+
+    async def _copy_file(self, reference: Reference, path: Path) -> None:
+        source = Path(reference.name)
+        try:
+            figures = await trio.to_thread.run_sync(source.stat)
+        except OSError as error:
+            raise _unreadable(reference, str(error.strerror)) from None
+        if not stat.S_ISREG(figures.st_mode):
+            raise _unreadable(reference, "it is no regular file")
+        self._check_size(reference, figures.st_size)
+        with disk_errors():
+            await self.host.files.copy(source, path)
+
+    def _check_size(self, reference: Reference, size: int) -> None:
+        if size > self.limits.max_bytes:
+            raise OciError(
+                "image_too_large", f"{reference} has layers of {size // 2**20} MiB, at most "
+                f"{self.limits.max_bytes // 2**20} are allowed", "use a smaller image",
+            )  # fmt: skip
+
+
+def _missing(manifest: Manifest, held: set[int]) -> int:
+    """Returns the bytes to fetch. The same layer may be in an image twice."""
+    return sum(layer.size for layer in {layer for number, layer in enumerate(manifest.layers) if number not in held})
 
 
 async def _resolve(
     skopeo: Skopeo, reference: Reference, auth: Path, work: Work, platform: Platform
 ) -> tuple[bytes, Manifest]:
     """Returns the manifest for a platform that a registry has under a reference, as bytes and read."""
-    data = await skopeo.inspect(reference, work.path, auth)
+    data = await skopeo.inspect(reference, work.scratch, auth)
     if reference.digest and digest_of(data) != reference.digest:
         raise _mismatch(f"the manifest of {reference} has the digest {digest_of(data)}")
     document = parse_manifest(data)
     if isinstance(document, Index):
         entry = document.choose(platform)
-        data = _checked(await skopeo.inspect(reference.with_digest(entry.digest), work.path, auth), entry)
+        data = _checked(await skopeo.inspect(reference.with_digest(entry.digest), work.scratch, auth), entry)
         document = parse_manifest(data)
     if not isinstance(document, Manifest):
         raise OciError("image_unsupported", f"{reference} is an index of indexes", "name a manifest by its digest")
@@ -157,44 +296,31 @@ def _read_layout(work: Work, platform: Platform) -> tuple[str, Manifest, ImageCo
 
 
 def _read(path: Path) -> bytes:
-    with path.open("rb") as file:
+    with open_theirs(path) as file:
         return file.read(MAX_DOCUMENT_BYTES + 1)
 
 
-async def _convert(host: Host, work: Work, manifest: Manifest, config: ImageConfig, held: set[int]) -> None:
-    """Converts the layers that are not held, and joins all, in a process of its own."""
-    first = {diff_id: number for number, diff_id in reversed(list(enumerate(config.diff_ids)))}
-    todo = [
-        LayerJob(
-            blob=str(work.blob(layer.digest)),
-            digest=layer.digest,
-            size=layer.size,
-            diff_id=diff_id,
-            target=str(work.layer(number)),
-        )
-        for number, (layer, diff_id) in enumerate(zip(manifest.layers, config.diff_ids, strict=True))
-        # The same layer may be in an image twice.
-        if number not in held and first[diff_id] == number
-    ]
-    layers = tuple(str(work.layer(first[diff_id])) for diff_id in config.diff_ids)
-    job = ImageJob(tuple(todo), layers, str(work.metadata))
-    environment = {**PROGRAM_ENVIRONMENT, "PYTHONPATH": str(_PARENT), "TMPDIR": str(work.path)}
-    status, output = await host.processes.run(
-        [sys.executable, "-P", "-m", "volant.oci"],
-        env=environment,
-        cwd=work.path,
-        timeout_s=float("inf"),
-        stdin=msgspec.json.encode(job),
-    )
-    check_end(status, output)
-    await trio.to_thread.run_sync(_link_repeated, work, config, first)
+async def _together(*tasks: Callable[[], Awaitable[None]]) -> None:
+    """Runs tasks at the same time. The first that fails ends the others, and its error is raised alone."""
+    failures: list[OciError] = []
+
+    async with trio.open_nursery() as nursery:
+
+        async def run(task: Callable[[], Awaitable[None]]) -> None:
+            try:
+                await task()
+            except OciError as error:
+                failures.append(error)
+                nursery.cancel_scope.cancel()
+
+        for task in tasks:
+            nursery.start_soon(run, task)
+    if failures:
+        raise failures[0]
 
 
-def _link_repeated(work: Work, config: ImageConfig, first: dict[str, int]) -> None:
-    with disk_errors():
-        for number, diff_id in enumerate(config.diff_ids):
-            if not work.layer(number).exists():
-                os.link(work.layer(first[diff_id]), work.layer(number))
+def _unreadable(reference: Reference, why: str) -> OciError:
+    return OciError("image_not_found", f"{reference} can't be read: {why}", "check its path")
 
 
 def _mismatch(what: str) -> OciError:

@@ -2,73 +2,185 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+import logging
+import math
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, closing, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
 
+import msgspec
 import trio
 
-from volant.concurrency import open_helpers
+from volant.concurrency import NoPlace, Places, open_helpers
 from volant.host import Host
 
 from ._errors import OciError
-from ._fetch import FetchLimits, Report, fetch_image
+from ._fetch import Fetcher, FetchLimits, Resolved, Target
 from ._manifest import AMD64, Platform
-from ._reference import Reference
+from ._prune import surplus
+from ._reference import Reference, parse_reference
+from ._report import Kind, Observe, PullEvent, Report
+from ._service import PRIVATE, ImageSettings, ImageUser
 from ._skopeo import Skopeo
-from ._store import CachedImage, Store, Work
+from ._store import CachedImage, Store, Work, disk_errors
+from ._upload import ArchiveUpload, archive_kind
+
+_logger = logging.getLogger("volant.oci")
 
 _FETCHES_AT_ONCE = 2
 """Each uses a processor to decompress, and another to write."""
 _CLEAR_S = 30.0
 """For the removal of a working directory. The next start removes what is left."""
+_RESOLVES_AT_ONCE = 8
+"""Each is a process of skopeo that waits for the network."""
+_MAX_FETCHES = 64
+"""Under way or waiting. Each has a directory, and perhaps credentials."""
+_UPLOADS_AT_ONCE = 16
+_UPLOADS_OF_ONE = 4
+"""Of one project."""
+_UNATTENDED_S = 600.0
+"""How long a fetch goes on that nobody waits for: a VM was created, and its boot comes later."""
 
 
-@dataclass
-class _Fetch:
+Users = Callable[[], Mapping[str, Sequence[ImageUser]]]
+"""Returns who needs which image, by its digest, for texts."""
+
+
+class Pull(msgspec.Struct, frozen=True):
+    """A fetch in progress, as others see it."""
+
+    reference: str
+    digest: str | None
+    report: Report
+    waiting: int
+    project: str
+
+
+class Pruned(NamedTuple):
+    """The images that `prune` has removed, as they were before."""
+
+    images: list[CachedImage]
+    freed_bytes: int
+
+
+class _Fetch(msgspec.Struct, eq=False):
     """A fetch in progress, and those that wait for it."""
 
     reference: Reference
-    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    report: Report = field(default_factory=Report)
+    name: Reference
+    """How it is shown, and found again: the reference, or the name for an archive that was received."""
+    scope: trio.CancelScope = msgspec.field(default_factory=trio.CancelScope)
+    report: Report = msgspec.field(default_factory=Report)
     waiting: int = 0
-    done: trio.Event = field(default_factory=trio.Event)
+    goes_on: bool = False
+    """Whether it goes on for a while when nobody waits."""
+    is_first: bool = False
+    """Whether it fetches the layers; others that found the same image wait for it."""
+    resolved: trio.Event = msgspec.field(default_factory=trio.Event)
+    found: Resolved | None = None
+    done: trio.Event = msgspec.field(default_factory=trio.Event)
     result: CachedImage | None = None
     error: OciError | None = None
+
+    def raise_error(self) -> NoReturn:
+        """Raises a copy for each waiter: an exception collects tracebacks."""
+        assert self.error is not None
+        raise OciError(self.error.code, self.error.message, self.error.hint)
 
 
 @asynccontextmanager
 async def open_images(
-    host: Host, directory: Path, skopeo: Skopeo, *, limits: FetchLimits | None = None, platform: Platform = AMD64
+    host: Host,
+    directory: Path,
+    skopeo: Skopeo,
+    *,
+    limits: FetchLimits | None = None,
+    platform: Platform = AMD64,
+    **options: Any,
 ) -> AsyncIterator[OciImages]:
     """Opens the images of a cache for a block, and removes what killed fetches left in it.
 
     :param directory: `oci` in the cache
+    :param options: as of `OciImages`
     :raises OciError: the cache can't be used
     """
-    store = Store(directory)
-    await skopeo.forget_credentials()
-    await trio.to_thread.run_sync(store.sweep)
     async with open_helpers() as nursery:
-        yield OciImages(host, store, skopeo, nursery, limits or FetchLimits(), platform)
+        images = OciImages(
+            host, Store(directory, skopeo.user), skopeo, nursery, limits or FetchLimits(), platform=platform, **options
+        )
+        await images.prepare()
+        yield images
+
+
+def load_images(
+    host: Host, settings: ImageSettings, nursery: trio.Nursery, users: Users, observe: Observe
+) -> OciImages:
+    """Returns the images of a daemon; fetches run in a nursery. Call `prepare` first."""
+    skopeo = Skopeo(
+        host,
+        settings.runtime_dir / PRIVATE,
+        plain_http=settings.plain_http,
+        environment=settings.environment,
+        stalled_s=settings.stall_timeout_s,
+        certificates=settings.certificates,
+        auth_file=settings.auth_file,
+        isolation=settings.isolation,
+    )
+    limits = FetchLimits(timeout_s=settings.timeout_s, max_bytes=settings.max_bytes)
+    store = Store(settings.cache_dir / "oci", skopeo.user)
+    return OciImages(
+        host, store, skopeo, nursery, limits,
+        owner=settings.state_dir, max_cache_bytes=settings.max_cache_bytes, users=users, observe=observe,
+    )  # fmt: skip
 
 
 class OciImages:
-    """Get it from `open_images`."""
+    """Get it from `open_images` or `load_images`."""
+
+    parse = staticmethod(parse_reference)
 
     def __init__(
-        self, host: Host, store: Store, skopeo: Skopeo, nursery: trio.Nursery, limits: FetchLimits, platform: Platform
+        self,
+        host: Host,
+        store: Store,
+        skopeo: Skopeo,
+        nursery: trio.Nursery,
+        limits: FetchLimits,
+        *,
+        platform: Platform = AMD64,
+        owner: Path | None = None,
+        max_cache_bytes: float = math.inf,
+        users: Users = dict,
+        observe: Observe = lambda event: None,
     ) -> None:
-        self._host = host
+        """
+        :param nursery: runs the fetches
+        :param owner: the daemon's state directory, which marks the images of its VMs for daemons that share the cache
+        :param max_cache_bytes: images that nothing uses are removed after a fetch until all take at most so much
+        :param users: who needs which images
+        :param observe: is given what happens to fetches
+        """
         self._store = store
         self._skopeo = skopeo
         self._nursery = nursery
         self._limits = limits
-        self._platform = platform
+        self._owner = owner
+        self._max_cache_bytes = max_cache_bytes
+        self._users = users
+        self._observe = observe
+        self._fetcher = Fetcher(host=host, store=store, skopeo=skopeo, limits=limits, platform=platform)
+        self._resolving = trio.CapacityLimiter(_RESOLVES_AT_ONCE)
         self._slots = trio.CapacityLimiter(_FETCHES_AT_ONCE)
+        self._uploads = Places(_UPLOADS_AT_ONCE, _UPLOADS_OF_ONE)
         self._under_way: dict[object, _Fetch] = {}
+
+    async def prepare(self) -> None:
+        """Removes what killed fetches left. :raises OciError: the cache can't be used"""
+        await self._skopeo.forget_credentials()
+        await trio.to_thread.run_sync(self._store.sweep)
 
     async def obtain(self, reference: Reference, *, auth: bytes | None = None, refresh: bool = False) -> CachedImage:
         """Returns an image, whole and in the cache; fetches it if the cache has no image under this reference. Files
@@ -81,104 +193,375 @@ class OciImages:
         :param refresh: asks the registry again what the tag means
         :raises OciError: see the list in `docs/explanation/oci.md`
         """
-        # A file may have changed, and is at hand.
-        is_tag_known = reference.transport == "docker" and not refresh
-        if is_tag_known and (found := await trio.to_thread.run_sync(self._known, reference)) is not None:
+        if not refresh and (found := await self._recall(reference)) is not None:
             return found
-        key: object = reference if auth is None else object()
-        fetch = self._under_way.get(key)
-        if fetch is None:
-            fetch = self._under_way[key] = _Fetch(reference)
-            self._nursery.start_soon(self._run, key, fetch, auth)
-        fetch.waiting += 1
-        try:
+        fetch = self._begin(reference, auth)
+        with _waiting(fetch):
             await fetch.done.wait()
-        finally:
-            fetch.waiting -= 1
-            if not fetch.waiting and not fetch.done.is_set():
-                # Whoever asks from now on starts another one.
-                self._under_way.pop(key, None)
-                fetch.scope.cancel()
-        if fetch.result is None:
-            assert fetch.error is not None
-            raise OciError(fetch.error.code, fetch.error.message, fetch.error.hint)
-        return fetch.result
+        return fetch.result or fetch.raise_error()
 
-    def inspect(self) -> list[dict[str, object]]:
-        """Returns the fetches in progress, for JSON."""
+    async def resolve(self, reference: Reference, *, auth: bytes | None = None, refresh: bool = False) -> Resolved:
+        """Returns what a reference means once manifest and configuration are known and checked, without the network
+        if the cache has it.
+
+        The fetch of the layers begins, and goes on for 10 minutes without a waiter. So credentials are needed here
+        only: `obtain_digest` joins it. The parameters are those of `obtain`.
+
+        :raises OciError:
+        """
+        if not refresh and (found := await self._recall(reference)) is not None:
+            return Resolved(reference=str(reference), digest=found.digest, config=found.config)
+        fetch = self._begin(reference, auth)
+        with _waiting(fetch):
+            await fetch.resolved.wait()
+            if fetch.found is None:
+                fetch.raise_error()
+            fetch.goes_on = True
+            return fetch.found
+
+    async def obtain_digest(
+        self, digest: str, reference: Reference, *, auth: Callable[[], Awaitable[bytes]] | None = None
+    ) -> CachedImage:
+        """Returns an image that `resolve` has found: from the fetch under way, from the cache, or fetched again.
+
+        :param auth: returns the content of an auth file, if the image has to be fetched again; None: without
+            credentials
+        :raises OciError: `image_changed`: a file has another image by now; and as `obtain`
+        """
+        found = await self._obtain_digest(digest, reference, auth)
+        if self._owner is not None:
+            await trio.to_thread.run_sync(self._store.mark, digest, self._owner)
+        return found
+
+    async def _obtain_digest(
+        self, digest: str, reference: Reference, auth: Callable[[], Awaitable[bytes]] | None
+    ) -> CachedImage:
+        fetch = self._fetch_of(digest)
+        if fetch is None:
+            found = await trio.to_thread.run_sync(self._store.use, digest)
+            if found is not None:
+                return found
+            again = reference.with_digest(digest) if reference.registry else reference
+            fetch = self._begin(again, None if auth is None else await auth())
+        with _waiting(fetch):
+            await fetch.resolved.wait()
+            if fetch.found is not None and fetch.found.digest != digest:
+                raise OciError(
+                    "image_changed", f"{reference} has the image {fetch.found.digest} by now, not {digest}",
+                    "create the VM again, or put the file back",
+                )  # fmt: skip
+            await fetch.done.wait()
+        return fetch.result or fetch.raise_error()
+
+    async def pull(self, reference: Reference, *, auth: bytes | None = None, refresh: bool = False) -> CachedImage:
+        """Returns an image, whole and in the cache, as `obtain` does. The fetch goes on for a while if the caller is
+        cancelled. :raises OciError:"""
+        found = await self.resolve(reference, auth=auth, refresh=refresh)
+        return await self.obtain_digest(found.digest, reference)
+
+    @asynccontextmanager
+    async def receiving(self, project: str) -> AsyncIterator[ArchiveUpload]:
+        """Receives an archive of an image in a block; see `load`. Nothing of it stays after the block.
+
+        :param project: of the client
+        :raises OciError: `too_many_fetches`; the cache can't be written
+        """
+        try:
+            with self._uploads.take(project):
+                async with self._working() as work:
+                    with disk_errors(), closing(ArchiveUpload(work.path / "archive", self._limits.max_bytes)) as upload:
+                        yield upload
+        except NoPlace as full:
+            raise OciError(
+                "too_many_fetches", f"too many archives are being received already: {full}", "try again later"
+            ) from None
+
+    async def load(self, upload: ArchiveUpload, name: Reference) -> CachedImage:
+        """Returns the image in an archive that was received, once it is in the cache.
+
+        :param name: in a registry; from now on it leads to this image
+        :raises OciError:
+        """
+        if not name.registry or not name.tag:
+            raise OciError("bad_reference", f"{name} can't be the name of an archive", "write a name with a tag")
+        await upload.flush()
+        with disk_errors():
+            kind = await trio.to_thread.run_sync(archive_kind, upload.path)
+        fetch = self._begin(Reference(kind, str(upload.path)), None, name=name)
+        with _waiting(fetch):
+            await fetch.done.wait()
+        return fetch.result or fetch.raise_error()
+
+    def pulls(self) -> list[Pull]:
+        """Returns the fetches in progress."""
         return [
-            {
-                "reference": str(fetch.reference),
-                "phase": fetch.report.phase,
-                "done_bytes": fetch.report.done_bytes,
-                "total_bytes": fetch.report.total_bytes,
-                "waiting": fetch.waiting,
-            }
+            Pull(
+                reference=str(fetch.name),
+                digest=None if fetch.found is None else fetch.found.digest,
+                report=fetch.report,
+                waiting=fetch.waiting,
+                project=fetch.name.project,
+            )
             for fetch in self._under_way.values()
+            if not fetch.scope.cancel_called
         ]
+
+    # Finding and removing
 
     async def get(self, reference: Reference) -> CachedImage | None:
         """Returns the image to which a reference resolved last, if it is in the cache."""
-        return await trio.to_thread.run_sync(partial(self._known, reference, use=False))
+        return await trio.to_thread.run_sync(self._known, reference)
 
-    async def all(self) -> list[CachedImage]:
-        """Returns all images of the cache."""
-        return await trio.to_thread.run_sync(self._store.all)
+    async def find(self, digest: str, project: str | None = None) -> CachedImage | None:
+        """Returns an image that a project sees by its digest, or by the first digits of it, if there is one; None: any.
+
+        :raises OciError: more than one begins so, or it is no digest
+        """
+        digests = await trio.to_thread.run_sync(self._store.digests, digest)
+        seen = [image for image in await self.all(project) if image.digest in digests]
+        if len(seen) > 1:
+            raise OciError("bad_reference", f"{len(seen)} images begin with {digest}", "write more digits")
+        return seen[0] if seen else None
+
+    async def all(self, project: str | None = None) -> list[CachedImage]:
+        """Returns the images that a project sees: those that it has a name of or uses. None: all of the cache."""
+        images = await trio.to_thread.run_sync(self._store.all, project)
+        if project is None:
+            return images
+        users = self._users()
+        return [
+            image
+            for image in images
+            if image.names or any(user.project == project for user in users.get(image.digest, ()))
+        ]
+
+    async def forget(self, digest: str, project: str) -> bool:
+        """Removes the names that a project has of an image, and the image if nobody else has a name or uses it. Returns
+        whether the image is gone.
+
+        :raises OciError: `image_in_use`: the project uses it itself
+        """
+        own = [user.what for user in self._users().get(digest, ()) if user.project == project]
+        if own:
+            raise OciError("image_in_use", f"the image {digest} is used by {', '.join(own[:5])}", "delete them first")
+        others = await trio.to_thread.run_sync(self._store.remove_names, digest, project)
+        if others or await self.users_of(digest):
+            return False
+        return await self.remove(digest)
 
     async def used_bytes(self) -> int:
         """Returns the space that all layers and images take."""
         return await trio.to_thread.run_sync(self._store.used_bytes)
 
     async def remove_name(self, reference: Reference) -> bool:
-        """Removes a reference. The image goes with its last one, by `prune`. :raises OciError:"""
+        """Removes a reference, not its image. Returns whether it was there. :raises OciError:"""
         return await trio.to_thread.run_sync(self._store.remove_name, reference)
 
-    async def remove(self, digest: str, *, in_use: Callable[[str], bool] = lambda digest: False) -> bool:
-        """Removes an image unless it is in use, and returns whether it was removed. :raises OciError:"""
-        if in_use(digest):
-            return False
+    async def remove(self, digest: str) -> bool:
+        """Removes an image and its references. Returns whether it was there.
+
+        :raises OciError: `image_in_use`
+        """
+        if users := await self.users_of(digest):
+            raise OciError("image_in_use", f"the image {digest} is used by {', '.join(users[:5])}", "delete them first")
         return await trio.to_thread.run_sync(self._store.remove, digest)
 
-    async def prune(self, max_bytes: int, *, in_use: Callable[[str], bool] = lambda digest: False) -> list[str]:
-        """Removes the images that were not used longest, until all take at most `max_bytes`. :raises OciError:"""
-        return await trio.to_thread.run_sync(self._store.prune, max_bytes, in_use)
+    async def forget_project(self, project: str) -> None:
+        """Removes all names of a project; images that nothing needs go with the next `prune`. :raises OciError:"""
+        await trio.to_thread.run_sync(self._store.remove_project, project)
+
+    async def prune(self, max_bytes: int, *, unused_for_s: float = 0.0, dry_run: bool = False) -> Pruned:
+        """Removes images that nothing uses, the least recently used first, until all take at most `max_bytes`.
+
+        :param unused_for_s: only images that were not asked for within this time
+        :param dry_run: removes none
+        :raises OciError:
+        """
+        if self._owner is not None:
+            await trio.to_thread.run_sync(self._store.unmark, self._owner, self._users().keys())
+        images = await self.all()
+        users = {image.digest: await self.users_of(image.digest) for image in images}
+        since = time.time() - unused_for_s
+        gone, freed = surplus(images, max_bytes, lambda image: not users[image.digest] and image.used_at <= since)
+        if dry_run:
+            return Pruned(gone, freed)
+        removed = []
+        await trio.to_thread.run_sync(self._store.collect)
+        for image in gone:
+            try:
+                if await self.remove(image.digest):
+                    removed.append(image)
+            except OciError as error:
+                if error.code != "image_in_use":
+                    raise
+        return Pruned(removed, freed if len(removed) == len(gone) else sum(image.own_bytes for image in removed))
+
+    async def users_of(self, digest: str) -> list[str]:
+        """Returns who needs an image: VMs, snapshots, fetches."""
+        found = [user.what for user in self._users().get(digest, ())]
+        if self._owner is not None:
+            others = await trio.to_thread.run_sync(self._store.other_owners, digest, self._owner)
+            found += [f"the daemon of {other}" for other in others]
+        if self._fetch_of(digest) is not None:
+            found.append("a fetch that is under way")
+        return found
 
     # Fetching
 
-    def _known(self, reference: Reference, *, use: bool = True) -> CachedImage | None:
+    def _known(self, reference: Reference) -> CachedImage | None:
         digest = self._store.resolve(reference)
-        return None if digest is None else self._store.find(digest, use=use)
+        return None if digest is None else self._store.find(digest, project=reference.project)
+
+    def _use(self, reference: Reference) -> CachedImage | None:
+        digest = self._store.resolve(reference)
+        return None if digest is None else self._store.use(digest)
+
+    async def _recall(self, reference: Reference) -> CachedImage | None:
+        # A file may have changed, and is at hand.
+        return await trio.to_thread.run_sync(self._use, reference) if reference.registry else None
+
+    def _begin(self, reference: Reference, auth: bytes | None, *, name: Reference | None = None) -> _Fetch:
+        """Returns the fetch of a reference; starts it unless it is under way. :raises OciError: there are too many"""
+        key: object = reference if auth is None else object()
+        fetch = self._under_way.get(key)
+        # Nobody waits for a cancelled one any more.
+        if fetch is None or fetch.scope.cancel_called:
+            if len(self._under_way) >= _MAX_FETCHES:
+                raise OciError(
+                    "too_many_fetches", f"{_MAX_FETCHES} images are being fetched already", "try again later"
+                )
+            fetch = self._under_way[key] = _Fetch(reference, name or reference)
+            self._nursery.start_soon(self._run, key, fetch, auth)
+        return fetch
+
+    def _fetch_of(self, digest: str, *, first: bool = False) -> _Fetch | None:
+        """Returns a fetch that has found this image. `first`: only the one that fetches its layers."""
+        for fetch in self._under_way.values():
+            is_it = fetch.found is not None and fetch.found.digest == digest and not fetch.scope.cancel_called
+            if is_it and (fetch.is_first or not first):
+                return fetch
+        return None
 
     async def _run(self, key: object, fetch: _Fetch, auth: bytes | None) -> None:
         # Kept if this task is cancelled.
-        fetch.error = OciError("fetch_interrupted", f"{fetch.reference}: the fetch was given up", "try again")
+        fetch.error = OciError("fetch_interrupted", f"{fetch.name}: the fetch was given up", "try again")
         try:
             with fetch.scope:
                 fetch.result = await self._within_limits(fetch, auth)
         except OciError as error:
-            fetch.error = error
+            # A client does not know where its archive lies here.
+            message = error.message.replace(str(fetch.reference), str(fetch.name))
+            fetch.error = OciError(error.code, message, error.hint)
+        except OSError as error:
+            fetch.error = OciError("io_error", f"{fetch.name}: {error}", "check the daemon's directories")
         finally:
             if self._under_way.get(key) is fetch:
                 del self._under_way[key]
+            fetch.resolved.set()
             fetch.done.set()
 
     async def _within_limits(self, fetch: _Fetch, auth: bytes | None) -> CachedImage:
         with trio.move_on_after(self._limits.timeout_s):
-            async with self._slots, self._skopeo.credentials(auth) as auth_file, self._working() as work:
-                return await fetch_image(
-                    self._host, self._store, self._skopeo, fetch.reference, auth_file, work,
-                    limits=self._limits, platform=self._platform, report=fetch.report,
+            async with self._skopeo.credentials(auth) as auth_file, self._working() as work:
+                # A file is copied already when it is resolved.
+                async with self._resolving if fetch.reference.registry else self._slots:
+                    target = await self._fetcher.resolve(fetch.reference, auth_file, work, fetch.report)
+                fetch.report.total_bytes = target.total_bytes
+                fetch.found = Resolved(
+                    reference=str(fetch.reference), digest=target.digest, config=target.config,
+                    total_bytes=target.total_bytes,
                 )  # fmt: skip
-        raise OciError(
-            "timeout", f"{fetch.reference} did not arrive within {self._limits.timeout_s:g} s", "allow more time"
-        )
+                fetch.resolved.set()
+                if not target.is_cached and not await self._wait_for_first(fetch, target):
+                    await self._fetch_layers(fetch, target, auth_file, work)
+            return await self._found(fetch.name, target.digest)
+        raise OciError("timeout", f"{fetch.name} did not arrive within {self._limits.timeout_s:g} s", "allow more time")
+
+    async def _fetch_layers(self, fetch: _Fetch, target: Target, auth_file: Path, work: Work) -> None:
+        report = fetch.report
+
+        def notify(kind: Kind, code: str = "", message: str = "") -> None:
+            self._observe(
+                PullEvent(
+                    kind=kind, project=fetch.name.project, reference=str(fetch.name), digest=target.digest,
+                    code=code, message=message, done_bytes=report.done_bytes, total_bytes=report.total_bytes,
+                )
+            )  # fmt: skip
+
+        fetch.is_first = True
+        report.phase = "waiting"
+        report.on_step = partial(notify, "progress")
+        notify("started")
+        failure: OciError | None = OciError("fetch_interrupted", "the fetch was given up")
+        try:
+            async with self._slots:
+                await self._fetcher.fetch(target, auth_file, work, report)
+        except OciError as error:
+            failure = error
+            raise
+        else:
+            failure = None
+        finally:
+            if failure is None:
+                notify("done")
+                self._nursery.start_soon(self._keep_limit)
+            else:
+                notify("failed", failure.code, failure.message)
+
+    async def _keep_limit(self) -> None:
+        """Removes images until all fit. One that was just asked for stays: its VM may have no row yet."""
+        if self._max_cache_bytes == math.inf:
+            return
+        try:
+            pruned = await self.prune(int(self._max_cache_bytes), unused_for_s=_UNATTENDED_S)
+        except OciError as error:
+            _logger.warning("OCI images can't be removed: %s", error)
+            return
+        for image in pruned.images:
+            _logger.info("removed the OCI image %s (%s): the cache is full", image.digest, ", ".join(image.names))
+
+    async def _wait_for_first(self, fetch: _Fetch, target: Target) -> bool:
+        """Waits for a fetch of the same image that began earlier. Returns whether the cache has the image then."""
+        while (first := self._fetch_of(target.digest, first=True)) is not None:
+            fetch.report = first.report
+            with _waiting(first):
+                await first.done.wait()
+            if first.result is not None:
+                return True
+        fetch.report = Report(total_bytes=target.total_bytes)
+        return False
+
+    async def _found(self, reference: Reference, digest: str) -> CachedImage:
+        await trio.to_thread.run_sync(self._store.note, reference, digest)
+        found = await trio.to_thread.run_sync(partial(self._store.find, digest, project=reference.project, use=True))
+        if found is None:
+            raise OciError("io_error", f"{reference} was stored and can't be read back", "check the cache's disk")
+        return found
 
     @asynccontextmanager
     async def _working(self) -> AsyncIterator[Work]:
         manager = self._store.working()
         work = await trio.to_thread.run_sync(manager.__enter__)
         try:
+            with disk_errors():
+                await self._skopeo.share(work.scratch)
             yield work
         finally:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLEAR_S):
                 await trio.to_thread.run_sync(manager.__exit__, None, None, None)
+
+
+@contextmanager
+def _waiting(fetch: _Fetch) -> Iterator[None]:
+    """Waits for a fetch in a block. The last waiter that leaves ends the fetch, or lets it go on for a while."""
+    fetch.waiting += 1
+    fetch.scope.deadline = math.inf
+    try:
+        yield
+    finally:
+        fetch.waiting -= 1
+        if not fetch.waiting and not fetch.done.is_set():
+            if fetch.goes_on:
+                fetch.scope.deadline = trio.current_time() + _UNATTENDED_S
+            else:
+                fetch.scope.cancel()

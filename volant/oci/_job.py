@@ -2,12 +2,45 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import sys
+import threading
+import time
 from pathlib import Path
 
 import msgspec
 
+from volant.host import Sandbox, confine_self
+
 from ._errors import OciError
-from ._layers import LayerJob, convert, join
+from ._layers import PROGRAM_MEMORY, LayerJob, convert, join
+
+_LIMITS = {
+    resource.RLIMIT_AS: PROGRAM_MEMORY,
+    resource.RLIMIT_NOFILE: 256,
+}
+"""For this process and `mkfs.erofs`, which makes sparse files of any size for a moment."""
+_AT_ONCE = 2
+"""Layers that are converted at the same time."""
+_LOOK_S = 0.02
+"""How often it is looked whether a layer has arrived. skopeo renames it then, so that it is whole."""
+
+
+class Confinement(msgspec.Struct, frozen=True):
+    """What keeps the process from everything but its files, as it reads what anybody may have made."""
+
+    directory: str
+    """Its working directory, in which it may make files."""
+    landlock: bool
+    read: tuple[str, ...] = ()
+    """Files and directories that it may read."""
+    write: tuple[str, ...] = ()
+    """Files that it may write."""
+    user: int | None = None
+    """Its user and group; None: the daemon's."""
+    groups: tuple[int, ...] = ()
+    """Further ones."""
 
 
 class ImageJob(msgspec.Struct, frozen=True):
@@ -18,6 +51,12 @@ class ImageJob(msgspec.Struct, frozen=True):
     """Paths of the files of all layers, lowest first."""
     metadata: str
     """Path of the file that joins them."""
+    arrived: str = "/"
+    """Path of a file that is made when all layers have arrived. By default they have."""
+    confinement: Confinement | None = None
+    """None: none."""
+    daemon: int | None = None
+    """The process that waits for this one. Without it, layers that are missing never arrive."""
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -28,10 +67,72 @@ class Failure(msgspec.Struct, frozen=True):
     hint: str
 
 
+def confine(confinement: Confinement) -> None:
+    """Confines this process for good: to the files of its job, without network, with limits.
+
+    :raises OciError: that is not possible
+    """
+    place = Path(confinement.directory)
+    sandbox = Sandbox(
+        user=confinement.user,
+        groups=confinement.groups,
+        landlock=confinement.landlock,
+        # For modules that are not loaded yet.
+        read=(Path(sys.prefix), Path(sys.base_prefix), *map(Path, confinement.read)),
+        write=tuple(map(Path, confinement.write)),
+        make=(place,),
+        no_connect=True,
+    )
+    try:
+        for limit, value in _LIMITS.items():
+            resource.setrlimit(limit, (value, value))
+        confine_self(sandbox, place)
+    except (OSError, ValueError) as error:
+        raise OciError(
+            "sandbox_failed", f"the process that converts layers can't be confined: {error}",
+            "see what `volar setup --check` says of the sandbox, or turn it off with VOLANT_SANDBOX=off",
+        ) from error  # fmt: skip
+
+
 def run(job: ImageJob) -> None:
-    """Does a job. :raises OciError: as `convert` :raises OSError: the disk fails"""
-    for layer in job.convert:
-        convert(layer)
+    """Does a job, while layers still arrive.
+
+    :raises OciError: as `convert`; the daemon was killed, so nothing arrives any more
+    :raises OSError: the disk fails
+    """
+    # Skopeo fetches several layers at once, so the first to arrive is the first to be converted.
+    missing, failures = list(job.convert), list[BaseException]()
+    lock = threading.Lock()
+
+    def take() -> LayerJob | None:
+        """Returns a layer that has arrived; None: all are taken."""
+        while missing and not failures:
+            with lock:
+                are_all_here = Path(job.arrived).exists()
+                # One that has not arrived by then never will, and is an error.
+                for layer in list(missing):
+                    if are_all_here or Path(layer.blob).exists():
+                        missing.remove(layer)
+                        return layer
+            if job.daemon is not None and os.getppid() != job.daemon:
+                raise OciError("fetch_interrupted", "the daemon that fetches has ended", "try again")
+            time.sleep(_LOOK_S)
+        return None
+
+    def work() -> None:
+        try:
+            while (layer := take()) is not None:
+                convert(layer)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(_AT_ONCE)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
     join(job.layers, Path(job.metadata))
 
 

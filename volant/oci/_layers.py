@@ -6,11 +6,15 @@ memory does not depend on the size of a layer.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
+import queue
 import resource
 import subprocess
 import tempfile
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -32,12 +36,14 @@ _MAX_RATIO = 1000
 _RATIO_FREE = 64 * 1024 * 1024
 _MAX_WINDOW = 128 * 1024 * 1024
 """What `zstd --long` needs to be decompressed."""
-_PROGRAM_MEMORY = 4 * 1024**3
+PROGRAM_MEMORY = 4 * 1024**3
 """Of `mkfs.erofs`, which has all entries of a layer in memory."""
 _RESERVE_BYTES = 256 * 1024 * 1024
 """Stays free on the cache's file system, which is often that of the database, too."""
 _CHECK_SPACE_BYTES = 32 * 1024 * 1024
 _MAX_COMPLAINT = 300
+_PIECES_AHEAD = 4
+_JOIN_S = 0.01
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 
 _SAME_BYTES = ("-U", "clear", "-T0", "--mkfs-time", "--quiet")
@@ -58,11 +64,13 @@ class LayerJob(msgspec.Struct, frozen=True):
     diff_id: str
     """Of the uncompressed layer."""
     target: str
-    """Path of the file to make."""
+    """Path of the file to write; it may exist, and is empty then."""
+    done: str = ""
+    """Path of a file that is made when the target is whole."""
 
 
 def convert(job: LayerJob) -> None:
-    """Makes the file of a layer; it is on the disk when this returns.
+    """Writes the file of a layer; it is on the disk when this returns.
 
     :raises OciError: `image_mismatch`, `image_invalid`, `image_too_large`, `cache_full`, `io_error`, `program_missing`
     """
@@ -74,8 +82,8 @@ def convert(job: LayerJob) -> None:
         compressed = _Hashed(blob)
         plain = hashlib.sha256()
         check = TarCheck()
-        with _Program([*_LAYER_OPTIONS, str(target)], target) as program:
-            for piece in _bounded(decompressed(compressed), job):
+        with _Program([*_LAYER_OPTIONS, str(target)]) as program:
+            for piece in ahead(_bounded(decompressed(compressed), job)):
                 plain.update(piece)
                 if not check.ended:
                     program.write(check.feed(piece))
@@ -86,6 +94,8 @@ def convert(job: LayerJob) -> None:
                 raise _mismatch(f"the diff ID of layer {job.digest} is {found}, the configuration says {job.diff_id}")
             program.write(check.finish())
     _finish(target)
+    if job.done:
+        Path(job.done).touch()
 
 
 def join(layers: Sequence[str], target: Path) -> None:
@@ -93,7 +103,7 @@ def join(layers: Sequence[str], target: Path) -> None:
 
     :raises OciError: as `convert`
     """
-    with _Program([*_JOIN_OPTIONS, str(target), *layers], target):
+    with _Program([*_JOIN_OPTIONS, str(target), *layers]):
         pass
     _finish(target)
 
@@ -153,6 +163,38 @@ def _unzstd(data: bytes, stream: _Hashed) -> Iterator[bytes]:
             yield piece
 
 
+def ahead(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Yields the same pieces; a thread makes some of them in advance. zlib and hashes run beside each other then."""
+    made: queue.Queue[bytes | BaseException | None] = queue.Queue(_PIECES_AHEAD)
+    is_over = threading.Event()
+
+    def make() -> None:
+        last: BaseException | None = None
+        try:
+            for piece in pieces:
+                made.put(piece)
+                if is_over.is_set():
+                    return
+        except BaseException as error:
+            last = error
+        made.put(last)
+
+    thread = threading.Thread(target=make, daemon=True)
+    thread.start()
+    try:
+        while isinstance(piece := made.get(), bytes):
+            yield piece
+        if piece is not None:
+            raise piece
+    finally:
+        is_over.set()
+        while thread.is_alive():
+            # It may wait for room.
+            with contextlib.suppress(queue.Empty):
+                made.get(timeout=_JOIN_S)
+        thread.join()
+
+
 def _bounded(pieces: Iterator[bytes], job: LayerJob) -> Iterator[bytes]:
     limit = min(MAX_LAYER_BYTES, job.size * _MAX_RATIO + _RATIO_FREE)
     size, checked = 0, -_CHECK_SPACE_BYTES
@@ -165,7 +207,7 @@ def _bounded(pieces: Iterator[bytes], job: LayerJob) -> Iterator[bytes]:
             )  # fmt: skip
         if size - checked >= _CHECK_SPACE_BYTES:
             checked = size
-            check_space(Path(job.target).parent)
+            check_space(Path(job.blob).parent)
         yield piece
 
 
@@ -185,7 +227,6 @@ def _finish(target: Path) -> None:
     try:
         descriptor = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            os.fchmod(descriptor, 0o400)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
@@ -213,18 +254,21 @@ class _Hashed:
 class _Program:
     """Runs `mkfs.erofs` for a block. An error in the block ends it; else its own error is raised."""
 
-    def __init__(self, arguments: Sequence[str], target: Path) -> None:
-        self._log = tempfile.TemporaryFile(dir=target.parent)  # noqa: SIM115
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115
         try:
             self._process = subprocess.Popen(
-                [PROGRAM, *arguments], stdin=subprocess.PIPE, stdout=self._log, stderr=self._log, cwd=target.parent
+                [PROGRAM, *arguments], stdin=subprocess.PIPE, stdout=self._log, stderr=self._log
             )
         except FileNotFoundError:
             self._log.close()
             raise OciError("program_missing", f"{PROGRAM} is not installed", PROGRAM_HINT) from None
         assert self._process.stdin is not None
         self._stdin = self._process.stdin
-        resource.prlimit(self._process.pid, resource.RLIMIT_AS, (_PROGRAM_MEMORY, _PROGRAM_MEMORY))
+        with contextlib.suppress(OSError):
+            # Fewer changes between the two processes.
+            fcntl.fcntl(self._stdin, fcntl.F_SETPIPE_SZ, _PIECE)
+        resource.prlimit(self._process.pid, resource.RLIMIT_AS, (PROGRAM_MEMORY, PROGRAM_MEMORY))
 
     def write(self, data: bytes) -> None:
         try:

@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from volant.model import DEFAULT_PROJECT
+
 from ._errors import OciError
 
 Transport = Literal["docker", "oci", "oci-archive", "docker-archive"]
@@ -35,7 +37,7 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Which image to use. `str` gives its complete form, which `parse_reference` reads again."""
+    """Which image to use. `str` gives its complete form, which `parse_reference` reads again, but for the project."""
 
     transport: Transport
     name: str
@@ -44,6 +46,8 @@ class Reference:
     """Empty: the reference has a digest, or the file's only image. Archives of Docker have `name:tag`."""
     digest: str = ""
     """`sha256:…` of a manifest in a registry; empty: the tag decides."""
+    project: str = DEFAULT_PROJECT
+    """The project that the name belongs to; each project has its own names."""
 
     def __str__(self) -> str:
         prefix = "" if self.transport == "docker" else f"{self.transport}:"
@@ -59,9 +63,11 @@ class Reference:
         return replace(self, tag="", digest=digest)
 
 
-def parse_reference(text: str) -> Reference:
+def parse_reference(text: str, project: str = DEFAULT_PROJECT) -> Reference:
     """Returns the reference that a person has written: `python`, `registry:5000/team/app:1.2`, `app@sha256:…`,
     `oci:/path:tag`, `oci-archive:/path`, `docker-archive:/path:name:tag`.
+
+    :param project: the project that the name belongs to
 
     A tag beside a digest is checked and dropped, as Docker does: the digest decides.
 
@@ -71,10 +77,10 @@ def parse_reference(text: str) -> Reference:
         raise _bad(text, f"a reference has 1 to {_MAX_TEXT} characters, and no control characters")
     transport, colon, rest = text.partition(":")
     if colon and transport in _FILES and rest[:1] in ("/", ".", ""):
-        return _in_file(text, _FILES[transport], rest)
+        return replace(_in_file(text, _FILES[transport], rest), project=project)
     if _URL.match(text):
         raise _bad(text, "it begins like a URL", "write registry/name:tag, without https:// or docker://")
-    return _in_registry(text)
+    return replace(_in_registry(text), project=project)
 
 
 def _in_file(text: str, transport: Transport, rest: str) -> Reference:

@@ -7,15 +7,17 @@ import re
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import trio
 
 from volant.concurrency import Backoff, open_helpers
-from volant.host import PROGRAM_ENVIRONMENT, Host
+from volant.host import PROGRAM_ENVIRONMENT, Host, as_user
 
 from ._errors import OciError
-from ._layers import check_space
+from ._isolation import Isolation, open_theirs
+from ._layers import PROGRAM_MEMORY, check_space
 from ._manifest import MAX_DOCUMENT_BYTES, Platform
 from ._reference import Reference
 
@@ -32,6 +34,13 @@ _OTHER_BYTES = 16 * 1024 * 1024
 _CLEAR_S = 10.0
 """For the removal of credentials. The next start removes what is left."""
 _MAX_COMPLAINT = 400
+_MAX_SAID = 16384
+_MAX_AUTH_BYTES = 1024 * 1024
+_BLOCK = 512
+"""Of `ulimit -f`."""
+_MOST_OTHER_BYTES = 1024 * 1024 * 1024
+"""What no file of skopeo's exceeds beside the layers. The watch ends it long before; this holds if it does not."""
+_LIMITS = f"ulimit -c 0; ulimit -n 1024; ulimit -v {PROGRAM_MEMORY // 1024};"
 _NO_CREDENTIALS = b'{"auths":{}}'
 _NOT_INSTALLED = 127
 """The shell's exit status for a program that it does not find."""
@@ -40,10 +49,12 @@ _MESSAGE = re.compile(r'msg="((?:[^"\\]|\\.)*)"')
 _QUERY = re.compile(r'\?[^\s"]+')
 """Addresses of blobs may contain signatures."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]+")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 _REASONS: tuple[tuple[str, str, str], ...] = (
+    (r"credential file is not accessible", "auth_file_unreadable", "check the setting oci_auth_file"),
     (
-        r"429|too ?many ?requests",
+        r"\b429\b|too ?many ?requests",
         "registry_busy",
         "wait a while, or give credentials: registries allow more requests with them",
     ),
@@ -100,6 +111,9 @@ class Skopeo:
         environment: Mapping[str, str] | None = None,
         stalled_s: float = 60.0,
         retries: int = 2,
+        certificates: Path | None = None,
+        auth_file: Path | None = None,
+        isolation: Isolation | None = None,
     ) -> None:
         """
         :param private_dir: for credentials, on a file system in memory
@@ -107,6 +121,10 @@ class Skopeo:
         :param environment: more variables, such as those of proxies
         :param stalled_s: a copy that does not grow for so long is ended
         :param retries: after broken connections and the like, with growing pauses
+        :param certificates: a directory of CA certificates for registries, beside those of the host
+        :param auth_file: an auth file for fetches without credentials of their own
+        :param isolation: what keeps it, and the process that converts, from everything but its files; None: they have
+            no sandbox
         """
         self._host = host
         self._private_dir = private_dir
@@ -114,19 +132,47 @@ class Skopeo:
         self._environment = {**PROGRAM_ENVIRONMENT, **(environment or {})}
         self._stalled_s = stalled_s
         self._retries = retries
+        self._certificates = certificates
+        self._auth_file = auth_file
+        self.isolation = isolation
         self._retry_option = f"--retry-times={retries}"
+
+    @property
+    def user(self) -> int | None:
+        """The user that makes files in working directories; None: the daemon's."""
+        return None if self.isolation is None else self.isolation.user
+
+    async def share(self, work: Path) -> None:
+        """Lets that user use a new directory. :raises OSError:"""
+        if self.isolation is not None:
+            await self.isolation.share(self._host, work)
 
     @asynccontextmanager
     async def credentials(self, auth: bytes | None) -> AsyncIterator[Path]:
-        """Keeps the content of an auth file in a file for the length of a block; None: no credentials."""
+        """Keeps the content of an auth file in a file for the length of a block; None: the daemon's, if it has one."""
+        if auth is None and self._auth_file is not None:
+            auth = await self._own_credentials(self._auth_file)
         directory = self._private_dir / secrets.token_hex(8)
         await self._host.files.mkdir(directory)
         try:
-            await self._host.files.write(directory / "auth.json", _NO_CREDENTIALS if auth is None else auth)
-            yield directory / "auth.json"
+            path = directory / "auth.json"
+            await self._host.files.write(path, _NO_CREDENTIALS if auth is None else auth)
+            if self.isolation is not None:
+                await self.isolation.let_read(self._host, path)
+            yield path
         finally:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLEAR_S):
                 await self._host.files.remove_tree(directory)
+
+    async def _own_credentials(self, path: Path) -> bytes:
+        """Returns the content of the daemon's auth file, which only its user may be able to read."""
+        try:
+            return await self._host.files.read(path, _MAX_AUTH_BYTES)
+        except OSError as error:
+            raise OciError(
+                "auth_file_unreadable", f"the auth file {path} can't be read: {error.strerror}",
+                "check the setting oci_auth_file",
+            ) from error  # fmt: skip
 
     async def forget_credentials(self) -> None:
         """Removes what a killed daemon left. :raises OSError:"""
@@ -138,9 +184,9 @@ class Skopeo:
         :raises OciError:
         """
         arguments = ["inspect", "--raw", *(["--config"] if config else []), "--authfile", str(auth)]
-        arguments += [self._retry_option, *self._tls("--tls-verify", reference), source(reference)]
+        arguments += [self._retry_option, *self._tls("", reference), source(reference)]
         try:
-            return await self._run(arguments, reference, work, _ANSWER_S, MAX_DOCUMENT_BYTES)
+            return await self._run(arguments, reference, work, auth, _ANSWER_S, MAX_DOCUMENT_BYTES, 0)
         except trio.TooSlowError:
             raise OciError(
                 "registry_unreachable", f"{reference.registry or reference}: no answer within {_ANSWER_S:g} s",
@@ -167,11 +213,11 @@ class Skopeo:
         """
         arguments = [f"--override-os={platform.os}", f"--override-arch={platform.architecture}", "copy", "--quiet"]
         arguments += ["--src-authfile", str(auth), self._retry_option, "--dest-oci-accept-uncompressed-layers"]
-        arguments += [*self._tls("--src-tls-verify", reference), source(reference), f"oci:{layout}:image"]
+        arguments += [*self._tls("src-", reference), source(reference), f"oci:{layout}:image"]
         pauses = Backoff(_PAUSE_S, _LONGEST_PAUSE_S)
         for left in reversed(range(self._retries + 1)):
             try:
-                return await self._copy(arguments, reference, layout.parent, max_bytes, progress)
+                return await self._copy(arguments, reference, layout.parent, auth, max_bytes, progress)
             except OciError as error:
                 # skopeo itself tries again when it was not connected yet.
                 if error.code != "fetch_interrupted" or not left:
@@ -183,6 +229,7 @@ class Skopeo:
         arguments: Sequence[str],
         reference: Reference,
         work: Path,
+        auth: Path,
         max_bytes: int,
         progress: Callable[[int], None],
     ) -> None:
@@ -194,7 +241,7 @@ class Skopeo:
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(watch)
-            await self._run(arguments, reference, work, float("inf"), 65536)
+            await self._run(arguments, reference, work, auth, float("inf"), 65536, max_bytes)
         if failures:
             raise failures[0]
 
@@ -224,26 +271,63 @@ class Skopeo:
                 )  # fmt: skip
             await trio.sleep(_WATCH_S)
 
-    def _tls(self, option: str, reference: Reference) -> list[str]:
-        return [f"{option}=false"] if reference.registry in self._plain_http else []
+    def _tls(self, prefix: str, reference: Reference) -> list[str]:
+        if reference.registry in self._plain_http:
+            return [f"--{prefix}tls-verify=false"]
+        return [f"--{prefix}cert-dir={self._certificates}"] if self._certificates and reference.registry else []
 
     async def _run(
-        self, arguments: Sequence[str], reference: Reference, work: Path, timeout_s: float, limit: int
+        self,
+        arguments: Sequence[str],
+        reference: Reference,
+        work: Path,
+        auth: Path,
+        timeout_s: float,
+        limit: int,
+        max_bytes: int,
     ) -> bytes:
         errors = work / "errors"
         # Warnings must not end up in a document.
-        command = ["sh", "-c", 'exec "$@" 2>errors', "sh", PROGRAM, "--tmpdir", str(work), *arguments]
-        status, output = await self._host.processes.run(
-            command, env=self._environment, cwd=work, timeout_s=timeout_s, output_limit=limit
-        )
+        shell = f'{_LIMITS} ulimit -f {(max_bytes + _MOST_OTHER_BYTES) // _BLOCK}; exec "$@" 2>errors'
+        command = ["sh", "-c", shell, "sh", PROGRAM, "--tmpdir", str(work), *arguments]
+        sandbox = None
+        if self.isolation is not None:
+            files = [auth, *([self._certificates] if self._certificates else [])]
+            files += [] if reference.registry else [Path(reference.name)]
+            sandbox = self.isolation.skopeo(work, reference.transport, files)
+        try:
+            status, output = await self._host.processes.run(
+                command,
+                env={**self._environment, "HOME": str(work)},
+                cwd=work,
+                timeout_s=timeout_s,
+                output_limit=limit,
+                sandbox=sandbox,
+            )
+        except OSError as error:
+            raise OciError(
+                "sandbox_failed", f"{PROGRAM} can't be started in a sandbox: {error}",
+                "see what `volar setup --check` says of the sandbox, or turn it off with VOLANT_SANDBOX=off",
+            ) from error  # fmt: skip
         if status == 0:
             return output
-        said = (await self._host.files.read_tail(errors, 16384)).decode(errors="replace")
+        # With its rights: the name may lead anywhere.
+        said = await trio.to_thread.run_sync(as_user, self.user, partial(_read_end, errors))
         if status == _NOT_INSTALLED:
             raise OciError("program_missing", f"{PROGRAM} is not installed", PROGRAM_HINT)
         if len(output) >= limit:
             raise OciError("image_invalid", f"{reference}: a document has more than {limit // 2**20} MiB")
         raise failure(reference, said)
+
+
+def _read_end(path: Path) -> str:
+    """Returns the end of a text; empty if there is none."""
+    try:
+        with open_theirs(path) as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _MAX_SAID))
+            return file.read(_MAX_SAID).decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def source(reference: Reference) -> str:
@@ -260,22 +344,22 @@ def failure(reference: Reference, said: str) -> OciError:
     text = match[1].replace('\\"', '"') if match else lines[-1]
     text = _CONTROL.sub(" ", _QUERY.sub("?…", text))
     shown = text if len(text) <= _MAX_COMPLAINT else f"{text[:_MAX_COMPLAINT]}…"
+    # Names and digests may contain the words and numbers of a reason.
+    named = (f"manifest {reference.tag or reference.digest} ", reference.name)
+    reason = re.sub("|".join(map(re.escape, named)), "", _DIGEST.sub("", text))
     for pattern, code, hint in _REASONS:
-        if re.search(pattern, text, re.IGNORECASE):
+        if re.search(pattern, reason, re.IGNORECASE):
             return OciError(code, f"{reference} can't be fetched: {shown}", hint)
     return OciError("fetch_failed", f"{reference} can't be fetched: {shown}", "see what skopeo says")
 
 
 def used_bytes(directory: Path) -> int:
-    """Returns the space on the disk of all files below a directory. Blocks."""
+    """Returns the space on the disk of the files below a directory. Blocks."""
     total = 0
     for path, _, names in os.walk(directory):
         for name in names:
             try:
-                figures = os.lstat(os.path.join(path, name))  # noqa: PTH118
-            except FileNotFoundError:
+                total += os.lstat(os.path.join(path, name)).st_blocks * 512  # noqa: PTH118
+            except OSError:
                 continue
-            # Not what other directories have, too: layers that are reused.
-            if figures.st_nlink == 1:
-                total += figures.st_blocks * 512
     return total

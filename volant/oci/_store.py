@@ -11,23 +11,33 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import secrets
 import shutil
+import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
+from volant.host import as_user
+from volant.model import DEFAULT_PROJECT
+
 from ._config import ImageConfig
+from ._disk import DISK, descriptor
 from ._errors import OciError
 from ._reference import Reference
 
 T = TypeVar("T")
 
 _MAX_RECORD = 16 * 1024 * 1024
+_LEAST_DIGITS = 6
+"""By which an image may be named."""
+_DIGITS = re.compile(rf"[0-9a-f]{{{_LEAST_DIGITS},64}}\Z")
+_MAX_PATH = 4096
+_PROGRAMS = (b"skopeo", b"volant.oci", b"mkfs.erofs")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -48,10 +58,10 @@ class _Name(msgspec.Struct, frozen=True, kw_only=True):
     digest: str
     resolved_at: float
     """Seconds since 1970."""
+    project: str = DEFAULT_PROJECT
 
 
-@dataclass(frozen=True, slots=True)
-class CachedImage:
+class CachedImage(msgspec.Struct, frozen=True, kw_only=True):
     """An image that is whole in the cache."""
 
     digest: str
@@ -59,33 +69,46 @@ class CachedImage:
     config: ImageConfig
     metadata: Path
     """The layers as one EROFS file system; the layers are its devices, in order."""
+    disk: Path
+    """A disk of both for a hypervisor: `_disk.py`."""
     layers: tuple[Path, ...]
     """One EROFS file system each, lowest first."""
     names: tuple[str, ...]
-    """References that last resolved to it."""
+    """References that last resolved to it, in the project that was asked for, or in all."""
     size_bytes: int
     """With all layers, also those that other images share."""
     own_bytes: int
     """What its removal would free."""
     used_at: float
     """Seconds since 1970."""
+    layer_bytes: tuple[int, ...] = ()
+    """The space on the disk of each layer."""
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(msgspec.Struct, frozen=True):
     """The directory of a fetch in progress."""
 
     path: Path
 
     @property
+    def scratch(self) -> Path:
+        """Where the programs make what they like."""
+        return self.path / "scratch"
+
+    @property
     def layout(self) -> Path:
         """What skopeo writes."""
-        return self.path / "layout"
+        return self.scratch / "layout"
 
     @property
     def image(self) -> Path:
         """What becomes the image's directory."""
         return self.path / "image"
+
+    @property
+    def arrived(self) -> Path:
+        """Exists once all layers are in the layout."""
+        return self.path / "arrived"
 
     @property
     def metadata(self) -> Path:
@@ -94,18 +117,30 @@ class Work:
     def layer(self, number: int) -> Path:
         return self.image / f"{number}.erofs"
 
+    def done(self, number: int) -> Path:
+        """Exists once the file of a layer is written."""
+        return self.scratch / f"{number}.done"
+
     def blob(self, digest: str) -> Path:
         return self.layout / "blobs" / "sha256" / digest.removeprefix("sha256:")
+
+
+def first_numbers(diff_ids: Sequence[str]) -> dict[str, int]:
+    """Returns where each layer is in an image first. The same may be in it twice."""
+    return {diff_id: number for number, diff_id in reversed(list(enumerate(diff_ids)))}
 
 
 class Store:
     """The directory `oci` of a cache."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, user: int | None = None) -> None:
+        """`user`: of the programs that make files in working directories; None: the daemon's."""
+        self._user = user
         self._layers = directory / "layers"
         self._images = directory / "images"
         self._names = directory / "names"
-        self._work = directory / "work"
+        self.work = directory / "work"
+        self._users = directory / "users"
         self.directory = directory
 
     # Fetching
@@ -114,21 +149,26 @@ class Store:
     def working(self) -> Iterator[Work]:
         """Makes a working directory for a block. :raises OciError: the cache can't be written"""
         with disk_errors():
-            for directory in (self._layers, self._images, self._names, self._work):
+            for directory in (self._layers, self._images, self._names, self.work):
                 directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             self.directory.chmod(0o700)
-            work = Work(self._work / f"{secrets.token_hex(8)}.new")
+            work = Work(self.work / f"{secrets.token_hex(8)}.new")
             work.path.mkdir(mode=0o700)
             lock = os.open(work.path / "lock", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             # `sweep` may have removed it by now; then the fetch fails, and nothing is left.
             with disk_errors():
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                work.image.mkdir()
+                work.image.mkdir(mode=0o700)
+                work.scratch.mkdir(mode=0o700)
             yield work
         finally:
-            shutil.rmtree(work.path, ignore_errors=True)
+            self._remove_work(work.path)
             os.close(lock)
+
+    def having(self, diff_ids: Sequence[str]) -> set[int]:
+        """Returns the numbers of the layers that the cache has now."""
+        return {number for number, diff_id in enumerate(diff_ids) if self._layer(diff_id).exists()}
 
     def hold(self, work: Work, diff_ids: Sequence[str]) -> set[int]:
         """Links the layers that the cache has into a working directory, so that nobody can take them away any more.
@@ -145,14 +185,35 @@ class Store:
                 held.add(number)
         return held
 
-    def commit(self, work: Work, digest: str, config: ImageConfig) -> None:
-        """Puts an image in place whose files are complete and on the disk. :raises OciError:"""
+    def begin(self, work: Work, numbers: Collection[int]) -> list[Path]:
+        """Makes empty files for layers, and for what joins all. They belong to the daemon, whoever writes them. Returns
+        them. :raises OciError:"""
+        with disk_errors():
+            files = [*map(work.layer, sorted(numbers)), work.metadata]
+            for path in files:
+                path.touch(mode=0o600, exist_ok=False)
+            return files
+
+    def commit(self, work: Work, digest: str, config: ImageConfig, made: Collection[Path]) -> None:
+        """Puts an image in place whose files are complete and on the disk.
+
+        :param made: those that are new
+        :raises OciError:
+        """
         with disk_errors():
             sizes = []
+            for path in made:
+                _close(path)
+            first = first_numbers(config.diff_ids)
             for number, diff_id in enumerate(config.diff_ids):
+                # The same layer may be in an image twice.
+                if not work.layer(number).exists():
+                    os.link(work.layer(first[diff_id]), work.layer(number))
                 _share(work.layer(number), self._layer(diff_id))
                 sizes.append(work.layer(number).stat().st_size)
             _sync(self._layers)
+            layers = [work.layer(number) for number in range(len(sizes))]
+            _write_new(work.image / DISK, descriptor(work.metadata, layers).encode())
             _write(work.image / "image.json", _Record(digest=digest, config=config, sizes=tuple(sizes)))
             _sync(work.image)
             try:
@@ -166,9 +227,12 @@ class Store:
     def note(self, reference: Reference, digest: str) -> None:
         """Notes what a reference resolves to. :raises OciError:"""
         with disk_errors():
-            path = self._name(str(reference))
+            path = self._name(reference)
             fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
-            _write(fresh, _Name(reference=str(reference), digest=digest, resolved_at=time.time()))
+            _write(
+                fresh,
+                _Name(reference=str(reference), digest=digest, resolved_at=time.time(), project=reference.project),
+            )
             fresh.rename(path)
             _sync(self._names)
 
@@ -176,16 +240,33 @@ class Store:
 
     def resolve(self, reference: Reference) -> str | None:
         """Returns the digest that a reference resolved to last, if the cache has its image."""
-        found = _read(self._name(str(reference)), _Name)
+        found = _read(self._name(reference), _Name)
         return found.digest if found and self._image(found.digest).exists() else None
 
-    def find(self, digest: str, *, use: bool = False) -> CachedImage | None:
-        """Returns an image by its digest, or None. `use`: notes the time, for `prune`."""
-        return self._find(digest, self._named(), use=use)
+    def find(self, digest: str, *, project: str | None = None, use: bool = False) -> CachedImage | None:
+        """Returns an image by its digest, or None. `project`: with the names of this project only; None: of all
+        projects. `use`: notes the time, for `prune`."""
+        return self._find(digest, self._named(project), use=use)
 
-    def all(self) -> list[CachedImage]:
-        """Returns all images."""
-        named = self._named()
+    def use(self, digest: str) -> CachedImage | None:
+        """Returns an image by its digest, without its names, or None; notes the time. For each VM that boots: to read
+        the names takes longer than the rest."""
+        return self._find(digest, {}, use=True)
+
+    def digests(self, beginning: str) -> list[str]:
+        """Returns the digests of images that begin so, with or without `sha256:`. :raises OciError: it is too short, or
+        no digest"""
+        digits = beginning.removeprefix("sha256:")
+        if not _DIGITS.match(digits):
+            raise OciError(
+                "bad_reference", f"{beginning[:100]!r} is not the beginning of a digest",
+                f"write at least {_LEAST_DIGITS} hexadecimal digits",
+            )  # fmt: skip
+        return [f"sha256:{name}" for name in _entries(self._images) if name.startswith(digits)]
+
+    def all(self, project: str | None = None) -> list[CachedImage]:
+        """Returns all images, with the names of a project; None: of all."""
+        named = self._named(project)
         return [image for name in _entries(self._images) if (image := self._find(f"sha256:{name}", named))]
 
     def used_bytes(self) -> int:
@@ -193,7 +274,7 @@ class Store:
         files = [*self._layers.glob("*"), *self._images.glob("*/metadata.erofs")]
         return sum(_blocks(path) for path in files)
 
-    def _find(self, digest: str, named: dict[str, list[str]], *, use: bool = False) -> CachedImage | None:
+    def _find(self, digest: str, named: dict[str, set[str]], *, use: bool = False) -> CachedImage | None:
         directory = self._image(digest)
         record = _read(directory / "image.json", _Record)
         if record is None or record.digest != digest:
@@ -202,6 +283,7 @@ class Store:
         metadata = directory / "metadata.erofs"
         try:
             figures = [path.stat() for path in (*layers, metadata)]
+            (directory / DISK).stat()
             if use:
                 os.utime(directory / "image.json")
             used_at = (directory / "image.json").stat().st_mtime
@@ -216,19 +298,59 @@ class Store:
             digest=digest,
             config=record.config,
             metadata=metadata,
+            disk=directory / DISK,
             layers=layers,
             names=tuple(sorted(named.get(digest, ()))),
             size_bytes=sum(each.st_blocks * 512 for each in by_file),
             own_bytes=sum(each.st_blocks * 512 for each in by_file if each.st_nlink <= times[each.st_ino] + 1),
             used_at=used_at,
+            layer_bytes=tuple(each.st_blocks * 512 for each in figures[:-1]),
         )
 
-    def _named(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
+    def _named(self, project: str | None = None) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = {}
         for name in _entries(self._names):
-            if (record := _read(self._names / name, _Name)) is not None:
-                found.setdefault(record.digest, []).append(record.reference)
+            record = _read(self._names / name, _Name)
+            if record is not None and project in (None, record.project):
+                found.setdefault(record.digest, set()).add(record.reference)
         return found
+
+    # Users
+
+    def mark(self, digest: str, owner: Path) -> None:
+        """Notes that a daemon needs an image, for others that share the cache. :raises OciError:"""
+        path = self._mark(digest, owner)
+        if not path.exists():
+            with disk_errors():
+                self._users.mkdir(exist_ok=True, mode=0o700)
+                fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
+                fresh.write_text(str(owner))
+                fresh.rename(path)
+
+    def unmark(self, owner: Path, keep: Collection[str]) -> None:
+        """Removes the marks of a daemon, but for some images, and those of daemons that don't exist any more."""
+        kept = {self._mark(digest, owner).name for digest in keep}
+        for name, other in self._marks():
+            if (other == owner and name not in kept) or not other.exists():
+                (self._users / name).unlink(missing_ok=True)
+
+    def other_owners(self, digest: str, owner: Path) -> list[Path]:
+        """Returns the other daemons that need an image, by their state directories."""
+        hex_digest = _hex(digest)
+        return [other for name, other in self._marks() if name.startswith(hex_digest) and other != owner]
+
+    def _marks(self) -> Iterator[tuple[str, Path]]:
+        for name in _entries(self._users):
+            try:
+                with (self._users / name).open() as file:
+                    text = file.read(_MAX_PATH)
+            except (OSError, UnicodeDecodeError):
+                continue
+            if text.startswith("/"):
+                yield name, Path(text)
+
+    def _mark(self, digest: str, owner: Path) -> Path:
+        return self._users / f"{_hex(digest)}-{hashlib.sha256(os.fsencode(owner)).hexdigest()[:16]}"
 
     # Removing
 
@@ -236,10 +358,34 @@ class Store:
         """Removes a reference, not its image. Returns whether it was there. :raises OciError:"""
         with disk_errors():
             try:
-                self._name(str(reference)).unlink()
+                self._name(reference).unlink()
             except FileNotFoundError:
                 return False
             return True
+
+    def remove_names(self, digest: str, project: str) -> bool:
+        """Removes the names that an image has in a project. Returns whether others have names of it.
+
+        :raises OciError:
+        """
+        with disk_errors():
+            others = False
+            for name in _entries(self._names):
+                record = _read(self._names / name, _Name)
+                if record is not None and record.digest == digest:
+                    if record.project == project:
+                        (self._names / name).unlink(missing_ok=True)
+                    else:
+                        others = True
+            return others
+
+    def remove_project(self, project: str) -> None:
+        """Removes all names of a project. :raises OciError:"""
+        with disk_errors():
+            for name in _entries(self._names):
+                record = _read(self._names / name, _Name)
+                if record is not None and record.project == project:
+                    (self._names / name).unlink(missing_ok=True)
 
     def remove(self, digest: str) -> bool:
         """Removes an image, its names, and the layers that no image has then. Returns whether it was there.
@@ -251,28 +397,16 @@ class Store:
             self._collect()
             return found
 
-    def prune(self, max_bytes: int, in_use: Callable[[str], bool] = lambda digest: False) -> list[str]:
-        """Removes the images that were not used longest, until the rest takes at most `max_bytes`. Returns which.
-
-        :param in_use: whether an image, by its digest, has to stay
-        :raises OciError:
-        """
-        gone = []
+    def collect(self) -> None:
+        """Removes the layers that no image and no fetch has. :raises OciError:"""
         with disk_errors():
             self._collect()
-            for image in sorted(self.all(), key=lambda image: image.used_at):
-                if self.used_bytes() <= max_bytes:
-                    break
-                if not in_use(image.digest) and self._remove(image.digest):
-                    gone.append(image.digest)
-                    self._collect()
-        return gone
 
     def sweep(self) -> None:
         """Removes what killed fetches and removals left. :raises OciError:"""
         with disk_errors():
-            for name in _entries(self._work):
-                _remove_unlocked(self._work / name)
+            for name in _entries(self.work):
+                self._remove_unlocked(self.work / name)
             for name in _entries(self._images):
                 if not (self._images / name / "image.json").exists():
                     shutil.rmtree(self._images / name, ignore_errors=True)
@@ -298,6 +432,31 @@ class Store:
         shutil.rmtree(directory, ignore_errors=True)
         return True
 
+    def _remove_unlocked(self, work: Path) -> None:
+        """Removes a working directory unless a fetch uses it."""
+        try:
+            lock = os.open(work / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError:
+            return
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _end_programs(work)
+            gone = work.with_suffix(".gone")
+            work.rename(gone)
+            self._remove_work(gone)
+        except BlockingIOError:
+            pass
+        finally:
+            os.close(lock)
+
+    def _remove_work(self, work: Path) -> None:
+        scratch = work / "scratch"
+        if self._user is not None:
+            # What the programs have made, only their user may remove.
+            with contextlib.suppress(OSError):
+                as_user(self._user, lambda: shutil.rmtree(scratch, ignore_errors=True))
+        shutil.rmtree(work, ignore_errors=True)
+
     def _collect(self) -> None:
         """Removes the layers that no image and no fetch has. One that links it meanwhile keeps it."""
         for name in _entries(self._layers):
@@ -314,8 +473,10 @@ class Store:
     def _image(self, digest: str) -> Path:
         return self._images / _hex(digest)
 
-    def _name(self, reference: str) -> Path:
-        return self._names / f"{hashlib.sha256(reference.encode()).hexdigest()}.json"
+    def _name(self, reference: Reference) -> Path:
+        # Names from before there were projects stay where they are.
+        prefix = "" if reference.project == DEFAULT_PROJECT else f"{reference.project}\0"
+        return self._names / f"{hashlib.sha256(f'{prefix}{reference}'.encode()).hexdigest()}.json"
 
 
 @contextlib.contextmanager
@@ -341,6 +502,26 @@ def _hex(digest: str) -> str:
     return name
 
 
+def _close(path: Path) -> None:
+    """Makes a file that a program has written one that nobody changes any more. :raises OciError: it still has it
+    open"""
+    path.chmod(0o400)
+    with path.open("rb") as file:
+        try:
+            # A lease for readers can't be had while somebody has the file open for writing.
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        except BlockingIOError:
+            raise OciError(
+                "image_invalid", f"{path.name} is still being written to, by a program that should have ended",
+                "report it with the name of the image",
+            ) from None  # fmt: skip
+        except OSError as error:
+            # The file system has no leases.
+            if error.errno not in (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+
+
 def _share(made: Path, shared: Path) -> None:
     """Makes both names lead to one file: to the one in `layers/` if another fetch was faster."""
     while True:
@@ -359,28 +540,30 @@ def _share(made: Path, shared: Path) -> None:
             return
 
 
-def _remove_unlocked(work: Path) -> None:
-    """Removes a working directory unless a fetch uses it."""
-    try:
-        lock = os.open(work / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except FileNotFoundError:
-        return
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # What a killed daemon has started runs on, and finds nothing to write to.
-        gone = work.with_suffix(".gone")
-        work.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
-    except BlockingIOError:
-        pass
-    finally:
-        os.close(lock)
+def _end_programs(work: Path) -> None:
+    """Ends what a killed daemon has started for a fetch, such as skopeo that waits for a registry."""
+    for entry in os.scandir("/proc"):
+        if not entry.name.isdigit():
+            continue
+        with contextlib.suppress(OSError):
+            process = os.pidfd_open(int(entry.name))
+            try:
+                # Read once it is open: so it is about this process, and not a later one with its number.
+                where, command = Path(entry.path, "cwd").readlink(), Path(entry.path, "cmdline").read_bytes()
+                if where.is_relative_to(work) and any(name in command for name in _PROGRAMS):
+                    signal.pidfd_send_signal(process, signal.SIGKILL)
+            finally:
+                os.close(process)
 
 
 def _write(path: Path, record: msgspec.Struct) -> None:
+    _write_new(path, msgspec.json.format(msgspec.json.encode(record)))
+
+
+def _write_new(path: Path, data: bytes) -> None:
     with path.open("xb") as file:
         os.fchmod(file.fileno(), 0o600)
-        file.write(msgspec.json.format(msgspec.json.encode(record)))
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
 
