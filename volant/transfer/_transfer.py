@@ -1,0 +1,39 @@
+"""The state of one transfer, which clients can watch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from volant.chunks import Progress
+from volant.model import TransferView
+
+
+class Transfer(msgspec.Struct, eq=False):
+    """A transfer that is under way, or waits."""
+
+    kind: Literal["push", "pull"]
+    project: str
+    snapshot: str
+    reference: str
+    """Where it goes to or comes from."""
+    phase: Literal["waiting", "preparing", "moving", "finishing"] = "waiting"
+    progress: Progress = msgspec.field(default_factory=Progress)
+
+    def view(self) -> TransferView:
+        """Returns what clients see of it."""
+        progress = self.progress
+        return TransferView(
+            kind=self.kind,
+            project=self.project,
+            snapshot=self.snapshot,
+            reference=self.reference,
+            phase=self.phase,
+            done_bytes=progress.done_bytes,
+            total_bytes=progress.total_bytes,
+            moved_bytes=progress.moved_bytes,
+            done_chunks=progress.done_chunks,
+            total_chunks=progress.total_chunks,
+            moved_chunks=progress.moved_chunks,
+        )

@@ -1,0 +1,313 @@
+"""The transfers of one daemon: snapshots that are sent to registries and received from them.
+
+A transfer belongs to its caller: when the caller is cancelled, it ends. What has arrived stays for the next try, in a
+registry as blobs that no manifest names yet. A manifest follows its last chunk.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import UTC
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+import trio
+
+from volant import oci
+from volant.chunks import Source, Throttle
+from volant.concurrency import NoPlace, Places
+from volant.host import Host
+from volant.images import ImageError
+from volant.journal import IdempotencyKey, Store
+from volant.model import Key, RegistrySnapshot, Snapshot, TransferView, VmRow, check_name, invalid
+from volant.oci import OciError
+from volant.vm import Copies
+
+from ._bases import BaseFiles
+from ._document import Bases, decode, encode
+from ._errors import TransferError
+from ._own_snapshots import Admit, Incoming, Outgoing, OwnSnapshots
+from ._transfer import Transfer
+
+if TYPE_CHECKING:
+    from volant.oci import Reference, Repository
+
+_AT_ONCE = 2
+_MAX_TRANSFERS = 32
+"""Under way or waiting."""
+_OF_ONE = 16
+"""Of one project."""
+_MAX_AUTH_BYTES = 1024 * 1024
+_logger = logging.getLogger("volant.transfer")
+
+
+class TransferSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """The daemon's settings that transfers depend on."""
+
+    bytes_per_s: float | None = None
+    """Of all transfers together; None: no bound."""
+    max_bytes: int = 64 * 1024**3
+    """Of the files of a snapshot that is pulled."""
+    timeout_s: float = 6 * 3600.0
+    """For one transfer."""
+    stalled_s: float = 60.0
+    plain_http: frozenset[str] = frozenset()
+    certificates: Path | None = None
+    auth_file: Path | None = None
+    """For clients that give no credentials."""
+    environment: dict[str, str] = {}
+    """With the variables of proxies."""
+
+
+class Client(msgspec.Struct, frozen=True):
+    """The caller who asked for a transfer."""
+
+    project: str
+    is_admin: bool
+    """Whether registries without a public address may be used, too, and the daemon's own credentials to push."""
+    auth: bytes | None = None
+    """The content of an auth file."""
+
+
+class Transfers:
+    """Sends and receives snapshots."""
+
+    def __init__(self, host: Host, store: Store, copies: Copies, bases: BaseFiles, settings: TransferSettings) -> None:
+        self._host = host
+        self._copies = copies
+        self._bases = bases
+        self._own = OwnSnapshots(host, store, copies, bases)
+        self._settings = settings
+        self._throttle = Throttle(settings.bytes_per_s)
+        self._places = Places(_MAX_TRANSFERS, _OF_ONE)
+        self._slots = trio.CapacityLimiter(_AT_ONCE)
+        self._under_way: list[Transfer] = []
+
+    def under_way(self, project: str | None) -> list[TransferView]:
+        """Returns the transfers of a project that are under way; None: of all."""
+        return [each.view() for each in self._under_way if project in (None, each.project)]
+
+    # Push
+
+    async def push(self, key: Key, text: str, client: Client) -> RegistrySnapshot:
+        """Sends a snapshot to a registry, under a reference with a tag. What the registry has is not sent.
+
+        :raises Problem: 404; 409 it is not ready; 503. :raises TransferError: :raises ChunkError: :raises OciError:
+        """
+        reference = _reference(text, client.project)
+        if not reference.tag:
+            raise invalid("reference", "a snapshot is pushed to a tag, not to a digest", hint="write name:tag")
+        snapshot = self._own.find(key)
+        transfer = Transfer("push", key.project, key.name, str(reference))
+        async with self._transferring(transfer), self._open(reference, client, "pull,push") as repository:
+            return await self._push(snapshot, reference, repository, transfer)
+
+    async def _push(
+        self, snapshot: Snapshot, reference: Reference, repository: Repository, transfer: Transfer
+    ) -> RegistrySnapshot:
+        from ._artifact import MANIFEST, RegistrySink, manifest_of, put_missing
+
+        sink, progress = RegistrySink(repository), transfer.progress
+        async with self._own.sending(snapshot) as outgoing:
+            await outgoing.send(sink, transfer)
+        transfer.phase = "finishing"
+        data, files = encode(outgoing.document), outgoing.document.files
+        sent = await put_missing(repository, oci.digest_of(data), data)
+        annotations = {
+            "org.opencontainers.image.created": snapshot.created_at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "org.opencontainers.image.title": f"snapshot {snapshot.name} of VM {snapshot.vm.name}",
+        }
+        manifest = manifest_of(data, [sink.blobs[digest] for digest in files.chunks], annotations)
+        await repository.put_manifest(reference.tag, manifest, MANIFEST)
+        await self._copies.note_push(snapshot, str(reference.with_digest(oci.digest_of(manifest))))
+        _logger.info(
+            "snapshot %s is at %s: %d of %d chunks were sent, %.1f MiB",
+            snapshot.name, reference, progress.moved_chunks, progress.total_chunks, progress.moved_bytes / 2**20,
+        )  # fmt: skip
+        return RegistrySnapshot(
+            reference=str(reference),
+            digest=oci.digest_of(manifest),
+            size_bytes=files.size,
+            sent_bytes=progress.moved_bytes + sent + len(manifest),
+            chunks=progress.total_chunks,
+            sent_chunks=progress.moved_chunks,
+        )
+
+    # Pull
+
+    async def pull(
+        self,
+        text: str,
+        name: str | None,
+        client: Client,
+        admit: Admit,
+        *,
+        key: IdempotencyKey | None = None,
+    ) -> Snapshot:
+        """Receives a snapshot from a registry, and keeps it. Chunks that this host has are not fetched.
+
+        :param name: None: the name that it had
+        :param admit: decides about what its manifest names; raises Problem
+        :raises Problem: 400; 409 the name is taken; 503. :raises TransferError: :raises ChunkError: :raises OciError:
+        :raises DuplicateRequest: the request was answered before.
+        """
+        reference = _reference(text, client.project)
+        if name is not None:
+            self._own.check_free(Key(client.project, check_name(name, "name")))
+        transfer = Transfer("pull", client.project, name or "", str(reference))
+        async with self._transferring(transfer), self._open(reference, client, "pull") as repository:
+            return await self._pull(reference, name, client, admit, repository, transfer, key)
+
+    async def _pull(
+        self,
+        reference: Reference,
+        name: str | None,
+        client: Client,
+        admit: Admit,
+        repository: Repository,
+        transfer: Transfer,
+        key: IdempotencyKey | None,
+    ) -> Snapshot:
+        from ._artifact import RegistrySource, parse_manifest
+
+        data = await repository.manifest(reference.digest or reference.tag)
+        manifest, digest = parse_manifest(data), oci.digest_of(data)
+        config = await repository.blob(manifest.config.digest, manifest.config.size)
+        document = decode(config, max_bytes=self._settings.max_bytes)
+        chunks = document.files.chunks
+        if len(chunks) != len(manifest.layers):
+            raise TransferError(
+                "snapshot_invalid", f"the snapshot has {len(chunks)} chunks and {len(manifest.layers)} layers"
+            )
+        source = RegistrySource(repository, dict(zip(chunks, manifest.layers, strict=True)))
+        where = str(reference.with_digest(digest))
+        incoming = Incoming(document, digest, where, client.project, name, client.auth)
+        kept = await self._own.receive(incoming, source, admit, transfer, key=key)
+        progress = transfer.progress
+        _logger.info(
+            "snapshot %s is pulled from %s: %d of %d chunks were received, %.1f MiB",
+            kept.name, reference, progress.moved_chunks, progress.total_chunks, progress.moved_bytes / 2**20,
+        )  # fmt: skip
+        return kept
+
+    # From host to host
+
+    def sending(self, snapshot: Snapshot) -> AbstractAsyncContextManager[Outgoing]:
+        """As `OwnSnapshots.sending`."""
+        return self._own.sending(snapshot)
+
+    async def bases_of(self, vm: VmRow) -> Bases:
+        """Returns what a VM of this host relies on. :raises TransferError: `base_missing`"""
+        return await self._bases.of(vm)
+
+    async def obtain(self, vm: VmRow, bases: Bases) -> None:
+        """Returns once this host has what a VM of another one relies on. :raises TransferError: it can't be had"""
+        await self._bases.obtain(vm.manifest, bases, vm.project, None)
+
+    async def move_in(self, data: bytes, vm: VmRow, source: Source, transfer: Transfer) -> Snapshot:
+        """Receives the snapshot with which a VM moves here, and keeps it. What this host has of it is not fetched.
+
+        :param data: its document; `vm`: its row where it comes from, with the move
+        :raises Problem: 409 the name is taken; 503. :raises TransferError: :raises ChunkError: Raises what the source
+            raises.
+        """
+        leaving = vm.leaving
+        assert leaving is not None
+        document = decode(data, max_bytes=self._settings.max_bytes)
+        incoming = Incoming(
+            document, f"move {leaving.id}", f"host {leaving.from_host}", vm.project, leaving.arrival, moved=vm
+        )
+        return await self._own.receive(incoming, source, _admit, transfer)
+
+    async def spend(self, count: int) -> None:
+        """Waits until so many bytes may be sent: all transfers have one bandwidth."""
+        await self._throttle.spend(count)
+
+    # Both
+
+    @asynccontextmanager
+    async def _transferring(self, transfer: Transfer) -> AsyncIterator[None]:
+        """Lists a transfer for the length of a block, which begins when it is its turn."""
+        if find_spec("httpcore") is None:
+            raise TransferError(
+                "transfer_failed", "httpcore is not installed", "run `pip install 'volant[transfer]'` and restart"
+            )
+        try:
+            with self._places.take(transfer.project):
+                self._under_way.append(transfer)
+                try:
+                    async with self._slots:
+                        transfer.phase = "preparing"
+                        with trio.fail_after(self._settings.timeout_s):
+                            yield
+                finally:
+                    self._under_way.remove(transfer)
+        except NoPlace as full:
+            raise TransferError(
+                "too_many_transfers", f"too many snapshots are on their way or wait: {full}", "try again later"
+            ) from None
+        except trio.TooSlowError:
+            raise TransferError(
+                "transfer_timeout",
+                f"the transfer took longer than {self._settings.timeout_s:g} s",
+                "call again: what has arrived is not moved again; or raise the setting transfer_timeout_s",
+            ) from None
+
+    @asynccontextmanager
+    async def _open(
+        self, reference: Reference, client: Client, actions: Literal["pull", "pull,push"]
+    ) -> AsyncIterator[Repository]:
+        """Opens the repository of a reference. Everybody may pull with the daemon's own credentials, and administrators
+        may push with them."""
+        settings, auth = self._settings, client.auth
+        # Importing it takes a while, and most daemons never need it.
+        distribution = await trio.to_thread.run_sync(import_module, "volant.oci._distribution")
+        if auth is None and settings.auth_file is not None and (actions == "pull" or client.is_admin):
+            try:
+                auth = oci.read_auth_file(await self._host.files.read(settings.auth_file, _MAX_AUTH_BYTES))
+            except (OSError, OciError) as error:
+                raise OciError(
+                    "auth_file_unreadable", f"the auth file {settings.auth_file} can't be read: {error}",
+                    "check the setting oci_auth_file",
+                ) from error  # fmt: skip
+
+        async def resolve(host: str, port: int, *, must_exist: bool) -> list[str]:
+            try:
+                return await self._bases.artifacts.addresses(
+                    host, port, anywhere=client.is_admin, must_exist=must_exist
+                )
+            except ImageError as error:
+                raise OciError(
+                    "registry_not_allowed", f"{host[:100]} has no public address, and this client may use no other",
+                    "an administrator can allow its network in artifact_allow_cidr",
+                ) from error  # fmt: skip
+
+        access = distribution.RegistryAccess(
+            plain_http=settings.plain_http,
+            certificates=settings.certificates,
+            environment=settings.environment,
+            stalled_s=settings.stalled_s,
+        )
+        async with distribution.open_repository(
+            reference, access, auth=auth, actions=actions, resolve=resolve, spend=self._throttle.spend
+        ) as repository:
+            yield repository
+
+
+async def _admit(snapshot: Snapshot) -> None:
+    """Its VM runs in the fleet, so what it names was admitted."""
+    del snapshot
+    await trio.lowlevel.checkpoint()
+
+
+def _reference(text: str, project: str) -> Reference:
+    """:raises OciError: :raises Problem: 400"""
+    reference = oci.parse_reference(text, project)
+    if not reference.registry:
+        raise invalid("reference", "snapshots are in registries, not in files", hint="write registry/name:tag")
+    return reference
