@@ -169,6 +169,11 @@ class Port(Way):
         """Disconnects the client after so many more bytes."""
         self._to_guest, self._to_host = to_guest, to_host
 
+    def cut(self) -> None:
+        """Disconnects the client, as the end of the hypervisor does."""
+        if self._client is not None:
+            self._client.socket.close()
+
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Port]:
         self._changed = trio.Event()

@@ -80,7 +80,7 @@ async def test_holds_do_not_overlap_and_do_not_wait_for_operations() -> None:
             await trio.testing.wait_all_tasks_blocked()
             order.append(name)
 
-    with trio.fail_after(5):
+    with trio.fail_after(20):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(hold.run, trio.sleep_forever)
             for name in "ab":
@@ -166,7 +166,7 @@ async def test_a_guest_that_reads_nothing_does_not_prevent_a_hold(port: Port) ->
     """Its agent has not started, so the daemon's bytes stay in the socket."""
     async with open_channel(Host(), VirtioSerial(port.path)) as channel:
         await trio.testing.wait_all_tasks_blocked(0.01)
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             async with channel.hold() as on_the_way:
                 before = on_the_way()
                 await trio.testing.wait_all_tasks_blocked(0.01)

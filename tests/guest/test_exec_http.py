@@ -101,6 +101,14 @@ def test_a_command_that_does_not_start_reports_why(agent: Asker, fields: dict[st
     assert lines[0]["error"]
 
 
+def test_a_script_without_its_interpreter_says_so(agent: Asker, tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text("#!/no/such/shell\n")
+    script.chmod(0o755)
+    [end] = agent.ask("POST", "/v1/exec", {"command": [str(script)]}).lines()
+    assert (end["code"], "interpreter" in end["error"]) == ("not_executable", True)
+
+
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
@@ -134,7 +142,8 @@ def test_user_and_group(agent: Asker) -> None:
     assert output(agent.run("id", "-u", user="nobody")) == b"65534\n"
     assert output(agent.run("id", "-g", user="nobody:0")) == b"0\n"
     assert output(agent.run("id", "-u", user="1234")) == b"1234\n"
-    assert output(agent.run("id", "-G", user="1234")) == b"1234\n"
+    # Without an entry it has the group 0, as in a container.
+    assert output(agent.run("id", "-G", user="1234")) == b"0\n"
 
 
 def test_a_timeout_kills_the_process_group_and_keeps_the_output(agent: Asker) -> None:

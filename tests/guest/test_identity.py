@@ -248,7 +248,7 @@ def test_identity_manifest_and_workload_fit_one_request(
 ) -> None:
     del kernel
     monkeypatch.setattr(wire, "MANIFEST_FILE", str(tmp_path / "manifest.json"))
-    script = f'cp "$VOLANT_MANIFEST" {tmp_path}/found; exec sleep 60'
+    script = f'cp "$VOLANT_MANIFEST" {tmp_path}/part; mv {tmp_path}/part {tmp_path}/found; exec sleep 60'
     manifest, spec = {"name": "counter", "version": "3"}, {"entrypoint": ["/bin/sh", "-c", script]}
     try:
         for _ in range(2):
@@ -286,9 +286,9 @@ def test_the_clock_can_be_moved_by_a_step(agent: Asker, kernel: Kernel) -> None:
 
 def test_a_copied_workload_is_signalled_and_must_become_healthy(agent: Asker, kernel: Kernel, tmp_path: Path) -> None:
     del kernel
-    told, well = tmp_path / "told", tmp_path / "well"
+    signals, well = tmp_path / "signals", tmp_path / "well"
     well.touch()
-    script = f"trap 'echo x >> {told}' USR1; touch {tmp_path}/up; while :; do sleep 0.05; done"
+    script = f"trap 'echo x >> {signals}' USR1; touch {tmp_path}/up; while :; do sleep 0.05; done"
     spec = {
         "entrypoint": ["/bin/sh", "-c", script],
         "restart": "never",
@@ -301,9 +301,10 @@ def test_a_copied_workload_is_signalled_and_must_become_healthy(agent: Asker, ke
             time.sleep(0.02)
         answer = put(agent, wire.DAEMON_IDENTITY, {**WANTED, "signal": "SIGUSR1"})
         assert answer.status == 200, answer.body
-        while not told.exists() and time.monotonic() < deadline:
+        # A file is there before its content.
+        while not (signals.exists() and signals.read_text()) and time.monotonic() < deadline:
             time.sleep(0.02)
-        assert told.read_text() == "x\n"
+        assert signals.read_text() == "x\n"
         well.unlink()
         _identity._HEALTHY_S, before = 0.3, _identity._HEALTHY_S
         try:
@@ -312,16 +313,16 @@ def test_a_copied_workload_is_signalled_and_must_become_healthy(agent: Asker, ke
             _identity._HEALTHY_S = before
         assert answer.status == 503
         assert "not well" in answer.json()["detail"]
-        assert told.read_text() == "x\n"
+        assert signals.read_text() == "x\n"
         # `as_it_is`: not checked, but still signalled.
         other = {**WANTED, "machine_id": "2" * 32, "signal": "SIGUSR1", "as_it_is": True}
         # A repeated request, as after a lost answer, is not another copy.
         for _ in range(2):
             answer = put(agent, wire.DAEMON_IDENTITY, other)
             assert answer.status == 200, answer.body
-            while told.read_text() != "x\nx\n" and time.monotonic() < deadline:
+            while signals.read_text() != "x\nx\n" and time.monotonic() < deadline:
                 time.sleep(0.02)
-            assert told.read_text() == "x\nx\n"
+            assert signals.read_text() == "x\nx\n"
     finally:
         agent.server.workload.stop(0.0)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,31 @@ def test_the_vms_environment_wins(agent: Asker, tmp_path: Path) -> None:
     put(agent, "sh", "-c", f'echo "$VOLANT_MANIFEST" > {tmp_path}/seen', restart="never", env={"VOLANT_MANIFEST": "x"})
     wait_for(agent, lambda status: status["state"] == "exited")
     assert (tmp_path / "seen").read_text() == "x\n"
+
+
+def said(lines: list[dict[str, object]]) -> str:
+    return b"".join(base64.b64decode(str(line["data"])) for line in lines if "data" in line).decode()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can run programs as another user")
+def test_commands_start_as_the_manifest_says_unless_the_request_does(agent: Asker, tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    workdir = tmp_path / "srv"
+    defaults = {"env": {"A": "1", "B": "2"}, "user": "nobody", "workdir": str(workdir)}
+    assert agent.ask("PUT", wire.DAEMON_MANIFEST, {**MANIFEST, "exec": defaults}).status == 200
+    show = ("/bin/sh", "-c", 'echo "$A $B $(id -u) $HOME $(pwd)" > /dev/stdout')
+    assert said(agent.run(*show)) == f"1 2 65534 /nonexistent {workdir}\n"
+    assert workdir.is_dir()
+    own = {"env": {"B": "3", "HOME": "/x"}, "user": "0", "cwd": "/usr"}
+    assert said(agent.run(*show, **own)) == "1 3 0 /x /usr\n"
+    lines = agent.run(*show, cwd=str(tmp_path / "none"))
+    assert lines[-1]["code"] == "no_such_directory", "only the manifest's directory is made"
+
+
+@pytest.mark.parametrize("defaults", [{"env": {"": "x"}}, {"user": ""}, {"workdir": "srv"}])
+def test_malformed_defaults_of_commands_are_refused(agent: Asker, defaults: dict[str, object]) -> None:
+    answer = agent.ask("PUT", wire.DAEMON_MANIFEST, {**MANIFEST, "exec": defaults})
+    assert (answer.status, answer.json()["field"]) == (400, f"exec.{next(iter(defaults))}")
 
 
 def test_commands_find_the_manifest(agent: Asker, file: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import AsyncIterator, Iterator
@@ -17,6 +16,7 @@ import msgspec
 import pytest
 import trio
 
+from tests.system.kit import load
 from volant import images
 from volant.channel import AgentClient, VirtioSerial, open_channel
 from volant.host import Host
@@ -32,9 +32,8 @@ BOOT_S = 60.0
 
 
 @pytest.fixture(scope="session")
-def image(tmp_path_factory: pytest.TempPathFactory) -> images.Image:
-    named = os.environ.get("VOLANT_TEST_CACHE")
-    return images.build(Path(named) if named else tmp_path_factory.mktemp("cache"))
+def image(image_cache: Path) -> images.Image:
+    return images.build(image_cache)
 
 
 class Guest:
@@ -161,7 +160,7 @@ async def test_timers_that_would_wake_an_idle_guest_are_off_unless_asked_for(ima
 
 async def test_large_output_and_many_commands_arrive_intact(image: images.Image, folder: Path) -> None:
     async with boot(image, folder) as guest:
-        size = 50_000_000
+        size = load("VOLANT_TEST_OUTPUT_BYTES", usual=10_000_000, full=50_000_000)
         expected = hashlib.sha256(bytes(size)).hexdigest()
         output, _ = await guest.run("sh", "-c", f"head -c {size} /dev/zero | sha256sum")
         assert output.decode().split()[0] == expected

@@ -12,7 +12,7 @@ import pytest
 
 from volant.guest import _root
 from volant.guest._http import Problem
-from volant.guest._root import NoSuchUser, identity, inside, root, state
+from volant.guest._root import NoSuchUser, account, identity, inside, root, state
 
 from .conftest import Asker
 
@@ -85,7 +85,7 @@ def test_programs_are_searched_in_the_root_filesystem_only(mounted: Path) -> Non
     [
         ("web", (33, 34, [40, 41])),
         ("33", (33, 34, [40, 41])),
-        ("7", (7, 7, [])),
+        ("7", (7, 0, [])),
         ("web:extra", (33, 40, [])),
         ("7:8", (7, 8, [])),
         ("web:8", (33, 8, [])),
@@ -109,6 +109,13 @@ def test_users_come_from_the_root_filesystem(
     else:
         found = identity(user)
         assert (found["user"], found["group"], found["extra_groups"]) == expected
+
+
+@needs_chroot
+def test_the_home_directory_is_that_of_the_user(mounted: Path) -> None:
+    (mounted / "etc/passwd").write_text("web:x:33:34:,,:/srv/web:/\nbare:x:35:35\nodd:x:36:36::srv:/\n")
+    homes = {user: account(user)[1] for user in ("web", "33", "bare", "odd", "1234")}
+    assert homes == {"web": "/srv/web", "33": "/srv/web", "bare": "/", "odd": "/", "1234": "/"}
 
 
 @needs_chroot

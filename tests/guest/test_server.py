@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -54,6 +55,29 @@ def test_a_thousand_streams_leave_nothing_open(agent: Asker) -> None:
         sock.close()
     wait_for_streams(agent, 0)
     assert count_descriptors() <= before
+
+
+def test_few_threads_stay_without_a_stream_and_new_streams_need_no_others(agent: Asker) -> None:
+    # Servers of other tests have some, too.
+    others = count_stream_threads()
+    held = [agent.open() for _ in range(8)]
+    wait_for_streams(agent, 8)
+    for one in held:
+        one.close()
+    wait_for_streams(agent, 0)
+    end = time.monotonic() + 20
+    while count_stream_threads() > others + 2 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert count_stream_threads() == others + 2
+    held = [agent.open() for _ in range(5)]
+    assert agent.ask("GET", wire.HEALTHZ).status == 200
+    wait_for_streams(agent, 5)
+    for one in held:
+        one.close()
+
+
+def count_stream_threads() -> int:
+    return sum(thread.name == "stream" for thread in threading.enumerate())
 
 
 def test_healthz_and_info_follow_the_contract(agent: Asker) -> None:

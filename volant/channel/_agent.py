@@ -1,7 +1,8 @@
 """HTTP/1.1 to the agent: one byte stream, one request.
 
 No keep-alive and no pool: opening a stream costs nothing, its end tells the agent that the client has left, and no
-connection can get out of step with its requests. A task of its own sends the request's body, so that the agent may
+connection can get out of step with its requests. Streams to other hosts cost a handshake, and are used again
+(`ChannelStream.is_persistent`). A task of its own sends the request's body, so that the agent may
 answer early. The answer is read as the caller takes it: the stream's flow control is the only buffer.
 """
 
@@ -160,6 +161,7 @@ class AgentClient:
             try:
                 yield response
             finally:
+                stream.is_free = exchange.is_complete
                 exchange.stop()
 
 
@@ -175,6 +177,9 @@ class _Exchange:
         self._receiver: trio.CancelScope | None = None
         self._over = False
         self._ended = False
+        self._is_sent = False
+        self._is_answered = False
+        self._may_persist = False
         self._left: int | None = None
         """How much of the body is left to receive, if its length is known. Without a body (`HEAD`) h11 reports its end
         before anything is received."""
@@ -195,7 +200,7 @@ class _Exchange:
                 headers.append((b"content-length", b"%d" % len(body)))
         elif body is not None and not names & {b"content-length", b"transfer-encoding"}:
             headers.append((b"transfer-encoding", b"chunked"))
-        if b"connection" not in names:
+        if b"connection" not in names and not self._stream.is_persistent:
             headers.append((b"connection", b"close"))
         try:
             head = self._encode(h11.Request(method=method, target=target, headers=headers))
@@ -208,6 +213,11 @@ class _Exchange:
             raise ValueError(str(error)) from error
         return await self._receive_head()
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether request and answer have ended, and neither side ends the connection with them."""
+        return self._may_persist and self._is_sent and self._is_answered
+
     def stop(self) -> None:
         self._over = True
         self._sender.cancel()
@@ -218,6 +228,7 @@ class _Exchange:
         with self._sender:
             try:
                 await self._stream.send_all(data)
+                self._is_sent = True
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 pass  # the answer, or its absence, says why
 
@@ -229,6 +240,7 @@ class _Exchange:
                     if data:
                         await self._stream.send_all(self._encode(h11.Data(data=data)))
                 await self._stream.send_all(self._encode(h11.EndOfMessage()))
+                self._is_sent = True
             except (trio.BrokenResourceError, trio.ClosedResourceError):
                 pass
             except Exception as error:
@@ -254,6 +266,7 @@ class _Exchange:
                 case h11.InformationalResponse(status_code=101) | h11.Response():
                     self.switched = self._conn.their_state is h11.SWITCHED_PROTOCOL
                     self._left = _length(event.headers)
+                    self._may_persist = event.http_version == b"1.1" and not _closes(event.headers)
                     return AgentResponse(self, event.status_code, event.reason, list(event.headers))
                 case h11.InformationalResponse():
                     continue
@@ -271,11 +284,13 @@ class _Exchange:
                     continue
                 # The rest of a body of known length passes h11 by, which would copy it twice.
                 self._left -= len(data)
-                self._over = not self._left
+                self._over = self._is_answered = not self._left
                 return data
             await trio.lowlevel.checkpoint()
             if not isinstance(event, h11.Data):
                 self._over = True
+                # An answer that ends with its stream has no other end, and what comes after one is no answer.
+                self._is_answered = not self._ended and not self._conn.trailing_data[0]
             elif event.data:
                 if self._left is not None:
                     self._left -= len(event.data)
@@ -320,6 +335,11 @@ class _Exchange:
             raise ValueError("the agent did not switch protocols")
         prefix, _ = self._conn.trailing_data
         return PrefixedStream(bytes(prefix), self._stream)
+
+
+def _closes(headers: Iterable[Header]) -> bool:
+    """Returns whether the sender of a head ends the connection after the body."""
+    return any(name == b"connection" and b"close" in value.lower() for name, value in headers)
 
 
 def _length(headers: Iterable[Header]) -> int | None:

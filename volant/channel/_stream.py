@@ -20,6 +20,11 @@ class ChannelStream(trio.abc.HalfCloseableStream):
     have no deadline: an open stream may be silent for days.
     """
 
+    is_persistent = False
+    """Whether it may carry one request after the other, and so none asks for its end."""
+    is_free = False
+    """Whether the last request and its answer ended, so that the next one may follow on a persistent stream."""
+
     @abstractmethod
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         """Returns the next bytes, empty at the end."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from volant.model.agent import MAX_USER_CHARACTERS, signal_number
+
 from ._http import Problem
 
 TYPE_CHECKING = False
@@ -57,6 +59,23 @@ def check_directory(value: object, field: str) -> str:
     if not isinstance(value, str) or not value.startswith("/") or "\0" in value:
         raise Problem(400, f"{field} is not an absolute path", field=field)
     return value
+
+
+def check_user(value: object, field: str) -> str | None:
+    """Returns a user as `_root.account` takes it, or None if there is none."""
+    if value is not None and (
+        not isinstance(value, str) or not value or "\0" in value or len(value) > MAX_USER_CHARACTERS
+    ):
+        raise Problem(400, f"{field} is not a name or number", field=field)
+    return value
+
+
+def check_signal(value: object, field: str) -> int:
+    """Returns the number of a signal."""
+    number = signal_number(value) if isinstance(value, str) else None
+    if number is None:
+        raise Problem(400, f"{field} is not the name or number of a signal", field=field)
+    return number
 
 
 def check_number(value: object, field: str, low: float, high: float) -> float:

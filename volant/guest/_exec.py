@@ -23,30 +23,38 @@ from ._watch import Client
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from ._http import Request
+    from ._process import Setting
     from ._stream import Stream
 
 _FIELDS = {"command", "env", "cwd", "user", "timeout_s", "stdin"}
+_TOGETHER_S = 0.02
+"""A command that ends within it is answered by one write."""
+_LITTLE = 16 * 1024
+"""Output that can wait for that."""
 
 
-def handle(stream: Stream, request: Request) -> None:
+def handle(stream: Stream, request: Request, defaults: Setting) -> None:
     """Answers `POST /v1/exec`.
 
+    :param defaults: for what the request does not say
     :raises Problem: 400, before anything was started
     :raises Gone: the client left
     """
-    command = Command(decode_json(stream.read_body(request), _FIELDS))
+    command = Command(decode_json(stream.read_body(request), _FIELDS), defaults)
     deadline = None if command.timeout_s is None else time.monotonic() + command.timeout_s
-    stream.start(200, [("Content-Type", "application/x-ndjson")], chunked=True)
+    head = stream.head(200, [("Content-Type", "application/x-ndjson")], chunked=True)
     try:
-        run = _Run(command, stream, deadline)
+        run = _Run(command, stream, deadline, head)
     except SpawnError as error:
         end: object = {"error": str(error), "code": error.code}
+        unsent = bytearray(head)
     else:
         try:
             end = run.loop()
         finally:
             run.close()
-    stream.send(chunk(_line(end)) + LAST_CHUNK)
+        unsent = run.unsent
+    stream.send(unsent + chunk(_line(end)) + LAST_CHUNK)
 
 
 def _line(value: object) -> bytes:
@@ -58,28 +66,37 @@ def _line(value: object) -> bytes:
 class _Run:
     """A command that runs, and the client that gets its output."""
 
-    def __init__(self, command: Command, stream: Stream, deadline: float | None) -> None:
-        """:raises SpawnError: the command does not start."""
+    def __init__(self, command: Command, stream: Stream, deadline: float | None, head: bytes) -> None:
+        """`head`: of the answer. :raises SpawnError: the command does not start."""
         self._command = command
         self._deadline = deadline
         self._output = OutputHistory(0)
-        self._pending = bytearray()
+        self.unsent = bytearray(head)
+        """What the client has not got yet."""
         self._program = Program(command, self._output)
         self._program.add_input(b"")
         self._client = Client(stream.sock)
 
     def loop(self) -> dict[str, int] | dict[str, str]:
-        """Streams until the command has ended; returns how. :raises Gone: the client left."""
+        """Streams until the command has ended; returns how. What is `unsent` then is little, and goes with that.
+
+        :raises Gone: the client left.
+        """
         program = self._program
+        together_until = time.monotonic() + _TOGETHER_S
         while True:
-            left_s = None if self._deadline is None else self._deadline - time.monotonic()
+            now = time.monotonic()
+            left_s = None if self._deadline is None else self._deadline - now
             if left_s is not None and left_s <= 0:
                 program.kill_group()
                 program.drain()
                 self._flush_within(REAP_S)
                 return self._command.timed_out()
-            masks = program.masks(read=len(self._pending) < MAX_UNSENT)
-            found = self._client.wait(masks, left_s, writable=bool(self._pending))
+            together_s = together_until - now
+            is_early = together_s > 0 and len(self.unsent) < _LITTLE
+            wait_s = together_s if is_early and (left_s is None or together_s < left_s) else left_s
+            masks = program.masks(read=len(self.unsent) < MAX_UNSENT)
+            found = self._client.wait(masks, wait_s, writable=bool(self.unsent) and not is_early)
             if self._client.sock.fileno() in found:
                 self._flush()
             program.move(found)
@@ -97,16 +114,17 @@ class _Run:
         for channel, data in self._output.take_all():
             text = binascii.b2a_base64(data, newline=False)
             name = b"stdout" if channel == STDOUT else b"stderr"
-            self._pending += chunk(b'{"stream":"%b","data":"%b"}\n' % (name, text))
+            self.unsent += chunk(b'{"stream":"%b","data":"%b"}\n' % (name, text))
 
     def _flush(self) -> None:
-        sent = self._client.send_some(memoryview(self._pending))
-        del self._pending[:sent]
+        sent = self._client.send_some(memoryview(self.unsent))
+        del self.unsent[:sent]
 
     def _flush_within(self, stall_s: float) -> None:
-        """Writes the rest of the output. :raises Gone: the client left, or took nothing for `stall_s`."""
+        """Writes the rest of the output but for a little. :raises Gone: the client left, or took nothing for
+        `stall_s`."""
         self._encode()
-        while self._pending:
+        while len(self.unsent) >= _LITTLE:
             if not self._client.wait({}, stall_s, writable=True):
                 raise Gone
             self._flush()

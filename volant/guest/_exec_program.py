@@ -14,9 +14,10 @@ from ._checks import (
     check_integer,
     check_number,
     check_strings,
+    check_user,
 )
 from ._http import Problem
-from ._process import base_environment, has_exited, how_it_ended, kill_group, kill_session, signal_group, spawn
+from ._process import Setting, has_exited, how_it_ended, kill_group, kill_session, signal_group, spawn
 from ._watch import poll
 
 TYPE_CHECKING = False
@@ -40,19 +41,25 @@ _MAX_TIMEOUT_S = 7 * 86400.0
 class Command:
     """A checked request to run something. Over HTTP there is no terminal."""
 
-    def __init__(self, value: dict[str, Any]) -> None:
-        """:raises Problem: 400, a field is wrong."""
+    def __init__(self, value: dict[str, Any], defaults: Setting) -> None:
+        """
+        :param defaults: for what the request does not say
+        :raises Problem: 400, a field is wrong
+        """
         if "command" not in value:
             raise Problem(400, "command is missing", field="command")
         self.command = check_strings(value["command"], "command")
         if not self.command[0]:
             raise Problem(400, "command has an empty program", field="command")
-        self.env = base_environment() | check_environment(value.get("env", {}), "env")
-        self.cwd = check_directory(value["cwd"] if value.get("cwd") is not None else "/", "cwd")
-        user = value.get("user")
-        if user is not None and (not isinstance(user, str) or not user or "\0" in user or len(user) > 256):
-            raise Problem(400, "user is not a name or number", field="user")
-        self.user: str | None = user
+        env = defaults.env | defaults.secrets() | check_environment(value.get("env", {}), "env")
+        cwd, user = value.get("cwd"), value.get("user")
+        self.user = defaults.user if user is None else check_user(user, "user")
+        self.setting = Setting(
+            env,
+            self.user,
+            defaults.workdir if cwd is None else check_directory(cwd, "cwd"),
+            makes_workdir=cwd is None and defaults.makes_workdir,
+        )
         timeout = value.get("timeout_s")
         self.timeout_s = None if timeout is None else check_number(timeout, "timeout_s", 0.001, _MAX_TIMEOUT_S)
         stdin = value.get("stdin")
@@ -61,7 +68,7 @@ class Command:
         self.rows = check_integer(value.get("rows", 24), "rows", 1, 65535)
         self.cols = check_integer(value.get("cols", 80), "cols", 1, 65535)
         if self.tty:
-            self.env.setdefault("TERM", "xterm")
+            env.setdefault("TERM", "xterm")
 
     def timed_out(self) -> dict[str, str]:
         """Returns the end of a command whose time was over."""
@@ -82,13 +89,12 @@ class Program:
         self._in_a_line = False
         self._channels: dict[int, int] = {}
         self._terminal = -1
-        arguments = (command.command, command.env, command.cwd, command.user)
         if command.tty:
             from ._tty import open_terminal
 
             self._terminal, theirs = open_terminal(command.rows, command.cols)
             try:
-                self._process = spawn(*arguments, theirs, theirs, theirs, terminal=True)
+                self._process = spawn(command.command, command.setting, theirs, theirs, theirs, terminal=True)
             except BaseException:
                 os.close(self._terminal)
                 raise
@@ -97,7 +103,7 @@ class Program:
             self._input_fd = self._terminal
             self._channels[self._terminal] = STDOUT
         else:
-            self._process = spawn(*arguments, subprocess.PIPE, subprocess.PIPE, subprocess.PIPE)
+            self._process = spawn(command.command, command.setting, *[subprocess.PIPE] * 3)
             pipes = (self._process.stdin, self._process.stdout, self._process.stderr)
             self._input_fd, stdout, stderr = (pipe.fileno() for pipe in pipes if pipe is not None)
             self._channels |= {stdout: STDOUT, stderr: STDERR}

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ._http import Request
+    from ._process import Setting
     from ._stream import Stream
 
 MAX_SESSIONS = 16
@@ -50,10 +51,11 @@ class Sessions:
         self._sessions: dict[str, Session | None] = {}
         """In the order of their starts. None: reserved for a command that has not started yet."""
 
-    def serve_websocket(self, stream: Stream, request: Request, set_up: Callable[[], None]) -> None:
+    def serve_websocket(self, stream: Stream, request: Request, set_up: Callable[[], None], defaults: Setting) -> None:
         """Answers `GET /v1/exec`.
 
         :param set_up: waits until the guest is set up
+        :param defaults: for what the request does not say
         :raises Problem: 400, 404, 426 or 503, instead of the upgrade
         :raises Gone: the client left
         """
@@ -66,7 +68,7 @@ class Sessions:
         if identifier is None:
             if position is not None:
                 raise Problem(400, "from goes with attach", field="from")
-            self._begin(stream, request, set_up, detach=detach == "true")
+            self._begin(stream, request, set_up, defaults, detach=detach == "true")
             return
         if "detach" in query:
             raise Problem(400, "an attached command has been detached already", field="detach")
@@ -76,13 +78,15 @@ class Sessions:
         socket = _websocket.WebSocket(stream, request, MAX_INPUT + 1)
         session.attach(Peer(socket, None if position is None else int(position)))
 
-    def _begin(self, stream: Stream, request: Request, set_up: Callable[[], None], *, detach: bool) -> None:
+    def _begin(
+        self, stream: Stream, request: Request, set_up: Callable[[], None], defaults: Setting, *, detach: bool
+    ) -> None:
         identifier = self._reserve() if detach else None
         session: Session | None = None
         try:
             socket = _websocket.WebSocket(stream, request, MAX_INPUT + 1)
             try:
-                command = Command(decode_json(_first_message(socket), _FIELDS))
+                command = Command(decode_json(_first_message(socket), _FIELDS), defaults)
                 set_up()
                 session = Session(command, identifier)
             except SpawnError as error:

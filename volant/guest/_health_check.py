@@ -6,20 +6,22 @@ import time
 
 from ._checks import check_number, check_object, check_port, check_strings
 from ._http import Problem
-from ._process import SpawnError, base_environment, kill_group, spawn
+from ._process import Setting, SpawnError, kill_group, spawn
 
-_FIELDS = {"path", "port", "command", "interval_s", "timeout_s", "retries"}
+_FIELDS = {"path", "port", "command", "interval_s", "timeout_s", "retries", "start_period_s"}
 _NAME = "health_check"
 
 
 class HealthCheck:
     """A checked `agent_types.HealthCheck`."""
 
-    def __init__(self, value: object, port: int | None) -> None:
+    def __init__(self, value: object, port: int | None, setting: Setting) -> None:
         """
         :param port: where the workload serves HTTP; the default for a check by path
+        :param setting: for a check by command
         :raises Problem: 400, a field is wrong
         """
+        self._setting = setting
         fields = check_object(value, _FIELDS, _NAME, f"{_NAME}.")
         path = fields.get("path")
         self.command = check_strings(fields.get("command", []), f"{_NAME}.command", empty=True)
@@ -37,6 +39,9 @@ class HealthCheck:
         self.interval_s = check_number(fields.get("interval_s", 5.0), f"{_NAME}.interval_s", 0.1, 3600)
         self.timeout_s = check_number(fields.get("timeout_s", 2.0), f"{_NAME}.timeout_s", 0.1, 600)
         self.retries = int(check_number(fields.get("retries", 3), f"{_NAME}.retries", 1, 100))
+        start_s = check_number(fields.get("start_period_s", 0.0), f"{_NAME}.start_period_s", 0, 3600)
+        self.starts_within_s = start_s + self.interval_s * self.retries
+        """How long failures before the first success do not count."""
 
     def run(self) -> str:
         """Runs the check; returns why it failed, or an empty text."""
@@ -47,7 +52,7 @@ class HealthCheck:
 
         null = subprocess.DEVNULL
         try:
-            process = spawn(self.command, base_environment(), "/", None, null, null, null)
+            process = spawn(self.command, self._setting, null, null, null)
         except SpawnError as error:
             return str(error)
         try:

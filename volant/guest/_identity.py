@@ -162,9 +162,9 @@ def serve_hosts(stream: Stream, request: Request) -> None:
 
 def settle() -> None:
     """Prepares the guest for a snapshot: imports what every clone will need, and writes all data to the disk."""
-    from . import _exec, _exec_sessions, _files, _network, _relay
+    from . import _exec, _exec_sessions, _files, _network, _relay, _secrets
 
-    del _exec, _exec_sessions, _files, _network, _relay
+    del _exec, _exec_sessions, _files, _network, _relay, _secrets
     import gc
     import json
     import subprocess

@@ -18,7 +18,7 @@ import signal
 import sys
 import time
 
-from ._system import GRACE_FILE, kernel_parameter, kernel_parameters, read_text, say
+from ._system import GRACE_FILE, WORKLOAD_FILE, kernel_parameter, kernel_parameters, read_text, say
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -208,7 +208,10 @@ def _finish_setup() -> None:
     if serial:
         from ._rootfs import mount_root
 
-        mount_root(serial, _run, say)
+        image = kernel_parameter("volant.image")
+        if image:
+            _load(["erofs", "overlay"])
+        mount_root(serial, image, _run, say)
     if _VIRTIO_NET in present:
         from . import _network
 
@@ -318,8 +321,27 @@ def _signal_all(number: signal.Signals) -> None:
         pass
 
 
+def _ask_to_end() -> None:
+    """Sends SIGTERM to all processes but those of the workload, which gets its stop signal from the agent."""
+    workload = read_text(WORKLOAD_FILE)
+    if not workload:
+        _signal_all(signal.SIGTERM)
+        return
+    for name in _list("/proc"):
+        if not name.isdigit() or name == "1":
+            continue
+        try:
+            with open(f"/proc/{name}/stat", "rb") as handle:
+                session = handle.read(4096).rpartition(b")")[2].split()[3].decode()
+            # The kernel's own threads have the session 0.
+            if session not in ("0", workload):
+                os.kill(int(name), signal.SIGTERM)
+        except (OSError, IndexError):
+            pass  # it has ended
+
+
 def _shut_down(agent: int, how: str) -> NoReturn:
-    """Sends SIGTERM to all processes, waits for the grace period, sends SIGKILL, and runs `how` of BusyBox.
+    """Asks all processes to end, waits for the grace period, sends SIGKILL, and runs `how` of BusyBox.
 
     The agent gets a little longer than the rest.
     """
@@ -329,7 +351,7 @@ def _shut_down(agent: int, how: str) -> NoReturn:
     except ValueError:
         pass
     say("shutting down")
-    _signal_all(signal.SIGTERM)
+    _ask_to_end()
     _signal_all(signal.SIGCONT)
     if not _wait_for_all(grace):
         say("some processes did not end when they were asked to")
@@ -344,12 +366,31 @@ def _shut_down(agent: int, how: str) -> NoReturn:
             _signal_all(signal.SIGKILL)
             _wait_for_all(_AFTER_KILL_S)
     os.sync()
-    from ._rootfs import ROOT
+    from ._rootfs import DISK, ROOT
 
-    if os.path.ismount(ROOT) and _run(["mount", "-o", "remount,ro", ROOT]) != 0:
-        # For instance by a mount inside it. Synced data is safe, and ext4's journal does the rest.
-        say("the root filesystem is still in use")
+    _unmount_volumes(ROOT)
+    for place in (ROOT, DISK):
+        if os.path.ismount(place) and _run(["mount", "-o", "remount,ro", place]) != 0:
+            # For instance by a mount inside it. Synced data is safe, and ext4's journal does the rest.
+            say("the root filesystem is still in use")
     os.execv(BUSYBOX, ["busybox", how, "-f"])
+
+
+def _unmount_volumes(root: str) -> None:
+    """Unmounts directories of the host, and the filesystems on disks but the root, so that their journals have nothing
+    to replay."""
+    with open("/proc/mounts", errors="surrogateescape") as handle:
+        lines = handle.read().splitlines()
+    for line in reversed(lines):
+        source, target, kind, *_ = line.split(" ")
+        # Blanks, tabs, line feeds and backslashes in a path are three octal digits after a backslash.
+        first, *others = target.split("\\")
+        path = first + "".join(chr(int(other[:3], 8)) + other[3:] for other in others)
+        is_volume = source.startswith("/dev/vd") or kind == "virtiofs"
+        if not is_volume or (os.path.ismount(root) and not path.startswith(f"{root}/")):
+            continue
+        if _run(["umount", path]) != 0 and _run(["mount", "-o", "remount,ro", path]) != 0:
+            say(f"{path} is still in use")
 
 
 def _wait_for_all(timeout_s: float) -> bool:

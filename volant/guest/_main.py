@@ -13,7 +13,7 @@ import time
 from volant.model import agent
 
 from ._server import Server
-from ._system import GRACE_FILE, read_text, say
+from ._system import GRACE_FILE, WORKLOAD_FILE, read_text, say
 from ._transport import listen_on_vsock, serve_serial_port
 from ._watch import Wakeup, poll
 
@@ -43,6 +43,7 @@ def main(ready: int = -1, set_up: int = -1) -> NoReturn:
     threading.stack_size(_STACK_BYTES)
     _protect()
     server = Server(_begin_shutdown)
+    server.workload.leader_changed = _note_workload
     if set_up >= 0:
         server.set_up.clear()
     if listen_on_vsock(server.serve):
@@ -97,6 +98,12 @@ def _begin_shutdown(grace_s: float) -> None:
     with open(GRACE_FILE, "w") as handle:
         handle.write(f"{grace_s}\n")
     os.kill(1, signal.SIGUSR2)
+
+
+def _note_workload(leader: int | None) -> None:
+    """Notes the workload's session for PID 1."""
+    with open(WORKLOAD_FILE, "w") as handle:
+        handle.write("" if leader is None else f"{leader}\n")
 
 
 def _grace() -> float:

@@ -56,6 +56,8 @@ _SOCKET_BUFFER = 64 * 1024
 _READ = 64 * 1024
 _PORT_WRITE = 32 * 1024
 _REOPEN_S = 1.0
+_TOGETHER_S = 0.005
+"""How long the acceptance of a stream waits for the answer, to be written with it."""
 
 # h2 writes out each frame that it receives, with its data in hexadecimal digits, for a log that it does not write.
 hyperframe.frame.Frame.__repr__ = object.__repr__  # type: ignore[method-assign]
@@ -114,6 +116,10 @@ class _Mux:
         self.port_writable = True
         self.by_id: dict[int, _Stream] = {}
         self.by_fd: dict[int, _Stream] = {}
+        self.accepted: list[tuple[_Stream, socket.socket]] = []
+        """New streams, with the server's end."""
+        self.together_until = 0.0
+        """Until then the output is an acceptance that can wait."""
 
     def loop(self) -> None:
         os.set_blocking(self.fd, False)
@@ -123,7 +129,10 @@ class _Mux:
             self.out += HELLO
             while True:
                 busy = self.turn()
-                for fd, events in self.epoll.poll(0 if busy else -1):
+                wait_s = 0.0 if busy else -1
+                if self.together_until and not busy:
+                    wait_s = max(0.0, self.together_until - time.monotonic())
+                for fd, events in self.epoll.poll(wait_s):
                     if fd == self.fd:
                         self.port_readable = self.port_readable or bool(events & ~select.EPOLLOUT)
                         self.port_writable = self.port_writable or bool(events & select.EPOLLOUT)
@@ -151,11 +160,15 @@ class _Mux:
                 more = self.from_server(stream) or more
             if stream.gone and stream.ended and stream.id in self.by_id:
                 self.reset(stream, h2.errors.ErrorCodes.NO_ERROR)
+        self.pass_accepted()
         self.collect()
-        if self.out and self.port_writable:
+        if self.together_until and time.monotonic() >= self.together_until:
+            self.together_until = 0.0
+        may_write = self.port_writable and not self.together_until
+        if self.out and may_write:
             self.write_port()
         # Without room in the port, streams wait for its next edge.
-        return self.port_readable or (more and len(self.out) < OUTPUT_HIGH) or bool(self.out and self.port_writable)
+        return self.port_readable or (more and len(self.out) < OUTPUT_HIGH) or bool(self.out and may_write)
 
     # The port
 
@@ -275,30 +288,31 @@ class _Mux:
             self.conn.send_headers(stream_id, [(":status", "200" if wanted else "404")], end_stream=not wanted)
         except h2.exceptions.ProtocolError:
             return  # the host has reset it already
-        sock = self.accept() if wanted and len(self.by_id) < MAX_STREAMS + RESERVED_STREAMS else None
-        if sock is None:
+        ends = _socketpair() if wanted and len(self.by_id) < MAX_STREAMS + RESERVED_STREAMS else None
+        if ends is None:
             code = h2.errors.ErrorCodes.REFUSED_STREAM if wanted else h2.errors.ErrorCodes.NO_ERROR
             self.conn.reset_stream(stream_id, code)
             return
-        self.by_id[stream_id] = self.by_fd[sock.fileno()] = _Stream(stream_id, sock)
-        self.epoll.register(sock.fileno(), select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET)
+        ours, theirs = ends
+        stream = self.by_id[stream_id] = self.by_fd[ours.fileno()] = _Stream(stream_id, ours)
+        self.epoll.register(ours.fileno(), select.EPOLLIN | select.EPOLLOUT | select.EPOLLRDHUP | select.EPOLLET)
+        self.accepted.append((stream, theirs))
 
-    def accept(self) -> socket.socket | None:
-        """Passes one end of a new socketpair to the server and returns the other, or None on failure."""
-        try:
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        except OSError:
-            return None
-        for sock in (ours, theirs):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
-        ours.setblocking(False)
-        try:
-            self.serve(theirs)
-        except Exception:
-            ours.close()
-            theirs.close()
-            return None
-        return ours
+    def pass_accepted(self) -> None:
+        """Passes new streams to the server, after the bytes that came with them: then it waits for none of these."""
+        if not self.accepted:
+            return
+        accepted, self.accepted = self.accepted, []
+        for stream, theirs in accepted:
+            try:
+                self.serve(theirs)
+            except Exception:
+                theirs.close()
+                if stream.id in self.by_id:
+                    self.reset(stream, h2.errors.ErrorCodes.REFUSED_STREAM)
+        if not self.out:
+            # The host does not wait for it, and a write to the port takes a guest without KVM a millisecond.
+            self.together_until = time.monotonic() + _TOGETHER_S
 
     def to_server(self, stream: _Stream) -> None:
         """Writes what the host has sent, as far as the server reads it."""
@@ -337,6 +351,7 @@ class _Mux:
         except OSError:
             self.reset(stream, h2.errors.ErrorCodes.CANCEL)
             return False
+        self.together_until = 0.0
         if data:
             self.conn.send_data(stream.id, data)
             self.out += self.conn.data_to_send()
@@ -365,7 +380,22 @@ class _Mux:
         stream.sock.close()
 
     def drop_streams(self) -> None:
+        for _, theirs in self.accepted:
+            theirs.close()
+        self.accepted.clear()
         for stream in self.by_id.values():
             stream.sock.close()
         self.by_id.clear()
         self.by_fd.clear()
+
+
+def _socketpair() -> tuple[socket.socket, socket.socket] | None:
+    """Returns our end of a new stream and the server's, or None on failure."""
+    try:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    except OSError:
+        return None
+    for sock in (ours, theirs):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
+    ours.setblocking(False)
+    return ours, theirs

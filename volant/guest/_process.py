@@ -1,6 +1,6 @@
 """Starting and killing programs in the root filesystem."""
 
-# ruff: noqa: PTH123, PTH208 - importing pathlib would cost every boot a good part of a second
+# ruff: noqa: PTH103, PTH112, PTH113, PTH118, PTH123, PTH208 - importing pathlib would cost every boot a good part of a second
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from . import _root
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import subprocess
+    from collections.abc import Callable
     from typing import Any
 
 
@@ -32,61 +33,81 @@ class SpawnError(Exception):
         self.code = code
 
 
+class Setting:
+    """The environment, user and working directory that programs start with."""
+
+    def __init__(self, env: dict[str, str], user: str | None, workdir: str, *, makes_workdir: bool) -> None:
+        """
+        :param env: variables over those of `base_environment`
+        :param user: as for `_root.account`; None: root
+        :param makes_workdir: whether to make the working directory if it does not exist
+        """
+        self.env = env
+        self.user = user
+        self.workdir = workdir
+        self.makes_workdir = makes_workdir
+        self.secrets: Callable[[], dict[str, str]] = dict
+        """Returns variables over those of `env`."""
+
+
 def spawn(
-    command: list[str],
-    env: dict[str, str],
-    cwd: str,
-    user: str | None,
-    stdin: int,
-    stdout: int,
-    stderr: int,
-    *,
-    terminal: bool = False,
+    command: list[str], setting: Setting, stdin: int, stdout: int, stderr: int, *, terminal: bool = False
 ) -> subprocess.Popen[bytes]:
     """Starts a program as the leader of a session of its own.
 
+    A program without a slash in its name is searched in the `PATH` of `setting`, and one with a relative path in its
+    working directory.
+
+    :param stdin: a descriptor, or `PIPE` or `DEVNULL` of `subprocess`; likewise the other two
     :param terminal: `stdin` is a terminal, and becomes the controlling terminal of the session
     :raises SpawnError: the program does not start
     """
     import subprocess
 
+    user, workdir = setting.user, setting.workdir
     options: dict[str, Any] = {}
+    env = base_environment()
     if user is not None:
         try:
-            options = dict(_root.identity(user))
+            identity, env["HOME"] = _root.account(user)
         except _root.NoSuchUser:
             raise SpawnError("no_such_user", f"there is no user {user}") from None
+        options = dict(identity)
+    env |= setting.env | setting.secrets()
     if terminal:
         from ._tty import become_controlling
 
         options["preexec_fn"] = become_controlling
-        if user is not None:
-            # Programs open their terminal again, by its name.
-            os.fchown(stdin, options["user"], -1)
-    try:
-        process = _root.inside(
-            lambda: subprocess.Popen(
+    pipes = _Pipes((stdin, stdout, stderr), options.get("user"))
+
+    def start() -> subprocess.Popen[bytes]:
+        if setting.makes_workdir:
+            make_directory(workdir)
+        try:
+            return subprocess.Popen(
                 command,
                 env=env,
-                cwd=cwd,
-                stdin=stdin,
-                stdout=stdout,
-                stderr=stderr,
+                cwd=workdir,
+                stdin=pipes.theirs[0],
+                stdout=pipes.theirs[1],
+                stderr=pipes.theirs[2],
                 bufsize=0,
                 start_new_session=True,
                 **options,
             )
-        )
-    except FileNotFoundError as error:
-        if error.filename == cwd and cwd != command[0]:
-            raise SpawnError("no_such_directory", f"there is no directory {cwd}") from None
-        raise SpawnError("not_found", f"there is no program {command[0]}") from None
-    except NotADirectoryError:
-        raise SpawnError("no_such_directory", f"{cwd} is not a directory") from None
-    except PermissionError:
-        raise SpawnError("not_executable", f"{command[0]} can't be executed") from None
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
-        raise SpawnError("spawn_failed", f"{command[0]} does not start: {error}") from None
+        except FileNotFoundError:
+            program = os.path.join(workdir, command[0])
+            if "/" in command[0] and os.path.isdir(workdir) and os.path.isfile(program):
+                text = f"{command[0]} can't be executed: the interpreter or the loader that it names does not exist"
+                raise SpawnError("not_executable", text) from None
+            raise
+
+    try:
+        process = _root.inside(start)
+    except BaseException as error:
+        pipes.abandon()
+        raise _spawn_error(error, command[0], workdir) from None
+    pipes.hand_over(process)
     try:
         # It has inherited the agent's score. Without memory, the kernel should kill it before the agent.
         with open(f"/proc/{process.pid}/oom_score_adj", "w") as handle:
@@ -94,6 +115,69 @@ def spawn(
     except OSError:
         pass
     return process
+
+
+class _Pipes:
+    """The standard streams of a program that is started.
+
+    Programs open theirs again by name, as `/dev/stdout`. So pipes and terminals belong to the user that the program
+    runs as, before it runs: for another user than root, pipes are made here and not by `subprocess`.
+    """
+
+    def __init__(self, wanted: tuple[int, int, int], owner: int | None) -> None:
+        import subprocess
+
+        self.theirs = list(wanted)
+        self._ours = [-1, -1, -1]
+        if not owner:
+            return
+        for number, fd in enumerate(wanted):
+            if fd == subprocess.PIPE:
+                read, write = os.pipe()
+                self.theirs[number], self._ours[number] = (read, write) if number == 0 else (write, read)
+            if self.theirs[number] >= 0:
+                os.fchown(self.theirs[number], owner, -1)
+
+    def hand_over(self, process: subprocess.Popen[bytes]) -> None:
+        """Gives the process our ends, as `subprocess` would have done, and closes the program's."""
+        for number, (name, mode) in enumerate((("stdin", "wb"), ("stdout", "rb"), ("stderr", "rb"))):
+            if self._ours[number] >= 0:
+                os.close(self.theirs[number])
+                setattr(process, name, os.fdopen(self._ours[number], mode, buffering=0))
+
+    def abandon(self) -> None:
+        """Closes both ends of the pipes that were made here."""
+        for ours, theirs in zip(self._ours, self.theirs, strict=True):
+            if ours >= 0:
+                os.close(ours)
+                os.close(theirs)
+
+
+def make_directory(path: str) -> None:
+    """Makes a directory and its parents, as far as that is possible; a program that needs it says what is wrong."""
+    try:
+        os.makedirs(path, 0o755, exist_ok=True)
+    except OSError:
+        pass
+
+
+def _spawn_error(error: BaseException, program: str, workdir: str) -> BaseException:
+    """Returns the error to raise instead of `error`."""
+    import subprocess
+
+    if isinstance(error, SpawnError):
+        return error
+    if isinstance(error, FileNotFoundError):
+        if error.filename == workdir and workdir != program:
+            return SpawnError("no_such_directory", f"there is no directory {workdir}")
+        return SpawnError("not_found", f"there is no program {program}")
+    if isinstance(error, NotADirectoryError):
+        return SpawnError("no_such_directory", f"{workdir} is not a directory")
+    if isinstance(error, PermissionError):
+        return SpawnError("not_executable", f"{program} can't be executed")
+    if isinstance(error, OSError | ValueError | subprocess.SubprocessError):
+        return SpawnError("spawn_failed", f"{program} does not start: {error}")
+    return error
 
 
 def signal_group(process: subprocess.Popen[bytes], number: int) -> None:

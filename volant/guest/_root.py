@@ -124,7 +124,14 @@ def _enter(where: str) -> None:
 
 
 def identity(user: str) -> Identity:
+    """Returns the identity alone of an `account`, and raises what that raises."""
+    return account(user)[0]
+
+
+def account(user: str) -> tuple[Identity, str]:
     """Looks up `NAME`, `UID`, `NAME:GROUP` or `UID:GID` in `/etc/passwd` and `/etc/group` of the root filesystem.
+
+    Returns the identity and the home directory, which is `/` for a number that no user has.
 
     Not with the C library, which would load libraries of the root filesystem for that (NSS).
 
@@ -135,7 +142,8 @@ def identity(user: str) -> Identity:
     name, colon, group = user.partition(":")
     if name.isdecimal():
         entry = next((row for row in users if row[2:3] == [name]), None)
-        uid = gid = int(name)
+        # A number without an entry has the group 0, as in containers.
+        uid, gid = int(name), 0
         login = entry[0] if entry else ""
     else:
         entry = next((row for row in users if row[0] == name), None)
@@ -156,7 +164,10 @@ def identity(user: str) -> Identity:
     if uid >= _NO_ID or gid >= _NO_ID:
         raise NoSuchUser(user)
     others = [_number(row, 2, user) for row in groups if login and len(row) > 3 and login in row[3].split(",")]
-    return {"user": uid, "group": gid, "extra_groups": [] if colon else sorted(set(others))[:64]}
+    home = entry[5] if entry is not None and len(entry) > 5 and entry[5].startswith("/") else "/"
+    return {"user": uid, "group": gid, "extra_groups": [] if colon else sorted(set(others))[:64]}, home.replace(
+        "\0", ""
+    )
 
 
 def _table(path: str) -> list[list[str]]:

@@ -1,6 +1,8 @@
 """Mounts the root filesystem, for PID 1.
 
-It is an ext4 filesystem on a whole disk; the kernel's command line has the disk's serial number. The guest's own
+It is an ext4 filesystem on a whole disk; the kernel's command line has the disk's serial number. If it also has that of
+an OCI image's disk, the image is mounted read-only, and the root filesystem is an overlay: what the guest changes goes
+into a directory of the ext4 filesystem. The guest's own
 `/proc`, `/sys` and `/dev` are bound into it, and a fresh `/run` and `/tmp` in memory mounted, as their content belongs
 to one boot. Missing directories for these are made if possible.
 """
@@ -20,9 +22,13 @@ if TYPE_CHECKING:
 
 ROOT = "/mnt"
 """Where the root filesystem is mounted, if there is one."""
+DISK = "/run/volant/disk"
+_IMAGE = "/run/volant/image"
+"""Where the two parts of an overlay are mounted. The agent's directory hides them."""
 STATE_FILE = "/run/volant/root"
 """Holds the outcome: `mounted`, or `failed: ` and why."""
-_DISK_S = 5.0
+_DISK_S = 20.0
+"""For the driver of a disk. Without KVM and beside busy guests, seconds pass while the guest does little."""
 _SUPERBLOCK_AT = 1024
 _MAGIC_AT, _MAGIC = _SUPERBLOCK_AT + 56, b"\x53\xef"
 _BLOCKS_AT, _BLOCK_SIZE_AT, _BLOCKS_HIGH_AT = 0x04, 0x18, 0x150
@@ -36,14 +42,18 @@ _BINDS = ("proc", "sys", "dev")
 _IN_MEMORY = (("run", "0755"), ("tmp", "1777"))
 
 
-def mount_root(serial: str, run: Callable[[list[str]], int], say: Callable[[str], None]) -> None:
+def mount_root(serial: str, image: str, run: Callable[[list[str]], int], say: Callable[[str], None]) -> None:
     """Mounts the root filesystem, and writes the outcome to `STATE_FILE`.
 
+    :param serial: the serial number of the disk that the guest writes to
+    :param image: that of the disk with an OCI image, or an empty text
     :param run: runs BusyBox and returns its exit code
     :param say: writes to the console
     """
     try:
-        why = _mount(serial, run, say)
+        why = _mount_overlay(serial, image, run, say) if image else _mount(serial, ROOT, run, say)
+        if not why:
+            _mount_inside(run, say)
     except OSError as error:
         why = str(error)
     if why:
@@ -90,31 +100,77 @@ def overwrite(path: str, data: bytes) -> bool:
         os.close(fd)
 
 
-def _mount(serial: str, run: Callable[[list[str]], int], say: Callable[[str], None]) -> str:
-    """Returns why it failed, or an empty text."""
-    device = _find(serial)
+def _mount_overlay(serial: str, image: str, run: Callable[[list[str]], int], say: Callable[[str], None]) -> str:
+    """Mounts the root filesystem as an overlay; returns why it failed, or an empty text."""
+    device = find_disk(image)
+    if device is None:
+        return f"there is no disk with the serial number {image}"
+    for directory in (DISK, _IMAGE):
+        os.makedirs(directory, exist_ok=True)
+    if run(["mount", "-t", "erofs", "-o", "ro", device, _IMAGE]) != 0:
+        return "the layers of the OCI image can't be mounted" + kernel_error("erofs")
+    why = _mount(serial, DISK, run, say)
+    if why:
+        return why
+    changes, work = f"{DISK}/changes", f"{DISK}/work"
+    # mkfs.erofs 1.8 gives the joined root directory mode 0777, and the overlay takes the mode from here.
+    for directory in (changes, work):
+        os.makedirs(directory, 0o755, exist_ok=True)
+    options = f"lowerdir={_IMAGE},upperdir={changes},workdir={work}"
+    if run(["mount", "-t", "overlay", "-o", options, "overlay", ROOT]) != 0:
+        return "the VM's disk can't be put above the OCI image" + kernel_error("overlayfs")
+    _write_hosts(say)
+    return ""
+
+
+def _write_hosts(say: Callable[[str], None]) -> None:
+    """Writes `/etc/hosts` if the image has none: whoever runs a container makes it, so images leave it out."""
+    directory = f"{ROOT}/etc"
+    if os.path.islink(directory) or os.path.lexists(f"{directory}/hosts"):
+        return
+    try:
+        os.makedirs(directory, 0o755, exist_ok=True)
+        with open(f"{directory}/hosts", "w") as handle:
+            handle.write("127.0.0.1 localhost\n::1 localhost\n")
+    except OSError as error:
+        say(f"/etc/hosts can't be written: {error}")
+
+
+def _mount(serial: str, where: str, run: Callable[[list[str]], int], say: Callable[[str], None]) -> str:
+    """Mounts the disk that the guest writes to; returns why it failed, or an empty text."""
+    device = find_disk(serial)
     if device is None:
         return f"there is no disk with the serial number {serial}"
-    with open(device, "rb") as handle:
-        handle.seek(_MAGIC_AT)
-        if handle.read(2) != _MAGIC:
-            return "the image holds no ext4 filesystem: its superblock is not there"
-    if run(["mount", "-t", "ext4", "-o", "errors=remount-ro", device, ROOT]) != 0:
-        return "the image holds no sound ext4 filesystem" + _kernel_error()
+    if not holds_ext4(device):
+        return "the image holds no ext4 filesystem: its superblock is not there"
+    # Tables of inodes that were never written are left so: writing them would keep an idle guest busy.
+    if run(["mount", "-t", "ext4", "-o", "errors=remount-ro,noinit_itable", device, where]) != 0:
+        return "the image holds no sound ext4 filesystem" + kernel_error("EXT4-fs")
     try:
-        _grow(device)
+        grow(device, where)
     except OSError as error:
         say(f"the root filesystem can't grow to the size of its disk: {error}")
+    return ""
+
+
+def _mount_inside(run: Callable[[list[str]], int], say: Callable[[str], None]) -> None:
+    """Mounts in the root filesystem what belongs to the guest, or to one boot."""
     for name in _BINDS:
         _inside(["mount", "-o", "rbind", f"/{name}", f"{ROOT}/{name}"], name, run, say)
     for name, mode in _IN_MEMORY:
         options = f"nosuid,nodev,mode={mode}"
         _inside(["mount", "-t", "tmpfs", "-o", options, "tmpfs", f"{ROOT}/{name}"], name, run, say)
-    return ""
 
 
-def _grow(device: str) -> None:
-    """Grows the filesystem to the size of its disk, which may be larger than the image.
+def holds_ext4(device: str) -> bool:
+    """Returns whether a disk begins as an ext4 filesystem does. :raises OSError: it can't be read"""
+    with open(device, "rb") as handle:
+        handle.seek(_MAGIC_AT)
+        return handle.read(2) == _MAGIC
+
+
+def grow(device: str, mounted: str = ROOT) -> None:
+    """Grows a mounted filesystem to the size of its disk, which may be larger than the image.
 
     :raises OSError: the system refuses
     """
@@ -129,7 +185,7 @@ def _grow(device: str) -> None:
         return
     import fcntl
 
-    fd = os.open(ROOT, os.O_RDONLY | os.O_DIRECTORY)
+    fd = os.open(mounted, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.ioctl(fd, _RESIZE, (disk // size).to_bytes(8, "little"))
     finally:
@@ -151,8 +207,8 @@ def _inside(command: list[str], name: str, run: Callable[[list[str]], int], say:
         say(f"/{name} can't be mounted in the root filesystem")
 
 
-def _find(serial: str) -> str | None:
-    """Returns the block device with a serial number; waits at most 5 s for its driver."""
+def find_disk(serial: str) -> str | None:
+    """Returns the block device with a serial number; waits at most `_DISK_S` for its driver."""
     end = time.monotonic() + _DISK_S
     while True:
         for name in sorted(os.listdir("/sys/block")):
@@ -163,15 +219,15 @@ def _find(serial: str) -> str | None:
         time.sleep(0.02)
 
 
-def _kernel_error() -> str:
-    """Returns the last line of the kernel's log about ext4."""
+def kernel_error(subject: str) -> str:
+    """Returns the last line of the kernel's log that begins with a word."""
     words = ""
     try:
         log = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK)
         try:
             for _ in range(_MAX_KERNEL_LOG):
                 _, _, text = os.read(log, 8192).decode(errors="replace").partition(";")
-                if text.startswith("EXT4-fs"):
+                if text.startswith(subject):
                     words = ": " + text.splitlines()[0][:300]
         finally:
             os.close(log)

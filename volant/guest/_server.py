@@ -1,6 +1,6 @@
 """The agent's server: takes byte streams from the transport, and answers one request on each.
 
-A thread for each stream, with blocking reads, and one poll loop where it talks to two sides. There are at most 144
+Each stream has a thread, with blocking reads, and one poll loop where it talks to two sides. There are at most 144
 streams, so an event loop would only cost the time to import it. 16 of them are reserved for the daemon's own routes: a
 flood of relayed streams can't keep the daemon from asking how the guest is.
 """
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 _LINGER_S = 2.0
 _SET_UP_S = 15.0
 _MAX_LEFTOVER = 8 * 1024 * 1024
+_SPARE_THREADS = 2
+"""Threads that wait for a stream. To start one takes a guest without KVM one to four milliseconds."""
 
 
 class Server:
@@ -52,6 +54,7 @@ class Server:
         self._most = 0
         self._served = 0
         self._refused = 0
+        self._spare: list[_Spare] = []
         self._began = self._last = time.monotonic()
         self.answered = threading.Event()
         """Set once the first stream was answered, or waits for `set_up`."""
@@ -67,6 +70,8 @@ class Server:
             agent.DAEMON_IDENTITY: (("PUT",), self._serve_identity),
             agent.DAEMON_CLOCK: (("PUT",), self._serve_clock),
             agent.DAEMON_HOSTS: (("PUT",), self._serve_hosts),
+            agent.DAEMON_VOLUMES: (("PUT",), self._serve_volumes),
+            agent.DAEMON_SECRETS: (("PUT", "GET"), self._serve_secrets),
             agent.DAEMON_SETTLE: (("POST",), self._serve_settle),
             agent.DAEMON_WATCH: (("GET",), self.workload.serve_watch),
             agent.DAEMON_LOGS: (("GET",), self.output.serve),
@@ -75,7 +80,7 @@ class Server:
         }
 
     def serve(self, sock: socket) -> None:
-        """Answers a stream in a thread of its own, and closes it; never blocks."""
+        """Answers a stream in a thread, and closes it; never blocks."""
         with self._lock:
             full = self._open >= agent.MAX_STREAMS + agent.RESERVED_STREAMS
             reserved = self._open >= agent.MAX_STREAMS
@@ -86,8 +91,12 @@ class Server:
                 self._most = max(self._most, self._open)
                 self._served += 1
             self._last = time.monotonic()
+            spare = self._spare.pop() if self._spare and not full else None
         if full:
             _refuse(sock)
+            return
+        if spare is not None:
+            spare.give(sock, reserved)
             return
         try:
             threading.Thread(target=self._thread, args=(sock, reserved), name="stream", daemon=True).start()
@@ -122,12 +131,19 @@ class Server:
             }
 
     def _thread(self, sock: socket, reserved: bool) -> None:
-        try:
-            self._answer(Stream(sock), reserved)
-        finally:
-            sock.close()
+        while True:
+            try:
+                self._answer(Stream(sock), reserved)
+            finally:
+                sock.close()
+                with self._lock:
+                    self._open -= 1
             with self._lock:
-                self._open -= 1
+                if len(self._spare) >= _SPARE_THREADS:
+                    return
+                spare = _Spare()
+                self._spare.append(spare)
+            sock, reserved = spare.wait()
 
     def _answer(self, stream: Stream, reserved: bool) -> None:
         try:
@@ -199,14 +215,14 @@ class Server:
             from . import _exec
 
             self._wait_for_root()
-            _exec.handle(stream, request)
+            _exec.handle(stream, request, self.plugin.exec_defaults())
             return
         from ._websocket import is_upgrade
 
         if not is_upgrade(request):
             text = "this is a WebSocket, for commands that are talked to"
             raise Problem(426, text, hint="without one: POST", headers=[("Upgrade", "websocket")])
-        self._exec_sessions().serve_websocket(stream, request, self._wait_for_root)
+        self._exec_sessions().serve_websocket(stream, request, self._wait_for_root, self.plugin.exec_defaults())
 
     def _serve_workload(self, stream: Stream, request: Request) -> None:
         if request.method == "PUT":
@@ -231,6 +247,19 @@ class Server:
 
         self._wait_for_root()
         _identity.serve_hosts(stream, request)
+
+    def _serve_volumes(self, stream: Stream, request: Request) -> None:
+        from . import _volumes
+
+        self._wait_for_root()
+        _volumes.serve_put(stream, request)
+
+    def _serve_secrets(self, stream: Stream, request: Request) -> None:
+        from . import _secrets
+
+        if request.method == "PUT":
+            self._wait_for_root()
+        _secrets.serve(stream, request, self.plugin)
 
     def _serve_settle(self, stream: Stream, request: Request) -> None:
         from . import _identity
@@ -317,6 +346,25 @@ class Server:
         if plugin is not None:
             found["plugin"] = plugin
         return found
+
+
+class _Spare:
+    """A thread without a stream."""
+
+    def __init__(self) -> None:
+        self._given: list[tuple[socket, bool]] = []
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def give(self, sock: socket, reserved: bool) -> None:
+        """Gives it a stream, once."""
+        self._given.append((sock, reserved))
+        self._lock.release()
+
+    def wait(self) -> tuple[socket, bool]:
+        """Returns the stream that it is given, in the thread."""
+        self._lock.acquire()
+        return self._given[0]
 
 
 def _is_for_daemon(path: str) -> bool:

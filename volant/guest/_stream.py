@@ -135,14 +135,18 @@ class Stream:
         except OSError:
             raise Gone from None
 
-    def start(self, status: int, headers: Iterable[tuple[str, str]], *, chunked: bool = False) -> None:
-        """Writes the head of the answer."""
+    def head(self, status: int, headers: Iterable[tuple[str, str]], *, chunked: bool = False) -> bytes:
+        """Returns the head of the answer, which the caller sends."""
         lines = [f"HTTP/1.1 {status} {TITLES.get(status, 'Status')}", "Connection: close"]
         lines += [f"{name}: {value}" for name, value in headers]
         if chunked:
             lines.append("Transfer-Encoding: chunked")
         self.answered = True
-        self.send(("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace"))
+        return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1", "replace")
+
+    def start(self, status: int, headers: Iterable[tuple[str, str]], *, chunked: bool = False) -> None:
+        """Writes the head of the answer."""
+        self.send(self.head(status, headers, chunked=chunked))
 
     def answer(
         self,
@@ -153,8 +157,6 @@ class Stream:
         *,
         head_only: bool = False,
     ) -> None:
-        """Writes a whole answer."""
+        """Writes a whole answer, at once: a second write takes a guest without KVM two milliseconds."""
         fields = [("Content-Type", content_type), ("Content-Length", str(len(body))), *headers]
-        self.start(status, fields)
-        if not head_only:
-            self.send(body)
+        self.send(self.head(status, fields) + (b"" if head_only else body))

@@ -8,6 +8,9 @@ import os
 
 GRACE_FILE = "/run/volant/grace"
 """The agent writes the grace period of a shutdown there, in seconds, before it signals PID 1."""
+WORKLOAD_FILE = "/run/volant/workload"
+"""While the workload runs, the agent keeps the number of its session there. PID 1 does not ask that session to end: the
+agent does, with the workload's own stop signal."""
 
 
 def say(text: str) -> None:

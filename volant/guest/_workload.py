@@ -14,16 +14,26 @@ import time
 
 from volant.model import agent
 
-from ._checks import check_directory, check_environment, check_object, check_port, check_strings, decode_json
+from ._checks import (
+    check_directory,
+    check_environment,
+    check_object,
+    check_port,
+    check_signal,
+    check_strings,
+    check_user,
+    decode_json,
+)
 from ._health_check import HealthCheck
 from ._http import Problem
-from ._process import SpawnError, base_environment, how_it_ended, kill_group, signal_group, spawn
+from ._process import Setting, SpawnError, how_it_ended, kill_group, signal_group, spawn
 from ._stream import chunk
 from ._watch import Client, Wakeup
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import subprocess
+    from collections.abc import Callable
     from typing import Any
 
     from ._http import Request
@@ -39,7 +49,7 @@ _STARTING_CHECK_S = 0.5
 _COPIED_CHECK_S = 0.05
 _READ = 64 * 1024
 _MAX_WATCHERS = 8
-_FIELDS = {"entrypoint", "env", "workdir", "port", "restart", "health_check"}
+_FIELDS = {"entrypoint", "env", "workdir", "user", "stop_signal", "port", "restart", "health_check"}
 _POLICIES = ("never", "on-failure", "always")
 
 
@@ -50,14 +60,19 @@ class Spec:
         """:raises Problem: 400, a field is wrong."""
         self.raw = value
         self.entrypoint = check_strings(value.get("entrypoint"), "entrypoint")
-        self.env = base_environment() | check_environment(value.get("env", {}), "env")
-        self.workdir = check_directory(value.get("workdir", "/"), "workdir")
+        self.setting = Setting(
+            check_environment(value.get("env", {}), "env"),
+            check_user(value.get("user"), "user"),
+            check_directory(value.get("workdir", "/"), "workdir"),
+            makes_workdir=True,
+        )
+        self.stop_signal = check_signal(value.get("stop_signal", agent.DEFAULT_STOP_SIGNAL), "stop_signal")
         self.port = check_port(value.get("port"), "port")
         self.restart = value.get("restart", "on-failure")
         if self.restart not in _POLICIES:
             raise Problem(400, f"restart is none of {', '.join(_POLICIES)}", field="restart")
         check = value.get("health_check")
-        self.health_check = None if check is None else HealthCheck(check, self.port)
+        self.health_check = None if check is None else HealthCheck(check, self.port, self.setting)
 
 
 def check_spec(value: object) -> Spec:
@@ -69,8 +84,8 @@ class Workload:
     """The workload, its state, and the clients that watch it."""
 
     def __init__(self, output: Output) -> None:
-        self.environment: dict[str, str] = {}
-        """Variables of each run, which those of the spec override."""
+        self.leader_changed: Callable[[int | None], None] = lambda pid: None
+        """Is called with the process that a run begins with, and with None after the run has ended."""
         self._output = output
         self._lock = threading.Condition()
         self._spec: Spec | None = None
@@ -129,12 +144,14 @@ class Workload:
         :raises Problem: 409, the guest has another workload or shuts down
         """
         plugin.write()
-        self.environment = plugin.environment()
+        environment = plugin.environment()
         with self._lock:
             if self._stopping:
                 raise Problem(409, "the guest is shutting down")
             if self._spec is None:
                 self._spec = spec
+                spec.setting.env = environment | spec.setting.env
+                spec.setting.secrets = plugin.secret_env
                 self._set("starting")
                 threading.Thread(target=self._supervise, args=(spec,), name="workload", daemon=True).start()
             elif self._spec.raw != spec.raw:
@@ -184,10 +201,7 @@ class Workload:
             if spec is None or process is None:
                 return "" if spec is None else f"it does not run: {self._state} {self._error}".rstrip()
             if number is not None:
-                try:
-                    os.kill(process.pid, number)
-                except ProcessLookupError:
-                    pass
+                _signal(process, number)
         if timeout_s is None:
             return ""
         end = time.monotonic() + timeout_s
@@ -199,15 +213,21 @@ class Workload:
         return ""
 
     def stop(self, grace_s: float) -> None:
-        """Sends SIGTERM, after `grace_s` SIGKILL, and waits until all output is in the ring buffers."""
+        """Sends the stop signal, after `grace_s` SIGKILL, and waits until all output is in the ring buffers.
+
+        The watchers are not notified: the end of the workload belongs to the end of the guest.
+        """
         with self._lock:
             self._stopping = True
-            supervised = self._spec is not None
-            process = self._process
-            if process is not None:
-                signal_group(process, signal.SIGTERM)
+            spec, process = self._spec, self._process
+            if process is not None and spec is not None:
+                if spec.stop_signal == signal.SIGTERM:
+                    signal_group(process, signal.SIGTERM)
+                else:
+                    # Only its program knows what another signal is for.
+                    _signal(process, spec.stop_signal)
             self._lock.notify_all()
-        if supervised and not self._ended.wait(grace_s):
+        if spec is not None and not self._ended.wait(grace_s):
             with self._lock:
                 if self._process is not None:
                     kill_group(self._process)
@@ -223,6 +243,8 @@ class Workload:
         self._changed()
 
     def _changed(self) -> None:
+        if self._stopping:
+            return
         self._version += 1
         for watcher in self._watchers:
             watcher.wake()
@@ -242,8 +264,6 @@ class Workload:
                         self._lock.wait_for(lambda: self._stopping, backoff)
                     if self._stopping:
                         return
-                    self._restarts += 1
-                    self._changed()
                 backoff = min(backoff * 2, _MAX_BACKOFF_S)
         finally:
             if self._pipes is not None:
@@ -276,19 +296,14 @@ class Workload:
                 self._set("exited")
                 return False
             try:
-                process = spawn(
-                    spec.entrypoint,
-                    self.environment | spec.env,
-                    spec.workdir,
-                    None,
-                    subprocess.DEVNULL,
-                    self._pipes[0],
-                    self._pipes[1],
-                )
+                process = spawn(spec.entrypoint, spec.setting, subprocess.DEVNULL, self._pipes[0], self._pipes[1])
             except SpawnError as error:
                 self._set("failed", str(error))
                 return False
             self._process = process
+            self.leader_changed(process.pid)
+            if self._run:
+                self._restarts += 1
             self._run += 1
             run = self._run
             self._set("starting" if spec.health_check else "healthy")
@@ -299,6 +314,7 @@ class Workload:
             kill_group(process)
             code = process.wait()
             self._process = None
+            self.leader_changed(None)
             self._run += 1
             self._last = how_it_ended(code)
             again = spec.restart == "always" or (spec.restart == "on-failure" and code != 0)
@@ -322,8 +338,8 @@ class Workload:
                     if self._state != "healthy":
                         self._set("healthy")
                 elif self._state == "starting":
-                    # Until the first success it is checked more often, for the same time.
-                    if time.monotonic() - began >= check.interval_s * check.retries:
+                    # It is checked more often until the first success.
+                    if time.monotonic() - began >= check.starts_within_s:
                         self._set("unhealthy", error)
                 else:
                     failures += 1
@@ -334,3 +350,11 @@ class Workload:
                     pause = min(pause, _STARTING_CHECK_S)
                 if self._lock.wait_for(lambda: self._run != run or self._stopping, pause):
                     return
+
+
+def _signal(process: subprocess.Popen[bytes], number: int) -> None:
+    """Sends a signal to a process that was not reaped, and to none of its children."""
+    try:
+        os.kill(process.pid, number)
+    except ProcessLookupError:
+        pass
