@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import msgspec
@@ -92,7 +93,9 @@ def test_a_guest_trusts_its_tsc_if_the_host_does() -> None:
 def test_a_command_line_of_an_earlier_version_can_be_parsed_back() -> None:
     argv = build_argv(SPEC, (10, 0), trust_tsc=True)
     at = argv.index("-append") + 1
-    for cmdline in (argv[at], argv[at].replace(" psi=0 tsc=nowatchdog", "")):
+    newer = {"psi=0", "no_timer_check", "noreplace-smp", "tsc=nowatchdog"}
+    assert newer < set(argv[at].split())
+    for cmdline in (argv[at], " ".join(word for word in argv[at].split() if word not in newer)):
         found = parse_argv([*argv[:at], cmdline, *argv[at + 1 :]])
         assert found is not None
         assert (found.name, found.cmdline) == ("demo", "debug")
@@ -133,6 +136,24 @@ def test_a_disk_is_a_layer_over_a_read_only_base() -> None:
         assert any(value.startswith(f"{device},id=root0,drive=root,serial=volant-root") for value in found["-device"])
         assert "volant.root=volant-root debug" in found["-append"][0]
     assert "-blockdev" not in build_argv(SPEC, (10, 0))
+
+
+def test_a_disk_without_a_base_lies_above_the_read_only_disk_of_an_oci_image() -> None:
+    disk = Disk(None, Path("/state/disks/7/root.qcow2"), 1024, Path("/cache/oci/images/a,b/disk.vmdk"))
+    argv = build_argv(msgspec.structs.replace(SPEC, root=disk), (10, 0))
+    found = options(argv)
+    layer_file, layer, image_file, image = found["-blockdev"]
+    assert "filename=/state/disks/7/root.qcow2," in layer_file
+    # What the layer itself says about a base does not count.
+    assert json.loads(layer)["backing"] is None
+    assert "filename=/cache/oci/images/a,,b/disk.vmdk,read-only=on" in image_file
+    assert image == "vmdk,node-name=image,file=image-file,read-only=on"
+    assert any("drive=image,serial=volant-image," in value for value in found["-device"])
+    assert "volant.root=volant-root volant.image=volant-image debug" in found["-append"][0]
+    machine = parse_argv(argv)
+    assert machine is not None
+    # The size is that of the layer.
+    assert (machine.root, machine.cmdline) == (msgspec.structs.replace(disk, size_mb=None), "debug")
 
 
 def test_a_clone_maps_its_templates_memory_read_only() -> None:
@@ -239,7 +260,8 @@ def test_a_template_has_no_name_and_a_lower_priority() -> None:
 def test_a_command_line_can_be_parsed_back(spec: MachineSpec) -> None:
     found = parse_argv(build_argv(spec, (10, 0)))
     assert found is not None
-    for field in found.__struct_fields__:
+    assert found.directory_count == len(spec.directories)
+    for field in {*found.__struct_fields__} - {"directory_count"}:
         assert getattr(found, field) == getattr(spec, field), field
 
 

@@ -35,9 +35,23 @@ async def test_a_layer_shows_its_base_and_receives_writes(qemu: QemuHypervisor, 
     info = json.loads(_run("qemu-img", "info", "--output=json", str(disk.layer)))
     assert (info["format"], info["virtual-size"]) == ("qcow2", SIZE)
     assert disk.layer.stat().st_size < 512 * 1024
+    assert disk.base is not None
     before = hashlib.sha256(disk.base.read_bytes()).digest()
     _run("qemu-io", "-c", "read -P 0x78 0 4M", "-c", "write -P 0x79 0 64k", str(disk.layer))
     assert hashlib.sha256(disk.base.read_bytes()).digest() == before
+
+
+async def test_a_layer_without_a_base_is_an_empty_file_system(qemu: QemuHypervisor, tmp_path: Path) -> None:
+    (tmp_path / "vm").mkdir()
+    disk = Disk(None, tmp_path / "vm" / "root.qcow2", 10 * 1024, tmp_path / "disk.vmdk")
+    await qemu.make_layer(disk)
+    info = json.loads(_run("qemu-img", "info", "--output=json", str(disk.layer)))
+    assert (info["format"], info["virtual-size"]) == ("qcow2", 10 * 2**30)
+    assert "backing-filename" not in info
+    assert disk.layer.stat().st_blocks * 512 < 16 * 2**20
+    _run("qemu-img", "convert", "-O", "raw", str(disk.layer), str(tmp_path / "raw"))
+    _run("e2fsck", "-f", "-n", str(tmp_path / "raw"))
+    assert [path.name for path in disk.layer.parent.iterdir()] == ["root.qcow2"]
 
 
 @pytest.mark.parametrize("what", ["foreign", "external"])
@@ -63,6 +77,7 @@ async def test_an_incomplete_layer_is_replaced(qemu: QemuHypervisor, disk: Disk)
 
 
 async def test_a_layer_needs_its_base(qemu: QemuHypervisor, disk: Disk) -> None:
+    assert disk.base is not None
     disk.base.unlink()
     with pytest.raises(LaunchFailed, match="can't be created") as failure:
         await qemu.make_layer(disk)

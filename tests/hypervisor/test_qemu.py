@@ -15,12 +15,11 @@ import pytest
 import trio
 
 from tests.hypervisor.kit import POWEROFF, RESET, kernel, tiny_spec
-from volant.host import PROGRAM_ENVIRONMENT, Host
-from volant.hypervisor import Disk, HypervisorError, LaunchFailed, MachineSpec, Nic
+from volant.host import LOG_LIMIT, PROGRAM_ENVIRONMENT, Host
+from volant.hypervisor import Disk, HypervisorError, LaunchFailed, Machine, MachineSpec, Nic, ParkedControl
 from volant.hypervisor.qemu import QemuHypervisor, _probe
 from volant.hypervisor.qemu._argv import build_argv
 from volant.hypervisor.qemu._launch import classify
-from volant.hypervisor.qemu._machine import LOG_LIMIT
 from volant.model import EndKind
 
 pytestmark = [
@@ -71,6 +70,35 @@ async def test_how_a_guest_ended_is_reported_also_to_a_later_daemon(
             assert (await machine.ended()).kind is adopted_kind
             end = await machine.quit()
             assert (end.kind, end.exit_status) == (EndKind.EXITED, 0)
+
+
+async def parked(machine: Machine) -> ParkedControl:
+    """Parks the connection once no command is being written: an event of QEMU's makes the daemon ask for the state."""
+    while (control := machine.park()) is None:  # noqa: ASYNC110 - nothing tells
+        await trio.sleep(0.001)
+    return control
+
+
+async def test_a_parked_connection_resumes_a_guest_and_is_attached_again(
+    host: Host, qemu: QemuHypervisor, spec: MachineSpec
+) -> None:
+    with trio.fail_after(60):
+        identity = await qemu.launch(spec)
+        async with qemu.attach(spec, identity) as machine:
+            await machine.pause()
+            control = await parked(machine)
+        await qemu.resume_warm(spec, control)
+        async with qemu.attach(spec, identity, control) as machine:
+            assert await machine.status() == "running"
+            await machine.pause()
+            control = await parked(machine)
+        with host.processes.open(identity) as process:
+            process.kill()
+            await process.wait()
+        with pytest.raises(HypervisorError):
+            await qemu.resume_warm(spec, control)
+        async with qemu.attach(spec, identity, control) as machine:
+            assert (await machine.ended()).kind is EndKind.KILLED
 
 
 def delayed(code: bytes) -> bytes:
@@ -199,7 +227,7 @@ async def test_qemus_own_log_is_limited(host: Host, qemu: QemuHypervisor, spec: 
 async def test_a_qemu_that_logs_all_the_time_is_trimmed_now_and_then(
     host: Host, qemu: QemuHypervisor, spec: MachineSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("volant.hypervisor.qemu._machine.LOG_PAUSE_S", 0.5)
+    monkeypatch.setattr("volant.host._logs.LOG_PAUSE_S", 0.5)
     real, looks = host.files.empty_if_larger, 0
 
     async def empty_if_larger(path: Path, limit: int) -> bool:
@@ -392,7 +420,7 @@ async def test_qemu_has_the_machine_types_of_both_accelerators(
 
     monkeypatch.setattr("volant.hypervisor.qemu._launch.build_argv", on_tcg)
     root = Disk(tmp_path / "base", tmp_path / "root.qcow2")
-    await trio.Path(root.base).write_bytes(bytes(2**20))
+    await trio.Path(tmp_path / "base").write_bytes(bytes(2**20))
     await qemu.make_layer(root)
     spec = msgspec.structs.replace(spec, root=root, nic=Nic(mac="02:00:00:00:00:07"), balloon=True)
     with trio.fail_after(20):

@@ -62,6 +62,42 @@ async def test_answers_match_their_commands_with_events_in_between(nursery: trio
     assert peer.events == [("RESUME", {}), ("STOP", {"x": 1})]
 
 
+async def test_a_parked_session_goes_on_where_it_was(nursery: trio.Nursery) -> None:
+    peer = Peer()
+    async with trio.open_nursery() as first:
+        await peer.start(first)
+        # Half of an event has come by then, and an answer that nobody waits for any more comes later.
+        await peer.stream.send_all(b'{"event": "STO')
+        with trio.move_on_after(0.01):
+            await peer.client.execute("given-up")
+        await trio.testing.wait_all_tasks_blocked()
+        assert peer.client.park()
+        first.cancel_scope.cancel()
+    assert not peer.client.lost.is_set()
+    later: list[str] = []
+    peer.client.set_handler(lambda name, data: later.append(name))
+    await peer.say(b'P"}', b'{"return": "late", "id": 1}')
+    await nursery.start(peer.client.start)
+    await peer.heard()
+
+    async def answer() -> None:
+        await peer.heard()
+        await peer.say(b'{"return": "new", "id": 2}')
+
+    nursery.start_soon(answer)
+    assert await peer.client.execute("x") == "new"
+    assert (peer.events, later) == ([("RESUME", {})], ["STOP"])
+
+
+async def test_a_session_that_is_lost_or_writes_is_not_parked(nursery: trio.Nursery) -> None:
+    peer = Peer()
+    await peer.start(nursery)
+    await peer.stream.aclose()
+    with trio.fail_after(20):
+        await peer.client.lost.wait()
+    assert not peer.client.park()
+
+
 async def test_a_refusal_has_qemus_message(nursery: trio.Nursery) -> None:
     peer = Peer()
     await peer.start(nursery)

@@ -9,6 +9,7 @@ from ._interface import (
     CheckpointCode,
     CheckpointFailed,
     Disk,
+    DiskLimits,
     End,
     HoldChannel,
     Hypervisor,
@@ -19,8 +20,11 @@ from ._interface import (
     MachineKind,
     MachineSpec,
     Nic,
+    ParkedControl,
     ParsedMachine,
+    SharedDirectory,
     Template,
+    VolumeDisk,
 )
 
 __all__ = [
@@ -32,6 +36,7 @@ __all__ = [
     "CheckpointCode",
     "CheckpointFailed",
     "Disk",
+    "DiskLimits",
     "End",
     "HoldChannel",
     "Hypervisor",
@@ -42,6 +47,9 @@ __all__ = [
     "MachineKind",
     "MachineSpec",
     "Nic",
+    "ParkedControl",
     "ParsedMachine",
+    "SharedDirectory",
     "Template",
+    "VolumeDisk",
 ]

@@ -65,14 +65,44 @@ class CheckpointFailed(HypervisorError):
 
 
 class Disk(msgspec.Struct, frozen=True):
-    """A guest's disk: a copy-on-write layer over a read-only image."""
+    """A guest's disk: a copy-on-write layer over a read-only file system, or an empty one above an OCI image."""
 
-    base: Path
-    """A raw image."""
+    base: Path | None
+    """A raw image; None: the disk begins as an empty ext4 file system of `size_mb`."""
     layer: Path
     """Created by `Hypervisor.make_layer`."""
     size_mb: int | None = None
-    """The disk's size, at least the image's; None for the image's. The layer never needs more space on the host."""
+    """The disk's size, at least the base's; None for the base's. The layer never needs more space on the host."""
+    image: Path | None = None
+    """The read-only disk that the guest puts below this one by overlay: a VMDK descriptor that joins the files beside
+    it. Set if there is no base."""
+
+
+class VolumeDisk(msgspec.Struct, frozen=True):
+    """A volume of a guest: a raw file, which exists and outlives the machine."""
+
+    path: Path
+    serial: str
+    """Identifies the disk in the guest. At most 20 characters."""
+    read_only: bool = False
+
+
+class SharedDirectory(msgspec.Struct, frozen=True):
+    """A directory of the host that a guest mounts by virtiofs."""
+
+    tag: str
+    """Names the device in the guest."""
+    socket: Path
+    """A Unix socket at which its virtiofsd listens, for one connection. The daemon connects to it, and the hypervisor's
+    process inherits the connection."""
+
+
+class DiskLimits(msgspec.Struct, frozen=True):
+    """What all disks of a machine together may do."""
+
+    iops: int | None = None
+    """Operations per second."""
+    bytes_per_s: int | None = None
 
 
 class Nic(msgspec.Struct, frozen=True, kw_only=True):
@@ -132,6 +162,8 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
     """Disk space of `memory`, without holes."""
     state_bytes: int
     layer_bytes: int
+    volumes: tuple[str, ...] = ()
+    """The names of the copied disks of volumes, in the directory for these."""
 
 
 HoldChannel = Callable[[], AbstractAsyncContextManager[Callable[[], tuple[int, int]]]]
@@ -163,7 +195,8 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
     template: Template | None = None
     """The state to start from. It determines the guest, its host name included."""
     start_paused: bool = False
-    """With `template`: stop before the guest's first instruction, until `Hypervisor.resume_warm`."""
+    """Stop before the guest's first instruction, until `Machine.resume` or, with `template`,
+    `Hypervisor.resume_warm`."""
     in_background: bool = False
     """Whether it runs with a lower CPU priority."""
     balloon: bool = False
@@ -171,6 +204,10 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
     the template's, and has no effect."""
     nic: Nic | None = None
     """With `template`, set exactly if the template has one; the backend may differ."""
+    volumes: tuple[VolumeDisk, ...] = ()
+    directories: tuple[SharedDirectory, ...] = ()
+    disk_limits: DiskLimits | None = None
+    """Applied by `Machine.limit_disks`. Not on the command line, as a warm process is launched without."""
     vsock_cid: int | None = None
     """The guest's vsock address, if the agent is reached by vhost-vsock instead of the serial port."""
 
@@ -230,6 +267,9 @@ class ParsedMachine(msgspec.Struct, frozen=True, kw_only=True):
     """The directory of the template."""
     balloon: bool = False
     nic: Nic | None = None
+    volumes: tuple[VolumeDisk, ...] = ()
+    directory_count: int = 0
+    """The number of directories of the host. Which, is not on the command line."""
 
 
 class AcceleratorChoice(msgspec.Struct, frozen=True):
@@ -250,6 +290,14 @@ class End(msgspec.Struct, frozen=True):
     """For people."""
     exit_status: int | None = None
     """The process's exit status, 0 to 255, or minus the signal number. None if it runs or is not a child."""
+
+
+class ParkedControl(Protocol):
+    """A control connection to a machine that nobody is attached to: `Machine.park` makes it, and `Hypervisor.attach`
+    takes it."""
+
+    async def aclose(self) -> None:
+        """Closes it, if nobody took it."""
 
 
 class Machine(Protocol):
@@ -286,19 +334,37 @@ class Machine(Protocol):
         hypervisor. Returns False if the hypervisor connects by itself, as under earlier versions of the daemon. Raises
         HypervisorError."""
 
+    def watch_disks(self, report: Callable[[str], None]) -> None:
+        """From now on, calls `report` with a text for people when the host fails to read or write for a disk of the
+        guest, which gets an I/O error then. At most once a minute, as a guest can cause errors forever."""
+
+    async def grow_volume(self, serial: str, size_bytes: int) -> None:
+        """Lets the guest see the new size of a volume whose file has grown. Raises HypervisorError."""
+
+    async def limit_disks(self) -> None:
+        """Applies the limits of the spec, if it has any. Raises HypervisorError."""
+
     async def save(self, state: Path, timeout_s: float = 30.0) -> None:
         """Stops the guest for good, flushes its disk and saves its devices to a new file. Together with the memory file
         that is a `Template`, after the process has ended. The agent's port must not be connected. Raises
         HypervisorError."""
 
-    async def checkpoint(self, into: Path, *, hold: HoldChannel, timeout_s: float = 60.0) -> Checkpoint:
+    async def checkpoint(
+        self, into: Path, *, hold: HoldChannel, timeout_s: float = 60.0, volumes: Path | None = None
+    ) -> Checkpoint:
         """Copies the machine at one instant into an empty directory, best in RAM. A running guest is paused meanwhile,
         and resumed even when this fails or is cancelled. Only one call at a time.
 
         :param hold: entered while the guest is paused and a little before
+        :param volumes: where to copy the disks of the volumes that the guest writes to, under the names of their files,
+            best on their file system; None: they are not copied
         :param timeout_s: limits the whole call
         :raises CheckpointFailed: the caller removes what is in the directory.
         """
+
+    def park(self) -> ParkedControl | None:
+        """Keeps the control connection of a paused machine for `resume_warm` and another `attach`. This one ends before
+        anything is awaited. None: it can't be kept."""
 
     async def quit(self, timeout_s: float = 5.0) -> End:
         """Asks the process to end, and kills it after `timeout_s`. Raises HypervisorError as `kill`."""
@@ -344,16 +410,19 @@ class Hypervisor(Protocol):
         Raises LaunchFailed.
         """
 
-    async def resume_warm(self, spec: MachineSpec) -> None:
+    async def resume_warm(self, spec: MachineSpec, control: ParkedControl | None = None) -> None:
         """Connects the NIC of a machine that was launched with `start_paused` and resumes its guest. Its directory may
-        have been renamed. Nobody may be attached. Raises HypervisorError; the guest may run all the same."""
+        have been renamed. Nobody may be attached. `control`: is used in place of a new connection, and stays parked.
+        Raises HypervisorError; the guest may run all the same."""
 
     def parse_command_line(self, command_line: Sequence[str]) -> ParsedMachine | None:
         """Returns the machine of a command line that `launch` built, or None for others."""
 
-    def attach(self, spec: MachineSpec, identity: ProcessIdentity) -> AbstractAsyncContextManager[Machine]:
+    def attach(
+        self, spec: MachineSpec, identity: ProcessIdentity, control: ParkedControl | None = None
+    ) -> AbstractAsyncContextManager[Machine]:
         """Attaches to a launched or adopted machine for the length of the block, which does not end the machine. A
-        process that is gone gives a machine that has ended.
+        process that is gone gives a machine that has ended. `control`: its connection, which is closed in any case.
 
         Raises HypervisorError when the process lives but does not answer.
         """

@@ -14,15 +14,19 @@ machine's directory, which is QEMU's working directory, as a socket's path has a
 - A clone maps the template's memory privately. `readonly` and `rom=off` open the file read-only: otherwise discarding a
   page would punch a hole into the file, for all clones.
 - The balloon is only for its free page reporting: pages that the guest frees are punched out of the memory file. That
-  must
-  not happen to a shared file, so a machine that becomes a template has no balloon, and a copy of a machine with one
-  relies on the read-only file.
+  must not happen to a shared file, so a machine that becomes a template has no balloon, and a copy of a machine with
+  one relies on the read-only file.
 - No `graphics=off`: it makes the firmware write to the serial console, which is only for the guest.
 - `hpet=off`: QEMU's HPET wakes its process 250 times a second, also when the guest uses other timers: one percent of a
   CPU for each idle guest. Linux boots with the PIT and the timer of ACPI. (`pit=off` besides: it panics.)
 - `psi=0` and `tsc=nowatchdog` stop timers that would wake an idle guest: averages of pressure stalls, and checks of the
   TSC against another clock. Without an HPET the other clock is first the timer interrupt, which a busy host delays, so
   that the kernel would give up a good TSC. Guests still check it where the host's kernel does not trust it.
+- `no_timer_check`: the kernel checks as it boots that its timer ticks, and panics if it does not ("IO-APIC + timer
+  doesn't work"). QEMU's main thread makes these ticks, and on a busy host they came too late in one of thousands of
+  boots. Under KVM the kernel omits the check by itself.
+- `noreplace-smp`: a kernel with one processor rewrites thousands of its own instructions as it boots, which an emulator
+  pays for each time: a tenth of a whole boot. What it saves later, no emulator gains.
 - The tag is the guest's `-name`: that is seen on the command line and by QMP, and not by the guest.
 """
 
@@ -32,12 +36,17 @@ from collections.abc import Sequence
 
 from volant.hypervisor._interface import AcceleratorName, Disk, MachineSpec, Nic
 from volant.model.agent import (
+    IMAGE_PARAMETER,
+    IMAGE_SERIAL,
     NAMESERVERS_PARAMETER,
     NETWORK_PARAMETER,
     ROOT_PARAMETER,
     ROOT_SERIAL,
     SERIAL_PORT_NAME,
 )
+
+from ._directories import directory_argv
+from ._volume_disks import volume_argv
 
 PROGRAM = "qemu-system-x86_64"
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny"
@@ -48,7 +57,7 @@ then."""
 WITH_HPET = 2
 """The format before: its machines have an HPET. They still run, and are loaded from snapshots."""
 
-CMDLINE = "console=ttyS0 quiet panic=-1 psi=0"
+CMDLINE = "console=ttyS0 quiet panic=-1 psi=0 no_timer_check noreplace-smp"
 """The daemon's part of the kernel's command line. pvpanic stops the machine before `panic=-1` reboots it. A kernel that
 panics before its pvpanic driver is loaded reboots, instead of hanging."""
 
@@ -57,6 +66,10 @@ TRUST_TSC = "tsc=nowatchdog"
 
 HOSTNAME_PARAMETER = "volant.hostname"
 """The kernel parameter with the guest's host name, for PID 1."""
+
+_EMPTY_NODE = '{"driver":"qcow2","node-name":"root","file":"root-layer-file","backing":null,"discard":"unmap"}'
+"""The layer of a disk without a base. Only JSON can say so, and it also overrides a base that a guest which controls
+QEMU could have written into the layer."""
 
 TCG_CODE_MB = 128
 """Limits TCG's cache of translated code, which a guest can fill. QEMU's default is 1 GiB."""
@@ -71,6 +84,7 @@ def build_argv(
     devices: int = FORMAT,
     trust_tsc: bool = False,
     tap: int = -1,
+    connections: Sequence[int] = (),
 ) -> list[str]:
     """Returns the command line that starts `spec` on QEMU `version`.
 
@@ -78,6 +92,7 @@ def build_argv(
     :param devices: likewise the format of its devices
     :param trust_tsc: whether the host's kernel uses the TSC as its clock
     :param tap: the inherited descriptor of its tap
+    :param connections: likewise those of the connections to its directories' virtiofsd
     """
     argv = [
         *(("nice", "-n", "10") if spec.in_background else ()),
@@ -116,8 +131,13 @@ def build_argv(
         argv += ["-device", f"{_device('virtio-balloon', spec.accelerator)},id=balloon0,free-page-reporting=on"]
     if spec.nic is not None:
         argv += _nic(spec, spec.nic, version, tap)
+    argv += volume_argv(spec.volumes, _device("virtio-blk", spec.accelerator))
+    argv += directory_argv(spec.directories, connections, _device("vhost-user-fs", spec.accelerator))
     if spec.template is not None:
         argv += ["-incoming", "defer"]
+    if spec.template is not None or spec.start_paused:
+        # Without -S QEMU would also let a guest go on as soon as its state is loaded, as that says that it ran.
+        argv += ["-S"]
     return argv
 
 
@@ -133,17 +153,29 @@ def _disk(disk: Disk, accelerator: AcceleratorName) -> list[str]:
     It overrides the base's path in the layer, as the cache may have moved, and a guest that controls QEMU could have
     written another path. A full file system of the host is an I/O error in the guest, instead of pausing it silently.
     """
-    return [
-        *("-blockdev", f"file,node-name=root-base-file,filename={_quote(str(disk.base))},read-only=on"),
-        *("-blockdev", "raw,node-name=root-base,file=root-base-file,read-only=on"),
+    argv, node = [], _EMPTY_NODE
+    if disk.base is not None:
+        node = "qcow2,node-name=root,file=root-layer-file,backing=root-base,discard=unmap"
+        argv += [
+            *("-blockdev", f"file,node-name=root-base-file,filename={_quote(str(disk.base))},read-only=on"),
+            *("-blockdev", "raw,node-name=root-base,file=root-base-file,read-only=on"),
+        ]
+    argv += [
         *("-blockdev", f"file,node-name=root-layer-file,filename={_quote(str(disk.layer))},discard=unmap"),
-        *("-blockdev", "qcow2,node-name=root,file=root-layer-file,backing=root-base,discard=unmap"),
-        *(
-            "-device",
-            f"{_device('virtio-blk', accelerator)},id=root0,drive=root,serial={ROOT_SERIAL},"
-            "werror=report,rerror=report",
-        ),
+        *("-blockdev", node),
+        *("-device", _block_device("root", ROOT_SERIAL, accelerator)),
     ]
+    if disk.image is not None:
+        argv += [
+            *("-blockdev", f"file,node-name=image-file,filename={_quote(str(disk.image))},read-only=on"),
+            *("-blockdev", "vmdk,node-name=image,file=image-file,read-only=on"),
+            *("-device", _block_device("image", IMAGE_SERIAL, accelerator)),
+        ]
+    return argv
+
+
+def _block_device(node: str, serial: str, accelerator: AcceleratorName) -> str:
+    return f"{_device('virtio-blk', accelerator)},id={node}0,drive={node},serial={serial},werror=report,rerror=report"
 
 
 def _nic(spec: MachineSpec, nic: Nic, version: tuple[int, int], tap: int) -> list[str]:
@@ -216,6 +248,7 @@ def kernel_cmdline(spec: MachineSpec, *, trust_tsc: bool = False) -> str:
     # Under KVM, guests have a clock of its own.
     tsc = TRUST_TSC if trust_tsc and spec.accelerator == "tcg" else ""
     root = f"{ROOT_PARAMETER}={ROOT_SERIAL}" if spec.root is not None else ""
+    image = f"{IMAGE_PARAMETER}={IMAGE_SERIAL}" if spec.root is not None and spec.root.image is not None else ""
     hostname = f"{HOSTNAME_PARAMETER}={spec.name}" if spec.name else ""
     nic = spec.nic
     network = nameservers = ""
@@ -223,7 +256,7 @@ def kernel_cmdline(spec: MachineSpec, *, trust_tsc: bool = False) -> str:
         network = f"{NETWORK_PARAMETER}={nic.address},{nic.gateway},{nic.mac}"
         if nic.nameservers:
             nameservers = f"{NAMESERVERS_PARAMETER}={','.join(nic.nameservers)}"
-    parts = (CMDLINE, tsc, hostname, root, network, nameservers, spec.cmdline)
+    parts = (CMDLINE, tsc, hostname, root, image, network, nameservers, spec.cmdline)
     return " ".join(part for part in parts if part)
 
 

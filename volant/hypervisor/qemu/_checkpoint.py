@@ -1,11 +1,5 @@
 """Copies a machine while it runs.
 
-**The devices** are saved with Xen's command `xen-save-devices-state`, which takes two milliseconds, writes 120 kB and
-leaves the machine as if it had only been paused. Templates use a migration, but for a clone that would write all of its
-private memory to the stream, as `x-ignore-shared` only skips shared memory. Xen's command omits the sections with the
-machine type, the capabilities and the description of the stream. `migrate-incoming` needs them, so this module adds
-them (for QEMU 10.0; unnecessary once `x-ignore-shared` skips private file mappings).
-
 **After the stop QEMU still handles earlier I/O** of the agent's port: bytes that it reads into the guest's memory, and
 buffers that it returns to the guest when the port's socket has space. Nobody reads or writes at the port's other end
 meanwhile, so this ends. It has ended when several iterations of QEMU's main loop, one for each command, moved nothing.
@@ -15,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import struct
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -37,18 +30,13 @@ from volant.model import ProcessIdentity
 
 from ._argv import format_of, trusts_tsc
 from ._compatibility import STATE_LIMIT
-from ._migration import CAPABILITY
+from ._devices import SAVE_S, complete, machine_type, save_devices
 from ._qmp import QmpClient, QmpLost, QmpRefused
 from ._sandbox import make_state_file
 
 RESUME_S = 10.0
-_SAVE_S = 30.0
 _IDLE_ITERATIONS = 3
 _MAX_ITERATIONS = 1000
-_HEAD = b"QEVM" + struct.pack(">I", 3)
-_CONFIGURATION = 0x07
-_SUBSECTION = 0x05
-_DESCRIPTION = bytes([0x06]) + struct.pack(">I", 0)
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EFBIG})
 _logger = logging.getLogger("volant.hypervisor")
 
@@ -65,12 +53,12 @@ class Checkpointer:
         self.stuck = False
         """Whether the guest ran before and could not be resumed."""
 
-    async def take(self, into: Path, hold: HoldChannel, timeout_s: float) -> Checkpoint:
+    async def take(self, into: Path, hold: HoldChannel, timeout_s: float, volumes: Path | None) -> Checkpoint:
         """See `Machine.checkpoint`. Raises CheckpointFailed."""
         code: CheckpointCode
         try:
             with trio.fail_after(timeout_s):
-                return await self._take(into, hold)
+                return await self._take(into, hold, volumes)
         except trio.TooSlowError:
             code, why = "too_slow", f"the machine was not copied within {timeout_s:g} s"
         except (QmpRefused, QmpLost, trio.BrokenResourceError) as error:
@@ -86,9 +74,10 @@ class Checkpointer:
             code, why = "guest_stopped", f"{why}; and the guest could not be resumed"
         raise CheckpointFailed(code, why)
 
-    async def _take(self, into: Path, hold: HoldChannel) -> Checkpoint:
+    async def _take(self, into: Path, hold: HoldChannel, volumes: Path | None) -> Checkpoint:
         host, spec = self._host, self._spec
         memory, state, layer = into / "memory", into / "state", into / "root.qcow2"
+        written = () if volumes is None else tuple(volume.path for volume in spec.volumes if not volume.read_only)
         kind = await self._kind()
         if spec.template is not None:
             # The template's memory never changes, so it is copied before the guest is paused.
@@ -99,13 +88,17 @@ class Checkpointer:
             began = host.clock.monotonic()
             async with self._paused() as was_running:
                 await self._settle(unread)
-                await self._save(saved)
+                # The disks were flushed by the stop.
+                await save_devices(self._qmp, saved)
                 if spec.template is not None:
                     await host.process_memory.copy_own_pages(self._identity, self._size, memory)
                 else:
                     await host.files.copy(spec.memory_file, memory)
                 if spec.root is not None:
                     await host.files.copy(spec.root.layer, layer)
+                for path in written:
+                    assert volumes is not None
+                    await host.files.copy(path, volumes / path.name)
             if was_running:
                 paused_s = host.clock.monotonic() - began
         await host.files.write(state, complete(await host.files.read(saved, STATE_LIMIT), kind.machine))
@@ -118,11 +111,12 @@ class Checkpointer:
             memory_bytes=host.disk.used(memory),
             state_bytes=host.files.size(state),
             layer_bytes=0 if spec.root is None else host.disk.used(layer),
+            volumes=tuple(path.name for path in written),
         )
 
     async def _kind(self) -> MachineKind:
         """Returns the kind. The process may be older than the installed QEMU, and than this version of Volant."""
-        machine = await self._qmp.execute("qom-get", {"path": "/machine", "property": "type"})
+        machine = await machine_type(self._qmp)
         version = await self._qmp.execute("query-version")
         numbers = version.get("qemu") if isinstance(version, dict) else None
         if not isinstance(numbers, dict):
@@ -131,15 +125,10 @@ class Checkpointer:
         return MachineKind(
             version=".".join(str(numbers.get(part)) for part in ("major", "minor", "micro")),
             accelerator=self._spec.accelerator,
-            machine=str(machine).removesuffix("-machine"),
+            machine=machine,
             devices=format_of(argv),
             tsc=self._host.machine.tsc() if trusts_tsc(argv) else "",
         )
-
-    async def _save(self, state: Path) -> None:
-        """Saves the devices. The disk was flushed by the stop."""
-        arguments = {"filename": str(state), "live": False}
-        await self._qmp.execute("xen-save-devices-state", arguments, timeout_s=_SAVE_S)
 
     @asynccontextmanager
     async def _paused(self) -> AsyncIterator[bool]:
@@ -151,7 +140,7 @@ class Checkpointer:
         if status != "running":
             raise QmpRefused(f"the machine can't be copied: QEMU says that it is {status!r}")
         try:
-            await self._qmp.execute("stop", timeout_s=_SAVE_S)
+            await self._qmp.execute("stop", timeout_s=SAVE_S)
             yield True
         finally:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + RESUME_S):
@@ -185,17 +174,3 @@ class Checkpointer:
     async def _status(self) -> str:
         answer = await self._qmp.execute("query-status")
         return str(answer.get("status")) if isinstance(answer, dict) else "unknown"
-
-
-def complete(state: bytes, machine: str) -> bytes:
-    """Adds the missing sections to a stream of devices. Raises OSError when it is not such a stream."""
-    head, rest = state[: len(_HEAD)], state[len(_HEAD) :]
-    if head != _HEAD:
-        raise OSError(errno.EINVAL, "QEMU saved the devices in an unknown format")
-    name, section = machine.encode(), b"configuration/capabilities"
-    configuration = (
-        *(bytes([_CONFIGURATION]), struct.pack(">I", len(name)), name),
-        *(bytes([_SUBSECTION, len(section)]), section, struct.pack(">I", 1)),
-        *(struct.pack(">I", 1), bytes([len(CAPABILITY)]), CAPABILITY.encode()),
-    )
-    return head + b"".join(configuration) + rest + _DESCRIPTION

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import trio
 
+from volant.concurrency import open_helpers
 from volant.host import PROGRAM_ENVIRONMENT, Host
 from volant.hypervisor._interface import (
     NOT_STARTED,
@@ -19,6 +20,7 @@ from volant.hypervisor._interface import (
     Machine,
     MachineKind,
     MachineSpec,
+    ParkedControl,
     ParsedMachine,
 )
 from volant.model import ProcessIdentity
@@ -27,7 +29,7 @@ from ._argv import FORMAT, PROGRAM, machine_option, machine_type
 from ._compatibility import incompatibility, parse_machines
 from ._launch import launch
 from ._layers import make_layer
-from ._machine import attach
+from ._machine import ParkedQmp, attach
 from ._netdev import plug_in
 from ._parse_argv import parse_argv
 from ._probe import probe, qemu_version
@@ -138,31 +140,34 @@ class QemuHypervisor:
             raise LaunchFailed("qemu_missing", _MISSING)
         return await launch(self._host, spec, self._program, self._version[:2], self._sandbox)
 
-    async def resume_warm(self, spec: MachineSpec) -> None:
-        failure: HypervisorError | None = None
+    async def resume_warm(self, spec: MachineSpec, control: ParkedControl | None = None) -> None:
         try:
             with trio.fail_after(RESUME_S):
-                stream = await self._host.sockets.connect_unix(spec.control_path, RESUME_S)
-                async with stream, trio.open_nursery() as nursery:
-                    try:
-                        qmp = QmpClient(stream, lambda name, data: None)
-                        await nursery.start(qmp.start)
-                        status = (await qmp.execute("query-status")).get("status")
-                        if status in NOT_STARTED:
-                            raise HypervisorError("the machine has not loaded its template, so it was never warm")
-                        if status != "running":
-                            await plug_in(self._host, qmp, spec.nic)
-                        await qmp.execute("cont", timeout_s=RESUME_S)
-                    except HypervisorError as error:
-                        failure = error
-                    nursery.cancel_scope.cancel()
+                if isinstance(control, ParkedQmp):
+                    await self._resume_warm(spec, control.qmp, paused=control.paused)
+                    control.paused = False
+                    return
+                async with await self._host.sockets.connect_unix(spec.control_path, RESUME_S) as stream:
+                    await self._resume_warm(spec, QmpClient(stream, lambda name, data: None), paused=False)
         except (OSError, trio.TooSlowError) as error:
-            raise HypervisorError(f"the machine can't be resumed: {error or 'no answer'}") from error
-        if failure is not None:
-            raise failure
+            raise HypervisorError(f"the machine can't be resumed: {str(error) or 'no answer'}") from error
+
+    async def _resume_warm(self, spec: MachineSpec, qmp: QmpClient, *, paused: bool) -> None:
+        """`paused`: it is known to be. :raises OSError: :raises HypervisorError:"""
+        async with open_helpers() as helpers:
+            await helpers.start(qmp.start)
+            status = "paused" if paused else (await qmp.execute("query-status")).get("status")
+            if status in NOT_STARTED:
+                raise HypervisorError("the machine has not loaded its template, so it was never warm")
+            if status != "running":
+                await plug_in(self._host, qmp, spec.nic)
+            await qmp.execute("cont", timeout_s=RESUME_S)
+            qmp.park()
 
     def parse_command_line(self, command_line: Sequence[str]) -> ParsedMachine | None:
         return parse_argv(command_line)
 
-    def attach(self, spec: MachineSpec, identity: ProcessIdentity) -> AbstractAsyncContextManager[Machine]:
-        return attach(self._host, spec, identity)
+    def attach(
+        self, spec: MachineSpec, identity: ProcessIdentity, control: ParkedControl | None = None
+    ) -> AbstractAsyncContextManager[Machine]:
+        return attach(self._host, spec, identity, control if isinstance(control, ParkedQmp) else None)

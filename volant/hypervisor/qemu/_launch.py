@@ -15,10 +15,11 @@ from volant.model import ProcessIdentity
 from ._argv import FORMAT, build_argv
 from ._compatibility import HEAD_BYTES, STATE_LIMIT, format_in, machine_of
 from ._control import connect_control
+from ._directories import LEAST_QEMU
 from ._layers import check_layer
 from ._machine import log_tail
 from ._migration import Migration
-from ._netdev import plug_in
+from ._netdev import open_tap, plug_in
 from ._qmp import QmpClient, QmpLost, QmpRefused
 from ._sandbox import QemuSandbox
 
@@ -66,11 +67,12 @@ async def prepare_files(host: Host, spec: MachineSpec) -> None:
     for path in (spec.template.memory, spec.template.state) if spec.template is not None else ():
         if not host.files.exists(path):
             raise LaunchFailed("template_refused", f"the template's file {path} is missing")
-    for path in (spec.root.base, spec.root.layer) if spec.root is not None else ():
-        if not host.files.exists(path):
-            raise LaunchFailed("bad_disk", f"the disk's file {path} is missing")
-    if spec.root is not None:
-        await check_layer(host, spec.root.layer)
+    root = spec.root
+    for part in (root.base, root.layer, root.image) if root is not None else ():
+        if part is not None and not host.files.exists(part):
+            raise LaunchFailed("bad_disk", f"the disk's file {part} is missing")
+    if root is not None:
+        await check_layer(host, root.layer)
     try:
         await host.files.mkdir(spec.directory)
         for path in (spec.control_path, spec.agent_path, spec.log_path):
@@ -121,13 +123,24 @@ async def _spawn(
         restrictions = None if sandbox is None else await sandbox.prepare(spec)
     except OSError as error:
         raise LaunchFailed("exited", f"QEMU's sandbox can't be set up: {error}") from error
+    if spec.directories and version < LEAST_QEMU:
+        raise LaunchFailed(
+            "exited", f"directories of the host need QEMU {'.'.join(map(str, LEAST_QEMU))}, and this is older"
+        )
     with ExitStack() as stack:
-        taps = []
+        taps, connections = [], []
         if spec.nic is not None and spec.nic.tap is not None:
             try:
-                taps = [stack.enter_context(host.sockets.open_tap(spec.nic.tap))]
+                taps = [await open_tap(host, spec.nic.tap, stack)]
             except OSError as error:
                 raise LaunchFailed("exited", f"the tap {spec.nic.tap} can't be opened: {error}") from error
+        for directory in spec.directories:
+            try:
+                connections.append(stack.enter_context(await host.sockets.open_unix(directory.socket, LAUNCH_S)))
+            except (OSError, trio.TooSlowError) as error:
+                raise LaunchFailed(
+                    "exited", f"virtiofsd can't be reached at {directory.socket}: {str(error) or 'no answer'}"
+                ) from error
         argv = build_argv(
             spec,
             version,
@@ -136,6 +149,7 @@ async def _spawn(
             devices=devices,
             trust_tsc=bool(host.machine.tsc()),
             tap=taps[0] if taps else -1,
+            connections=connections,
         )
         try:
             return await host.processes.spawn(
@@ -145,7 +159,7 @@ async def _spawn(
                 cwd=spec.directory,
                 stdout_path=spec.log_path,
                 sandbox=restrictions,
-                descriptors=taps,
+                descriptors=(*taps, *connections),
             )
         except OSError as error:
             raise LaunchFailed("qemu_missing", f"QEMU can't be started: {error}") from error
@@ -227,7 +241,7 @@ async def _connect_nic(host: Host, qmp: QmpClient, nic: Nic) -> None:
     try:
         await plug_in(host, qmp, nic)
     except (OSError, trio.TooSlowError, QmpRefused) as error:
-        why = f"QEMU can't be connected to the VM's network at {nic.socket}: {error or 'no answer'}"
+        why = f"QEMU can't be connected to the VM's network at {nic.socket}: {str(error) or 'no answer'}"
         raise LaunchFailed("exited", why) from error
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import msgspec
 import trio
 
 from volant.concurrency import Backoff, open_helpers
-from volant.host import Host, Process, ProcessGone
+from volant.host import Host, Process, ProcessGone, bound_log
 from volant.hypervisor._interface import (
     NOT_STARTED,
     PAUSED,
@@ -33,15 +33,19 @@ from volant.hypervisor._interface import (
     HoldChannel,
     HypervisorError,
     MachineSpec,
+    ParkedControl,
 )
 from volant.model import EndKind, ProcessIdentity
 
 from ._checkpoint import Checkpointer
+from ._compatibility import STATE_LIMIT
 from ._control import connect_control
-from ._migration import Migration, finish_loading
+from ._devices import complete, machine_type, save_devices
+from ._migration import Migration, await_disconnect, finish_loading
 from ._netdev import connects_itself, plug_in
 from ._qmp import QmpClient, QmpLost
 from ._sandbox import make_state_file
+from ._volume_disks import disk_error, resize_arguments, throttle_arguments
 
 ATTACH_S = 10.0
 PULSE_S = 600.0
@@ -51,13 +55,13 @@ PULSE_TOGETHER_S = 30.0
 PULSE_ANSWER_S = 20.0
 PULSES_MISSED = 3
 """This many unanswered queries in a row mean that QEMU hangs."""
-LOG_LIMIT = 1024 * 1024
-"""Limits QEMU's own output, as a guest can make it log errors forever."""
-LOG_PAUSE_S = 1.0
 
 _UNDO_S = 30.0
 _UNDO_RETRY_S, _UNDO_MAX_RETRY_S = 2.0, 30.0
 _CLOSING_S = 1.0
+_DISK_ERRORS_S = 60.0
+_DISKS_S = 30.0
+"""QEMU first completes what the guest has under way."""
 _TAIL = 4096
 _CONSOLE_TAIL = 64 * 1024
 _PANIC = re.compile(rb"Kernel panic - not syncing: ([\x20-\x7e]{1,200})")
@@ -75,6 +79,25 @@ _BY_REASON = {
 }
 
 
+class ParkedQmp(ParkedControl):
+    """A session that nobody reads. What QEMU reports meanwhile is kept for who attaches next."""
+
+    def __init__(self, stream: trio.SocketStream, qmp: QmpClient) -> None:
+        self.stream = stream
+        self.qmp = qmp
+        self.paused = True
+        """Whether the guest is known to be paused."""
+        self.missed: list[tuple[str, dict[str, Any]]] = []
+        qmp.set_handler(self._on_event)
+
+    async def aclose(self) -> None:
+        await trio.aclose_forcefully(self.stream)
+
+    def _on_event(self, name: str, data: dict[str, Any]) -> None:
+        # It is read for a moment in each claim alone.
+        self.missed.append((name, data))
+
+
 class QemuMachine(msgspec.Struct, eq=False):
     """See `volant.hypervisor.Machine`."""
 
@@ -83,6 +106,7 @@ class QemuMachine(msgspec.Struct, eq=False):
     identity: ProcessIdentity
     _process: Process | None
     _closing: AsyncExitStack
+    _stream: trio.SocketStream | None = None
     _qmp: QmpClient | None = None
     _guest_end: End | None = None
     _guest_ended: trio.Event = msgspec.field(default_factory=trio.Event)
@@ -92,6 +116,8 @@ class QemuMachine(msgspec.Struct, eq=False):
     _left_paused: trio.Event = msgspec.field(default_factory=trio.Event)
     """Set when a checkpoint could not resume the guest."""
     _migration: Migration | None = None
+    _report_disk: Callable[[str], None] | None = None
+    _disk_reported_at: float = -math.inf
 
     async def ended(self) -> End:
         if self._process is None:
@@ -206,24 +232,49 @@ class QemuMachine(msgspec.Struct, eq=False):
                 return False
             await plug_in(self._host, self._qmp, self._spec.nic)
         except (OSError, trio.TooSlowError, ProcessGone) as error:
-            raise HypervisorError(f"the VM's network can't be connected: {error or 'no answer'}") from error
+            raise HypervisorError(f"the VM's network can't be connected: {str(error) or 'no answer'}") from error
         return True
+
+    def watch_disks(self, report: Callable[[str], None]) -> None:
+        self._report_disk = report
+
+    async def grow_volume(self, serial: str, size_bytes: int) -> None:
+        try:
+            arguments = resize_arguments(self._spec, serial, size_bytes)
+        except LookupError:
+            raise HypervisorError(f"the machine has no volume {serial}") from None
+        await self._execute("block_resize", _DISKS_S, **arguments)
+
+    async def limit_disks(self) -> None:
+        if self._spec.disk_limits is not None:
+            for arguments in throttle_arguments(self._spec, self._spec.disk_limits):
+                await self._execute("block_set_io_throttle", _DISKS_S, **arguments)
 
     async def save(self, state: Path, timeout_s: float = 30.0) -> None:
         if self._qmp is None:
             raise HypervisorError("the hypervisor's process is gone")
-        self._migration = Migration()
+        host, root = self._host, self._spec.root
         try:
-            saved = await make_state_file(self._host, self._spec, self.identity)
-            await self._migration.save(self._qmp, saved, timeout_s)
-            await self._host.files.copy(saved, state)
-            await self._host.files.remove(saved)
+            saved = await make_state_file(host, self._spec, self.identity)
+            if root is None or root.image is None:
+                self._migration = Migration()
+                await self._migration.save(self._qmp, saved, timeout_s)
+                await host.files.copy(saved, state)
+            else:
+                await await_disconnect(self._qmp)
+                await self._qmp.execute("stop")
+                await save_devices(self._qmp, saved, timeout_s)
+                devices = await host.files.read(saved, STATE_LIMIT)
+                await host.files.write(state, complete(devices, await machine_type(self._qmp)))
+            await host.files.remove(saved)
         except ProcessGone as error:
             raise HypervisorError(f"the machine could not be saved: {error}") from error
         except OSError as error:
             raise HypervisorError(f"the machine's state can't be written: {error}") from error
 
-    async def checkpoint(self, into: Path, *, hold: HoldChannel, timeout_s: float = 60.0) -> Checkpoint:
+    async def checkpoint(
+        self, into: Path, *, hold: HoldChannel, timeout_s: float = 60.0, volumes: Path | None = None
+    ) -> Checkpoint:
         if self._qmp is None:
             raise CheckpointFailed("refused", "the hypervisor's process is gone")
         checkpoint = Checkpointer(self._host, self._spec, self.identity, self._qmp)
@@ -232,11 +283,16 @@ class QemuMachine(msgspec.Struct, eq=False):
         if waiting.cancelled_caught:
             raise CheckpointFailed("too_slow", f"another operation kept the guest paused for {timeout_s:g} s")
         try:
-            return await checkpoint.take(into, hold, timeout_s)
+            return await checkpoint.take(into, hold, timeout_s, volumes)
         finally:
             if checkpoint.stuck:
                 self._left_paused.set()
             self._moving.release()
+
+    def park(self) -> ParkedControl | None:
+        if self._qmp is None or self._stream is None or self._guest_end is not None or not self._qmp.park():
+            return None
+        return ParkedQmp(self._stream, self._qmp)
 
     async def quit(self, timeout_s: float = 5.0) -> End:
         if self._process is not None:
@@ -261,15 +317,28 @@ class QemuMachine(msgspec.Struct, eq=False):
 
     # For `attach`
 
+    async def take(self, control: ParkedQmp, nursery: trio.Nursery) -> None:
+        """Goes on with a session. That of a machine that has ended turns out to be lost."""
+        self._stream, self._qmp = control.stream, control.qmp
+        self._closing.push_async_callback(self._close)
+        for name, data in control.missed:
+            self._on_event(name, data)
+        self._qmp.set_handler(self._on_event)
+        await nursery.start(self._qmp.start)
+
+    async def _close(self) -> None:
+        """Closes the connection, as QEMU serves one client at a time."""
+        if self._stream is not None and self._qmp is not None and not self._qmp.is_parked:
+            await trio.aclose_forcefully(self._stream)
+
     async def connect(self, nursery: trio.Nursery) -> None:
         """Connects to the control socket. Raises HypervisorError, unless the process has ended."""
         assert self._process is not None
         try:
             with trio.fail_after(ATTACH_S):
-                stream = await self._reach(self._process)
-                # Closed at the end of `attach`, as QEMU serves one client at a time.
-                self._closing.push_async_callback(trio.aclose_forcefully, stream)
+                stream = self._stream = await self._reach(self._process)
                 self._qmp = QmpClient(stream, self._on_event)
+                self._closing.push_async_callback(self._close)
                 await nursery.start(self._qmp.start)
                 await self._verify()
         except (OSError, QmpLost, trio.TooSlowError) as error:
@@ -322,19 +391,6 @@ class QemuMachine(msgspec.Struct, eq=False):
             except HypervisorError:
                 await backoff.pause()
 
-    async def bound_log(self) -> None:
-        """Keeps QEMU's own output within `LOG_LIMIT`."""
-        path = self._spec.log_path
-        try:
-            while True:
-                with self._host.watches.open(path) as watch:
-                    await self._host.files.empty_if_larger(path, LOG_LIMIT)
-                    await watch.wait()
-                # Without the pause, a thousand lines a second would cost a CPU.
-                await trio.sleep(LOG_PAUSE_S)
-        except OSError:
-            pass  # the VM was deleted, and its directory with it
-
     async def _verify(self) -> None:
         assert self._qmp is not None
         name = await self._qmp.execute("query-name")
@@ -357,8 +413,16 @@ class QemuMachine(msgspec.Struct, eq=False):
         elif name == "STOP":
             # The event does not say why, and an internal error of the virtual CPU has no event of its own.
             self._stopped.set()
+        elif name == "BLOCK_IO_ERROR":
+            self._note_disk_error(data)
         elif self._migration is not None:
             self._migration.on_event(name, data)
+
+    def _note_disk_error(self, event: dict[str, Any]) -> None:
+        due = trio.current_time() - self._disk_reported_at >= _DISK_ERRORS_S
+        if due and self._report_disk is not None:
+            self._disk_reported_at = trio.current_time()
+            self._report_disk(disk_error(self._spec, event))
 
     def _set_end(self, end: End) -> None:
         if self._guest_end is None:
@@ -379,10 +443,10 @@ class QemuMachine(msgspec.Struct, eq=False):
         text = found[-1].decode("utf-8", "replace").strip()
         return End(EndKind.PANICKED, f"the guest's kernel panicked: {text}")
 
-    async def _execute(self, command: str, timeout_s: float = 5.0) -> Any:
+    async def _execute(self, command: str, timeout_s: float = 5.0, **arguments: object) -> Any:
         if self._qmp is None:
             raise HypervisorError("the hypervisor's process is gone")
-        return await self._qmp.execute(command, timeout_s=timeout_s)
+        return await self._qmp.execute(command, arguments, timeout_s=timeout_s)
 
     async def _process_end(self) -> End:
         assert self._process is not None
@@ -400,18 +464,24 @@ class QemuMachine(msgspec.Struct, eq=False):
 
 
 @asynccontextmanager
-async def attach(host: Host, spec: MachineSpec, identity: ProcessIdentity) -> AsyncIterator[QemuMachine]:
+async def attach(
+    host: Host, spec: MachineSpec, identity: ProcessIdentity, control: ParkedQmp | None = None
+) -> AsyncIterator[QemuMachine]:
     """See `volant.hypervisor.Hypervisor.attach`."""
     async with AsyncExitStack() as closing:
         try:
             process = closing.enter_context(host.processes.open(identity))
-        except ProcessGone:
+        except (OSError, ProcessGone) as error:
+            if control is not None:
+                await control.aclose()
+            if not isinstance(error, ProcessGone):
+                raise
             yield QemuMachine(host, spec, identity, None, closing)
             return
         machine = QemuMachine(host, spec, identity, process, closing)
         async with open_helpers() as helpers:
-            helpers.start_soon(machine.bound_log)
-            await machine.connect(helpers)
+            helpers.start_soon(bound_log, host, spec.log_path)
+            await (machine.connect(helpers) if control is None else machine.take(control, helpers))
             helpers.start_soon(machine.explain_stops)
             helpers.start_soon(machine.undo_checkpoints)
             yield machine

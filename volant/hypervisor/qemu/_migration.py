@@ -35,7 +35,7 @@ async def _poll_until(done: Callable[[], Awaitable[bool]], timeout_s: float) -> 
     return False
 
 
-async def _await_disconnect(qmp: QmpClient) -> None:
+async def await_disconnect(qmp: QmpClient) -> None:
     """Returns when QEMU has noticed that nobody is connected to the agent's port.
 
     virtio-serial then writes to the guest's memory, even if the machine is stopped. If that happened after the device
@@ -100,7 +100,7 @@ class Migration:
 
     async def save(self, qmp: QmpClient, state: Path, timeout_s: float) -> None:
         """Stops the machine and saves its devices. Raises QmpRefused, QmpLost."""
-        await _await_disconnect(qmp)
+        await await_disconnect(qmp)
         await qmp.execute("stop")
         await qmp.execute("migrate-set-capabilities", _CAPABILITIES)
         await qmp.execute("migrate", {"uri": f"file:{state}"})

@@ -7,9 +7,12 @@ its seccomp filter denies `connect`.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from itertools import pairwise
+
+import trio
 
 from volant.host import Host
 from volant.hypervisor._interface import Nic
@@ -17,6 +20,8 @@ from volant.hypervisor._interface import Nic
 from ._qmp import QmpClient, QmpRefused
 
 _CONNECT_S = 5.0
+_TAP_S, _TAP_RETRY_S = 2.0, 0.02
+"""How long to wait for a tap that is open: the daemon opens it for some milliseconds itself when it sets it up."""
 _HUB_PORT, _BEHIND_HUB, _HANDED = "net1", "net2", "handed"
 """The hub's second port, the backend behind it, and the name under which QEMU keeps the descriptor until then."""
 _IDLE_PORT = "net3"
@@ -35,7 +40,7 @@ async def plug_in(host: Host, qmp: QmpClient, nic: Nic | None) -> None:
         if nic is None:
             return
         if nic.tap is not None:
-            descriptor = stack.enter_context(host.sockets.open_tap(nic.tap))
+            descriptor = await open_tap(host, nic.tap, stack)
             behind: dict[str, object] = {"type": "tap", "fd": _HANDED, "vhost": False}
         elif nic.socket is not None:
             descriptor = stack.enter_context(await host.sockets.open_unix(nic.socket, _CONNECT_S))
@@ -53,6 +58,18 @@ async def plug_in(host: Host, qmp: QmpClient, nic: Nic | None) -> None:
         await qmp.execute("getfd", {"fdname": _HANDED}, descriptor=descriptor)
     await qmp.execute("netdev_add", {"id": _BEHIND_HUB, **behind})
     await qmp.execute("netdev_add", {"id": _HUB_PORT, "type": "hubport", "hubid": 0, "netdev": _BEHIND_HUB})
+
+
+async def open_tap(host: Host, name: str, stack: ExitStack) -> int:
+    """Returns a descriptor of a tap, open until `stack` closes. :raises OSError: it can't be opened, or is in use."""
+    deadline = trio.current_time() + _TAP_S
+    while True:
+        try:
+            return stack.enter_context(host.sockets.open_tap(name))
+        except OSError as error:
+            if error.errno != errno.EBUSY or trio.current_time() >= deadline:
+                raise
+        await trio.sleep(_TAP_RETRY_S)
 
 
 def connects_itself(argv: Sequence[str]) -> bool:

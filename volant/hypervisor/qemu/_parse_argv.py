@@ -7,10 +7,13 @@ from itertools import dropwhile, pairwise
 from pathlib import Path
 
 from volant.hypervisor._interface import Disk, Nic, ParsedMachine
-from volant.model.agent import NAMESERVERS_PARAMETER, NETWORK_PARAMETER, ROOT_PARAMETER
+from volant.model.agent import IMAGE_PARAMETER, NAMESERVERS_PARAMETER, NETWORK_PARAMETER, ROOT_PARAMETER
 
 from ._argv import CMDLINE, HOSTNAME_PARAMETER, TRUST_TSC
+from ._directories import count_directories
+from ._volume_disks import parse_volumes
 
+_PARAMETERS = (HOSTNAME_PARAMETER, ROOT_PARAMETER, IMAGE_PARAMETER, NETWORK_PARAMETER, NAMESERVERS_PARAMETER)
 _DAEMONS_WORDS = frozenset((*CMDLINE.split(), TRUST_TSC))
 
 
@@ -25,16 +28,20 @@ def parse_argv(argv: Sequence[str]) -> ParsedMachine | None:
 def _parse(argv: Sequence[str]) -> ParsedMachine:
     options = list(pairwise(argv))
     given = dict(options)
-    nodes = {fields["node-name"]: fields for name, text in options if name == "-blockdev" if (fields := _fields(text))}
+    # Nodes in JSON have no file of their own.
+    blocks = [_fields(text) for name, text in options if name == "-blockdev" and not text.startswith("{")]
+    nodes = {fields["node-name"]: fields for fields in blocks}
     memory = next(_fields(text) for name, text in options if name == "-object" and "mem-path=" in text)
     # Earlier versions of the daemon gave a part of these words.
     words = list(dropwhile(_DAEMONS_WORDS.__contains__, given["-append"].split()))
     parameters = dict(word.partition("=")[::2] for word in words)
-    ours = tuple(f"{name}=" for name in (HOSTNAME_PARAMETER, ROOT_PARAMETER, NETWORK_PARAMETER, NAMESERVERS_PARAMETER))
+    ours = tuple(f"{name}=" for name in _PARAMETERS)
     is_clone = memory["share"] == "off"
     root = None
-    if nodes:
-        root = Disk(Path(nodes["root-base-file"]["filename"]), Path(nodes["root-layer-file"]["filename"]))
+    if "root-layer-file" in nodes:
+        layer = Path(nodes["root-layer-file"]["filename"])
+        root = Disk(_file(nodes, "root-base-file"), layer, image=_file(nodes, "image-file"))
+    devices = [text for name, text in options if name == "-device"]
     return ParsedMachine(
         name=parameters.get(HOSTNAME_PARAMETER, "") if is_clone else parameters[HOSTNAME_PARAMETER],
         cpu_cores=int(given["-smp"]),
@@ -46,8 +53,10 @@ def _parse(argv: Sequence[str]) -> ParsedMachine:
         memory_file=None if is_clone else Path(memory["mem-path"]),
         root=root,
         template=Path(memory["mem-path"]).parent if is_clone else None,
-        balloon=any(name == "-device" and text.startswith("virtio-balloon-") for name, text in options),
+        balloon=any(text.startswith("virtio-balloon-") for text in devices),
         nic=_nic(options, parameters),
+        volumes=tuple(parse_volumes(nodes, [_fields(text) for text in devices])),
+        directory_count=count_directories(devices),
     )
 
 
@@ -68,6 +77,12 @@ def _nic(options: Sequence[tuple[str, str]], parameters: Mapping[str, str]) -> N
         gateway=gateway,
         nameservers=tuple(nameservers.split(",")) if nameservers else (),
     )
+
+
+def _file(nodes: Mapping[str, Mapping[str, str]], name: str) -> Path | None:
+    """Returns the file of a block node; None: there is no such node."""
+    node = nodes.get(name)
+    return None if node is None else Path(node["filename"])
 
 
 def _fields(text: str) -> dict[str, str]:

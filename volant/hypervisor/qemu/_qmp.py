@@ -35,35 +35,56 @@ class QmpClient:
     def __init__(self, stream: trio.abc.Stream, on_event: EventHandler) -> None:
         self.lost = trio.Event()
         self.why = ""
+        self.is_parked = False
+        """Whether the end of `start` leaves the session as it is."""
         self._stream = stream
+        self._lines = _Lines(stream)
         self._on_event = on_event
+        self._is_negotiated = False
         self._sending = trio.Lock()
         self._waiting: dict[int, _Answer] = {}
         self._next_id = 0
 
     async def start(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Negotiates, reports `started` and reads until the end. Raises QmpLost before `started`. The caller must set a
-        deadline, as QEMU never answers a second client."""
-        lines = _Lines(self._stream)
-        greeting = _decode(await lines.next())
+        deadline, as QEMU never answers a second client. Of a session that was parked, goes on reading."""
+        self.is_parked = False
+        if not self._is_negotiated:
+            await self._negotiate()
+        task_status.started()
+        try:
+            while True:
+                self._dispatch(_decode(await self._lines.next()))
+        except QmpLost as error:
+            self._lose(str(error))
+        finally:
+            if not self.is_parked:
+                self._lose("the control socket was closed")
+
+    async def _negotiate(self) -> None:
+        greeting = _decode(await self._lines.next())
         if "QMP" not in greeting:
             raise QmpLost("the control socket does not greet as QMP does")
         await self._stream.send_all(b'{"execute":"qmp_capabilities","id":"negotiate"}\n')
         while True:
-            message = _decode(await lines.next())
+            message = _decode(await self._lines.next())
             if message.get("id") == "negotiate":
                 if "error" in message:
                     raise QmpLost(f"the control socket refuses to negotiate: {message['error']}")
                 break
             self._dispatch(message)
-        task_status.started()
-        try:
-            while True:
-                self._dispatch(_decode(await lines.next()))
-        except QmpLost as error:
-            self._lose(str(error))
-        finally:
-            self._lose("the control socket was closed")
+        self._is_negotiated = True
+
+    def park(self) -> bool:
+        """Keeps the session for a later `start`; the task of this one is cancelled before anything is awaited. False:
+        it can't be kept, as it is lost, or a command is being written."""
+        # An answer that comes to nobody later is ignored.
+        self.is_parked = not self.lost.is_set() and not self._sending.locked()
+        return self.is_parked
+
+    def set_handler(self, on_event: EventHandler) -> None:
+        """From now on, calls another handler."""
+        self._on_event = on_event
 
     async def execute(
         self,

@@ -5,19 +5,20 @@ Each launch grants what its spec needs, to its user alone. So there is nothing t
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 
 import msgspec
 
-from volant.host import Grant, Host, Sandbox
+from volant.host import Grant, Host, Sandbox, number_of, numbered, users_without_vm
 from volant.hypervisor._interface import MachineSpec
 from volant.model import ProcessIdentity
 
 _READ, _READ_WRITE = 4, 6
 _KVM, _VSOCK = Path("/dev/kvm"), Path("/dev/vhost-vsock")
 _SAVED = "saved.state"
+_PARTS = (".vmdk", ".erofs")
+"""The files of an OCI image's disk, all in one directory."""
 
 
 class SandboxPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,8 +34,8 @@ class SandboxPlan(msgspec.Struct, frozen=True, kw_only=True):
     """User and group ids for hypervisors; None if they run as the daemon's user."""
     no_users: str | None = None
     """Why there are none."""
-    private: Path | None = None
-    """The directory of files that only hypervisors that boot from them may read."""
+    private: tuple[Path, ...] = ()
+    """The directories of files that only hypervisors that boot from them may read."""
 
     def view(self) -> dict[str, object]:
         """Returns the layers for people, ready for JSON."""
@@ -74,19 +75,29 @@ class QemuSandbox:
         else:
             reads += [template.memory, template.state]
         if spec.root is not None:
-            reads.append(spec.root.base)
             writes.append(spec.root.layer)
+            if spec.root.base is not None:
+                reads.append(spec.root.base)
+            if spec.root.image is not None:
+                directory = spec.root.image.parent
+                reads += [directory / name for name in host.files.names(directory) if name.endswith(_PARTS)]
+        # To this user alone. A reader that runs has the file open, and needs no access any more.
+        only_reads = [volume.path for volume in spec.volumes if volume.read_only]
+        writes += [volume.path for volume in spec.volumes if not volume.read_only]
         shared = {}
         if plan.users is not None:
             if template is not None:
                 group = group_of(plan.users, template.memory.parent)
                 shared = dict.fromkeys((template.memory, template.state), group)
-            if plan.private is not None:
-                shared |= {path: group_of(plan.users, path) for path in reads if path.is_relative_to(plan.private)}
+            for path in reads:
+                if any(path.is_relative_to(directory) for directory in plan.private):
+                    # It never changes, and may have several names.
+                    shared[path] = numbered(plan.users, host.files.fingerprint(path))
         groups |= set(shared.values())
         if user is not None:
             grants = [Grant(path, "user", user, _READ_WRITE) for path in writes]
             grants += [Grant(path, "user", user, _READ_WRITE) for path in (spec.console_path, spec.console_input_path)]
+            grants += [Grant(path, "user", user, _READ) for path in only_reads]
             for path in reads:
                 if path in shared:
                     grants.append(Grant(path, "group", shared[path], _READ))
@@ -97,7 +108,7 @@ class QemuSandbox:
             user=user,
             groups=tuple(sorted(each for each in groups if each is not None)),
             landlock=plan.landlock > 0,
-            read=tuple(reads),
+            read=(*reads, *only_reads),
             write=(*writes, *_devices(spec)),
             no_connect=plan.no_connect,
         )
@@ -117,9 +128,9 @@ class QemuSandbox:
             return None
         if spec.vm_id:
             return user_of(users, spec.tag, spec.vm_id)
-        # The process has no VM yet, so it gets a user of the upper half that no process has. passt has the last one.
+        # The process has no VM yet, so it gets a user that no process has.
         # Reading all processes is slow, but few such processes are started and nobody waits for them.
-        rest = users[len(users) // 2 : -1]
+        rest = users_without_vm(users)
         taken = await self._host.proc.users()
         for _ in rest:
             # Start after the last one, so that processes started at the same time get different users.
@@ -132,16 +143,12 @@ class QemuSandbox:
 def user_of(users: range, tag: str, vm_id: int) -> int:
     """Returns the user of a VM's process. `tag`: its own, or another one of the same daemon."""
     half = max(1, len(users) // 2)
-    return users[(_number(tag.rpartition("-")[0]) + vm_id) % half]
+    return users[(number_of(tag.rpartition("-")[0]) + vm_id) % half]
 
 
 def group_of(users: range, source: Path) -> int:
-    """Returns the group that may read a template, a checkpoint or a private file."""
-    return users[_number(source.name) % len(users)]
-
-
-def _number(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6])
+    """Returns the group that may read a template or a checkpoint."""
+    return numbered(users, source.name)
 
 
 def _devices(spec: MachineSpec) -> tuple[Path, ...]:
