@@ -8,9 +8,10 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,22 @@ from typing import Any
 import msgspec
 from pyroute2 import IPRoute
 
-from volant.host import Host
-from volant.model import BASE, Phase, Status, VmRow, allocate
+from actors import ONE_FOR_ONE, Child, Ref, Supervisor, open_system
+from volant.host import Host, user_of_passt, users_of_restricted_passt
+from volant.model import BASE, Phase, Status, VmRow, allocate, user_lease
 from volant.model._network import parse_port
-from volant.network import HostNetwork, NetworkBackend, Networks, NetworkSettings
+from volant.network import HostNetwork, NetworkBackend, NetworkKeeper, Networks, NetworkSettings, Passt, Resolvers
 
 INSTANCE = "0123456789"
 SUBNET = IPv4Network("10.87.0.0/24")
 SETTINGS = NetworkSettings(instance=INSTANCE, subnet=SUBNET)
 WORLD = "198.51.100.2"
 UPLINK = "198.51.100.1"
+VM_USERS = range(65536, 98304)
+"""Users of a daemon's sandboxes, as a daemon of root has them."""
+PASST_USER = user_of_passt(VM_USERS)
+RESTRICTED_USERS = users_of_restricted_passt(VM_USERS)
+"""Users of passts of VMs with an egress policy."""
 _NOW = datetime(2026, 1, 1, tzinfo=UTC)
 _PEER = Path(__file__).with_name("peer.py")
 _CALL_S = 30.0
@@ -58,6 +65,11 @@ def vm(
         ports=tuple(map(parse_port, ports)),
         **{"status": Status.RUNNING, "tag": f"volant-{instance}-{vm_id}.1", **fields},
     )
+
+
+def user_vm(vm_id: int, **fields: Any) -> VmRow:
+    """Returns the row of a running VM behind passt."""
+    return msgspec.structs.replace(vm(vm_id, **fields), network="user", lease=user_lease(INSTANCE, vm_id))
 
 
 def stopped(row: VmRow) -> VmRow:
@@ -133,9 +145,15 @@ class World:
         there("configure", "eth0", "", its_address, "")
         return there
 
-    def networks(self, settings: NetworkSettings = SETTINGS, backend: NetworkBackend | None = None) -> Networks:
+    def networks(
+        self,
+        settings: NetworkSettings = SETTINGS,
+        backend: NetworkBackend | None = None,
+        passt: Passt | None = None,
+        resolvers: Resolvers | None = None,
+    ) -> Networks:
         """Returns the networks of a daemon with `rows`."""
-        return Networks(backend or HostNetwork(Host()), settings, lambda: self.rows)
+        return Networks(backend or HostNetwork(Host()), settings, lambda: self.rows, passt, resolvers)
 
     def foreign_port(self, name: str, mac: str, address: str) -> Peer:
         """Adds a machine to the bridge that the daemon does not know."""
@@ -191,6 +209,55 @@ def ruleset() -> str:
 def nft(rules: str) -> None:
     """Loads rules directly."""
     subprocess.run(["nft", "-f", "-"], input=rules, check=True, text=True)
+
+
+_ANSWERED = """
+import json, socket, sys
+targets, protocols, timeout_s = map(json.loads, sys.argv[1:])
+kinds = {"tcp": socket.SOCK_STREAM, "udp": socket.SOCK_DGRAM}
+answered = []
+for host, port in targets:
+    for protocol in protocols:
+        with socket.socket(socket.AF_INET, kinds[protocol]) as sock:
+            sock.settimeout(timeout_s)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+            try:
+                sock.connect((host, port))
+                sock.send(b"attack")
+                if sock.recv(100):
+                    answered.append([host, port, protocol])
+            except OSError:
+                pass
+print(json.dumps(answered))
+"""
+
+
+def of_user(user: int, code: str, *arguments: object) -> str:
+    """Returns the output of a Python program that runs as a user of the host."""
+    done = subprocess.run(
+        ["/usr/bin/python3", "-I", "-c", code, *map(str, arguments)],
+        user=user, group=65534, extra_groups=(), cwd="/", capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    return done.stdout
+
+
+def answered(
+    user: int, *targets: tuple[str, int], protocols: Sequence[str] = ("tcp", "udp"), timeout_s: float = 0.5
+) -> list[list[object]]:
+    """Returns the address, port and protocol of each server that answers a user of the host.
+
+    :param timeout_s: of each attempt
+    """
+    found: list[list[object]] = json.loads(of_user(user, _ANSWERED, *map(json.dumps, (targets, protocols, timeout_s))))
+    return found
+
+
+@asynccontextmanager
+async def keeper(networks: Networks) -> AsyncIterator[Ref[Any]]:
+    """Runs the actor that keeps the networks of a daemon."""
+    child = Child("network", partial(NetworkKeeper, networks), shutdown_s=60)
+    async with open_system(Supervisor(ONE_FOR_ONE, children=[child])):
+        yield child.ref
 
 
 async def having(networks: Networks, *rows: VmRow) -> None:

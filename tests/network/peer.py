@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import importlib
+import itertools
 import json
 import os
 import select
@@ -174,6 +176,15 @@ def add_address(name: str, address: str) -> None:
         ipr.addr("add", index=ipr.link_lookup(ifname=name)[0], address=ip, prefixlen=int(prefix))
 
 
+def connects(host: str, port: int, wait_s: float = 2.0) -> bool:
+    """Returns whether a TCP connection is made."""
+    try:
+        socket.create_connection((host, port), wait_s).close()
+    except OSError:
+        return False
+    return True
+
+
 def refused(protocol: str, host: str, port: int) -> bool:
     """Returns whether nothing answers there."""
     return ask(protocol, host, port, _REFUSED_S) == ""
@@ -217,6 +228,64 @@ def has_frame(part: str) -> bool:
         return any(bytes.fromhex(part) in frame for frame in frames)
 
 
+def _dns_server() -> Any:
+    # This program's directory is where Python looks first.
+    return importlib.import_module("dns_server")
+
+
+def dns_serve(host: str) -> None:
+    """Serves the zone of `dns_server`."""
+    _dns_server().serve(host)
+
+
+def dns_zone(entries: dict[str, Any]) -> list[str]:
+    """Changes the zone. Returns the names that were asked for."""
+    found: list[str] = _dns_server().change(entries)
+    return found
+
+
+def resolve(name: str, server: str, kind: str = "A", protocol: str = "udp", wait_s: float = 15.0) -> list[str]:
+    """Returns the addresses of a name, or the code of the answer; `none` without an answer."""
+    import dns.exception
+    import dns.message
+    import dns.query
+    import dns.rcode
+
+    query = dns.message.make_query(name, kind, use_edns=0)
+    asked = dns.query.udp if protocol == "udp" else dns.query.tcp
+    try:
+        reply = asked(query, server, timeout=wait_s)
+    except (OSError, EOFError, dns.exception.DNSException):
+        return ["none"]
+    found = [record.to_text() for rrset in reply.answer for record in rrset]
+    return found or [dns.rcode.to_text(reply.rcode())]
+
+
+def flood(server: str, seconds: float) -> int:
+    """Sends queries and garbage to a DNS server as fast as it can. Returns how many the kernel accepted."""
+    import dns.message
+
+    query = dns.message.make_query("x.allowed.example", "A").to_wire()
+    parts = [
+        query,
+        query[:12],
+        b"\xff" * 300,
+        query[:-4] + b"\xc0\x0c\0\1\0\1",
+        b"",
+        query * 8,
+        query[:4] + b"\xff" * 8,
+    ]
+    sent, until = 0, time.monotonic() + seconds
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        for part in itertools.cycle(parts):
+            if time.monotonic() >= until:
+                break
+            with suppress(OSError):
+                sock.sendto(part, (server, 53))
+                sent += 1
+    return sent
+
+
 CALLS: tuple[Callable[..., Any], ...] = (
     configure,
     add_address,
@@ -225,6 +294,7 @@ CALLS: tuple[Callable[..., Any], ...] = (
     echo,
     ask,
     say,
+    connects,
     refused,
     ping,
     begin,
@@ -232,6 +302,10 @@ CALLS: tuple[Callable[..., Any], ...] = (
     send_frame,
     wait_for_frame,
     has_frame,
+    dns_serve,
+    dns_zone,
+    resolve,
+    flood,
 )
 
 

@@ -12,11 +12,11 @@ import msgspec
 import pytest
 import trio
 
-from actors import ONE_FOR_ONE, Child, Ref, Supervisor, open_system
-from tests.network.kit import INSTANCE, SETTINGS, stopped, vm
+from actors import Ref
+from tests.network.kit import INSTANCE, SETTINGS, keeper, stopped, vm
 from tests.simulated import SimLinks, SimNetwork
 from volant.model import VmRow, tap_of
-from volant.network import Link, MakeBridge, NetworkFailed, NetworkKeeper, Networks, Step
+from volant.network import Link, MakeBridge, NetworkFailed, Networks, Step
 from volant.network.messages import Attach, Detach, Reconcile
 
 T = TypeVar("T")
@@ -39,9 +39,8 @@ class Bench:
 
     @asynccontextmanager
     async def actor(self) -> AsyncIterator[Ref[Any]]:
-        child = Child("network", partial(NetworkKeeper, self.networks()), shutdown_s=100)
-        async with open_system(Supervisor(ONE_FOR_ONE, children=[child])):
-            yield child.ref
+        async with keeper(self.networks()) as network:
+            yield network
 
     def taps(self) -> set[str]:
         return {name for name, link in self.links.links.items() if link.kind == "tun"}

@@ -5,73 +5,44 @@ The attacker is any program of that user, as a guest may control passt.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import pytest
 import trio
 
-from actors import ONE_FOR_ONE, Child, Ref, Supervisor, open_system
 from tests.attackers.exposed_host import LOOPBACK_PORT, METADATA, MULTICAST_GROUPS, PORT, exposed_host
 from tests.network import peer
 from tests.network.kit import (
     INSTANCE,
+    PASST_USER,
     SETTINGS,
     UPLINK,
+    VM_USERS,
     WORLD,
     World,
     a_world,
     address,
+    answered,
     having,
+    keeper,
     nft,
     ruleset,
     stopped,
+    user_vm,
     vm,
 )
+from tests.processes import read_line
 from volant.host import Host
-from volant.model import VmRow, user_lease
-from volant.network import HostNetwork, NetworkKeeper, Networks, NetworkSettings, Passt, passt_user
+from volant.network import HostNetwork, Networks, NetworkSettings, Passt, passt_user
 from volant.network.messages import Confine
 
 pytestmark = pytest.mark.usefixtures("namespace")
 
-USER = 98303
 OTHER = NetworkSettings(instance="9876543210", subnet=SETTINGS.subnet)
 
 
-def of_passt(code: str, *arguments: object) -> str:
-    """Returns the output of a program that runs as passt's user."""
-    done = subprocess.run(
-        ["/usr/bin/python3", "-I", "-c", code, *map(str, arguments)],
-        user=USER, group=65534, extra_groups=(), cwd="/", capture_output=True, text=True, timeout=60, check=True,
-    )  # fmt: skip
-    return done.stdout
-
-
-_TRY = """
-import json, socket, sys
-answered = []
-for host, port in json.loads(sys.argv[1]):
-    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
-        with socket.socket(socket.AF_INET, kind) as sock:
-            sock.settimeout(0.5)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
-            try:
-                sock.connect((host, port))
-                sock.send(b"attack")
-                if sock.recv(100):
-                    answered.append([host, port, "udp" if kind == socket.SOCK_DGRAM else "tcp"])
-            except OSError:
-                pass
-print(json.dumps(answered))
-"""
 _SERVE = """
 import socket
 with socket.create_server(("0.0.0.0", 8080)) as server:
@@ -83,28 +54,12 @@ with socket.create_server(("0.0.0.0", 8080)) as server:
 """
 
 
-def answered(*targets: tuple[str, int]) -> list[list[object]]:
-    found: list[list[object]] = json.loads(of_passt(_TRY, json.dumps(targets)))
-    return found
-
-
-def user_vm(vm_id: int) -> VmRow:
-    return msgspec.structs.replace(vm(vm_id), network="user", lease=user_lease(INSTANCE, vm_id))
-
-
 async def networks_of(world: World, root: Path, settings: NetworkSettings = SETTINGS) -> Networks:
     """Returns the networks of a daemon that checked what the host supports."""
-    passt = Passt(Host(), root, settings.instance, USER)
+    passt = Passt(Host(), root, settings.instance, PASST_USER)
     networks = Networks(HostNetwork(Host()), settings, lambda: world.rows, passt)
     assert await networks.passt_filter.obstacle() is None
     return networks
-
-
-@asynccontextmanager
-async def keeper(networks: Networks) -> AsyncIterator[Ref[Any]]:
-    child = Child("network", partial(NetworkKeeper, networks), shutdown_s=60)
-    async with open_system(Supervisor(ONE_FOR_ONE, children=[child])):
-        yield child.ref
 
 
 async def test_a_guest_behind_passt_reaches_the_world_and_nothing_of_the_host(tmp_path: Path) -> None:
@@ -128,14 +83,15 @@ async def test_a_guest_behind_passt_reaches_the_world_and_nothing_of_the_host(tm
             (UPLINK, 8081),
         ]
         with exposed_host([UPLINK]) as services:
-            assert len(answered(*closed)) >= len(METADATA) + 4, "without it they are reached"
+            assert len(answered(PASST_USER, *closed)) >= len(METADATA) + 4, "without it they are reached"
             assert services.received()
 
             await networks.passt_filter.ensure()
 
-            assert answered(*closed) == []
+            assert answered(PASST_USER, *closed) == []
             assert services.received() == []
-        assert answered((WORLD, 80), ("168.63.129.16", 53)) == [[WORLD, 80, "tcp"], ["168.63.129.16", 53, "udp"]]
+        world_and_names = ((WORLD, 80), ("168.63.129.16", 53))
+        assert answered(PASST_USER, *world_and_names) == [[WORLD, 80, "tcp"], ["168.63.129.16", 53, "udp"]]
         # Other users of the host are not filtered.
         assert peer.ask("tcp", METADATA[0], 80) != ""
 
@@ -147,11 +103,10 @@ async def test_a_published_port_of_a_guest_behind_passt_answers(tmp_path: Path) 
         await networks.passt_filter.ensure()
         passt = subprocess.Popen(  # noqa: ASYNC220 - nothing else runs here
             ["/usr/bin/python3", "-I", "-c", _SERVE],
-            user=USER, group=65534, extra_groups=(), cwd="/", stdout=subprocess.PIPE, text=True,
+            user=PASST_USER, group=65534, extra_groups=(), cwd="/", stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         try:
-            assert passt.stdout is not None
-            assert passt.stdout.readline() == "ready\n"
+            assert read_line(passt) == "ready\n"
             for host in ("127.0.0.1", UPLINK):
                 assert peer.ask("tcp", host, 8080) == "from a guest"
             assert world.world("ask", "tcp", UPLINK, 8080) == "from a guest"
@@ -163,21 +118,21 @@ async def test_a_published_port_of_a_guest_behind_passt_answers(tmp_path: Path) 
 async def test_the_filter_is_loaded_before_passt_restored_and_removed(tmp_path: Path) -> None:
     with a_world() as world:
         async with keeper(await networks_of(world, tmp_path)) as network:
-            assert f"skuid {USER}" not in ruleset(), "nobody needs it"
+            assert f"skuid {PASST_USER}" not in ruleset(), "nobody needs it"
             world.rows = [user_vm(1)]
-            await network.ask(Confine(), timeout_s=60)
-            assert f"skuid {USER}" in ruleset()
+            await network.ask(Confine(1), timeout_s=60)
+            assert f"skuid {PASST_USER}" in ruleset()
             nft("flush ruleset")
             with trio.fail_after(20):
-                while f"skuid {USER}" not in ruleset():  # noqa: ASYNC110 - nothing tells
+                while f"skuid {PASST_USER}" not in ruleset():  # noqa: ASYNC110 - nothing tells
                     await trio.sleep(0.05)
-        assert f"skuid {USER}" in ruleset(), "a VM runs"
+        assert f"skuid {PASST_USER}" in ruleset(), "a VM runs"
 
         nft("flush ruleset")
         async with keeper(await networks_of(world, tmp_path)) as network:
             # The next daemon puts it back before anybody asks for it.
             with trio.fail_after(20):
-                while f"skuid {USER}" not in ruleset():  # noqa: ASYNC110 - nothing tells
+                while f"skuid {PASST_USER}" not in ruleset():  # noqa: ASYNC110 - nothing tells
                     await trio.sleep(0.05)
             world.rows = [stopped(user_vm(1))]
         assert ruleset() == ""
@@ -198,11 +153,11 @@ async def test_two_daemons_do_not_disturb_each_other(tmp_path: Path) -> None:
 
 async def test_passt_runs_where_the_host_cannot_filter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert passt_user(range(65536, 98304)) is None
+    assert passt_user(VM_USERS) is None
     with a_world() as world:
         world.rows = [user_vm(1)]
         networks = Networks(HostNetwork(Host()), SETTINGS, lambda: world.rows, Passt(Host(), tmp_path, INSTANCE, None))
         assert await networks.passt_filter.obstacle() == "volantd does not run as root"
         async with keeper(networks) as network:
-            await network.ask(Confine(), timeout_s=60)
+            await network.ask(Confine(1), timeout_s=60)
         assert ruleset() == ""

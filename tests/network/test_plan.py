@@ -7,8 +7,8 @@ from ipaddress import IPv4Network
 import msgspec
 import pytest
 
-from tests.network.kit import INSTANCE, SETTINGS, SUBNET, stopped, vm
-from volant.model import Phase, Status, VmRow, user_lease
+from tests.network.kit import INSTANCE, SETTINGS, SUBNET, stopped, user_vm, vm
+from volant.model import Phase, Status, VmRow
 from volant.network import Link, MakeBridge, MakeTap, NetworkFailed, NetworkSettings, RemoveLink, Route, SetLocalnet
 from volant.network._plan import NetworkPlan, check_subnets, plan_of, steps_to
 
@@ -39,7 +39,7 @@ def test_a_vm_has_a_tap_from_the_commit_of_its_tag_until_its_process_ends() -> N
 
 def test_vms_with_the_networks_none_and_user_have_no_tap() -> None:
     none = msgspec.structs.replace(vm(1), lease=None, network="none")
-    user = msgspec.structs.replace(vm(2), lease=user_lease(INSTANCE, 2), network="user")
+    user = user_vm(2)
 
     assert plan(none, user).taps == ()
     assert [gateway.network for gateway in plan(none, user).gateways] == [SUBNET]

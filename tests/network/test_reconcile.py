@@ -7,15 +7,17 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from ipaddress import IPv4Network
+from typing import Any
 
 import pytest
 import trio
 from pyroute2 import IPRoute
 
-from actors import ONE_FOR_ONE, Child, Supervisor, open_system
+from actors import Ref
 from tests.network import peer
 from tests.network.kit import (
     SETTINGS,
@@ -26,6 +28,7 @@ from tests.network.kit import (
     a_world,
     address,
     having,
+    keeper,
     links,
     nft,
     ruleset,
@@ -33,9 +36,11 @@ from tests.network.kit import (
     vm,
     with_vm,
 )
-from volant.host import Host
+from volant.host import Host, make_permanent, open_tap
+from volant.host._sockets import LinuxSockets
+from volant.hypervisor.qemu import _netdev
 from volant.model import VmRow
-from volant.network import HostNetwork, NetworkFailed, NetworkKeeper, Networks, NetworkSettings
+from volant.network import HostNetwork, NetworkFailed, Networks, NetworkSettings
 from volant.network.messages import Attach, Detach, Reconcile
 
 pytestmark = pytest.mark.usefixtures("namespace")
@@ -188,9 +193,8 @@ async def test_a_removed_bridge_or_firewall_is_restored_at_once(damage: object) 
     with a_world() as world:
         world.rows = ROWS
         networks = Seen(world)
-        child = Child("network", partial(NetworkKeeper, networks))
-        async with open_system(Supervisor(ONE_FOR_ONE, children=[child])):
-            await child.ref.ask(Reconcile(), timeout_s=60)
+        async with keeper(networks) as network:
+            await network.ask(Reconcile(), timeout_s=60)
             wanted = state()
             networks.looked = trio.Event()
             damage()
@@ -204,10 +208,9 @@ async def test_the_daemons_own_changes_do_not_count_as_damage() -> None:
     with a_world() as world:
         world.rows = ROWS
         networks = Seen(world)
-        child = Child("network", partial(NetworkKeeper, networks))
-        async with open_system(Supervisor(ONE_FOR_ONE, children=[child])):
+        async with keeper(networks) as network:
             for _ in range(3):
-                await child.ref.ask(Reconcile(), timeout_s=60)
+                await network.ask(Reconcile(), timeout_s=60)
             for times in (1, 2):
                 networks.looked = trio.Event()
                 # Earlier reports of the kernel arrive before this one.
@@ -215,7 +218,7 @@ async def test_the_daemons_own_changes_do_not_count_as_damage() -> None:
                 with trio.fail_after(20):
                     await networks.looked.wait()
 
-                assert child.ref.inspect()["actor"]["batches"] == 1 + 3 + times
+                assert network.inspect()["actor"]["batches"] == 1 + 3 + times
 
 
 async def test_foreign_interfaces_and_rules_are_never_changed() -> None:
@@ -258,22 +261,21 @@ async def test_creating_and_deleting_vms_leaves_the_host_unchanged() -> None:
 
 async def test_all_vms_of_a_subnet_attach_and_detach_at_once() -> None:
     with a_world() as world:
-        child = Child("network", partial(NetworkKeeper, world.networks()))
-        async with open_system(Supervisor(ONE_FOR_ONE, children=[child])):
+        async with keeper(world.networks()) as network:
             before = links()
             world.rows = [vm(number) for number in range(1, 254)]
-            await _ask_all(child, [Attach(row.id) for row in world.rows])
+            await _ask_all(network, [Attach(row.id) for row in world.rows])
             assert links() - before == {SETTINGS.bridge_name, *map(tap, world.rows)}
 
             world.rows, gone = [], world.rows
-            await _ask_all(child, [Detach(row.id) for row in gone])
+            await _ask_all(network, [Detach(row.id) for row in gone])
             assert links() - before == {SETTINGS.bridge_name}
 
 
-async def _ask_all(child: Child[NetworkKeeper], messages: Sequence[Attach | Detach]) -> None:
+async def _ask_all(network: Ref[Any], messages: Sequence[Attach | Detach]) -> None:
     async with trio.open_nursery() as nursery:
         for message in messages:
-            nursery.start_soon(partial(child.ref.ask, message, timeout_s=60))
+            nursery.start_soon(partial(network.ask, message, timeout_s=60))
 
 
 async def test_two_daemons_on_one_host_do_not_conflict() -> None:
@@ -439,3 +441,36 @@ async def test_without_cap_net_admin_the_error_names_it() -> None:
         assert "CAP_NET_ADMIN" in (await world.networks().obstacle() or "")
         with pytest.raises(NetworkFailed, match="CAP_NET_ADMIN"):
             await world.networks().ensure({1})
+
+
+class Handing(LinuxSockets):
+    """Lets go of a tap once somebody was refused it."""
+
+    def __init__(self, tun: int) -> None:
+        self._tun = tun
+        self.refused = 0
+
+    @contextmanager
+    def open_tap(self, name: str) -> Iterator[int]:
+        with ExitStack() as stack:
+            try:
+                tap = stack.enter_context(super().open_tap(name))
+            except OSError:
+                self.refused += 1
+                if self.refused == 2:
+                    os.close(self._tun)
+                raise
+            yield tap
+
+
+async def test_a_launch_waits_for_a_tap_that_is_being_set_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    tun = open_tap("vtap0")
+    make_permanent(tun, os.geteuid())
+    host = Host()
+    host.sockets = handing = Handing(tun)
+    with ExitStack() as stack:
+        await _netdev.open_tap(host, "vtap0", stack)
+        assert handing.refused == 2
+        monkeypatch.setattr(_netdev, "_TAP_S", 0.05)
+        with ExitStack() as second, pytest.raises(OSError, match="busy"):
+            await _netdev.open_tap(Host(), "vtap0", second)

@@ -14,14 +14,19 @@ from ._backend import (
     SetLocalnet,
     Step,
 )
+from ._egress import DeniedDestination, EgressFilter, Resolvers
+from ._egress_rules import EgressGuest
 from ._netlink import HostNetwork, may_configure_networks
 from ._networks import Networks
 from ._passt import Passt, passt_obstacle, passt_socket
-from ._passt_filter import passt_user
+from ._passt_filter import passt_user, restricted_passt_users
 from ._plan import NetworkSettings
 
 __all__ = [
     "BridgeDown",
+    "DeniedDestination",
+    "EgressFilter",
+    "EgressGuest",
     "ForgetConnections",
     "HostNetwork",
     "Link",
@@ -34,6 +39,7 @@ __all__ = [
     "Networks",
     "Passt",
     "RemoveLink",
+    "Resolvers",
     "Route",
     "SetLocalnet",
     "Step",
@@ -41,4 +47,5 @@ __all__ = [
     "passt_obstacle",
     "passt_socket",
     "passt_user",
+    "restricted_passt_users",
 ]

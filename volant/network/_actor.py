@@ -19,7 +19,7 @@ from actors import Actor, Deferred, TaskHandle, handles
 
 from ._backend import NetworkFailed
 from ._networks import Networks
-from .messages import Attach, Confine, Detach, Reconcile
+from .messages import Attach, Confine, Detach, Reconcile, Release
 
 _Waiting = tuple[int | None, Deferred[None]]
 """A request's VM, or None for all of them, and where to answer it."""
@@ -48,8 +48,8 @@ class NetworkKeeper(Actor):
         self._asked = 0
 
     async def on_start(self) -> None:
-        # Nobody watched since the previous incarnation ended.
-        self._networks.passt_filter.forget()
+        # Losses were not noticed since the previous incarnation ended.
+        self._networks.forget()
         self._tasks.append(self.ctx.spawn(self._work, name="networks"))
 
     async def on_stop(self) -> None:
@@ -57,7 +57,8 @@ class NetworkKeeper(Actor):
             task.cancel()
             await task.wait()
         # Another daemon may need the subnet; this daemon's next run creates everything again.
-        for remove in (self._networks.remove_unused, self._networks.passt_filter.remove_unused):
+        networks = self._networks
+        for remove in (networks.remove_unused, networks.passt_filter.remove_unused, networks.remove_unused_egress):
             try:
                 await remove()
             except NetworkFailed as error:
@@ -82,10 +83,13 @@ class NetworkKeeper(Actor):
 
     @handles(Confine)
     async def confine(self, message: Confine) -> None:
-        passt_filter = self._networks.passt_filter
-        if passt_filter.is_possible:
+        if self._networks.passt_filter.is_possible:
             self._watch()
-            await passt_filter.ensure()
+        await self._networks.confine(message.vm_id)
+
+    @handles(Release)
+    async def release(self, message: Release) -> None:
+        await self._networks.release(message.vm_id)
 
     @handles(Reconcile)
     async def reconcile(self, message: Reconcile) -> Deferred[None]:
@@ -104,7 +108,7 @@ class NetworkKeeper(Actor):
 
     def _on_loss(self, what: str) -> None:
         _logger.warning("repairing the network: %s", what)
-        self._networks.passt_filter.forget()
+        self._networks.forget()
         self._reconcile_due = True
         self._wake.set()
 
@@ -127,14 +131,17 @@ class NetworkKeeper(Actor):
         before = str(self._passt_failure)
         passt_filter = self._networks.passt_filter
         try:
-            if passt_filter.is_possible and not passt_filter.is_loaded and await passt_filter.is_needed():
+            unresolved: Mapping[int, NetworkFailed] = {}
+            if passt_filter.is_possible and await passt_filter.is_needed():
                 self._watch()
+                # Each does nothing if its table is loaded. One may have failed when the other was.
                 await passt_filter.ensure()
-            self._passt_failure = None
+                unresolved = await self._networks.egress.ensure()
+            self._passt_failure = next(iter(unresolved.values()), None)
         except NetworkFailed as error:
             self._passt_failure = error
             if str(error) != before:
-                _logger.error("VMs with the network 'user' reach this host itself: %s", error)
+                _logger.error("destinations of VMs with the network 'user' are not filtered: %s", error)
         before = str(self._failure)
         await self._serve(())
         if self._failure is not None and str(self._failure) != before:

@@ -6,8 +6,8 @@ tested without a kernel.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from typing import Protocol
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, Protocol
 
 import msgspec
 
@@ -125,6 +125,11 @@ class NetworkBackend(Protocol):
 
     async def load(self, rules: str) -> None:
         """Loads rules into nftables in one transaction."""
+        ...
+
+    async def listed(self, what: str) -> Sequence[Mapping[str, Any]]:
+        """Returns what `nft -j list` says of an object, as `table inet t`, one mapping for each part. Empty if there is
+        no such object."""
         ...
 
     async def watch(self, bridge: str, tables: Collection[str], on_loss: Callable[[str], None]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 import trio
@@ -61,6 +61,9 @@ class HostNetwork:
 
     async def load(self, rules: str) -> None:
         await _nftables.load(self._host, rules)
+
+    async def listed(self, what: str) -> Sequence[Mapping[str, Any]]:
+        return await _nftables.listed(self._host, what)
 
     async def watch(self, bridge: str, tables: Collection[str], on_loss: Callable[[str], None]) -> None:
         await _watch.watch(bridge, tables, on_loss)

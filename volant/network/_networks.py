@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from volant.model import VmRow, tap_of
+from volant.model import VmRow, is_restricted, tap_of
 
 from ._backend import (
     BridgeDown,
@@ -27,6 +27,7 @@ from ._backend import (
     SetLocalnet,
     Step,
 )
+from ._egress import EgressFilter, Resolvers
 from ._passt import Passt
 from ._passt_filter import PasstFilter
 from ._plan import (
@@ -56,8 +57,11 @@ class Networks:
         settings: NetworkSettings,
         rows: Callable[[], Iterable[VmRow]],
         passt: Passt | None = None,
+        resolvers: Resolvers | None = None,
     ) -> None:
-        """`passt`: None if no VM has the network `user`."""
+        """`passt`: None if no VM has the network `user`; `resolvers`: None if no name leads to an address for VMs with
+        an egress policy."""
+        self.egress = EgressFilter(backend, settings, rows, passt, resolvers)
         self.passt_filter = PasstFilter(backend, settings, rows, passt)
         self._backend = backend
         self._settings = settings
@@ -68,6 +72,8 @@ class Networks:
         """Whether the firewall may have our tables, even if no link of ours exists."""
         self._gateways: object = None
         """The bridge's addresses after a complete reconciliation; None before."""
+        self._not_enforced: Mapping[int, NetworkFailed] = {}
+        """The VMs whose egress policy is not enforced completely, and why."""
         self._without_tap: Mapping[int, NetworkFailed] = {}
         self._left_in_use: tuple[str, ...] = ()
         self._counts = {"reconciled": 0, "repaired": 0}
@@ -116,7 +122,7 @@ class Networks:
         links = await self._backend.links()
         steps = steps_to(plan, links)
         check_subnets(plan, await self._backend.routes(), links)
-        await self._load_rules(rules_of(plan))
+        await self._load_firewall(plan)
         failures = await self._run_steps(plan, steps)
         self._gateways = plan.gateways
         wanted = {tap.name for tap in plan.taps}
@@ -153,7 +159,7 @@ class Networks:
         settings = plan.settings
         taps = [tap for tap in plan.taps if tap.vm_id in vm_ids or tap.vm_id in self._without_tap]
         detached = {tap_of(settings.instance, vm_id): vm_id for vm_id in set(vm_ids) - {tap.vm_id for tap in taps}}
-        await self._load_rules(rules_of(plan))
+        await self._load_firewall(plan)
         return await self._run_steps(
             plan,
             [
@@ -165,6 +171,29 @@ class Networks:
             ],
             detached,
         )
+
+    async def confine(self, vm_id: int) -> None:
+        """Filters the destinations of a VM's passt; see `Confine`. :raises NetworkFailed:"""
+        if self.passt_filter.is_possible:
+            await self.passt_filter.ensure()
+        if not any(row.id == vm_id and is_restricted(row.egress) for row in self._rows()):
+            return
+        if not self.passt_filter.is_possible:
+            raise NetworkFailed("egress", "this host can't filter what passt sends, and the VM has an egress policy")
+        failures = await self.egress.ensure()
+        self.egress.check_user(vm_id)
+        if vm_id in failures:
+            raise failures[vm_id]
+
+    async def release(self, vm_id: int) -> None:
+        """Removes the egress rules of a VM whose passt has ended. :raises NetworkFailed:"""
+        if self.egress.has(vm_id):
+            await self.egress.ensure(detached={vm_id})
+
+    def forget(self) -> None:
+        """Notes that tables may have been removed."""
+        self.passt_filter.forget()
+        self.egress.forget()
 
     @property
     def is_complete(self) -> bool:
@@ -178,9 +207,9 @@ class Networks:
 
     async def watch(self, on_loss: Callable[[str], None]) -> None:
         """Calls `on_loss` with a description whenever the bridge or a table is removed. Never returns."""
-        await self._backend.watch(
-            self._settings.bridge_name, (*self._settings.tables, self._settings.passt_table), on_loss
-        )
+        settings = self._settings
+        tables = (*settings.tables, settings.passt_table, settings.egress_table)
+        await self._backend.watch(settings.bridge_name, tables, on_loss)
 
     async def remove_unused(self) -> None:
         """Removes everything, unless a VM needs a tap or a process has one open: that may be a VM to be adopted.
@@ -192,6 +221,13 @@ class Networks:
         if any(link.in_use and is_tap(self._settings, link) for link in await self._backend.links()):
             return
         await self.remove()
+
+    async def remove_unused_egress(self) -> None:
+        """Removes the egress rules, unless a VM needs them or may be adopted. :raises NetworkFailed:"""
+        if not self.egress.is_loaded or await self.passt_filter.is_needed():
+            return
+        if not any(link.in_use and is_tap(self._settings, link) for link in await self._backend.links()):
+            await self.egress.remove_unused()
 
     async def remove(self) -> None:
         """Removes everything. :raises NetworkFailed: when a part can't be removed."""
@@ -217,6 +253,26 @@ class Networks:
         """Whether the host may have links or tables of this daemon. Without any, a daemon that needs no networks needs
         no rights."""
         return self._has_tables or any(may_be_ours(self._settings, name) for name in await self._backend.names())
+
+    async def _load_firewall(self, plan: NetworkPlan) -> None:
+        """Loads the egress rules, then the tables that let guests send, then removes the egress rules of VMs that are
+        not in those tables any more. So a guest sends nothing while its egress policy is not enforced."""
+        restricted = [tap.vm_id for tap in plan.taps if tap.restricted]
+        closed: Collection[int] = ()
+        try:
+            self._not_enforced = await self.egress.ensure()
+        except NetworkFailed as error:
+            self._not_enforced = dict.fromkeys(restricted, error)
+            closed = restricted
+            _logger.error("VMs with an egress policy can't send anything: %s", error)
+        await self._load_rules(rules_of(plan, closed=closed))
+        on_bridge = {row.id for row in self._rows() if row.lease is not None and row.lease.tap}
+        try:
+            if not closed:
+                self._not_enforced = await self.egress.ensure(detached=on_bridge - {tap.vm_id for tap in plan.taps})
+        except NetworkFailed as error:
+            self._not_enforced = dict.fromkeys(restricted, error)
+            _logger.error("the egress rules of VMs that have ended can't be removed: %s", error)
 
     async def _load_rules(self, rules: Rules) -> None:
         before, self._loaded = self._loaded, None
@@ -257,5 +313,9 @@ class Networks:
                     _logger.warning("%s", failure)
                 case _ if failure is not None:
                     raise failure
+        for vm_id in vm_ids.values():
+            if (failed := self._not_enforced.get(vm_id)) is not None:
+                failures.setdefault(vm_id, failed)
+                without_tap.setdefault(vm_id, failed)
         self._without_tap = without_tap
         return failures

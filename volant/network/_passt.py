@@ -17,7 +17,7 @@ import msgspec
 import trio
 
 from volant.host import PROGRAM_ENVIRONMENT, Grant, Host, ProcessGone, ResourceLimits
-from volant.model import Lease, ProcessIdentity, PublishedPort, VmRow
+from volant.model import USER, Lease, Phase, ProcessIdentity, PublishedPort, VmRow, is_restricted, kind_of
 
 from ._backend import NetworkFailed
 
@@ -69,6 +69,11 @@ def passt_socket(runtime_dir: Path, vm_id: int) -> Path:
     return runtime_dir / "net" / f"{vm_id}.sock"
 
 
+def has_passt(row: VmRow) -> bool:
+    """Returns whether a VM has a passt, or is about to."""
+    return kind_of(row.network) == USER and bool(row.tag) and row.phase not in (Phase.KILL, Phase.REMOVE)
+
+
 class Passt(msgspec.Struct, frozen=True):
     """Manages the passt processes of one daemon."""
 
@@ -76,7 +81,15 @@ class Passt(msgspec.Struct, frozen=True):
     runtime_dir: Path
     instance: str
     user: int | None = None
-    """The user that all of them run as; see `passt_user`."""
+    """The user that all of them run as but those below; see `passt_user`."""
+    users: range = range(0)
+    """The users of passts of VMs with an egress policy, as the firewall tells them apart by their users."""
+
+    def user_of(self, row: VmRow) -> int | None:
+        """Returns the user that a VM's passt runs as. Two VMs have one user if their ids are far apart."""
+        if not is_restricted(row.egress):
+            return self.user
+        return self.users[row.id % len(self.users)] if self.users else None
 
     def socket(self, vm_id: int) -> Path:
         """Returns the path of the socket of a VM's passt."""
@@ -91,11 +104,11 @@ class Passt(msgspec.Struct, frozen=True):
             return
         host, tag, socket = self.host, self._tag(row.id), self.socket(row.id)
         found = await self._find(row.id)
-        if found and self.user is not None:
+        if found and self.user_of(row) is not None:
             self._warn_if_unfiltered(row, found[0])
         if not found or not host.files.exists(socket):
             await self.end(row.id)
-            argv = passt_argv(socket, self._log(row.id), tag, row.lease, row.ports, self.user)
+            argv = passt_argv(socket, self._log(row.id), tag, row.lease, row.ports, self.user_of(row))
             try:
                 await host.files.mkdir(socket.parent)
                 # Written first: without the file, a process counts as connected.
@@ -108,7 +121,9 @@ class Passt(msgspec.Struct, frozen=True):
                     "passt_missing", "passt is not installed: run `apt-get install passt`, then start the VM again"
                 ) from None
             except (OSError, trio.TooSlowError) as error:
-                raise NetworkFailed("passt_failed", f"passt can't be started: {error or 'it takes too long'}") from None
+                raise NetworkFailed(
+                    "passt_failed", f"passt can't be started: {str(error) or 'it takes too long'}"
+                ) from None
             found = await self._find(row.id)
             if status != 0 or not found:
                 output = said.decode(errors="replace").strip()[-_MAX_ERROR:] or "it ended without any output"
@@ -141,7 +156,7 @@ class Passt(msgspec.Struct, frozen=True):
         """Logs that an earlier version of the daemon, which did not filter, started this process. Ending it would break
         the guest's connections."""
         with suppress(ProcessGone):
-            if self.host.proc.status(found).user != self.user:
+            if self.host.proc.status(found).user != self.user_of(row):
                 _logger.warning(
                     "VM %s: an earlier version of the daemon started its passt without a filter: the guest reaches "
                     "this host's own addresses until you stop and start the VM",
@@ -165,7 +180,7 @@ class Passt(msgspec.Struct, frozen=True):
             for path in (self.socket(vm_id), self._log(vm_id), self._unconnected(vm_id)):
                 await host.files.remove(path)
         except (OSError, trio.TooSlowError) as error:
-            raise NetworkFailed("passt_failed", f"passt can't be ended: {error or 'it does not end'}") from error
+            raise NetworkFailed("passt_failed", f"passt can't be ended: {str(error) or 'it does not end'}") from error
 
     async def any_runs(self) -> bool:
         """Returns whether any VM's passt runs. Reads all of /proc."""

@@ -1,8 +1,10 @@
 """Filters the destinations of guests behind passt: they reach the world and nothing of the host.
 
 passt's packets are the host's own, so the rules match the user that passt runs as. All passts of a daemon run as one
-user, which no hypervisor has. A table rejects packets to the host's own addresses, to broadcast and multicast, to cloud
-metadata services and to guests on the bridge, before destination NAT. Answers pass, so published ports work.
+user, which no hypervisor has, but those of VMs with an egress policy: each of these has a user of its own, whose
+destinations `_egress.py` restricts further. A table rejects packets to the host's own addresses, to broadcast and
+multicast, to cloud metadata services and to guests on the bridge, before destination NAT. Answers pass, so published
+ports work.
 
 The table is loaded before the first passt starts, and again when it is removed. Two daemons with the same user have a
 table each, and both tables apply to both.
@@ -16,10 +18,11 @@ from pathlib import Path
 
 import trio
 
-from volant.model import USER, Phase, VmRow, kind_of
+from volant.host import user_of_passt, users_of_restricted_passt
+from volant.model import USER, VmRow, kind_of
 
 from ._backend import NetworkBackend, NetworkFailed
-from ._passt import Passt
+from ._passt import Passt, has_passt
 from ._plan import NetworkSettings
 from ._rules import AZURE, METADATA, delete_tables
 
@@ -29,7 +32,8 @@ _UID_MAP = Path("/proc/self/uid_map")
 def passt_user(users: range) -> int | None:
     """Returns the user that passt runs as: the last of `users`, which no hypervisor gets. None if the daemon is not
     root or the user does not exist here."""
-    return users[-1] if os.geteuid() == 0 and _is_known(users[-1]) else None
+    user = user_of_passt(users)
+    return user if os.geteuid() == 0 and _is_known(user) else None
 
 
 def _is_known(user: int) -> bool:
@@ -41,12 +45,20 @@ def _is_known(user: int) -> bool:
     return any(first <= user < first + count for first, _, count in ranges)
 
 
-def passt_rules(settings: NetworkSettings, user: int) -> str:
-    """Returns the rules that create or replace the table."""
+def restricted_passt_users(users: range) -> range:
+    """Returns the users that passts of VMs with an egress policy run as; none if the daemon is not root or a user does
+    not exist here."""
+    found = users_of_restricted_passt(users)
+    return found if os.geteuid() == 0 and found and _is_known(found[0]) and _is_known(found[-1]) else range(0)
+
+
+def passt_rules(settings: NetworkSettings, user: int, users: range = range(0)) -> str:
+    """Returns the rules that create or replace the table. `users`: those of passts of VMs with an egress policy."""
+    skuids = f"{{ {user}, {users[0]}-{users[-1]} }}" if users else str(user)
     return f"""{delete_tables((settings.passt_table,))}table {settings.passt_table} {{
     chain output {{
         type filter hook output priority mangle; policy accept;
-        meta skuid {user} goto from-passt
+        meta skuid {skuids} goto from-passt
     }}
     chain from-passt {{
         ct state established,related accept
@@ -75,6 +87,7 @@ class PasstFilter:
         self._rows = rows
         self._passt = passt
         self._user = passt.user if passt is not None else None
+        self._users = passt.users if passt is not None else range(0)
         self._obstacle: str | None = "it was not checked yet"
         self._loading = trio.Lock()
         self.is_loaded = False
@@ -89,7 +102,7 @@ class PasstFilter:
         if self._user is None:
             return "volantd does not run as root" if os.geteuid() else "volantd has no user for passt (vm_uids)"
         try:
-            await self._backend.check(passt_rules(self._settings, self._user))
+            await self._backend.check(passt_rules(self._settings, self._user, self._users))
         except NetworkFailed as error:
             return str(error)
         return None
@@ -98,7 +111,7 @@ class PasstFilter:
         """Loads the table if the host can filter. :raises NetworkFailed: when it can't be loaded."""
         async with self._loading:
             if self._user is not None and self.is_possible and not self.is_loaded:
-                await self._backend.load(passt_rules(self._settings, self._user))
+                await self._backend.load(passt_rules(self._settings, self._user, self._users))
                 self.is_loaded = True
 
     @property
@@ -120,9 +133,4 @@ class PasstFilter:
     async def is_needed(self) -> bool:
         """Returns whether a passt runs or is about to start."""
         # A passt without a row may belong to a VM that is to be adopted.
-        return any(map(_has_passt, self._rows())) or (self._passt is not None and await self._passt.any_runs())
-
-
-def _has_passt(row: VmRow) -> bool:
-    """Returns whether a VM has a passt, or is about to."""
-    return kind_of(row.network) == USER and bool(row.tag) and row.phase not in (Phase.KILL, Phase.REMOVE)
+        return any(map(has_passt, self._rows())) or (self._passt is not None and await self._passt.any_runs())

@@ -11,7 +11,7 @@ from ipaddress import IPv4Interface, IPv4Network
 
 import msgspec
 
-from volant.model import Phase, PublishedPort, VmRow, gateway_of, is_named, tap_prefix
+from volant.model import Phase, PublishedPort, VmRow, gateway_of, is_named, is_restricted, tap_prefix
 
 from ._backend import Link, MakeBridge, MakeTap, NetworkFailed, RemoveLink, Route, SetLocalnet, Step
 
@@ -55,6 +55,11 @@ class NetworkSettings(msgspec.Struct, frozen=True, kw_only=True):
         """The table that filters passt, with its family."""
         return f"inet {self.table}-user"
 
+    @property
+    def egress_table(self) -> str:
+        """The table of VMs with an egress policy, with its family."""
+        return f"inet {self.table}-egress"
+
 
 class Tap(msgspec.Struct, frozen=True, kw_only=True):
     """Holds what a VM on the bridge needs."""
@@ -66,6 +71,8 @@ class Tap(msgspec.Struct, frozen=True, kw_only=True):
     network: str
     """The named network whose members it reaches; empty for none."""
     ports: tuple[PublishedPort, ...]
+    restricted: bool = False
+    """Whether it has an egress policy, and so asks the daemon for names."""
 
 
 class NetworkPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,6 +111,7 @@ def plan_of(settings: NetworkSettings, rows: Iterable[VmRow]) -> NetworkPlan:
                 address=lease.address,
                 network=row.network if is_named(row.network) else "",
                 ports=row.ports,
+                restricted=is_restricted(row.egress),
             )
         )
     return NetworkPlan(settings=settings, gateways=tuple(sorted(map(IPv4Interface, gateways))), taps=tuple(taps))

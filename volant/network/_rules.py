@@ -18,6 +18,7 @@ filters packets that the host routes or receives::
   published on this host is a way in. Answers to the host's own connections pass, and so does a ping of the gateway.
 - **Broadcast and multicast** reach the other guests of the network, but no service of the host: they are dropped where
   the host receives packets, which bridged frames never pass.
+- **DNS of VMs with an egress policy** goes to the gateway; `_egress_rules.py` leads it to their resolvers.
 - **Cloud metadata services** are rejected. Their IPv6 addresses need no rule, as no IPv6 leaves a tap.
 - **A port published on 127.0.0.1** is reached by packets of the host, which leave by the bridge with the gateway's
   address. The kernel allows that where `route_localnet` is on: only for the bridge, and only while such a port is
@@ -33,7 +34,7 @@ when an element that it removes is missing, because something else changed the t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from ipaddress import collapse_addresses
 
 import msgspec
@@ -64,19 +65,25 @@ class Rules(msgspec.Struct, frozen=True):
     elements: Elements
 
 
-def rules_of(plan: NetworkPlan) -> Rules:
-    """Returns the ruleset of a plan."""
+def rules_of(plan: NetworkPlan, *, closed: Collection[int] = ()) -> Rules:
+    """Returns the ruleset of a plan.
+
+    :param closed: VMs that may send nothing, as their egress policy is not enforced
+    """
     settings = plan.settings
     bridge, inet = settings.tables
     names = sorted({tap.network for tap in plan.taps if tap.network})
     elements: dict[str, dict[str, str]] = {
-        f"{bridge} guests": {f'"{tap.name}" . {tap.mac} . {tap.address}': "" for tap in plan.taps},
+        f"{bridge} guests": {
+            f'"{tap.name}" . {tap.mac} . {tap.address}': "" for tap in plan.taps if tap.vm_id not in closed
+        },
         f"{bridge} nics": {f'"{tap.name}" . {tap.mac}': "" for tap in plan.taps},
         f"{bridge} networks": {f'"{tap.name}"': f"goto in-{tap.network}" for tap in plan.taps if tap.network},
         **{
             f"{bridge} members-{name}": {f'"{tap.name}"': "" for tap in plan.taps if tap.network == name}
             for name in names
         },
+        f"{inet} asks-the-daemon": {tap.address: "" for tap in plan.taps if tap.restricted},
         f"{inet} published": _published(plan.taps, everywhere=False),
         f"{inet} published-everywhere": _published(plan.taps, everywhere=True),
     }
@@ -198,6 +205,9 @@ def _inet_table(plan: NetworkPlan) -> str:
     map published-everywhere {{
         type inet_proto . inet_service : ipv4_addr . inet_service
     }}
+    set asks-the-daemon {{
+        type ipv4_addr
+    }}
     set connections {{
         type ipv4_addr
         size 65535
@@ -211,6 +221,7 @@ def _inet_table(plan: NetworkPlan) -> str:
         ct state established,related accept
         ct state invalid drop
         ip daddr {_gateways(plan)} icmp type echo-request accept
+        ip saddr @asks-the-daemon ip daddr {_gateways(plan)} meta l4proto {{ tcp, udp }} th dport 53 accept
         fib daddr type local reject with icmpx admin-prohibited
         ip daddr {AZURE} meta l4proto {{ tcp, udp }} th dport 53 goto new-connection
         ip daddr {_set(METADATA)} reject with icmpx admin-prohibited

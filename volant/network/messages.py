@@ -31,11 +31,23 @@ class Detach(Request[None], msgspec.Struct, frozen=True):
 
 
 class Confine(Request[None], msgspec.Struct, frozen=True):
-    """Filters the destinations of passt, before one is started. Answered at once where the host can't filter them.
+    """Filters the destinations of a VM's passt, before it is started. Answered at once where the host can't filter
+    them, unless the VM has an egress policy.
 
-    :raises NetworkFailed: when the host can, but the rules can't be loaded now.
+    :raises NetworkFailed: when the host can, but the rules can't be loaded now, or the policy can't be enforced.
     """
 
+    vm_id: int
+    raises = (NetworkFailed,)
+
+
+class Release(Request[None], msgspec.Struct, frozen=True):
+    """Removes the egress rules of a VM whose passt has ended.
+
+    :raises NetworkFailed: when they can't be removed.
+    """
+
+    vm_id: int
     raises = (NetworkFailed,)
 
 
