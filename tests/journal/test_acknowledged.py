@@ -10,7 +10,7 @@ import pytest
 from tests.journal.kit import ClockHost, running
 from volant.journal import AddNetwork, EventGap
 from volant.journal._acknowledged import Acknowledged, AcknowledgedFile, acknowledged_path
-from volant.model import CreateNetwork
+from volant.model import DEFAULT_PROJECT, CreateNetwork
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ async def test_the_loss_of_an_acknowledged_network_is_reported(path: Path, tmp_p
         await bench.create("one")
         newest = bench.store.events.newest
         keep(path, tmp_path / "kept")
-        await bench.ask(AddNetwork(CreateNetwork(name="lan")))
+        await bench.ask(AddNetwork(CreateNetwork(name="lan"), DEFAULT_PROJECT))
         assert bench.store.lost is None
     put_back(path, tmp_path / "kept")
     async with running(path) as bench:
@@ -76,7 +76,7 @@ async def test_the_loss_of_the_end_of_the_log_is_reported(path: Path, tmp_path: 
     """As `kill -9` and a disk that has lost its last writes leave it."""
     async with running(path) as bench:
         await bench.create("one")
-        await bench.ask(AddNetwork(CreateNetwork(name="lan")))
+        await bench.ask(AddNetwork(CreateNetwork(name="lan"), DEFAULT_PROJECT))
         keep(path, tmp_path / "kept")
         shutil.copy(acknowledged_path(path), tmp_path / "kept")
     for file in files(path):

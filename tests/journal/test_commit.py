@@ -16,15 +16,30 @@ import trio
 from actors import ActorDown
 from actors.testing import kill
 from tests.journal.kit import Bench, GatedHost, events_after, full_error, running, take, types
+from tests.names import named
 from volant.journal import (
     CommitSteps,
+    CreateRow,
     DatabaseRefused,
     EnablePlugin,
     InstallPlugin,
     RemovePlugin,
     StaleRow,
 )
-from volant.model import BASE, IllegalTransition, Manifest, Phase, Problem, Status, Step, VmRow
+from volant.model import (
+    BASE,
+    DEFAULT_PROJECT,
+    Caller,
+    Cause,
+    CreateVm,
+    IllegalTransition,
+    Manifest,
+    Phase,
+    Problem,
+    Status,
+    Step,
+    VmRow,
+)
 
 
 @pytest.fixture
@@ -46,12 +61,30 @@ def on_disk(path: Path) -> list[VmRow]:
         connection.close()
 
 
+async def test_a_first_boot_begins_in_the_transaction_of_the_creation(path: Path) -> None:
+    request = CreateVm(name="demo", cpu_cores=1, memory_mb=128)
+    async with running(path) as bench:
+        async with bench.store.events.cursor(None) as cursor:
+            cause = Cause("create_vm", Caller("ann", "ann"), "r1")
+            row = await bench.ask(CreateRow(request, DEFAULT_PROJECT, cause=cause, starts=True))
+            # As if its actor had begun the boot a moment later.
+            assert (row.status, row.phase, row.revision) == (Status.PENDING, Phase.NONE, 1)
+            (now,) = bench.store.projection.rows()
+            assert (now.status, now.phase, now.revision) == (Status.STARTING, Phase.IMAGE, 2)
+            assert on_disk(path) == [now]
+            frames = await take(cursor)
+    assert [(frame.event.type, frame.event.status) for frame in frames] == [
+        ("VM_CREATED", Status.PENDING),
+        ("VM_STARTING", Status.STARTING),
+    ]
+
+
 async def test_a_reply_means_durable_visible_and_published(path: Path) -> None:
     async with running(path) as bench:
         async with bench.store.events.cursor(None) as cursor:
             row = await bench.create("demo", labels={"team": "a"})
             assert on_disk(path) == [row] == bench.store.projection.rows()
-            assert bench.store.projection.get("demo") is bench.store.projection.by_id(row.id)
+            assert bench.store.projection.get(named("demo")) is bench.store.projection.by_id(row.id)
             (frame,) = await take(cursor)
     assert (row.status, row.revision, row.id) == (Status.PENDING, 1, 1)
     assert (frame.event.type, frame.event.labels) == ("VM_CREATED", {"team": "a"})
@@ -163,11 +196,11 @@ async def test_requests_at_once_share_transactions_and_their_order(path: Path) -
 async def test_commits_survive_a_restart_of_the_daemon(path: Path) -> None:
     async with running(path) as bench:
         row = await bench.create("demo", env={"A": "b"}, ttl="30m")
-        await bench.ask(InstallPlugin(Manifest(name="web")))
+        await bench.ask(InstallPlugin(Manifest(name="web"), DEFAULT_PROJECT))
         epoch = bench.store.events.epoch
     async with running(path) as bench:
         assert bench.store.projection.rows() == [row]
-        assert set(bench.store.projection.plugins) == {"base", "web"}
+        assert set(bench.store.projection.plugins) == {named("web")}
         assert bench.store.events.epoch == epoch
         assert bench.store.projection.last_event == bench.store.events.newest
         assert types(await events_after(bench.store.events)) == ["VM_CREATED"]
@@ -211,28 +244,29 @@ async def test_a_plugin_is_installed_used_disabled_and_removed(path: Path) -> No
         with pytest.raises(Problem) as refusal:
             await bench.create("demo", plugin="web")
         assert (refusal.value.status, refusal.value.field) == (404, "plugin")
-        await bench.ask(InstallPlugin(Manifest(name="web", labels={"kind": "web"})))
+        await bench.ask(InstallPlugin(Manifest(name="web", labels={"kind": "web"}), DEFAULT_PROJECT))
         with pytest.raises(Problem, match="already"):
-            await bench.ask(InstallPlugin(Manifest(name="web")))
+            await bench.ask(InstallPlugin(Manifest(name="web"), DEFAULT_PROJECT))
         row = await bench.create("demo", plugin="web")
         assert row.labels == {"kind": "web"}
         with pytest.raises(Problem, match="in use by 1 VM: demo"):
-            await bench.ask(RemovePlugin("web"))
-        await bench.ask(EnablePlugin("web", False))
+            await bench.ask(RemovePlugin(named("web")))
+        await bench.ask(EnablePlugin(named("web"), False))
         with pytest.raises(Problem) as refusal:
             await bench.create("other", plugin="web")
         assert (refusal.value.status, refusal.value.code) == (409, "plugin-disabled")
         await bench.delete(row)
-        await bench.ask(RemovePlugin("web"))
+        await bench.ask(RemovePlugin(named("web")))
         with pytest.raises(Problem) as refusal:
-            await bench.ask(RemovePlugin("web"))
+            await bench.ask(RemovePlugin(named("web")))
         assert refusal.value.status == 404
-        assert set(bench.store.projection.plugins) == {"base"}
+        assert not bench.store.projection.plugins
 
 
 async def test_the_built_in_plugin_stays(path: Path) -> None:
     async with running(path) as bench:
-        for message in (RemovePlugin(BASE.name), EnablePlugin(BASE.name, False), InstallPlugin(BASE)):
+        base = named(BASE.name)
+        for message in (RemovePlugin(base), EnablePlugin(base, False), InstallPlugin(BASE, DEFAULT_PROJECT)):
             with pytest.raises(Problem) as refusal:
                 await bench.ask(message)
             assert refusal.value.status == 409
@@ -358,7 +392,7 @@ async def test_an_error_that_is_not_the_disks_crashes_the_actor_which_loads_agai
         host.before = None
         await alive(bench)
         assert (await bench.create("two")).id == 2
-        assert bench.store.projection.get("one") == row
+        assert bench.store.projection.get(named("one")) == row
 
 
 # Whose database it is

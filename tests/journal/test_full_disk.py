@@ -19,7 +19,7 @@ from volant.journal import AddNetwork, Store, _schema
 from volant.journal import _database as database_module
 from volant.journal import _journal as journal_module
 from volant.journal._reserve import RESERVE_BYTES, Reserve
-from volant.model import CreateNetwork, Problem
+from volant.model import DEFAULT_PROJECT, CreateNetwork, Problem
 
 T = TypeVar("T")
 
@@ -103,7 +103,7 @@ async def test_a_start_without_space_uses_the_reserve_and_refuses_changes(
         assert [row.name for row in bench.store.projection.rows()] == ["one"]
         assert not kept.exists()
         with pytest.raises(Problem) as refused:
-            await bench.ask(AddNetwork(CreateNetwork(name="lan")))
+            await bench.ask(AddNetwork(CreateNetwork(name="lan"), DEFAULT_PROJECT))
         assert (refused.value.status, refused.value.code) == (503, "journal-full")
         assert "is full" in str(bench.store.trouble)
         host.full = False

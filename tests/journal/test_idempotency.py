@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import apsw
@@ -14,7 +15,8 @@ import trio
 
 from actors import ActorDown, Request
 from actors.testing import kill
-from tests.journal.kit import Bench, ClockHost, GatedHost, full_error, running
+from tests.journal.kit import Bench, ClockHost, GatedHost, as_version, full_error, running
+from tests.names import named
 from volant.journal import (
     CommitSteps,
     CreateRow,
@@ -33,7 +35,7 @@ from volant.journal import (
     VmCreated,
     _responses,
 )
-from volant.model import CreateVm, Manifest, Problem, Status, Step, VmRow
+from volant.model import DEFAULT_PROJECT, CreateVm, Manifest, Problem, Status, Step, VmRow
 
 NO = Problem(409, "no", "not now", field="f", hint="later", vm="demo")
 
@@ -48,7 +50,7 @@ def key_of(key: str, request: str = "this") -> IdempotencyKey:
 
 
 def create(name: str, key: str, request: str = "this") -> CreateRow:
-    return CreateRow(CreateVm(name=name, cpu_cores=1, memory_mb=128), key_of(key, request))
+    return CreateRow(CreateVm(name=name, cpu_cores=1, memory_mb=128), DEFAULT_PROJECT, key_of(key, request))
 
 
 def starting(row: VmRow, key: str) -> CommitSteps:
@@ -66,17 +68,20 @@ async def repeat(bench: Bench, message: Request[object]) -> Result:
 async def test_a_repeated_request_gets_the_first_result_and_changes_nothing(path: Path) -> None:
     async with running(path) as bench:
         row = await bench.ask(create("demo", "create"))
-        plugin = await bench.ask(InstallPlugin(Manifest(name="p", version="1"), key_of("plugin")))
-        off = await bench.ask(EnablePlugin("p", False, key_of("off")))
-        assert await bench.ask(EnablePlugin("p", False, key_of("nothing"))) == off
+        plugin = await bench.ask(InstallPlugin(Manifest(name="p", version="1"), DEFAULT_PROJECT, key_of("plugin")))
+        off = await bench.ask(EnablePlugin(named("p"), False, key_of("off")))
+        assert await bench.ask(EnablePlugin(named("p"), False, key_of("nothing"))) == off
         changed = await bench.ask(starting(row, "command"))
         assert changed is not None
         assert await bench.ask(CommitSteps(row.id, changed.revision, (), key_of("no command"))) == changed
         expected: list[tuple[Request[object], Result]] = [
             (create("demo", "create"), VmCreated.of(row)),
-            (InstallPlugin(Manifest(name="p", version="1"), key_of("plugin")), PluginInstalled.of(plugin)),
-            (EnablePlugin("p", False, key_of("off")), PluginChanged.of(off)),
-            (EnablePlugin("p", False, key_of("nothing")), PluginChanged.of(off)),
+            (
+                InstallPlugin(Manifest(name="p", version="1"), DEFAULT_PROJECT, key_of("plugin")),
+                PluginInstalled.of(plugin),
+            ),
+            (EnablePlugin(named("p"), False, key_of("off")), PluginChanged.of(off)),
+            (EnablePlugin(named("p"), False, key_of("nothing")), PluginChanged.of(off)),
             (starting(row, "command"), VmChanged.of(changed)),
             (CommitSteps(row.id, changed.revision, (), key_of("no command")), VmChanged.of(changed)),
         ]
@@ -203,12 +208,38 @@ async def test_stored_responses_are_limited_by_age_number_and_size(path: Path, m
         assert isinstance(await bench.ask(create("again", "b")), VmRow)
         assert await known() == "bcd"
         size = sum(StoredResponse(key_of("any"), 0, result).size for result in results_on_disk(path))
-        assert size == bench.store.responses._bytes
+        assert size == bench.store.responses._sizes.total()
         monkeypatch.setattr(_responses, "MAX_BYTES", size // 3 + 1)
         await bench.ask(create("last", "e"))
         assert await known() == "e"
     async with running(path, host=host) as bench:
         assert isinstance(await repeat(bench, create("last", "e")), VmCreated)
+
+
+async def test_a_project_makes_room_for_its_own_responses(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = ClockHost()
+    monkeypatch.setattr(_responses, "MAX_RESPONSES", 6)
+
+    async def store(bench: Bench, project: str, keys: Iterable[str]) -> None:
+        for key in keys:
+            await bench.ask(StoreRefusal(Refusal.of(NO), IdempotencyKey(key.encode(), b"this", project)))
+
+    def known(bench: Bench) -> str:
+        assert len(bench.store.responses) == on_disk(path) == 6
+        now = host.clock.now()
+        return "".join(key for key in "abcdefgh" if bench.store.responses.find(key_of(key), now) is not None)
+
+    async with running(path, host=host) as bench:
+        await store(bench, "quiet", "ab")
+        await store(bench, "busy", (f"flood-{number}" for number in range(20)))
+        assert known(bench) == "ab"
+    # The next daemon knows whose they are.
+    async with running(path, host=host) as bench:
+        await store(bench, "busy", "cd")
+        assert known(bench) == "abcd"
+        # Above its share it removes none of the other's.
+        await store(bench, "quiet", "efgh")
+        assert known(bench) == "cdfgh"
 
 
 def results_on_disk(path: Path) -> list[bytes]:
@@ -226,12 +257,7 @@ def on_disk(path: Path) -> int:
 async def test_an_older_database_can_store_responses(path: Path) -> None:
     async with running(path) as bench:
         row = await bench.create("demo")
-    connection = apsw.Connection(str(path))
-    connection.execute("DROP TABLE responses")
-    connection.execute("DROP TABLE snapshots")
-    connection.execute("DROP TABLE networks")
-    connection.pragma("user_version", 1)
-    connection.close()
+    as_version(path, 1)
     async with running(path) as bench:
         assert bench.store.projection.rows() == [row]
         await bench.ask(create("other", "k"))

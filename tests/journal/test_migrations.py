@@ -14,6 +14,7 @@ import msgspec
 import pytest
 
 from tests.journal.kit import ClockHost, events_after, running
+from tests.names import named
 from volant import journal
 from volant.journal import DatabaseRefused, IdempotencyKey
 from volant.journal import _migrations as migrations
@@ -88,6 +89,10 @@ def event(seq: int) -> dict[str, object]:
     }  # fmt: skip
 
 
+DIVIDED = 9
+"""From this version on names belong to projects."""
+
+
 def database_of(path: Path, version: int) -> None:
     """Creates a database of that version."""
     connection = apsw.Connection(str(path))
@@ -98,13 +103,19 @@ def database_of(path: Path, version: int) -> None:
     connection.pragma("user_version", version)
     execute = connection.execute
     execute("INSERT INTO meta VALUES ('epoch', '5f3a')")
-    execute("INSERT INTO vms VALUES (9, 'gone', 1, x'')")
+    project = "'default', " if version >= DIVIDED else ""
+    execute(f"INSERT INTO vms VALUES (9, {project}'gone', 1, x'')")
     execute("DELETE FROM vms")
-    execute("INSERT INTO vms VALUES (3, 'demo', 17, ?)", (json.dumps(ROW).encode(),))
+    execute(f"INSERT INTO vms VALUES (3, {project}'demo', 17, ?)", (json.dumps(ROW).encode(),))
     for seq in range(1, 6):
         frame = json.dumps(event(seq)).encode()
         execute("INSERT INTO events VALUES (?, 1758717296, 3, 'demo', ?, ?)", (seq, TYPES[seq - 1], frame))
-    execute("INSERT INTO plugins VALUES ('web', 0, ?, ?)", (AT, json.dumps({"name": "web", "version": "1"}).encode()))
+    manifest = {"name": "web", "version": "1"}
+    if version >= DIVIDED:
+        plugin = {"manifest": manifest, "enabled": False, "created_at": AT}
+        execute("INSERT INTO named VALUES ('plugin', 'default', 'web', ?)", (json.dumps(plugin).encode(),))
+    else:
+        execute("INSERT INTO plugins VALUES ('web', 0, ?, ?)", (AT, json.dumps(manifest).encode()))
     if 2 <= version < 6:
         for scope, kept in ANSWERS.items():
             columns = {"scope": b64encode(scope).decode(), "asked": "cmVxdWVzdA==", "at": 1758717296}
@@ -112,7 +123,7 @@ def database_of(path: Path, version: int) -> None:
     elif version >= 6:
         for scope, result in RESULTS.items():
             execute(
-                "INSERT INTO responses VALUES (?, ?, ?, ?)",
+                "INSERT INTO responses (scope, request, at, result) VALUES (?, ?, ?, ?)",
                 (scope, b"request", 1758717296, msgspec.json.encode(result)),
             )
     connection.close()
@@ -131,7 +142,7 @@ async def test_a_migration_loses_nothing(path: Path, version: int) -> None:
         (row,) = bench.store.projection.rows()
         assert (row.id, row.name, row.revision, row.boots, row.status) == (3, "demo", 17, 5, Status.STOPPED)
         assert (row.labels, row.env, row.restart_policy) == ({"team": "a"}, {"WORD": "x"}, "always")
-        plugin = bench.store.projection.plugins["web"]
+        plugin = bench.store.projection.plugins[named("web")]
         assert (plugin.manifest, plugin.enabled) == (Manifest(name="web", version="1"), False)
         frames = await events_after(bench.store.events)
         assert [frame.event.id for frame in frames] == [f"5f3a-{seq}" for seq in range(1, 6)]

@@ -8,11 +8,13 @@ from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 
 from tests.journal.kit import Bench, events_after, running
 from tests.journal.test_backup import keeping
+from tests.names import named
 from volant.journal import (
     AddNetwork,
     BeginSnapshot,
@@ -21,8 +23,10 @@ from volant.journal import (
     ForkRow,
     RemoveNetwork,
     RestoreRow,
+    SetProjectEgress,
 )
 from volant.model import (
+    DEFAULT_PROJECT,
     CreateNetwork,
     ForkVm,
     NetworkChoice,
@@ -104,7 +108,7 @@ async def test_a_lease_belongs_to_this_daemon_and_never_changes(path: Path) -> N
         assert {frame.event.ip_address for frame in frames if frame.event.name == "demo"} == {"192.168.127.3"}
     # Also when those that come have another subnet.
     async with running(path, networking=TINY) as bench:
-        assert bench.store.projection.get("demo") == row
+        assert bench.store.projection.get(named("demo")) == row
         assert (await bench.create("next")).ip_address == "10.0.0.2"
 
 
@@ -125,7 +129,7 @@ async def test_each_vm_with_a_user_network_has_the_same_address(path: Path) -> N
 @pytest.mark.parametrize("network", ["bridge", "user", "blue"])
 async def test_a_network_that_the_host_can_not_have_is_refused_with_the_reason(path: Path, network: str) -> None:
     async with running(path, networking=BRIDGED) as bench:
-        await bench.ask(AddNetwork(CreateNetwork(name="blue")))
+        await bench.ask(AddNetwork(CreateNetwork(name="blue"), DEFAULT_PROJECT))
     obstacles = {"bridge": "it needs root; run volantd as root", "user": "it needs root; run volantd as root"}
     async with running(path, networking=Networking(obstacles=obstacles)) as bench:
         with pytest.raises(Problem) as refused:
@@ -136,7 +140,7 @@ async def test_a_network_that_the_host_can_not_have_is_refused_with_the_reason(p
         assert "asked for" in problem.detail
         await bench.create("demo", network="none")
         with pytest.raises(Problem, match="run volantd as root"):
-            await bench.ask(AddNetwork(CreateNetwork(name="green")))
+            await bench.ask(AddNetwork(CreateNetwork(name="green"), DEFAULT_PROJECT))
 
 
 @pytest.mark.parametrize("network", ["user", None])
@@ -187,23 +191,40 @@ async def test_concurrent_requests_publish_a_port_once(path: Path) -> None:
         assert view(again).ports == ("127.0.0.1:8080:80/tcp",)
 
 
+async def test_copies_connect_to_no_more_than_their_project_allows_now(path: Path) -> None:
+    async with running(path, networking=BRIDGED) as bench:
+        vm = await running_vm(bench, "demo")
+        await bench.ask(BeginSnapshot(vm.id, TakeSnapshot(name="warm"), "id-warm"))
+        await bench.ask(FinishSnapshot(named("warm"), "id-warm", 12.5, 4096))
+        await bench.ask(SetProjectEgress(DEFAULT_PROJECT, "none"))
+        for message in (
+            ForkRow(vm.id, ForkVm(), "fork-a"),
+            RestoreRow(RestoreVm(name="again", from_snapshot="warm"), DEFAULT_PROJECT),
+        ):
+            with pytest.raises(Problem) as refused:
+                await bench.ask(message)
+            assert (refused.value.status, refused.value.code) == (409, "egress-not-allowed")
+    async with running(path, networking=BRIDGED) as bench:
+        assert (await bench.create("new")).egress == "none"
+
+
 async def test_copies_have_leases_of_their_own_and_no_ports(path: Path) -> None:
     async with running(path, networking=BRIDGED) as bench:
-        await bench.ask(AddNetwork(CreateNetwork(name="blue")))
+        await bench.ask(AddNetwork(CreateNetwork(name="blue"), DEFAULT_PROJECT))
         vm = await running_vm(bench, "demo", network="blue", ports=("8080:80",))
         forks = await bench.ask(ForkRow(vm.id, ForkVm(count=2), "fork-a"))
         await bench.ask(BeginSnapshot(vm.id, TakeSnapshot(name="warm"), "id-warm"))
-        await bench.ask(FinishSnapshot("warm", "id-warm", 12.5, 4096))
-        restored = await bench.ask(RestoreRow(RestoreVm(name="again", from_snapshot="warm")))
+        await bench.ask(FinishSnapshot(named("warm"), "id-warm", 12.5, 4096))
+        restored = await bench.ask(RestoreRow(RestoreVm(name="again", from_snapshot="warm"), DEFAULT_PROJECT))
         copies = [*forks, restored]
         assert [row.ip_address for row in copies] == ["192.168.127.3", "192.168.127.4", "192.168.127.5"]
         assert {(row.network, row.ports) for row in copies} == {("blue", ())}
         assert all("demo" in row.network_reason for row in copies)
         for row in [vm, *copies]:
             await bench.delete(row)
-        await bench.ask(RemoveNetwork("blue"))
+        await bench.ask(RemoveNetwork(named("blue")))
         with pytest.raises(Problem) as gone:
-            await bench.ask(RestoreRow(RestoreVm(name="late", from_snapshot="warm")))
+            await bench.ask(RestoreRow(RestoreVm(name="late", from_snapshot="warm"), DEFAULT_PROJECT))
         assert (gone.value.status, gone.value.code) == (404, "network-not-found")
 
 
@@ -219,9 +240,9 @@ async def test_a_fork_with_too_few_addresses_makes_no_copy(path: Path) -> None:
 
 async def test_a_named_network_is_durable_and_removable_without_members(path: Path) -> None:
     async with running(path, networking=BRIDGED) as bench:
-        blue = await bench.ask(AddNetwork(CreateNetwork(name="blue")))
+        blue = await bench.ask(AddNetwork(CreateNetwork(name="blue"), DEFAULT_PROJECT))
         with pytest.raises(Problem) as twice:
-            await bench.ask(AddNetwork(CreateNetwork(name="blue")))
+            await bench.ask(AddNetwork(CreateNetwork(name="blue"), DEFAULT_PROJECT))
         assert (twice.value.status, twice.value.code) == (409, "network-exists")
         with pytest.raises(Problem) as unknown:
             await bench.create("demo", network="green")
@@ -229,15 +250,15 @@ async def test_a_named_network_is_durable_and_removable_without_members(path: Pa
         row = await bench.create("demo", network="blue")
         assert row.ip_address == "192.168.127.2"
     async with running(path, networking=BRIDGED) as bench:
-        assert bench.store.projection.networks == {"blue": blue}
+        assert bench.store.projection.networks == {named("blue"): blue}
         with pytest.raises(Problem) as used:
-            await bench.ask(RemoveNetwork("blue"))
+            await bench.ask(RemoveNetwork(named("blue")))
         assert (used.value.status, used.value.code) == (409, "network-in-use")
         assert "demo" in used.value.detail
         await bench.delete(row)
-        await bench.ask(RemoveNetwork("blue"))
+        await bench.ask(RemoveNetwork(named("blue")))
         with pytest.raises(Problem) as gone:
-            await bench.ask(RemoveNetwork("blue"))
+            await bench.ask(RemoveNetwork(named("blue")))
         assert gone.value.status == 404
     async with running(path, networking=BRIDGED) as bench:
         assert bench.store.projection.networks == {}
@@ -255,17 +276,17 @@ async def test_a_network_that_a_vm_is_joining_can_not_be_removed(path: Path) -> 
             outcomes.append(problem.code)
 
     async with running(path, networking=BRIDGED) as bench:
-        await bench.ask(AddNetwork(CreateNetwork(name="blue")))
+        await bench.ask(AddNetwork(CreateNetwork(name="blue"), DEFAULT_PROJECT))
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(run, "removed", lambda: bench.ask(RemoveNetwork("blue")))
+            nursery.start_soon(run, "removed", lambda: bench.ask(RemoveNetwork(named("blue"))))
             nursery.start_soon(run, "created", lambda: bench.create("demo", network="blue"))
         assert sorted(outcomes) in (["created", "network-in-use"], ["network-not-found", "removed"])
-        assert ("blue" in bench.store.projection.networks) == (len(bench.store.projection) == 1)
+        assert (named("blue") in bench.store.projection.networks) == (len(bench.store.projection) == 1)
 
 
 async def test_restored_leases_get_the_names_of_this_daemon(path: Path, kept: Path) -> None:
     async with keeping(path, networking=BRIDGED) as bench:
-        await bench.ask(AddNetwork(CreateNetwork(name="blue")))
+        await bench.ask(AddNetwork(CreateNetwork(name="blue"), DEFAULT_PROJECT))
         row = await bench.create("demo", network="blue", ports=("8080:80",))
         await bench.backup(kept)
     other = Networking(default=BRIDGE_BY_DEFAULT, instance="fedcba9876")
@@ -273,12 +294,12 @@ async def test_restored_leases_get_the_names_of_this_daemon(path: Path, kept: Pa
     async with keeping(elsewhere, networking=other) as bench:
         await bench.restore(kept.read_bytes())
     async with keeping(elsewhere, networking=other) as bench:
-        again = bench.store.projection.get("demo")
+        again = bench.store.projection.get(named("demo"))
         assert again is not None
         assert again.lease is not None
         assert (again.ip_address, again.network, again.ports) == (row.ip_address, "blue", row.ports)
         assert (again.lease.tap, again.lease.mac) == (tap_of("fedcba9876", row.id), mac_of("fedcba9876", row.id))
-        assert set(bench.store.projection.networks) == {"blue"}
+        assert set(bench.store.projection.networks) == {named("blue")}
         assert (await bench.create("next")).ip_address == "192.168.127.3"
 
 
@@ -317,3 +338,13 @@ async def test_the_lowest_free_address_is_given_next(path: Path) -> None:
         assert len(taken) == 9
         assert (await bench.create("last")).ip_address not in taken
         assert {row.ip_address for row in bench.store.projection.rows()} == {f"192.168.127.{n}" for n in range(2, 12)}
+
+
+async def test_a_policy_that_the_host_cannot_enforce_is_refused_and_others_are_not(path: Path) -> None:
+    unfiltered = msgspec.structs.replace(BRIDGED, egress_obstacles={"bridge": "dnspython is not installed"})
+    async with running(path, networking=unfiltered) as bench:
+        with pytest.raises(Problem, match="dnspython is not installed") as refused:
+            await bench.create("walled", egress="none")
+        assert (refused.value.status, refused.value.code, refused.value.field) == (503, "egress-unavailable", "egress")
+        assert (await bench.create("open")).egress == "all"
+        assert (await bench.create("without", network="none", egress="none")).egress == "none"

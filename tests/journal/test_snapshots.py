@@ -10,8 +10,20 @@ import pytest
 
 from tests.journal.kit import Bench, ClockHost, events_after, running, types
 from tests.journal.test_backup import keeping
+from tests.names import named
 from volant.journal import BeginSnapshot, CommitSteps, FinishSnapshot, ForkRow, RemoveSnapshot, RestoreRow
-from volant.model import ForkVm, Problem, RestoreVm, Status, Step, TakeSnapshot, VmRow, snapshot_view, view
+from volant.model import (
+    DEFAULT_PROJECT,
+    ForkVm,
+    Problem,
+    RestoreVm,
+    Status,
+    Step,
+    TakeSnapshot,
+    VmRow,
+    snapshot_view,
+    view,
+)
 
 
 @pytest.fixture
@@ -25,7 +37,7 @@ async def running_vm(bench: Bench, name: str = "demo", **fields: object) -> VmRo
 
 async def snapshot_of(bench: Bench, row: VmRow, name: str = "warm") -> None:
     await bench.ask(BeginSnapshot(row.id, TakeSnapshot(name=name), f"id-{name}"))
-    await bench.ask(FinishSnapshot(name, f"id-{name}", 12.5, 4096))
+    await bench.ask(FinishSnapshot(named(name), f"id-{name}", 12.5, 4096))
 
 
 async def test_a_snapshot_has_a_row_before_its_files_and_outlives_its_vm(path: Path) -> None:
@@ -36,8 +48,8 @@ async def test_a_snapshot_has_a_row_before_its_files_and_outlives_its_vm(path: P
         assert (begun.name, begun.status, begun.vm) == ("demo-20250924-123456-abcd", "creating", row)
         await bench.delete(row)
     async with running(path, host=host) as bench:
-        assert bench.store.projection.snapshots[begun.name] == begun
-        ready = await bench.ask(FinishSnapshot(begun.name, "abcdef", 12.5, 4096))
+        assert bench.store.projection.snapshots[named(begun.name)] == begun
+        ready = await bench.ask(FinishSnapshot(named(begun.name), "abcdef", 12.5, 4096))
         shown = snapshot_view(ready)
         assert (shown.status, shown.paused_ms, shown.size_bytes, shown.description) == (
             "ready",
@@ -46,12 +58,12 @@ async def test_a_snapshot_has_a_row_before_its_files_and_outlives_its_vm(path: P
             "before it",
         )
     async with running(path, host=host) as bench:
-        assert bench.store.projection.snapshots == {begun.name: ready}
-        await bench.ask(RemoveSnapshot(begun.name, "abcdef"))
-        await bench.ask(RemoveSnapshot(begun.name, "abcdef"))
+        assert bench.store.projection.snapshots == {begun.key: ready}
+        await bench.ask(RemoveSnapshot(named(begun.name), "abcdef"))
+        await bench.ask(RemoveSnapshot(named(begun.name), "abcdef"))
         assert bench.store.projection.snapshots == {}
         with pytest.raises(Problem) as gone:
-            await bench.ask(FinishSnapshot(begun.name, "abcdef", 12.5, 4096))
+            await bench.ask(FinishSnapshot(named(begun.name), "abcdef", 12.5, 4096))
         assert gone.value.status == 404
 
 
@@ -89,7 +101,7 @@ async def test_copies_are_created_together_with_an_event_of_their_original(path:
         with pytest.raises(Problem) as taken:
             await bench.ask(ForkRow(row.id, ForkVm(names=["new", "demo-fork-1"]), "fork-b"))
         assert (taken.value.status, taken.value.code) == (409, "name-taken")
-        assert bench.store.projection.get("new") is None
+        assert bench.store.projection.get(named("new")) is None
         assert bench.store.projection.by_id(row.id) == row
 
 
@@ -98,12 +110,13 @@ async def test_a_vm_from_a_snapshot_has_its_members_and_an_event_once_it_runs(pa
         row = await running_vm(bench, env={"WORD": "x"}, kernel_cmdline="quiet", labels={"team": "a"})
         await snapshot_of(bench, row)
         await bench.delete(row)
-        made = await bench.ask(RestoreRow(RestoreVm(name="demo", from_snapshot="warm", labels={"new": "b"})))
+        request = RestoreVm(name="demo", from_snapshot="warm", labels={"new": "b"})
+        made = await bench.ask(RestoreRow(request, DEFAULT_PROJECT))
         assert (made.cpu_cores, made.memory_mb, made.plugin) == (row.cpu_cores, row.memory_mb, row.plugin)
         assert (made.env, made.kernel_cmdline, made.labels) == ({"WORD": "x"}, "quiet", {"new": "b"})
         assert made.checkpoint == "snapshot-id-warm"
         with pytest.raises(Problem) as used:
-            await bench.ask(RemoveSnapshot("warm", "id-warm"))
+            await bench.ask(RemoveSnapshot(named("warm"), "id-warm"))
         assert (used.value.status, used.value.code) == (409, "snapshot-in-use")
         newest = bench.store.events.newest
         made = await bench.to(made, Status.STARTING)
@@ -116,7 +129,7 @@ async def test_a_vm_from_a_snapshot_has_its_members_and_an_event_once_it_runs(pa
         shown = view(runs).origin
         assert shown is not None
         assert (shown.kind, shown.snapshot, shown.paused_ms) == ("snapshot", "warm", 12.5)
-        await bench.ask(RemoveSnapshot("warm", "id-warm"))
+        await bench.ask(RemoveSnapshot(named("warm"), "id-warm"))
 
 
 @pytest.mark.parametrize(
@@ -139,7 +152,7 @@ async def test_a_member_that_contradicts_the_snapshot_is_refused(
         await bench.ask(BeginSnapshot(row.id, TakeSnapshot(name="half"), "id-half"))
         wanted = RestoreVm(**{"name": "copy", "from_snapshot": "warm", **fields})  # type: ignore[arg-type]
         with pytest.raises(Problem) as refused:
-            await bench.ask(RestoreRow(wanted))
+            await bench.ask(RestoreRow(wanted, DEFAULT_PROJECT))
         assert (refused.value.status, refused.value.field) == (status, field)
         assert len(bench.store.projection) == 1
 
@@ -152,5 +165,5 @@ async def test_a_restore_keeps_present_snapshots(path: Path, tmp_path: Path) -> 
         await bench.delete(await bench.to(row, Status.STOPPING))
         await bench.restore((tmp_path / "kept.db").read_bytes())
     async with keeping(path) as bench:
-        assert list(bench.store.projection.snapshots) == ["warm"]
+        assert list(bench.store.projection.snapshots) == [named("warm")]
         assert len(bench.store.projection) == 0

@@ -6,32 +6,34 @@ import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Literal
 
 import apsw
 import msgspec
 
 from volant.host import Host
-from volant.model import Drain, Network, Snapshot, VmRow
+from volant.model import ApiKey, Drain, VmRow
 from volant.model.stored import (
     MAX_ID,
 )
 
 from . import _operations as op
 from ._acknowledged import Acknowledged, AcknowledgedFile
-from ._errors import BadRow, DatabaseRefused, JournalBroken
+from ._audit import AuditFrame
+from ._errors import BadRow, DatabaseRefused, JournalBroken, naming
 from ._frames import EventFrame
-from ._projection import Plugin
+from ._named import KINDS, Named
 from ._reserve import Reserve
 from ._responses import StoredResponse
 from ._rows import (
+    check_ids_differ,
     check_tags_differ,
     read_changes,
     read_drain,
     read_epoch,
-    read_network,
-    read_plugin,
+    read_key,
+    read_named,
     read_response,
-    read_snapshot,
     read_vm,
 )
 from ._schema import BUSY_TIMEOUT_MS, open_writer, transaction
@@ -49,9 +51,8 @@ _MAX_STATE_BYTES = 2**30
 """Of each table, as JSON. A thousand VMs with the largest manifests have a quarter of it."""
 _COLUMNS = (
     ("vms", "row"),
-    ("plugins", "manifest"),
-    ("snapshots", "snapshot"),
-    ("networks", "network"),
+    ("named", "value"),
+    ("keys", "key"),
     ("responses", "result"),
 )
 
@@ -61,9 +62,9 @@ class Loaded(msgspec.Struct, frozen=True):
 
     epoch: str
     rows: list[VmRow]
-    plugins: list[Plugin]
-    snapshots: list[Snapshot]
-    networks: list[Network]
+    named: list[Named]
+    keys: list[ApiKey]
+    keys_required: bool
     responses: list[StoredResponse]
     drain: Drain | None
     last_vm_id: int
@@ -74,10 +75,24 @@ class Loaded(msgspec.Struct, frozen=True):
     """The time of the oldest event in seconds since 1970; None when no event can expire."""
     unpublished: list[EventFrame]
     """The events after `published_seq`."""
+    audit: LoadedAudit
+
+
+class LoadedAudit(msgspec.Struct, frozen=True):
+    """What is loaded of the audit log; see the same members of `Loaded`."""
+
+    oldest_seq: int
+    newest_seq: int
+    oldest_at: int | None
+    unpublished: list[AuditFrame]
+
+
+Numbered = Literal["events", "audit"]
+"""Tables whose rows have numbers without holes, and are removed by age and count."""
 
 
 class Trimmed(msgspec.Struct, frozen=True):
-    """The rest of the events. `more`: further ones may have expired."""
+    """The rest of the events or records. `more`: further ones may have expired."""
 
     oldest_seq: int
     oldest_at: int | None
@@ -181,8 +196,9 @@ class Database:
             # The change itself is durable. Only a loss of it would not show.
             _logger.warning("can't write which changes were acknowledged: %s", error)
 
-    def load(self, published_seq: int | None) -> Loaded:
-        """Reads the state. `published_seq` is the last event that readers have got, None before there were readers.
+    def load(self, published_seq: int | None, published_record: int | None = None) -> Loaded:
+        """Reads the state. `published_seq` and `published_record` are the last event and record that readers have got,
+        None before there were readers.
 
         :raises BadRow: a row can't be read, or volantd can't have written it.
         """
@@ -197,25 +213,28 @@ class Database:
             newest = newest or 0
             if not 0 <= (sequence or 0) <= MAX_ID:
                 raise BadRow(f"table sqlite_sequence, row 'vms': seq is {sequence}, and at most {MAX_ID} is possible")
-            oldest_at = self._oldest_at(newest)
+            oldest_at = self._oldest_at("events", newest)
+            audit = self._load_audit(published_record)
             unpublished = [] if published_seq is None else self._after(epoch, published_seq)
             self._check_size()
-            rows = [read_vm(*columns) for columns in get("SELECT id, name, revision, row FROM vms ORDER BY id")]
-            plugins = [
-                read_plugin(*columns) for columns in get("SELECT name, manifest, enabled, created_at FROM plugins")
+            vms = get("SELECT id, project, name, revision, row FROM vms ORDER BY id")
+            rows = [read_vm(*columns) for columns in vms]
+            named = [read_named(*columns) for columns in get("SELECT kind, project, name, value FROM named")]
+            keys = [read_key(*columns) for columns in get("SELECT digest, key FROM keys")]
+            required = get("SELECT value FROM meta WHERE key = 'keys_required'").get
+            responses = [
+                read_response(*columns) for columns in get("SELECT scope, request, at, result, project FROM responses")
             ]
-            snapshots = [read_snapshot(*columns) for columns in get("SELECT id, name, snapshot FROM snapshots")]
-            networks = [read_network(*columns) for columns in get("SELECT name, network FROM networks")]
-            responses = [read_response(*columns) for columns in get("SELECT scope, request, at, result FROM responses")]
             drain = None if drained is None else read_drain(drained)
+            check_ids_differ(named)
             check_tags_differ(rows)
         oldest_seq = oldest or newest + 1
         return Loaded(
             epoch,
             rows,
-            plugins,
-            snapshots,
-            networks,
+            named,
+            keys,
+            required is not None or bool(keys),
             responses,
             drain,
             sequence or 0,
@@ -223,7 +242,21 @@ class Database:
             newest,
             oldest_at,
             unpublished,
+            audit,
         )
+
+    def _load_audit(self, published: int | None) -> LoadedAudit:
+        get = self._connection.execute
+        oldest, newest = get("SELECT min(seq), max(seq) FROM audit").get
+        newest = newest or 0
+        if not 0 <= newest <= MAX_ID:
+            raise BadRow(f"table audit: seq is {newest}, and at most {MAX_ID} is possible")
+        unpublished = []
+        if published is not None:
+            for seq, data in get("SELECT seq, record FROM audit WHERE seq > ? ORDER BY seq", (published,)):
+                with naming("audit", seq):
+                    unpublished.append(AuditFrame.read(data))
+        return LoadedAudit(oldest or newest + 1, newest, self._oldest_at("audit", newest), unpublished)
 
     def _check_size(self) -> None:
         """:raises DatabaseRefused: its rows would take all memory."""
@@ -251,26 +284,27 @@ class Database:
                 self._connection.execute("INSERT OR REPLACE INTO meta VALUES ('changes', ?)", (str(self._changes),))
         self._acknowledge(operations)
 
-    def trim(self, cutoff_at: int, below_seq: int, limit: int) -> Trimmed:
-        """Deletes up to `limit` of the oldest events: those from before `cutoff_at` and those below `below_seq`.
+    def trim(self, table: Numbered, cutoff_at: int, below_seq: int, limit: int) -> Trimmed:
+        """Deletes up to `limit` of the oldest events or records: those from before `cutoff_at` and those below
+        `below_seq`.
 
-        The newest event stays, as the numbers continue from it. :raises apsw.Error: nothing was deleted.
+        The newest one stays, as the numbers continue from it. :raises apsw.Error: nothing was deleted.
         """
         get = self._connection.execute
         with self.transaction():
-            newest = get("SELECT max(seq) FROM events").get
+            newest = get(f"SELECT max(seq) FROM {table}").get  # noqa: S608 - our own name
             if newest is None:
                 return Trimmed(1, None, False)
             oldest = newest
             dropped = 0
-            for seq, at in get("SELECT seq, at FROM events ORDER BY seq LIMIT ?", (limit + 1,)):
+            for seq, at in get(f"SELECT seq, at FROM {table} ORDER BY seq LIMIT ?", (limit + 1,)):  # noqa: S608
                 if seq >= newest or dropped == limit or (at >= cutoff_at and seq >= below_seq):
                     oldest = seq
                     break
                 dropped += 1
             if dropped:
-                get("DELETE FROM events WHERE seq < ?", (oldest,))
-            oldest_at = self._oldest_at(newest)
+                get(f"DELETE FROM {table} WHERE seq < ?", (oldest,))  # noqa: S608
+            oldest_at = self._oldest_at(table, newest)
         return Trimmed(oldest, oldest_at, dropped == limit)
 
     def compact(self) -> bool:
@@ -305,10 +339,9 @@ class Database:
         except FileNotFoundError:
             return 0
 
-    def _oldest_at(self, newest: int) -> int | None:
-        at: int | None = self._connection.execute(
-            "SELECT at FROM events WHERE seq < ? ORDER BY seq LIMIT 1", (newest,)
-        ).get
+    def _oldest_at(self, table: Numbered, newest: int) -> int | None:
+        query = f"SELECT at FROM {table} WHERE seq < ? ORDER BY seq LIMIT 1"  # noqa: S608
+        at: int | None = self._connection.execute(query, (newest,)).get
         return at
 
     def _after(self, epoch: str, seq: int) -> list[EventFrame]:
@@ -324,7 +357,10 @@ class Database:
         execute = self._connection.execute
         match operation:
             case op.PutRow(row, None):
-                execute("INSERT INTO vms VALUES (?, ?, ?, ?)", (row.id, row.name, row.revision, _encode(row)))
+                execute(
+                    "INSERT INTO vms VALUES (?, ?, ?, ?, ?)",
+                    (row.id, row.project, row.name, row.revision, _encode(row)),
+                )
             case op.PutRow(row, after):
                 execute(
                     "UPDATE vms SET revision = ?, row = ? WHERE id = ? AND revision = ?",
@@ -347,27 +383,37 @@ class Database:
                         frame.data,
                     ),
                 )
-            case op.Put(Plugin() as plugin):
-                assert plugin.created_at is not None
+            case op.AddRecord(frame):
+                record = frame.record
                 execute(
-                    "INSERT OR REPLACE INTO plugins VALUES (?, ?, ?, ?)",
-                    (plugin.name, plugin.enabled, plugin.created_at.isoformat(), _encode(plugin.manifest)),
+                    "INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        record.seq,
+                        int(record.time.timestamp()),
+                        record.caller,
+                        record.caller_id,
+                        record.project,
+                        record.operation,
+                        record.target,
+                        record.request_id,
+                        frame.data,
+                    ),
                 )
-            case op.Put(Snapshot() as snapshot):
-                execute(
-                    "INSERT OR REPLACE INTO snapshots VALUES (?, ?, ?)",
-                    (snapshot.id, snapshot.name, _encode(snapshot)),
-                )
-            case op.Put(Network() as network):
-                execute("INSERT OR REPLACE INTO networks VALUES (?, ?)", (network.name, _encode(network)))
-            case op.Drop(Plugin() as plugin):
-                execute("DELETE FROM plugins WHERE name = ?", (plugin.name,))
-            case op.Drop(Snapshot() as snapshot):
-                execute("DELETE FROM snapshots WHERE id = ?", (snapshot.id,))
-            case op.Drop(Network() as network):
-                execute("DELETE FROM networks WHERE name = ?", (network.name,))
+            case op.Put(named):
+                execute("INSERT OR REPLACE INTO named VALUES (?, ?, ?, ?)", (*_place_of(named), _encode(named)))
+            case op.Drop(named):
+                execute("DELETE FROM named WHERE kind = ? AND project = ? AND name = ?", _place_of(named))
+            case op.PutKey(key):
+                execute("INSERT OR REPLACE INTO keys VALUES (?, ?)", (key.digest, _encode(key)))
+            case op.DropKey(digest):
+                execute("DELETE FROM keys WHERE digest = ?", (digest,))
+            case op.RequireKeys():
+                execute("INSERT OR REPLACE INTO meta VALUES ('keys_required', '1')")
             case op.PutResponse(StoredResponse(key, at, encoded)):
-                execute("INSERT OR REPLACE INTO responses VALUES (?, ?, ?, ?)", (key.scope, key.request, at, encoded))
+                execute(
+                    "INSERT OR REPLACE INTO responses VALUES (?, ?, ?, ?, ?)",
+                    (key.scope, key.request, at, encoded, key.project),
+                )
             case op.PutDrain(None):
                 execute("DELETE FROM meta WHERE key = 'drain'")
             case op.PutDrain(drain):
@@ -378,3 +424,7 @@ class Database:
     def _expect_one(self, vm_id: int) -> None:
         if self._connection.changes() != 1:
             raise JournalBroken(f"the row of VM {vm_id} on the disk is not the one that was committed last")
+
+
+def _place_of(named: Named) -> tuple[str, str, str]:
+    return (KINDS[type(named)].word, *named.key)

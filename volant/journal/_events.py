@@ -12,17 +12,18 @@ published.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Generic, Literal, Protocol, TypeVar
 
+import apsw
 import msgspec
 import trio
 
 from actors import Gap, Log
 from volant.host import Host
-from volant.model import EventId
+from volant.model import Event, EventId, EventType, Problem
 
 from ._errors import JournalBroken
 from ._event_pages import EventPages
@@ -30,6 +31,30 @@ from ._frames import EventFrame
 
 _PAGE = 256
 _KEPT_PAGES = 16
+
+
+class Frame(Protocol):
+    """One entry of a log, encoded once for all readers."""
+
+    @property
+    def seq(self) -> int: ...
+
+    @property
+    def sse(self) -> bytes:
+        """The block of the event stream, with its blank line."""
+
+
+F = TypeVar("F", bound=Frame)
+T = TypeVar("T")
+
+
+class Pages(Protocol[F]):
+    """Reads entries that are no longer in memory. Safe for several threads."""
+
+    def read(self, epoch: str, after_seq: int, up_to_seq: int) -> list[F]:
+        """Returns the stored entries after one number and up to another. :raises apsw.Error: the disk fails."""
+
+    def close(self) -> None: ...
 
 
 class EventGap(msgspec.Struct, frozen=True):
@@ -74,25 +99,25 @@ class EventLogStatistics(msgspec.Struct, frozen=True):
     closed: bool
 
 
-class EventLog:
-    """Holds the stored events, and publishes new ones."""
+class FrameLog(Generic[F]):
+    """Holds stored entries, such as events, and publishes new ones."""
 
-    def __init__(self, host: Host, path: Path, *, ring_events: int = 8192, ring_bytes: int = 16 * 1024 * 1024) -> None:
+    def __init__(self, host: Host, pages: Pages[F], *, ring_events: int = 8192, ring_bytes: int = 16 * 1024 * 1024):
         self._host = host
-        self._pages = EventPages(path)
+        self._pages = pages
         self._ring_events = ring_events
         self._ring_bytes = ring_bytes
         self._epoch = ""
         self._oldest = 1
         self._newest = 0
         self._ring = Log(max_frames=ring_events, max_bytes=ring_bytes)
-        self._recent: dict[int, EventFrame] = {}
+        self._recent: dict[int, F] = {}
         self._recent_oldest = 1
-        self._shared: tuple[tuple[int, int, int], list[EventFrame]] = (0, 0, 0), []
+        self._shared: tuple[tuple[int, int, int], list[F]] = (0, 0, 0), []
         """What a reader took last, with its place, the newest event then, and its limit."""
-        self._kept: OrderedDict[int, list[EventFrame]] = OrderedDict()
+        self._kept: OrderedDict[int, list[F]] = OrderedDict()
         self._reading = trio.Lock()
-        self._cursors: dict[EventCursor, None] = {}
+        self._cursors: dict[FrameCursor[F], None] = {}
         self._pages_read = 0
         self._trimming: trio.Event | None = None
         self._closed = False
@@ -119,7 +144,7 @@ class EventLog:
         return None
 
     @asynccontextmanager
-    async def cursor(self, after: EventId | str | Literal["oldest"] | None) -> AsyncIterator[EventCursor]:
+    async def cursor(self, after: EventId | str | Literal["oldest"] | None) -> AsyncIterator[FrameCursor[F]]:
         """Reads from after an event; None: new events; `"oldest"`: from the oldest stored one.
 
         For an id that is malformed, of another epoch, not given out yet, or no longer stored, the reader gets an
@@ -133,7 +158,7 @@ class EventLog:
         else:
             first = self.gap(after)
             seq = self._oldest - 1 if first is not None else self._seq(after) or 0
-        cursor = EventCursor(self, seq, first)
+        cursor = FrameCursor(self, seq, first)
         self._cursors[cursor] = None
         try:
             yield cursor
@@ -165,7 +190,7 @@ class EventLog:
             return None
         return event_id.seq
 
-    def _next_frames(self, after: int, max_bytes: int) -> list[EventFrame]:
+    def _next_frames(self, after: int, max_bytes: int) -> list[F]:
         """Returns the next events of the ring. As a rule all readers ask for the same ones at the same time."""
         place = after, self._newest, max_bytes
         if self._shared[0] != place:
@@ -174,7 +199,7 @@ class EventLog:
             self._shared = place, [self._recent[seq] for seq, _ in taken]
         return self._shared[1]
 
-    async def _page(self, number: int, after: int) -> list[EventFrame]:
+    async def _page(self, number: int, after: int) -> list[F]:
         """Returns the page that has the event after `after`, if the database has it."""
         async with self._reading:
             page = self._kept.get(number)
@@ -192,7 +217,7 @@ class EventLog:
 
     # For the journal alone
 
-    def attach(self, epoch: str, oldest: int, newest: int, unpublished: Sequence[EventFrame]) -> None:
+    def attach(self, epoch: str, oldest: int, newest: int, unpublished: Sequence[F]) -> None:
         """Take over what was loaded. `unpublished`: the events after `newest` of this log, if it was attached before.
 
         :raises JournalBroken: the database is not the one of before.
@@ -209,7 +234,7 @@ class EventLog:
         self._oldest = oldest
         self.append(unpublished)
 
-    def append(self, frames: Sequence[EventFrame]) -> None:
+    def append(self, frames: Sequence[F]) -> None:
         """Publish events that are committed."""
         for frame in frames:
             if frame.seq != self._newest + 1:
@@ -239,10 +264,10 @@ class EventLog:
             del self._kept[number]
 
 
-class EventCursor:
-    """A place in the event log. `EventLog.cursor` makes it."""
+class FrameCursor(Generic[F]):
+    """A place in the event log. `FrameLog.cursor` makes it."""
 
-    def __init__(self, log: EventLog, seq: int, gap: EventGap | None) -> None:
+    def __init__(self, log: FrameLog[F], seq: int, gap: EventGap | None) -> None:
         self._log = log
         self._gap = gap
         self.seq = seq
@@ -253,7 +278,7 @@ class EventCursor:
         """The id of the last event that was taken."""
         return EventId(self._log.epoch, self.seq)
 
-    async def take(self, max_bytes: int = 256 * 1024) -> list[EventFrame] | EventGap:
+    async def take(self, max_bytes: int = 256 * 1024) -> list[F] | EventGap:
         """Waits for events and takes them in order, at least one and about `max_bytes` (of `sse`) at most. Readers at
         the same place share the list, so it must not be changed.
 
@@ -299,9 +324,9 @@ class EventCursor:
         self.seq = log._oldest - 1
         return gap
 
-    def _cut(self, page: Sequence[EventFrame], max_bytes: int) -> list[EventFrame]:
+    def _cut(self, page: Sequence[F], max_bytes: int) -> list[F]:
         """Returns the next events of a page, without a hole. The disk also has events that are not published yet."""
-        frames: list[EventFrame] = []
+        frames: list[F] = []
         size = 0
         for frame in page:
             if frame.seq <= self.seq:
@@ -315,3 +340,28 @@ class EventCursor:
                 break
             frames.append(frame)
         return frames
+
+
+class EventLog(FrameLog[EventFrame]):
+    """Holds the stored events, and publishes new ones."""
+
+    def __init__(self, host: Host, path: Path, *, ring_events: int = 8192, ring_bytes: int = 16 * 1024 * 1024) -> None:
+        self._events = EventPages(path)
+        self._folding = trio.Lock()
+        super().__init__(host, self._events, ring_events=ring_events, ring_bytes=ring_bytes)
+
+    async def fold(self, types: Collection[EventType], up_to: EventId, use: Callable[[Iterator[Event]], T]) -> T:
+        """Returns what `use` makes, in a worker thread, of all stored events of some types up to one, in order.
+
+        One at a time: with very many events it takes a second.
+
+        :raises Problem: 503 they can't be read.
+        """
+        try:
+            async with self._folding:
+                return await self._host.threads.run(self._events.fold, types, up_to.seq, use)
+        except (apsw.Error, msgspec.MsgspecError) as error:
+            raise Problem(503, "events-unreadable", f"events can't be read: {error}", hint="check the disk") from error
+
+
+EventCursor = FrameCursor[EventFrame]

@@ -39,6 +39,10 @@ class Figures:
     def __init__(self) -> None:
         self.commits = Histogram(COMMIT_BOUNDS_S)
         self.failed_commits = 0
+        self.records = 0
+        """Audit records that were written."""
+        self.lost_records = 0
+        """Refusals whose record could not be written."""
         self.events: Counter[str] = Counter()
         """Events by type."""
         self.failures: Counter[str] = Counter()

@@ -19,6 +19,7 @@ were committed and not published. Any error but the disk's is a bug and crashes 
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -31,10 +32,15 @@ import trio
 from actors import Actor, Deferred, Request, check_fence, handles
 from volant.model import EventId, IllegalTransition, Problem
 
+from . import _key_changes as _key_changes  # registers its decisions
+from . import _project_changes as _project_changes  # likewise
+from . import _secret_changes as _secret_changes
+from ._audit import AUDIT_EPOCH
 from ._changes import DECISIONS, decide
 from ._checksums import is_changed_page
 from ._copies import next_path
-from ._database import Database, Loaded
+from ._database import Database, Loaded, Numbered
+from ._definitions import changes_in
 from ._errors import (
     BadRow,
     DatabaseRefused,
@@ -47,14 +53,15 @@ from ._errors import (
     slow,
     unwritable,
 )
-from ._merge import merge, snapshots_after
+from ._events import FrameLog
+from ._merge import merge, named_after
 from ._operations import Operation
 from ._reserve import RESERVE_BYTES
 from ._restore import finish
 from ._schema import CHANGED_PAGE, damaged, scan_for_damage, untrusted
 from ._stage import Stage
 from ._store import Store
-from .messages import Restore, StillThere
+from .messages import Draft, Drafted, Restore, StillThere
 
 _GROUP = 128
 _MAX_WAITING = 4096
@@ -69,9 +76,39 @@ _SYNC_S = 1.0
 _PROBE_AT_LEAST_S = 30.0
 _TRIM_AT_LEAST_S = 1.0
 _TRIM_AT_MOST_S = 3600.0
+_RECORD_FIELDS = ("caller", "address", "project", "operation", "target", "outcome", "request_id")
 
 _logger = logging.getLogger("volant.journal")
 _events_logger = logging.getLogger("volant.event")
+_audit_logger = logging.getLogger("volant.audit")
+
+
+class _Retained(msgspec.Struct):
+    """What retention removes: events, or records of the audit log."""
+
+    table: Numbered
+    log: FrameLog[Any]
+    most: int
+    max_age_s: float
+    oldest_at: int | None = None
+    """The time of the oldest one in seconds since 1970; None: none can expire."""
+    due: bool = False
+    """Whether some may have expired."""
+
+    @property
+    def expires_at(self) -> float:
+        """When the next one expires, in seconds since 1970."""
+        return math.inf if self.oldest_at is None else self.oldest_at + self.max_age_s
+
+    @property
+    def what(self) -> str:
+        return "events" if self.table == "events" else "audit records"
+
+    def check_count(self) -> None:
+        """Notes whether there are too many."""
+        count = self.log.newest.seq - self.log.oldest.seq + 1
+        if count > self.most + min(_TRIM_SLACK, self.most // 10):
+            self.due = True
 
 
 class Journal(Actor):
@@ -85,8 +122,11 @@ class Journal(Actor):
         self._last_vm_id = 0
         self._waiting: deque[tuple[Request[Any], Deferred[Any]]] = deque()
         self._wake = trio.Event()
-        self._oldest_at: int | None = None
-        self._trim_due = False
+        retention = store.retention
+        self._kept = (
+            _Retained("events", store.events, retention.max_events, retention.max_age_s),
+            _Retained("audit", store.audit, retention.max_records, retention.records_max_age_s),
+        )
         # A previous incarnation may have left space.
         self._compact_due = True
         self._restore: tuple[Restore, Deferred[Any]] | None = None
@@ -107,7 +147,8 @@ class Journal(Actor):
             self._database = await store.host.threads.run(Database.open, store.host, store.path)
             self.ctx.stack.push_async_callback(store.host.threads.run, self._database.close)
             published = store.events.newest.seq if store.events.epoch else None
-            loaded = await store.host.threads.run(self._database.load, published)
+            records = store.audit.newest.seq if store.audit.epoch else None
+            loaded = await store.host.threads.run(self._database.load, published, records)
         except BadRow as bad:
             raise untrusted(store.path, bad) from bad
         except (apsw.CorruptError, apsw.NotADBError) as error:
@@ -126,17 +167,19 @@ class Journal(Actor):
             # A previous incarnation was killed before it could do this.
             store.replaced.set()
         store.events.attach(loaded.epoch, loaded.oldest_seq, loaded.newest_seq, loaded.unpublished)
+        audit = loaded.audit
+        store.audit.attach(AUDIT_EPOCH, audit.oldest_seq, audit.newest_seq, audit.unpublished)
         store.projection.replace(
             loaded.rows,
-            loaded.plugins,
-            loaded.snapshots,
-            loaded.networks,
+            loaded.named,
             loaded.drain,
             EventId(loaded.epoch, loaded.newest_seq),
         )
         store.responses.replace(loaded.responses)
+        store.keys.replace(loaded.keys, loaded.keys_required)
         self._last_vm_id = max(loaded.last_vm_id, store.ids_taken, self._database.last_vm_id)
-        self._oldest_at = loaded.oldest_at
+        for kept, oldest_at in zip(self._kept, (loaded.oldest_at, audit.oldest_at), strict=True):
+            kept.oldest_at = oldest_at
         self.ctx.spawn(self._write, name="writer")
         self.ctx.spawn(self._watch_age, name="retention")
         self.ctx.spawn(self._sync_acknowledged, name="acknowledged")
@@ -163,18 +206,32 @@ class Journal(Actor):
     async def change(self, message: Request[Any]) -> Deferred[Any]:
         """Have the change decided and committed with the next group."""
         deferred = self.ctx.defer(message)
-        if self._stalled:
-            deferred.fail(slow(self._deadline_s))
-        elif self._store.replaced.is_set():
-            deferred.fail(restoring())
-        elif not self._has_reserve:
-            deferred.fail(full())
-        elif len(self._waiting) >= _MAX_WAITING:
-            deferred.fail(overloaded(len(self._waiting)))
+        refusal = self._refusal()
+        if refusal is not None:
+            deferred.fail(refusal)
         else:
             self._waiting.append((message, deferred))
             self._wake.set()
         return deferred
+
+    @handles(Draft)
+    async def draft(self, message: Draft) -> Drafted:
+        refusal = self._refusal()
+        if refusal is not None:
+            raise refusal
+        stage = self._new_stage()
+        reply = decide(stage, message.change)
+        return Drafted(reply, changes_in(stage.operations))
+
+    def _refusal(self) -> Problem | None:
+        """Returns why no change can be made now; None: it can."""
+        if self._stalled:
+            return slow(self._deadline_s)
+        if self._store.replaced.is_set():
+            return restoring()
+        if not self._has_reserve:
+            return full()
+        return overloaded(len(self._waiting)) if len(self._waiting) >= _MAX_WAITING else None
 
     @handles(Restore)
     async def restore(self, message: Restore) -> Deferred[str]:
@@ -217,12 +274,16 @@ class Journal(Actor):
                 self._restore = None
             if self._probe_due:
                 await self._probe()
-            if self._trim_due:
-                await self._trim()
+            due = next((kept for kept in self._kept if kept.due), None)
+            if due is not None:
+                await self._trim(due)
             elif self._compact_due:
                 await self._compact()
-            if not (self._waiting or self._restore or self._trim_due or self._compact_due or self._probe_due):
+            if not (self._waiting or self._restore or self._compact_due or self._probe_due or self._is_trim_due()):
                 self._wake = trio.Event()
+
+    def _is_trim_due(self) -> bool:
+        return any(kept.due for kept in self._kept)
 
     async def _decide_restore(self, message: Restore, deferred: Deferred[Any]) -> None:
         """Between two commits, so that the projection is complete."""
@@ -237,7 +298,11 @@ class Journal(Actor):
                 finish,
                 last_vm_id=last_vm_id,
                 drain=store.projection.drain,
-                snapshots=snapshots_after(message.backup, store.projection.snapshots.values()),
+                named=named_after(message.backup, store.projection.all_named()),
+                keys=store.keys.by_digest.values(),
+                keys_required=store.keys.required,
+                present=store.path,
+                cause=message.cause,
                 now=store.host.clock.now(),
             )
             epoch = await store.host.threads.run(decide, store.host, message.upload, store.path, changes)
@@ -254,10 +319,24 @@ class Journal(Actor):
             self._waiting.popleft()[1].fail(restoring())
         deferred.reply(epoch)
 
+    def _new_stage(self) -> Stage:
+        """Returns a stage on top of what is committed."""
+        store = self._store
+        return Stage(
+            store.projection,
+            store.responses,
+            store.keys,
+            store.creates,
+            max(self._last_vm_id, store.ids_taken),
+            store.host.clock.now(),
+            store.networking,
+            store.audit.newest.seq,
+            store.used_elsewhere,
+        )
+
     async def _commit_group(self) -> None:
         store = self._store
-        now = store.host.clock.now()
-        stage = Stage(store.projection, store.responses, self._last_vm_id, now, store.networking)
+        stage = self._new_stage()
         answers: list[tuple[Deferred[Any], object, Exception | None]] = []
         for _ in range(min(_GROUP, len(self._waiting))):
             message, deferred = self._waiting.popleft()
@@ -277,21 +356,25 @@ class Journal(Actor):
             self._last_vm_id = stage.last_vm_id
             store.projection.apply(
                 stage.rows,
-                stage.plugins.changed,
-                stage.snapshots.changed,
-                stage.networks.changed,
+                stage.changed,
                 stage.drain,
                 stage.last_event,
             )
+            store.keys.apply(stage.keys.changed, stage.keys_required)
             store.responses.apply(stage.responses.values(), stage.dropped_responses)
             store.events.append(stage.frames)
+            store.audit.append([frame for _, frame in stage.records])
+            for cause, frame in stage.records:
+                cause.recorded, cause.vm_id = frame.record.outcome, frame.record.vm_id
             store.figures.count(frame.event for frame in stage.frames)
+            store.figures.records += len(stage.records)
             _log_events(stage)
+            _log_records(stage)
             self._answered += len(answers)
             self._largest = max(self._largest, len(answers))
-            kept = store.events.newest.seq - store.events.oldest.seq + 1
-            if kept > store.retention.max_events + min(_TRIM_SLACK, store.retention.max_events // 10):
-                self._trim_due = True
+            for kept in self._kept:
+                kept.check_count()
+        store.creates.add(stage.new_creates, stage.now)
         for deferred, value, error in answers:
             if error is None:
                 deferred.reply(value)
@@ -411,25 +494,25 @@ class Journal(Actor):
         while self._waiting:
             self._waiting.popleft()[1].fail(slow(self._deadline_s))
 
-    async def _trim(self) -> None:
-        """Removes a limited number of expired events, so that commits wait only briefly."""
-        self._trim_due = False
+    async def _trim(self, kept: _Retained) -> None:
+        """Removes a limited number of expired events or records, so that commits wait only briefly."""
+        kept.due = False
         store = self._store
-        cutoff_at = int(store.host.clock.now().timestamp() - store.retention.max_age_s)
-        below = store.events.newest.seq - store.retention.max_events + 1
+        cutoff_at = int(store.host.clock.now().timestamp() - kept.max_age_s)
+        below = kept.log.newest.seq - kept.most + 1
         check_fence()
         try:
-            with store.events.trimming():
-                trimmed = await store.host.threads.run(self._database.trim, cutoff_at, below, _TRIM_BITE)
+            with kept.log.trimming():
+                trimmed = await store.host.threads.run(self._database.trim, kept.table, cutoff_at, below, _TRIM_BITE)
                 check_fence()
-                store.events.trimmed(trimmed.oldest_seq)
+                kept.log.trimmed(trimmed.oldest_seq)
         except apsw.Error as error:
             if unwritable(error) is None:
                 raise
-            _logger.warning("old events can't be removed: %s", error)
+            _logger.warning("old %s can't be removed: %s", kept.what, error)
             return
-        self._oldest_at = trimmed.oldest_at
-        self._trim_due = trimmed.more
+        kept.oldest_at = trimmed.oldest_at
+        kept.due = trimmed.more
         self._compact_due = True
 
     async def _compact(self) -> None:
@@ -445,14 +528,12 @@ class Journal(Actor):
         check_fence()
 
     async def _watch_age(self) -> None:
-        store = self._store
         while True:
-            at = self._oldest_at
-            wait_s = _TRIM_AT_MOST_S
-            if at is not None:
-                wait_s = at + store.retention.max_age_s - store.host.clock.now().timestamp()
+            expires_at = min(kept.expires_at for kept in self._kept)
+            wait_s = expires_at - self._store.host.clock.now().timestamp()
             await trio.sleep(min(_TRIM_AT_MOST_S, max(_TRIM_AT_LEAST_S, wait_s)))
-            self._trim_due = True
+            for kept in self._kept:
+                kept.due = True
             self._wake.set()
 
 
@@ -460,5 +541,21 @@ def _log_events(stage: Stage) -> None:
     if _events_logger.isEnabledFor(logging.INFO):
         for frame in stage.frames:
             event = frame.event
+            if event.image is not None:
+                facts = {"image": event.image.reference, "event": event.type}
+                _events_logger.info("image %s: %s", event.image.reference, event.message, extra=facts)
+                continue
             facts = {"vm": event.name, "event": event.type}
             _events_logger.info("VM %s: %s: %s", event.name, event.status, event.message, extra=facts)
+
+
+def _log_records(stage: Stage) -> None:
+    if stage.records and _audit_logger.isEnabledFor(logging.INFO):
+        for _, frame in stage.records:
+            record = frame.record
+            facts: dict[str, object] = {name: getattr(record, name) for name in _RECORD_FIELDS}
+            if record.vm_id is not None:
+                facts["vm"] = record.target
+            _audit_logger.info(
+                "%s %s %s: %s", record.caller, record.operation, record.target, record.outcome, extra=facts
+            )

@@ -9,9 +9,23 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
-from volant.model import Desired, Phase, Problem, ProcessIdentity, Snapshot, Status, VmRow, moved
+from volant.model import (
+    Desired,
+    Phase,
+    Problem,
+    ProcessIdentity,
+    Project,
+    Secret,
+    Snapshot,
+    Status,
+    VmRow,
+    Volume,
+    first_few,
+    moved,
+)
 
 from ._database import Loaded
+from ._named import Named
 
 
 class Running(msgspec.Struct, frozen=True):
@@ -60,7 +74,7 @@ def merge(
         raise Problem(
             409,
             "restore-clash",
-            f"these ids belong to other VMs in the backup: {_listed(clashes)}",
+            f"these ids belong to other VMs in the backup: {first_few(clashes)}",
             hint="it was made by another daemon; delete these VMs first",
         )
     lost = [row.name for row in present if row.id not in kept]
@@ -68,7 +82,7 @@ def merge(
         raise Problem(
             409,
             "restore-loses-vms",
-            f"the backup does not know these VMs: {_listed(lost)}",
+            f"the backup does not know these VMs: {first_few(lost)}",
             hint="delete them; or use `replace`: their processes go on and are listed as orphans",
         )
     now = {row.id: row for row in present}
@@ -81,7 +95,7 @@ def merge(
 
 
 def _same(one: VmRow, other: VmRow) -> bool:
-    return (one.name, one.created_at) == (other.name, other.created_at)
+    return (one.key, one.created_at) == (other.key, other.created_at)
 
 
 def _as_it_runs(row: VmRow, running: Running | None, instance: str) -> VmRow:
@@ -123,14 +137,13 @@ def _own_tag(row: VmRow, instance: str) -> str:
     return f"volant-{instance}-{row.id}.{boot}"
 
 
-def snapshots_after(backup: Loaded, present: Iterable[Snapshot]) -> list[Snapshot]:
-    """Those of a backup, without what it says of processes, and those of now in the place of what it says of them."""
+def named_after(backup: Loaded, present: Iterable[Named]) -> list[Named]:
+    """Returns the named objects that replace those of a backup: its snapshots without what it says of processes; the
+    snapshots and volumes of now, whose files are what they are; the projects of now, which keys of now refer to; and
+    the secrets of now, which may have been replaced for a reason."""
     kept = [
         msgspec.structs.replace(one, vm=msgspec.structs.replace(one.vm, process=None, serial_socket=None, tag=""))
-        for one in backup.snapshots
+        for one in backup.named
+        if isinstance(one, Snapshot)
     ]
-    return [*kept, *present]
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return [*kept, *(one for one in present if isinstance(one, Snapshot | Volume | Project | Secret))]

@@ -51,6 +51,45 @@ def _type_responses(connection: apsw.Connection) -> None:
     connection.execute("DROP TABLE answers")
 
 
+def _divide_names(connection: apsw.Connection) -> None:
+    """Makes names unique in a project, and one table of what is no VM."""
+    connection.execute(
+        """
+        CREATE TABLE vms_of_projects (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            project TEXT NOT NULL,
+            name TEXT NOT NULL,
+            revision INTEGER NOT NULL,
+            row BLOB NOT NULL,
+            UNIQUE (project, name)
+        ) STRICT;
+        INSERT INTO vms_of_projects SELECT id, 'default', name, revision, row FROM vms;
+        DELETE FROM sqlite_sequence WHERE name = 'vms_of_projects';
+        INSERT INTO sqlite_sequence SELECT 'vms_of_projects', seq FROM sqlite_sequence WHERE name = 'vms';
+        DROP TABLE vms;
+        ALTER TABLE vms_of_projects RENAME TO vms;
+        CREATE TABLE named (
+            kind TEXT NOT NULL,
+            project TEXT NOT NULL,
+            name TEXT NOT NULL,
+            value BLOB NOT NULL,
+            PRIMARY KEY (kind, project, name)
+        ) STRICT, WITHOUT ROWID;
+        INSERT INTO named SELECT 'snapshot', 'default', name, snapshot FROM snapshots;
+        INSERT INTO named SELECT 'network', 'default', name, network FROM networks;
+        INSERT INTO named SELECT 'volume', 'default', name, volume FROM volumes;
+        """
+    )
+    for name, enabled, created_at, manifest in connection.execute("SELECT * FROM plugins").fetchall():
+        with naming("plugins", name):
+            plugin = {"manifest": msgspec.Raw(manifest), "enabled": bool(enabled), "created_at": created_at}  # type: ignore[arg-type]
+            connection.execute(
+                "INSERT INTO named VALUES ('plugin', 'default', ?, ?)", (name, msgspec.json.encode(plugin))
+            )
+    for table in ("plugins", "snapshots", "networks", "volumes"):
+        connection.execute(f"DROP TABLE {table}")
+
+
 def _result_of(answer: _Answer) -> dict[str, object]:
     body = msgspec.Raw(answer.body.encode())
     if "ETag" in answer.headers:
@@ -114,11 +153,47 @@ MIGRATIONS: tuple[str | Callable[[apsw.Connection], None], ...] = (
     """,
     "",  # Pages may have checksums. A version that does not know them would write pages without.
     _type_responses,
+    """
+    CREATE TABLE volumes (
+        name TEXT PRIMARY KEY,
+        volume BLOB NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    """,
+    """
+    CREATE TABLE keys (
+        digest TEXT PRIMARY KEY,
+        key BLOB NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    """,
+    _divide_names,
+    """
+    CREATE TABLE audit (
+        seq INTEGER PRIMARY KEY,
+        at INTEGER NOT NULL,
+        caller TEXT NOT NULL,
+        caller_id TEXT NOT NULL,
+        project TEXT,
+        operation TEXT NOT NULL,
+        target TEXT NOT NULL,
+        request_id TEXT NOT NULL,
+        record BLOB NOT NULL
+    ) STRICT;
+    """,
+    """
+    ALTER TABLE responses ADD COLUMN project TEXT NOT NULL DEFAULT 'default';
+    CREATE INDEX audit_by_at ON audit (at);
+    CREATE INDEX audit_by_caller ON audit (caller);
+    CREATE INDEX audit_by_caller_id ON audit (caller_id);
+    CREATE INDEX audit_by_project ON audit (project);
+    CREATE INDEX audit_by_operation ON audit (operation);
+    CREATE INDEX audit_by_target ON audit (target);
+    CREATE INDEX audit_by_request_id ON audit (request_id);
+    """,
 )
 """Entry n brings a database from version n to n + 1. Entries are never changed once released.
 
-`vms.row`, `plugins.manifest`, `events.frame`, `responses.result`, `snapshots.snapshot` and `networks.network` are JSON.
-`events.at` and `responses.at` are seconds since 1970.
+`vms.row`, `events.frame`, `responses.result`, `named.value`, `keys.key` and `audit.record` are JSON.
+`events.at`, `responses.at` and `audit.at` are seconds since 1970.
 """
 
 VERSION = len(MIGRATIONS)

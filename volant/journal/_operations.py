@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import msgspec
 
-from volant.model import Drain, Network, Snapshot, VmRow
+from volant.model import ApiKey, Drain, VmRow
 
+from ._audit import AuditFrame
 from ._frames import EventFrame
-from ._projection import Plugin
+from ._named import Named
 from ._responses import StoredResponse
 
 
@@ -26,7 +27,8 @@ class AddEvent(msgspec.Struct, frozen=True):
     frame: EventFrame
 
 
-Named = Plugin | Snapshot | Network
+class AddRecord(msgspec.Struct, frozen=True):
+    frame: AuditFrame
 
 
 class Put(msgspec.Struct, frozen=True):
@@ -37,6 +39,18 @@ class Put(msgspec.Struct, frozen=True):
 
 class Drop(msgspec.Struct, frozen=True):
     named: Named
+
+
+class PutKey(msgspec.Struct, frozen=True):
+    key: ApiKey
+
+
+class DropKey(msgspec.Struct, frozen=True):
+    digest: str
+
+
+class RequireKeys(msgspec.Struct, frozen=True):
+    """From now on TCP is closed for clients without a key."""
 
 
 class PutDrain(msgspec.Struct, frozen=True):
@@ -51,4 +65,17 @@ class DropResponse(msgspec.Struct, frozen=True):
     scope: bytes
 
 
-Operation = PutRow | DropRow | AddEvent | Put | Drop | PutDrain | PutResponse | DropResponse
+Operation = (
+    PutRow
+    | DropRow
+    | AddEvent
+    | AddRecord
+    | Put
+    | Drop
+    | PutKey
+    | DropKey
+    | RequireKeys
+    | PutDrain
+    | PutResponse
+    | DropResponse
+)

@@ -2,46 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from datetime import datetime
+from collections.abc import Callable, Iterable, KeysView, Mapping
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import msgspec
 import trio
 
-from volant.model import BASE, Drain, EventId, Manifest, Network, PluginView, Snapshot, VmRow, is_named, no_such_vm
+from volant.model import (
+    BASE,
+    DEFAULT_PROJECT,
+    Drain,
+    Event,
+    EventId,
+    Key,
+    Network,
+    Project,
+    Secret,
+    Snapshot,
+    VmRow,
+    Volume,
+    is_named,
+    no_such_vm,
+)
 
-
-class Plugin(msgspec.Struct, frozen=True):
-    """An installed plugin. `base` is built in and has no `created_at`."""
-
-    manifest: Manifest
-    enabled: bool = True
-    created_at: datetime | None = None
-
-    @property
-    def name(self) -> str:
-        return self.manifest.name
-
-
-def plugin_view(plugin: Plugin) -> PluginView:
-    """Returns what clients see of `plugin`."""
-    manifest = plugin.manifest
-    return PluginView(
-        name=manifest.name,
-        version=manifest.version,
-        description=manifest.description,
-        runtime=manifest.runtime,
-        enabled=plugin.enabled,
-        builtin=plugin.created_at is None,
-        created_at=plugin.created_at,
-        labels=manifest.labels,
-    )
-
-
-BASE_PLUGIN = Plugin(BASE)
-
+from ._named import KINDS, Named, Plugin, built_in, default_project
 
 V = TypeVar("V")
 
@@ -49,7 +33,7 @@ _NO_MEMBERS: Mapping[str, str] = {}
 
 
 class Projection:
-    """Holds the committed rows, plugins, snapshots and networks. Everybody may read; only the journal writes, after a
+    """Holds the committed rows of VMs, and what else has a name. Everybody may read; only the journal writes, after a
     commit.
 
     Between two awaits, a reader sees one consistent state: that after `last_event`.
@@ -57,12 +41,10 @@ class Projection:
 
     def __init__(self) -> None:
         self._by_id: dict[int, VmRow] = {}
-        self._by_name: dict[str, VmRow] = {}
-        self._plugins: dict[str, Plugin] = {BASE.name: BASE_PLUGIN}
-        self._snapshots: dict[str, Snapshot] = {}
-        self._networks: dict[str, Network] = {}
-        self._members: dict[str, Mapping[str, str]] = {}
-        self._joined: dict[str, trio.Event] = {}
+        self._by_key: dict[Key, VmRow] = {}
+        self._named: dict[type[Named], dict[Key, Any]] = {kind: {} for kind in KINDS}
+        self._members: dict[Key, Mapping[str, str]] = {}
+        self._joined: dict[Key, trio.Event] = {}
         self._last_event = EventId("", 0)
         self._waiting: dict[int, trio.Event] = {}
         self._drain: Drain | None = None
@@ -74,19 +56,65 @@ class Projection:
         return self._last_event
 
     @property
-    def plugins(self) -> Mapping[str, Plugin]:
-        """By name, also `base`. A live view."""
-        return MappingProxyType(self._plugins)
+    def plugins(self) -> Mapping[Key, Plugin]:
+        """Those that are installed; `plugin` also finds the built-in one. A live view."""
+        return MappingProxyType(self._named[Plugin])
 
     @property
-    def snapshots(self) -> Mapping[str, Snapshot]:
-        """By name, also those that are being taken. A live view."""
-        return MappingProxyType(self._snapshots)
+    def snapshots(self) -> Mapping[Key, Snapshot]:
+        """Also those that are being taken. A live view."""
+        return MappingProxyType(self._named[Snapshot])
 
     @property
-    def networks(self) -> Mapping[str, Network]:
-        """Named networks, by name. A live view."""
-        return MappingProxyType(self._networks)
+    def networks(self) -> Mapping[Key, Network]:
+        """Named networks. A live view."""
+        return MappingProxyType(self._named[Network])
+
+    @property
+    def volumes(self) -> Mapping[Key, Volume]:
+        """Also those that are being made or deleted. A live view."""
+        return MappingProxyType(self._named[Volume])
+
+    @property
+    def projects(self) -> Mapping[Key, Project]:
+        """Those that were made or limited; `project` also finds `default`. A live view."""
+        return MappingProxyType(self._named[Project])
+
+    def project(self, name: str) -> Project | None:
+        """Returns a project, also `default`."""
+        key = Key(name, name)
+        return self._named[Project].get(key) or default_project(key)
+
+    @property
+    def secrets(self) -> Mapping[Key, Secret]:
+        """With encrypted values. A live view."""
+        return MappingProxyType(self._named[Secret])
+
+    def sees(self, project: str | None) -> Callable[[Event], bool]:
+        """Returns a filter for the events of a project (None: all events). It leaves out events of a deleted project
+        that had the same name."""
+        if project is None:
+            return lambda event: True
+        found = self.project(project)
+        since = None if found is None else found.created_at
+        return lambda event: event.project == project and (since is None or event.timestamp >= since)
+
+    def named(self, kind: type[Named]) -> Mapping[Key, Any]:
+        """Returns all of one kind. A live view."""
+        return MappingProxyType(self._named[kind])
+
+    def all_named(self) -> list[Named]:
+        """Returns what has a name and is no VM."""
+        return [one for kept in self._named.values() for one in kept.values()]
+
+    def plugins_of(self, project: str | None) -> list[Plugin]:
+        """Returns the plugins of a project, the built-in one first; None: of all projects."""
+        own = [plugin for key, plugin in self._named[Plugin].items() if project in (None, key.project)]
+        return [Plugin(BASE, project=project or DEFAULT_PROJECT), *own]
+
+    def plugin(self, key: Key) -> Plugin | None:
+        """Returns a plugin, also `base`, which every project has."""
+        return built_in(key) or self._named[Plugin].get(key)
 
     @property
     def drain(self) -> Drain | None:
@@ -103,30 +131,34 @@ class Projection:
         while self._drain is not None:
             await self._drain_changed.wait()
 
-    def get(self, name: str) -> VmRow | None:
+    def get(self, key: Key) -> VmRow | None:
         """Returns the row of the VM with this name."""
-        return self._by_name.get(name)
+        return self._by_key.get(key)
 
-    def require(self, name: str) -> VmRow:
+    def require(self, key: Key) -> VmRow:
         """Returns the row of the VM with this name. :raises Problem: 404"""
-        row = self._by_name.get(name)
+        row = self._by_key.get(key)
         if row is None:
-            raise no_such_vm(name[:80])
+            raise no_such_vm(key.name[:80])
         return row
 
     def by_id(self, vm_id: int) -> VmRow | None:
         """Returns the row of the VM with this id."""
         return self._by_id.get(vm_id)
 
+    def keys(self) -> KeysView[Key]:
+        """Returns what finds each VM by its name."""
+        return self._by_key.keys()
+
     def rows(self) -> list[VmRow]:
         """Returns all rows, in the order of their ids."""
         return list(self._by_id.values())
 
-    def members(self, network: str) -> Mapping[str, str]:
-        """Returns the addresses of the VMs in a network by name. The mapping never changes."""
+    def members(self, network: Key) -> Mapping[str, str]:
+        """Returns the addresses of the VMs in a named network, by their names. The mapping never changes."""
         return self._members.get(network) or _NO_MEMBERS
 
-    async def members_are_not(self, network: str, members: Mapping[str, str]) -> None:
+    async def members_are_not(self, network: Key, members: Mapping[str, str]) -> None:
         """Waits until a network has other members. Those that join and leave in between may be missed."""
         while self.members(network) == members:
             await self._joined.setdefault(network, trio.Event()).wait()
@@ -151,18 +183,17 @@ class Projection:
     def replace(
         self,
         rows: Iterable[VmRow],
-        plugins: Iterable[Plugin],
-        snapshots: Iterable[Snapshot],
-        networks: Iterable[Network],
+        named: Iterable[Named],
         drain: Drain | None,
         last_event: EventId,
     ) -> None:
         """Take over what was loaded from the database."""
         self._by_id = {row.id: row for row in sorted(rows, key=lambda row: row.id)}
-        self._by_name = {row.name: row for row in self._by_id.values()}
-        self._plugins = {BASE.name: BASE_PLUGIN} | {plugin.name: plugin for plugin in plugins}
-        self._snapshots = {snapshot.name: snapshot for snapshot in snapshots}
-        self._networks = {network.name: network for network in networks}
+        self._by_key = {row.key: row for row in self._by_id.values()}
+        for kept in self._named.values():
+            kept.clear()
+        for one in named:
+            self._named[type(one)][one.key] = one
         self.set_drain(drain)
         self._last_event = last_event
         self._members = {}
@@ -176,9 +207,7 @@ class Projection:
     def apply(
         self,
         rows: Mapping[int, VmRow | None],
-        plugins: Mapping[str, Plugin | None],
-        snapshots: Mapping[str, Snapshot | None],
-        networks: Mapping[str, Network | None],
+        named: Mapping[type[Named], Mapping[Key, Named | None]],
         drain: Drain | None,
         last_event: EventId,
     ) -> None:
@@ -187,7 +216,7 @@ class Projection:
         for vm_id, row in rows.items():
             old = self._by_id.get(vm_id)
             if old is not None:
-                del self._by_name[old.name]
+                del self._by_key[old.key]
                 if row is None:
                     self._leave(old)
         for vm_id, row in rows.items():
@@ -197,11 +226,10 @@ class Projection:
                 self._by_id.pop(vm_id, None)
             else:
                 self._by_id[vm_id] = row
-                self._by_name[row.name] = row
+                self._by_key[row.key] = row
             self._wake(vm_id)
-        _update(self._plugins, plugins)
-        _update(self._snapshots, snapshots)
-        _update(self._networks, networks)
+        for kind, changed in named.items():
+            _update(self._named[kind], changed)
         self.set_drain(drain)
         self._last_event = last_event
 
@@ -214,14 +242,16 @@ class Projection:
 
     def _join(self, row: VmRow) -> None:
         if is_named(row.network):
-            self._set_members(row.network, {**self.members(row.network), row.name: row.ip_address})
+            network = row.network_key
+            self._set_members(network, {**self.members(network), row.name: row.ip_address})
 
     def _leave(self, row: VmRow) -> None:
         if is_named(row.network):
-            left = {name: address for name, address in self.members(row.network).items() if name != row.name}
-            self._set_members(row.network, left)
+            network = row.network_key
+            left = {name: address for name, address in self.members(network).items() if name != row.name}
+            self._set_members(network, left)
 
-    def _set_members(self, network: str, members: Mapping[str, str]) -> None:
+    def _set_members(self, network: Key, members: Mapping[str, str]) -> None:
         if members:
             self._members[network] = members
         else:
@@ -236,9 +266,9 @@ class Projection:
             event.set()
 
 
-def _update(state: dict[str, V], changes: Mapping[str, V | None]) -> None:
-    for name, value in changes.items():
+def _update(state: dict[Key, V], changes: Mapping[Key, V | None]) -> None:
+    for key, value in changes.items():
         if value is None:
-            state.pop(name, None)
+            state.pop(key, None)
         else:
-            state[name] = value
+            state[key] = value

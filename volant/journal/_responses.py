@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
 from datetime import datetime
 
 import msgspec
 
-from volant.model import Problem
+from volant.model import DEFAULT_PROJECT, Problem
 
 from ._results import Result
 
@@ -29,6 +30,8 @@ class IdempotencyKey(msgspec.Struct, frozen=True):
     """A digest of the client's key, and of the caller, method and path that it counts for."""
     request: bytes
     """A digest of what is requested: the same key can't stand for another request."""
+    project: str = DEFAULT_PROJECT
+    """The project of the request, whose share of the stored responses it takes."""
 
 
 class StoredResponse(msgspec.Struct, frozen=True):
@@ -70,11 +73,17 @@ class StoredResponse(msgspec.Struct, frozen=True):
 
 
 class StoredResponses:
-    """The stored responses in memory, the oldest first. Everybody may read; only the journal writes, after a commit."""
+    """The stored responses in memory, the oldest first. Everybody may read; only the journal writes, after a commit.
+
+    Projects share the limits: the project that takes the largest share of them makes room. So no project removes the
+    responses of one that takes less.
+    """
 
     def __init__(self) -> None:
         self._by_scope: dict[bytes, StoredResponse] = {}
-        self._bytes = 0
+        self._by_project: dict[str, dict[bytes, StoredResponse]] = {}
+        self._sizes: Counter[str] = Counter()
+        """Bytes by project."""
 
     def __len__(self) -> int:
         return len(self._by_scope)
@@ -88,23 +97,45 @@ class StoredResponses:
 
     def surplus(self, new: Collection[StoredResponse], now: datetime) -> list[bytes]:
         """Returns the scopes of the responses that expire, or have to make room for `new`."""
-        replaced = {response.key.scope for response in new}
-        count = len(self._by_scope) + len(new)
-        size = self._bytes + sum(response.size for response in new)
-        surplus = []
-        for scope, response in self._by_scope.items():
-            if count <= MAX_RESPONSES and size <= MAX_BYTES and not response.is_expired(now):
+        counts = Counter({project: len(kept) for project, kept in self._by_project.items()})
+        sizes = self._sizes.copy()
+        for response in new:
+            counts[response.key.project] += 1
+            sizes[response.key.project] += response.size
+        surplus: set[bytes] = set()
+        for response in self._oldest(counts, sizes, now):
+            counts[response.key.project] -= 1
+            sizes[response.key.project] -= response.size
+            surplus.add(response.key.scope)
+        return list(surplus.difference(response.key.scope for response in new))
+
+    def _oldest(self, counts: Counter[str], sizes: Counter[str], now: datetime) -> Iterator[StoredResponse]:
+        """Yields what expires, and then what makes room until `counts` and `sizes`, from which the caller subtracts
+        it, are within the limits."""
+
+        def share(project: str) -> float:
+            return max(counts[project] / MAX_RESPONSES, sizes[project] / MAX_BYTES)
+
+        for response in self._by_scope.values():
+            if not response.is_expired(now):
                 break
-            count -= 1
-            size -= response.size
-            if scope not in replaced:
-                surplus.append(scope)
-        return surplus
+            yield response
+        rest: dict[str, Iterator[StoredResponse]] = {}
+        while counts.total() > MAX_RESPONSES or sizes.total() > MAX_BYTES:
+            project = max(counts, key=share)
+            if project not in rest:
+                kept = self._by_project.get(project, {})
+                rest[project] = (response for response in kept.values() if not response.is_expired(now))
+            oldest = next(rest[project], None)
+            if oldest is None:
+                break  # Only new ones are left.
+            yield oldest
 
     def replace(self, loaded: Iterable[StoredResponse]) -> None:
         """Take over what was loaded from the database."""
         self._by_scope.clear()
-        self._bytes = 0
+        self._by_project.clear()
+        self._sizes.clear()
         self.apply(sorted(loaded, key=lambda response: response.at), ())
 
     def apply(self, new: Iterable[StoredResponse], dropped: Iterable[bytes]) -> None:
@@ -113,10 +144,17 @@ class StoredResponses:
             self._drop(scope)
         for response in new:
             self._drop(response.key.scope)
+            project = response.key.project
             self._by_scope[response.key.scope] = response
-            self._bytes += response.size
+            self._by_project.setdefault(project, {})[response.key.scope] = response
+            self._sizes[project] += response.size
 
     def _drop(self, scope: bytes) -> None:
         old = self._by_scope.pop(scope, None)
-        if old is not None:
-            self._bytes -= old.size
+        if old is None:
+            return
+        project = old.key.project
+        self._sizes[project] -= old.size
+        del self._by_project[project][scope]
+        if not self._by_project[project]:
+            del self._by_project[project], self._sizes[project]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 
@@ -21,20 +22,24 @@ import msgspec
 
 from volant.host import Host
 from volant.model import (
+    DONE,
+    ApiKey,
+    Cause,
     Drain,
     EventId,
-    Snapshot,
     event_for,
 )
 from volant.model.stored import MAX_ID, BadMember, check_addresses_differ, check_stored_epoch
 
 from ._acknowledged import acknowledged_path
+from ._audit import AuditFrame
 from ._copies import append, next_path, upload_path
 from ._database import Database, Loaded
 from ._errors import DatabaseRefused
 from ._frames import EventFrame
-from ._merge import Change, Evidence, merge, snapshots_after
-from ._operations import AddEvent, Put, PutDrain
+from ._merge import Change, Evidence, merge, named_after
+from ._named import Named
+from ._operations import AddEvent, AddRecord, Put, PutDrain, PutKey, RequireKeys
 from ._schema import MAX_BLOB_BYTES, migrated, open_reader
 
 EXAMINE_S = 300.0
@@ -94,12 +99,18 @@ def finish(
     *,
     last_vm_id: int,
     drain: Drain | None,
-    snapshots: Iterable[Snapshot],
+    named: Iterable[Named],
+    keys: Iterable[ApiKey],
+    keys_required: bool,
+    present: Path | None,
+    cause: Cause | None,
     now: datetime,
 ) -> str:
     """Makes an examined upload what the next daemon finds, and renames it. Returns the new epoch.
 
-    `snapshots`: see `snapshots_after`.
+    `named`: see `named_after`. `keys`: those of now. No key of the backup comes back, as it may have been deleted
+    since. What closed TCP to clients without a key stays closed. `present`: the database of now, if it can be read. Its
+    audit log stays, and that of the backup does not count. `cause`: who restores, for a record.
 
     :raises apsw.Error, OSError: the disk fails; nothing has changed.
     """
@@ -125,8 +136,19 @@ def finish(
             execute("INSERT INTO sqlite_sequence VALUES ('vms', ?)", (last_vm_id,))
             execute("UPDATE meta SET value = ? WHERE key = 'epoch'", (epoch,))
             database.execute(PutDrain(drain))
-            for snapshot in snapshots:
-                database.execute(Put(snapshot))
+            if present is not None:
+                # One that was deleted since stays deleted.
+                execute("DELETE FROM named WHERE kind = 'secret'")
+            for one in named:
+                database.execute(Put(one))
+            execute("DELETE FROM keys")
+            for key in keys:
+                database.execute(PutKey(key))
+            if keys_required:
+                database.execute(RequireKeys())
+            newest = _take_over_audit(connection, present)
+            if cause is not None:
+                database.execute(AddRecord(AuditFrame.of(cause.record(newest + 1, now, DONE, None))))
     finally:
         connection.close()
     try:
@@ -134,7 +156,20 @@ def finish(
     except OSError:
         host.files.unlink(next_path(path))
         raise
+    if cause is not None:
+        cause.recorded = DONE
     return epoch
+
+
+def _take_over_audit(connection: apsw.Connection, present: Path | None) -> int:
+    """Replaces the audit log of a backup by that of the present database. Returns the number of the newest record."""
+    connection.execute("DELETE FROM audit")
+    if present is not None:
+        with closing(open_reader(present)) as reader:
+            rows = reader.execute("SELECT * FROM audit ORDER BY seq")
+            connection.executemany("INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+    newest: int = connection.execute("SELECT max(seq) FROM audit").get or 0
+    return newest
 
 
 class Done(msgspec.Struct, frozen=True):
@@ -146,9 +181,13 @@ class Done(msgspec.Struct, frozen=True):
     """The path of the old database; None: there was none."""
     refused: str | None
     """Why the old database can't be read."""
+    locked: bool
+    """Whether TCP needs credentials although the database has no key."""
 
 
-def restore_offline(host: Host, path: Path, file: Path, evidence: Evidence, instance: str, *, replace: bool) -> Done:
+def restore_offline(
+    host: Host, path: Path, file: Path, evidence: Evidence, instance: str, *, replace: bool, cause: Cause | None = None
+) -> Done:
     """Replaces a database that no daemon uses by a backup, even if it is damaged.
 
     :raises DatabaseRefused: of `file`, see `examine`. :raises Problem: 409 see `merge`.
@@ -165,6 +204,9 @@ def restore_offline(host: Host, path: Path, file: Path, evidence: Evidence, inst
         backup = examine(host, upload)
         present, refused = _present(host, path)
         changes = merge(backup, present.rows if present else [], evidence.running, instance, replace=replace)
+        keys = present.keys if present else ()
+        # Nobody knows what a damaged database has required.
+        keys_required = backup.keys_required or (present.keys_required if present else refused is not None)
         last_vm_id = max(backup.last_vm_id, present.last_vm_id if present else 0, evidence.newest_id)
         epoch = finish(
             host,
@@ -173,12 +215,16 @@ def restore_offline(host: Host, path: Path, file: Path, evidence: Evidence, inst
             changes,
             last_vm_id=last_vm_id,
             drain=present.drain if present else None,
-            snapshots=snapshots_after(backup, present.snapshots if present else ()),
+            named=named_after(backup, present.named if present else ()),
+            keys=keys,
+            keys_required=keys_required,
+            present=path if present is not None else None,
+            cause=cause,
             now=host.clock.now(),
         )
     finally:
         host.files.unlink(upload)
-    return Done(epoch, len(backup.rows), take_over(host, path), refused)
+    return Done(epoch, len(backup.rows), take_over(host, path), refused, locked=keys_required and not keys)
 
 
 def _present(host: Host, path: Path) -> tuple[Loaded | None, str | None]:

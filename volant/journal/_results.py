@@ -16,16 +16,22 @@ from volant.model import (
     NetworkView,
     PluginView,
     Problem,
+    Project,
+    ProjectView,
     Snapshot,
     SnapshotView,
+    Used,
     VmRow,
     VmView,
+    Volume,
+    VolumeView,
     network_view,
     snapshot_view,
     view,
+    volume_view,
 )
 
-from ._projection import Plugin, plugin_view
+from ._named import Plugin, plugin_view
 
 
 class _OfVm(msgspec.Struct, frozen=True):
@@ -69,6 +75,40 @@ class NetworkCreated(msgspec.Struct, frozen=True, tag="network-created"):
         return cls(network_view(network))
 
 
+class ProjectCreated(msgspec.Struct, frozen=True, tag="project-created"):
+    project: ProjectView
+
+    @classmethod
+    def of(cls, project: Project) -> Self:
+        nothing = Used(vms=0, cpu_cores=0, memory_mb=0, disk_mb=0, snapshots=0)
+        return cls(
+            ProjectView(
+                name=project.name,
+                quota=project.quota,
+                egress=project.egress,
+                used=nothing,
+                created_at=project.created_at,
+            )
+        )
+
+
+class _OfVolume(msgspec.Struct, frozen=True):
+    volume: VolumeView
+
+    @classmethod
+    def of(cls, volume: Volume) -> Self:
+        # What is measured or follows from VMs is no part of a stored result.
+        return cls(volume_view(volume, used_bytes=None))
+
+
+class VolumeCreated(_OfVolume, frozen=True, tag="volume-created"):
+    pass
+
+
+class VolumeChanged(_OfVolume, frozen=True, tag="volume-changed"):
+    """A volume after it was resized."""
+
+
 class _OfPlugin(msgspec.Struct, frozen=True):
     plugin: PluginView
 
@@ -109,6 +149,9 @@ Result = (
     | VmForked
     | SnapshotTaken
     | NetworkCreated
+    | ProjectCreated
+    | VolumeCreated
+    | VolumeChanged
     | PluginInstalled
     | PluginChanged
     | Refusal

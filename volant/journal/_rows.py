@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import datetime
 
 import msgspec
 
-from volant.model import Drain, Manifest, Network, Snapshot, VmRow
+from volant.model import ApiKey, Drain, Snapshot, VmRow, Volume
 from volant.model.stored import (
     MAX_ID,
     BadMember,
     check_stored_epoch,
-    check_stored_network,
-    check_stored_plugin,
-    check_stored_snapshot,
+    check_stored_key,
     check_stored_time,
     check_stored_vm,
 )
 
 from ._errors import BadRow, naming, shown
-from ._projection import Plugin
+from ._named import KINDS_BY_WORD, Named
 from ._responses import IdempotencyKey, StoredResponse
 
 _decode_row = msgspec.json.Decoder(VmRow).decode
-_decode_manifest = msgspec.json.Decoder(Manifest).decode
 _decode_drain = msgspec.json.Decoder(Drain).decode
-_decode_snapshot = msgspec.json.Decoder(Snapshot).decode
-_decode_network = msgspec.json.Decoder(Network).decode
+_decode_key = msgspec.json.Decoder(ApiKey).decode
 
 
 def _same(**columns: tuple[object, object]) -> None:
@@ -37,43 +32,38 @@ def _same(**columns: tuple[object, object]) -> None:
             raise BadMember(name, member, f"and its column says {shown(column)}")
 
 
-def read_vm(vm_id: int, name: str, revision: int, data: bytes) -> VmRow:
+def read_vm(vm_id: int, project: str, name: str, revision: int, data: bytes) -> VmRow:
     with naming("vms", vm_id):
         row = _decode_row(data)
-        _same(id=(vm_id, row.id), name=(name, row.name), revision=(revision, row.revision))
+        _same(
+            id=(vm_id, row.id), project=(project, row.project), name=(name, row.name), revision=(revision, row.revision)
+        )
         check_stored_vm(row)
         return row
 
 
-def read_plugin(name: str, data: bytes, enabled: int, created_at: str) -> Plugin:
-    with naming("plugins", name):
-        manifest = _decode_manifest(data)
-        _same(name=(name, manifest.name))
-        check_stored_plugin(manifest)
-        created = datetime.fromisoformat(created_at)
-        check_stored_time("created_at", created)
-        return Plugin(manifest, bool(enabled), created)
+def read_named(word: str, project: str, name: str, data: bytes) -> Named:
+    with naming("named", (word, project, name)):
+        kind = KINDS_BY_WORD.get(word)
+        if kind is None:
+            raise BadMember("kind", word, "which is none")
+        named: Named = kind.decode(data)
+        _same(project=(project, named.project), name=(name, named.name))
+        kind.check(named)
+        return named
 
 
-def read_snapshot(snapshot_id: str, name: str, data: bytes) -> Snapshot:
-    with naming("snapshots", snapshot_id):
-        snapshot = _decode_snapshot(data)
-        _same(id=(snapshot_id, snapshot.id), name=(name, snapshot.name))
-        check_stored_snapshot(snapshot)
-        return snapshot
+def read_key(digest: str, data: bytes) -> ApiKey:
+    with naming("keys", digest):
+        key = _decode_key(data)
+        _same(digest=(digest, key.digest))
+        check_stored_key(key)
+        return key
 
 
-def read_network(name: str, data: bytes) -> Network:
-    with naming("networks", name):
-        network = _decode_network(data)
-        _same(name=(name, network.name))
-        check_stored_network(network)
-        return network
-
-
-def read_response(scope: bytes, request: bytes, at: int, result: bytes) -> StoredResponse:
+def read_response(scope: bytes, request: bytes, at: int, result: bytes, project: str) -> StoredResponse:
     with naming("responses", scope):
-        response = StoredResponse(IdempotencyKey(scope, request), at, result)
+        response = StoredResponse(IdempotencyKey(scope, request, project), at, result)
         _ = response.result
         return response
 
@@ -96,6 +86,15 @@ def read_changes(value: str | None) -> int:
 def read_epoch(value: object) -> str:
     with naming("meta", "epoch"):
         return check_stored_epoch(value)
+
+
+def check_ids_differ(named: Sequence[Named]) -> None:
+    """:raises BadRow: two snapshots or two volumes have the same files."""
+    owners: dict[tuple[type[Named], str], Named] = {}
+    for one in named:
+        if isinstance(one, Snapshot | Volume) and (other := owners.setdefault((type(one), one.id), one)) is not one:
+            where = f"table named, row {shown(tuple(one.key))}"
+            raise BadRow(f"{where}: id is {one.id!r}, which is that of row {shown(tuple(other.key))}")
 
 
 def check_tags_differ(rows: Sequence[VmRow]) -> None:

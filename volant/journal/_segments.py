@@ -26,6 +26,7 @@ from pathlib import Path
 import msgspec
 
 from volant.host import Host
+from volant.model import DEFAULT_PROJECT, Key
 
 CHECKPOINT_BYTES = 256 * 1024
 MAX_SOURCES = 64
@@ -57,23 +58,24 @@ def segment_of(host: Host, path: Path) -> tuple[int, Segment] | None:
     return int(match[1]), Segment(path, int(match[2]), int(match[3]), host.files.size(path))
 
 
-class Checkpoint(msgspec.Struct, frozen=True):
+class Checkpoint(msgspec.Struct, frozen=True, omit_defaults=True):
     """The content of a checkpoint."""
 
     seq: int
     name: str
     resume: dict[str, int]
+    project: str = DEFAULT_PROJECT
 
 
-def checkpoint_line(next_seq: int, name: str, resume: dict[str, int]) -> bytes:
-    return b"# " + msgspec.json.encode(Checkpoint(next_seq, name, resume)) + b"\n"
+def checkpoint_line(next_seq: int, vm: Key, resume: dict[str, int]) -> bytes:
+    return b"# " + msgspec.json.encode(Checkpoint(next_seq, vm.name, resume, vm.project)) + b"\n"
 
 
 class Recovered(msgspec.Struct, frozen=True):
     """The end of a log on the disk."""
 
     newest: int
-    name: str
+    vm: Key
     resume: dict[str, int]
     last_us: int
     """The time of the newest record; 0 when this segment has none."""
@@ -132,7 +134,7 @@ def _replay(checkpoint: Checkpoint, data: bytes, offset: int) -> Recovered:
         if fields[1].isdigit():
             remember(resume, fields[0].decode("ascii", "replace"), int(fields[1]))
             newest, last_us, whole = seq, int(fields[2]), offset
-    return Recovered(newest, checkpoint.name, resume, last_us, whole == len(data))
+    return Recovered(newest, Key(checkpoint.project, checkpoint.name), resume, last_us, whole == len(data))
 
 
 def remember(resume: dict[str, int], source: str, position: int) -> None:

@@ -10,43 +10,65 @@ fail everything that came after it, and refusals (`name taken`) that were based 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Generic, TypeVar
 
 from volant.model import (
+    BEGUN,
+    ApiKey,
+    Cause,
     Drain,
     Event,
     EventId,
+    Key,
     Lease,
     Network,
     Networking,
+    Project,
+    Secret,
     Snapshot,
+    Used,
     VmRow,
+    Volume,
     allocate,
     event_for,
+    replica_event,
     restored_event,
+    workload_event,
+    workload_events,
 )
 
 from . import _operations as op
+from ._api_keys import ApiKeys
+from ._audit import AuditFrame
+from ._creates import RecentCreates
 from ._errors import DuplicateRequest
 from ._frames import EventFrame
-from ._projection import Plugin, Projection
+from ._named import KINDS, Named, Plugin, built_in, default_project
+from ._projection import Projection
 from ._responses import IdempotencyKey, StoredResponse, StoredResponses
 from ._results import Result
 
+K = TypeVar("K")
 V = TypeVar("V")
 
 
-class Overlay(Generic[V]):
+class Overlay(Generic[K, V]):
     """Changes on top of a committed mapping. `changed` holds None for what is removed."""
 
-    def __init__(self, committed: Mapping[str, V]) -> None:
+    def __init__(self, committed: Mapping[K, V]) -> None:
         self._committed = committed
-        self.changed: dict[str, V | None] = {}
+        self.changed: dict[K, V | None] = {}
 
-    def get(self, name: str) -> V | None:
-        return self.changed[name] if name in self.changed else self._committed.get(name)
+    def get(self, key: K) -> V | None:
+        return self.changed[key] if key in self.changed else self._committed.get(key)
+
+    def values(self) -> list[V]:
+        """Returns what there is, in no order."""
+        kept = [value for key, value in self._committed.items() if key not in self.changed]
+        return kept + [value for value in self.changed.values() if value is not None]
 
     def __len__(self) -> int:
         removed = sum(value is None for value in self.changed.values())
@@ -63,28 +85,40 @@ class Stage:
         self,
         projection: Projection,
         stored: StoredResponses,
+        keys: ApiKeys,
+        creates: RecentCreates,
         last_vm_id: int,
         now: datetime,
         networking: Networking,
+        newest_record: int,
+        used_elsewhere: Callable[[str], Used],
     ) -> None:
         self._projection = projection
         self._stored = stored
         self.now = now
         self.networking = networking
-        self.caller: str | None = None
-        """The client that requests the change which is staged."""
+        self.cause: Cause | None = None
+        """Who requests the change that is staged, with what."""
+        self.records: list[tuple[Cause, AuditFrame]] = []
+        self._newest_record = newest_record
         self.last_vm_id = last_vm_id
         self.last_event = projection.last_event
         self.rows: dict[int, VmRow | None] = {}
-        self._names: dict[str, VmRow | None] = {}
-        self.plugins = Overlay(projection.plugins)
-        self.snapshots = Overlay(projection.snapshots)
-        self.networks = Overlay(projection.networks)
-        self._overlays: Mapping[type[op.Named], Overlay[Any]] = {
-            Plugin: self.plugins,
-            Snapshot: self.snapshots,
-            Network: self.networks,
-        }
+        self._by_key: dict[Key, VmRow | None] = {}
+        self._named: dict[type[Named], Overlay[Key, Any]] = {kind: Overlay(projection.named(kind)) for kind in KINDS}
+        self.snapshots: Overlay[Key, Snapshot] = self._named[Snapshot]
+        self.networks: Overlay[Key, Network] = self._named[Network]
+        self.volumes: Overlay[Key, Volume] = self._named[Volume]
+        self.secrets: Overlay[Key, Secret] = self._named[Secret]
+        self._keys = keys
+        self.keys: Overlay[str, ApiKey] = Overlay(keys.by_digest)
+        self.keys_required = keys.required
+        self.projects: Overlay[Key, Project] = self._named[Project]
+        self._creates = creates
+        self.used_elsewhere = used_elsewhere
+        """Returns what a project has on the other hosts of the fleet."""
+        self.new_creates: Counter[str] = Counter()
+        """VMs that are created, by their projects."""
         self.drain = projection.drain
         self.frames: list[EventFrame] = []
         self.responses: dict[bytes, StoredResponse] = {}
@@ -102,8 +136,8 @@ class Stage:
     def by_id(self, vm_id: int) -> VmRow | None:
         return self.rows[vm_id] if vm_id in self.rows else self._projection.by_id(vm_id)
 
-    def named(self, name: str) -> VmRow | None:
-        return self._names[name] if name in self._names else self._projection.get(name)
+    def vm(self, key: Key) -> VmRow | None:
+        return self._by_key[key] if key in self._by_key else self._projection.get(key)
 
     def all_rows(self) -> Iterator[VmRow]:
         yield from (row for row in self.rows.values() if row is not None)
@@ -111,14 +145,14 @@ class Stage:
 
     def put_row(self, row: VmRow, after: int | None) -> None:
         """:param after: the revision that it replaces; None: a new row"""
-        self.rows[row.id] = self._names[row.name] = row
+        self.rows[row.id] = self._by_key[row.key] = row
         self.last_vm_id = max(self.last_vm_id, row.id)
         if self._taken is not None and (address := bridge_address(row)) is not None:
             self._taken.add(address)
         self.operations.append(op.PutRow(row, after))
 
     def drop_row(self, row: VmRow) -> None:
-        self.rows[row.id] = self._names[row.name] = None
+        self.rows[row.id] = self._by_key[row.key] = None
         if self._taken is not None and (address := bridge_address(row)) is not None:
             self._taken.discard(address)
             self.taken_up_to = None
@@ -148,14 +182,42 @@ class Stage:
             above=given[-1].address if given else self.taken_up_to,
         )
 
-    # Plugins, snapshots, networks, maintenance
+    # What else has a name; maintenance
 
-    def put(self, named: op.Named) -> None:
-        self._overlays[type(named)].changed[named.name] = named
+    @property
+    def changed(self) -> dict[type[Named], dict[Key, Any]]:
+        """What has changed of it, by kind; None for what is removed."""
+        return {kind: overlay.changed for kind, overlay in self._named.items() if overlay.changed}
+
+    def named(self, kind: type[Named]) -> Overlay[Key, Any]:
+        """Returns all of one kind."""
+        return self._named[kind]
+
+    def plugin(self, key: Key) -> Plugin | None:
+        return built_in(key) or self._named[Plugin].get(key)
+
+    def all_plugins(self) -> list[Plugin]:
+        """Returns those that are installed."""
+        return self._named[Plugin].values()
+
+    def project(self, key: Key) -> Project | None:
+        return self.projects.get(key) or default_project(key)
+
+    def everything_named(self) -> Iterator[tuple[str, Named]]:
+        """Yields all of it, each with the word for its kind."""
+        for kind, overlay in self._named.items():
+            yield from ((KINDS[kind].word, one) for one in overlay.values())
+
+    def recent_creates(self, project: str) -> int:
+        """Returns how many VMs were created in a project in the last minute, of those that were counted."""
+        return self._creates.of(project, self.now) + self.new_creates[project]
+
+    def put(self, named: Named) -> None:
+        self._named[type(named)].changed[named.key] = named
         self.operations.append(op.Put(named))
 
-    def drop(self, named: op.Named) -> None:
-        self._overlays[type(named)].changed[named.name] = None
+    def drop(self, named: Named) -> None:
+        self._named[type(named)].changed[named.key] = None
         self.operations.append(op.Drop(named))
 
     def put_drain(self, drain: Drain | None) -> None:
@@ -163,28 +225,75 @@ class Stage:
             self.drain = drain
             self.operations.append(op.PutDrain(drain))
 
+    # API keys
+
+    def keys_of(self, name: str) -> list[ApiKey]:
+        """Returns the key of this name and those that it replaced."""
+        found = {key.digest: key for key in self._keys.of(name)}
+        for digest, key in self.keys.changed.items():
+            found.pop(digest, None)
+            if key is not None and key.name == name:
+                found[digest] = key
+        return list(found.values())
+
+    def put_key(self, key: ApiKey) -> None:
+        self.keys.changed[key.digest] = key
+        self.operations.append(op.PutKey(key))
+
+    def drop_key(self, key: ApiKey) -> None:
+        self.keys.changed[key.digest] = None
+        self.operations.append(op.DropKey(key.digest))
+
+    def require_keys(self) -> None:
+        if not self.keys_required:
+            self.keys_required = True
+            self.operations.append(op.RequireKeys())
+
     # Events
 
     def next_event_id(self) -> EventId:
         return EventId(self.last_event.epoch, self.last_event.seq + 1)
 
     def add_events(self, before: VmRow | None, after: VmRow | None, message: str) -> None:
-        """Add the event of a change of a row, if there is one."""
+        """Add the events of a change of a row, if there are any."""
         event_id = self.next_event_id()
-        event = event_for(before, after, event_id=event_id, message=message, now=self.now, caller=self.caller)
-        if event is None:
-            return
-        self.add_event(event_id, event)
-        event_id = self.next_event_id()
-        restored = restored_event(before, after, event_id=event_id, now=self.now)
-        if restored is not None:
-            self.add_event(event_id, restored)
+        event = event_for(before, after, event_id=event_id, message=message, now=self.now, cause=self.cause)
+        if event is not None:
+            self.add_event(event_id, event)
+            event_id = self.next_event_id()
+            restored = restored_event(before, after, event_id=event_id, now=self.now)
+            if restored is not None:
+                self.add_event(event_id, restored)
+                event_id = self.next_event_id()
+        unreplicated = replica_event(before, after, event_id=event_id, now=self.now)
+        if unreplicated is not None:
+            self.add_event(event_id, unreplicated)
+        for kind, text in workload_events(before, after):
+            assert after is not None
+            event_id = self.next_event_id()
+            self.add_event(event_id, workload_event(kind, after, text, event_id=event_id, now=self.now))
 
     def add_event(self, event_id: EventId, event: Event) -> None:
         frame = EventFrame.of(event_id.seq, event)
         self.last_event = event_id
         self.frames.append(frame)
         self.operations.append(op.AddEvent(frame))
+
+    # Audit
+
+    def put_record(self, cause: Cause, outcome: str, vm_id: int | None) -> None:
+        """Adds a record, unless there is one that says as much."""
+        if cause.recorded == outcome or (outcome == BEGUN and cause.recorded):
+            return
+        if vm_id is None:
+            vm_id = cause.vm_id
+        if vm_id is None and cause.of_vm and cause.project is not None:
+            row = self.vm(Key(cause.project, cause.target))
+            vm_id = None if row is None else row.id
+        self._newest_record += 1
+        frame = AuditFrame.of(cause.record(self._newest_record, self.now, outcome, vm_id))
+        self.records.append((cause, frame))
+        self.operations.append(op.AddRecord(frame))
 
     # Stored responses
 

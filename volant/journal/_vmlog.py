@@ -30,7 +30,7 @@ import trio
 from actors import Log, check_fence
 from volant.concurrency import FairShare
 from volant.host import Host
-from volant.model import utf8_boundary
+from volant.model import Key, utf8_boundary
 
 from ._log_cursor import LogCursor
 from ._segments import (
@@ -109,7 +109,7 @@ class VmLog:
         self._drop = drop
         self.vm_id = vm_id
         self._throttle = Throttle(share, vm_id)
-        self._name = ""
+        self._key = Key("", "")
         self._newest = 0
         self._resume: dict[str, int] = {}
         self._last_us = 0
@@ -136,7 +136,7 @@ class VmLog:
                 continue
             self._newest = max(self._newest, found.newest)
             self._resume = found.resume
-            self._name = found.name
+            self._key = found.vm
             # The lines may have a guest's time. The segment has the daemon's.
             self._last_us = max(last.at_us, min(found.last_us, self._now_us()))
             self._roll = not found.whole or self._newest != found.newest
@@ -151,7 +151,12 @@ class VmLog:
     @property
     def name(self) -> str:
         """The VM's name, empty until its pump has opened the log."""
-        return self._name
+        return self._key.name
+
+    @property
+    def key(self) -> Key:
+        """The VM's project and name, both empty until its pump has opened the log."""
+        return self._key
 
     @property
     def newest(self) -> int:
@@ -270,7 +275,7 @@ class VmLog:
             for source, position in marks.items():
                 remember(self._resume, source, position)
         if segment.size >= self._next_checkpoint:
-            data += checkpoint_line(self._newest + 1, self._name, self._resume)
+            data += checkpoint_line(self._newest + 1, self._key, self._resume)
             self._next_checkpoint = segment.size + CHECKPOINT_BYTES
         written = self._host.descriptors.write(self._fd, data)
         if written == len(data):
@@ -287,7 +292,7 @@ class VmLog:
         self._roll = True
         segment = Segment.fresh(self._directory, self.vm_id, first, self._now_us())
         fd = self._host.descriptors.open(segment.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL)
-        line = checkpoint_line(first, self._name, self._resume)
+        line = checkpoint_line(first, self._key, self._resume)
         try:
             if self._host.descriptors.write(fd, line) != len(line):
                 raise OSError("only a part was written")
@@ -312,14 +317,14 @@ class VmLog:
         self._roll = True
         self.release()
         if not self._failing:
-            _logger.warning("the log of VM %d (%s) loses lines: %s", self.vm_id, self._name, error)
+            _logger.warning("the log of VM %d (%s) loses lines: %s", self.vm_id, self._key.name, error)
         self._failing = True
 
     def _now_us(self) -> int:
         return int(self._host.clock.now().timestamp() * 1_000_000)
 
     def _head(self, stream: str) -> bytes:
-        head = b'{"name":%b,"vm_id":%d,"stream":%b,"line":' % (_encode(self._name), self.vm_id, _encode(stream))
+        head = b'{"name":%b,"vm_id":%d,"stream":%b,"line":' % (_encode(self._key.name), self.vm_id, _encode(stream))
         self._heads[stream] = head
         return head
 
@@ -333,10 +338,10 @@ class VmLog:
 
     # Upkeep, for `VmLogs`
 
-    def set_name(self, name: str) -> None:
-        """Set the VM's name for the next lines."""
-        if name != self._name:
-            self._name = name
+    def set_key(self, key: Key) -> None:
+        """Set the VM's project and name for the next lines."""
+        if key != self._key:
+            self._key = key
             self._heads.clear()
 
     def release(self) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import trio
 
 from volant.host import Host
+from volant.model import Key
 
 from ._segments import Segment, segment_of
 from ._throttle import log_share
@@ -77,7 +78,7 @@ class VmLogs:
                 except ValueError:
                     self._expiry[vm_id] = self._host.clock.now() + timedelta(days=1)
 
-    def open(self, vm_id: int, name: str) -> VmLog:
+    def open(self, vm_id: int, vm: Key) -> VmLog:
         """Returns the log of a VM that exists, always the same object.
 
         The first call reads the end of the log, which is short.
@@ -88,7 +89,7 @@ class VmLogs:
         if not self._prepared:
             raise RuntimeError("VmLogs.prepare() comes first")
         log = self._log(vm_id)
-        log.set_name(name)
+        log.set_key(vm)
         return log
 
     def find(self, vm_id: int) -> VmLog | None:
@@ -141,6 +142,13 @@ class VmLogs:
         logs = {vm_id: log.statistics().bytes for vm_id, log in self._logs.items()}
         found = {vm_id: sum(segment.size for segment in segments) for vm_id, segments in self._found.items()}
         return {vm_id: (size, vm_id in self._expiry) for vm_id, size in {**found, **logs}.items()}
+
+    async def discard_project(self, project: str) -> None:
+        """Removes the logs of a project's deleted VMs. :raises OSError: the disk fails."""
+        for vm_id in list(self._expiry):
+            log = self.find(vm_id)
+            if log is not None and log.key.project == project:
+                await self.discard(vm_id)
 
     async def discard(self, vm_id: int) -> bool:
         """Removes the log of a deleted VM now. Returns whether there was one. :raises OSError: the disk fails."""
