@@ -30,7 +30,7 @@ from volant.templates import (
     _actor,
 )
 from volant.templates.messages import Build, GiveWay, ListTemplates, RemoveTemplate, Suspect, Wanted
-from volant.vm import BootLimiter
+from volant.vm import BootLimiter, bounds_of
 
 SPEC = spec_of(KEY)
 
@@ -78,7 +78,16 @@ async def standing(
     projection = Projection() if projection is None else projection
     places: Any = {"instance": "volant-test", "runtime_dir": tmp_path / "r", "memory_dir": tmp_path / "mem"}
     build = TemplateBuilder(host, hypervisor, store, **places)
-    pool = WarmPool(host, hypervisor, store, projection, WarmPoolLimits(each=0), quiet=lambda: True, **places)
+    pool = WarmPool(
+        host,
+        hypervisor,
+        store,
+        projection,
+        WarmPoolLimits(each=0),
+        quiet=lambda: True,
+        bounds=bounds_of,
+        **places,
+    )
     slots = boot_slots or BootLimiter(1)
 
     def templates() -> Templates:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from tests.templates.test_store import KEY, add, spec_of
 from volant.host import Host, Process
-from volant.hypervisor import HypervisorError, LaunchFailed, MachineSpec, Nic
+from volant.hypervisor import HypervisorError, LaunchFailed, MachineSpec, Nic, ParkedControl
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.model import ProcessIdentity
 from volant.templates import (
@@ -33,6 +33,7 @@ from volant.templates import (
 )
 from volant.templates._demand import Use, most_together, pause_s, wanted
 from volant.templates._warm_pool import WarmCounts, claim_in
+from volant.vm import bounds_of
 
 
 def template_spec(memory_mb: int = 128, config: GuestConfig | None = None, *, has_nic: bool = False) -> TemplateSpec:
@@ -58,7 +59,7 @@ class Hypervisor(QemuHypervisor):
             argv, tag=spec.tag, env={}, cwd=spec.directory, stdout_path=spec.log_path
         )
 
-    async def resume_warm(self, spec: MachineSpec) -> None:
+    async def resume_warm(self, spec: MachineSpec, control: ParkedControl | None = None) -> None:
         if self.hangs:
             raise HypervisorError("it does not answer")
         assert spec.log_path.exists()
@@ -111,6 +112,7 @@ class Pool:
             runtime_dir=self.runtime_dir,
             memory_dir=self.path / "mem",
             quiet=lambda: self.quiet,
+            bounds=bounds_of,
             warm_up=self.warm_up,
         )
 

@@ -19,11 +19,14 @@ from volant.model import (
     Artifact,
     Boot,
     CreateVm,
+    EgressRule,
     Lease,
     Manifest,
     ProcessIdentity,
     Status,
     VmRow,
+    Volume,
+    VolumeMount,
     allocate,
     new_row,
     user_lease,
@@ -106,3 +109,38 @@ def test_an_adopted_row_keeps_its_address(
     row = adopted_row(settings, Orphan(identity, 7, 4, found, None), found, found.name or "demo", NOW)
     assert (row.network, row.lease) == (then, lease)
     assert machine_spec(settings, row, "tcg").nic == before.nic
+
+
+@pytest.mark.parametrize(
+    "lease", [allocate(DEFAULT_SUBNET, (), instance="ab12ab12ab", vm_id=7), user_lease("ab12ab12ab", 7)]
+)
+def test_an_orphan_whose_egress_rules_are_lost_may_connect_to_nothing(settings: VmSettings, lease: Lease) -> None:
+    settings = replace(settings, nameservers=("10.0.0.53",))
+    network = "bridge" if lease.tap else "user"
+    for egress, then in (((EgressRule(name="a.example"),), "none"), ("none", "none"), ("all", "all")):
+        row = launched(None, DIGEST, "", network=network, lease=lease, egress=egress)
+        before = machine_spec(settings, row, "tcg")
+        found = parse_argv(build_argv(before, (10, 0)))
+        assert found is not None
+        identity = ProcessIdentity(4242, 99, "boot", before.tag)
+        adopted = adopted_row(settings, Orphan(identity, 7, 4, found, None), found, found.name or "demo", NOW)
+        assert adopted.egress == then
+        assert machine_spec(settings, adopted, "tcg").nic == before.nic
+
+
+def test_an_adopted_row_has_the_volumes_of_its_process(settings: VmSettings) -> None:
+    volumes = {
+        letter * 16: Volume(id=letter * 16, name=f"v{letter}", size_mb=64, created_at=NOW, writers=3) for letter in "ab"
+    }
+    mounts = (
+        VolumeMount(name="va", id="a" * 16, path="/d"),
+        VolumeMount(name="vb", id="b" * 16, path="/d/x", read_only=True),
+    )
+    before = machine_spec(settings, launched(None, DIGEST, "", volumes=mounts), "tcg")
+    found = parse_argv(build_argv(before, (10, 0)))
+    assert found is not None
+    identity = ProcessIdentity(4242, 99, "boot", before.tag)
+    row = adopted_row(settings, Orphan(identity, 7, 4, found, None), found, found.name, NOW, volumes)
+    assert machine_spec(settings, row, "tcg") == before
+    # A command line does not say where they are mounted.
+    assert [str(mount) for mount in row.volumes] == ["va:/volumes/va", "vb:/volumes/vb:ro"]

@@ -13,6 +13,7 @@ import pytest
 import trio
 import trio.testing
 
+from tests.names import named
 from volant.channel import AgentClient, AgentResponse
 from volant.host import Host
 from volant.journal import LogGap, VmLog, VmLogs
@@ -39,7 +40,7 @@ def own_garbage() -> Iterator[None]:
 async def log(tmp_path: Path) -> VmLog:
     logs = VmLogs(Host(), tmp_path / "logs")
     await logs.prepare()
-    return logs.open(1, "demo")
+    return logs.open(1, named("demo"))
 
 
 async def slowest_turn(into: list[float]) -> None:

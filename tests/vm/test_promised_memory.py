@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,7 +76,8 @@ class Vms:
         self.pool = SimpleNamespace(tags=frozenset[str]())
         none = Path("/nonexistent")
         settings = VmSettings(
-            runtime_dir=none, cache_dir=none, memory_dir=none, disk_dir=none, template_dir=none, snapshot_dir=none,
+            state_dir=none, runtime_dir=none, cache_dir=none, memory_dir=none, disk_dir=none, template_dir=none,
+            snapshot_dir=none, volume_dir=none,
             memory_overcommit=ratio,
         )  # fmt: skip
         host: Any = SimpleNamespace(machine=self.machine)
@@ -107,6 +109,16 @@ class Vms:
                 return count
             self.start(memory_mb, taken_mb=taken_mb, template="digest")
         return most
+
+
+def test_a_vm_with_volumes_counts_as_a_cold_boot() -> None:
+    capacity = Vms(16384).capacity
+    plain = CreateVm(name="a", cpu_cores=1, memory_mb=256)
+    with_volume = msgspec.structs.replace(plain, volumes=("data:/d",))
+    assert capacity.need_of_request(plain, BASE) == memory_need(256, clone=True)
+    assert capacity.need_of_request(with_volume, BASE) == memory_need(256, clone=False)
+    mounts = new_row(with_volume, BASE, vm_id=1, now=datetime(2026, 1, 1, tzinfo=UTC)).volumes
+    assert capacity._need_of(row(1, 256, volumes=mounts)) == memory_need(256, clone=False)
 
 
 @pytest.mark.parametrize("ratio", [1, 2, 4, 8])
@@ -173,6 +185,30 @@ def test_once_means_that_every_promise_fits() -> None:
     vms.all.clear()
     vms.machine.available_mb = 300
     assert " 300 of the host's 1000 MiB can be had now" in vms.refusal(128).detail
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_the_free_memory_is_the_most_that_is_admitted(seed: int) -> None:
+    """Other hosts of a fleet choose by it: a host that says too much is asked in vain, or gets all VMs of a burst."""
+    chance = random.Random(seed)
+    vms = Vms(chance.choice([1024, 16384]), ratio=chance.choice([1, 1.5, 2, 4]))
+    for number in range(chance.randrange(40)):
+        state: Any = UP if chance.random() < 0.5 else {}
+        vms.all.append(row(number + 1, chance.choice([64, 128, 1024]), template="digest", **state))
+    vms.machine.available_mb = chance.randrange(vms.machine.total_mb)
+    vms.machine.returned_mb = chance.randrange(200)
+    vms.pool.tags = frozenset(map(str, range(chance.randrange(3))))
+    free_mb = vms.capacity.free_memory_mb()
+    vms.refusal(free_mb + 1)
+    if free_mb:
+        vms.admit(free_mb)
+
+
+def test_vms_that_start_have_their_share_of_the_free_memory() -> None:
+    vms = Vms(16384, templates=False)
+    before_mb = vms.capacity.free_memory_mb()
+    vms.all += [row(number, 1024) for number in range(1, 9)]
+    assert vms.capacity.free_memory_mb() < before_mb - 8 * 1024
 
 
 def test_memory_of_the_warm_pool_can_be_had() -> None:

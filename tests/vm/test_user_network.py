@@ -13,6 +13,8 @@ import trio
 from tests.model.kit import create
 from volant.hypervisor import HypervisorError
 from volant.model import VmRow, user_lease
+from volant.network import NetworkFailed
+from volant.network.messages import Release
 from volant.vm._network import VmNetworks
 
 
@@ -164,3 +166,25 @@ async def test_a_hypervisor_that_connects_by_itself_may_use_the_socket(
     await keep(passts, row, 600, live)
 
     assert (live.connections, passts.connected, passts.lent_to) == (0, True, [65543])
+
+
+async def test_a_vm_is_detached_although_its_egress_rules_stay(row: VmRow, caplog: pytest.LogCaptureFixture) -> None:
+    ended: list[int] = []
+
+    class Passts:
+        async def end(self, vm_id: int) -> None:
+            ended.append(vm_id)
+
+    class Keeper:
+        async def ask(self, message: Any, *, timeout_s: float) -> None:
+            assert message == Release(row.id)
+            raise NetworkFailed("firewall", "nft refuses the firewall's rules")
+
+    store: Any = None
+    users: Any = Users()
+    passt: Any = Passts()
+    keeper: Any = Keeper()
+    row = msgspec.structs.replace(row, egress="none")
+    await VmNetworks(store, users, passt, keeper).detach(row)
+    assert ended == [row.id]
+    assert "its egress rules can't be removed now: nft refuses" in caplog.text

@@ -45,7 +45,8 @@ def settings(*operator: str) -> VmSettings:
 def test_the_plugin_wins_over_the_operator_and_both_over_the_built_image(
     plugin: tuple[str, ...], operator: tuple[str, ...]
 ) -> None:
-    boot = Boot(**{part: artifact(str(at)) for at, part in enumerate(PARTS) if part in plugin})
+    parts = {part: artifact(str(at)) for at, part in enumerate(PARTS) if part in plugin}
+    boot = msgspec.structs.replace(Boot(), **parts)
     spec = machine_spec(settings(*operator), row(boot), "tcg")
     for at, part in enumerate(PARTS):
         found = getattr(spec, part)

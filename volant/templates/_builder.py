@@ -58,7 +58,7 @@ def machine_of(wanted: TemplateSpec, *, directory: Path, memory_file: Path, tag:
         memory_file=memory_file,
         tag=tag,
         accelerator=wanted.accelerator,
-        root=None if wanted.rootfs is None else Disk(wanted.rootfs, layer, key.disk_mb),
+        root=None if key.rootfs is None else Disk(wanted.rootfs, layer, key.disk_mb, wanted.image),
         nic=Nic(mac=_MAC) if key.has_nic else None,
     )
 
@@ -204,7 +204,7 @@ class TemplateBuilder:
         await self._end(spec)
         root = None
         if spec.root is not None:
-            root = Disk(spec.root.base, fresh / "trial.qcow2")
+            root = msgspec.structs.replace(spec.root, layer=fresh / "trial.qcow2")
             await self._hypervisor.make_layer(root, fresh / LAYER)
         trial = msgspec.structs.replace(spec, root=root, template=Template(fresh / MEMORY, fresh / STATE))
         await self._hypervisor.launch(trial)

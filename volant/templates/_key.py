@@ -28,6 +28,8 @@ class TemplateKey(msgspec.Struct, frozen=True, kw_only=True):
     initramfs: str
     """A digest, or what else changes with the file; as `kernel`."""
     rootfs: str | None
+    """What its disk begins with: the digest of a root filesystem, or `image` and that of an OCI image; None: it has no
+    disk."""
     cmdline: str
     """The kernel's, without what the hypervisor's driver adds."""
     cpu_cores: int
@@ -51,8 +53,12 @@ class TemplateSpec(msgspec.Struct, frozen=True, kw_only=True):
     key: TemplateKey
     digest: str
     plugin: str
-    """The plugin of the VM that asks; VMs of others may go on from the template, too."""
+    """The plugin of the VM that asks, or the reference of its OCI image; VMs of others may go on from the template,
+    too."""
     kernel: Path
     initramfs: Path
     rootfs: Path | None
+    """None: it has none, or an OCI image in its place."""
+    image: Path | None = None
+    """The disk of its OCI image."""
     accelerator: AcceleratorName

@@ -18,8 +18,8 @@ import msgspec
 import trio
 
 from volant.channel import ParkedLink
-from volant.host import Host, ProcessGone, inside
-from volant.hypervisor import Hypervisor, HypervisorError, MachineSpec, Nic
+from volant.host import Host, ProcessGone, ResourceLimits, inside
+from volant.hypervisor import Hypervisor, HypervisorError, MachineSpec, Nic, ParkedControl
 from volant.journal import Projection
 from volant.model import ProcessIdentity
 
@@ -28,7 +28,7 @@ from ._demand import Use, WarmPoolLimits, pause_s, wanted
 from ._guest import TemplateFailed
 from ._key import TemplateSpec
 from ._store import TemplateStore, template_at, template_layer
-from ._warm_up import warm_up
+from ._warm_up import Connections, warm_up
 
 _LOOK_S = 10.0
 """While a template is in use, the memory of the host is looked at so often."""
@@ -42,7 +42,7 @@ _CLAIM = "claim.json"
 _MAX_CLAIM_BYTES = 65536
 _logger = logging.getLogger("volant.templates")
 
-WarmUp = Callable[[Host, Hypervisor, MachineSpec, ProcessIdentity], Awaitable[ParkedLink | None]]
+WarmUp = Callable[[Host, Hypervisor, MachineSpec, ProcessIdentity], Awaitable[Connections | None]]
 
 
 class Claim(msgspec.Struct, frozen=True):
@@ -107,9 +107,10 @@ class WarmPool:
         runtime_dir: Path,
         memory_dir: Path,
         quiet: Callable[[], bool],
+        bounds: Callable[[MachineSpec], ResourceLimits],
         warm_up: WarmUp = warm_up,
     ) -> None:
-        """`quiet`: whether no VM boots."""
+        """`quiet`: whether no VM boots. `bounds`: what the process of a VM may take of the host."""
         self.limits = limits
         self.quiet = quiet
         self.figures = _Figures()
@@ -120,6 +121,7 @@ class WarmPool:
         self._instance = instance
         self._runtime_dir = runtime_dir
         self._memory_dir = memory_dir
+        self._bounds = bounds
         self._warm_up = warm_up
         self._layers = store.directory.with_name("standby")
         """On the file system of VMs' disks, as each becomes one."""
@@ -127,8 +129,8 @@ class WarmPool:
         self._waiting: dict[str, WarmProcess] = {}
         """By tag, the oldest first."""
         self._watches: dict[str, trio.CancelScope] = {}
-        self._links: dict[str, ParkedLink] = {}
-        """By tag, those to the agents of warm processes, until a channel takes them."""
+        self._connections: dict[str, Connections] = {}
+        """By tag, those of warm processes, until the VM ends."""
         self._taken: dict[int, WarmProcess] = {}
         """By the id of the VM whose boot is being prepared."""
         self._doomed: dict[str, tuple[ProcessIdentity | None, int]] = {}
@@ -218,11 +220,13 @@ class WarmPool:
         directory = standby_directory(self._runtime_dir, spec.tag)
         try:
             if host.files.exists(directory):
-                await host.files.write(directory / _CLAIM, msgspec.json.encode(claim, enc_hook=str))
+                # A power cut ends the process, too.
+                data = msgspec.json.encode(claim, enc_hook=str)
+                await host.files.write(directory / _CLAIM, data, durable=False)
                 if not host.files.exists(spec.directory.parent):
                     await host.files.mkdir(spec.directory.parent)
                 await host.files.move_directory(directory, spec.directory)
-            await self._hypervisor.resume_warm(spec)
+            await self._hypervisor.resume_warm(spec, self._connections_of(spec.tag).control)
         except (OSError, HypervisorError) as error:
             _logger.warning("%s can't be claimed, an ordinary clone follows: %s", spec.tag, error)
             self.figures.failed_claims += 1
@@ -233,7 +237,18 @@ class WarmPool:
 
     def take_link(self, tag: str) -> ParkedLink | None:
         """Gives away the link to the agent of a process that was claimed, if there is one."""
-        return self._links.pop(tag, None)
+        return self._connections_of(tag).take_link()
+
+    def take_control(self, tag: str) -> ParkedControl | None:
+        """Gives away the connection to the hypervisor of a process that was claimed, if there is one."""
+        return self._connections_of(tag).take_control()
+
+    async def disconnect(self, tag: str) -> None:
+        """Closes the connections to a process that nobody took."""
+        await self._connections.pop(tag, Connections()).aclose()
+
+    def _connections_of(self, tag: str) -> Connections:
+        return self._connections.get(tag) or Connections()
 
     async def give_way(self) -> bool:
         """Empties the pool, as a VM lacks memory. Whether there was a process to end."""
@@ -344,11 +359,14 @@ class WarmPool:
                 await host.files.mkdir(spec.root.layer.parent)
                 await hypervisor.make_layer(spec.root, template_layer(self._store.directory, wanted.digest))
             identity = await hypervisor.launch(spec)
+            # Now and not in the claim, as it takes long. They are those of a VM with this template.
+            description = f"warm VM of template {wanted.digest[:12]}"
+            await host.limits.apply(identity, description, self._bounds(spec), spare=True)
             # A workload does not run before it belongs to a VM.
             if wanted.key.config is None:
-                link = await self._warm_up(host, hypervisor, spec, identity)
-                if link is not None:
-                    self._links[tag] = link
+                connections = await self._warm_up(host, hypervisor, spec, identity)
+                if connections is not None:
+                    self._connections[tag] = connections
         except (HypervisorError, TemplateFailed, OSError) as error:
             _logger.warning("no warm process for template %s: %s", wanted.digest, error)
             self.figures.failed_starts += 1
@@ -436,13 +454,13 @@ class WarmPool:
         host = self._host
         # A process that a row names belongs to the row: an actor may fall over while its commit is under way.
         if claimed or not self._is_owned(tag):
-            if (link := self.take_link(tag)) is not None:
-                await link.aclose()
+            await self.disconnect(tag)
             with trio.move_on_after(_KILL_S) as scope:
                 # Reading all of /proc costs as much as a launch.
                 await (host.processes.end_all(tag) if identity is None else host.processes.end([identity]))
             if scope.cancelled_caught:
                 raise OSError(f"the process with the tag {tag} does not end, although killed")
+            await host.limits.remove_empty(tag)
             await host.files.remove_tree(standby_directory(self._runtime_dir, tag))
             layer = self._layer(tag)
             for path in (layer, layer.with_name(f"{layer.name}.new")):

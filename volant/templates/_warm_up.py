@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 from functools import partial
 
+import msgspec
 import trio
 
 from volant.channel import (
@@ -21,12 +22,13 @@ from volant.channel import (
     AgentProtocolError,
     AgentUnreachable,
     Channel,
+    ChannelStream,
     ParkedLink,
     VirtioSerial,
     open_channel,
 )
 from volant.host import Host
-from volant.hypervisor import Hypervisor, MachineSpec
+from volant.hypervisor import Hypervisor, MachineSpec, ParkedControl
 from volant.model import ProcessIdentity
 from volant.model.agent import DAEMON_IDENTITY, EXEC, FILES, HEALTHZ, INFO
 
@@ -37,6 +39,13 @@ _NAME = "standby"
 _ADDRESS, _GATEWAY = "192.0.2.2", "192.0.2.1"
 _ENTROPY_BYTES = 64
 _COMMAND = b'{"command": ["/bin/true"]}'
+_UPGRADE = [
+    (b"connection", b"Upgrade"),
+    (b"upgrade", b"websocket"),
+    (b"sec-websocket-version", b"13"),
+    (b"sec-websocket-key", base64.b64encode(bytes(16))),
+]
+_TEXT_FRAME, _MASKED = 0x81, 0x80
 _FILE = f"{FILES}etc/passwd"
 _PORT = "127.0.0.1:1"
 _MAX_ANSWER_BYTES = 1024 * 1024
@@ -44,10 +53,35 @@ _SETTLE_S = 0.2
 """For the guest to end what the last request has begun."""
 
 
+class Connections(msgspec.Struct):
+    """What connects the daemon to a warm process until a VM takes it over."""
+
+    link: ParkedLink | None = None
+    """To the guest's agent."""
+    control: ParkedControl | None = None
+    """To the hypervisor."""
+
+    def take_link(self) -> ParkedLink | None:
+        """Returns the link, once."""
+        link, self.link = self.link, None
+        return link
+
+    def take_control(self) -> ParkedControl | None:
+        """Returns the control connection, once."""
+        control, self.control = self.control, None
+        return control
+
+    async def aclose(self) -> None:
+        """Closes what nobody took."""
+        for connection in (self.take_link(), self.take_control()):
+            if connection is not None:
+                await connection.aclose()
+
+
 async def warm_up(
     host: Host, hypervisor: Hypervisor, spec: MachineSpec, identity: ProcessIdentity
-) -> ParkedLink | None:
-    """Lets the guest answer some requests, and pauses it again. Returns the link to its agent, for the VM's channel.
+) -> Connections | None:
+    """Lets the guest answer some requests, and pauses it again. Returns the connections to it, for the VM.
 
     :raises TemplateFailed: it does not answer, or not in time. :raises HypervisorError:
     """
@@ -61,7 +95,7 @@ async def warm_up(
             await while_alive(machine, partial(_rehearse, host, spec, channel), WARM_S)
             await trio.sleep(_SETTLE_S)
             await machine.pause()
-            return channel.park()
+            return Connections(channel.park(), machine.park())
 
 
 async def _rehearse(host: Host, spec: MachineSpec, channel: Channel) -> None:
@@ -81,20 +115,39 @@ async def _rehearse(host: Host, spec: MachineSpec, channel: Channel) -> None:
     await ask(client, "GET", HEALTHZ)
     await ask(client, "GET", INFO)
     await _use(client, "POST", EXEC, _COMMAND)
+    await _use(client, "GET", EXEC, upgrade=_COMMAND)
     await _use(client, "GET", _FILE)
     await _use(client, "CONNECT", _PORT)
 
 
-async def _use(client: AgentClient, method: str, target: str, body: bytes | None = None) -> None:
+async def _use(
+    client: AgentClient, method: str, target: str, body: bytes | None = None, *, upgrade: bytes | None = None
+) -> None:
     """Does what a user might. A refusal rehearses as much: not every guest has this program, file or port.
 
+    :param upgrade: the first message over a WebSocket
     :raises TemplateFailed: there is no answer.
     """
     headers = [] if body is None else [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    if upgrade is not None:
+        headers = _UPGRADE
     try:
         with trio.fail_after(ANSWER_S):
             async with client.stream(method, target, headers, body, timeout_s=ANSWER_S, reserved=True) as response:
                 if not response.switched:
                     await response.read(_MAX_ANSWER_BYTES)
-    except (AgentUnreachable, AgentProtocolError, trio.TooSlowError) as error:
+                elif upgrade is not None:
+                    await _say(response.upgraded(), upgrade)
+    except (AgentUnreachable, AgentProtocolError, trio.TooSlowError, trio.BrokenResourceError) as error:
         raise TemplateFailed("agent_timeout", f"the guest does not answer {method} {target}: {error}") from error
+
+
+async def _say(stream: ChannelStream, text: bytes) -> None:
+    """Sends a short text over a WebSocket, and reads what comes until the command has ended. The mask is zero."""
+    await stream.send_all(bytes([_TEXT_FRAME, _MASKED | len(text), 0, 0, 0, 0]) + text)
+    answer = b""
+    while len(answer) < _MAX_ANSWER_BYTES and b"exit_code" not in answer:
+        data = await stream.receive_some(_MAX_ANSWER_BYTES)
+        if not data:
+            return
+        answer += data

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 
+import msgspec
 import trio
 
 from actors import Actor, ActorDown, AskTimeout, Deferred, TaskHandle, handles
@@ -22,17 +22,21 @@ from volant.hypervisor import CheckpointFailed, HypervisorError
 from volant.journal import CommitSteps, DuplicateRequest, IdempotencyKey, LogEntry, StaleRow, journal_down
 from volant.model import (
     MAX_RESTARTS,
+    VOLUME_REFUSALS,
     Command,
     CommandRequest,
     Effect,
     Ended,
     Hold,
     Kill,
+    Launched,
     Phase,
     Problem,
     ProcessIdentity,
+    Reason,
     Remove,
     Resume,
+    Resumed,
     Seen,
     Status,
     StepFailed,
@@ -47,10 +51,12 @@ from volant.model import (
 from ._agent_session import AgentSession
 from ._deps import VmDeps
 from ._guest_config import guest_manifest, workload_spec
-from ._machine_spec import machine_spec, uses_passt
+from ._machine_spec import machine_spec, nameservers_of, uses_passt
 from ._peers import Peers
 from ._process import VmProcess
+from ._secrets import guest_secrets
 from ._steps import Steps, VmState
+from ._volume_disks import guest_volumes
 from .messages import CHECKPOINT_S, Ask, CheckpointTaken, Report, TakeCheckpoint
 
 _COMMIT_S = 30.0
@@ -88,7 +94,7 @@ class VmActor(Actor):
         row = deps.store.projection.by_id(self._vm_id)
         if row is None:
             raise LookupError(f"there is no VM with the id {self._vm_id}")
-        self._vm = VmState(row, deps.logs.open(row.id, row.name))
+        self._vm = VmState(row, deps.logs.open(row.id, row.key))
         self._steps = Steps(deps, self._vm)
         self._adopted_tag = row.tag
         self.ctx.stack.callback(deps.processes.pop, row.id, None)
@@ -117,6 +123,10 @@ class VmActor(Actor):
         row = self._vm.row
         if message.effect != self._effect if message.effect is not None else message.tag != row.tag:
             return
+        if isinstance(message.seen, Launched):
+            # The guest can be reached by the time that this is committed.
+            launched = message.seen
+            self._watch(msgspec.structs.replace(row, process=launched.process, accelerator=launched.accelerator))
         await self._see(message.seen)
         before, row = row, self._vm.row
         templates = self._deps.templates
@@ -130,14 +140,14 @@ class VmActor(Actor):
     async def checkpoint(self, message: TakeCheckpoint) -> Deferred[CheckpointTaken]:
         deferred = self.ctx.defer(message)
         try:
-            check_copyable(self._vm.row)
+            check_copyable(self._vm.row, volumes=message.volumes is not None)
         except Problem as problem:
             deferred.fail(problem)
             return deferred
         if self._checkpoint is not None and not self._checkpoint.done:
             deferred.fail(CheckpointFailed("refused", "it is being copied already"))
         else:
-            self._checkpoint = self.ctx.spawn(self._copy, message.into, deferred, name="checkpoint")
+            self._checkpoint = self.ctx.spawn(self._copy, message, deferred, name="checkpoint")
         return deferred
 
     def inspect(self) -> Mapping[str, object]:
@@ -178,26 +188,33 @@ class VmActor(Actor):
 
         :raises Problem: as `Ask`. :raises DuplicateRequest:
         """
+        seen = self._without_directories(seen)
         vm, deps, projection = self._vm, self._deps, self._deps.store.projection
         unsure = False
         backoff = Backoff(_COMMIT_PAUSE_S, _COMMIT_PAUSE_MAX_S)
         for tries_left in reversed(range(_COMMIT_TRIES)):
-            steps = decide(vm.row, seen, deps.host.clock.now(), held=projection.drain is not None)
+            steps = decide(vm.row, seen, deps.host.clock.now(), held=self._is_held())
             # An unconfirmed commit of this loop may have made the row what was asked for.
             if revisions is not None and vm.row.revision not in revisions and (steps or not unsure):
                 raise _changed(vm.row)
             if not steps and key is None:
                 break
-            caller = seen.caller if isinstance(seen, CommandRequest) else None
+            cause = seen.cause if isinstance(seen, CommandRequest) else None
             try:
                 row = await deps.journal.ask(
-                    CommitSteps(self._vm_id, vm.row.revision, steps, key, caller), timeout_s=_COMMIT_S
+                    CommitSteps(self._vm_id, vm.row.revision, steps, key, cause), timeout_s=_COMMIT_S
                 )
             except DuplicateRequest:
                 # Perhaps by an unconfirmed commit of this loop.
                 vm.row = projection.by_id(self._vm_id) or vm.row
                 self._drive()
                 raise
+            except Problem as problem:
+                if problem.code not in VOLUME_REFUSALS:
+                    raise
+                # It is about to be launched, and another VM has a volume of it.
+                seen = StepFailed(Reason(problem.code.replace("-", "_"), problem.detail))
+                continue
             except (ActorDown, AskTimeout, StaleRow) as error:
                 if not tries_left:
                     raise journal_down(error) from error
@@ -215,6 +232,13 @@ class VmActor(Actor):
             break
         self._remember(seen)
         self._drive()
+
+    def _is_held(self) -> bool:
+        """Whether no boot may begin now."""
+        deps = self._deps
+        row = self._vm.row
+        may_run = row.leaving is None and (row.movable is None or deps.fence.is_open)
+        return deps.store.projection.drain is not None or not may_run
 
     def _drive(self) -> None:
         """Makes the running step the wanted one, and watches the process that the row has."""
@@ -293,6 +317,17 @@ class VmActor(Actor):
                 return
             await backoff.pause()
 
+    def _without_directories(self, seen: Seen) -> Seen:
+        """Returns what was seen with a reason that all clients may read. The log has the whole one."""
+        if not isinstance(seen, Resumed | StepFailed | Ended) or seen.reason is None:
+            return seen
+        message = self._deps.settings.without_directories(seen.reason.message)
+        if message == seen.reason.message:
+            return seen
+        name = self._vm.row.name
+        _logger.warning("VM %s: %s: %s", name, seen.reason.code, seen.reason.message, extra={"vm": name})
+        return msgspec.structs.replace(seen, reason=msgspec.structs.replace(seen.reason, message=message))
+
     def _remember(self, seen: Seen) -> None:
         """Keeps what was seen for `inspect`."""
         what = type(seen).__name__
@@ -334,8 +369,15 @@ class VmActor(Actor):
             deps.processes.pop(self._vm_id, None)
         if identity is not None and row is not None and vm.process is None:
             process = vm.process = deps.processes[self._vm_id] = self._new_process(row, identity)
-            keep_passt = partial(deps.networks.keep_passt, row, process.machine) if uses_passt(row) else None
-            vm.process_task = self.ctx.spawn(process.run, keep_passt, name="process")
+            beside: list[Callable[[], Awaitable[None]]] = []
+            if uses_passt(row):
+                beside.append(partial(deps.networks.keep_passt, row, process.machine))
+            if row.directories:
+                beside.append(partial(self._watch_directories, row, process))
+            vm.process_task = self.ctx.spawn(process.run, beside, name="process")
+
+    async def _watch_directories(self, row: VmRow, process: VmProcess) -> None:
+        await process.report_lost_directory(await self._deps.virtiofsd.lost(row))
 
     def _new_process(self, row: VmRow, identity: ProcessIdentity) -> VmProcess:
         deps, log, tag = self._deps, self._vm.log, row.tag
@@ -354,8 +396,10 @@ class VmActor(Actor):
             # What the guest of an adopted orphan was configured with is not known.
             manifest=None if row.boots == row.found_boot else guest_manifest(row),
             workload=workload_spec(row),
+            volumes=() if row.boots == row.found_boot else guest_volumes(row),
+            secrets=guest_secrets(deps.secrets, row, deps.instance),
             signal=row.manifest.template.signal,
-            peers=Peers(deps.store.projection, row, deps.settings.nameservers),
+            peers=Peers(deps.store.projection, row, nameservers_of(row, deps.settings.nameservers)),
             limits=deps.limits,
             configured=row.agent_seen,
             is_clone=row.template is not None,
@@ -363,8 +407,18 @@ class VmActor(Actor):
             take_link=partial(deps.warm_pool.take_link, tag),
         )
         return VmProcess(
-            deps.host, deps.hypervisor, spec, identity, log, row.boot_key, report, agent, paused=paused
-        )  # fmt: skip
+            deps.host,
+            deps.hypervisor,
+            spec,
+            identity,
+            log,
+            row.boot_key,
+            report,
+            agent,
+            paused=paused,
+            take_control=partial(deps.warm_pool.take_control, tag),
+            fence=None if row.movable is None else deps.fence,
+        )
 
     def _note_workload(self, row: VmRow) -> None:
         """Wakes the tasks that wait for a healthy workload, and writes a failure into the VM's log."""
@@ -382,12 +436,12 @@ class VmActor(Actor):
 
     # Checkpoints
 
-    async def _copy(self, into: Path, deferred: Deferred[CheckpointTaken]) -> None:
+    async def _copy(self, message: TakeCheckpoint, deferred: Deferred[CheckpointTaken]) -> None:
         """Copies the guest. Cancelled when the VM is to be something else."""
         try:
             with trio.fail_after(2 * CHECKPOINT_S):
                 process = self._vm.running_process()
-                checkpoint = await process.checkpoint(into, CHECKPOINT_S)
+                checkpoint = await process.checkpoint(message.into, message.volumes, CHECKPOINT_S)
                 deferred.reply(CheckpointTaken(checkpoint, process.agent.protocol))
             self.ctx.spawn(self._catch_up, checkpoint.paused_s, name="clock")
         except CheckpointFailed as error:

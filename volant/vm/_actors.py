@@ -11,9 +11,10 @@ import trio
 
 from actors import TRANSIENT, Child, DynamicSupervisor, GaveUp, NameTaken, NoSuchChild, Ref
 from volant.journal import CommitSteps, Journal, Projection, StaleRow, ask_journal
-from volant.model import Problem, Reason, Step, VmRow
+from volant.model import DEFAULT_PROJECT, Key, Problem, Reason, Step, VmRow
 
 from ._actor import VmActor
+from ._settings import VmSettings
 
 _START_S = 60.0
 _SHUTDOWN_S = 10.0
@@ -32,6 +33,7 @@ class VmActors(msgspec.Struct):
     projection: Projection
     make: Callable[[int], VmActor]
     """Returns the actor of the VM with an id."""
+    settings: VmSettings
     _refs: dict[int, Ref[VmActor]] = msgspec.field(default_factory=dict)
     _starting: dict[int, trio.Event] = msgspec.field(default_factory=dict)
 
@@ -54,7 +56,8 @@ class VmActors(msgspec.Struct):
             with trio.move_on_after(_NOTE_S):
                 await self._note_lost(row.id, error)
             raise Problem(
-                503, "vm-lost", f"VM {row.name!r} is not under control: {error}", vm=row.name,
+                503, "vm-lost",
+                f"VM {row.name!r} is not under control: {self.settings.without_directories(str(error))}", vm=row.name,
                 hint="`volantd`'s log says why its actor does not start",
             ) from error  # fmt: skip
         finally:
@@ -81,7 +84,7 @@ class VmActors(msgspec.Struct):
 
         Retries while the journal can't keep that, for as long as the supervisor waits.
         """
-        row = self.projection.get(event.name)
+        row = self.projection.get(_key_of(event.name))
         if row is None:
             return
         self._refs.pop(row.id, None)
@@ -93,7 +96,8 @@ class VmActors(msgspec.Struct):
         if row is None:
             return
         lines = str(error).splitlines() or [type(error).__name__]
-        reason = Reason("control_lost", f"its actor keeps failing: {lines[0]}")
+        what = self.settings.without_directories(lines[0])
+        reason = Reason("control_lost", f"its actor keeps failing: {what}")
         text = "VM %s: control is lost; `volar vms recover %s` tries again: %s"
         _logger.error(text, row.name, row.name, error, extra={"vm": row.name})
         while row is not None and row.id not in self._refs:
@@ -108,13 +112,24 @@ class VmActors(msgspec.Struct):
     async def _start(self, row: VmRow) -> Ref[VmActor]:
         for vm_id in self._refs.keys() - {row.id for row in self.projection.rows()}:
             del self._refs[vm_id]
-        child = Child(row.name, lambda: self.make(row.id), TRANSIENT, start_timeout_s=_START_S, shutdown_s=_SHUTDOWN_S)
+        name = _child_name(row)
+        child = Child(name, lambda: self.make(row.id), TRANSIENT, start_timeout_s=_START_S, shutdown_s=_SHUTDOWN_S)
         try:
             ref = await self.supervisor.start_child(child)
         except NameTaken:
             # A deleted VM had that name, and its actor is about to end.
             with suppress(NoSuchChild):
-                await self.supervisor.stop_child(row.name)
+                await self.supervisor.stop_child(name)
             ref = await self.supervisor.start_child(child)
         self._refs[row.id] = ref
         return ref
+
+
+def _child_name(row: VmRow) -> str:
+    """Returns the name of a VM's actor in the tree."""
+    return row.name if row.project == DEFAULT_PROJECT else f"{row.project}/{row.name}"
+
+
+def _key_of(child: str) -> Key:
+    project, _, name = child.rpartition("/")
+    return Key(project or DEFAULT_PROJECT, name)

@@ -137,6 +137,14 @@ class AgentConnection:
             raise AgentProtocolError(f"it answers PUT {path} with {answer.status}: {detail_of(found)}")
         return found
 
+    async def try_put(self, path: str, body: object, timeout_s: float) -> tuple[int, str]:
+        """Returns the status of the answer to a `PUT`, and the guest's own words on what went wrong.
+
+        :raises AgentUnreachable: :raises AgentProtocolError:
+        """
+        answer = await self._client().request_json("PUT", path, body, timeout_s=timeout_s)
+        return answer.status, detail_of(answer.body)
+
     async def negotiate(self) -> int:
         """Agrees on the newest protocol that both sides speak, and returns it.
 

@@ -7,7 +7,7 @@ VM, clock and hosts entries to the guest.
 from __future__ import annotations
 
 import base64
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 
 import msgspec
@@ -23,11 +23,15 @@ from volant.model.agent import (
     DAEMON_IDENTITY,
     DAEMON_MANIFEST,
     DAEMON_ROOT,
+    DAEMON_SECRETS,
+    DAEMON_VOLUMES,
     DAEMON_WORKLOAD,
     IDENTITY_AS_IT_IS_SINCE,
     IDENTITY_NETWORK_SINCE,
     IDENTITY_WORKLOAD_SINCE,
     PROTOCOL_MIN,
+    SECRETS_SINCE,
+    VOLUMES_SINCE,
 )
 
 from ._agent_connection import AgentConnection, WorkloadNotHealthy, detail_of
@@ -35,11 +39,15 @@ from ._clock import GuestClock
 from ._hosts_entries import HOSTS_AT_ONCE, HostsEntries
 from ._output import pump_output
 from ._peers import Peers
-from ._workload import follow_workload
+from ._secrets import GuestSecrets, SecretsFailed
+from ._workload import ReportLimit, follow_workload
 
 _RETRY_S, _RETRY_MAX_S = 0.1, 10.0
 _ROOT_S = 20.0
 """The agent waits 15 s for the guest to be set up before it says that it is not."""
+_VOLUMES_S = 60.0
+"""A journal may have to be replayed."""
+_SECRETS_S = 20.0
 _ENTROPY_BYTES = 64
 _CLONE_OUTPUT_S = 0.3
 """The answer that somebody waits for goes before a clone's output."""
@@ -47,6 +55,10 @@ _CLONE_OUTPUT_S = 0.3
 
 class RootFailed(Exception):
     """The guest can't mount its root filesystem. The text is for people, in part the guest's."""
+
+
+class VolumesFailed(AgentProtocolError):
+    """The guest can't mount its volumes. The text is for people, in part the guest's."""
 
 
 class GuestLimits(msgspec.Struct, frozen=True):
@@ -70,6 +82,8 @@ class AgentSession:
         *,
         manifest: Mapping[str, object] | None,
         workload: Mapping[str, object] | None,
+        volumes: Sequence[Mapping[str, object]],
+        secrets: GuestSecrets | None,
         signal: str | None,
         peers: Peers,
         limits: GuestLimits,
@@ -78,7 +92,8 @@ class AgentSession:
         paused: bool,
         take_link: Callable[[], ParkedLink | None],
     ) -> None:
-        """`manifest`, `workload`: what to configure the guest with; no manifest: nothing. `signal`: sent to a copied
+        """`manifest`, `workload`: what to configure the guest with; no manifest: nothing. `volumes`: what it mounts
+        before (`GuestVolume`). `secrets`: what it gets before, too. `signal`: sent to a copied
         workload. `configured`: an earlier incarnation of the actor did it. `is_clone`: the guest has another one's
         identity until it gets its own. `paused`: whether the guest is. `take_link`: as in
         `AgentConnection`."""
@@ -88,6 +103,8 @@ class AgentSession:
         self._report = report
         self._manifest = manifest
         self._workload = workload
+        self._volumes = volumes
+        self._secrets = secrets
         self._signal = signal
         self._peers = peers
         self._limits = limits
@@ -139,6 +156,50 @@ class AgentSession:
             case _:
                 raise AgentProtocolError("its initramfs mounts no root filesystem")
 
+    async def mount_volumes(self, sizes: Mapping[str, int] | None = None) -> None:
+        """Has the guest mount its volumes that are not mounted, and grow them. `sizes`: by serial number, in bytes, of
+        those that have just grown.
+
+        :raises AgentUnreachable: it can't be reached, or is at it already. :raises VolumesFailed: it can't.
+        """
+        if not self._volumes:
+            return
+        if (self.connection.protocol or await self.connection.negotiate()) < VOLUMES_SINCE:
+            raise VolumesFailed("its agent is too old to mount volumes; the VM has to boot a newer image")
+        grown = sizes or {}
+        volumes = [
+            {**volume, "bytes": grown[serial]} if (serial := str(volume.get("serial"))) in grown else volume
+            for volume in self._volumes
+        ]
+        status, detail = await self.connection.try_put(DAEMON_VOLUMES, {"volumes": volumes}, _VOLUMES_S)
+        if status == 503:
+            raise AgentUnreachable(f"the volumes are not mounted yet: {detail}")
+        if status != 200:
+            raise VolumesFailed(f"the guest can't mount its volumes: {detail}")
+
+    async def give_secrets(self, protocol: int | None = None) -> None:
+        """Has the guest take the values of its secrets, unless it has those of this boot. `protocol`: the newest that
+        its agent is known to speak.
+
+        :raises AgentUnreachable: :raises SecretsFailed: it can't have them.
+        """
+        secrets = self._secrets
+        if secrets is None:
+            return
+        connection = self.connection
+        if (protocol or connection.protocol or 0) < SECRETS_SINCE and await connection.negotiate() < SECRETS_SINCE:
+            raise SecretsFailed(
+                "secret_failed", "its agent is too old to take secrets; the VM has to boot a newer image"
+            )
+        if self.configured and (await connection.get(DAEMON_SECRETS, _SECRETS_S)).get("boot") == secrets.boot:
+            # The values of a boot stay. A guest that runs does not depend on the key.
+            return
+        status, detail = await connection.try_put(DAEMON_SECRETS, await secrets.body(), _SECRETS_S)
+        if status == 503:
+            raise AgentUnreachable(f"the guest does not take its secrets yet: {detail}")
+        if status != 200:
+            raise SecretsFailed("secret_failed", f"the guest can't take its secrets: {detail}")
+
     async def assign_identity(
         self, hostname: str, machine_id: str, vm_id: int, *, protocol: int, as_it_is: bool = False
     ) -> None:
@@ -152,6 +213,7 @@ class AgentSession:
         connection = self.connection
         # The identity has the time in it, so it is not sent before somebody can receive it.
         await connection.ready()
+        await self.give_secrets(protocol)
         link = connection.link
         interface, hosts = self._peers.interface(), self._peers.hosts()
         if interface is not None and protocol < IDENTITY_NETWORK_SINCE:
@@ -212,6 +274,8 @@ class AgentSession:
         if self._manifest is None:
             self._identity_assigned.set()
             return
+        await self.mount_volumes()
+        await self.give_secrets()
         # Agents of older guests have no use for it.
         await connection.ask("PUT", DAEMON_MANIFEST, self._manifest, also=(404,))
         if self._workload is not None:
@@ -234,11 +298,12 @@ class AgentSession:
             await self._report(WorkloadChanged(workload))
 
         backoff = Backoff(_RETRY_S, _RETRY_MAX_S, steady_s=_RETRY_MAX_S)
+        limit = ReportLimit()
         while True:
             with suppress(AgentUnreachable, AgentProtocolError, ValueError):
                 await self.connection.ready()
                 client = self.connection.client
-                if client is not None and not await follow_workload(client, report):
+                if client is not None and not await follow_workload(client, report, limit):
                     return
             await backoff.pause()
 

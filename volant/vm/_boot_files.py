@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import msgspec
 
 from volant import images
 from volant.host import Host
 from volant.images import ArtifactCache
 from volant.journal import Store
-from volant.model import Artifact, Boot, VmRow
+from volant.model import Artifact, Boot, Key, Problem, VmRow
+from volant.oci import ImageSource, OciError, read_auth_file
+from volant.secrets import Secrets
 
 from ._errors import StepError
 from ._machine_spec import CUSTOM_IMAGE, uses_image
@@ -21,6 +25,8 @@ class BootFiles(msgspec.Struct):
     host: Host
     store: Store
     artifacts: ArtifactCache
+    oci: ImageSource
+    secrets: Secrets
     settings: VmSettings
 
     async def fetch(self, row: VmRow) -> str:
@@ -36,10 +42,37 @@ class BootFiles(msgspec.Struct):
             if path is not None and brought is None and not self.host.files.exists(path):
                 raise StepError("image_missing", f"{setting} is {path}, and there is no such file")
         digest = await self._build_image(row) if uses_image(settings, row.manifest) else CUSTOM_IMAGE
-        for artifact in (boot.kernel, boot.initramfs, boot.rootfs):
+        for artifact in (boot.kernel, boot.initramfs):
             if artifact is not None:
                 await self.fetch_artifact(artifact)
+        await self.fetch_root(row)
         return digest
+
+    async def fetch_root(self, row: VmRow) -> None:
+        """Fetches what the root filesystem of a VM consists of, and what is not in the cache.
+
+        :raises StepError: as `fetch_artifact`; an error of `docs/explanation/oci.md`, with `image_` before it;
+            `secret_missing` or `secret_unreadable`, of the credentials for its registry
+        """
+        boot = row.manifest.boot or Boot()
+        if boot.rootfs is not None:
+            await self.fetch_artifact(boot.rootfs)
+        if boot.image is not None:
+            auth = None if row.registry_secret is None else partial(self._auth, Key(row.project, row.registry_secret))
+            try:
+                await self.oci.obtain_digest(boot.image.digest, boot.image.reference, row.project, auth=auth)
+            except OciError as error:
+                raise StepError(error.code, f"the VM can't boot from {error}") from error
+
+    async def _auth(self, secret: Key) -> bytes:
+        """Returns the auth file that a secret is. :raises StepError: :raises OciError: it is none"""
+        try:
+            return read_auth_file(await self.secrets.value(secret), secret=secret.name)
+        except Problem as problem:
+            code = "secret_missing" if problem.status == 404 else "secret_unreadable"
+            raise StepError(
+                code, f"the VM's image has to be fetched again with the credentials in a secret: {problem.detail}"
+            ) from problem
 
     async def fetch_artifact(self, artifact: Artifact) -> None:
         """Fetches an artifact that is not in the cache.

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from math import ceil
+from math import ceil, floor, inf
 from typing import NamedTuple
 
 import msgspec
+import trio
 
 from volant import images
 from volant.host import Host
 from volant.journal import Projection
-from volant.model import FORK, BootMode, CreateVm, Manifest, Problem, Status, VmRow, invalid
+from volant.model import FORK, BootMode, CreateVm, Manifest, Problem, Status, VmRow, invalid, mounts_of, size_of
 from volant.templates import TemplateStore, WarmPool
 
 from ._machine_spec import uses_image
@@ -34,6 +35,8 @@ _HOST_RESERVE_MB = 512
 """Kept for the host itself."""
 _DISK_RESERVE_MB = 128
 """Kept on the disk for the database and the logs."""
+_IMAGE_S = 10.0
+"""How long the boot image's size is remembered. To find it takes a millisecond, and each boot checks it again."""
 _RETRY_AFTER_S = 10
 """The kernel's figure of memory pressure is an average over so many seconds."""
 
@@ -57,6 +60,30 @@ def memory_need(memory_mb: int, *, clone: bool) -> MemoryNeed:
     return MemoryNeed(IDLE_MB + (0 if clone else memory_mb), memory_mb + OVERHEAD_MB)
 
 
+class _Room(NamedTuple):
+    """What a host has for one more VM, and what was counted, in MiB."""
+
+    total: int
+    available: int
+    returned: int
+    """What guests gave back, and may take again."""
+    promised: int
+    unpromised: int
+    spare_in_full: int
+    """What is left once VMs that are about to start have taken all that they may."""
+    to_start: int
+    """What VMs that are about to start take at once."""
+    spare: int
+    """What is left after that and what is kept for the host. Negative: too little is there already."""
+    growths: list[int]
+    """What each VM that is up, or about to be, may take later."""
+
+    @property
+    def in_full(self) -> int:
+        """Returns what one more VM can be promised if all promises have to fit."""
+        return min(self.unpromised, self.spare_in_full)
+
+
 class Capacity(msgspec.Struct):
     """The room for VMs on one host."""
 
@@ -68,6 +95,8 @@ class Capacity(msgspec.Struct):
     _reserved: list[MemoryNeed] = msgspec.field(default_factory=list)
     """For VMs whose rows are being written."""
     _closed: bool = False
+    _image: images.Image | None = None
+    _image_at: float = -inf
 
     @property
     def is_reserved(self) -> bool:
@@ -78,9 +107,14 @@ class Capacity(msgspec.Struct):
         """Admits no more VMs: all are being deleted."""
         self._closed = True
 
-    def need_of_request(self, request: CreateVm, cpu_cores: int, memory_mb: int) -> MemoryNeed:
-        """Returns what a new VM will take."""
-        clone = self._boots_from_template(request.boot, request.plugin, cpu_cores, memory_mb)
+    def need_of_request(self, request: CreateVm, manifest: Manifest | None) -> MemoryNeed:
+        """Returns what a new VM will take. `manifest`: None: there is no such plugin."""
+        if manifest is None:
+            # The journal refuses the request.
+            return memory_need(request.memory_mb or 0, clone=False)
+        cpu_cores, memory_mb = size_of(request, manifest)
+        source = request.plugin if manifest.image is None else manifest.image.reference
+        clone = not request.volumes and self._boots_from_template(request.boot, source, cpu_cores, memory_mb)
         return memory_need(memory_mb, clone=clone)
 
     @contextmanager
@@ -103,8 +137,9 @@ class Capacity(msgspec.Struct):
 
     def admit_again(self, row: VmRow) -> None:
         """Checks that there is room for a VM that is down. :raises Problem: 503 there is none."""
-        # It has a disk since its first boot, which a template's memory does not fit.
-        clone = not row.layer and self._boots_from_template(row.boot, row.plugin, row.cpu_cores, row.memory_mb)
+        # It has a disk since its first boot, which a template's memory does not fit. A template has no volumes.
+        cold = row.layer or mounts_of(row)
+        clone = not cold and self._boots_from_template(row.boot, row.source, row.cpu_cores, row.memory_mb)
         self._admit(memory_need(row.memory_mb, clone=clone), besides=row.id)
 
     def _admit(self, need: MemoryNeed, *, besides: int | None = None) -> None:
@@ -138,55 +173,83 @@ class Capacity(msgspec.Struct):
 
     def _check_memory(self, need: MemoryNeed, rows: list[VmRow]) -> None:
         """:raises Problem: 503 the host has not enough memory."""
-        machine, ratio = self.host.machine, self.settings.memory_overcommit
+        room, ratio = self._room(rows), self.settings.memory_overcommit
+        if need.promised <= room.in_full:
+            return
+        if ratio <= 1:
+            raise _in_full(need, room)
+
+        growths = [*room.growths, need.growth]
+        # One VM alone may take all that it was promised.
+        reserve = max(ceil(sum(growths) / ratio), *growths)
+        left = room.spare - reserve
+        if need.at_start > left:
+            raise Problem(
+                503, "no-capacity",
+                f"the VM takes {need.at_start} MiB when it starts, up to {need.promised} later, and {max(0, left)} MiB "
+                f"can be had: {room.available} of the host's {room.total} MiB are available; of these "
+                f"{_HOST_RESERVE_MB} are kept for the host, {room.to_start} for VMs that start, {room.returned} for "
+                f"guests that gave memory back, and {reserve} in reserve for what VMs may take later, up to "
+                f"{sum(growths)} with this one (memory_overcommit {ratio:g})",
+                hint="stop or delete a VM, end other programs, or ask for less memory_mb",
+            )  # fmt: skip
+
+    def free_memory_mb(self) -> int:
+        """Returns the largest `memory_mb` that is admitted now. With overcommit that is a clone's: a VM that boots cold
+        may get less."""
+        room, ratio = self._room(self.projection.rows()), self.settings.memory_overcommit
+        most = room.in_full
+        if ratio > 1:
+            # See `_check_memory`: what the clone does not take at its start has to fit as its growth.
+            spare = room.spare - IDLE_MB
+            if max(room.growths, default=0) <= spare:
+                most = max(most, IDLE_MB + min(spare, floor(spare * ratio) - sum(room.growths)))
+        return max(0, most - OVERHEAD_MB)
+
+    def _room(self, rows: list[VmRow]) -> _Room:
+        machine = self.host.machine
         total, available = machine.memory_total_mb(), machine.memory_available_mb()
         starting = [self._need_of(row) for row in rows if _is_about_to_start(row)] + self._reserved
         # Guests that gave memory back may take it again, and the warm pool gives way.
         returned = max(0, available - machine.spare_memory_mb(self.settings.memory_dir))
         spare = available - returned + IDLE_MB * len(self.warm_pool.tags)
-
         promised = promised_mb(rows) + sum(each.promised for each in self._reserved)
-        unpromised = max(0, total - _HOST_RESERVE_MB - promised)
-        spare_in_full = max(0, spare - sum(each.promised for each in starting))
-        if need.promised <= min(unpromised, spare_in_full):
-            return
-        if ratio <= 1:
-            raise _in_full(need, total, available, promised, unpromised, spare_in_full)
-
-        growths = [self._need_of(row).growth for row in rows if _is_up(row)]
-        growths += [each.growth for each in (*self._reserved, need)]
         to_start = sum(each.at_start for each in starting)
-        # One VM alone may take all that it was promised.
-        reserve = max(ceil(sum(growths) / ratio), *growths)
-        left = spare - _HOST_RESERVE_MB - to_start - reserve
-        if need.at_start > left:
-            raise Problem(
-                503, "no-capacity",
-                f"the VM takes {need.at_start} MiB when it starts, up to {need.promised} later, and {max(0, left)} MiB "
-                f"can be had: {available} of the host's {total} MiB are available; of these {_HOST_RESERVE_MB} are "
-                f"kept for the host, {to_start} for VMs that start, {returned} for guests that gave memory back, and "
-                f"{reserve} in reserve for what VMs may take later, up to {sum(growths)} with this one "
-                f"(memory_overcommit {ratio:g})",
-                hint="stop or delete a VM, end other programs, or ask for less memory_mb",
-            )  # fmt: skip
+        return _Room(
+            total=total,
+            available=available,
+            returned=returned,
+            promised=promised,
+            unpromised=max(0, total - _HOST_RESERVE_MB - promised),
+            spare_in_full=max(0, spare - sum(each.promised for each in starting)),
+            to_start=to_start,
+            spare=spare - _HOST_RESERVE_MB - to_start,
+            growths=[need.growth for need in (*map(self._need_of, filter(_is_up, rows)), *self._reserved)],
+        )
 
     def _need_of(self, row: VmRow) -> MemoryNeed:
         clone = row.template is not None or row.checkpoint is not None
-        if not row.tag and not clone and row.fallback is None and not (row.layer and row.boots):
+        cold = mounts_of(row) or row.fallback is not None or (row.layer and row.boots)
+        if not row.tag and not clone and not cold:
             # What it boots from is not decided yet.
-            clone = self._boots_from_template(row.boot, row.plugin, row.cpu_cores, row.memory_mb)
+            clone = self._boots_from_template(row.boot, row.source, row.cpu_cores, row.memory_mb)
         return memory_need(row.memory_mb, clone=clone)
 
-    def _boots_from_template(self, boot: BootMode, plugin: str, cpu_cores: int, memory_mb: int) -> bool:
+    def _boots_from_template(self, boot: BootMode, source: str, cpu_cores: int, memory_mb: int) -> bool:
         """Whether such a VM will be a clone, as far as is known. If it boots cold after all and there is no memory for
         that, it fails alone, with `memory_refused`."""
-        return boot == "template" or (boot == "auto" and self.templates.has(plugin, cpu_cores, memory_mb))
+        return boot == "template" or (boot == "auto" and self.templates.has(source, cpu_cores, memory_mb))
 
-    def check_disk(self, request: CreateVm) -> None:
+    def free_disk_mb(self) -> int:
+        """Returns the room for disks of VMs; 0 if it is unknown."""
+        try:
+            return max(0, self.host.disk.free(self.settings.disk_dir) // 2**20 - _DISK_RESERVE_MB)
+        except OSError:
+            return 0
+
+    def check_disk(self, request: CreateVm, manifest: Manifest) -> None:
         """:raises Problem: 503 the host's disk has no room for the VM's."""
-        plugin = self.projection.plugins.get(request.plugin)
-        boot = plugin.manifest.boot if plugin is not None else None
-        if boot is None or boot.rootfs is None:
+        if manifest.boot is None or not manifest.boot.has_disk:
             return
         directory = self.settings.disk_dir
         try:
@@ -206,7 +269,10 @@ class Capacity(msgspec.Struct):
         """:raises Problem: 400 the boot image needs more memory. An image that is not built yet says so later."""
         if not uses_image(self.settings, manifest):
             return
-        image = await self.host.threads.run(images.find, self.settings.cache_dir)
+        now = trio.current_time()
+        if self._image is None or now - self._image_at >= _IMAGE_S:
+            self._image_at, self._image = now, await self.host.threads.run(images.find, self.settings.cache_dir)
+        image = self._image
         if image is not None and memory_mb < image.min_memory_mb:
             raise invalid(
                 "memory_mb", f"memory_mb {memory_mb} is too little: the boot image needs at least {image.min_memory_mb}"
@@ -232,21 +298,23 @@ def _is_about_to_start(row: VmRow) -> bool:
     return row.process is None and row.status in (Status.PENDING, Status.STARTING)
 
 
-def _in_full(need: MemoryNeed, total: int, available: int, promised: int, unpromised: int, spare: int) -> Problem:
+def _in_full(need: MemoryNeed, room: _Room) -> Problem:
     """Returns the refusal of a host that promises no more memory than it has."""
-    if need.promised > unpromised:
+    if need.promised > room.unpromised:
         return Problem(
             503, "no-capacity",
-            f"the VM needs {need.promised} MiB, and {unpromised} of the host's {total} MiB are not promised yet: "
-            f"{promised} MiB are promised to VMs that are up or about to be, and {_HOST_RESERVE_MB} MiB are kept "
-            f"for the host ({available} MiB are available now, as VMs do not use all that is promised to them)",
+            f"the VM needs {need.promised} MiB, and {room.unpromised} of the host's {room.total} MiB are not promised "
+            f"yet: {room.promised} MiB are promised to VMs that are up or about to be, and {_HOST_RESERVE_MB} MiB are "
+            f"kept for the host ({room.available} MiB are available now, as VMs do not use all that is promised to "
+            "them)",
             hint="stop or delete a VM, ask for less memory_mb, or set memory_overcommit",
         )  # fmt: skip
     # Other programs have taken what is promised to no VM.
     return Problem(
         503, "no-capacity",
-        f"the VM needs {need.promised} MiB, and {spare} of the host's {total} MiB can be had now: {available} MiB are "
-        f"available, and VMs that are up or about to be may take {max(0, available - spare)} MiB of these; the "
-        f"rest is used by them and by other programs ({promised} MiB are promised to VMs)",
+        f"the VM needs {need.promised} MiB, and {room.spare_in_full} of the host's {room.total} MiB can be had now: "
+        f"{room.available} MiB are available, and VMs that are up or about to be may take "
+        f"{max(0, room.available - room.spare_in_full)} MiB of these; the rest is used by them and by other programs "
+        f"({room.promised} MiB are promised to VMs)",
         hint="stop or delete a VM, end other programs, or ask for less memory_mb",
     )  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import msgspec
@@ -43,8 +43,9 @@ class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True):
     """The content of `capture.json`."""
 
     version: int = 1
-    kind: MachineKind
-    """See `Hypervisor.incompatibility`."""
+    kind: MachineKind | None
+    """See `Hypervisor.incompatibility`. None: it has no memory and no devices, only the disk of a VM at rest, if that
+    has one."""
     state_sha256: str
     fingerprints: dict[str, str]
     """By the names of the files, as they were when the checkpoint was whole."""
@@ -82,8 +83,18 @@ class CheckpointStore(msgspec.Struct):
 
     async def find(self, checkpoint: str) -> ReadyCheckpoint:
         """Returns a checkpoint that a VM is to go on from, after a check of its files. :raises CheckpointLost:"""
-        directory = self.at(checkpoint)
-        what = "the snapshot" if checkpoint.startswith(SNAPSHOT) else "the copy of its original"
+        record = await self.record(checkpoint)
+        if record.kind is None:
+            raise CheckpointLost("capture_damaged", f"{_shown(checkpoint)} has no memory")
+        incompatibility = await self.hypervisor.incompatibility(record.kind)
+        if incompatibility is not None:
+            raise CheckpointLost("capture_unfit", f"{_shown(checkpoint)} can't go on here: {incompatibility}")
+        layer = self.at(checkpoint) / LAYER if LAYER in record.fingerprints else None
+        return ReadyCheckpoint(layer, record.paused_ms)
+
+    async def record(self, checkpoint: str) -> CheckpointRecord:
+        """Returns what is known of a checkpoint, after a check of its files. :raises CheckpointLost:"""
+        directory, what = self.at(checkpoint), _shown(checkpoint)
         if not self.host.files.exists(directory / RECORD):
             why = "its files are gone" if checkpoint.startswith(SNAPSHOT) else "it was not made, or is gone again"
             raise CheckpointLost("capture_gone", f"the VM can't go on from {what}: {why}")
@@ -93,17 +104,19 @@ class CheckpointStore(msgspec.Struct):
             for name, fingerprint in record.fingerprints.items():
                 if self.host.files.fingerprint(directory / name) != fingerprint:
                     raise CheckpointLost("capture_damaged", f"{what} is damaged: somebody has touched its {name}")
-            if directory not in self._known:
+            if directory not in self._known and record.kind is not None:
                 state = await self.host.files.read(directory / STATE, _MAX_STATE_BYTES)
                 if hashlib.sha256(state).hexdigest() != record.state_sha256:
                     raise CheckpointLost("capture_damaged", f"{what} is damaged: its {STATE} has other bytes")
         except (OSError, ValueError) as error:
             raise CheckpointLost("capture_damaged", f"{what} is damaged: {error}") from error
-        incompatibility = await self.hypervisor.incompatibility(record.kind)
-        if incompatibility is not None:
-            raise CheckpointLost("capture_unfit", f"{what} can't go on here: {incompatibility}")
         self._known[directory] = record
-        return ReadyCheckpoint(directory / LAYER if LAYER in record.fingerprints else None, record.paused_ms)
+        return record
+
+    async def disk(self, checkpoint: str) -> Path:
+        """Returns the disk that a VM at rest has in a checkpoint, after a check. :raises CheckpointLost:"""
+        await self.record(checkpoint)
+        return self.at(checkpoint) / LAYER
 
     def protocol(self, checkpoint: str) -> int:
         """Returns the newest protocol that the agents of its copies are known to speak; 1 while nothing is known."""
@@ -112,35 +125,85 @@ class CheckpointStore(msgspec.Struct):
 
     # Making and removing them
 
-    async def finish(self, checkpoint: str, taken: CheckpointTaken) -> None:
+    async def finish(self, checkpoint: str, taken: CheckpointTaken) -> CheckpointRecord:
         """Gives a fork's checkpoint, which lies where `fresh` says, its record and its name. :raises OSError:"""
         path = self.at(checkpoint)
-        await self._write_record(fresh(path), taken)
+        record = await self._write_record(fresh(path), taken)
         await self.host.files.put_in_place(fresh(path), path)
+        return record
 
     async def save(self, checkpoint: str, taken: CheckpointTaken) -> CheckpointRecord:
-        """Brings a snapshot's checkpoint from memory, where `in_memory` says, to the disk.
+        """Brings a snapshot's checkpoint from memory, where `in_memory` says, to the disk, where its volumes are.
 
         :raises CheckpointLost: the disk has no room, or does not take it. :raises OSError:
         """
         host, path, source = self.host, self.at(checkpoint), self.in_memory(checkpoint)
+        volumes = taken.checkpoint.volumes
         size = taken.checkpoint.memory_bytes + taken.checkpoint.state_bytes + taken.checkpoint.layer_bytes
         await host.files.mkdir(fresh(path))
-        if host.disk.free(self.snapshot_dir) < size + RESERVE_MB * 2**20:
-            raise CheckpointLost("capture_failed", f"the disk has no room for {size // 2**20} MiB more")
-        try:
-            for name in _names(taken.checkpoint):
-                await copy_sparsely(host, source / name, fresh(path) / name, _COPY_S)
-        except CopyFailed as error:
-            raise CheckpointLost("capture_failed", f"the copy can't be written: {error}") from error
+        self._check_room(size)
+        for name in _names(taken.checkpoint):
+            if name in volumes:
+                # It is there, but not yet on the disk.
+                await host.files.put_in_place(fresh(path) / name, fresh(path) / name)
+            else:
+                await self._copy(source / name, fresh(path) / name)
         record = await self._write_record(fresh(path), taken)
         await host.files.put_in_place(fresh(path), path)
         await host.files.remove_tree(source)
         return record
 
+    async def save_disk(self, checkpoint: str, layer: Path | None) -> CheckpointRecord:
+        """Makes the checkpoint of a VM at rest, on the disk. `layer`: its disk, to which nobody writes; None: it has
+        none. :raises CheckpointLost: the disk has no room, or does not take it. :raises OSError:"""
+        host, path = self.host, self.at(checkpoint)
+        await host.files.mkdir(fresh(path))
+        if layer is not None:
+            self._check_room(host.disk.used(layer))
+            await self._copy(layer, fresh(path) / LAYER)
+        record = await self._write(fresh(path), [LAYER] if layer is not None else [], None, 0.0, 1)
+        await host.files.put_in_place(fresh(path), path)
+        return record
+
+    def _check_room(self, size: int) -> None:
+        """:raises CheckpointLost:"""
+        if self.host.disk.free(self.snapshot_dir) < size + RESERVE_MB * 2**20:
+            raise CheckpointLost("capture_failed", f"the disk has no room for {size // 2**20} MiB more")
+
+    async def _copy(self, source: Path, target: Path) -> None:
+        """:raises CheckpointLost: :raises OSError:"""
+        try:
+            await copy_sparsely(self.host, source, target, _COPY_S)
+        except CopyFailed as error:
+            raise CheckpointLost("capture_failed", f"the copy can't be written: {error}") from error
+
+    async def move_in(
+        self,
+        checkpoint: str,
+        files: Path,
+        names: Sequence[str],
+        kind: MachineKind | None,
+        paused_ms: float,
+        protocol: int,
+    ) -> CheckpointRecord:
+        """Makes files that came from elsewhere the checkpoint of a snapshot. They lie, synced, in a directory beside
+        the others. :raises OSError:"""
+        record = await self._write(files, names, kind, paused_ms, protocol)
+        await self.host.files.put_in_place(files, self.at(checkpoint))
+        return record
+
     def in_memory(self, checkpoint: str) -> Path:
         """Returns where a checkpoint is taken: in memory, as disks are slow and the guest is paused meanwhile."""
         return fresh(self.memory_dir / checkpoint)
+
+    async def volume_directory(self, checkpoint: str, needed_bytes: int) -> Path:
+        """Returns where the volumes of a snapshot that is being taken are to be copied: on the disk, as they may be
+        large. :raises CheckpointLost: the disk has no room. :raises OSError:"""
+        path = fresh(self.at(checkpoint))
+        await self.host.files.mkdir(path)
+        if self.host.disk.free(path) < needed_bytes + RESERVE_MB * 2**20:
+            raise CheckpointLost("capture_failed", f"the disk has no room for {needed_bytes // 2**20} MiB of volumes")
+        return path
 
     async def mark_removed(self, checkpoint: str) -> bool:
         """Marks a snapshot whose row is about to go, so that a daemon that finds it without a row removes it.
@@ -188,7 +251,10 @@ class CheckpointStore(msgspec.Struct):
         ]
         for name in self._names_in(self.snapshot_dir):
             path = self.snapshot_dir / name
-            if name in owned:
+            if name.startswith(PULLED):
+                if self.host.clock.now().timestamp() - self.host.files.changed_at(path) > PULLED_S:
+                    found.append(path)
+            elif name in owned:
                 # The row outlived the daemon that was about to remove it.
                 found.append(path / _REMOVED)
             elif (
@@ -205,21 +271,30 @@ class CheckpointStore(msgspec.Struct):
         return self.host.files.names(directory) if self.host.files.exists(directory) else []
 
     async def _write_record(self, directory: Path, taken: CheckpointTaken) -> CheckpointRecord:
-        host, checkpoint = self.host, taken.checkpoint
-        names = _names(checkpoint)
-        state = await host.files.read(directory / STATE, _MAX_STATE_BYTES)
+        checkpoint, paused_ms = taken.checkpoint, round(taken.checkpoint.paused_s * 1000, 3)
+        return await self._write(directory, _names(checkpoint), checkpoint.kind, paused_ms, taken.protocol)
+
+    async def _write(
+        self, directory: Path, names: Sequence[str], kind: MachineKind | None, paused_ms: float, protocol: int
+    ) -> CheckpointRecord:
+        host = self.host
+        state = b"" if kind is None else await host.files.read(directory / STATE, _MAX_STATE_BYTES)
         record = CheckpointRecord(
-            kind=checkpoint.kind,
+            kind=kind,
             state_sha256=hashlib.sha256(state).hexdigest(),
             fingerprints={name: host.files.fingerprint(directory / name) for name in names},
-            paused_ms=round(checkpoint.paused_s * 1000, 3),
+            paused_ms=paused_ms,
             size_bytes=sum(host.disk.used(directory / name) for name in names),
-            protocol=taken.protocol,
+            protocol=protocol,
         )
         await host.files.write(directory / RECORD, msgspec.json.format(msgspec.json.encode(record)))
         return record
 
 
+PULLED = "pull-"
+"""How the directory of a snapshot begins that is being pulled."""
+PULLED_S = 86400.0
+"""How long what has arrived is kept for a pull that goes on with it."""
 RESERVE_MB = 256
 """Left free beside a copy of a guest, in memory and on the disk."""
 
@@ -229,5 +304,9 @@ def fresh(path: Path) -> Path:
     return path.with_name(path.name + _NEW)
 
 
+def _shown(checkpoint: str) -> str:
+    return "the snapshot" if checkpoint.startswith(SNAPSHOT) else "the copy of its original"
+
+
 def _names(checkpoint: Checkpoint) -> list[str]:
-    return [MEMORY, STATE, *([LAYER] if checkpoint.layer is not None else [])]
+    return [MEMORY, STATE, *([LAYER] if checkpoint.layer is not None else []), *checkpoint.volumes]

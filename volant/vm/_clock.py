@@ -1,11 +1,13 @@
 """Sets a guest's clock as well as the way to the guest allows.
 
 A request takes its time to get there, so how far the guest's clock is ahead is known to half of the way there and back
-alone. A step by that may then take as long as it likes. Of some tries the one with the shortest way counts.
+alone. A step by that may then take as long as it likes. Of all tries the one with the shortest way counts: what was
+measured on a long way moves no clock that is known better.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 
@@ -16,7 +18,7 @@ from volant.concurrency import Backoff
 from volant.host import Host
 from volant.model.agent import DAEMON_CLOCK
 
-from ._agent_connection import IDENTITY_S, AgentConnection, NoSuchRoute
+from ._agent_connection import AgentConnection, NoSuchRoute
 
 _EXACT_NS = 25_000_000
 """A clock that is off by less is exact."""
@@ -40,6 +42,8 @@ class GuestClock:
         self._connection = connection
         self._lock = trio.Lock()
         self._is_exact = True
+        self._unsure_ns = math.inf
+        """By so much the clock may be off, as far as is known."""
         self._may_be_repaired = trio.Event()
 
     def now_ns(self) -> int:
@@ -55,7 +59,7 @@ class GuestClock:
 
     def doubt(self) -> None:
         """Lets `repair` set the clock of a guest that has booted: the hardware's clock has whole seconds."""
-        self._is_exact = False
+        self._is_exact, self._unsure_ns = False, math.inf
         self._may_be_repaired.set()
 
     async def step(self, behind_s: float) -> None:
@@ -113,7 +117,7 @@ class GuestClock:
 
     async def _measure(self, tries: int, request: dict[str, int]) -> bool:
         """Whether the clock is exact afterwards. `request`: the first one."""
-        shortest_ns = IDENTITY_S * 1e9
+        after_ns = self._unsure_ns if "step_ns" in request else math.inf
         for _ in range(tries):
             sent_ns = self.now_ns()
             try:
@@ -122,12 +126,18 @@ class GuestClock:
                 if "step_ns" not in request:
                     raise
                 return True  # the agent is too old to step
-            way_ns = self.now_ns() - sent_ns
-            ahead_ns = shown_ns - sent_ns - way_ns // 2
-            if abs(ahead_ns) + way_ns // 2 <= _EXACT_NS:
+            self._unsure_ns = after_ns
+            unsure_ns = (self.now_ns() - sent_ns) // 2
+            ahead_ns = shown_ns - sent_ns - unsure_ns
+            if abs(ahead_ns) + unsure_ns <= _EXACT_NS:
+                self._unsure_ns = abs(ahead_ns) + unsure_ns
                 return True
-            request = {"step_ns": -ahead_ns if way_ns < shortest_ns else 0}
-            shortest_ns = min(shortest_ns, way_ns)
+            # Somebody in the guest may have set it, too.
+            if unsure_ns < self._unsure_ns or abs(ahead_ns) > unsure_ns + self._unsure_ns:
+                request, after_ns = {"step_ns": -ahead_ns}, unsure_ns
+            else:
+                request, after_ns = {"step_ns": 0}, self._unsure_ns
         if request["step_ns"]:
             await self._connection.put(DAEMON_CLOCK, request)
-        return shortest_ns // 2 <= _EXACT_NS
+            self._unsure_ns = after_ns
+        return self._unsure_ns <= _EXACT_NS

@@ -8,8 +8,8 @@ from the rows what has an owner, and removes the rest.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -20,8 +20,9 @@ import trio
 from actors import ActorDown, AskTimeout, Ref, Request
 from volant.concurrency import Backoff
 from volant.host import Host
-from volant.hypervisor import CheckpointFailed
+from volant.hypervisor import CheckpointFailed, MachineKind
 from volant.journal import (
+    AddSnapshot,
     BeginSnapshot,
     DuplicateRequest,
     EventGap,
@@ -29,6 +30,8 @@ from volant.journal import (
     ForkRow,
     IdempotencyKey,
     Journal,
+    Names,
+    NotePush,
     RemoveSnapshot,
     RestoreRow,
     Store,
@@ -38,23 +41,35 @@ from volant.model import (
     FORK,
     SNAPSHOT,
     ForkVm,
+    Key,
     Problem,
     RestoreVm,
     Snapshot,
     TakeSnapshot,
     VmRow,
+    Volume,
     check_copyable,
-    current_caller,
+    copied_volumes,
+    current_cause,
     draining,
+    fork_names,
+    has_disk_to_move,
+    is_at_rest,
     is_copyable,
+    name_of_copy,
     name_taken,
+    new_snapshot,
     no_such_snapshot,
+    snapshot_name,
     waits_for,
 )
+from volant.volumes import Volumes, volume_path
 
 from ._actors import VmActors
 from ._capacity import Capacity, memory_need
 from ._checkpoint_store import RESERVE_MB, CheckpointLost, CheckpointStore, fresh
+from ._paths import root_disk
+from ._settings import VmSettings
 from .messages import CHECKPOINT_S, CheckpointTaken, TakeCheckpoint
 
 R = TypeVar("R")
@@ -101,6 +116,10 @@ class Copies(msgspec.Struct):
     checkpoints: CheckpointStore
     actors: VmActors
     capacity: Capacity
+    volumes: Volumes
+    names: Names
+    snapshot_names: Names
+    settings: VmSettings
     _nursery: trio.Nursery | None = None
     _jobs: dict[str, _Job] = msgspec.field(default_factory=dict)
     """By the names of the checkpoints."""
@@ -130,27 +149,30 @@ class Copies(msgspec.Struct):
 
     # Requests
 
-    async def fork(self, name: str, request: ForkVm, *, key: IdempotencyKey | None = None) -> tuple[VmRow, ...]:
+    async def fork(self, vm: Key, request: ForkVm, *, key: IdempotencyKey | None = None) -> tuple[VmRow, ...]:
         """Makes VMs that go on from where this one is, and returns their rows. This one goes on itself.
 
         :raises Problem: 400 the request, 404, 409 it is neither running nor paused, or a name is taken, 503 no
             capacity, it could not be copied, others are being copied, or the daemon drains.
         :raises DuplicateRequest: the request was answered before.
         """
-        row, projection = self.store.projection.require(name), self.store.projection
+        row, projection = self.store.projection.require(vm), self.store.projection
         check_copyable(row)
         # What is known to fail is no reason to pause the guest.
         if projection.drain is not None:
-            raise draining(projection.drain, vm=name)
+            raise draining(projection.drain, vm=vm.name)
         for copy_name in request.names or ():
-            if projection.get(copy_name) is not None:
+            if projection.get(Key(vm.project, copy_name)) is not None:
                 raise name_taken(copy_name)
+        request = self._with_names(row, request)
+        copies = [Key(vm.project, copy_name) for copy_name in request.names or ()]
 
-        async def commit(checkpoint: str) -> tuple[VmRow, ...]:
-            copies = await self._ask(ForkRow(row.id, request, checkpoint, key, current_caller.get()))
-            for copy in copies:
-                await self.actors.get(copy)
-            return copies
+        async def commit(checkpoint: str, paused_ms: float) -> tuple[VmRow, ...]:
+            async with self.names.claimed(copies):
+                rows = await self._ask(ForkRow(row.id, request, checkpoint, key, paused_ms=paused_ms))
+                for copy in rows:
+                    await self.actors.get(copy)
+                return rows
 
         with ExitStack() as stack:
             count = len(request.names or ()) or request.count or 1
@@ -161,78 +183,167 @@ class Copies(msgspec.Struct):
         try:
             await job.wait()
         except CheckpointLost as error:
-            raise Problem(503, "fork-failed", f"there is no fork: {error}", vm=name, hint="try again") from error
+            raise Problem(503, "fork-failed", f"there is no fork: {error}", vm=vm.name, hint="try again") from error
         return job.copies
 
-    async def restore(self, request: RestoreVm, *, key: IdempotencyKey | None = None) -> VmRow:
-        """Makes a VM that goes on from a snapshot; durable when this returns.
+    def _with_names(self, row: VmRow, request: ForkVm) -> ForkVm:
+        """Returns a request with the names of all copies, if they have to be claimed; else the journal finds some."""
+        elsewhere = self.names.elsewhere(row.project)
+        if elsewhere is None or request.names is not None:
+            return request
+        here = [each.name for each in self.store.projection.rows() if each.project == row.project]
+        return msgspec.structs.replace(request, count=None, names=fork_names(request, row.name, {*here, *elsewhere}))
+
+    async def restore(self, request: RestoreVm, project: str, *, key: IdempotencyKey | None = None) -> VmRow:
+        """Makes a VM that goes on from a snapshot of its project; durable when this returns.
 
         :raises Problem: 400 the request, 404 no such snapshot, 409 name taken, or it is not ready, 503 no capacity or
             the daemon drains.
         :raises DuplicateRequest: the request was answered before.
         """
-        snapshot = self.store.projection.snapshots.get(request.from_snapshot)
+        snapshot = self.store.projection.snapshots.get(Key(project, request.from_snapshot))
         if snapshot is None:
             raise no_such_snapshot(request.from_snapshot, field="from_snapshot")
-        if self.store.projection.get(request.name) is not None:
+        if self.store.projection.get(Key(project, request.name)) is not None:
             raise name_taken(request.name)
         with self.capacity.reserve(memory_need(snapshot.vm.memory_mb, clone=True)):
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + _ASK_S):
-                row = await self._ask(RestoreRow(request, key, current_caller.get()))
-                await self.actors.get(row)
-                return row
+            async with (
+                self.names.claimed([Key(project, request.name)]),
+                self._own_volumes(snapshot, request.name) as volumes,
+            ):
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + _ASK_S):
+                    row = await self._ask(RestoreRow(request, project, key, volumes=volumes))
+                    await self.actors.get(row)
+                    return row
         raise Problem(503, "journal-slow", "the VM was not made in time; it may still appear", vm=request.name)
 
-    async def take_snapshot(self, name: str, request: TakeSnapshot, *, key: IdempotencyKey | None = None) -> Snapshot:
-        """Copies a VM as it is now, and keeps that; all of it is on the disk when this returns.
+    @asynccontextmanager
+    async def _own_volumes(self, snapshot: Snapshot, vm: str) -> AsyncIterator[dict[str, Volume]]:
+        """Copies the volumes of a snapshot for one VM. They become `ready` with the row of the VM, in one commit; those
+        that are not by the end of the block are removed. By the ids of the volumes that were copied.
+
+        :raises Problem: 409 a name is taken; 503 they can't be made.
+        """
+        made: dict[str, Volume] = {}
+        try:
+            for mount in copied_volumes(snapshot):
+                source = volume_path(self.checkpoints.at(snapshot.checkpoint), mount.id)
+                copy = Key(snapshot.project, name_of_copy(vm, mount.name))
+                made[mount.id] = await self.volumes.begin_copy(copy, source)
+            yield made
+        finally:
+            for volume in made.values():
+                self.volumes.abandon(volume)
+
+    async def take_snapshot(
+        self, vm: Key, request: TakeSnapshot, *, key: IdempotencyKey | None = None, move: str = ""
+    ) -> Snapshot:
+        """Copies a VM as it is now, and keeps that; all of it is on the disk when this returns. `move`: the id of the
+        move to another host that it is for; the VM may be at rest then.
 
         :raises Problem: 400 the request, 404, 409 it is neither running nor paused, the name is taken, or it could not
             be copied, 503 no capacity, or others are being copied.
         :raises DuplicateRequest: the request was answered before.
         """
-        row = self.store.projection.require(name)
-        check_copyable(row)
-        earlier = self.store.projection.snapshots.get(request.name or "")
+        row = self.store.projection.require(vm)
+        if not move or not is_at_rest(row):
+            check_copyable(row, volumes=request.volumes)
+        earlier = self.store.projection.snapshots.get(Key(vm.project, request.name or ""))
         if earlier is not None and earlier.status == "creating" and earlier.checkpoint not in self._jobs:
             # "The name is taken" would be stored for the request's key, though there is no such snapshot.
-            raise _busy(f"what a killed daemon has left of snapshot {earlier.name!r} is being removed", row)
+            raise _busy(f"what is left of snapshot {earlier.name!r}, which came to nothing, is being removed", row)
         job = self._begin(row, SNAPSHOT)
+        expected: Snapshot | None = None
         begun: Snapshot | None = None
         with trio.CancelScope(shield=True, deadline=trio.current_time() + _ASK_S):
             try:
-                begun = await self._ask(BeginSnapshot(row.id, request, job.id))
-            except BaseException:
+                name = request.name or snapshot_name(row, job.id, self.host.clock.now())
+                named = msgspec.structs.replace(request, name=name)
+                expected = new_snapshot(named, row, snapshot_id=job.id, now=self.host.clock.now(), move=move)
+                async with self._claimed(expected):
+                    begun = await self._ask(BeginSnapshot(row.id, named, job.id, move=move))
+            except BaseException as error:
                 self._end(job)
+                is_refused = isinstance(error, Problem) and error.status < 500
+                if expected is not None and not is_refused:
+                    # The journal may have made the row all the same, or may do so yet.
+                    self._undo_soon(expected)
                 raise
             self._start(job, partial(self._snapshot, job, begun, key))
         if begun is None:
-            raise Problem(503, "journal-slow", "the snapshot was not begun in time", vm=name, hint="try again")
+            raise Problem(503, "journal-slow", "the snapshot was not begun in time", vm=vm.name, hint="try again")
         try:
             await job.wait()
         except CheckpointLost as error:
-            raise Problem(503, "snapshot-failed", f"there is no snapshot: {error}", vm=name) from error
-        snapshot = self.store.projection.snapshots.get(begun.name)
+            raise Problem(503, "snapshot-failed", f"there is no snapshot: {error}", vm=vm.name) from error
+        snapshot = self.store.projection.snapshots.get(begun.key)
         if snapshot is None or snapshot.id != begun.id:
             raise no_such_snapshot(begun.name)
         return snapshot
 
-    async def remove_snapshot(self, name: str) -> None:
-        """Removes a snapshot. VMs that went on from it keep what they have.
+    async def add_snapshot(
+        self,
+        snapshot: Snapshot,
+        files: Path,
+        names: Sequence[str],
+        kind: MachineKind | None,
+        protocol: int,
+        *,
+        key: IdempotencyKey | None = None,
+    ) -> Snapshot:
+        """Keeps a snapshot that came from another host, whose files are on the disk, in a directory beside those of the
+        others. A caller that is cancelled cancels nothing.
 
-        :raises Problem: 404; 409 a VM has yet to go on from it, or it is being made; 503.
+        :param names: of its files: those of a checkpoint
+
+        :raises Problem: 404 the project is gone; 409 the name is taken, or the quota is used up; 503.
+        :raises DuplicateRequest: the request was answered before.
         """
-        snapshot = self.store.projection.snapshots.get(name)
+        is_kept = False
+        paused_ms = snapshot.paused_ms or 0.0
+        with trio.CancelScope(shield=True, deadline=trio.current_time() + _ASK_S):
+            try:
+                async with self._claimed(snapshot):
+                    await self._ask(AddSnapshot(snapshot))
+                record = await self.checkpoints.move_in(snapshot.checkpoint, files, names, kind, paused_ms, protocol)
+                kept = await self._ask(FinishSnapshot(snapshot.key, snapshot.id, paused_ms, record.size_bytes, key))
+                is_kept = True
+                return kept
+            except OSError as error:
+                raise Problem(503, "snapshot-failed", f"its files can't be put in place: {error}") from error
+            finally:
+                if not is_kept:
+                    self._undo_soon(snapshot)
+        raise Problem(503, "journal-slow", "the snapshot was not kept in time; it may still appear", hint="try again")
+
+    async def note_push(self, snapshot: Snapshot, reference: str) -> None:
+        """Reports that a snapshot is in a registry. :raises Problem: 503"""
+        await self._ask(NotePush(snapshot.key, snapshot.id, reference))
+
+    async def remove_snapshot(self, key: Key, *, move: str = "") -> None:
+        """Removes a snapshot. VMs that went on from it keep what they have. `move`: the id of the move to another host
+        that it was for, which is over.
+
+        :raises Problem: 404; 409 a VM has yet to go on from it, or it is being made, or is for a move; 503.
+        """
+        snapshot = self.store.projection.snapshots.get(key)
         if snapshot is None:
-            raise no_such_snapshot(name)
+            raise no_such_snapshot(key.name)
+        if snapshot.move != move:
+            for_what = "a replica of" if snapshot.is_replica else "what moves with"
+            raise Problem(
+                409, "snapshot-of-move", f"snapshot {key.name!r} is {for_what} VM {snapshot.vm.name!r}",
+                hint="it is removed by itself when it is not needed any more",
+            )  # fmt: skip
         if snapshot.status != "ready":
             raise Problem(
-                409, "snapshot-not-ready", f"snapshot {name!r} is being made", hint="try again once it is `ready`"
+                409, "snapshot-not-ready", f"snapshot {key.name!r} is being made", hint="try again once it is `ready`"
             )  # fmt: skip
         checkpoint = snapshot.checkpoint
         try:
             has_files = await self.checkpoints.mark_removed(checkpoint)
             try:
-                await self._ask(RemoveSnapshot(snapshot.name, snapshot.id))
+                await self._ask(RemoveSnapshot(snapshot.key, snapshot.id))
             except Problem as problem:
                 if has_files and problem.status == 409:
                     await self.checkpoints.unmark(checkpoint)
@@ -241,8 +352,17 @@ class Copies(msgspec.Struct):
                 await self.checkpoints.remove(checkpoint)
         except OSError as error:
             raise Problem(503, "snapshot-not-removed", f"files of the snapshot can't be removed: {error}") from error
+        await self._free(snapshot)
 
     # Jobs
+
+    def _claimed(self, snapshot: Snapshot) -> AbstractAsyncContextManager[None]:
+        """Claims the name of a snapshot for a block. A replica has one that nobody asks for."""
+        return nullcontext() if snapshot.is_replica else self.snapshot_names.claimed([snapshot.key])
+
+    async def _free(self, snapshot: Snapshot) -> None:
+        if not snapshot.is_replica:
+            await self.snapshot_names.free(snapshot.key)
 
     def _begin(self, vm: VmRow, kind: str) -> _Job:
         """Begins a job, which ends with `_end`. :raises Problem: 503 there are too many, or too little memory."""
@@ -253,7 +373,7 @@ class Copies(msgspec.Struct):
         if len(self._jobs) >= _AT_ONCE:
             raise _busy(f"{len(self._jobs)} VMs are being copied", vm)
         available_mb = self.checkpoints.room_mb() - sum(job.vm.memory_mb for job in self._jobs.values())
-        if available_mb < vm.memory_mb + RESERVE_MB:
+        if available_mb < vm.memory_mb + RESERVE_MB and not is_at_rest(vm):
             raise Problem(
                 503, "no-capacity",
                 f"a copy of VM {vm.name!r} needs up to {vm.memory_mb} MiB of memory, {max(0, available_mb)} are left",
@@ -284,13 +404,13 @@ class Copies(msgspec.Struct):
         finally:
             self._end(job)
 
-    async def _fork(self, job: _Job, commit: Callable[[str], Awaitable[tuple[VmRow, ...]]]) -> None:
+    async def _fork(self, job: _Job, commit: Callable[[str, float], Awaitable[tuple[VmRow, ...]]]) -> None:
         """Makes the checkpoint, then the rows, and removes the checkpoint once all copies run."""
         path = self.checkpoints.in_memory(job.checkpoint)
         unsure = False
         try:
-            await self.checkpoints.finish(job.checkpoint, await self._take(job, path))
-            job.copies = await commit(job.checkpoint)
+            record = await self.checkpoints.finish(job.checkpoint, await self._take(job, path, None))
+            job.copies = await commit(job.checkpoint, record.paused_ms)
         except (CheckpointLost, DuplicateRequest, Problem, OSError) as error:
             failure = _failure(error)
             _logger.warning("VM %s is not forked: %s", job.vm.name, failure, extra={"vm": job.vm.name})
@@ -308,8 +428,12 @@ class Copies(msgspec.Struct):
         """Makes the files of a snapshot whose row is committed, and commits that it is ready."""
         path = self.checkpoints.in_memory(job.checkpoint)
         try:
-            record = await self.checkpoints.save(job.checkpoint, await self._take(job, path))
-            await self._ask(FinishSnapshot(snapshot.name, snapshot.id, record.paused_ms, record.size_bytes, key))
+            if is_at_rest(snapshot.vm):
+                record = await self.checkpoints.save_disk(job.checkpoint, await self._disk_at_rest(snapshot.vm))
+            else:
+                volumes = await self._volume_directory(job, snapshot)
+                record = await self.checkpoints.save(job.checkpoint, await self._take(job, path, volumes))
+            await self._ask(FinishSnapshot(snapshot.key, snapshot.id, record.paused_ms, record.size_bytes, key))
         except (CheckpointLost, DuplicateRequest, Problem, OSError) as error:
             failure = _failure(error)
             _logger.warning("VM %s has no snapshot %s: %s", job.vm.name, snapshot.name, failure)
@@ -322,7 +446,27 @@ class Copies(msgspec.Struct):
                 self._end(job)
                 await self._undo(snapshot)
 
-    async def _take(self, job: _Job, into: Path) -> CheckpointTaken:
+    async def _volume_directory(self, job: _Job, snapshot: Snapshot) -> Path | None:
+        """Returns where to copy the VM's volumes; None: nowhere. :raises CheckpointLost: :raises OSError:"""
+        written = {mount.id for mount in copied_volumes(snapshot)}
+        if not written:
+            return None
+        files, all_volumes = self.volumes.files, self.store.projection.volumes.values()
+        used = [files.used(volume) or 0 for volume in all_volumes if volume.id in written]
+        return await self.checkpoints.volume_directory(job.checkpoint, sum(used))
+
+    async def _disk_at_rest(self, vm: VmRow) -> Path | None:
+        """Returns the disk of a VM at rest, which nothing starts while it leaves. :raises CheckpointLost: it is gone"""
+        if not has_disk_to_move(vm):
+            return None
+        if vm.disk_from is not None:
+            return await self.checkpoints.disk(vm.disk_from)
+        disk = root_disk(self.settings, vm)
+        if disk is None or not self.host.files.exists(disk.layer):
+            raise CheckpointLost("capture_failed", f"the disk of VM {vm.name!r} is gone")
+        return disk.layer
+
+    async def _take(self, job: _Job, into: Path, volumes: Path | None) -> CheckpointTaken:
         """Has the VM's actor copy the guest. :raises CheckpointLost: :raises OSError:"""
         now = self.store.projection.by_id(job.vm.id)
         if now is None or not is_copyable(now) or now.process != job.vm.process:
@@ -330,7 +474,7 @@ class Copies(msgspec.Struct):
         await self.host.files.mkdir(into)
         try:
             ref = await self.actors.get(job.vm)
-            return await ref.ask(TakeCheckpoint(into), timeout_s=3 * CHECKPOINT_S)
+            return await ref.ask(TakeCheckpoint(into, volumes), timeout_s=3 * CHECKPOINT_S)
         except CheckpointFailed as error:
             raise CheckpointLost("capture_failed", f"VM {job.vm.name!r} was not copied: {error.message}") from error
         except Problem as error:
@@ -348,22 +492,29 @@ class Copies(msgspec.Struct):
                     return  # the daemon ends
         await self.checkpoints.clear(self.checkpoints.at(checkpoint))
 
+    def _undo_soon(self, snapshot: Snapshot) -> None:
+        if self._nursery is not None:
+            self._nursery.start_soon(self._undo, snapshot)
+
     async def _undo(self, snapshot: Snapshot) -> None:
         """Removes the row of a snapshot that failed, and then its files; retries while the journal can't.
 
         One that the journal kept as ready, without a confirmation, stays.
         """
+        # It undoes a request, and is none: its record must not say that the request was done.
+        current_cause.set(None)
         backoff = Backoff(_RETRY_S, _RETRY_MAX_S)
         while True:
-            now = self.store.projection.snapshots.get(snapshot.name)
+            now = self.store.projection.snapshots.get(snapshot.key)
             if now is not None and now.id == snapshot.id and now.status == "ready":
                 return
             try:
-                await self._ask(RemoveSnapshot(snapshot.name, snapshot.id))
+                await self._ask(RemoveSnapshot(snapshot.key, snapshot.id))
                 break
             except Problem as problem:
                 _logger.warning("snapshot %s is not removed yet: %s", snapshot.name, problem.detail)
             await backoff.pause()
+        await self._free(snapshot)
         path = self.checkpoints.at(snapshot.checkpoint)
         await self.checkpoints.clear(fresh(path))
         await self.checkpoints.clear(path)

@@ -6,14 +6,17 @@ import msgspec
 import trio
 
 from actors import Ref
+from volant.directories import Virtiofsd
 from volant.host import Host
 from volant.hypervisor import Hypervisor
 from volant.journal import Journal, Store, VmLogs
+from volant.secrets import Secrets
 from volant.templates import WarmPool
 
 from ._agent_session import GuestLimits
 from ._boot_limiter import BootSlots
 from ._checkpoint_store import CheckpointStore
+from ._fence import VmFence
 from ._network import VmNetworks
 from ._preparation import BootPreparation
 from ._process import VmProcess
@@ -49,7 +52,10 @@ class VmDeps(msgspec.Struct, frozen=True, kw_only=True):
     warm_pool: WarmPool
     checkpoints: CheckpointStore
     networks: VmNetworks
+    virtiofsd: Virtiofsd
+    secrets: Secrets
     slots: BootSlots
+    fence: VmFence
     limits: GuestLimits = msgspec.field(default_factory=GuestLimits)
     processes: dict[int, VmProcess] = msgspec.field(default_factory=dict)
     """The processes under watch, by the VM's id."""

@@ -10,17 +10,26 @@ from volant.model import VmRow
 
 
 def guest_manifest(row: VmRow) -> dict[str, object]:
-    """Returns the body of `PUT /v1/daemon/manifest`. It lacks `boot`: the host's paths are no business of a guest's."""
-    manifest: dict[str, object] = msgspec.to_builtins(msgspec.structs.replace(row.manifest, boot=None))
+    """Returns the body of `PUT /v1/daemon/manifest`: the manifest, with the VM's own environment over that of `exec`.
+
+    It lacks `boot`: the host's paths are no business of a guest's.
+    """
+    defaults = row.manifest.exec
+    if defaults is not None:
+        defaults = msgspec.structs.replace(defaults, env={**defaults.env, **row.env})
+    manifest: dict[str, object] = msgspec.to_builtins(msgspec.structs.replace(row.manifest, boot=None, exec=defaults))
     return manifest
 
 
 def workload_spec(row: VmRow) -> dict[str, object] | None:
-    """Returns the body of `PUT /v1/daemon/workload`: the manifest's workload with the VM's own environment over it."""
+    """Returns the body of `PUT /v1/daemon/workload`: the manifest's workload with the VM's own environment over it,
+    without secrets."""
     workload = row.manifest.workload
-    if workload is None:
+    if workload is None or not row.start_workload:
         return None
-    spec: dict[str, object] = msgspec.to_builtins(workload)
+    # Members with their default values are left out, so agents that do not know them take the rest. What happens to the
+    # VM at the end of the workload is the daemon's to do.
+    spec: dict[str, object] = msgspec.to_builtins(msgspec.structs.replace(workload, on_exit="keep"))
     spec["env"] = {**workload.env, **row.env}
     return spec
 

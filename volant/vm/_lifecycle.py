@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeVar
 
@@ -12,7 +13,9 @@ import trio
 
 from actors import ActorDown, AskTimeout, Ref, Request
 from volant.concurrency import Backoff
+from volant.directories import Virtiofsd
 from volant.journal import (
+    ArriveRow,
     CreateRow,
     EndDrain,
     EventCursor,
@@ -20,6 +23,7 @@ from volant.journal import (
     EventGap,
     IdempotencyKey,
     Journal,
+    Names,
     SetDrain,
     Store,
     ask_journal,
@@ -31,22 +35,42 @@ from volant.model import (
     CreateVm,
     Desired,
     EventId,
+    HostLoad,
+    Key,
+    Leaves,
+    Left,
+    Manifest,
+    Movable,
+    NetworkChoice,
     Problem,
+    Replica,
+    Replicated,
+    Snapshot,
     Status,
+    Stays,
     VmRow,
-    current_caller,
+    check_ports_free,
+    check_volumes_free,
+    current_cause,
     draining,
+    egress_unavailable,
+    is_at_rest,
+    is_restricted,
+    kind_of,
     name_taken,
     no_such_vm,
+    parse_mounts,
     readiness,
     refused,
     settled,
     size_of,
+    unavailable,
 )
 
 from ._actors import VmActors
-from ._capacity import Capacity
+from ._capacity import Capacity, memory_need
 from ._deps import Signal
+from ._fence import VmFence
 from ._machine_spec import uses_passt
 from .messages import Ask
 
@@ -77,36 +101,56 @@ class Lifecycle:
     _journal: Ref[Journal]
     _actors: VmActors
     _capacity: Capacity
+    _virtiofsd: Virtiofsd
+    _names: Names
     _workload_changed: Signal
     """Sent when the workload of some VM has another state."""
+    _fence: VmFence
 
-    async def create(self, request: CreateVm, *, key: IdempotencyKey | None = None) -> VmRow:
-        """Makes a VM; durable when this returns. A cancelled caller cancels nothing.
+    async def create(
+        self,
+        request: CreateVm,
+        project: str,
+        *,
+        manifest: Manifest | None = None,
+        key: IdempotencyKey | None = None,
+        taken_over: Movable | None = None,
+    ) -> VmRow:
+        """Makes a VM in a project; durable when this returns. A cancelled caller cancels nothing.
+
+        :param manifest: what follows from the request's OCI image; None: the plugin's counts
+        :param taken_over: this host has taken it over from another one, and has its name
 
         :raises Problem: 400 the request, 404 no such plugin, 409 name taken or plugin disabled, 503 no capacity or
             the daemon drains.
         :raises DuplicateRequest: the request was answered before.
         """
-        plugin = self._store.projection.plugins.get(request.plugin)
-        # Without the plugin the journal refuses the request.
-        cpu_cores, memory_mb = 0, request.memory_mb or 0
-        if plugin is not None:
-            cpu_cores, memory_mb = size_of(request, plugin.manifest)
-            await self._capacity.check_image(memory_mb, plugin.manifest)
-        if self._store.projection.get(request.name) is not None:
+        plugin = self._store.projection.plugin(Key(project, request.plugin))
+        wanted = manifest or (plugin.manifest if plugin is not None else None)
+        if wanted is not None:
+            await self._capacity.check_image(size_of(request, wanted)[1], wanted)
+        if self._store.projection.get(Key(project, request.name)) is not None:
             # Room would not help.
             raise name_taken(request.name)
-        self._capacity.check_disk(request)
-        with self._capacity.reserve(self._capacity.need_of_request(request, cpu_cores, memory_mb)):
-            with trio.CancelScope(shield=True, deadline=trio.current_time() + _ASK_S):
-                row = await self._ask(CreateRow(request, key, current_caller.get()))
-                await self._actors.get(row)
-                return row
+        if wanted is not None:
+            self._capacity.check_disk(request, wanted)
+        await self._virtiofsd.check(parse_mounts(request.volumes).directories, vm=request.name)
+        movable = taken_over
+        if movable is None and request.failover != "never":
+            movable = self._fence.movable(request, manifest)
+        with self._capacity.reserve(self._capacity.need_of_request(request, wanted)):
+            async with nullcontext() if taken_over else self._names.claimed([Key(project, request.name)], movable):
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + _ASK_S):
+                    row = await self._ask(
+                        CreateRow(request, project, key, manifest=manifest, starts=True, movable=movable)
+                    )
+                    await self._actors.get(row)
+                    return row
         raise Problem(503, "journal-slow", "the VM was not made in time; it may still appear", vm=request.name)
 
     async def apply(
         self,
-        name: str,
+        vm: Key,
         request: CommandRequest,
         *,
         only_at: Collection[Version] | None = None,
@@ -118,12 +162,13 @@ class Lifecycle:
             the daemon drains).
         :raises DuplicateRequest: the request was answered before.
         """
-        row = self._store.projection.require(name)
-        request = msgspec.structs.replace(request, caller=current_caller.get())
+        row = self._store.projection.require(vm)
+        request = msgspec.structs.replace(request, cause=current_cause.get())
         revisions = None
         if only_at is not None:
             revisions = frozenset(version.revision for version in only_at if version.vm_id == row.id)
-        self._check_start(row, request.command)
+        if _starts(row, request.command):
+            await self._check_start(row)
         deadline = trio.current_time() + _ASK_S
         backoff = Backoff(_RETRY_S, _RETRY_MAX_S)
         while True:
@@ -136,29 +181,32 @@ class Lifecycle:
                 if after is None:
                     if request.command is Command.DELETE:
                         return row
-                    raise no_such_vm(name) from error
+                    raise no_such_vm(vm.name) from error
                 if key is None and _is_applied(after, request.command):
                     return after
                 if isinstance(error, AskTimeout) or trio.current_time() + backoff.next_s > deadline:
                     raise _busy(row, error) from error
             await backoff.pause()
 
-    async def delete(self, name: str, *, only_at: Collection[Version] | None = None) -> None:
+    async def delete(self, vm: Key, *, only_at: Collection[Version] | None = None) -> None:
         """Deletes a VM, if it is at one of the versions `only_at`, and returns once nothing of it is left on the host.
 
         A cancelled caller cancels nothing. A second delete joins the first.
 
-        :raises Problem: 404; 412 it is at another version; 503 after 60 s, and says what is left.
+        :raises Problem: 404; 412 it is at another version; 503 after 60 s, and says what is left, or another host has
+            taken it over meanwhile.
         """
-        row = await self.apply(name, CommandRequest(Command.DELETE), only_at=only_at)
+        row = await self.apply(vm, CommandRequest(Command.DELETE), only_at=only_at)
         _, after = await self.wait(row.id, {DELETED}, _DELETE_S)
         if after is not None:
             reason = f": {after.reason.message}" if after.reason else ""
             raise Problem(
                 503, "delete-slow",
-                f"VM {name!r} is not gone after {_DELETE_S:g} s, phase {after.phase.value!r}{reason}",
-                vm=name, hint="it goes on being deleted; DELETE again to wait on",
+                f"VM {vm.name!r} is not gone after {_DELETE_S:g} s, phase {after.phase.value!r}{reason}",
+                vm=vm.name, hint="it goes on being deleted; DELETE again to wait on",
             )  # fmt: skip
+        self._fence.check_deleted(row)
+        await self._names.free(vm)
 
     async def delete_all(self, timeout_s: float) -> list[str]:
         """Deletes every VM and admits no more; returns the names of those that are left after `timeout_s` seconds."""
@@ -169,7 +217,7 @@ class Lifecycle:
             while projection.rows() or self._capacity.is_reserved:
                 async with trio.open_nursery() as nursery:
                     for row in projection.rows():
-                        nursery.start_soon(self._delete_at_once, row.name)
+                        nursery.start_soon(self._delete_at_once, row.key)
                     nursery.start_soon(trio.sleep, _DELETE_ALL_PAUSE_S)
         return [row.name for row in projection.rows()]
 
@@ -203,6 +251,17 @@ class Lifecycle:
                         return "met", store.projection.by_id(vm_id)
         return "timeout", store.projection.by_id(vm_id)
 
+    def load(self) -> HostLoad:
+        """Returns how busy the host is."""
+        rows = self._store.projection.rows()
+        return HostLoad(
+            vms=len(rows),
+            cpu_cores=sum(row.cpu_cores for row in rows if row.status is not Status.STOPPED),
+            free_memory_mb=self._capacity.free_memory_mb(),
+            free_disk_mb=self._capacity.free_disk_mb(),
+            event_id=str(self._store.projection.last_event),
+        )
+
     # Draining
 
     async def drain(self, stop_grace_s: float | None = None) -> None:
@@ -233,28 +292,91 @@ class Lifecycle:
         except (ActorDown, AskTimeout) as error:
             raise _busy(row, error) from error
 
-    def _check_start(self, row: VmRow, command: Command) -> None:
-        """:raises Problem: the VM would start, and must not now."""
-        starts = command is Command.RESTART and row.status is not Status.DELETING
-        starts |= command is Command.START and row.status in (Status.STOPPED, Status.CRASHED, Status.STOPPING)
-        if not starts:
-            return
+    # Moves
+
+    async def move(self, row: VmRow, request: Leaves | Stays | Left) -> VmRow:
+        """Lets a VM leave for another host, stay after all, or end as it is there; durable when this returns.
+
+        :raises Problem: 409 it can't move as it is; 503.
+        """
+        return await self._note(row, request)
+
+    async def note_replica(self, row: VmRow, replica: Replica) -> None:
+        """Notes which copies other hosts have of a VM; durable when this returns. :raises Problem: 503."""
+        await self._note(row, Replicated(replica))
+
+    async def _note(self, row: VmRow, request: Leaves | Stays | Left | Replicated) -> VmRow:
+        if self._store.projection.by_id(row.id) is None:
+            return row
+        ref = await self._actors.get(row)
+        try:
+            return await ref.ask(Ask(request), timeout_s=_ASK_S)
+        except (ActorDown, AskTimeout) as error:
+            after = self._store.projection.by_id(row.id)
+            if after is None:
+                return row
+            raise _busy(row, error) from error
+
+    async def arrive(self, snapshot: Snapshot, epoch: int) -> VmRow:
+        """Lets a VM go on here from the snapshot of its move; that it does may be known already. Durable when this
+        returns.
+
+        :raises Problem: as `ArriveRow`; 503 no capacity
+        """
+        there = self._store.projection.get(snapshot.vm.key)
+        if there is not None and there.arrived == snapshot.move:
+            await self._actors.get(there)
+            return there
+        with self._room_for(snapshot.vm):
+            row = await self._ask(ArriveRow(snapshot.key, epoch))
+            await self._actors.get(row)
+            return row
+
+    def check_arrival(self, row: VmRow) -> None:
+        """:raises Problem: 409, 503 a VM of another host could not go on here now."""
+        projection = self._store.projection
+        if projection.get(row.key) is not None:
+            raise name_taken(row.name)
+        if projection.drain is not None:
+            raise draining(projection.drain, vm=row.name)
+        others = ((other.key, port) for other in projection.rows() for port in other.ports)
+        check_ports_free(row.project, row.ports, others)
+        networking, kind = self._store.networking, kind_of(row.network)
+        if networking.user_refused and uses_passt(row):
+            raise refused(networking.user_refused, vm=row.name)
+        if kind in networking.obstacles:
+            choice = NetworkChoice(row.network, row.network_reason)
+            raise unavailable(choice, networking.obstacles[kind], vm=row.name)
+        if kind in networking.egress_obstacles and is_restricted(row.egress):
+            raise egress_unavailable(networking.egress_obstacles[kind], vm=row.name)
+        with self._room_for(row):
+            pass
+
+    def _room_for(self, row: VmRow) -> AbstractContextManager[None]:
+        """Reserves the memory of a VM that arrives for a block, if it goes on at once. :raises Problem: 503"""
+        return nullcontext() if is_at_rest(row) else self._capacity.reserve(memory_need(row.memory_mb, clone=True))
+
+    async def _check_start(self, row: VmRow) -> None:
+        """:raises Problem: the VM must not start now."""
         drain = self._store.projection.drain
         if drain is not None:
             raise draining(drain, vm=row.name)
         refusal = self._store.networking.user_refused
         if refusal and uses_passt(row):
             raise refused(refusal, vm=row.name)
+        if row.volumes:
+            check_volumes_free(row, self._store.projection.rows(), self._store.projection.volumes.values())
+        await self._virtiofsd.check(row.directories, vm=row.name)
         if row.status in (Status.STOPPED, Status.CRASHED):
             self._capacity.admit_again(row)
 
-    async def _delete_at_once(self, name: str) -> None:
+    async def _delete_at_once(self, vm: Key) -> None:
         try:
-            await self.apply(name, CommandRequest(Command.DELETE, grace_s=0))
-            await self.delete(name)
+            await self.apply(vm, CommandRequest(Command.DELETE, grace_s=0))
+            await self.delete(vm)
         except Problem as problem:
             if problem.status != 404:
-                _logger.error("VM %s: %s", name, problem.detail, extra={"vm": name})
+                _logger.error("VM %s: %s", vm.name, problem.detail, extra={"vm": vm.name})
 
     async def _ask(self, message: Request[R]) -> R:
         return await ask_journal(self._journal, message)
@@ -280,6 +402,13 @@ def _busy(row: VmRow, error: Exception) -> Problem:
         503, "vm-busy", f"VM {row.name!r} did not take the request: {error}", vm=row.name,
         hint="look at the VM and send it again",
     )  # fmt: skip
+
+
+def _starts(row: VmRow, command: Command) -> bool:
+    """Whether a command makes a VM start."""
+    if command is Command.RESTART:
+        return row.status is not Status.DELETING
+    return command is Command.START and row.status in (Status.STOPPED, Status.CRASHED, Status.STOPPING)
 
 
 def _came_to_rest(row: VmRow) -> bool:

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from volant import images
 from volant.hypervisor import AcceleratorName, MachineSpec, Nic, Template
-from volant.model import USER, Artifact, Boot, Manifest, VmRow, is_checkpoint, kind_of
+from volant.model import USER, Artifact, Boot, Manifest, VmRow, is_checkpoint, is_restricted, kind_of
 from volant.network import passt_socket
 from volant.templates import template_at
 
 from ._paths import MEMORY, STATE, checkpoint_at, memory_file, root_disk, vm_directory
 from ._settings import VmSettings
+from ._volume_disks import disk_limits, shared_directories, volume_disks
 
 CUSTOM_IMAGE = "custom"
 """Replaces the image's digest if a boot uses nothing of the built image."""
@@ -45,6 +46,9 @@ def machine_spec(settings: VmSettings, row: VmRow, accelerator: AcceleratorName)
         template=None if row.template is None else _template(settings, row.template),
         balloon=row.balloon,
         nic=nic_of(settings, row),
+        volumes=volume_disks(settings, row),
+        directories=shared_directories(settings, row),
+        disk_limits=disk_limits(row),
     )
 
 
@@ -59,8 +63,16 @@ def nic_of(settings: VmSettings, row: VmRow) -> Nic | None:
         socket=passt_socket(settings.runtime_dir, row.id) if uses_passt(row) else None,
         address=f"{lease.address}/{lease.prefix}",
         gateway=lease.gateway,
-        nameservers=settings.nameservers,
+        nameservers=nameservers_of(row, settings.nameservers),
     )
+
+
+def nameservers_of(row: VmRow, usual: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the DNS servers of a VM: its gateway, where the daemon answers, if it has an egress policy.
+
+    :param usual: those of other VMs
+    """
+    return (row.lease.gateway,) if row.lease is not None and is_restricted(row.egress) else usual
 
 
 def uses_passt(row: VmRow) -> bool:

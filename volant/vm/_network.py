@@ -11,9 +11,9 @@ from actors import ActorDown, AskTimeout, Ref
 from volant.concurrency import Backoff
 from volant.hypervisor import Hypervisor, HypervisorError, Machine, Nic
 from volant.journal import Store
-from volant.model import BRIDGE, USER, Lease, VmRow
+from volant.model import BRIDGE, USER, Lease, VmRow, is_restricted
 from volant.network import NetworkFailed, NetworkKeeper, Passt
-from volant.network.messages import Attach, Confine, Detach
+from volant.network.messages import Attach, Confine, Detach, Release
 
 from ._errors import StepError
 from ._machine_spec import uses_passt
@@ -68,10 +68,20 @@ class VmNetworks(msgspec.Struct):
         try:
             if uses_passt(row):
                 await self.passt.end(row.id)
+                if is_restricted(row.egress):
+                    await self._release(row)
             elif row.lease is not None and row.lease.tap:
                 await self._ask(Detach(row.id))
         except (NetworkFailed, StepError) as error:
             raise StepError("not_removed", f"the VM's network connection can't be removed: {error}") from error
+
+    async def _release(self, row: VmRow) -> None:
+        """Removes the egress rules of a VM whose passt has ended. What fails is logged: the next change of the rules
+        removes them, and until then they allow nothing to anybody else."""
+        try:
+            await self._ask(Release(row.id))
+        except (NetworkFailed, StepError) as error:
+            _logger.warning("VM %s: its egress rules can't be removed now: %s", row.name, error, extra={"vm": row.name})
 
     async def reconnect_adopted(self, row: VmRow) -> None:
         """Gives an adopted VM its tap again. A failure is logged, and the VM goes on without.
@@ -131,10 +141,10 @@ class VmNetworks(msgspec.Struct):
         """:raises NetworkFailed: :raises StepError:"""
         if self.keeper is not None:
             # So that it can send nothing to the host itself.
-            await self._ask(Confine())
+            await self._ask(Confine(row.id))
         await self.passt.start(row)
 
-    async def _ask(self, message: Attach | Detach | Confine) -> None:
+    async def _ask(self, message: Attach | Detach | Confine | Release) -> None:
         if self.keeper is None:
             raise StepError("network_down", "this daemon manages no taps")
         try:

@@ -11,6 +11,7 @@ line says: name, size, kernel, disk. The rest is lost: labels, environment, rest
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 
@@ -19,30 +20,39 @@ import trio
 
 from actors import Ref
 from volant import images
+from volant.directories import DirectoryFailed, Virtiofsd
 from volant.host import Host, ProcessGone, inside
-from volant.hypervisor import Hypervisor, HypervisorError, ParsedMachine
-from volant.journal import AdoptRow, Journal, Store, VmLogs, ask_journal
+from volant.hypervisor import Hypervisor, HypervisorError, Nic, ParsedMachine, VolumeDisk
+from volant.journal import AdoptRow, Journal, Names, Store, VmLogs, ask_journal
 from volant.model import (
     BASE,
+    EGRESS_ALL,
+    EGRESS_NONE,
     NONE,
     Artifact,
     Boot,
+    Egress,
     OrphanView,
     Problem,
     ProcessIdentity,
     Status,
     Step,
     VmRow,
+    Volume,
+    VolumeMount,
     is_name,
 )
 from volant.templates import Claim
+from volant.volumes import volume_path
 
 from ._actors import VmActors
+from ._image_manifest import image_at
 from ._machine_spec import CUSTOM_IMAGE, machine_spec
 from ._network import VmNetworks, kind_behind, lease_of
 from ._paths import memory_file, vm_directory
 from ._settings import VmSettings
 from ._tags import processes_of_vms
+from ._volume_disks import volume_id_of
 
 _ATTACH_S = 15.0
 _ADOPT_S = 60.0
@@ -84,6 +94,8 @@ class Orphans(msgspec.Struct):
     logs: VmLogs
     actors: VmActors
     networks: VmNetworks
+    virtiofsd: Virtiofsd
+    names: Names
     settings: VmSettings
     instance: str
 
@@ -109,20 +121,23 @@ class Orphans(msgspec.Struct):
             found.append(Orphan(identity, vm_id, boot, machine, self._obstacle(vm_id, machine)))
         return tuple(sorted(found, key=lambda orphan: (orphan.vm_id, orphan.boot)))
 
-    async def adopt(self, tag: str, name: str | None = None) -> VmRow:
-        """Makes a VM of one; durable when this returns. `name`: instead of its own.
+    async def adopt(self, tag: str, project: str, name: str | None = None) -> VmRow:
+        """Makes a VM of one in a project; durable when this returns. `name`: instead of its own.
 
         :raises Problem: 404; 409 it can't be adopted, or the name is taken; 503.
         """
-        steps = await self._steps(tag, name)
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + _ADOPT_S):
-            row = await ask_journal(self.journal, AdoptRow(steps))
-            # The log of a VM that the database had lost was about to be removed.
-            await self.logs.recall([row.id])
-            await self.actors.get(row)
-            _logger.info("VM %s: %s", row.name, steps[0].message, extra={"vm": row.name})
-            await self.networks.reconnect_adopted(row)
-            return row
+        steps = await self._steps(tag, project, name)
+        first = steps[0].row
+        assert first is not None
+        async with self.names.claimed([first.key]):
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + _ADOPT_S):
+                row = await ask_journal(self.journal, AdoptRow(steps))
+                # The log of a VM that the database had lost was about to be removed.
+                await self.logs.recall([row.id])
+                await self.actors.get(row)
+                _logger.info("VM %s: %s", row.name, steps[0].message, extra={"vm": row.name})
+                await self.networks.reconnect_adopted(row)
+                return row
         raise Problem(503, "journal-slow", "the VM was not adopted in time; it may still appear")
 
     async def kill(self, tag: str) -> None:
@@ -138,6 +153,10 @@ class Orphans(msgspec.Struct):
             await self.host.files.remove_tree(memory_file(self.settings, orphan.vm_id))
             if orphan.machine is not None and orphan.machine.nic is not None:
                 await self.networks.disconnect_orphan(orphan.vm_id, orphan.machine.nic)
+            try:
+                await self.virtiofsd.end(orphan.vm_id)
+            except DirectoryFailed as error:
+                _logger.error("directories of VM %d: %s", orphan.vm_id, error)
         _logger.warning("the orphaned hypervisor %s is killed", tag)
 
     async def _find(self, tag: str) -> Orphan:
@@ -159,11 +178,21 @@ class Orphans(msgspec.Struct):
             return f"its disk is {machine.root.layer}, and not where this daemon's VMs have theirs"
         if machine.memory_file not in (None, memory_file(settings, vm_id)):
             return f"its memory is {machine.memory_file}, and not where this daemon's VMs have theirs"
+        known = self._volumes()
+        for disk in machine.volumes:
+            volume_id = volume_id_of(disk.serial)
+            if volume_id not in known or disk.path != volume_path(settings.volume_dir, volume_id):
+                return f"its volume {disk.path} is none of this daemon's"
+        if machine.directory_count:
+            return "its command line does not say which directories of the host it has"
         if not self.host.files.exists(vm_directory(settings, vm_id)):
             return "the directory with its sockets is gone"
         return None
 
-    async def _steps(self, tag: str, name: str | None) -> tuple[Step, ...]:
+    def _volumes(self) -> dict[str, Volume]:
+        return {volume.id: volume for volume in self.store.projection.volumes.values()}
+
+    async def _steps(self, tag: str, project: str, name: str | None) -> tuple[Step, ...]:
         """Returns what makes a VM of it: its row, from `pending` to `running`.
 
         :raises Problem: 404; 409 it can't be adopted, and why.
@@ -172,8 +201,8 @@ class Orphans(msgspec.Struct):
         machine, obstacle = orphan.machine, orphan.obstacle
         if machine is None or obstacle is not None:
             raise _not_adoptable(orphan, obstacle or "")
-        row = adopted_row(self.settings, orphan, machine, name or machine.name, self.host.clock.now())
-        row = msgspec.structs.replace(row, hypervisor=self.hypervisor.name)
+        row = adopted_row(self.settings, orphan, machine, name or machine.name, self.host.clock.now(), self._volumes())
+        row = msgspec.structs.replace(row, project=project, hypervisor=self.hypervisor.name)
         spec = machine_spec(self.settings, row, machine.accelerator)
         try:
             # As its actor will: one that does not answer can't be controlled.
@@ -181,7 +210,7 @@ class Orphans(msgspec.Struct):
                 async with self.hypervisor.attach(spec, orphan.identity) as attached:
                     await attached.status()
         except (HypervisorError, trio.TooSlowError) as error:
-            raise _not_adoptable(orphan, f"it can't be controlled: {error or 'it does not answer'}") from error
+            raise _not_adoptable(orphan, f"it can't be controlled: {str(error) or 'it does not answer'}") from error
         pending = msgspec.structs.replace(row, status=Status.PENDING)
         starting = msgspec.structs.replace(row, status=Status.STARTING)
         message = f"the orphaned process {orphan.identity.pid} is adopted"
@@ -200,15 +229,26 @@ def _is_layer(settings: VmSettings, vm_id: int, layer: Path) -> bool:
     return directory.parent == settings.disk_dir and directory.name.startswith(f"{vm_id}-")
 
 
-def adopted_row(settings: VmSettings, orphan: Orphan, machine: ParsedMachine, name: str, now: datetime) -> VmRow:
-    """Returns the row of the VM that an orphan becomes."""
+def adopted_row(
+    settings: VmSettings,
+    orphan: Orphan,
+    machine: ParsedMachine,
+    name: str,
+    now: datetime,
+    volumes: Mapping[str, Volume] | None = None,
+) -> VmRow:
+    """Returns the row of the VM that an orphan becomes. `volumes`: all there are, by id.
+
+    Where it mounts its volumes is not on its command line: the next boot mounts each at `/volumes/<name>`.
+    """
     image = images.load(settings.cache_dir, machine.kernel.parent.name)
     ours = image is not None and image.kernel == machine.kernel
     parameters = " ".join(image.kernel_parameters) if image is not None and ours else ""
     boot = Boot(
         kernel=_artifact(settings, machine.kernel),
         initramfs=_artifact(settings, machine.initramfs),
-        rootfs=_artifact(settings, machine.root.base) if machine.root else None,
+        rootfs=_artifact(settings, machine.root.base) if machine.root and machine.root.base else None,
+        image=image_at(machine.root.image) if machine.root and machine.root.image else None,
     )
     spec_socket = vm_directory(settings, orphan.vm_id) / "console.sock"
     return VmRow(
@@ -226,6 +266,7 @@ def adopted_row(settings: VmSettings, orphan: Orphan, machine: ParsedMachine, na
         network=NONE if machine.nic is None else kind_behind(machine.nic),
         network_reason="it was found on the host, where nobody knew of a network with a name",
         lease=None if machine.nic is None else lease_of(machine.nic),
+        egress=_egress_of(machine.nic),
         status=Status.RUNNING,
         booted=1,
         boots=orphan.boot,
@@ -234,6 +275,7 @@ def adopted_row(settings: VmSettings, orphan: Orphan, machine: ParsedMachine, na
         image=image.digest if image is not None and ours else CUSTOM_IMAGE,
         template=machine.template.name if machine.template is not None else None,
         balloon=machine.balloon,
+        volumes=tuple(_mount(disk, volumes or {}) for disk in machine.volumes),
         tag=orphan.identity.tag,
         process=orphan.identity,
         serial_socket=str(spec_socket),
@@ -242,11 +284,23 @@ def adopted_row(settings: VmSettings, orphan: Orphan, machine: ParsedMachine, na
     )
 
 
+def _egress_of(nic: Nic | None) -> Egress:
+    """Returns the egress policy of an orphan. Its rules are lost, but not that it had some: its DNS server is its
+    gateway, where only the daemon answers. Then it may connect to nothing."""
+    return EGRESS_NONE if nic is not None and nic.nameservers == (nic.gateway,) else EGRESS_ALL
+
+
 def _artifact(settings: VmSettings, path: Path) -> Artifact | None:
     """The artifact in the cache that lies there; it need not be fetched again."""
     if path != images.artifact_path(settings.cache_dir, path.name):
         return None
     return Artifact(str(path), path.name)
+
+
+def _mount(disk: VolumeDisk, volumes: Mapping[str, Volume]) -> VolumeMount:
+    volume = volumes[volume_id_of(disk.serial)]
+    path = f"/volumes/{volume.name}"
+    return VolumeMount(name=volume.name, id=volume.id, path=path, read_only=disk.read_only, writers=volume.writers)
 
 
 def _not_adoptable(orphan: Orphan, why: str) -> Problem:

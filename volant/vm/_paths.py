@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from volant import images
+from volant import images, oci
 from volant.host import inside
 from volant.hypervisor import Disk
 from volant.model import SNAPSHOT, VmRow
@@ -32,11 +32,15 @@ def layer_directory(settings: VmSettings, row: VmRow) -> Path:
 
 def root_disk(settings: VmSettings, row: VmRow) -> Disk | None:
     """Returns the disk with a VM's root filesystem; None: it has none."""
-    rootfs = row.manifest.boot.rootfs if row.manifest.boot is not None else None
-    if rootfs is None or not row.layer:
+    boot = row.manifest.boot
+    if boot is None or not row.layer:
         return None
-    base = images.artifact_path(settings.cache_dir, rootfs.sha256)
-    return Disk(base, layer_directory(settings, row) / "root.qcow2", row.disk_mb)
+    layer = layer_directory(settings, row) / "root.qcow2"
+    if boot.image is not None:
+        return Disk(None, layer, row.disk_mb, oci.disk_path(settings.cache_dir, boot.image.digest))
+    if boot.rootfs is None:
+        return None
+    return Disk(images.artifact_path(settings.cache_dir, boot.rootfs.sha256), layer, row.disk_mb)
 
 
 def checkpoint_at(memory_dir: Path, snapshot_dir: Path, checkpoint: str) -> Path:

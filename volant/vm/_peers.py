@@ -24,11 +24,11 @@ class Peers(msgspec.Struct):
 
     def hosts(self) -> Mapping[str, str]:
         """Returns the addresses of the network's members by name, the VM among them; empty without a named network."""
-        return self.projection.members(self.row.network) if self.can_change else {}
+        return self.projection.members(self.row.network_key) if self.can_change else {}
 
     async def changed(self, hosts: Mapping[str, str]) -> None:
         """Returns once the members are others than `hosts`."""
-        await self.projection.members_are_not(self.row.network, hosts)
+        await self.projection.members_are_not(self.row.network_key, hosts)
 
     def interface(self) -> dict[str, object] | None:
         """Returns what a clone configures its network interface with (`GuestNetwork`); None: it has none."""

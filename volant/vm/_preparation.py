@@ -10,16 +10,19 @@ import msgspec
 from volant import images
 from volant.host import Host
 from volant.hypervisor import Disk, Hypervisor, LaunchFailed
-from volant.model import Origin, VmRow
-from volant.templates import WarmPool, WarmProcess
+from volant.model import Origin, VmRow, has_failed_as_clone
+from volant.secrets import Secrets
+from volant.templates import TemplateSpec, WarmPool, WarmProcess
 
 from ._boot_files import BootFiles
 from ._checkpoint_store import CheckpointLost, CheckpointStore
 from ._errors import StepError
 from ._machine_spec import CUSTOM_IMAGE
 from ._paths import root_disk
+from ._secrets import check_secrets
 from ._settings import VmSettings
 from ._templates import VmTemplates
+from ._volume_disks import check_volumes
 
 
 class Prepared(NamedTuple):
@@ -44,14 +47,18 @@ class BootPreparation(msgspec.Struct):
     templates: VmTemplates
     warm_pool: WarmPool
     checkpoints: CheckpointStore
+    secrets: Secrets
     settings: VmSettings
 
     async def prepare(self, row: VmRow) -> Prepared:
         """Returns what the boot begins with, once its files are in the cache and the VM's layer is made.
 
-        :raises StepError: as `BootFiles` and `VmTemplates.find`; `disk_missing`, `disk_failed`, `disk_too_small`;
+        :raises StepError: as `BootFiles` and `VmTemplates.find`, `check_volumes` and `check_secrets`; `disk_missing`,
+            `disk_failed`, `disk_too_small`;
             `capture_failed`, `capture_gone`, `capture_damaged`, `capture_unfit`.
         """
+        await check_volumes(self.host, self.settings, row)
+        await check_secrets(self.secrets, row)
         if row.checkpoint is not None:
             return await self._prepare_copy(row, row.checkpoint)
         image = await self.files.fetch(row)
@@ -62,7 +69,11 @@ class BootPreparation(msgspec.Struct):
         if found is None:
             return Prepared(image, None)
         template, spec = found
-        return Prepared(image, template.digest, warm_process=self.warm_pool.take(row.id, spec))
+        return Prepared(image, template.digest, warm_process=self._take_warm(row, spec))
+
+    def _take_warm(self, row: VmRow, spec: TemplateSpec) -> WarmProcess | None:
+        # A warm process is not where a VM that another host may start can be held back.
+        return None if row.movable is not None else self.warm_pool.take(row.id, spec)
 
     def inspect(self) -> object:
         """Returns the fetches that are under way, ready for JSON."""
@@ -79,14 +90,18 @@ class BootPreparation(msgspec.Struct):
             raise StepError("image_missing", f"the image {image[:12]}, which its origin booted, is gone from the cache")
         disk = root_disk(self.settings, row)
         if disk is not None:
-            if row.manifest.boot is not None and row.manifest.boot.rootfs is not None:
-                await self.files.fetch_artifact(row.manifest.boot.rootfs)
+            await self.files.fetch_root(row)
             await self._make_layer(disk, found.layer)
-        origin = None if row.origin is None else msgspec.structs.replace(row.origin, paused_ms=found.paused_ms)
+        # One that was moved is no copy of what it was.
+        origin = (
+            None
+            if row.origin is None or row.arrived
+            else msgspec.structs.replace(row.origin, paused_ms=found.paused_ms)
+        )
         return Prepared(image, checkpoint, origin)
 
     async def _prepare_disk(self, row: VmRow, disk: Disk, image: str) -> Prepared:
-        """Makes the layer, if it is the first boot. The row that owns it was committed when the VM was created."""
+        """Makes the layer, if it is the first boot here. The row that owns it was committed when the VM was created."""
         try:
             # A process that was taken for an earlier try would hold the layer.
             await self.warm_pool.clear(row.id)
@@ -94,8 +109,14 @@ class BootPreparation(msgspec.Struct):
             raise StepError(
                 "disk_failed", f"a warm process that was taken for the VM can't be ended: {error}"
             ) from error
-        # A clone that failed leaves a layer that no client knows the content of.
-        clone_failed = row.fallback is not None and row.boots == 1
+        if row.disk_from is not None:
+            try:
+                brought = await self.checkpoints.disk(row.disk_from)
+            except CheckpointLost as error:
+                raise StepError(error.code, str(error)) from error
+            await self._make_layer(disk, brought)
+            return Prepared(image, None)
+        clone_failed = has_failed_as_clone(row)
         if self.host.files.exists(disk.layer) and not clone_failed:
             # A template's memory does not fit its content any more.
             return Prepared(image, None)
@@ -109,13 +130,13 @@ class BootPreparation(msgspec.Struct):
             await self._make_layer(disk, None)
             return Prepared(image, None)
         template, spec = found
-        warm_process = self.warm_pool.take(row.id, spec)
+        warm_process = self._take_warm(row, spec)
         await self._make_layer(disk, template.layer, warm_process)
         return Prepared(image, template.digest, warm_process=warm_process)
 
     def _check_size(self, disk: Disk) -> None:
         """:raises StepError: the disk is smaller than the filesystem on it."""
-        if disk.size_mb is None:
+        if disk.size_mb is None or disk.base is None:
             return
         try:
             least_mb = -(-self.host.files.size(disk.base) // 2**20)

@@ -10,7 +10,8 @@ The tasks of the watch begin when the row has a process, whatever the VM's statu
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import logging
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -29,24 +30,29 @@ from volant.hypervisor import (
     HypervisorError,
     Machine,
     MachineSpec,
+    ParkedControl,
 )
-from volant.journal import VmLog
-from volant.model import Ended, EndKind, ProcessIdentity, Seen
+from volant.journal import LogEntry, VmLog
+from volant.model import Ended, EndKind, ProcessIdentity, Reason, Seen
 
 from ._agent_session import AgentSession
 from ._capacity import CEILING_MB
 from ._console import ConsolePump, console_source
 from ._end_reasons import reason_of_end
+from ._fence import VmFence
 from ._serial import SerialConsole
 from ._wakeups import Wakeups
 
 _RETRY_S, _RETRY_MAX_S = 0.1, 10.0
 _ATTACHED_S = 15.0
+_CLOSING_S = 2.0
+"""A process that ends closes its connections before it is seen to end."""
 _CONSOLE_LINES = 60
 """A kernel's panic has some forty lines, the trace included."""
 _CONSOLE_CHARACTERS = 500
 _MAX_SANDBOX_BYTES = 65536
 _MAX_WEIGHT = 10_000
+_logger = logging.getLogger("volant.vm")
 _TASKS = 256
 """Threads that a QEMU may have besides those of its vCPUs. It has some ten, and 64 more where a disk is slow."""
 
@@ -66,8 +72,12 @@ class VmProcess:
         agent: AgentSession,
         *,
         paused: bool,
+        take_control: Callable[[], ParkedControl | None],
+        fence: VmFence | None,
     ) -> None:
-        """`paused`: whether the guest should be; one that is found otherwise is corrected."""
+        """`paused`: whether the guest should be; one that is found otherwise is corrected. `take_control`: returns a
+        connection to the hypervisor that there is already; `fence`: while it is closed, the process is frozen; None:
+        there is none."""
         self.identity = identity
         self.agent = agent
         self.console = SerialConsole(host, spec.console_input_path, spec.console_socket_path)
@@ -79,6 +89,8 @@ class VmProcess:
         self._log = log
         self._boot_key = boot_key
         self._report = report
+        self._take_parked = take_control
+        self._fence = fence
         self._console: ConsolePump | None = None
         self._machine: Machine | None = None
         self._attached = trio.Event()
@@ -105,8 +117,8 @@ class VmProcess:
             return None
         return {**self._sandbox, **msgspec.to_builtins(status), "limits": self._host.limits.of(self.identity)}
 
-    async def run(self, beside: Callable[[], Awaitable[None]] | None = None) -> None:
-        """Watches the process until cancelled. `beside`: a task that runs as long."""
+    async def run(self, beside: Sequence[Callable[[], Awaitable[None]]] = ()) -> None:
+        """Watches the process until cancelled. `beside`: tasks that run as long."""
         pump = ConsolePump(self._host, self._spec.console_path, self._log, self._boot_key, feed=self.console.feed)
         with ExitStack() as stack:
             try:
@@ -125,8 +137,8 @@ class VmProcess:
                 nursery.start_soon(self.console.serve)
                 nursery.start_soon(self.agent.run)
                 nursery.start_soon(self._watch)
-                if beside is not None:
-                    nursery.start_soon(beside)
+                for task in beside:
+                    nursery.start_soon(task)
 
     async def machine(self) -> Machine:
         """Returns the machine. :raises HypervisorError: the daemon is not attached to it, or it has ended."""
@@ -148,8 +160,9 @@ class VmProcess:
         await machine.resume()
         self._set_paused(False)
 
-    async def checkpoint(self, into: Path, timeout_s: float) -> Checkpoint:
-        """Copies the guest into an empty directory. Requests to its agent wait for a moment.
+    async def checkpoint(self, into: Path, volumes: Path | None, timeout_s: float) -> Checkpoint:
+        """Copies the guest into an empty directory, and its volumes into another. Requests to its agent wait for a
+        moment.
 
         :raises HypervisorError: CheckpointFailed among them.
         """
@@ -158,7 +171,17 @@ class VmProcess:
             channel = await self.agent.connection.channel()
         except AgentUnreachable as error:
             raise CheckpointFailed("refused", str(error)) from None
-        return await machine.checkpoint(into, hold=channel.hold, timeout_s=timeout_s)
+        return await machine.checkpoint(into, hold=channel.hold, timeout_s=timeout_s, volumes=volumes)
+
+    async def report_lost_directory(self, why: str) -> None:
+        """Reports that the guest has lost a directory of the host, unless the hypervisor ends, too: then the
+        directory's process has ended with it."""
+        with suppress(ProcessGone), self._host.processes.open(self.identity) as process:
+            with trio.move_on_after(_CLOSING_S):
+                await process.wait()
+            if not process.exited:
+                reason = Reason("host_directory_lost", why, await self.console_tail())
+                await self._report(Ended(EndKind.INTERNAL_ERROR, reason))
 
     async def console_tail(self) -> tuple[str, ...]:
         """Returns the last lines of this boot's console, up to now."""
@@ -194,19 +217,39 @@ class VmProcess:
         return self._short_of_memory
 
     async def _watch(self) -> None:
-        """Attaches to the hypervisor, and reports how the guest ends."""
-        try:
-            async with self._hypervisor.attach(self._spec, self.identity) as machine, trio.open_nursery() as nursery:
-                nursery.start_soon(self._take_control, machine)
-                kind, message = await _end_of(machine)
-                nursery.cancel_scope.cancel()
-        except HypervisorError as error:
-            kind, message = EndKind.INTERNAL_ERROR, str(error)
-        finally:
-            self._machine = None
+        """Attaches to the hypervisor, and reports how the guest ends. A frozen one is not asked anything."""
+        while (end := await self._attend()) is None:
+            self._attached = trio.Event()
+        kind, message = end
         console = await self.console_tail()
         kind, reason = reason_of_end(kind, message, console, short_of_memory=self._was_short_of_memory())
         await self._report(Ended(kind, reason))
+
+    async def _attend(self) -> tuple[EndKind, str] | None:
+        """Returns how the guest has ended; None: it is being frozen."""
+        ended: list[tuple[EndKind, str]] = []
+        if self._fence is not None:
+            await self._fence.opened()
+        async with trio.open_nursery() as nursery:
+            if self._fence is not None:
+                nursery.start_soon(_cancel_when_closed, self._fence, nursery.cancel_scope)
+            ended.append(await self._attach())
+            nursery.cancel_scope.cancel()
+        return ended[0] if ended else None
+
+    async def _attach(self) -> tuple[EndKind, str]:
+        """Attaches to the hypervisor; returns how the guest has ended."""
+        try:
+            attached = self._hypervisor.attach(self._spec, self.identity, self._take_parked())
+            async with attached as machine, trio.open_nursery() as nursery:
+                nursery.start_soon(self._take_control, machine)
+                end = await _end_of(machine)
+                nursery.cancel_scope.cancel()
+                return end
+        except HypervisorError as error:
+            return EndKind.INTERNAL_ERROR, str(error)
+        finally:
+            self._machine = None
 
     async def _take_control(self, machine: Machine) -> None:
         """Pauses or resumes the guest where a daemon that was killed left it otherwise; then others may use it."""
@@ -226,9 +269,45 @@ class VmProcess:
                 await backoff.pause()
         self._machine = machine
         self._attached.set()
+        machine.watch_disks(self._note_disk_error)
+        await self._limit_disks(machine)
         if was_left and self.agent.configured:
             with suppress(AgentUnreachable, AgentProtocolError):
                 await self.agent.clock.set()
+
+    def _note_disk_error(self, text: str) -> None:
+        """Writes into both logs why the guest gets an I/O error."""
+        name = self._spec.name
+        _logger.warning("VM %s: %s", name, text, extra={"vm": name})
+        now = self._host.clock.now()
+        entry = LogEntry(
+            stream="stderr",
+            line=f"volant: {text}".encode(errors="replace"),
+            timestamp=now,
+            source=f"{self._boot_key}/disks",
+            position=int(now.timestamp()),
+        )
+        self._log.append([entry])
+
+    async def _limit_disks(self, machine: Machine) -> None:
+        """Applies the limits of the VM's disks. A VM that can't have them is under control all the same."""
+        backoff = Backoff(_RETRY_S, _RETRY_MAX_S)
+        said = False
+        while True:
+            try:
+                await machine.limit_disks()
+                return
+            except HypervisorError as error:
+                if not said:
+                    name = self._spec.name
+                    _logger.warning("VM %s: its disks are not limited yet: %s", name, error, extra={"vm": name})
+                said = True
+            await backoff.pause()
+
+
+async def _cancel_when_closed(fence: VmFence, scope: trio.CancelScope) -> None:
+    await fence.closed()
+    scope.cancel()
 
 
 async def _end_of(machine: Machine) -> tuple[EndKind, str]:

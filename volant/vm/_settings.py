@@ -10,6 +10,7 @@ import msgspec
 class VmSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Directories, limits and deadlines of VMs."""
 
+    state_dir: Path
     runtime_dir: Path
     cache_dir: Path
     memory_dir: Path
@@ -18,6 +19,8 @@ class VmSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Holds VMs' layers over their root filesystems; as durable as the database."""
     template_dir: Path
     snapshot_dir: Path
+    """As durable as the database."""
+    volume_dir: Path
     """As durable as the database."""
     kernel: Path | None = None
     initramfs: Path | None = None
@@ -33,3 +36,10 @@ class VmSettings(msgspec.Struct, frozen=True, kw_only=True):
     launch_timeout_s: float = 30.0
     agent_timeout_s: float = 120.0
     kill_timeout_s: float = 30.0
+
+    def without_directories(self, text: str) -> str:
+        """Returns a text for clients, with names in place of the daemon's directories: where these are on the host is
+        its administrators' to know."""
+        for name in ("memory_dir", "state_dir", "runtime_dir", "cache_dir"):
+            text = text.replace(str(getattr(self, name)), f"<{name}>")
+        return text

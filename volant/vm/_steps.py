@@ -5,8 +5,9 @@ it. `VmActor` decides which step runs.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -14,6 +15,7 @@ import trio
 
 from actors import TaskHandle
 from volant.channel import AgentProtocolError, AgentUnreachable
+from volant.directories import DirectoryFailed
 from volant.host import ProcessGone
 from volant.hypervisor import HypervisorError, LaunchFailed, MachineSpec
 from volant.journal import VmLog
@@ -31,6 +33,7 @@ from volant.model import (
     Pause,
     Paused,
     PrepareImage,
+    Problem,
     ProcessIdentity,
     Reason,
     Released,
@@ -48,15 +51,17 @@ from volant.model import (
 from volant.model.agent import DAEMON_SHUTDOWN, HEALTHZ
 from volant.templates import Claim, WarmProcess, standby_directory, template_layer
 
-from ._agent_session import RootFailed
+from ._agent_session import RootFailed, VolumesFailed
 from ._boot_limiter import SLOT_S
 from ._console import ConsolePump
 from ._deps import VmDeps
 from ._errors import StepError
+from ._fence import FenceFailed
 from ._guest_config import machine_id
 from ._machine_spec import machine_spec
 from ._paths import LAYER, layer_directory
-from ._process import VmProcess
+from ._process import VmProcess, bounds_of
+from ._secrets import SecretsFailed
 from ._tags import tag_of
 
 _AGENT_RETRY_S = 0.05
@@ -142,6 +147,8 @@ class Steps:
                     return RestartDue()
                 case Hold():
                     await self._deps.store.projection.undrained()
+                    if row.movable is not None:
+                        await self._deps.fence.opened()
                     return Released()
         except (LaunchFailed, StepError) as error:
             process = self._vm.process
@@ -165,6 +172,25 @@ class Steps:
     # Launch
 
     async def _launch(self, row: VmRow, tag: str) -> Seen:
+        # One that was frozen is found or launched again once it may run.
+        return await self._unless_frozen(row, partial(self._launch_now, row, tag))
+
+    async def _unless_frozen(self, row: VmRow, step: Callable[[], Awaitable[Seen]]) -> Seen:
+        """Takes a step once the VM may run. One that fails as the VM was frozen meanwhile is taken again."""
+        if row.movable is None:
+            return await step()
+        fence = self._deps.fence
+        while True:
+            await fence.opened()
+            before = fence.times_closed
+            try:
+                return await step()
+            except (LaunchFailed, StepError):
+                # It may be open again already.
+                if fence.is_open and fence.times_closed == before:
+                    raise
+
+    async def _launch_now(self, row: VmRow, tag: str) -> Seen:
         deps, vm = self._deps, self._vm
         fresh, vm.fresh_tag = tag == vm.fresh_tag, ""
         accelerator = await deps.hypervisor.accelerator()
@@ -181,7 +207,7 @@ class Steps:
                 if spec.root is not None and row.template is not None and (deps.warm_pool.is_one(tag) or not fresh):
                     # A process that ran may have written to it.
                     await deps.hypervisor.make_layer(spec.root, self._layer_of(row.template))
-                identity = await self._start_machine(spec)
+                identity = await self._start_machine(row, spec)
                 await deps.networks.note_connected(row)
         return Launched(identity, deps.hypervisor.name, accelerator)
 
@@ -214,10 +240,9 @@ class Steps:
         if identity is None:
             return None
         try:
-            async with self._deps.hypervisor.attach(spec, identity) as machine:
-                await machine.resume()
+            await self._let_run(row, spec, identity)
             return identity
-        except HypervisorError as error:
+        except (HypervisorError, FenceFailed) as error:
             _logger.warning(
                 "VM %s: the process %d, which an earlier daemon launched, can't run, and is launched again: %s",
                 spec.name, identity.pid, error, extra={"vm": spec.name},
@@ -228,18 +253,51 @@ class Steps:
         await self._deps.networks.reattach(row)
         return None
 
-    async def _start_machine(self, spec: MachineSpec) -> ProcessIdentity:
+    async def _start_machine(self, row: VmRow, spec: MachineSpec) -> ProcessIdentity:
         """Launches a machine. Where memory is short, the warm pool and the build of a template give way."""
-        hypervisor, warm_pool = self._deps.hypervisor, self._deps.warm_pool
+        warm_pool = self._deps.warm_pool
         try:
-            return await hypervisor.launch(spec)
+            return await self._launch_machine(row, spec)
         except LaunchFailed as error:
             if error.code != "memory_refused":
                 raise
             gave_way = await warm_pool.give_way()
             if not await self._deps.templates.give_way() and not gave_way:
                 raise
-        return await hypervisor.launch(spec)
+        return await self._launch_machine(row, spec)
+
+    async def _launch_machine(self, row: VmRow, spec: MachineSpec) -> ProcessIdentity:
+        """Launches a machine, with a virtiofsd for each of its directories: they serve no second one."""
+        virtiofsd = self._deps.virtiofsd
+        try:
+            started = await virtiofsd.start(row)
+        except DirectoryFailed as error:
+            raise StepError(error.code, str(error)) from error
+        try:
+            if row.movable is None:
+                return await self._deps.hypervisor.launch(spec)
+            return await self._launch_fenced(row, spec)
+        except LaunchFailed as error:
+            if error.code != "memory_refused" and (why := await virtiofsd.explain(row, started)):
+                raise StepError("virtiofsd_failed", why) from error
+            raise
+
+    async def _launch_fenced(self, row: VmRow, spec: MachineSpec) -> ProcessIdentity:
+        """Launches the machine of a VM that another host may start: its guest runs once it can be held back."""
+        identity = await self._deps.hypervisor.launch(msgspec.structs.replace(spec, start_paused=True))
+        try:
+            await self._let_run(row, spec, identity)
+        except (HypervisorError, FenceFailed) as error:
+            await self._deps.host.processes.end_all(spec.tag, identity)
+            raise StepError("fence_failed", f"the guest must not run: {error}") from error
+        return identity
+
+    async def _let_run(self, row: VmRow, spec: MachineSpec, identity: ProcessIdentity) -> None:
+        """:raises HypervisorError: :raises FenceFailed:"""
+        if row.movable is not None:
+            await self._deps.fence.enclose(row, identity, bounds_of(spec))
+        async with self._deps.hypervisor.attach(spec, identity) as machine:
+            await machine.resume()
 
     def _layer_of(self, template: str) -> Path:
         """Returns the layer that a template's guest, or a checkpoint's, had when it was saved."""
@@ -250,6 +308,10 @@ class Steps:
     # The guest
 
     async def _await_agent(self, row: VmRow) -> Seen:
+        # A frozen guest answers nothing.
+        return await self._unless_frozen(row, partial(self._await_agent_now, row))
+
+    async def _await_agent_now(self, row: VmRow) -> Seen:
         settings, is_clone = self._deps.settings, row.template is not None
         timeout_s = min(_CLONE_S, settings.agent_timeout_s) if is_clone else settings.agent_timeout_s
         slot_ends_at = trio.current_time() + SLOT_S
@@ -266,6 +328,10 @@ class Steps:
                     await trio.sleep(_AGENT_RETRY_S)
                 except RootFailed as error:
                     raise StepError("rootfs_failed", str(error)) from error
+                except VolumesFailed as error:
+                    raise StepError("volume_failed", str(error)) from error
+                except SecretsFailed as error:
+                    raise StepError(error.code, str(error)) from error
                 except AgentProtocolError as error:
                     refused = "clone_refused" if is_clone else "agent_refused"
                     raise StepError(refused, f"the agent answered, but not as it should: {error}") from error
@@ -273,7 +339,8 @@ class Steps:
         raise StepError(code, f"the agent in the guest did not answer within {timeout_s:g} s{last}")
 
     async def _set_up_guest(self, row: VmRow) -> None:
-        """:raises AgentUnreachable: :raises AgentProtocolError: :raises RootFailed:"""
+        """:raises AgentUnreachable: :raises AgentProtocolError: :raises RootFailed: :raises VolumesFailed:
+        :raises SecretsFailed:"""
         agent = self._vm.running_process().agent
         if row.template is not None:
             is_copy = row.checkpoint is not None
@@ -344,6 +411,11 @@ class Steps:
             vm.process_task.cancel()
             await vm.process_task.wait()
         await self._deps.networks.detach(row)
+        if row.directories:
+            try:
+                await self._deps.virtiofsd.end(row.id)
+            except DirectoryFailed as error:
+                raise StepError("not_removed", str(error)) from error
         spec = machine_spec(settings, row, row.accelerator or "tcg")
         with suppress(FileNotFoundError), ConsolePump(host, spec.console_path, vm.log, row.boot_key) as console:
             await console.finish()
@@ -352,8 +424,7 @@ class Steps:
             await host.files.remove_tree(spec.directory)
             await host.files.remove_tree(spec.memory_file)
             if self._deps.warm_pool.is_one(tag):
-                if (link := self._deps.warm_pool.take_link(tag)) is not None:
-                    await link.aclose()
+                await self._deps.warm_pool.disconnect(tag)
                 await host.files.remove_tree(standby_directory(settings.runtime_dir, tag))
         except OSError as error:
             raise StepError("not_removed", f"files of the VM can't be removed: {error}") from error
@@ -361,6 +432,11 @@ class Steps:
 
     async def _remove(self, row: VmRow) -> Seen:
         """Removes what belongs to the VM besides its row."""
+        if row.movable is not None or row.arrived:
+            try:
+                await self._deps.fence.withdraw(row)
+            except Problem as problem:
+                raise StepError("not_withdrawn", problem.detail) from problem
         if row.layer:
             try:
                 await self._deps.host.files.remove_tree(layer_directory(self._deps.settings, row))

@@ -7,7 +7,8 @@ one stays, and the others are named in rows. A process with this daemon's tag co
 says. A VM whose template goes between the lookup and the launch boots cold, as it does when the template is damaged.
 
 Disks, snapshots and databases without a row are removed only when they are named: they may be all that is left of
-somebody's work, and a restored database may not know of them. A snapshot with a row has its own route.
+somebody's work, and a restored database may not know of them. A snapshot with a row has its own route. Volumes are
+never removed here, with or without a row.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from volant.model import (
     Artifact,
     Boot,
     Kept,
+    Key,
     Manifest,
     Pruned,
     Snapshot,
@@ -34,6 +36,8 @@ from volant.model import (
     StoredKind,
     Usage,
     VmRow,
+    Volume,
+    users_of,
 )
 from volant.templates import TemplateStore
 
@@ -42,6 +46,8 @@ from ._tags import processes_of_vms
 
 _MAX_ITEMS = 10_000
 _LONG_S = 100 * 366 * 86400.0
+_VOLUME_ID = 16
+"""So many characters of a file's name are the id of its volume."""
 _A_BUILD = "a build of a template"
 
 
@@ -66,8 +72,9 @@ class _Users(msgspec.Struct):
     rows: dict[int, VmRow]
     running: frozenset[int]
     """The VMs that have a process, also those without a row."""
-    plugins: dict[str, Manifest] = msgspec.field(default_factory=dict)
+    plugins: dict[Key, Manifest] = msgspec.field(default_factory=dict)
     snapshots: tuple[Snapshot, ...] = ()
+    volumes: tuple[Volume, ...] = ()
 
     def of(self, found: _Item) -> list[str]:
         return self._ours(found) + list(found.others)
@@ -79,11 +86,14 @@ class _Users(msgspec.Struct):
                 return users + [f"snapshot {one.name}" for one in self.snapshots if one.vm.image == found.name]
             case "medium":
                 users = [f"VM {row.name}" for row in self.rows.values() if found.name in _artifacts_of(row.manifest)]
-                users += [f"plugin {name}" for name, has in self.plugins.items() if found.name in _artifacts_of(has)]
+                users += [f"plugin {key.name}" for key, has in self.plugins.items() if found.name in _artifacts_of(has)]
                 has_it = [one.name for one in self.snapshots if found.name in _artifacts_of(one.vm.manifest)]
                 return users + [f"snapshot {name}" for name in has_it]
             case "snapshot":
                 return [f"snapshot {one.name}" for one in self.snapshots if found.name.startswith(one.checkpoint)]
+            case "volume":
+                names = [f"volume {volume.name}" for volume in self.volumes if found.name.startswith(volume.id)]
+                return names + [f"VM {row.name}" for row in users_of(found.name[:_VOLUME_ID], self.rows.values())]
             case "template" if found.current:
                 return [_A_BUILD]
             case "template":
@@ -162,9 +172,10 @@ class Storage(msgspec.Struct):
 
     def _users(self, running: frozenset[int]) -> _Users:
         projection = self.store.projection
-        plugins = {name: plugin.manifest for name, plugin in projection.plugins.items()}
+        plugins = {key: plugin.manifest for key, plugin in projection.plugins.items()}
         rows = {row.id: row for row in projection.rows()}
-        return _Users(rows, running, plugins, tuple(projection.snapshots.values()))
+        snapshots, volumes = tuple(projection.snapshots.values()), tuple(projection.volumes.values())
+        return _Users(rows, running, plugins, snapshots, volumes)
 
     async def _list(self) -> tuple[list[_Item], frozenset[int]]:
         """Returns the items, and the ids of VMs that have a process."""
@@ -203,6 +214,8 @@ class Storage(msgspec.Struct):
             add("disk", path, _id_of(path.name.partition("-")[0]))
         for path in _in(host, settings.snapshot_dir):
             add("snapshot", path)
+        for path in _in(host, settings.volume_dir):
+            add("volume", path)
         for path in _in(host, settings.runtime_dir / "vms"):
             if (vm_id := _id_of(path.name)) is not None:
                 add("leftover", path, vm_id)
@@ -215,7 +228,10 @@ class Storage(msgspec.Struct):
         for artifact in images.list_artifacts(settings.cache_dir):
             others = self._other_daemons(artifact.digest)
             found.append(_Item("medium", artifact.digest, artifact.disk_bytes, others=others))
-        rest = [path for path in _in(host, settings.cache_dir) if path.name not in ("images", "media")]
+        # Images only have links to the layers, and some KiB of their own.
+        layers = host.disk.used(settings.cache_dir / "oci" / "layers")
+        found.append(_Item("cache", "layers of OCI images", layers))
+        rest = [path for path in _in(host, settings.cache_dir) if path.name not in ("images", "media", "oci")]
         found.append(_Item("cache", "packages and indexes", sum(map(host.disk.used, rest))))
         return found
 
@@ -263,7 +279,8 @@ class Storage(msgspec.Struct):
 
 def _shown(found: _Item, users: _Users) -> StoredItem:
     used_by = users.of(found)
-    fixed = found.kind in ("journal", "cache") or found.current
+    # The file of a volume without a row is all that is left of somebody's work, after a restore of an old backup.
+    fixed = found.kind in ("journal", "cache", "volume") or found.current
     return StoredItem(
         kind=found.kind,
         name=found.name,

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
 from volant.channel import AgentClient
 from volant.host import Host
 from volant.journal import Projection
-from volant.model import Problem, Status, VmMemory, VmRow, view
+from volant.model import Key, Problem, Status, VmMemory, VmRow, VmStats, moving, view
 
 from ._actors import VmActors
 from ._memory import measure
 from ._process import VmProcess
 from ._serial import SerialConsole
+from ._stats import measure_stats
 
 _WITH_CONSOLE = frozenset({Status.STARTING, Status.RUNNING, Status.PAUSED, Status.STOPPING})
 
@@ -28,66 +29,74 @@ class Streams(msgspec.Struct):
     """Those under watch, by the VM's id."""
     actors: VmActors
 
-    def agent(self, name: str) -> AgentClient:
+    def agent(self, vm: Key) -> AgentClient:
         """Returns the client of a VM's agent.
 
         :raises Problem: 404, 409 it does not run, 502 its channel is down, or its agent is too old or too new.
         """
-        row = self.projection.require(name)
+        row = self.projection.require(vm)
+        if row.leaving is not None:
+            raise moving(row, row.leaving)
         if row.status is not Status.RUNNING:
             hints = {
                 Status.STARTING: "wait until it runs",
-                Status.PAUSED: f"`volar vms resume {name}` lets it go on",
+                Status.PAUSED: f"`volar vms resume {vm.name}` lets it go on",
             }
             raise Problem(
-                409, "vm-not-running", f"VM {name!r} is {row.status.value}", vm=name,
-                hint=hints.get(row.status, f"`volar vms start {name}` starts it"),
+                409, "vm-not-running", f"VM {vm.name!r} is {row.status.value}", vm=vm.name,
+                hint=hints.get(row.status, f"`volar vms start {vm.name}` starts it"),
             )  # fmt: skip
         process = self.processes.get(row.id)
         connection = process.agent.connection if process is not None else None
         if connection is None or connection.client is None:
             raise Problem(
-                502, "agent-unreachable", f"the agent in VM {name!r} can't be reached at present", vm=name,
+                502, "agent-unreachable", f"the agent in VM {vm.name!r} can't be reached at present", vm=vm.name,
                 hint="its channel is being opened again; try again",
             )  # fmt: skip
         if connection.incompatible is not None:
             raise Problem(
-                502, "agent-incompatible", f"VM {name!r} runs, but its agent can't be used: {connection.incompatible}",
-                vm=name, hint=f"`volar vms restart {name}` boots it with the agent of this version",
+                502, "agent-incompatible",
+                f"VM {vm.name!r} runs, but its agent can't be used: {connection.incompatible}", vm=vm.name,
+                hint=f"`volar vms restart {vm.name}` boots it with the agent of this version",
             )  # fmt: skip
         return connection.client
 
-    def console(self, name: str) -> tuple[VmRow, SerialConsole]:
+    def console(self, vm: Key) -> tuple[VmRow, SerialConsole]:
         """Returns the serial console of a VM, which is there from the first line of its boot to the last.
 
         :raises Problem: 404, 409 there is no process, 503 the daemon is about to open the console.
         """
-        row = self.projection.require(name)
+        row = self.projection.require(vm)
         if row.process is None or row.status not in _WITH_CONSOLE:
             raise Problem(
-                409, "vm-not-running", f"VM {name!r} is {row.status.value}, and its console is there while it runs",
-                vm=name, hint=f"`volar vms logs {name}` shows its last lines; `volar vms start {name}` starts it",
+                409, "vm-not-running", f"VM {vm.name!r} is {row.status.value}, and its console is there while it runs",
+                vm=vm.name,
+                hint=f"`volar vms logs {vm.name}` shows its last lines; `volar vms start {vm.name}` starts it",
             )  # fmt: skip
         process = self.processes.get(row.id)
         if process is None or not process.console.is_open:
             raise Problem(
-                503, "console-unavailable", f"the console of VM {name!r} is being opened again", vm=name,
+                503, "console-unavailable", f"the console of VM {vm.name!r} is being opened again", vm=vm.name,
                 hint="try again",
             )  # fmt: skip
         return row, process.console
 
-    async def memory(self, name: str) -> VmMemory:
+    async def memory(self, vm: Key) -> VmMemory:
         """Measures what a VM takes of memory. :raises Problem: 404, 409 it has no process, 503."""
-        row = self.projection.require(name)
+        row = self.projection.require(vm)
         process = self.processes.get(row.id)
         agent = None
         if process is not None and row.status is Status.RUNNING and process.agent.connection.incompatible is None:
             agent = process.agent.connection.client
         return await measure(self.host, row, agent)
 
-    def inspect(self, name: str) -> Mapping[str, object]:
+    async def stats(self, rows: Iterable[VmRow]) -> list[VmStats]:
+        """Measures what VMs use of the host; those without a process are left out."""
+        return await measure_stats(self.host, rows)
+
+    def inspect(self, vm: Key) -> Mapping[str, object]:
         """Returns what is known of a VM, for people who look for a fault. :raises Problem: 404."""
-        row = self.projection.require(name)
+        row = self.projection.require(vm)
         ref = self.actors.find(row.id)
         # Not the whole row: a workload's environment may hold secrets.
         return {

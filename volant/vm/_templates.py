@@ -13,17 +13,19 @@ import msgspec
 from actors import ActorDown, AskTimeout, MailboxFull, Ref, Request
 from volant.host import Host
 from volant.hypervisor import Hypervisor
-from volant.journal import Store
+from volant.journal import CountBuild, Journal, Store, ask_journal
 from volant.model import (
     NONE,
     Artifact,
     Boot,
     BuildTemplate,
     CreateVm,
+    Key,
     Problem,
     Status,
     TemplateView,
     VmRow,
+    mounts_of,
     new_row,
     no_such_plugin,
 )
@@ -48,12 +50,19 @@ _SUSPECT = frozenset(
 _logger = logging.getLogger("volant.vm")
 
 
+def _rootfs_of(boot: Boot) -> str | None:
+    if boot.image is not None:
+        return f"image {boot.image.digest}"
+    return boot.rootfs.sha256 if boot.rootfs is not None else None
+
+
 class VmTemplates(msgspec.Struct):
     """The templates of one daemon, for its VMs and for clients."""
 
     host: Host
     hypervisor: Hypervisor
     store: Store
+    journal: Ref[Journal]
     template_store: TemplateStore
     builder: Ref[Templates]
     files: BootFiles
@@ -70,6 +79,9 @@ class VmTemplates(msgspec.Struct):
 
         :raises StepError: `template_failed` the VM must be a clone, and there is no template.
         """
+        if mounts_of(row):
+            # A template's machine has no devices for them.
+            return None
         if row.boot == "cold" or row.fallback is not None or (row.boot == "auto" and not self.template_store.enabled):
             return None
         try:
@@ -103,13 +115,15 @@ class VmTemplates(msgspec.Struct):
 
         workload = workload_spec(row)
         config = None
-        if row.manifest.template.after == "workload" and workload is not None:
+        # A workload that runs already can't get the variables of its VM's secrets.
+        has_secrets = bool(row.secret_env or row.secrets)
+        if row.manifest.template.after == "workload" and workload is not None and not has_secrets:
             config = GuestConfig(guest_manifest(row), workload)
         key = TemplateKey(
             hypervisor=await self.hypervisor.fingerprint(),
             kernel=part(boot.kernel, self.settings.kernel),
             initramfs=part(boot.initramfs, self.settings.initramfs),
-            rootfs=boot.rootfs.sha256 if boot.rootfs is not None else None,
+            rootfs=_rootfs_of(boot),
             cmdline=machine.cmdline,
             cpu_cores=row.cpu_cores,
             memory_mb=row.memory_mb,
@@ -120,10 +134,11 @@ class VmTemplates(msgspec.Struct):
         return TemplateSpec(
             key=key,
             digest=key.digest,
-            plugin=row.plugin,
+            plugin=row.source,
             kernel=machine.kernel,
             initramfs=machine.initramfs,
             rootfs=None if machine.root is None else machine.root.base,
+            image=None if machine.root is None else machine.root.image,
             accelerator=accelerator,
         )
 
@@ -160,6 +175,7 @@ class VmTemplates(msgspec.Struct):
             and before.checkpoint is None
             and after.template is None
             and after.boot == "auto"
+            and not mounts_of(after)
             and self.template_store.enabled
         )
 
@@ -190,15 +206,17 @@ class VmTemplates(msgspec.Struct):
 
     async def list(self) -> tuple[TemplateView, ...]:
         """Returns all templates, those being built, and those that could not be built. :raises Problem: 503."""
-        return await self._ask(ListTemplates())
+        return tuple(map(self._without_directories, await self._ask(ListTemplates())))
 
-    async def build(self, request: BuildTemplate) -> TemplateView:
+    async def build(self, request: BuildTemplate, project: str) -> TemplateView:
         """Returns the template that such VMs begin with, once it is built. A cancelled caller cancels nothing.
 
-        :raises Problem: 400; 404 no such plugin; 409 templates are off; 503 it can't be built.
+        :raises Problem: 400; 404 no such plugin; 409 templates are off, or `quota-exceeded`; 422, 429 as for a VM; 503
+            it can't be built.
         """
-        plugin = self.store.projection.plugins.get(request.plugin)
-        if plugin is None:
+        plugin = self.store.projection.plugin(Key(project, request.plugin))
+        owner = self.store.projection.project(project)
+        if plugin is None or owner is None:
             raise no_such_plugin(request.plugin)
         like = CreateVm(
             name="template",
@@ -211,9 +229,13 @@ class VmTemplates(msgspec.Struct):
             network=request.network,
         )
         now, networking = self.host.clock.now(), self.store.networking
-        row = new_row(like, plugin.manifest, vm_id=0, now=now, networking=networking)
+        row = new_row(
+            like, plugin.manifest, project=project, project_egress=owner.egress, vm_id=0, now=now, networking=networking
+        )
         try:
             spec = await self.spec(row, await self.files.fetch(row))
+            if self.template_store.enabled and await self.template_store.find(spec.key, spec.digest) is None:
+                await ask_journal(self.journal, CountBuild(row))
         except (StepError, OSError) as error:
             raise Problem(503, "template-failed", f"the template can't be built: {error}") from error
         return await self._ask(Build(spec), self.settings.agent_timeout_s + _BUILD_S)
@@ -221,6 +243,11 @@ class VmTemplates(msgspec.Struct):
     async def remove(self, digest: str) -> None:
         """Removes a template. VMs that began as its clones go on. :raises Problem: 404, 503."""
         await self._ask(RemoveTemplate(digest))
+
+    def _without_directories(self, view: TemplateView) -> TemplateView:
+        if view.error is None:
+            return view
+        return msgspec.structs.replace(view, error=self.settings.without_directories(view.error))
 
     async def _ask(self, message: Request[R], timeout_s: float = _ASK_S) -> R:
         try:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 from actors import DynamicSupervisor, Ref
+from volant.directories import Virtiofsd
 from volant.host import Host
 from volant.hypervisor import Hypervisor
 from volant.images import ArtifactCache
-from volant.journal import Journal, Store, VmLogs
+from volant.journal import OWN_NAMES, Journal, Names, Store, VmLogs
 from volant.network import NetworkKeeper, Passt
+from volant.oci import ImageSource
+from volant.secrets import Secrets
 from volant.templates import Templates, TemplateStore, WarmPool
+from volant.volumes import VolumeFiles, Volumes
 
 from ._actor import VmActor
 from ._actors import VmActors
@@ -20,6 +25,7 @@ from ._capacity import Capacity
 from ._checkpoint_store import CheckpointStore
 from ._copies import Copies
 from ._deps import VmDeps
+from ._fence import NoFence, VmFence
 from ._lifecycle import Lifecycle
 from ._network import VmNetworks
 from ._orphans import Orphans
@@ -28,6 +34,7 @@ from ._settings import VmSettings
 from ._storage import Storage
 from ._streams import Streams
 from ._templates import VmTemplates
+from ._volumes import GuestVolumes
 
 
 class Vms(Lifecycle):
@@ -42,27 +49,37 @@ class Vms(Lifecycle):
         store: Store,
         logs: VmLogs,
         artifacts: ArtifactCache,
+        oci: ImageSource,
         templates: TemplateStore,
         builder: Ref[Templates],
         warm_pool: WarmPool,
         slots: BootSlots,
         passt: Passt,
+        virtiofsd: Virtiofsd,
+        secrets: Secrets,
         network: Ref[NetworkKeeper] | None,
         supervisor: DynamicSupervisor,
         settings: VmSettings,
         instance: str,
+        names: Mapping[str, Names] = OWN_NAMES,
+        fence: VmFence | None = None,
     ) -> None:
         """`builder`: the actor that builds templates; `network`: the one that manages taps, None: no VM gets one;
-        `supervisor`: of VMs' actors."""
+        `supervisor`: of VMs' actors; `names`: of VMs, snapshots and volumes, by how paths name these;
+        `fence`: around VMs that other hosts may start, None: there are no other hosts."""
+        fence = fence or NoFence()
         self.artifacts = artifacts
+        self.oci = oci
+        self.secrets = secrets
         self.warm_pool = warm_pool
+        self.settings = settings
         self.slots = slots
-        files = BootFiles(host, store, artifacts, settings)
+        files = BootFiles(host, store, artifacts, oci, secrets, settings)
         checkpoints = CheckpointStore(
             host, hypervisor, memory_dir=settings.memory_dir, snapshot_dir=settings.snapshot_dir
         )
         networks = VmNetworks(store, hypervisor, passt, network)
-        self.templates = VmTemplates(host, hypervisor, store, templates, builder, files, settings)
+        self.templates = VmTemplates(host, hypervisor, store, journal, templates, builder, files, settings)
         deps = VmDeps(
             host=host,
             hypervisor=hypervisor,
@@ -71,17 +88,39 @@ class Vms(Lifecycle):
             logs=logs,
             settings=settings,
             instance=instance,
-            preparation=BootPreparation(host, hypervisor, files, self.templates, warm_pool, checkpoints, settings),
+            preparation=BootPreparation(
+                host, hypervisor, files, self.templates, warm_pool, checkpoints, secrets, settings
+            ),
             templates=self.templates,
             warm_pool=warm_pool,
             checkpoints=checkpoints,
             networks=networks,
+            virtiofsd=virtiofsd,
+            secrets=secrets,
             slots=slots,
+            fence=fence,
         )
         capacity = Capacity(host, store.projection, templates, warm_pool, settings)
-        self.actors = VmActors(supervisor, journal, store.projection, partial(VmActor, deps=deps))
-        super().__init__(store, journal, self.actors, capacity, deps.workload_changed)
-        self.copies = Copies(host, store, journal, checkpoints, self.actors, capacity)
+        self.actors = VmActors(supervisor, journal, store.projection, partial(VmActor, deps=deps), settings)
+        super().__init__(store, journal, self.actors, capacity, virtiofsd, names["vms"], deps.workload_changed, fence)
         self.streams = Streams(host, store.projection, deps.processes, self.actors)
-        self.orphans = Orphans(host, hypervisor, store, journal, logs, self.actors, networks, settings, instance)
+        self.orphans = Orphans(
+            host, hypervisor, store, journal, logs, self.actors, networks, virtiofsd, names["vms"], settings, instance
+        )
+        guests = GuestVolumes(store.projection, deps.processes)
+        self.volumes = Volumes(
+            host, store, journal, VolumeFiles(host, settings.volume_dir), names["volumes"], guests.grow
+        )
+        self.copies = Copies(
+            host,
+            store,
+            journal,
+            checkpoints,
+            self.actors,
+            capacity,
+            self.volumes,
+            names["vms"],
+            names["snapshots"],
+            settings,
+        )
         self.storage = Storage(host, store, logs, artifacts, templates, settings, instance)

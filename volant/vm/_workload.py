@@ -9,18 +9,43 @@ import msgspec
 import trio
 
 from volant.channel import AgentClient, AgentProtocolError
-from volant.model import WorkloadView
+from volant.model import WorkloadState, WorkloadView
 from volant.model.agent import DAEMON_WATCH
-from volant.model.agent_types import WorkloadState
 
 from ._agent_connection import ANSWER_S, DETAIL_CHARACTERS
 
 _PAUSE_S = 1.0
-"""Each report is a commit, and a guest may change its mind as often as it likes."""
+_BURST = 20
+_SUSTAINED_S = 10.0
 _MAX_STATUS_BYTES = 64 * 1024
 
 
-async def follow_workload(client: AgentClient, report: Callable[[WorkloadView | None], Awaitable[None]]) -> bool:
+class ReportLimit:
+    """Limits the reports of one guest: each is a commit and may have events, and a guest may send as many as it likes.
+
+    One a second, at most 20 in a row, and one in 10 s after that.
+    """
+
+    def __init__(self) -> None:
+        self._left = float(_BURST)
+        self._at = trio.current_time()
+
+    async def pause(self) -> None:
+        """Waits after a report until the next one is allowed."""
+        self._refill()
+        self._left -= 1
+        await trio.sleep(_PAUSE_S if self._left >= 1 else _SUSTAINED_S)
+        self._refill()
+
+    def _refill(self) -> None:
+        now = trio.current_time()
+        self._left = min(_BURST, self._left + (now - self._at) / _SUSTAINED_S)
+        self._at = now
+
+
+async def follow_workload(
+    client: AgentClient, report: Callable[[WorkloadView | None], Awaitable[None]], limit: ReportLimit
+) -> bool:
     """Reports the workload's state whenever it changes, until the stream ends. False: the agent is too old for that.
 
     :raises AgentUnreachable: :raises AgentProtocolError: :raises ValueError: the agent sends nonsense.
@@ -38,7 +63,7 @@ async def follow_workload(client: AgentClient, report: Callable[[WorkloadView | 
             # Only the newest counts: a guest may send more than anybody wants to keep.
             if lines:
                 await report(workload_of(lines[-1]))
-                await trio.sleep(_PAUSE_S)
+                await limit.pause()
     return True
 
 
@@ -49,6 +74,8 @@ class _Status(msgspec.Struct):
     exit_code: Annotated[int, msgspec.Meta(ge=0, le=255)] | None = None
     signal: Annotated[int, msgspec.Meta(ge=0, le=255)] | None = None
     error: str | None = None
+    pid: Annotated[int, msgspec.Meta(ge=1, le=2**31)] | None = None
+    restarts: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
 
 
 def workload_of(line: bytes) -> WorkloadView | None:
@@ -58,6 +85,18 @@ def workload_of(line: bytes) -> WorkloadView | None:
         return None
     error = status.error
     if error is None and status.state == "failed":
-        how = f"signal {status.signal}" if status.exit_code is None else f"exit code {status.exit_code}"
-        error = f"it ended with {how}"
-    return WorkloadView(status.state, status.exit_code, None if error is None else error[:DETAIL_CHARACTERS])
+        error = _how_it_ended(status)
+    return WorkloadView(
+        status.state,
+        status.exit_code,
+        None if error is None else error[:DETAIL_CHARACTERS],
+        signal=status.signal,
+        pid=status.pid,
+        restarts=status.restarts,
+    )
+
+
+def _how_it_ended(status: _Status) -> str:
+    if status.exit_code is not None:
+        return f"it ended with exit code {status.exit_code}"
+    return "it has not said why" if status.signal is None else f"it ended with signal {status.signal}"

@@ -9,21 +9,21 @@ import msgspec
 from actors import Request
 from volant.hypervisor import Checkpoint, CheckpointFailed
 from volant.journal import DuplicateRequest, IdempotencyKey
-from volant.model import CommandRequest, Effect, Problem, Seen, VmRow
+from volant.model import CommandRequest, Effect, Leaves, Left, Problem, Replicated, Seen, Stays, VmRow
 
 CHECKPOINT_S = 60.0
 """How long the hypervisor may take for a checkpoint."""
 
 
 class Ask(Request[VmRow], msgspec.Struct, frozen=True):
-    """A client's command -> the row, durable.
+    """A client's command, or what a move to another host wants -> the row, durable.
 
     :raises Problem: 409 not legal now; 412 the row is at none of `revisions`; 422 the key was used for another request;
         503 the journal can't keep it.
     :raises DuplicateRequest: the same request came before; nothing was done now.
     """
 
-    request: CommandRequest
+    request: CommandRequest | Leaves | Stays | Left | Replicated
     revisions: frozenset[int] | None = None
     """None: whatever the row is at."""
     key: IdempotencyKey | None = None
@@ -47,6 +47,8 @@ class TakeCheckpoint(Request[CheckpointTaken], msgspec.Struct, frozen=True):
     """
 
     into: Path
+    volumes: Path | None = None
+    """Where to copy the volumes that the VM writes to; None: it writes to none."""
     raises = (Problem, CheckpointFailed)
 
 
