@@ -8,8 +8,9 @@ more. So clients that hold the whole budget block only other large bodies.
 
 from __future__ import annotations
 
-from volant.model import Problem
+from volant.model import Caller, Problem
 
+from ._caller_limits import CallerLimits, CallerUse
 from ._limits import Limits
 
 
@@ -50,14 +51,30 @@ class Share:
         self._bodies = bodies
         self._read = 0
         self._cost = 0
+        self._owned = 0
+        self._owner: tuple[Caller, CallerUse, CallerLimits] | None = None
+
+    def belongs_to(self, caller: Caller, use: CallerUse, limits: CallerLimits) -> None:
+        """Counts the body for a caller, too, if limits count for it."""
+        if caller.limited:
+            self._owner = caller, use, limits
 
     def take(self, size: int) -> None:
-        """Counts `size` more bytes, before they are kept. :raises Problem: 503 when there is no room for them."""
+        """Counts `size` more bytes, before they are kept.
+
+        :raises Problem: 503 when there is no room for them, 429 when the caller has too many
+        """
         if size:
+            if self._owner is not None:
+                caller, use, limits = self._owner
+                use.take_body(caller, size, limits)
+                self._owned += size
             self._cost += self._bodies.take(self._read, size)
             self._read += size
 
     def release(self) -> None:
         """Gives all back; the body is not held any more."""
         self._bodies.give_back(self._cost)
-        self._read = self._cost = 0
+        if self._owned and self._owner is not None:
+            self._owner[1].give_back_body(self._owner[0], self._owned)
+        self._read = self._cost = self._owned = 0

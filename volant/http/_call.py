@@ -13,16 +13,18 @@ from typing import Any
 import msgspec
 import trio
 
-from volant.model import Problem
+from volant.model import Caller, Cause, Key, Problem
 
 from ._bodies import Share
+from ._ending import Ending
+from ._origins import PortOrigin
 from ._problems import problem_body, problem_headers
+from ._project import listed_project, one_project
 from ._query import Query
 
 Message = dict[str, Any]
 Header = tuple[bytes, bytes]
 
-GOING_AWAY = 1001
 NORMAL = 1000
 
 
@@ -49,8 +51,12 @@ class Call(msgspec.Struct):
     """The share of the budget for JSON bodies that its body takes, if it is held in memory."""
     args: Sequence[str] = ()
     """The groups that the route's pattern matched, percent-decoded."""
-    caller: str = ""
-    """The caller for logs; empty until it is known."""
+    caller: Caller | None = None
+    """None until it is known."""
+    port_origin: PortOrigin | None = None
+    """The port of a VM, if the request is at the origin of one."""
+    cause: Cause | None = None
+    """What is recorded of it; None: nothing, or that is not known yet."""
     started: bool = False
     """Whether the head of the answer was sent."""
 
@@ -63,11 +69,25 @@ class Call(msgspec.Struct):
         return "GET" if self.is_websocket else str(self.scope["method"])
 
     @property
-    def stopping(self) -> trio.Event:
-        """Set when the daemon stops: streams end themselves then."""
-        event = self.scope["state"]["stopping"]
-        assert isinstance(event, trio.Event)
-        return event
+    def stopping(self) -> Ending:
+        """Set when the daemon stops, or the caller's credentials end: streams end themselves then."""
+        ending = self.scope["state"]["stopping"]
+        assert isinstance(ending, Ending)
+        return ending
+
+    @property
+    def project(self) -> str:
+        """The project that names are looked up in. :raises Problem: 400 the caller asks for all of them."""
+        return one_project(self.scope)
+
+    def named(self, name: str) -> Key:
+        """Returns what finds that name in the project. :raises Problem: see `project`."""
+        return Key(self.project, name)
+
+    @property
+    def listed(self) -> str | None:
+        """The project whose things are listed; None: those of all."""
+        return listed_project(self.scope)
 
     def query(self, *, credentials: bool) -> Query:
         """Returns the query's parameters; `credentials` says that `api_key` and `ticket` are allowed."""
@@ -117,6 +137,7 @@ class Call(msgspec.Struct):
 
     async def fail(self, problem: Problem, headers: Sequence[Header] = ()) -> None:
         """Answer with an error, over HTTP or instead of an upgrade. Only before anything else was sent."""
+        self.scope["state"]["problem"] = problem
         body = problem_body(problem, self.request_id)
         await self.reject(problem.status, [*problem_headers(body, self.request_id), *headers], body)
 
@@ -128,7 +149,7 @@ class Call(msgspec.Struct):
         await self.send({"type": f"{prefix}.body", "body": body, "more_body": True})
         await self.send({"type": f"{prefix}.body", "body": b"", "more_body": False})
 
-    async def while_connected(self, stream: Callable[[], Awaitable[None]]) -> bool:
+    async def while_connected(self, stream: Callable[[], Awaitable[object]]) -> bool:
         """Runs `stream` until it ends or the client leaves; drops what the client sends. True if it ended."""
         ended = False
         async with trio.open_nursery() as nursery:

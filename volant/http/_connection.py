@@ -18,6 +18,8 @@ for one of these reasons (all reproduced in `tests/api/test_serving.py`):
 - An idle connection costs a sleeping task. Here it costs a deadline of the reader, which also covers slow headers.
 - A client that half-closes after its request loses the answer. Here a client has left only when its connection is
   reset or closed in both directions.
+- TLS would come as another kind of stream, which can neither half-close nor say that its client has left. Here it is a
+  filter between the socket and the protocol (`_tls.py`), so all of the above is the same with and without it.
 
 HTTP/2 is not supported, neither by upgrade nor by prior knowledge. Hypercorn's implementation ends the server on a
 CONNECT without `:path`, blocks all streams of a connection on the slowest handler, and has no limit on resets. On
@@ -34,11 +36,14 @@ import os
 import re
 import select
 import socket
+import ssl
 import struct
 from collections.abc import Awaitable, Callable, Sequence
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import h11
+import msgspec
 import trio
 from hypercorn.events import Closed, Event, RawData, Updated
 from hypercorn.protocol.events import Body, Data, EndBody, Request, Response, StreamClosed
@@ -56,6 +61,7 @@ from volant.model import Problem
 from ._inbox import Inbox, Message
 from ._peer import is_abandoned
 from ._problems import new_request_id, problem_body, problem_headers
+from ._tls import PLAIN_HTTP, Session, looks_like_http
 
 if TYPE_CHECKING:
     from ._serving import Server
@@ -79,6 +85,13 @@ Send = Callable[[Message | None], Awaitable[None]]
 Field = tuple[bytes, bytes]
 
 
+class Standing(msgspec.Struct):
+    """What the access control says of the client of one connection. It is `standing` in the state of its requests."""
+
+    let_in: bool | None = None
+    """Whether one of its requests was let in; None: none has arrived."""
+
+
 class Connection(TCPServer):
     """Serves one accepted stream until either side ends it. Nothing that happens in it raises."""
 
@@ -92,8 +105,15 @@ class Connection(TCPServer):
         self.credentials = peer_credentials(stream.socket) if self.is_unix else None
         """On a Unix socket, the user whose process connected."""
         self.peer = f"uid {self.credentials.uid}" if self.credentials is not None else ""
+        self._server = server
+        self.tls = None if server.tls is None or self.is_unix else server.tls.session()
         self._reading = trio.CancelScope()
+        self.standing = Standing()
+        self.busy_since = inf
+        """When the request arrived that is being served."""
         self._idle = True
+        self._dropping = False
+        """Whether a request was answered, and what is left of its body is dropped."""
         self._header_begun = False
         self._closing = False
         self._torn = False
@@ -125,17 +145,24 @@ class Connection(TCPServer):
         except* Exception:
             _log.exception("a connection failed; no other one is affected")
         finally:
+            if self.tls is not None and self._server.tls is not None:
+                self._server.tls.forget(self.tls)
             self.abort()
 
     @property
     def idle(self) -> bool:
-        """Whether no request is being served."""
-        return self._idle
+        """Whether no request waits for an answer, or the rest of one."""
+        return self._idle or self._dropping or self._closing
 
     @property
     def rests_until(self) -> float:
-        """When it is closed if no request arrives; the sooner, the longer it was idle or sends headers slowly."""
-        return self._reading.deadline
+        """When it is closed if no request arrives; the sooner, the longer it was idle or sends headers slowly. Of one
+        that sends the rest of a body: when its request began."""
+        return self.busy_since if self._dropping else self._reading.deadline
+
+    def drop_rest(self) -> None:
+        """Notes that what is still read of the request is dropped."""
+        self._dropping = True
 
     def abort(self) -> None:
         """Closes the socket now, even during a read or a write."""
@@ -189,9 +216,10 @@ class Connection(TCPServer):
             await self.http.handle(Closed())
         elif isinstance(event, Updated):
             self._idle = event.idle
-            self._header_begun = False
+            self._dropping = self._header_begun = False
             if not event.idle:
-                self._reading.deadline = float("inf")
+                self.busy_since = trio.current_time()
+                self._reading.deadline = inf
             elif self.context.terminated.is_set() or self._input_ended:
                 self._reading.cancel()
             else:
@@ -211,13 +239,15 @@ class Connection(TCPServer):
                 if self._torn:
                     return
                 self.writes += 1
+                if self.tls is not None:
+                    data = self.tls.encrypt(data)
                 view = memoryview(data)[await self._write_now(data) :]
                 for start in range(0, len(view), SLICE):
                     with trio.fail_after(self.limits.send_s):
                         await self.stream.send_all(view[start : start + SLICE])
             finally:
                 self.send_lock.release()
-        except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
+        except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError, ssl.SSLError):
             self.tear()
             await self.http.handle(Closed())
         except trio.Cancelled:
@@ -246,6 +276,9 @@ class Connection(TCPServer):
         self._rest(self.limits.linger_s)
         try:
             async with self.send_lock:
+                if self.tls is not None:
+                    with trio.move_on_after(self.limits.linger_s):
+                        await self.stream.send_all(self.tls.close())
                 await self.stream.send_eof()
         except (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
             self._reading.cancel()
@@ -255,10 +288,12 @@ class Connection(TCPServer):
     async def _read(self) -> None:
         lingered = 0
         with self._reading:
+            if self.tls is not None:
+                await self._secure(self.tls)
             while True:
                 try:
-                    data = await self.stream.receive_some(SLICE)
-                except (trio.ClosedResourceError, trio.BrokenResourceError):
+                    data = await self._receive()
+                except (trio.ClosedResourceError, trio.BrokenResourceError, ssl.SSLError):
                     break
                 if not data:
                     await self._serve_half_closed()
@@ -279,7 +314,67 @@ class Connection(TCPServer):
         if too_slow and not self._closing:
             with trio.move_on_after(self.limits.linger_s):
                 await self.http.refuse(Problem(408, "header-timeout", "the request's headers took too long"))
+        if self.tls is not None and self._idle:
+            # Without a notice the client can't tell this end from one that somebody on the way has made up.
+            await self._end()
         await self.http.handle(Closed())
+
+    async def _receive(self) -> bytes:
+        """Returns what the client has sent, without TLS; empty at the end."""
+        while True:
+            if self.tls is None or self._closing:
+                return bytes(await self.stream.receive_some(SLICE))
+            data = self.tls.read()
+            if self.tls.has_output:
+                await self._write(b"")
+            if data or self.tls.ended:
+                return data
+            encrypted = await self.stream.receive_some(SLICE)
+            if not encrypted:
+                return b""
+            self.tls.feed(bytes(encrypted))
+
+    async def _secure(self, tls: Session) -> None:
+        """Does the handshake, or ends our direction. A client that is in the middle of it counts as idle, so it is the
+        first to make room for others."""
+        self._rest(self.limits.handshake_s)
+        try:
+            with self._server.shaking_hands(self):
+                await self._shake_hands(tls)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            self.abort()
+        except ssl.SSLError as error:
+            self._server.handshake_failed(self.http.client, error)
+            # An alert says why.
+            await self._end()
+        else:
+            if not self._closing:
+                self._rest(self.limits.keep_alive_s)
+
+    async def _shake_hands(self, tls: Session) -> None:
+        heard = False
+        while True:
+            # A step takes about a millisecond. With one step in each turn of the event loop, other connections go on.
+            async with self._server.handshake_lock:
+                done = tls.handshake()
+            if tls.has_output:
+                await self._write(b"")
+            if done:
+                break
+            data = bytes(await self.stream.receive_some(SLICE))
+            if not data:
+                self.abort()
+                return
+            if not heard and looks_like_http(data):
+                self.tls = None
+                await self._write(PLAIN_HTTP)
+                await self._end()
+                return
+            heard = True
+            tls.feed(data)
+        self.http.connection_state["certificate"] = tls.certificate
+        if self._server.tls is not None:
+            self._server.tls.keep(tls, self.tear)
 
     async def _serve_half_closed(self) -> None:
         """Waits while the current request is served, after the client has closed its direction; until it leaves.
@@ -328,9 +423,10 @@ class Http11(H11Protocol):
                     "unix": connection.is_unix,
                     "peer": connection.peer,
                     "credentials": connection.credentials,
+                    "standing": connection.standing,
                 }
             ),
-            False,
+            connection.tls is not None,
             client,
             server,
             connection.protocol_send,
@@ -518,18 +614,22 @@ class Tasks:
         if inbox is None or inbox.settled.is_set() or self.connection.http.waits_to_be_asked:
             return
         inbox.drop()
+        self.connection.drop_rest()
         with trio.move_on_after(self.connection.limits.drop_s):
             await inbox.settled.wait()
 
     async def _run(self, app: Any, scope: Any, inbox: Inbox, send: Send) -> None:
         finish_s = self.connection.limits.finish_s
+        finished = False
 
         async def app_send(message: Message) -> None:
+            nonlocal finished
             if message["type"] == "http.response.body" and not message.get("more_body", False):
                 # After this the app gets a disconnect, and quart-trio cancels us (see above).
                 with trio.move_on_after(finish_s) as scope:
                     scope.shield = True
                     await send(message)
+                    finished = True
             elif message["type"] == "http.response.start":
                 self.connection.hold_next = not message.get("volant.at_once", False)
                 await send(message)
@@ -548,9 +648,10 @@ class Tasks:
         except* Exception:
             _log.exception("the app failed outside of its own error handling")
         finally:
-            with trio.move_on_after(finish_s) as closing:
-                closing.shield = True
-                await send(None)
+            if not finished:
+                with trio.move_on_after(finish_s) as closing:
+                    closing.shield = True
+                    await send(None)
 
 
 class RequestStream(HTTPStream):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 from collections import OrderedDict
+from functools import lru_cache
 
 import trio
 
@@ -48,8 +49,9 @@ class Guesses:
 
     def right(self, address: str, digest: bytes) -> None:
         """Remembers that this key was right."""
-        self._right[_client(address), digest] = None
-        self._right.move_to_end((_client(address), digest))
+        known = _client(address), digest
+        self._right[known] = None
+        self._right.move_to_end(known)
         if len(self._right) > MOST:
             self._right.popitem(last=False)
 
@@ -74,6 +76,7 @@ class Guesses:
         return min(left + (trio.current_time() - at) * RATE, BURST)
 
 
+@lru_cache(MOST)
 def _client(address: str) -> str:
     """Returns the client to limit: an IPv4 address, or an IPv6 /64, within which one host can pick any address."""
     if ":" not in address:

@@ -91,14 +91,17 @@ class Inbox:
         if self._on_first_receive is not None:
             ask, self._on_first_receive = self._on_first_receive, None
             await ask()
+        waited = False
         while not self._messages:
             self._arrived = trio.Event()
             await self._arrived.wait()
+            waited = True
         size, message = self._messages.popleft()
         if message["type"] in ("http.disconnect", "websocket.disconnect"):
-            # An app that calls again must get it again instead of waiting for ever.
+            # An app that calls again must get it again instead of waiting for ever, and must not block other tasks.
             self._messages.append((0, message))
-            await trio.lowlevel.checkpoint()
+            if not waited:
+                await trio.lowlevel.checkpoint()
         self._bytes -= size
         self._taken.set()
         return message

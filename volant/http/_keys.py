@@ -1,7 +1,7 @@
-"""Credentials of clients: API keys, and tickets that were made with one.
+"""Credentials of clients: API keys, tickets, and the interfaces for named keys and tokens of an issuer.
 
-Both are stored and compared as SHA-256 digests, so the time of a comparison reveals nothing about them, and no dump of
-an object shows one.
+Keys and tickets are stored and compared as SHA-256 digests. So the time of a comparison reveals nothing about them, and
+no dump of an object shows one.
 """
 
 from __future__ import annotations
@@ -9,28 +9,143 @@ from __future__ import annotations
 import hmac
 import secrets
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from hashlib import sha256
+from typing import Protocol
 
 import msgspec
 import trio
 
-from volant.model import Problem
+from volant.model import ANONYMOUS, Caller, Problem, SignIn
 
 TICKET_S = 60.0
 """How long a ticket is valid."""
 MAX_TICKETS = 10_000
-"""Unused tickets at once."""
+"""Most unused tickets of all callers and VMs."""
 MAX_TICKETS_OF_ONE = 200
-"""Unused tickets of one owner."""
-
-
-ANONYMOUS = "anonymous"
+"""Most unused tickets of one caller or VM."""
+OF_ISSUER = "oidc:"
+"""Prefix of the names and credentials of callers with a token."""
+NOBODY = Caller(ANONYMOUS, ANONYMOUS, credential=ANONYMOUS)
 """The caller without credentials."""
 
 
+class NamedKeys(Protocol):
+    """API keys that administrators create while the daemon runs."""
+
+    @property
+    def required(self) -> bool:
+        """Whether clients need a key, even if the settings have none."""
+
+    def caller(self, digest: str, address: str) -> Caller | None:
+        """Returns the caller with the key of this digest; None: no key has it. :raises Problem: 401 it has expired."""
+
+    def ended(self, digest: str) -> str | None:
+        """Returns why a key is not valid any more; None: it is valid."""
+
+
+class NoNamedKeys(NamedKeys):
+    """Has no keys."""
+
+    required = False
+
+    def caller(self, digest: str, address: str) -> None:
+        return None
+
+    def ended(self, digest: str) -> str:
+        return "the API key was deleted or replaced"
+
+
+class CodeRequest(Protocol):
+    """A sign-in of a browser at an issuer."""
+
+    @property
+    def url(self) -> str:
+        """Where the browser goes on, at the issuer."""
+
+    @property
+    def state(self) -> str:
+        """What the issuer's answer has to bring back."""
+
+    async def finish(self, answer: Mapping[str, str], address: str) -> Caller:
+        """Returns the caller that the issuer's answer is about; may take seconds.
+
+        :raises Problem: 401 the sign-in has failed; 403 it was denied, or the caller has no role; 503 the issuer does
+            not answer as it should.
+        """
+
+
+class Tokens(Protocol):
+    """Tokens of an OpenID Connect issuer."""
+
+    @property
+    def accepted(self) -> bool:
+        """Whether an issuer is set."""
+
+    @property
+    def has_administrator(self) -> bool:
+        """Whether a token can give the role `admin`."""
+
+    @property
+    def sign_in(self) -> SignIn | None:
+        """Returns what a client needs to sign in; None: no issuer is set."""
+
+    @property
+    def signs_in_browsers(self) -> bool:
+        """Whether browsers can sign in at the issuer."""
+
+    async def begin(self, redirect_uri: str) -> CodeRequest:
+        """Begins a sign-in of a browser, to which the issuer sends it back at `redirect_uri`; may take seconds.
+
+        :raises Problem: 409 there is no issuer for that; 503 it does not answer.
+        """
+
+    async def prepare(self, token: bytes) -> None:
+        """Fetches what is needed to verify a token; may take seconds. :raises Problem: 503 too many requests wait."""
+
+    def caller(self, token: bytes, address: str) -> Caller:
+        """Returns the caller with this token.
+
+        :raises Problem: 401 the token is not valid; 403 it has no role; 503 the keys of the issuer are unknown.
+        """
+
+    def ended(self, credential: str) -> str | None:
+        """Returns why the token of a caller is not valid any more; None: it is valid."""
+
+    def left_s(self, credential: str) -> float:
+        """Returns how long the token of a caller is still valid."""
+
+
+class NoTokens(Tokens):
+    """Accepts no tokens."""
+
+    accepted = False
+    has_administrator = False
+    sign_in = None
+    signs_in_browsers = False
+
+    async def begin(self, redirect_uri: str) -> CodeRequest:
+        raise Problem(409, "no-browser-sign-in", "this daemon accepts no tokens", hint="sign in with a key")
+
+    async def prepare(self, token: bytes) -> None: ...
+
+    def caller(self, token: bytes, address: str) -> Caller:
+        raise Problem(401, "unauthenticated", "this daemon accepts no tokens")
+
+    def ended(self, credential: str) -> str:
+        return "this daemon does not accept tokens any more"
+
+    def left_s(self, credential: str) -> float:
+        return 0.0
+
+
+def is_token(given: bytes) -> bool:
+    """Whether credentials are a token of an issuer (a JWT) and not an API key."""
+    return given.startswith(b"eyJ") and given.count(b".") == 2
+
+
 class Keys:
-    """The API keys in force. Without any, no client needs one."""
+    """Holds the API keys of the settings, which have the role `admin`."""
 
     def __init__(self, keys: Iterable[str]) -> None:
         self._digests = [digest_of(key.encode()) for key in keys]
@@ -39,59 +154,77 @@ class Keys:
         return bool(self._digests)
 
     def accept(self, digest: bytes) -> bool:
-        """Whether a key with this digest is one of them. Takes the same time for either answer."""
+        """Whether one of the keys has this digest. Takes the same time for either answer."""
         found = False
         for known in self._digests:
             found |= hmac.compare_digest(digest, known)
         return found
 
 
-class _Kept(msgspec.Struct, frozen=True):
-    good_until: float
+class OtherTickets(Protocol):
+    """Tickets that other hosts of a fleet have issued."""
+
+    async def redeem(self, host: str, ticket: bytes, path: str) -> Caller | None:
+        """As `Tickets.redeem`, at that host."""
+
+
+class _Ticket(msgspec.Struct, frozen=True):
+    expires_at: float
+    """On Trio's clock."""
     path: str | None
-    caller: str
+    caller: Caller
 
 
 class Tickets:
-    """Tickets: each replaces a key once, within `TICKET_S` seconds. So a URL with one is worth nothing in a history or
-    a log."""
+    """Issues tickets, each of which replaces a key once, within `TICKET_S` seconds. So nobody can use a ticket that a
+    browser's history or a log shows."""
 
-    def __init__(self, most: int = MAX_TICKETS) -> None:
-        self._most = most
-        # In the order in which they expire, as all have the same lifetime.
-        self._kept: dict[bytes, _Kept] = {}
-        self._of: dict[int, deque[bytes]] = {}
+    def __init__(self, limit: int = MAX_TICKETS) -> None:
+        self.issuer = ""
+        """The host of a fleet, which tickets name."""
+        self._limit = limit
+        # In the order in which they expire, because all have the same lifetime.
+        self._kept: dict[bytes, _Ticket] = {}
+        self._of: dict[int | str, deque[bytes]] = {}
 
-    def issue(self, owner: int | None = None, *, path: str | None = None, caller: str = ANONYMOUS) -> str:
+    def issue(self, owner: int | str | None = None, *, path: str | None = None, caller: Caller = NOBODY) -> str:
         """Returns a new ticket.
 
-        :param owner: the id of the VM for whose answers it is made. The tickets of one VM are limited, and its oldest
-            makes room, so that a guest that causes many takes none from others
-        :param path: the ticket is valid for this path and what is below it; None: any
-        :param caller: whose requests those with the ticket are
-        :raises Problem: 503 when there are too many unused ones
+        :param owner: the id of the VM or caller that causes it. Each may have `MAX_TICKETS_OF_ONE`; one more removes
+            its oldest. So no guest or caller can use up the tickets of others
+        :param path: the ticket is valid for this path and those below it; None: for any path
+        :param caller: the caller of requests with the ticket
+        :raises Problem: 503 there are too many unused tickets.
         """
         now = trio.current_time()
         while self._kept:
             oldest = next(iter(self._kept))
-            if self._kept[oldest].good_until > now:
+            if self._kept[oldest].expires_at > now:
                 break
             del self._kept[oldest]
-        if len(self._kept) >= self._most:
+        if len(self._kept) >= self._limit:
             raise Problem(
-                503, "too-many-tickets", f"{self._most} tickets wait to be used", hint="each lasts for a minute"
+                503,
+                "too-many-tickets",
+                f"there are {self._limit} unused tickets",
+                hint="try again in a minute, when they expire",
             )
         ticket = secrets.token_urlsafe(32)
+        if self.issuer:
+            ticket = f"{self.issuer}.{ticket}"
         digest = digest_of(ticket.encode())
-        self._kept[digest] = _Kept(now + TICKET_S, None if path is None else path.rstrip("/"), caller)
+        self._kept[digest] = _Ticket(now + TICKET_S, None if path is None else path.rstrip("/"), caller)
         if owner is not None:
             self._keep(owner, digest)
         return ticket
 
-    def redeem(self, given: bytes, path: str = "") -> str | None:
-        """Uses a ticket up for a path, as it was sent; returns the ticket's caller, None if it was not valid."""
+    def redeem(self, given: bytes, path: str = "") -> Caller | None:
+        """Uses up a ticket. Returns its caller; None: it is unknown, used, expired or for another path.
+
+        :param path: the path of the request, as it was sent
+        """
         kept = self._kept.pop(digest_of(given), None)
-        if kept is None or trio.current_time() >= kept.good_until:
+        if kept is None or trio.current_time() >= kept.expires_at:
             return None
         if kept.path is not None and path != kept.path and not path.startswith(kept.path + "/"):
             return None
@@ -102,7 +235,7 @@ class Tickets:
         self._kept.clear()
         self._of.clear()
 
-    def _keep(self, owner: int, digest: bytes) -> None:
+    def _keep(self, owner: int | str, digest: bytes) -> None:
         if owner not in self._of:
             self._of = {one: kept for one, kept in self._of.items() if kept[-1] in self._kept}
         kept = self._of.setdefault(owner, deque())
@@ -112,5 +245,5 @@ class Tickets:
 
 
 def digest_of(value: bytes) -> bytes:
-    """Returns the digest that is stored and compared in place of a secret."""
+    """Returns the digest that is stored and compared instead of a secret."""
     return sha256(value).digest()

@@ -14,6 +14,10 @@ class Limits(msgspec.Struct, frozen=True):
     """Open connections. For one more, the one that was idle longest is closed; if none is idle, the answer is 503."""
     keep_alive_s: float = 60.0
     """How long a connection may be idle between two requests, and before its first."""
+    handshake_s: float = 10.0
+    """From the connection to the end of the TLS handshake."""
+    handshakes: int = 256
+    """TLS handshakes at once. For one more, the oldest is cut."""
     header_s: float = 10.0
     """From the first byte of a request to the end of its headers; then 408."""
     header_bytes: int = 32 * 1024

@@ -9,29 +9,82 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 from urllib.parse import unquote
 
 import msgspec
 import trio
 
-from volant.model import Problem, current_caller
+from volant.model import ANONYMOUS, Caller, CallerEnded, Cause, Problem, current_cause
 
 from ._access import Access
 from ._bodies import Bodies
 from ._call import Call, Header, Message
 from ._limits import Limits
+from ._origins import PortOrigin
 from ._problems import new_request_id, too_large
+from ._project import choose_project
 
 _requests = logging.getLogger("volant.api.request")
 _log = logging.getLogger("volant.api")
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}\Z")
-_DIGEST = re.compile(r"[0-9a-f]{64}\Z")
 _OF_VM = re.compile(r"/(?:api|ws)/v1/vms/([a-z0-9-]{1,63})(?:/|\Z)")
 _QUIET = frozenset({"/healthz"})
+_QUIET_BELOW = "/console/"
+"""The files of the page are some thirty requests."""
 _ANY = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
 """The methods in `Allow` of a route that takes nearly any."""
+
+_FIRST = frozenset(
+    {"http.response.start", "websocket.http.response.start", "websocket.accept", "volant.websocket.switch"}
+)
+"""The messages that begin an answer."""
+
+Op = TypeVar("Op")
+Contra = TypeVar("Contra", contravariant=True)
+
+
+class Admission(Protocol[Op]):
+    """What the operations say of a request."""
+
+    def find(self, call: Call, path: str) -> Op | None:
+        """Returns the operation that a request is for, by its path as it is routed."""
+
+    def cause(self, call: Call, path: str, operation: Op | None) -> Cause | None:
+        """Returns what is recorded of a request; None: it only reads."""
+
+    def rejected(self, call: Call, caller: Caller) -> Cause:
+        """Returns what is recorded of a request whose caller is known and not let in."""
+
+    def check(self, caller: Caller, operation: Op | None) -> None:
+        """:raises Problem: 403 the caller must not do that."""
+
+    async def answer(self, cause: Cause, problem: Problem | None) -> None:
+        """Records how it ends, before it is answered. :raises Problem: 503 it can't be recorded."""
+
+
+class Router(Protocol[Contra]):
+    """Knows what other hosts have to answer."""
+
+    @property
+    def header(self) -> Header:
+        """Added to each answer of this host."""
+
+    async def route(self, call: Call, operation: Contra | None, path: str) -> bool:
+        """Answers a request if that is another host's business; returns whether it was. :raises Problem:"""
+
+
+class Ports(Protocol):
+    """What the origins of ports in guests lead to."""
+
+    async def enter(self, call: Call, origin: PortOrigin) -> bool:
+        """Makes a request at the origin of a port one to our path of that port, and sets its caller. Returns whether
+        it did, and has not answered the request itself.
+
+        :raises Problem: 401 the request has no grant; 404 there is no such VM
+        """
+
 
 AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
 Handler = Callable[[Call], Awaitable[None]]
@@ -49,6 +102,8 @@ class StreamRoute(msgspec.Struct, frozen=True):
     """Whether it is always an event stream; other routes are one only for clients that accept nothing else."""
     key_in_query: bool = False
     """Whether the URL may carry the key, as a WebSocket's may, for clients that have nothing but the URL."""
+    query_is_guests: bool = False
+    """Whether the query is for a guest, so that `project` in it is not ours."""
 
 
 class Middleware:
@@ -60,11 +115,15 @@ class Middleware:
         routes: Sequence[StreamRoute],
         access: Access,
         limits: Limits,
-        authorize: Callable[[str | None, str, str], None],
+        admission: Admission[Any],
+        ports: Ports,
+        router: Router[Any] | None = None,
     ) -> None:
-        """:param authorize: takes the caller, the method and the path; raises a Problem where that is not allowed"""
+        """`router`: None: there are no other hosts."""
+        self._ports = ports
         self._app = app
-        self._authorize = authorize
+        self._router = router
+        self._admission = admission
         self._routes = routes
         self._access = access
         self._limits = limits
@@ -72,13 +131,20 @@ class Middleware:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._access.running.stop_with, scope["state"]["stopping"])
+                nursery.start_soon(self._access.sessions.keep)
+                await self._app(scope, receive, send)
+                nursery.cancel_scope.cancel()
             return
         given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"")
         request_id = given.decode("ascii") if _REQUEST_ID.match(given) else new_request_id()
         scope["state"]["request_id"] = request_id
-        answer = _Answer(send, request_id.encode("ascii"), self._access.cors(scope))
-        call = Call(scope, receive, answer.send, request_id, self._bodies.share())
+        added = self._access.cors(scope)
+        if self._router is not None:
+            added = [*added, self._router.header]
+        answer = _Answer(send, request_id.encode("ascii"), added, self._admission)
+        call = answer.call = Call(scope, receive, answer.send, request_id, self._bodies.share())
         began = trio.current_time()
         try:
             await self._serve(call)
@@ -92,28 +158,80 @@ class Middleware:
         finally:
             call.body.release()
             caller = call.caller or self._access.client(scope)
-            _log_request(scope, caller, request_id, answer.status, trio.current_time() - began)
+            _log_request(scope, str(caller), request_id, answer.status, trio.current_time() - began)
 
     async def _serve(self, call: Call) -> None:
         scope = call.scope
-        self._access.check(scope)
-        allowed = self._access.preflight(scope)
-        if allowed is not None:
-            await call.reject(204, allowed, b"")
-            return
+        standing = scope["state"].get("standing")
+        if standing is not None and standing.let_in is None:
+            standing.let_in = False
+        call.port_origin = self._access.check(scope)
+        if call.port_origin is not None:
+            if not await self._ports.enter(call, call.port_origin):
+                return
+            route, args = self._find(scope["raw_path"].decode("ascii"))
+        else:
+            allowed = self._access.preflight(scope)
+            if allowed is not None:
+                await call.reject(204, allowed, b"")
+                return
+            route, args = self._find(scope["raw_path"].decode("ascii"))
+            call.caller = await self._authenticate(call, route)
+        caller = call.caller
+        assert caller is not None
+        scope["state"]["caller"] = caller
+        if standing is not None and (caller.id != ANONYMOUS or not self._access.asks_for_key):
+            standing.let_in = True
         path = scope["raw_path"].decode("ascii")
-        route, args = self._find(path)
-        scope["state"]["caller"] = self._access.authenticate(scope, in_query=_takes_credentials_in_query(call, route))
-        call.caller = caller_text(self._access.client(scope), scope["state"]["caller"])
-        current_caller.set(call.caller)
         # What no stream takes is routed by its decoded path, so that is the one to judge.
-        self._authorize(scope["state"]["caller"], call.method, path if route is not None else scope["path"])
+        routed = path if route is not None else scope["path"]
+        use, limits = self._access.use, self._access.caller_limits
+        call.body.belongs_to(caller, use, limits)
+        # First of all, so that a flood of requests leaves no flood of records.
+        use.take_request(caller, limits)
+        try:
+            await self._admit(call, caller, routed, route, args)
+        finally:
+            use.give_back_request(caller)
+
+    async def _authenticate(self, call: Call, route: StreamRoute | None) -> Caller:
+        in_query = _takes_credentials_in_query(call, route)
+        await self._access.prepare(call.scope, in_query=in_query)
+        try:
+            return self._access.authenticate(call.scope, in_query=in_query)
+        except CallerEnded as ended:
+            call.caller = ended.caller
+            call.cause = self._admission.rejected(call, ended.caller)
+            raise
+
+    async def _admit(
+        self, call: Call, caller: Caller, routed: str, route: StreamRoute | None, args: Sequence[str]
+    ) -> None:
+        scope = call.scope
+        operation = self._admission.find(call, routed)
+        cause = call.cause = self._admission.cause(call, routed, operation)
+        current_cause.set(cause)
+        choose_project(scope, caller.project, in_query=route is None or not route.query_is_guests)
+        if cause is not None:
+            cause.project = call.listed
+        self._admission.check(caller, operation)
+        with self._access.running.add(caller, scope["state"]["stopping"]) as ending:
+            scope["state"]["stopping"] = ending
+            with ending.scope:
+                if self._router is None or not await self._router.route(call, operation, routed):
+                    await self._carry_out(call, route, args)
+        if ending.scope.cancelled_caught:
+            raise ending.problem()
+
+    async def _carry_out(self, call: Call, route: StreamRoute | None, args: Sequence[str]) -> None:
+        scope = call.scope
         if route is not None:
             call.args = args
             self._check_method(route, call)
             await route.handler(call)
             return
         if call.is_websocket:
+            path = scope["raw_path"].decode("ascii")
             raise Problem(404, "not-found", f"there is no WebSocket at {path[:200]}")
         self._check_length(call)
         await self._app(scope, call.receive_counted, call.send)
@@ -157,28 +275,43 @@ class Middleware:
 
 
 class _Answer:
-    """Adds the headers of every answer, and remembers its status."""
+    """Has every answer recorded that must be, adds its headers, and remembers its status."""
 
-    __slots__ = ("_cors", "_request_id", "_send", "status")
+    __slots__ = ("_added", "_admission", "_request_id", "_send", "call", "status")
 
-    def __init__(self, send: Callable[[Message], Awaitable[None]], request_id: bytes, cors: Sequence[Header]) -> None:
+    def __init__(
+        self,
+        send: Callable[[Message], Awaitable[None]],
+        request_id: bytes,
+        added: Sequence[Header],
+        admission: Admission[Any],
+    ) -> None:
+        self.call: Call | None = None
+        self._admission = admission
         self._send = send
         self._request_id = request_id
-        self._cors = cors
+        self._added = added
         self.status = 0
 
     async def send(self, message: Message) -> None:
+        """Sends a part of the answer. :raises Problem: 503 before its first part, as it can't be recorded."""
         kind = message["type"]
+        call = self.call
+        if call is not None and call.cause is not None and kind in _FIRST:
+            await self._admission.answer(call.cause, call.scope["state"].get("problem"))
         if kind in ("http.response.start", "websocket.http.response.start"):
             self.status = message["status"]
             headers = message["headers"]
-            headers.extend(self._cors)
             names = {name for name, _ in headers}
+            # What another host has answered has its own. A `Vary` adds to another one (RFC 9110, 12.5.5).
+            headers.extend(field for field in self._added if field[0] == b"vary" or field[0] not in names)
             if b"cross-origin-resource-policy" not in names:
                 headers.append((b"cross-origin-resource-policy", b"same-origin"))
             if b"x-request-id" not in names:
                 headers.append((b"x-request-id", self._request_id))
-                headers.append((b"x-content-type-options", b"nosniff"))
+                # At an origin of its own, a guest says how its types are to be read.
+                if call is None or call.port_origin is None:
+                    headers.append((b"x-content-type-options", b"nosniff"))
         elif kind in ("websocket.accept", "volant.websocket.switch"):
             self.status = 101
         await self._send(message)
@@ -209,16 +342,9 @@ def first_problem(group: BaseExceptionGroup[Problem]) -> Problem:
     return error
 
 
-def caller_text(client: str, caller: str | None) -> str:
-    """Returns the caller for logs: address, or user at a Unix socket, and the first digits of its key's digest."""
-    # A reader of the log could search for a key with that digest. So only 32 bits are shown: enough to tell keys apart,
-    # too few to confirm a guess.
-    return f"{client} key {caller[:8]}" if caller is not None and _DIGEST.match(caller) else client
-
-
 def _log_request(scope: Any, caller: str, request_id: str, status: int, took_s: float) -> None:
     path = scope["raw_path"].decode("ascii", "replace")
-    level = logging.DEBUG if path in _QUIET else logging.INFO
+    level = logging.DEBUG if path in _QUIET or path.startswith(_QUIET_BELOW) else logging.INFO
     if _requests.isEnabledFor(level):
         # Never the query: it may carry a key.
         method = scope.get("method", "WEBSOCKET")

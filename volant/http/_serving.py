@@ -19,7 +19,9 @@ import logging
 import math
 import resource
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+import ssl
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import trio
@@ -33,13 +35,18 @@ from volant.model import Problem
 from ._connection import Connection
 from ._limits import Limits
 from ._problems import new_request_id, problem_body, problem_headers
+from ._tls import Tls
 
 _log = logging.getLogger("volant.api.serving")
 
 _NO_DESCRIPTOR = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
+_OF_UNIX_SOCKETS = 64
+"""Connections beside those of TCP that Unix sockets may have."""
 _FULL_S, _FULL_MAX_S = 0.05, 1.0
 """Between two tries to accept a connection while there is no descriptor for it."""
 _FULL_SILENCE_S = 60.0
+_FAILED_SILENCE_S = 1.0
+"""Between two log lines about handshakes that failed, as any client can cause them."""
 
 AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
 
@@ -50,19 +57,20 @@ async def serve(
     *,
     stopping: trio.Event,
     limits: Limits | None = None,
+    tls: Tls | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve `app` on listening `sockets` until `stopping` is set, then end everything and return.
 
-    The sockets stay open and belong to the caller. Started once connections are accepted. Cancelling cuts every
-    connection at once.
+    With `tls`, TCP is served with TLS alone; Unix sockets never are. The sockets stay open and belong to the caller.
+    Started once connections are accepted. Cancelling cuts every connection at once.
 
     :raises hypercorn.utils.LifespanFailureError: the app could not start, or took too long.
     """
     limits = limits or Limits()
     config = _config(limits)
     wrapped = ASGIWrapper(app)
-    server = Server(wrapped, config, limits, stopping)
+    server = Server(wrapped, config, limits, stopping, tls)
     lifespan = Lifespan(wrapped, config, server.state)
     async with trio.open_nursery() as nursery:
         await nursery.start(lifespan.handle_lifespan)
@@ -77,18 +85,52 @@ async def serve(
 class Server:
     """The connections of one incarnation."""
 
-    def __init__(self, app: ASGIWrapper, config: Config, limits: Limits, stopping: trio.Event) -> None:
+    def __init__(
+        self, app: ASGIWrapper, config: Config, limits: Limits, stopping: trio.Event, tls: Tls | None = None
+    ) -> None:
         self.app = app
         self.config = config
         self.limits = limits
+        self.tls = tls
+        self.handshake_lock = trio.Lock()
+        """Held during one step of one handshake."""
         self.context = WorkerContext(None)
         self.context.terminated = _Terminated(stopping)
         self.state: dict[str, Any] = {"stopping": stopping}
         self._stopping = stopping
         self._connections: set[Connection] = set()
+        self._shaking: dict[Connection, None] = {}
+        """The connections in the middle of their handshake, the oldest first."""
         self._gone = trio.Event()
         self._refused = 0
         self._silent_until = -math.inf
+        self._failed = 0
+        self._failures_silent_until = -math.inf
+
+    @contextmanager
+    def shaking_hands(self, connection: Connection) -> Iterator[None]:
+        """Counts a handshake while the block runs. Of too many, the oldest is cut."""
+        if len(self._shaking) >= self.limits.handshakes:
+            oldest = next(iter(self._shaking))
+            del self._shaking[oldest]
+            oldest.tear()
+        self._shaking[connection] = None
+        try:
+            yield
+        finally:
+            self._shaking.pop(connection, None)
+
+    def handshake_failed(self, client: tuple[str, int] | None, error: ssl.SSLError) -> None:
+        """Logs why a handshake failed, at most one line in `_FAILED_SILENCE_S`."""
+        self._failed += 1
+        now = trio.current_time()
+        if now < self._failures_silent_until:
+            return
+        self._failures_silent_until = now + _FAILED_SILENCE_S
+        others = f"; {self._failed - 1} more since the last such line" if self._failed > 1 else ""
+        self._failed = 0
+        reason = getattr(error, "verify_message", None) or (error.reason or str(error)).replace("_", " ").lower()
+        _log.info("no TLS with %s: %s%s", client[0] if client else "a client", reason, others)
 
     async def run(self, listeners: list[trio.SocketListener], task_status: trio.TaskStatus[None]) -> None:
         """Accepts connections until `stopping` is set, then ends all of them."""
@@ -156,7 +198,11 @@ class Server:
         _log.info("%d connections did not end by themselves and are cut", len(self._connections))
 
     async def _serve(self, stream: trio.SocketStream) -> None:
-        if len(self._connections) >= self.limits.connections and not self._make_room():
+        most = self.limits.connections
+        if stream.socket.family == socket.AF_UNIX:
+            # Whoever fills TCP must not keep the administrator of this host from ending that.
+            most += _OF_UNIX_SOCKETS
+        if len(self._connections) >= most and not self._make_room():
             await self._refuse(stream)
             return
         _watch_peer(stream, self.limits.send_s)
@@ -169,18 +215,23 @@ class Server:
             self._gone.set()
 
     def _make_room(self) -> bool:
-        """Closes the connection that was idle longest, so that a client with many idle ones can't block others."""
+        """Closes the connection that was idle longest, so that a client with many idle ones can't block others; or else
+        the longest busy one of a client that was not let in, which may be reading its answers very slowly."""
         idle = min((one for one in self._connections if one.idle), key=lambda one: one.rests_until, default=None)
-        if idle is None:
+        strangers = (one for one in self._connections if one.standing.let_in is False)
+        closed = idle or min(strangers, key=lambda one: one.busy_since, default=None)
+        if closed is None:
             return False
-        self._connections.discard(idle)
-        idle.tear()
+        self._connections.discard(closed)
+        closed.tear()
         return True
 
     async def _refuse(self, stream: trio.SocketStream) -> None:
         self._refused += 1
         if self._refused & (self._refused - 1) == 0:
             _log.warning("the limit of %d connections is reached; %d refused", self.limits.connections, self._refused)
+        if self.tls is not None and stream.socket.family != socket.AF_UNIX:
+            return
         request_id = new_request_id()
         body = problem_body(
             Problem(503, "too-many-connections", "the daemon serves as many connections as it can", hint="try again"),

@@ -1,4 +1,4 @@
-"""Waits that the daemon's stop interrupts: a stream stops between two writes, never in the middle of one."""
+"""Waits that end when the daemon stops. So a stream ends between two writes, never in the middle of one."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import trio
 
 from volant.concurrency import open_helpers
 
+from ._ending import Stopping
+
 T = TypeVar("T")
 
 
 class Waits:
-    """`interruptible` makes it."""
+    """Runs waits that end when the daemon stops; made by `interruptible`."""
 
-    def __init__(self, stopping: trio.Event) -> None:
+    def __init__(self, stopping: Stopping) -> None:
         self._stopping = stopping
         self._scope: trio.CancelScope | None = None
 
@@ -25,7 +27,7 @@ class Waits:
         return self._stopping.is_set()
 
     async def until(self, wait: Callable[[], Awaitable[T]], deadline: float = float("inf")) -> T | None:
-        """What `wait` gives, or None when the stop or `deadline` (on Trio's clock) comes first."""
+        """Returns the result of `wait`; None: the daemon stops first, or `deadline` (on Trio's clock) has passed."""
         if self.stopped():
             return None
         with trio.CancelScope(deadline=deadline) as scope:
@@ -33,17 +35,18 @@ class Waits:
             return await wait()
         return None
 
-    async def hear(self) -> None:
-        """Interrupt the wait under way when the stop comes."""
+    async def interrupt(self) -> None:
+        """Interrupts the wait under way when the daemon stops."""
         await self._stopping.wait()
         if self._scope is not None:
             self._scope.cancel()
 
 
 @asynccontextmanager
-async def interruptible(stopping: trio.Event) -> AsyncIterator[Waits]:
-    """For the length of a block, waits that end when `stopping` is set. What the block raises leaves as it is."""
+async def interruptible(stopping: Stopping) -> AsyncIterator[Waits]:
+    """Returns, for the length of a block, waits that end when `stopping` is set. Exceptions of the block are not put
+    into a group."""
     waits = Waits(stopping)
     async with open_helpers() as helpers:
-        helpers.start_soon(waits.hear)
+        helpers.start_soon(waits.interrupt)
         yield waits
