@@ -1,0 +1,412 @@
+"""Who owns which VM, snapshot or volume: one key for each, without a lease, with an epoch that only grows."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
+from contextlib import suppress
+from datetime import datetime
+from typing import Any
+
+import msgspec
+import trio
+
+from volant.model import Failover
+
+from ._errors import EtcdRefused, EtcdUnavailable, OutcomeUnknown
+from ._interface import Entry, KeyValues, Transaction, absent, delete, fetch, put, unchanged
+
+SPECS = "specs/"
+ARRIVALS = "arrivals/"
+REPLICAS = "replicas/"
+_ALIVE, _LOST = "alive/", "lost/"
+_REFUSED, _REFUSED_S = b"", 3600
+"""The value of an arrival that is none any more; no request comes later than after so many seconds."""
+_AT_ONCE = 100
+"""Claims that one transaction reads: etcd takes 128 steps."""
+_PAUSE_S = 0.5
+_ATTEMPTS = 20
+
+
+class Claim(msgspec.Struct, frozen=True):
+    """The ownership of a VM, or of something else that one host has."""
+
+    vm: str
+    """Identifies it for good: another VM of the same name has another one."""
+    owner: str
+    """The host."""
+    epoch: int
+    """How many owners there were. Each host refuses what comes under an earlier one."""
+    failover: Failover = "never"
+    before: str = ""
+    """The host that had it before; empty: it is the first."""
+    taking: bool = False
+    """Whether the owner has taken it over and not started it yet. Else an owner that has no such VM has deleted it."""
+    offered: bool = False
+    """Whether any host may take it over, as the owner can't start it."""
+    snapshot: str = ""
+    """While `taking`: the snapshot of the owner that the VM goes on from, as it was moved or is restored. Empty: it
+    boots."""
+
+    def is_of(self, other: Claim) -> bool:
+        """Whether both are of one owner of one VM."""
+        return (self.vm, self.owner, self.epoch) == (other.vm, other.owner, other.epoch)
+
+
+class ReplicaRecord(msgspec.Struct, frozen=True):
+    """The newest replica of a VM."""
+
+    vm: str
+    """As its claim has it, as `epoch`."""
+    epoch: int
+    at: datetime
+    """When it was taken."""
+    copies: Mapping[str, str]
+    """The snapshots from which the VM goes on, by the hosts that have them."""
+
+    def is_of(self, claim: Claim) -> bool:
+        """Whether the VM has gone on from nothing newer, and at no other host."""
+        return (self.vm, self.epoch) == (claim.vm, claim.epoch)
+
+    def names(self, claim: Claim, host: str, snapshot: str) -> bool:
+        """Whether a VM with that claim may go on from a snapshot of a host."""
+        return self.is_of(claim) and self.copies.get(host) == snapshot
+
+
+class NameTaken(Exception):
+    """There is one of that name in the fleet."""
+
+
+class Claims:
+    """The claims of a fleet on names of one kind, as one host reads and writes them.
+
+    After an unknown outcome each method reads the claim, which names its owner. So it ends with a certain answer, or
+    with an `EtcdError` after some attempts.
+
+    :param kind: as paths name it: `vms`
+    """
+
+    def __init__(self, etcd: KeyValues, host: str, kind: str = "vms") -> None:
+        self._etcd = etcd
+        self._host = host
+        self._prefix = f"{kind}/"
+        self._specs = f"{SPECS}{kind}/"
+        self._replicas = f"{REPLICAS}{kind}/"
+
+    async def get(self, name: str) -> Claim | None:
+        """Returns the claim of a name, as etcd has it now. :raises EtcdError:"""
+        return claim_of(await self._etcd.get(self._prefix + name))
+
+    async def create(
+        self,
+        name: str,
+        vm: str,
+        failover: Failover = "never",
+        spec: bytes = b"",
+        *,
+        is_there: Callable[[], bool] = lambda: False,
+    ) -> Claim:
+        """Claims a name for a new VM. One that this host has already, of a VM that is gone or was never made, is
+        claimed anew; but not one that it is taking over.
+
+        :param name: project and name; `vm`: made up for it
+        :param spec: what another host needs to start it
+        :param is_there: whether this host has a VM of that name: one may have come from another host just now
+        :raises NameTaken: :raises EtcdError: nothing is claimed, or it is and the same call finds it
+        """
+        claim = Claim(vm, self._host, 1, failover)
+        key = self._prefix + name
+        conditions = [absent(key)]
+        steps = [put(key, msgspec.json.encode(claim)), delete(self._replicas + name)]
+        steps.append(put(self._specs + name, spec) if spec else delete(self._specs + name))
+        for _ in range(2):
+
+            async def ask() -> Transaction:
+                return await self._etcd.transact(conditions, steps)  # noqa: B023
+
+            if await self._certain(ask, key, claim):
+                return claim
+            entry = await self._etcd.get(key)
+            found = claim_of(entry)
+            if found is not None and found.vm == vm and found.owner == self._host:
+                return found
+            if entry is None or found is None or found.owner != self._host or found.taking or is_there():
+                break
+            conditions = [unchanged(entry)]
+        raise NameTaken(name)
+
+    async def release(self, name: str, claim: Claim) -> None:
+        """Frees the name of a VM that is no more. Nothing happens to the claim of another owner. :raises EtcdError:"""
+        entry = await self._etcd.get(self._prefix + name)
+        if entry is not None and claim_of(entry) == claim:
+            await self._etcd.transact(
+                [unchanged(entry)], [delete(key + name) for key in (self._prefix, self._specs, self._replicas)]
+            )
+
+    async def free(self, name: str) -> None:
+        """Frees a name if this host has it, and is not taking it over. :raises EtcdError:"""
+        claim = await self.get(name)
+        if claim is not None and claim.owner == self._host and not claim.taking:
+            await self.release(name, claim)
+
+    async def withdraw(self, name: str, claim: Claim) -> None:
+        """Lets no other host start a VM any more that is about to be deleted, whatever happens to this host.
+
+        :raises EtcdError: others may still start it. :raises NameTaken: another host has it.
+        """
+        await self._amend(name, claim, failover="never", taking=False)
+
+    async def settle(self, name: str, claim: Claim) -> None:
+        """Says that a VM that was taken over is here. :raises EtcdError: :raises NameTaken: another host has it."""
+        await self._amend(name, claim, taking=False, snapshot="")
+
+    async def _amend(self, name: str, claim: Claim, **changes: Any) -> None:
+        """Changes a claim of this host, which stays its own."""
+        entry = await self._etcd.get(self._prefix + name)
+        found = claim_of(entry)
+        if entry is None or found is None or not found.is_of(claim):
+            raise NameTaken(name)
+        wanted = msgspec.structs.replace(found, **changes)
+
+        async def ask() -> Transaction:
+            return await self._etcd.transact([unchanged(entry)], [put(entry.key, msgspec.json.encode(wanted))])
+
+        if found != wanted and not await self._certain(ask, entry.key, wanted):
+            raise NameTaken(name)
+
+    async def offer(self, name: str, claim: Claim) -> None:
+        """Lets any host take over a VM that this one has taken over and can't start.
+
+        :raises EtcdError: :raises NameTaken: another host has it.
+        """
+        await self._amend(name, claim, offered=True)
+
+    async def spec(self, name: str) -> bytes:
+        """Returns what is needed to start a VM; empty: nothing is known. :raises EtcdError:"""
+        entry = await self._etcd.get(self._specs + name)
+        return b"" if entry is None else entry.value
+
+    async def all_of(self, names: Sequence[str]) -> dict[str, Claim | None]:
+        """Returns the claims of many names, as etcd has them now; None: there is none.
+
+        :raises EtcdError: it does not answer, or a claim is malformed: nobody knows what it says
+        """
+        found: dict[str, Claim | None] = {}
+        for begin in range(0, len(names), _AT_ONCE):
+            part = names[begin : begin + _AT_ONCE]
+            done = await self._etcd.transact([], [fetch(self._prefix + name) for name in part])
+            for name, entry in zip(part, done.reads, strict=True):
+                found[name] = claim_of(entry)
+                if entry is not None and found[name] is None:
+                    raise EtcdRefused(f"the claim of {name} is malformed")
+        return found
+
+    async def lost(self) -> Set[str]:
+        """Returns the ids of the VMs that others have taken over from this host. :raises EtcdError:"""
+        prefix = f"{_LOST}{self._host}/"
+        entries, _ = await self._etcd.list(prefix)
+        return {entry.key.removeprefix(prefix) for entry in entries}
+
+    async def forget_lost(self, vm: str) -> None:
+        """Says that this host has nothing any more of a VM that another one has taken over. :raises EtcdError:"""
+        await self._etcd.transact([], [delete(f"{_LOST}{self._host}/{vm}")])
+
+    async def reclaim(self, name: str, claim: Claim, spec: bytes) -> None:
+        """Claims the name of a VM of this host again, whose claim etcd has lost. A claim of this host for another VM,
+        as somebody makes who has found none, is replaced.
+
+        :raises NameTaken: another host has the name, or has taken the VM over. :raises EtcdError:
+        """
+        key = self._prefix + name
+        wanted = msgspec.structs.replace(claim, taking=False)
+        steps = [put(key, msgspec.json.encode(wanted))]
+        steps.append(put(self._specs + name, spec) if spec else delete(self._specs + name))
+        not_lost = absent(f"{_LOST}{self._host}/{claim.vm}")
+        conditions = [absent(key), not_lost]
+        for _ in range(2):
+
+            async def ask() -> Transaction:
+                return await self._etcd.transact(conditions, steps)  # noqa: B023
+
+            if await self._certain(ask, key, wanted):
+                return
+            entry = await self._etcd.get(key)
+            found = claim_of(entry)
+            if entry is None or found is None or found.owner != self._host or found.taking or found.vm == claim.vm:
+                break
+            conditions = [unchanged(entry), not_lost]
+        raise NameTaken(name)
+
+    async def take_over(self, name: str, dead: Claim) -> Claim | None:
+        """Makes this host the owner of a VM whose host gives no sign of life; None: it gives one, or somebody else was
+        faster, or it is to be restored and this host does not have its newest replica. Wait for the slack before. The
+        other host finds in `lost` that it has lost it, whatever happens to the claim until then. :raises EtcdError:
+        """
+        entry = await self._etcd.get(self._prefix + name)
+        if entry is None or claim_of(entry) != dead:
+            return None
+        copied = record = snapshot = None
+        if dead.failover == "restore":
+            copied = await self._etcd.get(self._replicas + name)
+            record = replica_of(copied)
+            snapshot = None if record is None or not record.is_of(dead) else record.copies.get(self._host)
+            if copied is None or record is None or snapshot is None:
+                return None
+        claim = msgspec.structs.replace(
+            dead,
+            owner=self._host,
+            epoch=dead.epoch + 1,
+            # Who offers it has never run it.
+            before=dead.before if dead.offered else dead.owner,
+            taking=True,
+            offered=False,
+            # What it had has another host.
+            snapshot=snapshot or "",
+        )
+        conditions = [unchanged(entry)]
+        if not dead.offered:
+            conditions.append(absent(_ALIVE + dead.owner))
+        steps = [
+            put(entry.key, msgspec.json.encode(claim)),
+            # It may have lost it once, and have it again.
+            delete(f"{_LOST}{self._host}/{dead.vm}"),
+        ]
+        if copied is not None and record is not None:
+            # It stays the newest one until the VM has run and is copied again: the other copies are as good.
+            conditions.append(unchanged(copied))
+            steps.append(put(copied.key, msgspec.json.encode(msgspec.structs.replace(record, epoch=claim.epoch))))
+        # A host may take over what it has offered itself, and etcd takes no key twice in a transaction.
+        if dead.owner != self._host:
+            steps.append(put(f"{_LOST}{dead.owner}/{dead.vm}", name.encode()))
+
+        async def ask() -> Transaction:
+            return await self._etcd.transact(conditions, steps)
+
+        return claim if await self._certain(ask, entry.key, claim) else None
+
+    # Moves
+
+    async def note_arrival(self, move: str) -> None:
+        """Says that this host has all of a VM that moves to it, so it may be given the VM. :raises EtcdError:"""
+        key = ARRIVALS + move
+        if await self._etcd.get(key) is None:
+            await self._etcd.transact([absent(key)], [put(key, self._host.encode())])
+
+    async def refuse_arrival(self, move: str) -> None:
+        """Makes sure that nobody gives this host the VM of a move any more, who has not done so by now.
+
+        :raises EtcdError: somebody still may.
+        """
+        key = ARRIVALS + move
+        entry = await self._etcd.get(key)
+        if entry is not None and entry.value == _REFUSED:
+            return
+        # A key that is only deleted could be written again by a request that comes late.
+        lease = await self._etcd.grant(_REFUSED_S)
+        condition = absent(key) if entry is None else unchanged(entry)
+        if not (await self._etcd.transact([condition], [put(key, _REFUSED, lease=lease.id)])).done:
+            raise EtcdUnavailable("the arrival has just been changed")
+
+    async def hand_over(self, name: str, mine: Claim, move: str, to: str, snapshot: str) -> bool:
+        """Gives a VM of this host, which does not run, to a host that has all of it; returns whether it is given.
+
+        What this host has asked may still be done later, until `hold`. With another host's claim it is given, too.
+
+        :param move: the id of its move; `snapshot`: what the other host starts it from
+        :raises EtcdError: it may be given, now or later.
+        """
+        key = self._prefix + name
+        entry, arrival = await self._etcd.get(key), await self._etcd.get(ARRIVALS + move)
+        alive = await self._etcd.get(_ALIVE + to)
+        found = claim_of(entry)
+        if entry is None or found is None or not found.is_of(mine):
+            return found is not None and _is_given(found, mine)
+        if arrival is None or arrival.value != to.encode() or alive is None:
+            return False
+        claim = msgspec.structs.replace(
+            found, owner=to, epoch=found.epoch + 1, before=self._host, taking=True, offered=False, snapshot=snapshot
+        )
+        steps = [
+            put(key, msgspec.json.encode(claim)),
+            # It goes on from something newer.
+            delete(self._replicas + name),
+            delete(arrival.key),
+            delete(f"{_LOST}{to}/{found.vm}"),
+            put(f"{_LOST}{self._host}/{found.vm}", name.encode()),
+        ]
+        conditions = [unchanged(entry), unchanged(arrival), unchanged(alive)]
+
+        async def ask() -> Transaction:
+            return await self._etcd.transact(conditions, steps)
+
+        return await self._certain(ask, key, claim)
+
+    async def hold(self, name: str, mine: Claim) -> bool:
+        """Makes sure that nothing that was asked before gives a VM of this host away any more; returns whether it is
+        still this host's. :raises EtcdError: it is not known."""
+        for _ in range(_ATTEMPTS):
+            entry = await self._etcd.get(self._prefix + name)
+            found = claim_of(entry)
+            if entry is None or found is None or not found.is_of(mine):
+                return not await self.is_given(name, mine)
+            with suppress(OutcomeUnknown):
+                # The same value, at another revision: what names the one before is refused.
+                if (await self._etcd.transact([unchanged(entry)], [put(entry.key, entry.value)])).done:
+                    return True
+            await trio.sleep(_PAUSE_S)
+        raise OutcomeUnknown(f"etcd has answered none of {_ATTEMPTS} requests")
+
+    async def end_move(self, vm: str, move: str) -> None:
+        """Forgets what etcd has of a move from this host, which has nothing of the VM any more, or keeps it.
+
+        :raises EtcdError:
+        """
+        await self._etcd.transact([], [delete(f"{_LOST}{self._host}/{vm}"), delete(ARRIVALS + move)])
+
+    async def is_given(self, name: str, mine: Claim) -> bool:
+        """Whether another host was given a VM of this one, or has taken it over. :raises EtcdError:"""
+        found = await self.get(name)
+        if found is not None and _is_given(found, mine):
+            return True
+        is_own = found is not None and found.is_of(mine)
+        return not is_own and await self._etcd.get(f"{_LOST}{self._host}/{mine.vm}") is not None
+
+    async def _certain(self, ask: Callable[[], Awaitable[Transaction]], key: str, claim: Claim) -> bool:
+        """Returns whether a change is done. One of unknown outcome is done if the key says so; else it is asked for
+        again, which its conditions make harmless."""
+        for _ in range(_ATTEMPTS):
+            try:
+                if (await ask()).done:
+                    return True
+            except OutcomeUnknown:
+                await trio.sleep(_PAUSE_S)
+                if claim_of(await self._etcd.get(key)) == claim:
+                    return True
+                continue
+            # It may have been done by an earlier attempt that came late.
+            return claim_of(await self._etcd.get(key)) == claim
+        raise OutcomeUnknown(f"etcd has answered none of {_ATTEMPTS} requests")
+
+
+def _is_given(found: Claim, mine: Claim) -> bool:
+    """Whether a claim says that another host has a VM of this one by now, or a VM of the same name."""
+    return found.owner != mine.owner or (found.vm == mine.vm and found.epoch > mine.epoch)
+
+
+def claim_of(entry: Entry | None) -> Claim | None:
+    """Returns the claim of a key; None: there is none, or it is malformed."""
+    if entry is None:
+        return None
+    try:
+        return msgspec.json.decode(entry.value, type=Claim)
+    except (msgspec.MsgspecError, ValueError):
+        return None
+
+
+def replica_of(entry: Entry | None) -> ReplicaRecord | None:
+    """Returns the newest replica of a key; None: there is none, or it is malformed."""
+    if entry is None:
+        return None
+    try:
+        return msgspec.json.decode(entry.value, type=ReplicaRecord)
+    except (msgspec.MsgspecError, ValueError):
+        return None

@@ -1,0 +1,64 @@
+"""What one host sends another with a request: who the caller is. Hosts trust each other, by their certificates."""
+
+from __future__ import annotations
+
+from base64 import b64decode, b64encode
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
+
+from volant.http import names_project
+from volant.model import Caller, Problem
+
+CALLER = b"volant-caller"
+HOST = b"volant-host"
+Header = tuple[bytes, bytes]
+
+
+class Forwarded(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A request of a client, as the host that it asked has checked it."""
+
+    caller: Caller
+    """Without its credential and its limits, which are the business of that host."""
+    credential: str = ""
+    """Of the caller, for tickets: any host may get the request that has one."""
+    address: tuple[bool, str] | None = None
+    """How the client reaches that host, for URLs in answers: whether it uses TLS, and `host[:port]`."""
+
+
+def request_headers(scope: Any, address: tuple[bool, str] | None = None) -> list[Header]:
+    """Returns what a request to another host has of one to this host: who calls, for which project, and its id.
+
+    :param address: as in `Forwarded`
+    """
+    state = scope["state"]
+    caller = state["caller"]
+    forwarded = Forwarded(msgspec.structs.replace(caller, credential="", limited=False), caller.credential, address)
+    headers = [
+        (b"host", b"localhost"),
+        (b"x-request-id", str(state["request_id"]).encode("ascii")),
+        (CALLER, b64encode(msgspec.json.encode(forwarded))),
+    ]
+    if names_project(scope):
+        headers.append((b"volant-project", str(state["project"]).encode()))
+    return headers
+
+
+def is_for_one_host(scope: Any) -> bool:
+    """Whether a request is about one host: another one has passed it on, or it names a host."""
+    return scope["state"].get("forwarded") is not None or any(name == HOST for name, _ in scope["headers"])
+
+
+def forwarded_in(headers: Iterable[Header]) -> Forwarded:
+    """Returns what another host says of its client. :raises Problem: 400 it names no caller, or several."""
+    values = [value for name, value in headers if name == CALLER]
+    if len(values) == 1:
+        try:
+            return msgspec.json.decode(b64decode(values[0], validate=True), type=Forwarded)
+        except (msgspec.MsgspecError, ValueError):
+            pass
+    raise Problem(
+        400, "no-caller", "a request to this port must come from another host of the fleet, and name one caller",
+        hint="clients use the addresses of api_listen_addr",
+    )  # fmt: skip

@@ -1,0 +1,233 @@
+"""A host's place in the fleet: its record, its number and its load, which it alone writes.
+
+A host is identified by an id that it keeps in its state directory. So a second host that was given the same name, or a
+copy of a host's disk that runs elsewhere, does not become the same host by mistake: its record says another id, or its
+sign of life is there already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Annotated, TypeVar
+
+import msgspec
+import trio
+
+from volant.concurrency import Backoff
+from volant.model import EventId, HostFacts, HostLoad
+
+from ._errors import EtcdError, EtcdRefused
+from ._interface import Entry, KeyValues, absent, put, unchanged
+from ._mirror import Mirror
+
+T = TypeVar("T")
+
+HOSTS, NUMBERS, LOADS = "hosts/", "numbers/", "load/"
+MAX_HOSTS = 999
+IDS_OF_ONE = 10**9
+"""Each host gives its VMs ids from a block of its own, so that no two VMs of a fleet have the same one."""
+OLDEST = EventId("", 0)
+"""Stands for the oldest event that is kept."""
+_LOOK_S = 2.0
+"""Between two looks at facts and load."""
+_LOAD_EVERY_S = 10.0
+"""A load that has changed a little is written after so long; otherwise busy hosts would fill etcd's history."""
+_RETRY_S, _RETRY_MAX_S = 0.5, 10.0
+
+
+class HostRecord(msgspec.Struct, frozen=True):
+    """What a host says of itself."""
+
+    id: str
+    number: Annotated[int, msgspec.Meta(ge=1, le=MAX_HOSTS)]
+    facts: HostFacts
+    since: str = ""
+    """The event with which it joined: what was before does not belong to the fleet."""
+
+
+class Member(msgspec.Struct, frozen=True, kw_only=True):
+    """A host, as those that follow its events or list what it has need to know it."""
+
+    number: int
+    name: str
+    is_up: bool
+    vms: int
+    """As last reported."""
+    since: EventId
+    """The event with which it joined; with an empty epoch: the oldest."""
+    head: EventId
+    """Its newest event, as last reported. It may have newer ones, never older ones alone."""
+
+
+class NameInUse(Exception):
+    """Another host of the fleet has this name."""
+
+
+class Membership:
+    """Writes the record and the load of one host.
+
+    :param id: of this host, the same after each restart
+    :param take_number: called with the number of this host before the fleet may know its VMs
+    """
+
+    def __init__(
+        self,
+        etcd: KeyValues,
+        mirror: Mirror,
+        name: str,
+        id: str,
+        *,
+        facts: Callable[[], HostFacts],
+        load: Callable[[], HostLoad],
+        take_number: Callable[[int], Awaitable[None]],
+    ) -> None:
+        self._etcd = etcd
+        self._mirror = mirror
+        self._name = name
+        self._id = id
+        self._facts = facts
+        self._load = load
+        self._take_number = take_number
+        self._written: HostRecord | None = None
+        self._reported: HostLoad | None = None
+        self._reported_at = 0.0
+        self.joined = trio.Event()
+        """Set when the fleet has the record of this host."""
+        self.trouble: str | None = None
+        """Why the fleet does not have it, or has an old one; None: it has."""
+
+    async def keep(self) -> None:
+        """Joins, and keeps record and load true until cancelled."""
+        backoff = Backoff(_RETRY_S, _RETRY_MAX_S)
+        while True:
+            try:
+                while not await self._has_record():
+                    await self._write_record()
+                await self._report()
+            except (EtcdError, NameInUse) as error:
+                self.trouble = str(error)
+                # What was written may have been deleted meanwhile.
+                self._written = self._reported = None
+                await backoff.pause()
+                continue
+            self.trouble = None
+            backoff.reset()
+            await trio.sleep(_LOOK_S)
+
+    async def _has_record(self) -> bool:
+        """Returns whether the fleet has the present facts of this host. :raises NameInUse: :raises EtcdError:"""
+        # What was written is gone if etcd was restored, or has lost its data.
+        seen = record_of(self._mirror.section("hosts").get(self._name))
+        if seen is not None and seen == self._written and seen.facts == self._facts():
+            return True
+        known = record_of(await self._etcd.get(HOSTS + self._name))
+        if known is None or known.facts != self._facts():
+            return False
+        self._check_id(known)
+        await self._take_number(known.number)
+        self._written = known
+        self.joined.set()
+        return True
+
+    async def _write_record(self) -> None:
+        """Writes it, unless somebody else has changed it meanwhile. The first one gets a number that no other host has.
+
+        :raises NameInUse: :raises EtcdError: it does not answer, or has a record that can't be read
+        """
+        entry = await self._etcd.get(HOSTS + self._name)
+        known = record_of(entry)
+        if entry is not None and known is None:
+            # It may be another host's, of a version that writes other records.
+            raise EtcdRefused(
+                f"the record of this host in etcd, {HOSTS}{self._name} under fleet_prefix, can't be read: another "
+                f"version of volantd, or another program, has written it. Run that version, or, if no other host is "
+                f"named {self._name!r}, remove it on another host with `volar hosts delete {self._name}`"
+            )
+        since = known.since if known is not None else self._load().event_id
+        conditions = [absent(HOSTS + self._name) if entry is None else unchanged(entry)]
+        steps = []
+        if known is not None:
+            self._check_id(known)
+            number = known.number
+        else:
+            number = await self._free_number()
+            conditions.append(absent(f"{NUMBERS}{number}"))
+            steps.append(put(f"{NUMBERS}{number}", self._name.encode()))
+        record = HostRecord(self._id, number, self._facts(), since)
+        await self._etcd.transact(conditions, [put(HOSTS + self._name, msgspec.json.encode(record)), *steps])
+
+    async def _free_number(self) -> int:
+        taken = {entry.key for entry in (await self._etcd.list(NUMBERS))[0]}
+        for number in range(1, MAX_HOSTS + 1):
+            if f"{NUMBERS}{number}" not in taken:
+                return number
+        raise EtcdError(f"the fleet has had {MAX_HOSTS} hosts, and has no number for another one")
+
+    def _check_id(self, known: HostRecord) -> None:
+        check_id(self._name, known, self._id)
+
+    async def _report(self) -> None:
+        load = self._load()
+        now = trio.current_time()
+        if load == self._reported and self._name in self._mirror.section("load"):
+            return
+        if (
+            self._reported is not None
+            and now - self._reported_at < _LOAD_EVERY_S
+            and not _differs(self._reported, load)
+        ):
+            return
+        await self._etcd.transact([], [put(LOADS + self._name, msgspec.json.encode(load))])
+        self._reported, self._reported_at = load, now
+
+
+def check_id(name: str, known: HostRecord, id: str) -> None:
+    """Checks that a name is that of the host with this id. :raises NameInUse: it is another one's."""
+    if known.id != id:
+        raise NameInUse(
+            f"another host of the fleet is named {name!r}; give this one another name (fleet_host), or, if it replaces "
+            f"that one, run `volar hosts delete {name}` first"
+        )
+
+
+async def known_hosts(etcd: KeyValues) -> Mapping[str, HostRecord]:
+    """Returns the hosts of a fleet, by name. :raises EtcdError:"""
+    found, _ = await etcd.list(HOSTS)
+    return {entry.key.removeprefix(HOSTS): record for entry in found if (record := record_of(entry)) is not None}
+
+
+def record_of(entry: Entry | None) -> HostRecord | None:
+    """Returns the record of a key; None: there is none, or it is malformed."""
+    return None if entry is None else _decoded(entry, HostRecord)
+
+
+def member_of(name: str, record: HostRecord, load: HostLoad, *, is_up: bool) -> Member:
+    """Returns a host as others need to know it."""
+    since = EventId.parse(record.since) or OLDEST
+    return Member(
+        number=record.number,
+        name=name,
+        is_up=is_up,
+        vms=load.vms,
+        since=since,
+        head=EventId.parse(load.event_id) or since,
+    )
+
+
+def load_of(entry: Entry | None) -> HostLoad:
+    """Returns the load of a key; that of an idle host without room if there is none."""
+    found = None if entry is None else _decoded(entry, HostLoad)
+    return found or HostLoad()
+
+
+def _decoded(entry: Entry, kind: type[T]) -> T | None:
+    try:
+        return msgspec.json.decode(entry.value, type=kind)
+    except (msgspec.MsgspecError, ValueError):
+        return None
+
+
+def _differs(before: HostLoad, now: HostLoad) -> bool:
+    """Whether a placement would be decided otherwise."""
+    least = max(before.free_memory_mb, now.free_memory_mb) // 10
+    return before.vms != now.vms or abs(before.free_memory_mb - now.free_memory_mb) > least
