@@ -3,13 +3,13 @@
 `TABLE` holds all of them. Importing this package fills it, but for what `agui/` and `mcp/` add of their own.
 """
 
+from ._admission import Admission, acting, begin, name_target
 from ._artifacts import artifact_problems
-from ._authorize import check_operation, check_permission
 from ._context import Context
 from ._deps import ApiDeps, DaemonInfo, Health
-from ._lookup import find_action, find_vm, open_log, select_vms, unreadable
+from ._images import REGISTRY_AUTH, admit_image, image_problem, image_problems, image_view, registry_auth
+from ._lookup import enter, find_action, find_vm, open_log, record_access, require_project, select_vms, unreadable
 from ._parameters import TEN_MINUTES, Described, QueryParameter
-from ._permission import Permission
 from ._results import Page, Shown, etag, show, view_type
 from ._schema import Schema, describe, owners, standalone
 from ._table import (
@@ -24,13 +24,15 @@ from ._table import (
     Anything,
     OneOf,
     Operation,
+    Recorded,
     Table,
     Tool,
 )
 from ._waiting import Waited, wait_for
 
 # In the order in which documents show them.
-from . import vms, snapshots, streams, guests, plugins, networks, templates, system  # isort: skip  # noqa: F401
+from . import vms, snapshots, forks, streams, guests, plugins, networks, images  # isort: skip  # noqa: F401
+from . import volumes, secrets, templates, projects, keys, hosts, system  # isort: skip  # noqa: F401
 
 from .networks import shown_networks
 
@@ -38,11 +40,13 @@ __all__ = [
     "ANY",
     "DEFAULT_WAIT_S",
     "OCTETS",
+    "REGISTRY_AUTH",
     "SQLITE",
     "TABLE",
     "TEN_MINUTES",
     "TIMEOUT",
     "WAIT",
+    "Admission",
     "Answer",
     "Anything",
     "ApiDeps",
@@ -53,22 +57,31 @@ __all__ = [
     "OneOf",
     "Operation",
     "Page",
-    "Permission",
     "QueryParameter",
+    "Recorded",
     "Schema",
     "Shown",
     "Table",
     "Tool",
     "Waited",
+    "acting",
+    "admit_image",
     "artifact_problems",
-    "check_operation",
-    "check_permission",
+    "begin",
     "describe",
+    "enter",
     "etag",
     "find_action",
     "find_vm",
+    "image_problem",
+    "image_problems",
+    "image_view",
+    "name_target",
     "open_log",
     "owners",
+    "record_access",
+    "registry_auth",
+    "require_project",
     "select_vms",
     "show",
     "shown_networks",

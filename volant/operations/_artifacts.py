@@ -1,8 +1,9 @@
 """Which files of this host a manifest may name.
 
-The daemon can read files that its clients can't. So a path counts only
+The daemon can read files that its clients can't. So a path counts only for administrators, as files of the host belong
+to no project, and of those only
 
-- below a directory that the operator has named (`artifact_dirs`), for every client;
+- below a directory that the operator has named (`artifact_dirs`);
 - for a client whose user is known: at a Unix socket, or over loopback without a key the daemon's own user. It is read
   at once, and with the rights of that user.
 
@@ -13,14 +14,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import trio
 
-from volant import images
+from volant import images, oci
 from volant.host import Credentials, loopback_peer_uid
 from volant.images import ArtifactCache, ImageError
-from volant.model import Artifact, Manifest, Problem
+from volant.model import Artifact, Manifest, Permission, Problem
 
 from ._context import Context
 
@@ -35,6 +37,24 @@ _STATUS = {
 """Of what a client can do something about; the rest is 503."""
 
 
+def check_every_host_has(manifest: Manifest) -> None:
+    """Checks that a manifest names nothing that only this host has. :raises Problem: 422 a file"""
+    boot = manifest.boot
+    named: dict[str, bool] = {}
+    for name in ("kernel", "initramfs", "rootfs"):
+        artifact: Artifact | None = getattr(boot, name, None)
+        named[f"boot.{name}.url"] = artifact is not None and images.local_path(artifact.url) is not None
+    if manifest.image is not None:
+        with suppress(oci.OciError):
+            named["boot.image.reference"] = not oci.parse_reference(manifest.image.reference).registry
+    for field, is_file in named.items():
+        if is_file:
+            raise Problem(
+                422, "file-of-one-host", f"{field} is a file of this host, and all hosts of the fleet have the plugin",
+                field=field, hint="serve the file over HTTPS, or push the image to a registry",
+            )  # fmt: skip
+
+
 async def admit(context: Context, manifest: Manifest) -> None:
     """Let a manifest name what it names: files of this host that only its client may read are in the cache then.
 
@@ -47,10 +67,10 @@ async def admit(context: Context, manifest: Manifest) -> None:
     for name in ("kernel", "initramfs", "rootfs"):
         artifact: Artifact | None = getattr(manifest.boot, name)
         path = None if artifact is None else images.local_path(artifact.url)
-        if artifact is None or path is None or artifacts.may_read(path) or await artifacts.has(artifact):
+        if artifact is None or path is None or may_name(context, path) or await artifacts.has(artifact):
             continue
         field = f"boot.{name}.url"
-        credentials = await _credentials(context)
+        credentials = await client_credentials(context)
         if credentials is None:
             raise Problem(
                 403, "artifact-not-allowed", f"{field} is a path of the daemon's host, and this client may name none",
@@ -61,9 +81,16 @@ async def admit(context: Context, manifest: Manifest) -> None:
             await artifacts.take(artifact, credentials)
 
 
-async def _credentials(context: Context) -> Credentials | None:
+def may_name(context: Context, path: Path) -> bool:
+    """Whether a caller may name a file below a directory that the operator has named."""
+    return context.caller.may(Permission.ADMIN) and context.deps.vms.artifacts.may_read(path)
+
+
+async def client_credentials(context: Context) -> Credentials | None:
     """The user of this host that asks; None: unknown, or without meaning."""
     scope, access = context.scope, context.deps.access
+    if not context.caller.may(Permission.ADMIN):
+        return None
     if any(name in _FORWARDED for name, _ in scope["headers"]):
         return None
     if scope["state"].get("unix"):

@@ -10,9 +10,11 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterable
-from typing import Any, get_args, get_origin
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 import msgspec
+from msgspec.structs import FieldInfo
 
 from volant.http import Nothing
 
@@ -38,7 +40,7 @@ def client_module(table: Table) -> str:
     classes = [_class(resource, operations) for resource, operations in resources.items()]
     text = "\n\n\n".join(classes)
     used = sorted({name for operations in resources.values() for each in operations for name in _model_names(each)})
-    named = ("body_of", "duration", "flag", "pairs", "part", "words")
+    named = ("body_of", "duration", "flag", "pairs", "part", "registry_headers", "words")
     helpers = sorted(name for name in named if re.search(rf"\b{name}\(", text))
     types = sorted(name for name in ("Collection", "Mapping", "Sequence") if re.search(rf"\b{name}\[", text))
     lines = [
@@ -79,6 +81,9 @@ def _method(operation: Operation) -> str:
         query.append(f'"{parameter.name or key}": {value}')
     if query:
         sent.insert(0, f"query={{{', '.join(query)}}}")
+    if operation.registry_auth:
+        keywords.append("registry_auth: str | None = None")
+        sent.append("headers=registry_headers(registry_auth)")
     waits = [] if operation.client_timeout_s is None else ["timeout_s=timeout_s"]
     if operation.idempotent:
         keywords.append("idempotency_key: str | None = None")
@@ -109,6 +114,8 @@ def _docstring(operation: Operation) -> list[str]:
     body = textwrap.fill(text.partition("\n\n")[0].replace("\n", " "), 108, break_on_hyphens=False)
     rest = text.partition("\n\n")[2]
     notes = [f":param {key}: {_lower(parameter.help)}" for key, parameter in operation.query.items()]
+    if operation.registry_auth:
+        notes.append(":param registry_auth: credentials for registries: the base64 of an auth file")
     if operation.client_timeout_s is not None:
         notes.append(":param timeout_s: how long to wait for the answer")
     parts = [body, *([textwrap.fill(rest.replace("\n", " "), 108, break_on_hyphens=False)] if rest else [])]
@@ -144,15 +151,25 @@ def _body(operation: Operation) -> tuple[str, str] | None:
         return None
     if isinstance(body, OneOf):
         return f"request: {' | '.join(each.__name__ for each in body.types)} | Mapping[str, Any]", "body_of(request)"
-    fields = msgspec.structs.fields(body)
-    if len(fields) == 1:
-        (field,) = fields
+    if (field := _only_member(body)) is not None:
         if field.required:
             return f"{field.name}: {_type(field.type)}", f'{{"{field.name}": {field.name}}}'
         return f"{field.name}: {_type(field.type)} = None", f"body_of({body.__name__}({field.name}))"
-    if any(field.required for field in fields):
+    if any(field.required for field in msgspec.structs.fields(body)):
         return f"request: {body.__name__} | Mapping[str, Any]", "body_of(request)"
     return f"request: {body.__name__} | Mapping[str, Any] | None = None", f"body_of(request or {body.__name__}())"
+
+
+def _only_member(body: type[msgspec.Struct]) -> FieldInfo | None:
+    """Returns the member of a body that has only this one, which clients pass by itself; None: they pass the body.
+
+    One of several types is passed in its body, which can be a mapping.
+    """
+    fields = msgspec.structs.fields(body)
+    if len(fields) != 1:
+        return None
+    kinds = [each for each in get_args(fields[0].type) if each is not type(None)]
+    return None if get_origin(fields[0].type) in (Union, UnionType) and len(kinds) > 1 else fields[0]
 
 
 def _client_default(parameter: QueryParameter) -> str:
@@ -180,6 +197,6 @@ def _model_names(operation: Operation) -> Iterable[str]:
     types = body.types if isinstance(body, OneOf) else (body,)
     for each in (answer, *types):
         if isinstance(each, type) and issubclass(each, msgspec.Struct) and each is not Nothing:
-            fields = msgspec.structs.fields(each)
-            if each is answer or len(fields) != 1 or not fields[0].required:
+            member = _only_member(each)
+            if each is answer or member is None or not member.required:
                 yield each.__name__

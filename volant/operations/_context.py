@@ -6,11 +6,9 @@ from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import trio
-
-from volant.http import interruptible
+from volant.http import Ending, interruptible, listed_project, one_project, seen_project
 from volant.journal import IdempotencyKey
-from volant.model import EventId, Problem
+from volant.model import Caller, EventId, Key
 from volant.vm import Version
 
 from ._deps import ApiDeps
@@ -29,6 +27,8 @@ class Context:
     """For the journal, of a request that may be sent again."""
     versions: Collection[Version] | None = None
     """States of the VM of which the caller wants one to be the present one; None when any will do."""
+    missing_hosts: set[str] = field(default_factory=set)
+    """Hosts of the fleet that did not say what they have, so the result lacks it."""
     since: EventId = field(init=False)
     """The newest event when the call began."""
 
@@ -36,19 +36,41 @@ class Context:
         self.since = self.deps.store.projection.last_event
 
     @property
-    def caller(self) -> str:
-        """Names who calls."""
-        caller: str = self.scope["state"]["caller"]
+    def caller(self) -> Caller:
+        """Who calls."""
+        caller: Caller = self.scope["state"]["caller"]
         return caller
 
     @property
-    def stopping(self) -> trio.Event:
-        """Set when the daemon stops."""
-        event: trio.Event = self.scope["state"]["stopping"]
-        return event
+    def project(self) -> str:
+        """The project that names are looked up in. :raises Problem: 400 the caller asks for all of them."""
+        return one_project(self.scope)
+
+    @property
+    def listed(self) -> str | None:
+        """The project whose things are listed; None: those of all."""
+        return listed_project(self.scope)
+
+    @property
+    def seen(self) -> str | None:
+        """The project whose part is shown of what all projects share; None: all of it."""
+        return seen_project(self.scope)
+
+    def named(self, name: str) -> Key:
+        """Returns what finds that name in the project. :raises Problem: see `project`."""
+        return Key(self.project, name)
+
+    @property
+    def stopping(self) -> Ending:
+        """Set when the daemon stops, or the caller's credentials end."""
+        ending: Ending = self.scope["state"]["stopping"]
+        return ending
 
     async def unless_stopping(self, wait: Callable[[], Awaitable[T]], otherwise: str = "the daemon stops") -> T:
-        """Waits for something that may take long. :raises Problem: 503 the daemon stops meanwhile."""
+        """Waits for something that may take long.
+
+        :raises Problem: 503 the daemon stops meanwhile, 401 the caller's credentials end
+        """
         done: list[T] = []
 
         async def run() -> None:
@@ -57,5 +79,5 @@ class Context:
         async with interruptible(self.stopping) as waits:
             await waits.until(run)
         if not done:
-            raise Problem(503, "daemon-stopping", otherwise, hint="call again when it is back")
+            raise self.stopping.problem(otherwise, hint="call again when it is back")
         return done[0]

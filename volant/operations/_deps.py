@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import datetime
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import msgspec
 
-from actors import Ref
+from volant.egress import EgressActivity
 from volant.host import Host
 from volant.http import Access
-from volant.journal import Backups, Journal, Store, VmLogs
+from volant.identity import NamedKeys
+from volant.journal import Backups, JournalRef, Recorder, Store, VmLogs
+from volant.oci import ImageLibrary
+from volant.transfer import Transfers
 from volant.vm import Vms
 
-from ._permission import Permission
+if TYPE_CHECKING:
+    # Few hosts are in a fleet.
+    from volant.fleet import Fleet
 
 Health = Literal["ok", "starting", "stopping", "degraded"]
 
@@ -40,12 +45,18 @@ class ApiDeps(msgspec.Struct, frozen=True, kw_only=True):
     """What operations and their adapters use of the daemon."""
 
     vms: Vms
-    journal: Ref[Journal]
+    journal: JournalRef
     store: Store
     logs: VmLogs
     backups: Backups
     host: Host
+    oci: ImageLibrary
+    transfers: Transfers
     system: DaemonInfo
     access: Access
-    allows: Callable[[str | None, Permission], bool] = lambda caller, permission: True
-    """Whether a caller has a permission. Whoever has a key has all of them."""
+    keys: NamedKeys
+    egress: EgressActivity
+    """What VMs with an egress policy were denied."""
+    recorder: Recorder
+    fleet: Fleet | None = None
+    """None: the host is in no fleet."""

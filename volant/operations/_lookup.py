@@ -5,32 +5,61 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
+from volant.channel import AgentClient
 from volant.journal import VmLog
-from volant.model import Action, Problem, VmRow
+from volant.model import Action, Key, Problem, VmRow, current_cause, no_such_project
 
 from ._deps import ApiDeps
 
 _SHOWN = 20
 
 
-def find_vm(deps: ApiDeps, name: str) -> VmRow:
-    """The row of the VM of this name. :raises Problem: 404."""
-    return deps.store.projection.require(name)
+def find_vm(deps: ApiDeps, vm: Key) -> VmRow:
+    """The row of a VM. :raises Problem: 404."""
+    return deps.store.projection.require(vm)
+
+
+async def enter(deps: ApiDeps, vm: Key, detail: str = "") -> tuple[VmRow, AgentClient]:
+    """Returns a VM and a client of its agent, and records the access.
+
+    :param detail: what is reached, for the record
+    :raises Problem: 404; 409 it does not run; 503 the access can't be recorded.
+    """
+    row = find_vm(deps, vm)
+    client = deps.vms.streams.agent(vm)
+    await record_access(deps, row, detail)
+    return row, client
+
+
+async def record_access(deps: ApiDeps, row: VmRow, detail: str = "") -> None:
+    """Records that the caller is about to reach into a guest. :raises Problem: 503 it can't be recorded."""
+    if current_cause.get() is None:
+        raise RuntimeError(f"access to VM {row.name} has no cause to record")
+    await deps.recorder.begin(row.id, detail)
+
+
+def require_project(deps: ApiDeps, name: str) -> None:
+    """:raises Problem: 404 there is no such project."""
+    if deps.store.projection.project(name) is None:
+        raise no_such_project(name)
 
 
 def select_vms(
     deps: ApiDeps,
+    project: str | None,
     *,
     states: Collection[str] = (),
     plugins: Collection[str] = (),
     labels: Mapping[str, str] | None = None,
 ) -> list[VmRow]:
-    """The VMs in one of these states, of one of these plugins, with all of these labels; by id."""
+    """The VMs of a project (None: of all) in one of these states, of one of these plugins, with all of these labels; by
+    id."""
     wanted = (labels or {}).items()
     return [
         row
         for row in deps.store.projection.rows()
-        if (not states or row.status in states)
+        if project in (None, row.project)
+        and (not states or row.status in states)
         and (not plugins or row.plugin in plugins)
         and (not wanted or wanted <= row.labels.items())
     ]
@@ -39,7 +68,7 @@ def select_vms(
 def open_log(deps: ApiDeps, row: VmRow) -> VmLog:
     """The log of a VM. :raises Problem: 503 the disk can't be read."""
     with unreadable(row.name):
-        return deps.logs.open(row.id, row.name)
+        return deps.logs.open(row.id, row.key)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ An operation names its parameters in its signature: `grace_s: Annotated[float, S
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from types import GenericAlias
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -51,6 +51,10 @@ class QueryParameter(msgspec.Struct, frozen=True, kw_only=True):
         text = query.text(name)
         return default if text is None else text
 
+    def texts(self, value: Any) -> list[str]:
+        """Returns the texts in a query that `read` makes this value of."""
+        return [] if value is None else [str(value)]
+
 
 class Text(QueryParameter, frozen=True, kw_only=True):
     """Text, or with `of` a narrower type of text, which the operation checks."""
@@ -74,6 +78,9 @@ class Flag(QueryParameter, frozen=True, kw_only=True):
 
     def read(self, query: Query, name: str, default: Any) -> bool:
         return query.flag(name, default)
+
+    def texts(self, value: bool) -> list[str]:
+        return [str(value).lower()]
 
 
 class Integer(QueryParameter, frozen=True, kw_only=True):
@@ -118,6 +125,9 @@ class Seconds(QueryParameter, frozen=True, kw_only=True):
     def read(self, query: Query, name: str, default: Any) -> float:
         return query.duration(name, default, maximum_s=self.maximum)
 
+    def texts(self, value: float) -> list[str]:
+        return [f"{round(value * 1000)}ms"]
+
 
 class Words(QueryParameter, frozen=True, kw_only=True):
     """Some of a set of words, comma-separated or repeated. `of`: an enumeration, a `Literal`, or the words."""
@@ -143,6 +153,9 @@ class Words(QueryParameter, frozen=True, kw_only=True):
     def read(self, query: Query, name: str, default: Collection[str]) -> Collection[str]:
         return query.words(name, self.allowed) or default
 
+    def texts(self, value: Collection[str]) -> list[str]:
+        return [",".join(map(str, value))] if value else []
+
 
 class Names(QueryParameter, frozen=True, kw_only=True):
     """Names, each in a parameter of its own."""
@@ -160,6 +173,9 @@ class Names(QueryParameter, frozen=True, kw_only=True):
 
     def read(self, query: Query, name: str, default: Collection[str]) -> Collection[str]:
         return query.names(name) or default
+
+    def texts(self, value: Collection[str]) -> list[str]:
+        return list(value)
 
 
 class LabelPairs(QueryParameter, frozen=True, kw_only=True):
@@ -179,6 +195,9 @@ class LabelPairs(QueryParameter, frozen=True, kw_only=True):
 
     def read(self, query: Query, name: str, default: Any) -> dict[str, str]:
         return query.labels(name)
+
+    def texts(self, value: Mapping[str, str]) -> list[str]:
+        return [f"{key}={text}" for key, text in value.items()]
 
 
 class Described(msgspec.Struct, frozen=True):

@@ -13,12 +13,15 @@ from volant.journal import (
     NetworkCreated,
     PluginChanged,
     PluginInstalled,
+    ProjectCreated,
     SnapshotTaken,
     VmChanged,
     VmCreated,
     VmForked,
+    VolumeChanged,
+    VolumeCreated,
 )
-from volant.model import NetworkView, PluginView, SnapshotView, VmView
+from volant.model import NetworkView, PluginView, ProjectView, SnapshotView, VmView, VolumeView
 
 T = TypeVar("T")
 
@@ -27,12 +30,14 @@ class Page(Generic[T], msgspec.Struct, frozen=True):
     """A part of a list."""
 
     items: Sequence[T]
-    total: int
-    """How many fit, on all pages."""
+    total: int | None
+    """How many fit, on all pages; None: not all hosts of the fleet were asked."""
     next_cursor: int | None
     """None on the last page."""
     event_id: str
     """The event up to which the list is true."""
+    cursors: Sequence[int]
+    """For each item, what continues after it."""
 
 
 class Shown(msgspec.Struct, frozen=True):
@@ -61,6 +66,12 @@ def show(result: Any) -> Shown:
             return Shown(snapshot, location=f"/api/v1/snapshots/{quote(snapshot.name)}")
         case NetworkCreated(network=network):
             return Shown(network, location=f"/api/v1/networks/{quote(network.name)}")
+        case ProjectCreated(project=project):
+            return Shown(project, location=f"/api/v1/projects/{quote(project.name)}")
+        case VolumeCreated(volume=volume):
+            return Shown(volume, location=f"/api/v1/volumes/{quote(volume.name)}")
+        case VolumeChanged(volume=volume):
+            return Shown(volume)
         case PluginInstalled(plugin=plugin):
             return Shown(plugin, location=f"/api/v1/plugins/{quote(plugin.name)}")
         case PluginChanged(plugin=plugin):
@@ -76,6 +87,9 @@ _VIEWS: dict[Any, Any] = {
     VmForked: list[VmView],
     SnapshotTaken: SnapshotView,
     NetworkCreated: NetworkView,
+    ProjectCreated: ProjectView,
+    VolumeCreated: VolumeView,
+    VolumeChanged: VolumeView,
     PluginInstalled: PluginView,
     PluginChanged: PluginView,
 }
@@ -95,4 +109,4 @@ def has_etag(result: Any) -> bool:
 
 def has_location(result: Any) -> bool:
     """Whether results of a type are something new, with a path of its own."""
-    return result in (VmCreated, SnapshotTaken, NetworkCreated, PluginInstalled)
+    return result in (VmCreated, SnapshotTaken, NetworkCreated, ProjectCreated, VolumeCreated, PluginInstalled)

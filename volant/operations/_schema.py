@@ -5,12 +5,19 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+import threading
 from collections.abc import Iterator
+from functools import cache
+from itertools import pairwise
 from typing import Any, get_args, get_type_hints, is_typeddict
 
 import msgspec
 
 Schema = dict[str, Any]
+
+_SYNTAX_TREES = threading.Lock()
+"""Held by a thread while it makes syntax trees. On Python 3.11, all threads share one count of the depth, so two at
+once may fail with a SystemError: garbage collection can run Python code half-way, and another thread goes on there."""
 
 
 def standalone(kind: type[msgspec.Struct]) -> Schema:
@@ -45,22 +52,38 @@ def owners(kind: Any) -> Iterator[type]:
 
 def describe(owner: type, schema: Schema) -> None:
     """Put the text under each member, that of the class, and what its types can't say into its schema."""
-    try:
-        source = inspect.getsource(owner)
-    except OSError:
-        # A type that is made by a call, as its members' names are no names of Python's, describes none of them.
+    texts = _member_texts(owner)
+    if texts is None:
         return
-    definition = ast.parse(textwrap.dedent(source)).body[0]
-    assert isinstance(definition, ast.ClassDef)
     wire = dict(
         zip(*(getattr(owner, name, ()) for name in ("__struct_fields__", "__struct_encode_fields__")), strict=True)
     )
-    for member, after in zip(definition.body, definition.body[1:], strict=False):
-        match member, after:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                described = schema["properties"].get(wire.get(name, name))
-                if described is not None:
-                    described["description"] = " ".join(text.split())
+    for name, text in texts.items():
+        described = schema["properties"].get(wire.get(name, name))
+        if described is not None:
+            described["description"] = text
     if "description" in schema:
         schema["description"] = " ".join(schema["description"].split())
     schema.update(getattr(owner, "SCHEMA", {}))
+
+
+@cache
+def _member_texts(owner: type) -> dict[str, str] | None:
+    """Returns the text under each member of a class; None for a class without source.
+
+    A type that is made by a call, as its members' names are no names of Python's, has no source.
+    """
+    # On Python 3.11, `getsource` parses the whole module.
+    with _SYNTAX_TREES:
+        try:
+            source = inspect.getsource(owner)
+        except OSError:
+            return None
+        definition = ast.parse(textwrap.dedent(source)).body[0]
+    assert isinstance(definition, ast.ClassDef)
+    texts = {}
+    for member, after in pairwise(definition.body):
+        match member, after:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                texts[name] = " ".join(text.split())
+    return texts

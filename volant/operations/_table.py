@@ -10,17 +10,18 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from enum import Enum
 from functools import cached_property
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import msgspec
 
 from volant.http import JSON, Nothing
-from volant.model import WAIT_STATES, Status
+from volant.model import WAIT_STATES, Permission, Status
 
 from ._parameters import Described, QueryParameter, Seconds, Words
-from ._permission import Permission
 from ._results import has_etag, has_location, view_type
+from ._spans import Spans, spanning
 
 F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
 
@@ -48,6 +49,14 @@ _IDEMPOTENCY_KEY = Described(
     place="header",
 )
 
+_REGISTRY_AUTH = Described(
+    "Volant-Registry-Auth",
+    str,
+    "Credentials for registries: the base64 of a file as `skopeo login --authfile` writes it. Used for this image "
+    "alone, and not kept",
+    place="header",
+)
+
 
 class OneOf(msgspec.Struct, frozen=True):
     """A body of one of these types."""
@@ -68,6 +77,8 @@ class Answer(msgspec.Struct, frozen=True):
     items: tuple[Any, ...] = ()
     streams: bool = False
     """Whether it may also come as server-sent events, one JSON object each."""
+    lines: bool = False
+    """Whether it may also come as lines, one JSON object each."""
 
 
 class Tool(msgspec.Struct, frozen=True):
@@ -82,6 +93,16 @@ class Tool(msgspec.Struct, frozen=True):
     """Whether doing it twice does no more than doing it once."""
     body: type[msgspec.Struct] | None = None
     """Of an operation that takes one of several bodies, which one."""
+
+
+class Recorded(Enum):
+    """What the audit log has of an operation (docs/explanation/audit.md)."""
+
+    NOT = "not"
+    """Nothing: it only reads what the daemon knows."""
+    CHANGE = "change"
+    ACCESS = "access"
+    """It reaches into a guest."""
 
 
 class Operation(msgspec.Struct, frozen=True, eq=False, kw_only=True, dict=True):
@@ -100,6 +121,8 @@ class Operation(msgspec.Struct, frozen=True, eq=False, kw_only=True, dict=True):
     body_media: str | None = None
     """The only type of content that is taken; the body must be there then."""
     body_optional: bool = False
+    examples: Mapping[str, Anything] = msgspec.field(default_factory=dict)
+    """Bodies to begin with, by what they are for."""
     query: Mapping[str, QueryParameter] = msgspec.field(default_factory=dict)
     """By the name in Python."""
     described: tuple[Described, ...] = ()
@@ -114,8 +137,20 @@ class Operation(msgspec.Struct, frozen=True, eq=False, kw_only=True, dict=True):
     waits_for: Status | None = None
     """The status that the VM is on its way to afterwards; clients may wait for it."""
     if_match: bool = False
+    registry_auth: bool = False
+    """Whether it may come with credentials for registries."""
     secret: bool = False
     """Whether the answer holds a secret, so that nothing on its way may keep it."""
+    journaled: bool = False
+    """Whether its change is a transaction of the journal, which has its record, so that none is needed before it."""
+    vm_in_query: bool = False
+    """Whether the parameter `vm` names the VM that it is about."""
+    spans: bool = False
+    """Whether, in a fleet, its result is that of all hosts together."""
+    only_reads: bool = False
+    """Whether it needs more than `view` and still only reads what the daemon has, so that it has no record."""
+    each_minute: bool = False
+    """Whether one record a minute is enough, for each caller and place: it is used in large numbers."""
     tools: tuple[Tool, ...] = ()
     client: str | None = None
     """The method of the client: `vms.pause`."""
@@ -126,6 +161,15 @@ class Operation(msgspec.Struct, frozen=True, eq=False, kw_only=True, dict=True):
     def arguments(self) -> tuple[str, ...]:
         """The names in the path."""
         return tuple(re.findall(r"{(\w+)}", self.path))
+
+    @cached_property
+    def recorded(self) -> Recorded:
+        """What the audit log has of it, which follows from the permission."""
+        if self.only_reads or self.permission in (Permission.PUBLIC, Permission.VIEW):
+            return Recorded.NOT
+        if self.permission is Permission.USE:
+            return Recorded.ACCESS
+        return Recorded.NOT if self.permission is Permission.ADMIN and self.method == "GET" else Recorded.CHANGE
 
     @cached_property
     def status(self) -> int:
@@ -155,6 +199,8 @@ class Operation(msgspec.Struct, frozen=True, eq=False, kw_only=True, dict=True):
         shown += self.described
         if self.if_match:
             shown.append(_IF_MATCH)
+        if self.registry_auth:
+            shown.append(_REGISTRY_AUTH)
         if self.call is not None and self.method == "GET" and self.has_etag:
             shown.append(_IF_NONE_MATCH)
         if self.idempotent:
@@ -228,7 +274,11 @@ class Table:
         idempotent: bool = False,
         waits_for: Status | None = None,
         if_match: bool = False,
+        registry_auth: bool = False,
         secret: bool = False,
+        journaled: bool = False,
+        spans: Spans[Any] | None = None,
+        examples: Mapping[str, Anything] | None = None,
         tool: Tool | tuple[Tool, ...] | bool = False,
         client: str | None = None,
         client_timeout_s: float | None = None,
@@ -240,6 +290,8 @@ class Table:
         :param route: a method and a path
         :param answer: what a successful response holds
         :param status: of that; default 200, or 204 for a function that returns None
+        :param spans: in a fleet, the result is that of all hosts together, made in this way; None: that of one host
+        :param examples: bodies to begin with, by what they are for
         :param tool: how models see it; True: by its own texts
         :param client: the method of the client, where it does not follow from the name
         """
@@ -254,6 +306,7 @@ class Table:
                 *(("Location",) if has_location(gives) else ()),
                 *(("ETag",) if has_etag(gives) else ()),
                 *(("Volant-Wait",) if waits_for is not None else ()),
+                *(("Volant-Missing-Hosts",) if spans is not None else ()),
                 *(("Idempotency-Replayed",) if idempotent else ()),
             )
             code = status or (204 if of is None else 200)
@@ -262,6 +315,15 @@ class Table:
                 answers[304] = Answer("The client has it already", headers=("ETag",))
             summary, _, details = inspect.cleandoc(function.__doc__ or "").partition("\n\n")
             name = function.__name__
+            query = {
+                name: found
+                for name, hint in hints.items()
+                if get_origin(hint) is Annotated
+                for found in get_args(hint)
+                if isinstance(found, QueryParameter)
+            }
+            if spans is not None:
+                function = cast(F, spanning(function, path, query, spans))
             tools = tool if isinstance(tool, tuple) else (tool,) if isinstance(tool, Tool) else (Tool(),) * tool
             self.add(
                 Operation(
@@ -275,19 +337,17 @@ class Table:
                     body=_body_of(hints, method),
                     body_optional=inspect.signature(function).parameters.get("body", _REQUIRED).default
                     is not inspect.Parameter.empty,
-                    query={
-                        name: found
-                        for name, hint in hints.items()
-                        if get_origin(hint) is Annotated
-                        for found in get_args(hint)
-                        if isinstance(found, QueryParameter)
-                    },
+                    examples=examples or {},
+                    query=query,
                     errors=(*errors, *((409, 422) if idempotent else ()), *((412,) if if_match else ())),
                     call=function,
                     idempotent=idempotent,
                     waits_for=waits_for,
                     if_match=if_match,
+                    registry_auth=registry_auth,
                     secret=secret,
+                    journaled=journaled,
+                    spans=spans is not None,
                     tools=tools,
                     client=client or _client_name(name, path),
                     client_timeout_s=client_timeout_s,

@@ -21,6 +21,8 @@ async def wait_for(context: Context, result: Any, states: Collection[str], timeo
     """Waits for the VMs of a result; returns them as they are then, and how the wait ended.
 
     A daemon that stops ends the wait, as if the time were up: the client can wait on when it is back.
+
+    :raises Problem: 401 the caller's credentials ended
     """
     vms, store = context.deps.vms, context.deps.store
     ids = [vm.id for vm in result.copies] if isinstance(result, VmForked) else [result.vm.id]
@@ -36,6 +38,8 @@ async def wait_for(context: Context, result: Any, states: Collection[str], timeo
 
     async with interruptible(context.stopping) as waits:
         await waits.until(wait_for_all)
+    if context.stopping.reason is not None:
+        raise context.stopping.problem()
     rows = [row for row in map(store.projection.by_id, ids) if row is not None]
     if isinstance(result, VmForked):
         result = VmForked.of(rows)

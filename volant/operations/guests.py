@@ -1,13 +1,14 @@
-"""Into a VM: its agent, files, console, ports, browser and workload. Adapters serve all of it by hand."""
+"""Into a VM: its agent, files, console, ports, browser and workload. Adapters serve nearly all of it by hand."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Annotated, Literal
+from urllib.parse import urlencode
 
 import msgspec
 
-from volant.model import ConsoleGap
+from volant.model import ConsoleGap, OpenPort, Permission, PortOriginView, Problem
 from volant.model.agent_types import (
     ExecEnd,
     ExecGap,
@@ -20,8 +21,9 @@ from volant.model.agent_types import (
     Info,
 )
 
+from ._context import Context
+from ._lookup import find_vm
 from ._parameters import Described
-from ._permission import Permission
 from ._table import ANY, TABLE, Answer, Anything
 
 _VM = "/api/v1/vms/{name}"
@@ -34,6 +36,7 @@ TABLE.declare(
     "Check the agent and its workload",
     answers={200: Answer("The agent has answered", Healthz)},
     errors=(409, 502),
+    each_minute=True,
 )
 TABLE.declare(
     f"GET {_VM}/agent/v1/info",
@@ -42,6 +45,7 @@ TABLE.declare(
     "Show the guest",
     answers={200: Answer("Kernel, uptime, memory, workload", Info)},
     errors=(409, 502),
+    each_minute=True,
 )
 TABLE.declare(
     f"POST {_VM}/agent/v1/exec",
@@ -54,6 +58,10 @@ TABLE.declare(
         )
     },
     body=ExecRequest,
+    examples={
+        "A command": {"command": ["uname", "-a"]},
+        "A shell": {"command": ["sh", "-c", "ls | wc -l"], "cwd": "/etc", "timeout_s": 10},
+    },
     errors=(409, 502, 503),
     details="A client that leaves ends the command.",
 )
@@ -94,6 +102,7 @@ TABLE.declare(
         200: Answer("At most 16, the oldest first; one that has ended is kept for 10 minutes", ExecSessions),
     },
     errors=(409, 502, 503),
+    each_minute=True,
 )
 TABLE.declare(
     f"GET {_VM}/agent/v1/exec/sessions/{{id}}",
@@ -102,6 +111,7 @@ TABLE.declare(
     "Get a detached command",
     answers={200: Answer("The command", ExecSession)},
     errors=(409, 502, 503),
+    each_minute=True,
 )
 TABLE.declare(
     f"DELETE {_VM}/agent/v1/exec/sessions/{{id}}",
@@ -207,6 +217,7 @@ def _relayed(resource: str, path: str, summary: str) -> None:
             answers=answers,
             body=bytes if method in ("POST", "PUT", "PATCH") else None,
             errors=(409, 502),
+            each_minute=True,
             details="WebSockets too. The last part of the path may have slashes, and may be empty.",
         )
 
@@ -228,6 +239,7 @@ def _devtools(route: str, name: str, summary: str, answer: Answer, *errors: int)
         answers={200 if answer.type is not None else 101: answer},
         errors=(409, 502, 503, *errors),
         credentials_in_query=True,
+        each_minute=name in ("version", "list", "json", "protocol"),
     )
 
 
@@ -257,6 +269,43 @@ _devtools("GET browser", "websocket", "Control the browser (WebSocket)", _CDP, 4
 _devtools("GET browser/{target}", "browser_websocket", "The same, by the browser's id (WebSocket)", _CDP, 426)
 _devtools("GET page/{target}", "page_websocket", "Control a page (WebSocket)", _CDP, 426)
 
+
+@TABLE.operation(
+    f"POST {_VM}/origins",
+    permission=Permission.USE,
+    answer="The address, and a link that opens it",
+    errors=(409, 503),
+    secret=True,
+    examples={"A server": {"port": 8080}},
+)
+async def open_port(context: Context, name: str, *, body: OpenPort) -> PortOriginView:
+    """Open a port of a VM at an origin of its own, where the scripts and cookies of its pages work.
+
+    On loopback that is `{port}-{id}.localhost`; else it is below a name of `*.` in the daemon's `allowed_hosts`, and
+    409 without one, or if another host of the fleet has the VM. Where keys are in force, the link hands over a grant,
+    which lasts as long as the credentials of this request, 12 hours at most.
+    """
+    row = find_vm(context.deps, context.named(name))
+    access, fleet = context.deps.access, context.deps.fleet
+    if fleet is not None and context.scope["state"].get("forwarded") is not None:
+        # The link would lead to the host that the client has asked, whose origins are those of its own VMs.
+        raise Problem(
+            409, "port-elsewhere", f"VM {name!r} is on the host {fleet.host!r}, which alone has origins for its ports",
+            hint=f"open it from the console of {fleet.host}, or use `volar vms forward`, which works at any host",
+            vm=name,
+        )  # fmt: skip
+    origin = access.port_address(context.scope, row.id, body.port)
+    if origin is None:
+        raise Problem(
+            409, "no-port-domain", "this daemon has no name below which ports can have origins of their own",
+            hint="add one to allowed_hosts, such as *.volant.example.com, with its DNS entry and its certificate; or "
+            "use `volar vms forward`", vm=name,
+        )  # fmt: skip
+    ticket = access.port_ticket(context.caller, row.id, body.port)
+    opened = f"/.volant/open?{urlencode({'ticket': ticket, 'to': body.path})}" if ticket is not None else body.path
+    return PortOriginView(origin, origin + opened)
+
+
 TABLE.declare(
     f"POST {_VM}/actions/{{plugin}}/{{action}}",
     "call_action",
@@ -276,4 +325,5 @@ TABLE.declare(
     errors=(502,),
     details="A running workload is asked first, at the path of the manifest or at `/openapi.json`; if it has no valid "
     "one, the manifest's own counts.",
+    each_minute=True,
 )

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from volant.journal import AddNetwork, NetworkCreated, Projection, RemoveNetwork, ask_journal
-from volant.model import CreateNetwork, Network, NetworkView, network_view, no_such_network
+from volant.model import CreateNetwork, Network, NetworkView, Permission, network_view, no_such_network
 
 from ._context import Context
-from ._permission import Permission
 from ._table import TABLE, Tool
 
 
 @TABLE.operation("GET /api/v1/networks", permission=Permission.VIEW, answer="By name")
 async def list_networks(context: Context) -> list[NetworkView]:
     """List networks in which VMs reach each other."""
-    return shown_networks(context.deps.store.projection)
+    return shown_networks(context.deps.store.projection, context.listed)
 
 
 @TABLE.operation(
@@ -21,7 +20,7 @@ async def list_networks(context: Context) -> list[NetworkView]:
     permission=Permission.CONTROL,
     status=201,
     answer="It is there",
-    errors=(503,),
+    errors=(404, 503),
     idempotent=True,
     tool=Tool(
         "networks_create",
@@ -29,20 +28,22 @@ async def list_networks(context: Context) -> list[NetworkView]:
         "Make a network in which VMs reach each other by their names; pass its name as `network` to vms_create. VMs "
         "elsewhere do not reach those in it.",
     ),
+    journaled=True,
+    examples={"A network": {"name": "back"}},
 )
 async def create_network(context: Context, *, body: CreateNetwork) -> NetworkCreated:
     """Create a network.
 
     VMs that are created with its name as `network` are in it, and reach each other there, by their names.
     """
-    return NetworkCreated.of(await ask_journal(context.deps.journal, AddNetwork(body, context.key)))
+    return NetworkCreated.of(await ask_journal(context.deps.journal, AddNetwork(body, context.project, context.key)))
 
 
 @TABLE.operation("GET /api/v1/networks/{name}", permission=Permission.VIEW, answer="The network")
 async def get_network(context: Context, name: str) -> NetworkView:
     """Get a network, with the VMs in it."""
     projection = context.deps.store.projection
-    found = projection.networks.get(name)
+    found = projection.networks.get(context.named(name))
     if found is None:
         raise no_such_network(name)
     return _shown(found, projection)
@@ -51,25 +52,27 @@ async def get_network(context: Context, name: str) -> NetworkView:
 @TABLE.operation(
     "DELETE /api/v1/networks/{name}",
     permission=Permission.CONTROL,
-    answer="Removed",
+    answer="Deleted",
     errors=(409, 503),
     tool=Tool(
         "networks_delete",
         "Delete a network",
-        "Remove a network that no VM is in; while one is, delete that first, with vms_delete.",
+        "Delete a network that no VM is in; while one is, delete that first, with vms_delete.",
         destructive=True,
         idempotent=True,
     ),
+    journaled=True,
 )
-async def remove_network(context: Context, name: str) -> None:
-    """Remove a network that no VM is in."""
-    await ask_journal(context.deps.journal, RemoveNetwork(name))
+async def delete_network(context: Context, name: str) -> None:
+    """Delete a network that no VM is in."""
+    await ask_journal(context.deps.journal, RemoveNetwork(context.named(name)))
 
 
-def shown_networks(projection: Projection) -> list[NetworkView]:
-    """Returns all, by name."""
-    return [_shown(network, projection) for _, network in sorted(projection.networks.items())]
+def shown_networks(projection: Projection, project: str | None) -> list[NetworkView]:
+    """Returns those of a project, by name; None: of all projects."""
+    networks = sorted(projection.networks.items())
+    return [_shown(network, projection) for key, network in networks if project in (None, key.project)]
 
 
 def _shown(network: Network, projection: Projection) -> NetworkView:
-    return network_view(network, projection.members(network.name))
+    return network_view(network, projection.members(network.key))

@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from types import GenericAlias
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from volant.http import MAX_INTEGER
-from volant.model import Event, EventType, LogGap, LogLine, Name, StreamGap, Time
+from volant.model import (
+    IMAGE_EVENTS,
+    VM_EVENTS,
+    AuditGap,
+    AuditRecord,
+    Event,
+    EventType,
+    LogGap,
+    LogLine,
+    Name,
+    Permission,
+    StreamGap,
+    Time,
+)
 
 from ._parameters import Described
-from ._permission import Permission
 from ._table import TABLE, Answer
 
+
+def _types(kinds: tuple[EventType, ...]) -> Described:
+    """Returns the parameter by which a stream has only events of some types."""
+    names: Any = tuple(str(kind) for kind in kinds)
+    return Described(
+        "types", Annotated[GenericAlias(list, Literal[names]), msgspec.Meta(min_length=1)], "Of these types"
+    )
+
+
+_SEQ = Annotated[int, msgspec.Meta(ge=0, le=MAX_INTEGER)]
 _LABEL = Described(
     "label", Annotated[str, msgspec.Meta(pattern="^[^=]+=")], "`key=value`; all of them must hold", repeated=True
 )
@@ -28,12 +51,59 @@ TABLE.declare(
         Described("last_event_id", str, "After this event; wins over `since`"),
         Described("Last-Event-ID", str, "After this event; wins over both", place="header"),
         Described("vm", Name, "Of this VM"),
-        Described("types", Annotated[list[EventType], msgspec.Meta(min_length=1)], "Of these types"),
+        _types(VM_EVENTS),
         _LABEL,
         Described("on_gap", Literal["410"], "410 instead of a `STREAM_GAP` when events are not kept"),
     ),
     errors=(410,),
     credentials_in_query=True,
+)
+
+TABLE.declare(
+    "GET /api/v1/events/images",
+    "image_events",
+    Permission.VIEW,
+    "Follow what happens to OCI images",
+    answers={200: Answer("Server-sent events", str, "text/event-stream", items=(Event, StreamGap))},
+    described=(
+        Described("since", str, "After this event; `0` for the oldest kept"),
+        Described("last_event_id", str, "After this event; wins over `since`"),
+        Described("Last-Event-ID", str, "After this event; wins over both", place="header"),
+        _types(IMAGE_EVENTS),
+        Described("on_gap", Literal["410"], "410 instead of a `STREAM_GAP` when events are not kept"),
+    ),
+    errors=(410,),
+    credentials_in_query=True,
+)
+
+TABLE.declare(
+    "GET /api/v1/audit",
+    "audit",
+    Permission.ADMIN,
+    "Read the audit log",
+    answers={
+        200: Answer(
+            "The oldest first", list[AuditRecord], headers=("Link",), items=(AuditGap,), streams=True, lines=True
+        )
+    },
+    described=(
+        Described("caller", str, "By this caller: its name or its id"),
+        Described("operation", str, "Calls of this operation"),
+        Described("target", str, "About the object with this name"),
+        Described("request_id", str, "Of this request"),
+        Described("since", Time, "From this time on, to the second"),
+        Described("until", Time, "Before this time, to the second"),
+        Described("cursor", _SEQ, "After the record with this `seq`; as in the `Link` before"),
+        Described("tail", Annotated[int, msgspec.Meta(ge=0, le=1000)], "The newest N records, instead of `cursor`"),
+        Described("limit", Annotated[int, msgspec.Meta(ge=1, le=1000)], "Maximum records in a page; default 1000"),
+        Described("follow", bool, "With `application/x-ndjson`: whether to continue with new records"),
+        Described("Last-Event-ID", str, "Of a stream: after this record; wins over `cursor`", place="header"),
+    ),
+    errors=(503,),
+    credentials_in_query=True,
+    details="With `Accept: application/x-ndjson` all that fit, one object a line; with `text/event-stream` as events "
+    "of the type `AUDIT`, and then new ones as they are written. A stream has an `AuditGap` in place of records that "
+    "are not kept. `?project=` names a project; without it those of all projects come.",
 )
 
 _LOG_PARAMETERS = (
@@ -57,17 +127,18 @@ _LOG_PARAMETERS = (
 TABLE.declare(
     "GET /api/v1/vms/{name}/logs",
     "vm_logs",
-    Permission.VIEW,
+    Permission.USE,
     "Read the log of a VM: its console and its workload",
     answers={200: Answer("One JSON object a line", str, "application/x-ndjson", items=(LogLine, LogGap))},
     described=_LOG_PARAMETERS,
     errors=(503,),
     details="By default everything that is kept, without following.",
+    only_reads=True,
 )
 TABLE.declare(
     "GET /ws/v1/vms/{name}/logs",
     "vm_logs_websocket",
-    Permission.VIEW,
+    Permission.USE,
     "The same as a WebSocket",
     answers={101: Answer("One JSON object a text message", items=(LogLine, LogGap))},
     described=_LOG_PARAMETERS,
@@ -75,4 +146,5 @@ TABLE.declare(
     credentials_in_query=True,
     details="By default the last 100 lines, and following. Closes with 1000 when the VM is deleted or the wanted part "
     "is through, with 1001 when the daemon stops.",
+    only_reads=True,
 )

@@ -9,14 +9,17 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Annotated, cast
 
+import msgspec
+
 from volant import __version__
-from volant.http import TICKET_S, Nothing
+from volant.http import TICKET_S, Nothing, for_ticket, names_project
 from volant.journal import VmCreated
 from volant.model import (
     ArtifactView,
     Health,
     Name,
     OrphanView,
+    Permission,
     Problem,
     Pruned,
     Restored,
@@ -32,8 +35,7 @@ from volant.model.agent import DEFAULT_GRACE_S, MAX_GRACE_S
 
 from ._context import Context
 from ._parameters import Described, Flag, Seconds, Text, Words
-from ._permission import Permission
-from ._table import OCTETS, SQLITE, TABLE, Answer, Anything
+from ._table import ANY, OCTETS, SQLITE, TABLE, Answer, Anything
 
 _ORPHAN = "/api/v1/system/orphans/{mark}"
 
@@ -65,6 +67,7 @@ async def system_status(context: Context) -> SystemStatus:
     answer="Durable, over restarts of the daemon and of the host",
     errors=(503,),
     client="system.drain",
+    journaled=True,
 )
 async def drain(
     context: Context,
@@ -95,6 +98,7 @@ async def drain(
     answer="Durable",
     errors=(503,),
     client="system.undrain",
+    journaled=True,
 )
 async def undrain(context: Context) -> SystemStatus:
     """Let VMs start again; those that waited do."""
@@ -102,7 +106,7 @@ async def undrain(context: Context) -> SystemStatus:
     return await system_status(context)
 
 
-@TABLE.operation("GET /api/v1/system/info", permission=Permission.VIEW, answer="Its shape is no contract")
+@TABLE.operation("GET /api/v1/system/info", permission=Permission.ADMIN, answer="Its shape is no contract")
 async def system_info(context: Context) -> Anything:
     """Show versions, addresses, the accelerator and the reason for it."""
     return context.deps.system.info()
@@ -110,7 +114,7 @@ async def system_info(context: Context) -> Anything:
 
 @TABLE.operation(
     "GET /api/v1/system/orphans",
-    permission=Permission.VIEW,
+    permission=Permission.ADMIN,
     answer="All of them",
     client="system.orphans",
 )
@@ -129,6 +133,7 @@ async def list_orphans(context: Context) -> list[OrphanView]:
     answer="The VM, running, under its old id",
     errors=(404, 409, 503),
     client="system.adopt_orphan",
+    journaled=True,
 )
 async def adopt_orphan(
     context: Context,
@@ -136,12 +141,12 @@ async def adopt_orphan(
     *,
     name: Annotated[str | None, Text(help="Instead of its own name", of=Name)] = None,
 ) -> VmCreated:
-    """Make a VM of an orphaned hypervisor.
+    """Make a VM of an orphaned hypervisor, in the project of the request.
 
     Name, size and disk are as its command line says; plugin `base`, no labels, no restart policy.
     """
     name = None if name is None else check_name(name, "name")
-    return VmCreated.of(await context.deps.vms.orphans.adopt(mark, name))
+    return VmCreated.of(await context.deps.vms.orphans.adopt(mark, context.project, name))
 
 
 @TABLE.operation(
@@ -156,7 +161,7 @@ async def kill_orphan(context: Context, mark: str) -> None:
     await context.deps.vms.orphans.kill(mark)
 
 
-@TABLE.operation("GET /api/v1/system/tree", permission=Permission.VIEW, answer="Its shape is no contract")
+@TABLE.operation("GET /api/v1/system/tree", permission=Permission.ADMIN, answer="Its shape is no contract")
 async def system_tree(context: Context) -> Anything:
     """Show the supervisor tree."""
     return context.deps.system.tree()
@@ -164,7 +169,7 @@ async def system_tree(context: Context) -> Anything:
 
 @TABLE.operation(
     "GET /api/v1/system/df",
-    permission=Permission.VIEW,
+    permission=Permission.ADMIN,
     answer="The largest first, with who uses it",
     errors=(503,),
     client="system.df",
@@ -221,11 +226,18 @@ async def prune(
     answer="For one use",
     secret=True,
     client="system.ticket",
+    examples={"For the log of a VM": {"path": "/ws/v1/vms/web/logs"}},
 )
 async def create_ticket(context: Context, *, body: WantTicket = WantTicket()) -> Ticket:  # noqa: B008 - frozen
-    """Create a ticket for a browser, which can't set headers on some streams."""
+    """Create a ticket for a browser, which can't set headers on some streams.
+
+    With a project, the ticket is for that one, also at a path whose query is a guest's.
+    """
+    caller = for_ticket(context.scope, context.caller)
+    if names_project(context.scope):
+        caller = msgspec.structs.replace(caller, project=context.listed)
     expires_at = context.deps.host.clock.now() + timedelta(seconds=TICKET_S)
-    return Ticket(context.deps.access.tickets.issue(path=body.path, caller=context.caller), expires_at)
+    return Ticket(context.deps.access.tickets.issue(caller.id, path=body.path, caller=caller), expires_at)
 
 
 @contextmanager
@@ -242,7 +254,7 @@ def _disk() -> Iterator[None]:
 TABLE.declare(
     "PUT /api/v1/artifacts/{sha256}",
     "put_artifact",
-    Permission.ADMIN,
+    Permission.CONTROL,
     "Send a file that a manifest names",
     answers={
         201: Answer(
@@ -319,6 +331,30 @@ TABLE.declare(
     "GET /docs",
     "docs",
     Permission.PUBLIC,
-    "Read this document; needs no network",
-    answers={200: Answer("A page", str, "text/html")},
+    "Read this document, and try what it has; needs no network",
+    answers={
+        200: Answer("A page", str, "text/html", headers=("ETag",)),
+        304: Answer("The client has it already", headers=("ETag",)),
+    },
+)
+TABLE.declare(
+    "GET /",
+    "console",
+    Permission.PUBLIC,
+    "Open the console: a page that shows all of this live, and needs no network",
+    answers={
+        200: Answer("A page", str, "text/html", headers=("ETag",)),
+        304: Answer("The client has it already", headers=("ETag",)),
+    },
+)
+TABLE.declare(
+    "GET /console/{path}",
+    "console_file",
+    Permission.PUBLIC,
+    "Get a file of the console",
+    answers={
+        200: Answer("A file, which never changes under its address", bytes, ANY, headers=("ETag",)),
+        304: Answer("The client has it already", headers=("ETag",)),
+    },
+    details="404: this daemon has another version of the console; load its page again.",
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from volant.journal import VmChanged, VmCreated, VmForked
 from volant.model import (
@@ -12,23 +12,32 @@ from volant.model import (
     CommandRequest,
     CreateVm,
     ForkVm,
+    Permission,
+    Problem,
     RestoreVm,
     Status,
     VmMemory,
+    VmStats,
     VmView,
     check_create,
     check_fork,
     check_restore,
+    parse_mounts,
     view,
 )
 from volant.model.agent import MAX_GRACE_S
+from volant.vm import image_manifest, with_exposed_ports
 
 from ._context import Context
+from ._images import admit_image, image_problems, registry_auth
 from ._lookup import find_vm, select_vms
 from ._parameters import Integer, LabelPairs, Names, Seconds, Words
-from ._permission import Permission
 from ._results import Page
+from ._spans import PageSpans, Spans
 from ._table import TABLE, Anything, F, Tool
+
+if TYPE_CHECKING:
+    from volant.fleet import Fleet
 
 _VM = "/api/v1/vms/{name}"
 _DEFAULT_GRACE_S = 10.0
@@ -43,15 +52,32 @@ Grace = Annotated[
 ]
 
 
+def _last_known(context: Context, fleet: Fleet, host: str, parameters: Mapping[str, Any]) -> Page[VmView]:
+    """Returns the VMs of a host that does not answer, as it has reported them."""
+    listed, limit = context.listed, parameters["limit"]
+    fits = [
+        vm
+        for vm in sorted(fleet.last_known_of(host), key=lambda vm: vm.id)
+        if listed in (None, vm.project)
+        and (not parameters["status"] or vm.status in parameters["status"])
+        and (not parameters["plugin"] or vm.plugin in parameters["plugin"])
+        and parameters["labels"].items() <= vm.labels.items()
+    ]
+    left = [vm for vm in fits if vm.id > parameters["cursor"]]
+    page = left if limit is None else left[:limit]
+    return Page(page, len(fits), page[-1].id if len(page) < len(left) else None, "", [vm.id for vm in page])
+
+
 @TABLE.operation(
     "GET /api/v1/vms",
     permission=Permission.VIEW,
     answer="All that fit, unless there is a `limit`",
     headers=("Volant-Event-Id", "Link"),
+    spans=PageSpans(VmView, lambda vm: vm.id, _last_known),
     tool=Tool(
         "vms_list",
         "List VMs",
-        "List the microVMs on this host with their state, size, plugin and labels, oldest first. Use it to find a VM's "
+        "List the microVMs with their state, size, plugin and labels, oldest first. Use it to find a VM's "
         "name, or to see what runs; for one VM whose name you know use vms_get.",
     ),
 )
@@ -65,7 +91,7 @@ async def list_vms(
     cursor: Annotated[int, Integer(help="As in the `Link` before; opaque")] = 0,
 ) -> Page[VmView]:
     """List VMs, by id."""
-    rows = select_vms(context.deps, states=status, plugins=plugin, labels=labels)
+    rows = select_vms(context.deps, context.listed, states=status, plugins=plugin, labels=labels)
     left = [row for row in rows if row.id > cursor]
     page = left if limit is None else left[:limit]
     return Page(
@@ -73,6 +99,7 @@ async def list_vms(
         len(rows),
         page[-1].id if len(page) < len(left) else None,
         str(context.deps.store.projection.last_event),
+        [row.id for row in page],
     )
 
 
@@ -81,17 +108,19 @@ async def list_vms(
     permission=Permission.CONTROL,
     status=201,
     answer="The VM, usually `pending`",
-    errors=(404, 503),
+    errors=(403, 404, 413, 502, 503, 504, 507),
     idempotent=True,
     waits_for=Status.RUNNING,
+    registry_auth=True,
     tool=(
         Tool(
             "vms_create",
             "Create a VM",
             "Make a new Linux microVM and boot it. Answers once it runs and vms_exec works in it, usually in some "
             "seconds. `name` must be new: lower-case letters, digits and dashes. 1 CPU core and 256 MiB do for most; "
-            "plugins (plugins_list) bring other software, and may need more. Without a root filesystem its files are "
-            "in memory, and are lost when it stops. Give `ttl` (such as `30m`) to a VM that you need only for a while.",
+            "plugins (plugins_list) bring other software, and may need more; `image` names an OCI image, as "
+            "`docker run` does. Without a root filesystem its files are in memory, and are lost when it stops. Give "
+            "`ttl` (such as `30m`) to a VM that you need only for a while.",
             body=CreateVm,
         ),
         Tool(
@@ -102,18 +131,44 @@ async def list_vms(
             body=RestoreVm,
         ),
     ),
+    journaled=True,
+    examples={
+        "A small Linux": {"name": "web", "memory_mb": 128},
+        "An OCI image": {"name": "web", "image": "nginx:1.29", "ports": ["8080:80"]},
+        "A snapshot": {"name": "try-1", "from_snapshot": "prepared"},
+    },
 )
 async def create_vm(context: Context, *, body: RestoreVm | CreateVm) -> VmCreated:
     """Create a VM; it is durable when this is answered.
+
+    With `image`, the image's manifest and configuration are fetched before this is answered, and its layers as the VM
+    boots; what the image's configuration says of the program, the body may replace.
 
     With `from_snapshot` its first boot continues from that snapshot, as a copy with an identity of its own. Every later
     boot is an ordinary one, with the disk as it was left. If the first fails the VM is `crashed`; no cold boot follows.
     """
     if isinstance(body, RestoreVm):
         check_restore(body)
-        return VmCreated.of(await context.deps.vms.copies.restore(body, key=context.key))
+        return VmCreated.of(await context.deps.vms.copies.restore(body, context.project, key=context.key))
     check_create(body)
-    return VmCreated.of(await context.deps.vms.create(body, key=context.key))
+    _check_directories(context, body)
+    if body.placement is not None and context.deps.fleet is None:
+        raise Problem(
+            409, "no-fleet", "this host is in no fleet, so there is no other one for the VM", field="placement",
+            hint="leave `placement` out",
+        )  # fmt: skip
+    manifest = None
+    if body.image is not None:
+        auth = await registry_auth(context, body.registry_secret)
+        await admit_image(context, body.image, "image")
+        with image_problems("image"):
+            image = await context.deps.oci.resolve(body.image, context.project, auth=auth)
+        manifest = image_manifest(body, image)
+        if body.publish_all:
+            taken = {port.host_port for row in context.deps.store.projection.rows() for port in row.ports}
+            start = int.from_bytes(context.deps.host.random.token_bytes(2))
+            body = with_exposed_ports(body, image, taken, start)
+    return VmCreated.of(await context.deps.vms.create(body, context.project, manifest=manifest, key=context.key))
 
 
 @TABLE.operation(
@@ -130,7 +185,7 @@ async def create_vm(context: Context, *, body: RestoreVm | CreateVm) -> VmCreate
 )
 async def get_vm(context: Context, name: str) -> VmChanged:
     """Get a VM."""
-    return VmChanged.of(find_vm(context.deps, name))
+    return VmChanged.of(find_vm(context.deps, context.named(name)))
 
 
 @TABLE.operation(
@@ -147,15 +202,16 @@ async def get_vm(context: Context, name: str) -> VmChanged:
         idempotent=True,
     ),
     client_timeout_s=75,
+    journaled=True,
 )
 async def delete_vm(context: Context, name: str) -> None:
     """Delete a VM.
 
     A second request joins the first. A client that leaves cancels nothing; past 60 s it is 503.
     """
-    name = find_vm(context.deps, name).name
+    vm = context.named(name)
     await context.unless_stopping(
-        partial(context.deps.vms.delete, name, only_at=context.versions),
+        partial(context.deps.vms.delete, vm, only_at=context.versions),
         f"the daemon stops; VM {name!r} is deleted once it is back",
     )
 
@@ -174,14 +230,15 @@ def _command_at(word: str, to: Status, tool: str | None = None, **more: Any) -> 
         idempotent=True,
         if_match=True,
         waits_for=to,
+        journaled=True,
         tool=False if tool is None else Tool(f"vms_{word}", f"{word.capitalize()} a VM", tool, **more),
     )
 
 
 async def _command(context: Context, name: str, command: Command, grace_s: float = _DEFAULT_GRACE_S) -> VmChanged:
-    row = find_vm(context.deps, name)
+    row = find_vm(context.deps, context.named(name))
     request = CommandRequest(command, grace_s=grace_s)
-    return VmChanged.of(await context.deps.vms.apply(row.name, request, only_at=context.versions, key=context.key))
+    return VmChanged.of(await context.deps.vms.apply(row.key, request, only_at=context.versions, key=context.key))
 
 
 @_command_at(
@@ -264,6 +321,8 @@ async def recover_vm(context: Context, name: str) -> VmChanged:
         "name and ids their own; the VM itself keeps running. Use it to try several things from one point.",
     ),
     client_timeout_s=600,
+    journaled=True,
+    examples={"Three copies": {"count": 3}, "Copies by name": {"names": ["try-1", "try-2"]}},
 )
 async def fork_vm(context: Context, name: str, *, body: ForkVm) -> VmForked:
     """Create VMs that continue from where this one is; it keeps running itself.
@@ -272,13 +331,15 @@ async def fork_vm(context: Context, name: str, *, body: ForkVm) -> VmForked:
     running or paused. With `wait`, `Volant-Wait` is `met` when it is for all.
     """
     check_fork(body)
-    return VmForked.of(await context.deps.vms.copies.fork(find_vm(context.deps, name).name, body, key=context.key))
+    return VmForked.of(await context.deps.vms.copies.fork(context.named(name), body, key=context.key))
 
 
 @TABLE.operation(f"GET {_VM}/inspect", permission=Permission.VIEW, answer="What is known")
 async def inspect_vm(context: Context, name: str) -> Anything:
     """Show what the daemon does with a VM, to find a fault; its shape is no contract."""
-    return context.deps.vms.streams.inspect(find_vm(context.deps, name).name)
+    key = context.named(name)
+    found = context.deps.vms.streams.inspect(key)
+    return {**found, "egress": await context.deps.egress.describe(find_vm(context.deps, key))}
 
 
 @TABLE.operation(
@@ -299,4 +360,33 @@ async def vm_memory(context: Context, name: str) -> VmMemory:
 
     Costs the kernel some milliseconds for each GiB, so it is not for every second. 409: there is no process.
     """
-    return await context.deps.vms.streams.memory(find_vm(context.deps, name).name)
+    return await context.deps.vms.streams.memory(context.named(name))
+
+
+@TABLE.operation(
+    # Not below `/vms`, where a VM may have any name.
+    "GET /api/v1/stats/vms",
+    permission=Permission.VIEW,
+    answer="Measured now; VMs without a process are left out",
+    spans=Spans(VmStats, lambda vm: vm.name),
+    client="vms.stats",
+)
+async def vm_stats(context: Context) -> list[VmStats]:
+    """Measure what each VM uses of the host: processor, memory, disks, network.
+
+    The figures count from the start of the VM's process: two measurements give the use between them.
+    """
+    return await context.deps.vms.streams.stats(select_vms(context.deps, context.listed))
+
+
+def _check_directories(context: Context, request: CreateVm) -> None:
+    """:raises Problem: 403 the VM would have a directory of the host, which belongs to no project."""
+    directories = parse_mounts(request.volumes).directories
+    if directories and not context.caller.may(Permission.ADMIN):
+        raise Problem(
+            403,
+            "host-directory-denied",
+            f"only an administrator may give a VM the host's directory {directories[0].source}",
+            field="volumes",
+            hint="use a volume: `volar volumes create NAME`",
+        )

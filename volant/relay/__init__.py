@@ -1,6 +1,19 @@
 """Relays between clients and servers inside guests: HTTP, WebSockets and plain TCP, with a fair share for each VM."""
 
-from ._headers import SANDBOX
-from ._relay import Relay, first_text, open_port, parse_port, to_port, unreachable
+from ._headers import SANDBOX, end_to_end
+from ._problems import unreachable
+from ._redirect import GuestServer, OwnOrigin
+from ._relay import Relay, first_text, open_port, parse_port, to_port
 
-__all__ = ["SANDBOX", "Relay", "first_text", "open_port", "parse_port", "to_port", "unreachable"]
+__all__ = [
+    "SANDBOX",
+    "GuestServer",
+    "OwnOrigin",
+    "Relay",
+    "end_to_end",
+    "first_text",
+    "open_port",
+    "parse_port",
+    "to_port",
+    "unreachable",
+]

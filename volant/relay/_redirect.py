@@ -12,9 +12,14 @@ Only headers are rewritten. The links in a page belong to the page.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import msgspec
+
+from volant.model import Problem
+
+from ._headers import from_guest, from_own_origin, to_guest, to_own_origin
+from ._problems import unreachable
 
 Header = tuple[bytes, bytes]
 
@@ -28,12 +33,33 @@ _RELOADS = re.compile(rb"[0-9.]*\Z")
 _DOT = re.compile(rb"%2e", re.IGNORECASE)
 
 
-class Sender(msgspec.Struct, frozen=True):
-    """The server in a guest that answers a request, with the `Host` and the target of that request."""
+class GuestServer(msgspec.Struct, frozen=True):
+    """A server in a guest, with the `Host` and the target of one request."""
 
     vm: str
     host: bytes
     target: str
+    ended: Callable[[], tuple[int, str] | None] = lambda: None
+    """Returns code and reason with which a WebSocket that has ended is closed; None: as the guest has left it."""
+
+    @property
+    def name(self) -> str:
+        return f"VM {self.vm}"
+
+    def request_headers(self, headers: Iterable[Header]) -> list[Header]:
+        return to_guest(headers, host=self.host)
+
+    def answer_headers(self, headers: Iterable[Header]) -> list[Header]:
+        return self.redirect(from_guest(headers))
+
+    def upgrade_headers(self, headers: Iterable[Header]) -> list[Header]:
+        return from_guest(headers)
+
+    def closing(self) -> tuple[int, str] | None:
+        return self.ended()
+
+    def unreachable(self, why: str) -> Problem:
+        return unreachable(self.vm, why)
 
     def redirect(self, headers: Iterable[Header]) -> list[Header]:
         """Returns `headers` of the answer with each `Location` below our path of the guest, or as `Volant-Location`.
@@ -73,6 +99,29 @@ class Sender(msgspec.Struct, frozen=True):
 
     def _below(self, what: bytes) -> bytes:
         return b"/api/v1/vms/%s/%s" % (self.vm.encode("ascii"), what)
+
+
+class OwnOrigin(GuestServer, frozen=True, kw_only=True):
+    """A server in a guest at an origin of its own, where browsers keep it apart from all others."""
+
+    origin: bytes
+    """As browsers name it: `http://8080-12.localhost:7777`."""
+
+    def request_headers(self, headers: Iterable[Header]) -> list[Header]:
+        return to_own_origin(headers, host=self.host, origin=self.origin)
+
+    def answer_headers(self, headers: Iterable[Header]) -> list[Header]:
+        return [(name, self._led(value) if name == b"location" else value) for name, value in from_own_origin(headers)]
+
+    def upgrade_headers(self, headers: Iterable[Header]) -> list[Header]:
+        return from_own_origin(headers)
+
+    def _led(self, location: bytes) -> bytes:
+        """Returns what the guest's own address is for its browser. Others stay: no credentials of ours go there."""
+        loopback = _LOOPBACK.match(location.strip(_BLANK))
+        if loopback is None or loopback[1] != self.host.rpartition(b":")[2]:
+            return location
+        return self.origin + _absolute(location.strip(_BLANK)[loopback.end() :], b"/")
 
 
 def _absolute(reference: bytes, base: bytes) -> bytes:

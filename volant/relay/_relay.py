@@ -16,20 +16,20 @@ A stream ends when either side ends, which the kernel's keep-alive (`_serving.py
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import cast
+from typing import Protocol, cast
 
 import trio
 
 from volant.channel import AgentClient, AgentProtocolError, AgentResponse, AgentUnreachable, Channel, ChannelStream
 from volant.concurrency import FairShare
-from volant.http import GOING_AWAY, Call, interruptible
+from volant.http import Call, interruptible
 from volant.model import Problem, invalid
 
-from ._headers import from_guest, to_guest
-from ._redirect import Sender
+from ._headers import Header
+from ._problems import unreachable
 
 HEAD_S = 600.0
 """How long a server in a guest may take to begin its answer."""
@@ -38,6 +38,8 @@ _PIECE = 256 * 1024
 """The size of one read. Smaller ones take more iterations for a gigabyte: 64 KiB cost twice the processor time."""
 _PORT = re.compile(r"[1-9][0-9]{0,4}\Z")
 _MAX_REFUSAL = 64 * 1024
+_MAX_REASON = 123
+"""Bytes of the reason in a closing frame (RFC 6455, 5.5)."""
 _REFUSAL_S = 30.0
 """How long a guest may take for the body of a refusal that is read before the client gets it."""
 _FRAMES = 512
@@ -48,9 +50,39 @@ has two bytes."""
 _SEND_S = 300.0
 """How long a guest may take to accept a piece of a WebSocket's bytes."""
 
+_REST_S = 1.0
+"""For so long a guest that takes no more bytes of a WebSocket may send what it has left."""
 _UNKNOWN = frozenset({404, 405})
 Explain = Callable[[int, bytes], Problem | None]
 """Takes status and body of an answer; returns a clearer problem to send instead, or None."""
+
+
+class Server(Protocol):
+    """Where a request is passed on to."""
+
+    @property
+    def name(self) -> str:
+        """For logs."""
+
+    @property
+    def target(self) -> str:
+        """The path and the query of the request there."""
+
+    def request_headers(self, headers: Iterable[Header]) -> list[Header]:
+        """Returns the headers of the request there, for those of the client."""
+
+    def answer_headers(self, headers: Iterable[Header]) -> list[Header]:
+        """Returns the headers for the client, for those of the answer."""
+
+    def upgrade_headers(self, headers: Iterable[Header]) -> list[Header]:
+        """As `answer_headers`, for the answer to an upgrade."""
+
+    def unreachable(self, why: str) -> Problem:
+        """Returns the problem of a server that does not answer."""
+
+    def closing(self) -> tuple[int, str] | None:
+        """Returns the code and the reason with which a WebSocket is closed that has ended in the middle; None: it just
+        ends."""
 
 
 class Relay:
@@ -63,31 +95,30 @@ class Relay:
         self,
         call: Call,
         client: AgentClient,
+        server: Server,
         *,
-        vm_id: int,
-        vm: str,
-        target: str,
-        host: bytes,
+        share: int,
         method: str | None = None,
         explain: Explain | None = None,
+        explained: Collection[int] = _UNKNOWN,
     ) -> None:
-        """Passes `call` on to `client` as a request for `target`, with its own method or with another one.
+        """Passes `call` on to `client` as a request to `server`, with its own method or with another one.
 
-        `explain` gets the answers 404 and 405, which must be short, and may replace them.
+        `explain` gets the answers with a status of `explained`, which must be short, and may replace them. `share`: who
+        it is charged to.
 
         :raises Problem: 502 when no answer came; what `explain` returns.
         """
         problem = None
-        sender = Sender(vm, host, target)
         try:
             if call.is_websocket:
-                problem = await self._websocket(call, client, vm_id, sender, explain)
+                problem = await self._websocket(call, client, share, server, explain, explained)
             else:
-                problem = await self._http(call, client, vm_id, method or call.method, sender, explain)
+                problem = await self._http(call, client, share, method or call.method, server, explain, explained)
         except* (AgentUnreachable, AgentProtocolError) as group:
             if call.started:
-                raise trio.BrokenResourceError(f"VM {vm}: its answer broke off") from group
-            raise unreachable(vm, first_text(group)) from None
+                raise trio.BrokenResourceError(f"{server.name}: its answer broke off") from group
+            raise server.unreachable(first_text(group)) from None
         except* ValueError as group:
             if call.started:
                 raise
@@ -101,29 +132,30 @@ class Relay:
         self,
         call: Call,
         client: AgentClient,
-        vm_id: int,
+        share: int,
         method: str,
-        sender: Sender,
+        server: Server,
         explain: Explain | None,
+        explained: Collection[int],
     ) -> Problem | None:
         problem = None
-        headers = to_guest(call.scope["headers"], host=sender.host)
+        headers = server.request_headers(call.scope["headers"])
         has_body = any(name in (b"content-length", b"transfer-encoding") for name, _ in call.scope["headers"])
         # Unbuffered: the client's next piece is read when the guest has taken this one.
         put, take = trio.open_memory_channel[bytes](0)
         async with trio.open_nursery() as nursery:
-            body = _Body(take, self._share, vm_id) if has_body else None
+            body = _Body(take, self._share, share) if has_body else None
             nursery.start_soon(self._take_in, call, put if has_body else None, nursery.cancel_scope)
-            async with client.stream(method, sender.target, headers, body, timeout_s=HEAD_S) as response:
+            async with client.stream(method, server.target, headers, body, timeout_s=HEAD_S) as response:
                 begin = b""
-                if explain is not None and response.status in _UNKNOWN:
+                if explain is not None and response.status in explained:
                     begin = await _read_refusal(response)
                     problem = explain(response.status, begin)
                 if problem is None:
-                    await call.start(response.status, sender.redirect(from_guest(response.headers)))
+                    await call.start(response.status, server.answer_headers(response.headers))
                     while data := begin or await response.receive():
                         begin = b""
-                        await self._share.take(vm_id, len(data))
+                        await self._share.take(share, len(data))
                         await call.write(data)
             if problem is None:
                 await call.finish()
@@ -151,31 +183,40 @@ class Relay:
     # WebSockets
 
     async def _websocket(
-        self, call: Call, client: AgentClient, vm_id: int, sender: Sender, explain: Explain | None
+        self,
+        call: Call,
+        client: AgentClient,
+        share: int,
+        server: Server,
+        explain: Explain | None,
+        explained: Collection[int],
     ) -> Problem | None:
         problem = None
-        headers = to_guest(call.scope["headers"], host=sender.host)
+        headers = server.request_headers(call.scope["headers"])
         headers += [(b"connection", b"Upgrade"), (b"upgrade", b"websocket")]
         headers += [(b"sec-websocket-extensions", value) for value in call.scope["state"]["websocket_extensions"]]
         async with trio.open_nursery() as nursery:
-            splice = _Splice(call, self._share, vm_id)
+            splice = _Splice(call, self._share, share, server.closing)
             nursery.start_soon(splice.to_guest, nursery.cancel_scope)
-            async with client.stream("GET", sender.target, headers, timeout_s=HEAD_S) as response:
+            async with client.stream("GET", server.target, headers, timeout_s=HEAD_S) as response:
                 if response.switched and response.status == 101:
                     upgrade = [(b"connection", b"Upgrade"), (b"upgrade", b"websocket")]
                     call.started = True
                     splice.upstream = response.upgraded()
                     await call.send(
-                        {"type": "volant.websocket.switch", "headers": from_guest(response.headers) + upgrade}
+                        {
+                            "type": "volant.websocket.switch",
+                            "headers": server.upgrade_headers(response.headers) + upgrade,
+                        }
                     )
                     await splice.from_guest()
                 else:
                     body = await _read_refusal(response)
                     # Clients that follow a redirect send their key along (Puppeteer, Playwright).
                     dropped = (b"content-length", b"location")
-                    refusal = [field for field in from_guest(response.headers) if field[0] not in dropped]
+                    refusal = [field for field in server.upgrade_headers(response.headers) if field[0] not in dropped]
                     refusal.append((b"content-length", b"%d" % len(body)))
-                    if explain is not None and response.status in _UNKNOWN:
+                    if explain is not None and response.status in explained:
                         problem = explain(response.status, body)
                     if problem is None:
                         await call.reject(502 if response.status // 100 in (1, 3) else response.status, refusal, body)
@@ -209,8 +250,9 @@ class _Body:
 class _Splice:
     """The bytes of one WebSocket, both ways."""
 
-    def __init__(self, call: Call, share: FairShare, vm_id: int) -> None:
+    def __init__(self, call: Call, share: FairShare, vm_id: int, closing: Callable[[], tuple[int, str] | None]) -> None:
         self.upstream: ChannelStream | None = None
+        self._closing = closing
         self._call = call
         self._share = share
         self._vm_id = vm_id
@@ -226,14 +268,18 @@ class _Splice:
                 try:
                     with trio.fail_after(_SEND_S):
                         await self.upstream.send_all(data)
-                except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
+                except (trio.BrokenResourceError, trio.ClosedResourceError):
+                    # What the guest has sent before comes first, and how it has ended.
+                    await trio.sleep(_REST_S)
+                    break
+                except trio.TooSlowError:
                     break
             elif message["type"] == "websocket.disconnect":
                 break
         scope.cancel()
 
     async def from_guest(self) -> None:
-        """Passes bytes on until the guest closes, or the daemon stops; then it sends 1001 between two frames."""
+        """Passes bytes on until the guest closes, or the daemon stops; then it closes between two frames."""
         assert self.upstream is not None
         receive = partial(self.upstream.receive_some, _PIECE)
         async with interruptible(self._call.stopping) as waits:
@@ -241,14 +287,19 @@ class _Splice:
                 try:
                     data = await waits.until(receive) if self._frames.between else await receive()
                 except trio.BrokenResourceError:
-                    return
+                    data = b""
                 if data is None:
-                    await self._call.send({"type": "volant.websocket.bytes", "bytes": closing_frame(GOING_AWAY)})
+                    await self._close(self._call.stopping.closing)
                     return
                 if not data:
+                    await self._close(self._closing())
                     return
                 await self._follow(data)
                 await self._call.send({"type": "volant.websocket.bytes", "bytes": data})
+
+    async def _close(self, why: tuple[int, str] | None) -> None:
+        if why is not None and self._frames.between:
+            await self._call.send({"type": "volant.websocket.bytes", "bytes": closing_frame(*why)})
 
     async def _follow(self, data: bytes) -> None:
         """Pays for the next bytes of the guest, and for the frames in them."""
@@ -306,9 +357,10 @@ class FrameBounds:
         return length
 
 
-def closing_frame(code: int) -> bytes:
-    """A server's WebSocket frame that closes with `code`."""
-    return b"\x88\x02" + code.to_bytes(2, "big")
+def closing_frame(code: int, reason: str) -> bytes:
+    """A server's WebSocket frame that closes with a code and a reason, which is cut to what a frame can hold."""
+    payload = code.to_bytes(2, "big") + reason.encode("ascii", "replace")[:_MAX_REASON]
+    return b"\x88" + bytes([len(payload)]) + payload
 
 
 def parse_port(text: str) -> int:
@@ -360,11 +412,6 @@ class _Tunnel:
 
     def start_soon(self, task: Callable[[], Awaitable[None]]) -> None:
         self._nursery.start_soon(task)
-
-
-def unreachable(vm: str, why: str) -> Problem:
-    """Returns the 502 for a guest that does not answer."""
-    return Problem(502, "agent-unreachable", f"VM {vm!r} does not answer: {why}", vm=vm)
 
 
 async def _read_refusal(response: AgentResponse) -> bytes:
