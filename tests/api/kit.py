@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,30 @@ import httpx
 import trio
 from trio_websocket import WebSocketConnection, open_websocket_url
 
-from actors import ONE_FOR_ONE, Child, DynamicSupervisor, Supervisor, open_system
+from actors import ONE_FOR_ONE, AskTimeout, Child, DynamicSupervisor, Request, Supervisor, open_system
 from tests.api import conformance
 from tests.channel.kit import Hypervisor
 from volant.api import create_app
-from volant.channel import AgentClient, HybridVsock, open_channel
+from volant.channel import Address, AgentClient, HybridVsock, open_channel
+from volant.daemon._image_events import ImageEvents
+from volant.directories import AllowedDirectory, Virtiofsd
+from volant.egress import EgressActivity, HostDns, VmResolvers
+from volant.fleet import Fleet
 from volant.guest._server import Server
 from volant.host import Host
 from volant.http import Access, ApiSettings, Limits, serve
 from volant.hypervisor.qemu import QemuHypervisor
+from volant.identity import NamedKeys
 from volant.images import PUBLIC, ArtifactCache, Origins
-from volant.journal import Backups, Evidence, Journal, Store, VmLogs
-from volant.network import Passt
-from volant.operations import TABLE, ApiDeps, Health, Permission, Table
+from volant.journal import Backups, Evidence, Journal, Recorder, Retention, Store, VmLogs
+from volant.model import DEFAULT_SUBNET, Key
+from volant.network import HostNetwork, Networks, NetworkSettings, Passt
+from volant.oci import ImageLibrary, ImageService, ImageSettings
+from volant.operations import TABLE, ApiDeps, Health, Table
+from volant.secrets import KeyFile, Secrets
 from volant.templates import TemplateBuilder, Templates, TemplateStore, WarmPool, WarmPoolLimits
-from volant.vm import BootSlots, Vms, VmSettings
+from volant.transfer import BaseFiles, Transfers, TransferSettings
+from volant.vm import BootSlots, Vms, VmSettings, bounds_of, image_users
 from volant.vm._streams import Streams
 
 FAST = Limits(
@@ -154,7 +164,7 @@ async def running(
             yield server
             assert server.stopping.is_set() or not server.stopped.is_set(), "the server ended by itself"
             server.stopping.set()
-            with trio.fail_after(5):
+            with trio.fail_after(20):
                 await server.stopped.wait()
 
 
@@ -196,7 +206,7 @@ async def streamed(server: Running, path: str, **headers: str) -> AsyncIterator[
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait until something holds that tells nobody when it does."""
+    """Wait until something holds that gives no notice when it does."""
     with trio.fail_after(10):
         while not condition():  # noqa: ASYNC110
             await trio.sleep(0.005)
@@ -234,6 +244,20 @@ class StandingSystem:
         return {"addresses": []}
 
 
+class Unanswered:
+    """A journal whose answers to some messages are lost: it has made the change."""
+
+    def __init__(self, journal: Any, lost: type[Request[Any]]) -> None:
+        self._journal = journal
+        self._lost = lost
+
+    async def ask(self, message: Request[Any], /, *, timeout_s: float) -> Any:
+        reply = await self._journal.ask(message, timeout_s=timeout_s)
+        if isinstance(message, self._lost):
+            raise AskTimeout("journal", type(message).__name__, timeout_s, True)
+        return reply
+
+
 @dataclass
 class Api:
     """The whole API on a server, over a real journal, real logs and real actors; VMs that start end in `crashed`."""
@@ -248,8 +272,8 @@ class Api:
         """From now on this is the way to the agent of each VM, or whatever `agent` does when it is asked for one."""
 
         class Reaching(Streams):
-            def agent(self, name: str) -> AgentClient:
-                return agent(name) if callable(agent) else agent
+            def agent(self, vm: Key) -> AgentClient:
+                return agent(vm.name) if callable(agent) else agent
 
         self.replace_streams(Reaching)
 
@@ -259,9 +283,10 @@ class Api:
         self.deps.vms.streams = kind(streams.host, streams.projection, streams.processes, streams.actors)
 
     @asynccontextmanager
-    async def reaching(self, vsock: Path) -> AsyncIterator[AgentClient]:
-        """The agent of each VM is the one behind this socket; at the end of the block the daemon stops."""
-        async with open_channel(self.deps.host, HybridVsock(vsock)) as channel:
+    async def reaching(self, at: Path | Address) -> AsyncIterator[AgentClient]:
+        """The agent of each VM is the one behind this socket, by default a hybrid vsock; at the end of the block the
+        daemon stops."""
+        async with open_channel(self.deps.host, HybridVsock(at) if isinstance(at, Path) else at) as channel:
             client = AgentClient(channel)
             self.reach(client)
             yield client
@@ -291,24 +316,37 @@ async def api(
     origins: Origins = PUBLIC,
     sockets: Sequence[socket.socket] = (),
     table: Table = TABLE,
-    allows: Callable[[str | None, Permission], bool] = lambda caller, permission: True,
+    access: Access | None = None,
     checked: bool = True,
+    oci: ImageLibrary | None = None,
+    plain_http: Sequence[str] = (),
+    retention: Retention | None = None,
+    host: Host | None = None,
+    transfer: TransferSettings | None = None,
+    fleet: Callable[[Store], Fleet] | None = None,
 ) -> AsyncIterator[Api]:
     """Serves the API with its state in `path`, on a port and on `sockets`. `checked`: every answer is held against the
-    document."""
-    host = Host()
-    store = Store(host, path / "volant.db")
+    document; `fleet`: makes the part of this host in one, which the test keeps."""
+    host = host or Host()
+    store = Store(host, path / "volant.db", retention=retention)
     logs = VmLogs(host, path / "logs")
     await logs.prepare()
     for name in ("run", "cache", "mem"):
-        (path / name).mkdir()
+        (path / name).mkdir(exist_ok=True)
     journal = Child("journal", lambda: Journal(store))
     hypervisor = QemuHypervisor(host, path / "cache", accelerator="tcg")
     templates = TemplateStore(host, path / "templates")
     places: Any = {"instance": "test", "runtime_dir": path / "run", "memory_dir": path / "mem"}
     build = TemplateBuilder(host, hypervisor, templates, **places)
     warm_pool = WarmPool(
-        host, hypervisor, templates, store.projection, WarmPoolLimits(each=0), quiet=lambda: True, **places
+        host,
+        hypervisor,
+        templates,
+        store.projection,
+        WarmPoolLimits(each=0),
+        quiet=lambda: True,
+        bounds=bounds_of,
+        **places,
     )
     slots = BootSlots()
     builder = Child(
@@ -318,6 +356,16 @@ async def api(
         ),
     )
     supervisor = DynamicSupervisor(intensity=3, period_s=60)
+    image_events = ImageEvents(journal.ref)
+    images = ImageService(
+        host,
+        ImageSettings(
+            state_dir=path, cache_dir=path / "cache", runtime_dir=path / "run", plain_http=frozenset(plain_http)
+        ),
+        users=lambda: image_users(store.projection),
+        observe=image_events.observe,
+    )
+    oci = oci or images
     vms = Vms(
         host=host,
         hypervisor=hypervisor,
@@ -325,34 +373,59 @@ async def api(
         store=store,
         logs=logs,
         artifacts=ArtifactCache(path / "cache", path, timeout_s=60, max_mb=64, origins=origins),
+        oci=oci,
         templates=templates,
         builder=builder.ref,
         warm_pool=warm_pool,
         slots=slots,
         passt=Passt(host, path / "run", "test"),
+        virtiofsd=Virtiofsd(
+            host=host,
+            runtime_dir=path / "run",
+            instance="test",
+            allowed=(AllowedDirectory(path / "shared"), AllowedDirectory(path / "shared/drop", True)),
+            user_of=lambda tag, vm_id: None,
+        ),
+        secrets=Secrets(host, store, journal.ref, KeyFile(host, path / "keys" / "secrets.key")),
         network=None,
         supervisor=supervisor,
         settings=VmSettings(
+            state_dir=path,
             runtime_dir=path / "run",
             cache_dir=path / "cache",
             memory_dir=path / "mem",
             disk_dir=path / "disks",
             template_dir=path / "templates",
             snapshot_dir=path / "snapshots",
+            volume_dir=path / "volumes",
             kernel=path / "no-kernel",
             initramfs=path / "no-initramfs",
         ),
         instance="test",
     )
+    bases = BaseFiles(vms.artifacts, oci, vms.settings)
+    transfers = Transfers(
+        host, store, vms.copies, bases, transfer or TransferSettings(plain_http=frozenset(plain_http))
+    )
     system = StandingSystem(host)
+    keys = NamedKeys(host, store, journal.ref)
+    access = access or Access(settings or ApiSettings(), keys)
     root = Supervisor(
         ONE_FOR_ONE,
         intensity=5,
         period_s=60,
-        children=[journal, builder, Child("snapshots", vms.copies.keep), Child("vms", supervisor)],
+        children=[
+            journal,
+            Child("keys", partial(keys.keep, access.recheck)),
+            builder,
+            Child("image events", image_events.keep),
+            Child("oci", images.keep),
+            Child("snapshots", vms.copies.keep),
+            Child("volumes", vms.volumes.keep),
+            Child("vms", supervisor),
+        ],
     )
     async with open_system(root):
-        access = Access(settings or ApiSettings())
         deps = ApiDeps(
             vms=vms,
             journal=journal.ref,
@@ -360,15 +433,31 @@ async def api(
             logs=logs,
             backups=Backups(host, store, journal.ref, no_evidence),
             host=host,
+            oci=oci,
+            transfers=transfers,
             system=system,
             access=access,
-            allows=allows,
+            keys=keys,
+            egress=no_egress(host),
+            recorder=Recorder(journal.ref, store),
+            fleet=None if fleet is None else fleet(store),
         )
         async with running(create_app(deps, limits, table), limits, sockets) as server:
             base = f"http://127.0.0.1:{server.port}"
             hooks = {"response": [conformance.check] if checked else []}
             async with httpx.AsyncClient(base_url=base, timeout=20, trust_env=False, event_hooks=hooks) as client:
                 yield Api(server, deps, client, system, access)
+
+
+def no_egress(host: Host) -> EgressActivity:
+    """Returns what a daemon without egress rules shows."""
+
+    async def allow(vm_id: int, name: str, addresses: Mapping[str, float]) -> None:
+        raise AssertionError("no VM has rules")
+
+    resolvers = VmResolvers(HostDns(), (), allow)
+    settings = NetworkSettings(instance="0" * 10, subnet=DEFAULT_SUBNET)
+    return EgressActivity(Networks(HostNetwork(host), settings, tuple, None, resolvers).egress, resolvers)
 
 
 @asynccontextmanager

@@ -44,7 +44,7 @@ def networks(*texts: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network
 def scope(client: str, *forwarded: str, unix: bool = False) -> dict[str, Any]:
     headers = [(b"host", b"localhost"), *((b"x-forwarded-for", value.encode()) for value in forwarded)]
     return {
-        "type": "http", "method": "GET", "raw_path": b"/", "query_string": b"", "headers": headers,
+        "type": "http", "method": "GET", "raw_path": b"/api/v1/vms", "query_string": b"", "headers": headers,
         "client": None if unix else (client, 5), "server": None, "state": {"unix": unix},
     }  # fmt: skip
 
@@ -332,7 +332,7 @@ async def test_too_many_wrong_keys_get_retry_after(tmp_path: Path) -> None:
 
 
 async def test_a_ticket_lasts_a_minute_and_unused_ones_are_limited(autojump_clock: MockClock) -> None:
-    tickets = Tickets(most=3)
+    tickets = Tickets(limit=3)
     first, *_ = [tickets.issue() for _ in range(3)]
     with pytest.raises(Problem) as caught:
         tickets.issue()
@@ -358,11 +358,12 @@ async def test_without_a_key_in_force_credentials_are_ignored(tmp_path: Path) ->
 
 async def test_other_settings_count_from_the_next_request_on(tmp_path: Path) -> None:
     access = Access(ApiSettings(api_keys=(OLD,)))
-    once = access.tickets.issue()
+    holder = access.authenticate(shown(OLD), in_query=False)
+    once = access.tickets.issue(caller=holder)
     access.replace(ApiSettings(api_keys=(OLD,), allowed_hosts=("x",)))
     asked = scope("127.0.0.1") | {"query_string": f"ticket={once}".encode()}
     access.authenticate(asked, in_query=True)
-    once = access.tickets.issue()
+    once = access.tickets.issue(caller=holder)
     access.replace(ApiSettings(api_keys=(KEY,)))
     with pytest.raises(Problem, match="ticket"):
         access.authenticate(scope("127.0.0.1") | {"query_string": f"ticket={once}".encode()}, in_query=True)
@@ -496,6 +497,7 @@ async def test_other_origins_get_no_cors_headers(console: Api) -> None:
         assert answer.status == 401
         assert not [name for name in answer.headers if name.startswith("access-control-")]
     assert (await console.server.get("/healthz")).headers["vary"] == "Origin"
+    assert (await console.client.get("/")).headers["vary"] == "Accept-Encoding, Origin"
 
 
 async def test_a_preflight_of_an_allowed_origin_needs_no_key(console: Api) -> None:
@@ -556,3 +558,36 @@ async def test_the_host_of_an_absolute_target_is_checked_instead_of_the_header(t
             ("http://user@127.0.0.1/api/v1/vms", "127.0.0.1", 421),
         ):
             assert (await served.server.get(target, Host=host)).status == status
+
+
+async def test_a_connection_knows_whether_its_client_was_let_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    check = Access.check
+
+    def spy(self: Access, scope: Any) -> None:
+        seen.append(scope["state"]["standing"])
+        check(self, scope)
+
+    monkeypatch.setattr(Access, "check", spy)
+    async with api(tmp_path, ApiSettings(api_keys=(KEY,))) as served:
+        for path, headers, let_in in (
+            ("/healthz", {}, False),
+            (NONE, {}, False),
+            (NONE, {"Host": "elsewhere"}, False),
+            (NONE, {"X-Volant-API-Key": OLD}, False),
+            (NONE, {"X-Volant-API-Key": KEY}, True),
+        ):
+            await served.server.get(path, **headers)
+            assert seen[-1].let_in is let_in, (path, headers)
+        # On one connection once is enough.
+        served.client.headers["X-Volant-API-Key"] = KEY
+        await served.client.get(NONE)
+        del served.client.headers["X-Volant-API-Key"]
+        assert (await served.client.get(NONE)).status_code == 401
+        assert seen[-1] is seen[-2]
+        assert seen[-1].let_in is True
+    async with api(tmp_path) as served:
+        await served.server.get(NONE)
+        assert seen[-1].let_in is True

@@ -12,70 +12,23 @@ from typing import Any
 import msgspec
 import pytest
 import trio
-from ag_ui.core import Event as AguiModel
-from pydantic import TypeAdapter
 from trio_websocket import ConnectionClosed, WebSocketConnection
 
+from tests.api.agui_client import Telling
 from tests.api.kit import UPGRADE, Api, api, websocket
-from volant.agui import _route
-from volant.agui._events import AguiEvent, Boots
-from volant.journal import EventCursor, EventFrame, EventGap
-from volant.model import BASE, CreateVm, EventId, Phase, Reason, Status, VmRow, event_for, new_row
+from volant.agui import _sources
+from volant.agui._events import AguiEvent, Boots, State
+from volant.fleet._events import Block
+from volant.journal import EventCursor, EventFrame, EventGap, FrameCursor
+from volant.model import BASE, CreateVm, EventId, EventType, Phase, Reason, Status, VmRow, event_for, new_row, view
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
-_model: TypeAdapter[Any] = TypeAdapter(AguiModel)
 
 
 @pytest.fixture
 async def served(tmp_path: Path) -> AsyncIterator[Api]:
     async with api(tmp_path) as running:
         yield running
-
-
-class Telling:
-    """A client's view of events: valid by AG-UI's models, and its own copy of the state."""
-
-    def __init__(self) -> None:
-        self.types: list[str] = []
-        self.vms: dict[str, Any] = {}
-        self.running = False
-        self.steps: list[str] = []
-
-    def take(self, event: dict[str, Any]) -> dict[str, Any]:
-        _model.validate_json(json.dumps(event))
-        kind = event["type"]
-        self.types.append(kind)
-        assert self.running != (kind == "RUN_STARTED"), self.types
-        match kind:
-            case "RUN_STARTED":
-                self.running = True
-            case "RUN_FINISHED" | "RUN_ERROR":
-                self.running = False
-                assert kind == "RUN_ERROR" or not self.steps
-                self.steps.clear()
-            case "STEP_STARTED":
-                assert event["stepName"] not in self.steps
-                self.steps.append(event["stepName"])
-            case "STEP_FINISHED":
-                self.steps.remove(event["stepName"])
-            case "STATE_SNAPSHOT":
-                self.vms = event["snapshot"]["vms"]
-            case "STATE_DELTA":
-                for operation in event["delta"]:
-                    self._patch(**operation)
-        return event
-
-    def _patch(self, op: str, path: str, value: Any = None) -> None:
-        _, vms, *keys = path.split("/")
-        assert vms == "vms"
-        target = self.vms
-        for key in keys[:-1]:
-            target = target[key]
-        assert (keys[-1] in target) == (op in ("replace", "remove"))
-        if op == "remove":
-            del target[keys[-1]]
-        else:
-            target[keys[-1]] = value
 
 
 class Socket(Telling):
@@ -158,8 +111,37 @@ async def test_the_stop_of_the_daemon_finishes_the_overview_and_closes_with_1001
         assert socket.types[-1] == "RUN_FINISHED"
 
 
+def test_a_vm_that_moves_to_another_host_stays_in_the_state() -> None:
+    here, there = (
+        new_row(CreateVm(name="demo", cpu_cores=1, memory_mb=128), BASE, vm_id=number, now=NOW)
+        for number in (5, 2_000_000_001)
+    )
+    state = State()
+    state.snapshot([view(here)])
+    deleting = msgspec.structs.replace(here, status=Status.DELETING)
+    gone = event_for(deleting, None, event_id=EventId("e", 1), message="moved", now=NOW)
+    assert gone is not None
+    (delta,) = state.after(gone, view(there))
+    (change,) = delta.delta
+    assert (change.op, change.path, change.value) == ("add", "/vms/demo", msgspec.to_builtins(view(there)))
+    # A late event of the VM on its first host changes nothing.
+    assert state.after(msgspec.structs.replace(gone, type=EventType.VM_PAUSED), view(there)) == []
+    (removed,) = state.after(msgspec.structs.replace(gone, vm_id=there.id), None)
+    assert removed.delta[0].op == "remove"
+
+
+async def test_an_event_of_a_newer_host_that_is_not_known_here_leads_to_a_new_snapshot() -> None:
+    class Place:
+        async def take(self) -> list[tuple[str, Block]]:
+            return [("", Block(EventId("e", 1), b'event: VM_FLOWN\ndata: {"type": "VM_FLOWN"}\n\n'))]
+
+    unused: Any = None
+    place: Any = Place()
+    assert await _sources._OfFleet(unused, unused, unused, place, None).take() == "behind"
+
+
 async def test_a_reader_that_is_far_behind_gets_a_new_snapshot(served: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_route, "MAX_LAG", -1)
+    monkeypatch.setattr(_sources, "MAX_LAG", -1)
     async with agui(served) as socket:
         await socket.next()
         await socket.next()
@@ -170,14 +152,14 @@ async def test_a_reader_that_is_far_behind_gets_a_new_snapshot(served: Api, monk
 
 
 async def test_one_state_does_for_all_events_that_it_contains(served: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_route, "MAX_LAG", 1)
-    read, reads = EventCursor.take, trio.Event()
+    monkeypatch.setattr(_sources, "MAX_LAG", 1)
+    read, reads = FrameCursor.take, trio.Event()
 
     async def take_one(cursor: EventCursor) -> list[EventFrame] | EventGap:
         await reads.wait()
         return await read(cursor, 1)
 
-    monkeypatch.setattr(EventCursor, "take", take_one)
+    monkeypatch.setattr(FrameCursor, "take", take_one)
     async with agui(served) as socket:
         await socket.until("STATE_SNAPSHOT")
         for name in ("demo", "other"):

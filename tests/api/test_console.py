@@ -18,7 +18,8 @@ import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection
 
 from tests.api.kit import UPGRADE, Api, api, read_head, request, until, websocket
-from volant.model import VmRow
+from tests.names import named
+from volant.model import Key, VmRow
 from volant.vm import SerialConsole, _serial
 from volant.vm._console import ConsolePump
 from volant.vm._streams import Streams
@@ -45,7 +46,7 @@ class Desk:
     async def heard(self, count: int) -> bytes:
         """The next bytes that the guest reads."""
         data = b""
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             while len(data) < count:
                 # A pipe without a writer counts as readable.
                 await trio.sleep(0.005)
@@ -69,7 +70,7 @@ async def desk(tmp_path: Path) -> AsyncIterator[Desk]:
 async def at_desk(tmp_path: Path) -> AsyncIterator[Desk]:
     async with api(tmp_path) as served:
         await served.crashed("demo")
-        row = served.deps.store.projection.require("demo")
+        row = served.deps.store.projection.require(named("demo"))
         host = served.deps.host
         output, fifo, sock = tmp_path / "console.log", tmp_path / "console.in", tmp_path / "console.sock"
         output.touch()
@@ -78,14 +79,14 @@ async def at_desk(tmp_path: Path) -> AsyncIterator[Desk]:
         serial = SerialConsole(host, fifo, sock)
 
         class AtDesk(Streams):
-            def console(self, name: str) -> tuple[VmRow, SerialConsole]:
+            def console(self, vm: Key) -> tuple[VmRow, SerialConsole]:
                 return row, serial
 
         served.replace_streams(AtDesk)
         shut = trio.CancelScope()
 
         async def boot(task_status: trio.TaskStatus[None]) -> None:
-            log = served.deps.logs.open(row.id, row.name)
+            log = served.deps.logs.open(row.id, named(row.name))
             pump = ConsolePump(host, output, log, BOOT, feed=serial.feed)
             with shut, pump, serial.fed_by(pump):
                 async with trio.open_nursery() as nursery:
@@ -104,7 +105,7 @@ async def at_desk(tmp_path: Path) -> AsyncIterator[Desk]:
 
 async def read(socket: WebSocketConnection, count: int) -> bytes:
     data = b""
-    with trio.fail_after(5):
+    with trio.fail_after(20):
         while len(data) < count:
             message = await socket.get_message()
             assert isinstance(message, bytes), message
@@ -119,7 +120,7 @@ async def drained(socket: WebSocketConnection) -> None:
 
 async def end(socket: WebSocketConnection) -> tuple[int, str | None]:
     """How it was closed; what still comes before is dropped."""
-    with trio.fail_after(5):
+    with trio.fail_after(20):
         with pytest.raises(ConnectionClosed) as closed:
             await drained(socket)
     assert closed.value.reason is not None
@@ -262,7 +263,7 @@ async def plugged(desk: Desk) -> AsyncIterator[trio.SocketStream]:
 
 async def receive(stream: trio.SocketStream, count: int) -> bytes:
     data = b""
-    with trio.fail_after(5):
+    with trio.fail_after(20):
         while len(data) < count and (piece := await stream.receive_some(count - len(data))):
             data += bytes(piece)
     return data

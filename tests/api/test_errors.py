@@ -123,7 +123,7 @@ async def test_a_body_of_100_mb_is_413_and_the_client_sees_it(served: Api) -> No
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404),
+        ("GET", "/nothing", 404),
         ("GET", "/api/v1/nothing", 404),
         ("GET", "/api/v1/vms/none", 404),
         ("GET", "/api/v1/vms/none/inspect", 404),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from datetime import datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import pytest
 import trio
 
 from tests.api.kit import Api, api
-from volant.http import ApiSettings
+from tests.journal.kit import as_version
+from tests.names import named
+from volant.http import Access, ApiSettings
 from volant.journal import IdempotencyKey, Result, StoreRefusal
-from volant.model import CreateVm, Problem, VmRow
+from volant.model import CreateVm, Manifest, Problem, VmRow
 
 GOOD = {"name": "demo", "cpu_cores": 1, "memory_mb": 128}
 
@@ -86,17 +89,17 @@ async def test_repeated_commands_and_installs_are_carried_out_once(served: Api) 
     first = await post(served, "/api/v1/plugins/p/enabled", body={"enabled": False})
     assert (await post(served, "/api/v1/plugins/p/enabled", "on", body={"enabled": True})).json()["enabled"]
     same(first, await post(served, "/api/v1/plugins/p/enabled", body={"enabled": False}))
-    assert served.deps.store.projection.plugins["p"].enabled
+    assert served.deps.store.projection.plugins[named("p")].enabled
 
 
 async def test_a_restart_is_one_boot(served: Api) -> None:
     await served.crashed("demo")
-    before = served.deps.store.projection.get("demo")
+    before = served.deps.store.projection.get(named("demo"))
     assert before is not None
     for _ in range(3):
         answer = await post(served, "/api/v1/vms/demo/restart?wait=crashed")
         assert answer.headers["volant-wait"] == "met"
-    after = served.deps.store.projection.get("demo")
+    after = served.deps.store.projection.get(named("demo"))
     assert after is not None
     assert after.generation == before.generation + 1
 
@@ -156,10 +159,12 @@ async def test_a_repeated_request_during_the_first_is_409(served: Api, monkeypat
     create = served.deps.vms.create
     begun, gate = trio.Event(), trio.Event()
 
-    async def slow(request: CreateVm, *, key: IdempotencyKey | None = None) -> VmRow:
+    async def slow(
+        request: CreateVm, project: str, *, manifest: Manifest | None = None, key: IdempotencyKey | None = None
+    ) -> VmRow:
         begun.set()
         await gate.wait()
-        return await create(request, key=key)
+        return await create(request, project, manifest=manifest, key=key)
 
     monkeypatch.setattr(served.deps.vms, "create", slow)
     answers: list[httpx.Response] = []
@@ -182,7 +187,7 @@ async def test_the_journal_decides_which_came_first(served: Api, monkeypatch: py
     await served.crashed("demo")
     paths = ("/api/v1/vms/demo/restart", "/api/v1/vms/nobody/start")
     first = [await post(served, path, If_Match="*") for path in paths]
-    generation = served.deps.store.projection.get("demo")
+    generation = served.deps.store.projection.get(named("demo"))
     await served.create("nobody")
     find = served.deps.store.responses.find
     looked_up: set[bytes] = set()
@@ -196,7 +201,7 @@ async def test_the_journal_decides_which_came_first(served: Api, monkeypatch: py
 
     monkeypatch.setattr(served.deps.store.responses, "find", late)
     same(first[0], await post(served, paths[0], If_Match="*"))
-    assert served.deps.store.projection.get("demo") == generation
+    assert served.deps.store.projection.get(named("demo")) == generation
     # It would be possible now, but it was refused.
     refused = await post(served, paths[1], If_Match="*")
     assert (refused.status_code, refused.json()["type"]) == (404, first[1].json()["type"])
@@ -248,8 +253,11 @@ async def test_a_response_stored_by_an_earlier_version_is_replayed(tmp_path: Pat
 def as_version_5(path: Path, responses: Mapping[bytes, httpx.Response]) -> None:
     """Puts a database back to the version that stored rendered responses."""
     connection = apsw.Connection(str(path))
-    connection.execute("CREATE TABLE answers (scope BLOB PRIMARY KEY, kept BLOB NOT NULL) STRICT, WITHOUT ROWID")
-    for scope, request, at in connection.execute("SELECT scope, request, at FROM responses").fetchall():
+    stored = connection.execute("SELECT scope, request, at FROM responses").fetchall()
+    connection.close()
+    as_version(path, 5)
+    connection = apsw.Connection(str(path))
+    for scope, request, at in stored:
         assert isinstance(scope, bytes)
         response = responses[scope]
         body = response.json()
@@ -261,8 +269,6 @@ def as_version_5(path: Path, responses: Mapping[bytes, httpx.Response]) -> None:
             members = {name: body.get(name) for name in ("status", "detail", "field", "hint", "vm")}
             kept["refusal"] = members | {"code": body["type"].rpartition(":")[2]}
         connection.execute("INSERT INTO answers VALUES (?, ?)", (scope, msgspec.json.encode(kept)))
-    connection.execute("DROP TABLE responses")
-    connection.pragma("user_version", 5)
     connection.close()
 
 
@@ -277,3 +283,17 @@ async def test_a_refusal_that_can_not_be_stored_is_a_503(served: Api) -> None:
     msgspec.structs.force_setattr(served.deps, "journal", type("Ref", (), {"ask": staticmethod(failing)})())
     assert (await post(served, "/api/v1/vms/nobody/start")).status_code == 503
     assert (await served.client.post("/api/v1/vms/nobody/start")).status_code == 404
+
+
+def test_a_scope_is_bound_to_the_same_text_as_in_earlier_versions() -> None:
+    """Responses that an earlier version stored are found again."""
+    key = "0123456789abcdef"
+    access = Access(ApiSettings(api_keys=(key,)))
+    headers = [(b"x-volant-api-key", key.encode())]
+    scope = {"type": "http", "raw_path": b"/api/v1/vms", "headers": headers, "query_string": b""}
+    over_tcp = access.authenticate(scope | {"client": ("192.0.2.1", 1), "state": {}}, in_query=False)
+    assert over_tcp.id == sha256(key.encode()).hexdigest()
+    over_unix = access.authenticate(scope | {"state": {"unix": True, "peer": "uid 1000"}}, in_query=False)
+    assert over_unix.id == "uid 1000"
+    without = Access(ApiSettings()).authenticate(scope | {"client": ("192.0.2.1", 1), "state": {}}, in_query=False)
+    assert without.id == "anonymous"

@@ -12,6 +12,7 @@ import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection
 
 from tests.api.kit import UPGRADE, Api, api, read_head, request, streamed, until, websocket
+from tests.names import named
 from volant.journal import LogEntry, LogStream, VmLog
 
 
@@ -23,9 +24,9 @@ async def served(tmp_path: Path) -> AsyncIterator[Api]:
 
 
 def open_log(served: Api, name: str = "demo") -> VmLog:
-    row = served.deps.store.projection.get(name)
+    row = served.deps.store.projection.get(named(name))
     assert row is not None
-    return served.deps.logs.open(row.id, row.name)
+    return served.deps.logs.open(row.id, named(row.name))
 
 
 def say(served: Api, lines: Sequence[str], stream: LogStream = "stdout") -> None:
@@ -63,7 +64,7 @@ async def test_a_frame_has_the_members_of_the_contract(served: Api) -> None:
     say(served, ["hello"])
     async with websocket(url(served, "?tail=1")) as socket:
         frame = json.loads(await socket.get_message())
-    row = served.deps.store.projection.get("demo")
+    row = served.deps.store.projection.get(named("demo"))
     assert row is not None
     assert set(frame) == {"name", "vm_id", "stream", "line", "timestamp", "seq"}
     assert (frame["name"], frame["vm_id"], frame["stream"], frame["line"]) == ("demo", row.id, "stdout", "hello")
@@ -109,7 +110,7 @@ async def test_the_end_of_the_vm_closes_with_1000_and_its_log_stays(served: Api)
     async with websocket(url(served, "?tail=1")) as socket:
         assert await lines(socket, 1) == ["last words"]
         assert (await served.client.delete("/api/v1/vms/demo")).status_code == 204
-        with trio.fail_after(5), pytest.raises(ConnectionClosed) as raised:
+        with trio.fail_after(20), pytest.raises(ConnectionClosed) as raised:
             await lines(socket, 1000)
         assert raised.value.reason is not None
         assert raised.value.reason.code == 1000

@@ -18,6 +18,7 @@ import trio
 from msgspec.structs import replace
 
 from tests.api.kit import FAST, Api, api, request, until, web_vm
+from tests.names import named
 from volant.host import Host
 from volant.http import Limits
 from volant.journal import LogEntry
@@ -91,7 +92,8 @@ async def test_the_newest_version_needs_no_initialize(served: Api) -> None:
     assert found["capabilities"].keys() == {"tools", "resources"}
     listed = (await rpc(served, "tools/list", {}, modern=True))["result"]
     assert [tool["name"] for tool in listed["tools"]] == [tool.name for tool in tools(TABLE)]
-    assert listed["cacheScope"] == "public"
+    # It depends on the role of the caller.
+    assert listed["cacheScope"] == "private"
 
 
 @pytest.mark.parametrize(
@@ -178,7 +180,7 @@ async def test_a_foreign_page_gets_nothing(served: Api) -> None:
 async def test_tools_declare_their_arguments_results_and_hints(served: Api) -> None:
     tools = {tool["name"]: tool for tool in (await rpc(served, "tools/list", {}))["result"]["tools"]}
     for tool in tools.values():
-        assert re.fullmatch(r"(vms|plugins|snapshots|networks)_[a-z_]+", tool["name"])
+        assert re.fullmatch(r"(vms|plugins|snapshots|forks|networks|volumes|images|secrets)_[a-z_]+", tool["name"])
         assert len(tool["description"]) > 60
         assert tool["inputSchema"]["type"] == tool["outputSchema"]["type"] == "object"
         assert tool["inputSchema"]["additionalProperties"] is False
@@ -187,12 +189,12 @@ async def test_tools_declare_their_arguments_results_and_hints(served: Api) -> N
     read_only = {name for name, hint in hints.items() if hint["readOnlyHint"]}
     assert read_only == {
         "vms_list", "vms_get", "vms_memory", "vms_read_file", "vms_logs", "vms_events", "plugins_list",
-        "snapshots_list", "networks_list",
+        "snapshots_list", "forks_list", "networks_list", "images_list", "secrets_list",
     }  # fmt: skip
     destructive = {name for name, hint in hints.items() if hint["destructiveHint"]}
     assert destructive == {
         "vms_stop", "vms_restart", "vms_delete", "vms_exec", "vms_write_file", "vms_call_action", "snapshots_delete",
-        "networks_delete",
+        "networks_delete", "volumes_delete",
     }  # fmt: skip
     assert not hints["vms_create"]["idempotentHint"]
     assert hints["vms_delete"]["idempotentHint"]
@@ -303,9 +305,9 @@ async def test_events_continue_after_the_last_page(served: Api) -> None:
 
 async def test_the_end_of_a_log_is_kept_and_new_lines_follow(served: Api) -> None:
     await served.crashed("demo")
-    row = served.deps.store.projection.get("demo")
+    row = served.deps.store.projection.get(named("demo"))
     assert row is not None
-    log = served.deps.logs.open(row.id, row.name)
+    log = served.deps.logs.open(row.id, named(row.name))
     write(log, [f"line {number} " + "x" * 600 for number in range(300)])
     page = (await call(served, "vms_logs", vm="demo", tail=200))["structuredContent"]
     assert weight(page) <= MAX_TEXT

@@ -15,8 +15,9 @@ from tests.api.test_mcp import call, rpc
 from volant.api._openapi import document
 from volant.client import Client, ClientProblem
 from volant.client._transport import Transport
-from volant.model import Problem
-from volant.operations import TABLE, Context, Permission, Table, Tool, find_vm
+from volant.http import Access, ApiSettings
+from volant.model import Caller, Permission, Problem, Role
+from volant.operations import TABLE, Context, Table, Tool, find_vm
 from volant.operations._client import client_module
 from volant.operations._parameters import Integer
 
@@ -48,7 +49,7 @@ def greeted() -> Table:
 
         It does not answer.
         """
-        row = find_vm(context.deps, name)
+        row = find_vm(context.deps, context.named(name))
         if body.first == "silence":
             raise Problem(409, "not-now", f"VM {row.name!r} sleeps", vm=row.name)
         return Greeting(f"{body.first} {body.second} {row.name}", times)
@@ -56,24 +57,23 @@ def greeted() -> Table:
     return table
 
 
-class Callers:
-    """May do what the test says."""
+class Callers(Access):
+    """Gives each caller the role that the test says."""
 
-    def __init__(self) -> None:
-        self.allowed = set(Permission)
+    role = Role.ADMIN
 
-    def __call__(self, caller: str | None, permission: Permission) -> bool:
-        return permission in self.allowed
+    def authenticate(self, scope: Any, *, in_query: bool) -> Caller:
+        return msgspec.structs.replace(super().authenticate(scope, in_query=in_query), role=self.role)
 
 
 @pytest.fixture
 def callers() -> Callers:
-    return Callers()
+    return Callers(ApiSettings())
 
 
 @pytest.fixture
 async def served(tmp_path: Path, callers: Callers) -> AsyncIterator[Api]:
-    async with api(tmp_path, table=greeted(), allows=callers, checked=False) as running:
+    async with api(tmp_path, table=greeted(), access=callers, checked=False) as running:
         await running.crashed("demo")
         yield running
 
@@ -94,7 +94,7 @@ def test_an_operation_is_in_the_document_with_its_errors() -> None:
     shown = document(greeted())["paths"]["/api/v1/vms/{name}/greet"]["post"]
     assert (shown["operationId"], shown["summary"]) == ("greet_vm", "Greet a VM")
     assert shown["description"] == "It does not answer."
-    assert [parameter["name"] for parameter in shown["parameters"]] == ["name", "times"]
+    assert [parameter["name"] for parameter in shown["parameters"]] == ["name", "times", "Volant-Project"]
     assert {"200", "400", "401", "403", "404", "409"} <= shown["responses"].keys()
     assert "/api/v1/vms/{name}/greet" not in document()["paths"]
 
@@ -130,7 +130,7 @@ async def test_an_operation_is_a_method_of_the_client(served: Api) -> None:
 
 
 async def test_a_permission_is_enforced_for_rest_tools_and_commands(served: Api, callers: Callers) -> None:
-    callers.allowed = {Permission.VIEW}
+    callers.role = Role.VIEWER
     answer = await served.client.post("/api/v1/vms/demo/greet", json={"first": "hello"})
     assert (answer.status_code, answer.json()["type"]) == (403, "urn:volant:error:forbidden")
     refused = await call(served, "vms_greet", vm="demo", first="hello")
@@ -141,24 +141,29 @@ async def test_a_permission_is_enforced_for_rest_tools_and_commands(served: Api,
     for path in ("/api/v1/vms/demo/agent/v1/info", "/api/v1/system/tasks", "/nothing/is/here"):
         assert (await served.client.get(path)).status_code == 403
     assert (await served.client.get("/api/v1/vms/demo")).status_code == 200
-    callers.allowed = set()
     assert (await served.client.get("/healthz")).status_code == 200
-    assert (await served.client.get("/api/v1/vms/demo")).status_code == 403
+
+
+@pytest.mark.parametrize("role", Role)
+def test_each_role_has_the_permissions_of_those_before_it(role: Role) -> None:
+    before = list(Role)[: list(Role).index(role)]
+    assert all(other.permissions < role.permissions for other in before)
+    assert Permission.PUBLIC in role.permissions
 
 
 async def test_a_resource_needs_the_permission_of_the_operation_that_reads_it(served: Api, callers: Callers) -> None:
-    callers.allowed = {Permission.VIEW}
-    for uri in ("volant://vms/demo", "volant://vms/demo/logs"):
-        assert (await rpc(served, "resources/read", {"uri": uri}))["result"]["contents"]
-    refused = await rpc(served, "resources/read", {"uri": "volant://vms/demo/files/etc/shadow"})
-    assert "needs the permission 'use'" in refused["error"]["message"]
+    callers.role = Role.VIEWER
+    assert (await rpc(served, "resources/read", {"uri": "volant://vms/demo"}))["result"]["contents"]
+    for uri in ("volant://vms/demo/logs", "volant://vms/demo/files/etc/shadow"):
+        refused = await rpc(served, "resources/read", {"uri": uri})
+        assert "needs the permission 'use'" in refused["error"]["message"]
 
 
 @pytest.mark.parametrize(
     "path", ["/api/v1/vms/demo/openapi", "/api/v1/vms/demo%2Fopenapi", "/api/v1/vms/demo/open%61pi"]
 )
 async def test_another_spelling_of_a_path_needs_the_same_permission(served: Api, callers: Callers, path: str) -> None:
-    callers.allowed = {Permission.VIEW}
+    callers.role = Role.VIEWER
     answer = await served.client.get(path)
     assert (answer.status_code, answer.json()["type"]) == (403, "urn:volant:error:forbidden")
     assert "permission 'use'" in answer.json()["detail"]

@@ -8,10 +8,10 @@ import httpx
 import pytest
 
 from tests.api.test_relay import WAYS, Guest, guest, prefix
-from volant.relay._redirect import Sender
+from volant.relay._redirect import GuestServer
 
-OF_PORT = Sender(vm="demo", host=b"localhost:8080", target="/a/b?q=1")
-OF_AGENT = Sender(vm="demo", host=b"agent", target="/a/b")
+OF_PORT = GuestServer(vm="demo", host=b"localhost:8080", target="/a/b?q=1")
+OF_AGENT = GuestServer(vm="demo", host=b"agent", target="/a/b")
 PORT = b"/api/v1/vms/demo/ports/8080"
 AGENT = b"/api/v1/vms/demo/agent"
 

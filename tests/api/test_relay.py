@@ -226,6 +226,8 @@ async def test_credentials_and_hop_by_hop_headers_stay_here(tmp_path: Path) -> N
                 headers={
                     "authorization": "Bearer key",
                     "x-volant-api-key": "key",
+                    "volant-registry-auth": "key",
+                    "volant-session": "key",
                     "cookie": "a=b",
                     "proxy-authorization": "x",
                     "connection": "x-mine, keep-alive",
@@ -564,3 +566,25 @@ async def test_a_trace_is_not_passed_on(tmp_path: Path, path: str) -> None:
         assert "TRACE" not in answer.headers["allow"]
         assert "GET" in answer.headers["allow"]
         assert not demo.seen
+
+
+async def test_what_anonymous_clients_have_open_in_a_guest_ends_with_the_first_key(tmp_path: Path) -> None:
+    async with guest(tmp_path) as at:
+        async with websocket(at.url(f"{prefix(at, 'port')}/echo")) as socket_:
+            await socket_.send_message("x")
+            await socket_.get_message()
+            upload = await at.api.server.connect()
+            async with upload:
+                await upload.send_all(request("POST", f"{prefix(at, 'port')}/whole", Content_Length="1000"))
+                await until(lambda: any(scope["path"] == "/whole" for scope in at.seen))
+                made = await at.client.post("/api/v1/keys", json={"name": "ops", "role": "admin"})
+                assert made.status_code == 201
+                with trio.fail_after(20), pytest.raises(ConnectionClosed) as raised:
+                    await socket_.get_message()
+                assert raised.value.reason is not None
+                assert raised.value.reason.code == 4401
+                assert "requires an API key" in (raised.value.reason.reason or "")
+                answer = await read_answer(upload, within_s=20)
+                assert (answer.status, b"requires an API key" in answer.body) == (401, True)
+        # The guest does not take the part that arrived for the whole.
+        await until(lambda: "whole" not in at.ends and bool(at.ends))

@@ -11,10 +11,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.api.kit import Api, api
+from tests.api.kit import Api, Unanswered, api, until
+from tests.names import named
 from volant.images import ANYWHERE, fetch
-from volant.journal import AdoptRow, BeginSnapshot, FinishSnapshot
-from volant.model import Artifact, Boot, CreateVm, Manifest, Status, Step, TakeSnapshot, VmRow, new_row
+from volant.journal import AdoptRow, BeginSnapshot, FinishSnapshot, ForkRow
+from volant.model import Artifact, Boot, CreateVm, ForkVm, Manifest, Status, Step, TakeSnapshot, VmRow, new_row
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 
@@ -39,7 +40,7 @@ async def kept(served: Api, name: str = "warm", **fields: Any) -> VmRow:
     """A snapshot of which there is nothing but the row; and the VM that it is of."""
     row = await said_to_run(served, **fields)
     await served.deps.journal.ask(BeginSnapshot(row.id, TakeSnapshot(name=name), "abc"), timeout_s=10)
-    await served.deps.journal.ask(FinishSnapshot(name, "abc", 12.5, 4096), timeout_s=10)
+    await served.deps.journal.ask(FinishSnapshot(named(name), "abc", 12.5, 4096), timeout_s=10)
     return row
 
 
@@ -89,7 +90,9 @@ async def test_a_snapshot_is_shown_used_and_removed(served: Api) -> None:
     assert (made.status_code, made.headers["volant-wait"]) == (201, "met"), made.text
     vm = made.json()
     assert (vm["memory_mb"], vm["labels"], vm["restart_policy"]) == (row.memory_mb, {"a": "b"}, "never")
-    assert vm["origin"] == {"kind": "snapshot", "vm": "demo", "vm_id": row.id, "snapshot": "warm", "paused_ms": 12.5}
+    assert vm["origin"] == {
+        "kind": "snapshot", "vm": "demo", "vm_id": row.id, "snapshot": "warm", "snapshot_id": "abc", "paused_ms": 12.5,
+    }  # fmt: skip
     # Its files never were: no cold boot is made of what was to be a copy.
     assert vm["reason"]["code"] == "capture_gone"
     assert (await served.client.delete("/api/v1/snapshots/warm")).status_code == 204
@@ -97,6 +100,37 @@ async def test_a_snapshot_is_shown_used_and_removed(served: Api) -> None:
         gone = await served.client.request(method, "/api/v1/snapshots/warm")
         assert (gone.status_code, gone.json()["type"]) == (404, "urn:volant:error:snapshot-not-found")
     assert (await served.client.get("/api/v1/snapshots")).json() == []
+
+
+async def test_the_fork_tree_has_what_is_there_and_what_is_deleted_in_pages(served: Api) -> None:
+    row = await kept(served)
+    ask = ForkRow(row.id, ForkVm(names=["one", "two"]), "fork-a", paused_ms=3.5)
+    copies = await served.deps.journal.ask(ask, timeout_s=10)
+    await served.crashed("other")
+    assert (await served.client.delete("/api/v1/snapshots/warm")).status_code == 204
+    whole = (await served.client.get("/api/v1/forks")).json()
+    origin, snapshot, *forks = whole["nodes"]
+    assert (origin["id"], origin["kind"], origin["name"]) == (f"vm-{row.id}", "vm", "demo")
+    assert (snapshot["id"], snapshot["kind"], snapshot["status"]) == ("snapshot-abc", "snapshot", None)
+    assert snapshot["created_at"] <= snapshot["deleted_at"]
+    assert [(fork["id"], fork["name"]) for fork in forks] == [(f"vm-{copy.id}", copy.name) for copy in copies]
+    assert [(edge["kind"], edge["source"], edge["target"], edge["paused_ms"]) for edge in whole["edges"]] == [
+        ("snapshot", origin["id"], "snapshot-abc", 12.5),
+        ("fork", origin["id"], forks[0]["id"], 3.5),
+        ("fork", origin["id"], forks[1]["id"], 3.5),
+    ]
+    assert whole["next_cursor"] is None
+    nodes: list[Any] = []
+    cursor: str | None = ""
+    while cursor is not None:
+        page = (await served.client.get(f"/api/v1/forks?limit=3&cursor={cursor}")).json()
+        nodes, cursor = nodes + page["nodes"], page["next_cursor"]
+    assert [node["id"] for node in nodes] == [node["id"] for node in whole["nodes"]]
+    found = await tool(served, "forks_list", limit=2)
+    assert (found["nodes"], found["next_cursor"]) == (whole["nodes"][:2], f"{row.id}-abc")
+    for query, field in (("limit=0", "limit"), ("limit=1001", "limit"), ("cursor=x", "cursor")):
+        wrong = await served.client.get(f"/api/v1/forks?{query}")
+        assert (wrong.status_code, wrong.json()["field"]) == (400, field)
 
 
 async def test_what_a_snapshot_needs_is_not_pruned(served: Api, tmp_path: Path) -> None:
@@ -145,6 +179,20 @@ async def test_a_failed_snapshot_leaves_nothing(served: Api, tmp_path: Path) -> 
     assert (answer.status_code, answer.json()["type"]) == (503, "urn:volant:error:snapshot-failed"), answer.text
     assert (await served.client.get("/api/v1/snapshots")).json() == []
     assert [*(tmp_path / "mem").iterdir(), *(tmp_path / "snapshots").glob("*")] == []
+
+
+async def test_a_snapshot_whose_beginning_the_journal_has_not_confirmed_leaves_nothing(served: Api) -> None:
+    await said_to_run(served)
+    copies, projection = served.deps.vms.copies, served.deps.store.projection
+    journal = copies.journal
+    unanswered: Any = Unanswered(journal, BeginSnapshot)
+    copies.journal = unanswered
+    answer = await served.client.post("/api/v1/vms/demo/snapshots", json={"name": "warm"})
+    assert (answer.status_code, answer.json()["type"]) == (503, "urn:volant:error:journal-down"), answer.text
+    await until(lambda: not projection.snapshots)
+    copies.journal = journal
+    answer = await served.client.post("/api/v1/vms/demo/snapshots", json={"name": "warm"})
+    assert answer.json()["type"] == "urn:volant:error:snapshot-failed", answer.text
 
 
 async def events(served: Api) -> AsyncIterator[str]:

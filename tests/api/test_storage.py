@@ -18,6 +18,7 @@ import trio.testing
 
 from tests.api.kit import Api, api
 from tests.images.test_image_store import place
+from tests.names import named
 from tests.templates.test_store import KEY, add
 from volant.images import ANYWHERE, ArtifactCache, Origins, _artifacts, _store, _users, artifact_path, fetch
 from volant.journal import LogEntry
@@ -105,7 +106,7 @@ async def test_files_that_a_vm_or_a_plugin_uses_stay_and_others_are_removed(serv
 async def test_logs_of_deleted_vms_are_removed_and_those_of_others_stay(served: Api) -> None:
     for name in ("demo", "gone"):
         vm = await served.crashed(name)
-        log = served.deps.logs.open(vm["id"], name)
+        log = served.deps.logs.open(vm["id"], named(name))
         log.append([_entry("x" * 100)])
     assert (await served.client.delete("/api/v1/vms/gone")).status_code == 204
     found = {key[1]: item for key, item in (await items(served)).items() if key[0] == "log"}

@@ -9,12 +9,15 @@ import pytest
 import trio
 
 from tests.api.kit import Api, api, read_answer, request
+from tests.names import named
 
 VM_FIELDS = {
     "id", "name", "status", "desired", "reason", "plugin", "runtime", "pid", "ip_address", "mac_address", "cpu_cores",
     "memory_mb", "kernel_cmdline", "serial_socket", "labels", "hypervisor", "accelerator", "restart_policy",
     "restarts", "boots", "boot", "booted_from", "fallback", "origin", "disk", "created_at", "updated_at", "started_at",
-    "disk_mb", "network", "network_reason", "ports", "workload", "expires_at", "warnings",
+    "disk_mb", "network", "network_reason", "ports", "secrets", "image", "workload", "expires_at", "warnings",
+    "failover", "replicate", "replica", "move", "placement", "unreachable", "egress", "volumes", "disk_iops",
+    "disk_mbps", "project",
 }  # fmt: skip
 
 
@@ -39,6 +42,7 @@ async def test_a_vm_is_created_shown_and_deleted(served: Api) -> None:
     again = await served.client.get("/api/v1/vms/demo")
     assert again.json()["id"] == vm["id"]
     assert (await served.client.get("/api/v1/vms/demo/inspect")).json()["vm"]["name"] == "demo"
+    assert (await served.client.get("/api/v1/stats/vms")).json() == [], "it has no process"
     assert (await served.client.get("/api/v1/vms/demo/memory")).json()["type"].endswith("vm-not-running")
     assert (await served.client.delete("/api/v1/vms/demo")).status_code == 204
     assert (await served.client.get("/api/v1/vms/demo")).status_code == 404
@@ -138,7 +142,7 @@ async def test_of_clients_with_the_same_etag_one_changes_the_vm(served: Api) -> 
         for _ in range(8):
             nursery.start_soon(restart)
     assert sorted(statuses) == [200] + 7 * [412]
-    row = served.deps.store.projection.get("demo")
+    row = served.deps.store.projection.get(named("demo"))
     assert row is not None
     assert row.generation == 2
 
@@ -147,7 +151,7 @@ async def test_if_match_means_the_vm_and_not_its_name(served: Api) -> None:
     await served.crashed("demo")
     await served.client.delete("/api/v1/vms/demo")
     await served.crashed("demo")
-    row = served.deps.store.projection.get("demo")
+    row = served.deps.store.projection.get(named("demo"))
     assert row is not None
     for tag in (f'"{row.id - 1}-{row.revision}"', f'W/"{row.id}-{row.revision}"', '"x"', f'"{row.id}-{10**30}"'):
         answer = await served.client.delete("/api/v1/vms/demo", headers={"if-match": tag})
@@ -181,7 +185,7 @@ async def test_waits_end_when_the_daemon_stops(served: Api, monkeypatch: pytest.
         ):
             gate = trio.Event()
             await stream.send_all(asked)
-            with trio.fail_after(5):
+            with trio.fail_after(20):
                 await gate.wait()
         served.server.stopping.set()
         answer = await read_answer(waiting)

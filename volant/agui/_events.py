@@ -16,7 +16,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from volant.model import Event, EventType, Phase, Status, VmRow, view
+from volant.model import Event, EventType, Phase, Status, VmRow, VmView, view
 
 PROTOCOL_VERSION = "1.0"
 
@@ -143,28 +143,29 @@ class State:
     def __init__(self) -> None:
         self._vms: dict[str, dict[str, Any]] = {}
 
-    def snapshot(self, rows: Iterable[VmRow]) -> StateSnapshot:
+    def snapshot(self, vms: Iterable[VmView]) -> StateSnapshot:
         """Replaces the state, and returns it."""
-        self._vms = {row.name: _shown(row) for row in rows}
+        self._vms = {vm.name: msgspec.to_builtins(vm) for vm in vms}
         return StateSnapshot({"vms": dict(self._vms)})
 
-    def after(self, event: Event, row: VmRow | None) -> list[StateDelta]:
-        """Returns the changes by an event; `row` is the present one of its VM, and may be newer than the event."""
+    def after(self, event: Event, vm: VmView | None) -> list[StateDelta]:
+        """Returns the changes by an event; `vm` is its VM at present, and may be newer than the event."""
         before = self._vms.get(event.name)
-        if before is not None and before["id"] != event.vm_id:
+        if before is not None and before["id"] != (event.vm_id if vm is None else vm.id):
             before = None
-        if event.type is EventType.VM_DELETED:
+        if event.type is EventType.VM_DELETED and vm is None:
             if before is None:
                 return []
             del self._vms[event.name]
             return [StateDelta((PatchOperation("remove", f"/vms/{event.name}"),))]
-        if row is not None:
-            now = _shown(row)
+        if vm is not None:
+            now = msgspec.to_builtins(vm)
         elif before is not None:
             now = dict(before)
         else:
-            return []  # The VM was created and deleted, and its row does not exist any more.
-        if row is None or row.status is not event.status:
+            return []  # The VM was created and deleted, and does not exist any more.
+        # In a fleet, one that has moved to another host has another id there: the event is about its former self.
+        if vm is None or (vm.id == event.vm_id and vm.status is not event.status):
             now["status"] = event.status
             now["reason"] = msgspec.to_builtins(event.reason)
         self._vms[event.name] = now
@@ -185,18 +186,18 @@ class Overview:
         self._run_id = run_id
         self._state = State()
 
-    def begin(self, rows: Iterable[VmRow], *, resumed: bool) -> list[AguiEvent]:
+    def begin(self, vms: Iterable[VmView], *, resumed: bool) -> list[AguiEvent]:
         """Returns the first events of a connection."""
         started: list[AguiEvent] = [] if resumed else [RunStarted(self._thread_id, self._run_id)]
-        return [*started, self._state.snapshot(rows)]
+        return [*started, self._state.snapshot(vms)]
 
-    def events_for(self, event: Event, row: VmRow | None) -> list[AguiEvent]:
-        """Returns the AG-UI events for an event."""
-        return [*self._state.after(event, row), Custom(f"volant.vm.{event.type}", event)]
+    def events_for(self, event: Event, vm: VmView | None) -> list[AguiEvent]:
+        """Returns the AG-UI events for an event of a VM."""
+        return [*self._state.after(event, vm), Custom(f"volant.vm.{event.type}", event)]
 
-    def catch_up(self, rows: Iterable[VmRow]) -> list[AguiEvent]:
+    def catch_up(self, vms: Iterable[VmView]) -> list[AguiEvent]:
         """Returns the state, for a reader that is too far behind."""
-        return [self._state.snapshot(rows)]
+        return [self._state.snapshot(vms)]
 
     def end(self) -> list[AguiEvent]:
         """Returns the last events, at a clean close."""
@@ -236,7 +237,7 @@ class Boots:
         self._status = row.status if row is not None else None
         up = row is not None and row.status in _UP
         if self.run_id:
-            events.append(self._state.snapshot([row] if row is not None else []))
+            events.append(self._state.snapshot([view(row)] if row is not None else []))
             if row is None or not up or self.boot not in (0, row.booted):
                 reason = row.reason if row is not None and row.status is Status.CRASHED else None
                 events += self._end(reason.code, reason.message) if reason else self._end()
@@ -262,7 +263,7 @@ class Boots:
             events += self._begin(row)
         if not self.run_id:
             return events
-        events += self._state.after(event, row)
+        events += self._state.after(event, None if row is None else view(row))
         events += [
             TextMessageStart(event.id),
             TextMessageContent(event.id, event.message or str(event.type)),
@@ -294,7 +295,7 @@ class Boots:
     def _begin(self, row: VmRow) -> list[AguiEvent]:
         self.run_id, self._next_run_id = self._next_run_id or self._new_run_id(), ""
         self.boot = row.booted
-        return [RunStarted(self._thread_id, self.run_id), self._state.snapshot([row])]
+        return [RunStarted(self._thread_id, self.run_id), self._state.snapshot([view(row)])]
 
     def _end(self, code: str | None = None, message: str = "") -> list[AguiEvent]:
         events = self._step(None)
@@ -312,8 +313,3 @@ class Boots:
                 events.append(StepStarted(step))
             self.step = step
         return events
-
-
-def _shown(row: VmRow) -> dict[str, Any]:
-    shown: dict[str, Any] = msgspec.to_builtins(view(row))
-    return shown

@@ -12,13 +12,14 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Annotated, get_args
 
 import msgspec
 import trio
 
 from volant.http import (
-    GOING_AWAY,
     NORMAL,
     Call,
     Limits,
@@ -29,15 +30,14 @@ from volant.http import (
     read_call_body,
 )
 from volant.journal import EventCursor, EventGap
-from volant.model import EventType, Name, VmRow, check_plain, invalid
-from volant.operations import TABLE, TEN_MINUTES, Answer, ApiDeps, Described, Permission, find_vm
+from volant.model import EventType, Name, Permission, VmRow, check_plain, invalid
+from volant.operations import TABLE, TEN_MINUTES, Answer, ApiDeps, Described, find_vm
 
 from ._events import AguiEvent, Boots, Overview, RunAgentInput
+from ._sources import Source, is_behind, watching
 
 DEFAULT_DURATION_S = 60.0
 MAX_DURATION_S = 600.0
-MAX_LAG = 4096
-"""The most events that a reader may be behind; above it gets the state instead."""
 
 _WEBSOCKET = re.compile(r"/ws/v1/agui/?\Z")
 _HTTP = re.compile(r"/api/v1/agui/?\Z")
@@ -65,11 +65,13 @@ TABLE.declare(
         200: Answer("Server-sent events, one AG-UI event each", str, "text/event-stream", items=get_args(AguiEvent))
     },
     body=RunAgentInput,
+    examples={"A run": {"threadId": "vms", "runId": "1"}},
     described=(
         Described("vm", Name, "Only this VM: the run is its boot, and ends with it"),
         Described("duration", _DURATION, "When the run ends: by default `60s` without `vm`, at most `10m`"),
     ),
     errors=(404,),
+    vm_in_query=True,
 )
 TABLE.declare(
     "GET /ws/v1/agui",
@@ -86,6 +88,7 @@ TABLE.declare(
     ),
     errors=(404, 426),
     credentials_in_query=True,
+    vm_in_query=True,
     details="Closes with 1000 when the VM of `vm` is deleted, with 1001 when the daemon stops.",
 )
 
@@ -98,32 +101,38 @@ def routes(deps: ApiDeps, limits: Limits) -> list[StreamRoute]:
         query = call.query(credentials=True)
         parameters = _Parameters.of(query)
         query.done()
-        row = _row(deps, parameters.vm)
+        row = _row(deps, call, parameters.vm)
 
         async def send(events: Sequence[AguiEvent]) -> None:
             if events:
                 await call.send_texts([_encoder.encode(event) for event in events])
 
-        async with deps.store.events.cursor(None) as cursor:
+        async def boots_of(row: VmRow, cursor: EventCursor) -> bool:
+            boots = Boots(parameters.thread_id, parameters.run_id, _new_run_id)
+            if parameters.resume:
+                boot, step = left_open.take(row.id, parameters.thread_id, parameters.run_id)
+                boots.resume(boot, step if parameters.step is None else parameters.step or None)
+            try:
+                return await _stream_boots(call, deps, cursor, boots, row, send)
+            finally:
+                left_open.keep(row.id, parameters.thread_id, boots)
+
+        async def answer(stream: Callable[[], Awaitable[bool]]) -> None:
+            async def whole() -> None:
+                ended = await stream()
+                await call.close(*((NORMAL, "") if ended else call.stopping.closing))
+
             await call.accept()
+            await call.while_connected(whole)
 
-            async def stream() -> None:
-                if row is None:
-                    ended = await _stream_overview(
-                        call, deps, cursor, parameters.overview(), send, resumed=parameters.resume
-                    )
-                else:
-                    boots = Boots(parameters.thread_id, parameters.run_id, _new_run_id)
-                    if parameters.resume:
-                        boot, step = left_open.take(row.id, parameters.thread_id, parameters.run_id)
-                        boots.resume(boot, step if parameters.step is None else parameters.step or None)
-                    try:
-                        ended = await _stream_boots(call, deps, cursor, boots, row, send)
-                    finally:
-                        left_open.keep(row.id, parameters.thread_id, boots)
-                await call.close(NORMAL if ended else GOING_AWAY)
-
-            await call.while_connected(stream)
+        # Both are opened before the answer begins, so the client misses nothing after that.
+        if row is None:
+            async with watching(deps, call) as source:
+                overview = parameters.overview()
+                await answer(partial(_stream_overview, call, source, overview, send, resumed=parameters.resume))
+        else:
+            async with deps.store.events.cursor(None) as cursor:
+                await answer(partial(boots_of, row, cursor))
 
     async def http(call: Call) -> None:
         query = call.query(credentials=False)
@@ -136,26 +145,29 @@ def routes(deps: ApiDeps, limits: Limits) -> list[StreamRoute]:
         # A run may last for days, and a client may send any amount of history with it.
         del body
         call.body.release()
-        row = _row(deps, parameters.vm)
+        row = _row(deps, call, parameters.vm)
         deadline = float("inf") if row is not None and given is None else trio.current_time() + duration_s
 
         async def send(events: Sequence[AguiEvent]) -> None:
             if events:
                 await call.write(b"".join(b"data: %b\n\n" % _encoder.encode(event) for event in events))
 
-        async with deps.store.events.cursor(None) as cursor:
+        async def boot_of(row: VmRow, cursor: EventCursor) -> None:
+            boots = Boots(parameters.thread_id, parameters.run_id, _new_run_id, once=True)
+            await _stream_boots(call, deps, cursor, boots, row, send, deadline=deadline)
+            await send(boots.end())
+
+        async def answer(stream: Callable[[], Awaitable[object]]) -> None:
             await call.start(200, _SSE)
-
-            async def stream() -> None:
-                if row is None:
-                    await _stream_overview(call, deps, cursor, parameters.overview(), send, deadline=deadline)
-                else:
-                    boots = Boots(parameters.thread_id, parameters.run_id, _new_run_id, once=True)
-                    await _stream_boots(call, deps, cursor, boots, row, send, deadline=deadline)
-                    await send(boots.end())
-
             if await call.while_connected(stream):
                 await call.finish()
+
+        if row is None:
+            async with watching(deps, call) as source:
+                await answer(partial(_stream_overview, call, source, parameters.overview(), send, deadline=deadline))
+        else:
+            async with deps.store.events.cursor(None) as cursor:
+                await answer(partial(boot_of, row, cursor))
 
     return [
         StreamRoute(_WEBSOCKET, websocket, http=False, websocket=True),
@@ -216,8 +228,7 @@ class _LeftOpen(msgspec.Struct):
 
 async def _stream_overview(
     call: Call,
-    deps: ApiDeps,
-    cursor: EventCursor,
+    source: Source,
     overview: Overview,
     send: Send,
     *,
@@ -225,25 +236,15 @@ async def _stream_overview(
     deadline: float = float("inf"),
 ) -> bool:
     """Sends events of all VMs until `deadline` (True) or the daemon's stop (False)."""
-    projection = deps.store.projection
-    rows = projection.rows
-    # Events that the state already contains are not sent again.
-    true_to = projection.last_event.seq
-    first = overview.begin(rows(), resumed=resumed)
+    first = overview.begin(await source.state(), resumed=resumed)
     async with interruptible(call.stopping) as waits:
         await send(first)
-        while (taken := await waits.until(cursor.take, deadline)) is not None:
-            if not taken:
-                break
-            if isinstance(taken, EventGap) or _is_behind(deps, cursor, true_to):
-                true_to = projection.last_event.seq
-                await send(overview.catch_up(rows()))
-                continue
-            events: list[AguiEvent] = []
-            for frame in taken:
-                if frame.seq > true_to:
-                    events += overview.events_for(frame.event, projection.by_id(frame.event.vm_id))
-            await send(events)
+        with suppress(trio.EndOfChannel):
+            while (taken := await waits.until(source.take, deadline)) is not None:
+                if taken == "behind":
+                    await send(overview.catch_up(await source.state()))
+                else:
+                    await send([each for event, vm in taken for each in overview.events_for(event, vm)])
         await send(overview.end())
     return not call.stopping.is_set()
 
@@ -281,7 +282,7 @@ async def _stream_boots(
             async with turn:
                 now = projection.by_id(row.id)
                 events: list[AguiEvent] = []
-                if isinstance(taken, EventGap) or _is_behind(deps, cursor, true_to):
+                if isinstance(taken, EventGap) or is_behind(cursor, true_to, deps.store.events.newest.seq):
                     true_to = projection.last_event.seq
                     events += boots.catch_up(now)
                     ended = now is None
@@ -296,14 +297,9 @@ async def _stream_boots(
     return ended
 
 
-def _is_behind(deps: ApiDeps, cursor: EventCursor, true_to: int) -> bool:
-    """Whether a reader is to get the state instead of events. One snapshot does for all events that it contains."""
-    return cursor.seq > true_to and deps.store.events.newest.seq - cursor.seq > MAX_LAG
-
-
-def _row(deps: ApiDeps, vm: str | None) -> VmRow | None:
+def _row(deps: ApiDeps, call: Call, vm: str | None) -> VmRow | None:
     """Returns the row of the requested VM. :raises Problem: 404."""
-    return None if vm is None else find_vm(deps, vm)
+    return None if vm is None else find_vm(deps, call.named(vm))
 
 
 def _identifier(text: str, name: str) -> str:

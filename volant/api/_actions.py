@@ -16,8 +16,8 @@ import trio
 
 from volant.http import Call, StreamRoute, without_credentials
 from volant.model import Problem
-from volant.operations import ApiDeps, find_action, find_vm
-from volant.relay import Relay, to_port
+from volant.operations import ApiDeps, enter, find_action, find_vm
+from volant.relay import GuestServer, Relay, to_port
 
 _ACTIONS = re.compile(r"/api/v1/vms/([^/]*)/actions/([^/]*)/([^/]*)\Z")
 _SHOWN = 20
@@ -28,25 +28,19 @@ def routes(deps: ApiDeps, relay: Relay) -> list[StreamRoute]:
 
     async def act(call: Call) -> None:
         name, plugin, wanted = call.args
-        row = find_vm(deps, name)
-        action, port = find_action(row, plugin, wanted)
+        vm = call.named(name)
+        action, port = find_action(find_vm(deps, vm), plugin, wanted)
+        row, client = await enter(deps, vm, f"{plugin}/{wanted}")
         query = without_credentials(call.scope["query_string"]).decode("ascii")
         target = f"{action.path}?{query}" if query else action.path
         with trio.move_on_after(action.timeout_s) as deadline:
-            async with to_port(deps.vms.streams.agent(name), name, port) as inner:
-                await relay.run(
-                    call,
-                    inner,
-                    vm_id=row.id,
-                    vm=name,
-                    target=target,
-                    host=b"localhost:%d" % port,
-                    method=action.method,
-                )
+            async with to_port(client, name, port) as inner:
+                server = GuestServer(name, b"localhost:%d" % port, target)
+                await relay.run(call, inner, server, share=row.id, method=action.method)
         if deadline.cancelled_caught:
             text = f"action {wanted!r} of VM {name!r} took longer than the {action.timeout_s:g} s that it has"
             if call.started:
                 raise trio.BrokenResourceError(text)
             raise Problem(502, "action-timeout", text, vm=name)
 
-    return [StreamRoute(_ACTIONS, act, methods=frozenset({"POST"}))]
+    return [StreamRoute(_ACTIONS, act, methods=frozenset({"POST"}), query_is_guests=True)]

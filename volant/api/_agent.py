@@ -10,12 +10,13 @@ from urllib.parse import unquote
 
 import msgspec
 
-from volant.channel import AgentClient
 from volant.http import Call, StreamRoute, without_credentials
 from volant.model import Problem, VmRow
 from volant.model.agent import DAEMON_PREFIX, EXEC, EXEC_SESSIONS, FILES
-from volant.operations import ApiDeps, find_vm
-from volant.relay import Relay, parse_port, to_port
+from volant.operations import ApiDeps, enter, find_vm
+from volant.relay import GuestServer, OwnOrigin, Relay, parse_port, to_port
+
+from ._moved import moved
 
 _AGENT = re.compile(r"/api/v1/vms/([^/]*)/agent(?:/.*)?\Z")
 _NO_ROUTE = "the agent has no "
@@ -30,35 +31,53 @@ def routes(deps: ApiDeps, relay: Relay) -> list[StreamRoute]:
     """The routes of this resource."""
 
     async def agent(call: Call) -> None:
-        row, client = _connect(deps, call.args[0])
+        vm = call.named(call.args[0])
         target = _with_slashes(_target(call, depth=6))
         if _is_the_daemons(target):
-            raise Problem(404, "not-found", "there is no such route in the agent", vm=row.name)
+            raise Problem(404, "not-found", "there is no such route in the agent", vm=find_vm(deps, vm).name)
+        row, client = await enter(deps, vm, _file_of(target))
         explain = partial(_explain, row.name, target) if _may_be_newer(target) else None
-        await relay.run(call, client, vm_id=row.id, vm=row.name, target=target, host=b"agent", explain=explain)
+        server = GuestServer(row.name, b"agent", target, moved(deps, row.id, row.key))
+        await relay.run(call, client, server, share=row.id, explain=explain)
 
     async def ports(call: Call) -> None:
         port = parse_port(call.args[1])
-        row, client = _connect(deps, call.args[0])
+        row, client = await enter(deps, call.named(call.args[0]), f"port {port}")
         async with to_port(client, row.name, port) as inner:
-            host = b"localhost:%d" % port
-            await relay.run(call, inner, vm_id=row.id, vm=row.name, target=_target(call, depth=7), host=host)
+            await relay.run(call, inner, _server(deps, call, row, port), share=row.id)
 
     return [
-        StreamRoute(_AGENT, agent, methods=None, websocket=True),
-        StreamRoute(_PORTS, ports, methods=None, websocket=True),
+        StreamRoute(_AGENT, agent, methods=None, websocket=True, query_is_guests=True),
+        StreamRoute(_PORTS, ports, methods=None, websocket=True, query_is_guests=True),
     ]
 
 
-def _connect(deps: ApiDeps, name: str) -> tuple[VmRow, AgentClient]:
-    return find_vm(deps, name), deps.vms.streams.agent(name)
+def _server(deps: ApiDeps, call: Call, row: VmRow, port: int) -> GuestServer:
+    """Returns the server at a port, at the path of the API or at its own origin."""
+    host = b"localhost:%d" % port
+    if call.port_origin is None:
+        return GuestServer(row.name, host, _target(call, depth=7), moved(deps, row.id, row.key))
+    secure, netloc = deps.access.own_address(call.scope)
+    origin = f"{'https' if secure else 'http'}://{netloc}".encode("ascii")
+    # All of the query is the guest's.
+    return OwnOrigin(
+        row.name, host, _target(call, depth=7, credentials=True), origin=origin, ended=moved(deps, row.id, row.key)
+    )
 
 
-def _target(call: Call, *, depth: int) -> str:
-    """Returns what follows the first `depth` slashes of the path, byte for byte, and the query without credentials."""
+def _file_of(target: str) -> str:
+    """Returns the path of the file that a request is about, for its record; empty: it is about none."""
+    path = target.partition("?")[0]
+    return "/" + unquote(path.removeprefix(FILES)) if path.startswith(FILES) else ""
+
+
+def _target(call: Call, *, depth: int, credentials: bool = False) -> str:
+    """Returns what follows the first `depth` slashes of the path, byte for byte, and the query, as a rule without
+    credentials."""
     path = call.scope["raw_path"].decode("ascii")
     rest = path.split("/", depth)[depth] if path.count("/") >= depth else ""
-    query = without_credentials(call.scope["query_string"]).decode("ascii")
+    query = call.scope["query_string"]
+    query = (query if credentials else without_credentials(query)).decode("ascii")
     return f"/{rest}?{query}" if query else f"/{rest}"
 
 

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 import trio
 
-from volant import agui, mcp
+from volant import agui, mcp, web
 from volant.concurrency import Backoff, FairShare, open_helpers
 from volant.host import Host
 from volant.http import AsgiApp, Limits, Middleware
 from volant.model import Problem
-from volant.operations import TABLE, ApiDeps, Table, check_permission
+from volant.operations import TABLE, Admission, ApiDeps, Table
 from volant.relay import Relay
 
-from . import _actions, _agent, _artifacts, _backups, _console, _devtools, _events, _logs, _system, _tcp
+from . import (
+    _actions,
+    _agent,
+    _artifacts,
+    _audit,
+    _backups,
+    _console,
+    _devtools,
+    _events,
+    _images,
+    _logs,
+    _port_origins,
+    _sign_in,
+    _system,
+    _tcp,
+)
 
 _SOON_S = 1.0
 """The first probe of a supervisor is answered by then."""
@@ -36,11 +50,15 @@ def create_app(deps: ApiDeps, limits: Limits | None = None, table: Table = TABLE
         *_actions.routes(deps, relay),
         *_devtools.routes(deps, relay, share),
         *_events.routes(deps),
+        *_audit.routes(deps),
         *_logs.routes(deps, share),
         *_console.routes(deps, share),
         *_tcp.routes(deps, share),
         *_backups.routes(deps, limits),
         *_artifacts.routes(deps),
+        *_images.routes(deps),
+        *_sign_in.routes(deps, limits),
+        *web.routes(deps),
         *agui.routes(deps, limits),
         *mcp.routes(deps, limits, table),
     ]
@@ -50,7 +68,16 @@ def create_app(deps: ApiDeps, limits: Limits | None = None, table: Table = TABLE
 
         return quart_app(deps, limits, table)
 
-    return Middleware(_Late(deps.host, single), streams, deps.access, limits, partial(check_permission, deps, table))
+    ports = _port_origins.PortOrigins(deps)
+    admission = Admission(table, deps.recorder)
+    router = None
+    if deps.fleet is not None:
+        from volant.fleet import TicketsOfOthers
+        from volant.routing import Router
+
+        deps.access.join(deps.fleet.host, TicketsOfOthers(deps.fleet.peers))
+        router = Router(deps.fleet, deps.access, relay, limits, {"mcp": mcp.Subjects(table).of})
+    return Middleware(_Late(deps.host, single), streams, deps.access, limits, admission, ports, router)
 
 
 class _Late:

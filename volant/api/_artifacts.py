@@ -17,8 +17,9 @@ def routes(deps: ApiDeps) -> list[StreamRoute]:
     async def put(call: Call) -> None:
         call.query(credentials=False).done()
         (digest,) = call.args
+        await deps.recorder.begin()
         with artifact_problems(None):
-            async with deps.vms.artifacts.receiving(digest) as upload:
+            async with deps.vms.artifacts.receiving(digest, call.project) as upload:
                 await receive_into(call, upload)
                 artifact = await upload.finish()
         body = msgspec.json.encode(ArtifactView(sha256=artifact.digest, size_bytes=artifact.size_bytes))

@@ -7,6 +7,7 @@ from collections.abc import Collection
 
 from quart import request
 
+from volant.http import has_etag
 from volant.model import invalid
 from volant.vm import Version
 
@@ -20,9 +21,10 @@ def if_match() -> Collection[Version] | None:
 
     :raises Problem: 400 the header is empty
     """
-    tags = _tags("If-Match")
-    if tags is None:
+    given = request.headers.getlist("If-Match")
+    if not given:
         return None
+    tags = [tag.strip() for line in given for tag in line.split(",")]
     if not any(tags):
         raise invalid(
             "If-Match", "the header If-Match is empty", hint="send the ETag of the VM, or leave the header out"
@@ -34,10 +36,4 @@ def if_match() -> Collection[Version] | None:
 
 def if_none_match(etag: str) -> bool:
     """Returns whether the client already has this version."""
-    return any(tag.removeprefix("W/") in ("*", etag) for tag in _tags("If-None-Match") or ())
-
-
-def _tags(header: str) -> list[str] | None:
-    """Returns the members of a header, from one line or several; None if the header is missing."""
-    given = request.headers.getlist(header)
-    return [tag.strip() for line in given for tag in line.split(",")] if given else None
+    return has_etag(request.headers.getlist("If-None-Match"), etag)

@@ -17,9 +17,10 @@ import trio
 from volant.concurrency import FairShare
 from volant.http import NORMAL, Call, StreamRoute, interruptible
 from volant.model import Problem, Status, VmRow
-from volant.operations import ApiDeps
+from volant.operations import ApiDeps, record_access
 from volant.vm import Keyboard, KeyboardTaken, Missed, NotTyped, Reader
 
+from ._moved import moved
 from ._session import Session
 
 NOT_ALLOWED = 1008
@@ -45,7 +46,7 @@ def routes(deps: ApiDeps, share: FairShare) -> list[StreamRoute]:
         tail = query.integer("tail", maximum=_MAX_TAIL)
         write, take = query.flag("write", False), query.flag("take", False)
         query.done()
-        row, serial = deps.vms.streams.console(name)
+        row, serial = deps.vms.streams.console(call.named(name))
         async with AsyncExitStack() as stack:
             keyboard = None
             if write or take:
@@ -56,6 +57,7 @@ def routes(deps: ApiDeps, share: FairShare) -> list[StreamRoute]:
                         409, "keyboard-taken", f"another client types on the console of VM {name!r}", vm=name,
                         hint="leave out write=true to read only, or add take=true to take the keyboard from them",
                     ) from None  # fmt: skip
+            await record_access(deps, row, "write" if keyboard is not None else "read")
             reader = await stack.enter_async_context(serial.reader(_DEFAULT_TAIL if tail is None else tail))
             await call.accept()
             await _Session(call, deps, share, row, reader, keyboard).run()
@@ -73,6 +75,7 @@ class _Session(Session):
         self._deps = deps
         self._share = share
         self._row = row
+        self._moved = moved(deps, row.id, row.key)
         self._reader = reader
         self._keyboard = keyboard
 
@@ -104,6 +107,9 @@ class _Session(Session):
             self.end(OVERLOADED, str(error))
 
     def reason(self) -> tuple[int, str]:
+        elsewhere = self._moved()
+        if elsewhere is not None:
+            return elsewhere
         row = self._deps.store.projection.by_id(self._row.id)
         if row is None:
             return NORMAL, "the VM is deleted"

@@ -25,10 +25,12 @@ import trio
 
 from volant.channel import AgentClient, AgentProtocolError, AgentUnreachable
 from volant.concurrency import FairShare
-from volant.http import Call, StreamRoute, interruptible, without_credentials
-from volant.model import DEVTOOLS_PORT, Desired, Problem, Status, VmRow
-from volant.operations import ApiDeps, find_vm
-from volant.relay import SANDBOX, Relay, first_text, to_port
+from volant.http import Call, StreamRoute, for_ticket, interruptible, without_credentials
+from volant.model import DEVTOOLS_PORT, Desired, Key, Problem, Status, VmRow
+from volant.operations import ApiDeps, find_vm, record_access
+from volant.relay import SANDBOX, GuestServer, Relay, first_text, to_port
+
+from ._moved import moved
 
 WAIT_S = 60.0
 """How long a request waits for a VM and its browser, and how long a browser may take after its VM runs."""
@@ -76,8 +78,15 @@ def routes(deps: ApiDeps, relay: Relay, share: FairShare) -> list[StreamRoute]:
     browsers = _Browsers(deps, relay, share)
     return [
         # PUT, as a page of another origin can make a browser send a GET.
-        StreamRoute(_NEW, browsers.serve, methods=frozenset({"PUT"}), key_in_query=True),
-        StreamRoute(_ROUTE, browsers.serve, methods=frozenset({"GET"}), websocket=True, key_in_query=True),
+        StreamRoute(_NEW, browsers.serve, methods=frozenset({"PUT"}), key_in_query=True, query_is_guests=True),
+        StreamRoute(
+            _ROUTE,
+            browsers.serve,
+            methods=frozenset({"GET"}),
+            websocket=True,
+            key_in_query=True,
+            query_is_guests=True,
+        ),
     ]
 
 
@@ -92,10 +101,11 @@ class _Browsers:
     async def serve(self, call: Call) -> None:
         """Answers one request."""
         name, path = call.args
-        row = find_vm(self._deps, name)
+        row = find_vm(self._deps, call.named(name))
         _check(call, path)
+        await record_access(self._deps, row, "" if not call.is_websocket else path)
         devtools = row.manifest.devtools
-        browser = _Browser(row.id, row.name, devtools.port if devtools is not None else DEVTOOLS_PORT)
+        browser = _Browser(row.id, row.key, devtools.port if devtools is not None else DEVTOOLS_PORT)
         if not await call.while_connected(partial(self._wait, call, browser)):
             return
         # Our access control has checked `Origin`, and `while_connected` has read the body.
@@ -113,7 +123,7 @@ class _Browsers:
         async with interruptible(call.stopping) as waits:
             over = await waits.until(partial(self._until_it_listens, browser))
         if not over:
-            raise Problem(503, "daemon-stopping", "the daemon stops", vm=browser.vm, hint="try again when it is back")
+            raise call.stopping.problem(vm=browser.vm)
 
     async def _until_it_listens(self, browser: _Browser) -> bool:
         row = self._deps.store.projection.by_id(browser.vm_id)
@@ -144,7 +154,7 @@ class _Browsers:
     async def _connected(self, browser: _Browser) -> AsyncIterator[AgentClient]:
         """Opens a connection to the browser, for one request. :raises Problem: 404, 409 and 502."""
         try:
-            async with to_port(self._deps.vms.streams.agent(browser.vm), browser.vm, browser.port) as client:
+            async with to_port(self._deps.vms.streams.agent(browser.key), browser.vm, browser.port) as client:
                 yield client
         except Problem as problem:
             if problem.code != "port-unreachable":
@@ -161,9 +171,9 @@ class _Browsers:
         own = found[1] if found is not None else await self._own_socket(browser)
         target = _with_query(f"/devtools/{own}", call)
         async with self._connected(browser) as client:
-            await self._relay.run(
-                call, client, vm_id=browser.vm_id, vm=browser.vm, target=target, host=browser.host
-            )  # fmt: skip
+            ended = moved(self._deps, browser.vm_id, browser.key)
+            server = GuestServer(browser.vm, browser.host, target, ended)
+            await self._relay.run(call, client, server, share=browser.vm_id)
 
     async def _own_socket(self, browser: _Browser) -> str:
         """Returns the path of the browser's own WebSocket, as the browser reports it."""
@@ -192,7 +202,9 @@ class _Browsers:
     def _place(self, call: Call, browser: _Browser) -> Place:
         secure, netloc = self._access.own_address(call.scope)
         path = f"/ws/v1/vms/{browser.vm}/devtools"
-        issue = partial(self._access.tickets.issue, browser.vm_id, path=path, caller=call.scope["state"]["caller"])
+        caller = for_ticket(call.scope, call.scope["state"]["caller"])
+        caller = msgspec.structs.replace(caller, project=browser.key.project)
+        issue = partial(self._access.tickets.issue, browser.vm_id, path=path, caller=caller)
         return Place(secure, netloc + path, issue if self._access.asks_for_key else None)
 
     async def _ask(self, browser: _Browser, method: str, target: str) -> bytes:
@@ -230,8 +242,12 @@ class _Browser(msgspec.Struct, frozen=True):
     """The browser that a request is for."""
 
     vm_id: int
-    vm: str
+    key: Key
     port: int
+
+    @property
+    def vm(self) -> str:
+        return self.key.name
 
     @property
     def host(self) -> bytes:

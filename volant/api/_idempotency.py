@@ -16,8 +16,9 @@ from typing import Any, Generic, NamedTuple, TypeVar, cast
 import msgspec
 from quart import request
 
+from volant.http import one_project
 from volant.journal import DuplicateRequest, IdempotencyKey, Refusal, Result, StoreRefusal, ask_journal
-from volant.model import Problem, invalid
+from volant.model import DEFAULT_PROJECT, Problem, invalid
 from volant.operations import ApiDeps
 
 R = TypeVar("R", bound=Result)
@@ -52,8 +53,11 @@ class Repeats:
         text = _key()
         if text is None:
             return Outcome(await act(None))
-        caller = request.scope["state"]["caller"]
-        key = IdempotencyKey(_digest([caller, request.method, request.path, text]), _digest(content))
+        caller = request.scope["state"]["caller"].id
+        project = one_project(request.scope)
+        # Digests from before there were projects stay valid.
+        of = [caller, request.method, request.path, text] + [project] * (project != DEFAULT_PROJECT)
+        key = IdempotencyKey(_digest(of), _digest(content), project)
         stored = self._deps.store.responses.find(key, self._deps.host.clock.now())
         if stored is not None:
             return _replay(stored)
@@ -77,7 +81,8 @@ class Repeats:
         try:
             return await act(key)
         except Problem as refusal:
-            if refusal.status < 500 and refusal.field != "Idempotency-Key":
+            # One that says to try again later is no answer to keep.
+            if refusal.status < 500 and refusal.status != 429 and refusal.field != "Idempotency-Key":
                 await ask_journal(self._deps.journal, StoreRefusal(Refusal.of(refusal), key))
             raise
 

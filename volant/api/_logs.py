@@ -12,10 +12,12 @@ from typing import cast
 import msgspec
 
 from volant.concurrency import FairShare
-from volant.http import GOING_AWAY, NORMAL, Call, Query, StreamRoute, interruptible, parse_time
+from volant.http import NORMAL, Call, Query, StreamRoute, interruptible, parse_time
 from volant.journal import LogCursor, LogGap, LogStream, VmLog
 from volant.model import Problem, invalid, is_name, no_such_vm
 from volant.operations import ApiDeps, open_log, unreadable
+
+from ._moved import moved
 
 _WEBSOCKET = re.compile(r"/ws/v1/vms/([^/]*)/logs/?\Z")
 _HTTP = re.compile(r"/api/v1/vms/([^/]*)/logs/?\Z")
@@ -31,13 +33,14 @@ def routes(deps: ApiDeps, share: FairShare) -> list[StreamRoute]:
 
     async def websocket(call: Call) -> None:
         log, wanted = _find(deps, call, tail=_DEFAULT_TAIL, follow=True)
+        elsewhere = moved(deps, log.vm_id, log.key)
         # The cursor is opened before the upgrade is answered, so the client misses nothing after it.
         async with wanted.cursor(log) as cursor:
             await call.accept()
 
             async def stream() -> None:
                 ended = await _send(call, cursor, share, log.vm_id, call.send_texts)
-                await call.close(NORMAL if ended else GOING_AWAY)
+                await call.close(*((elsewhere() or (NORMAL, "")) if ended else call.stopping.closing))
 
             await call.while_connected(stream)
 
@@ -88,13 +91,13 @@ def _find(deps: ApiDeps, call: Call, *, tail: int | None, follow: bool) -> tuple
     wanted = _wanted(query, tail, follow)
     vm_id = query.integer("vm_id", minimum=1)
     query.done()
-    row = deps.store.projection.get(name) if is_name(name) else None
+    row = deps.store.projection.get(call.named(name)) if is_name(name) else None
     if row is not None and vm_id in (None, row.id):
         return open_log(deps, row), wanted
     if vm_id is not None and deps.store.projection.by_id(vm_id) is None:
         with unreadable(name):
             log = deps.logs.find(vm_id)
-        if log is not None and log.name == name:
+        if log is not None and log.key == call.named(name):
             return log, wanted
     if row is None and vm_id is None:
         raise no_such_vm(name[:80])

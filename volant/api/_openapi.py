@@ -11,7 +11,7 @@ import msgspec
 
 from volant import __version__
 from volant.http import JSON, Nothing
-from volant.model import Name, ProblemDetails
+from volant.model import NAME_PATTERN, Name, Permission, ProblemDetails
 from volant.operations import (
     ANY,
     OCTETS,
@@ -20,7 +20,6 @@ from volant.operations import (
     Described,
     OneOf,
     Operation,
-    Permission,
     Table,
     describe,
     owners,
@@ -34,32 +33,47 @@ _ABOUT = "\n\n".join(
         "Errors are `application/problem+json`. Every answer has `X-Request-Id`; a client's own is kept when it is 1 "
         "to 64 letters, digits and `._:-`. Sizes are MiB, times RFC 3339 in UTC, durations text such as `500ms`, "
         "`10s`, `2m`. Integers are written without a fraction: `80`, not `80.0`.",
+        "Names belong to projects. A caller has one; an administrator names it with `Volant-Project`, or with "
+        "`project` in the query where that is not a guest's, and `*` lists those of all.",
         "Before it looks for a route, the server itself may answer 400 (not HTTP), 408 (headers over 10 s), 431 "
         "(headers over 32 KiB), 503 (more than 2,000 connections) or 505.",
     )
 )
 _IN_PATH = {
-    "digest": (str, "The template's digest"),
-    "name": (Name, "Its name"),
-    "sha256": (Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")], "The file's SHA-256"),
-    "port": (Annotated[int, msgspec.Meta(ge=1, le=65535)], "A port of the guest's loopback"),
-    "path": (str, "The path in the guest, with its slashes"),
-    "plugin": (Name, "The VM's plugin"),
-    "snapshot": (Name, "Its name"),
-    "action": (Name, "One that the plugin's manifest names"),
-    "id": (Annotated[str, msgspec.Meta(pattern="^[^/]+$")], "The `id` in the first message of its WebSocket"),
-    "mark": (Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9._:@-]{1,100}$")], "The hypervisor's process tag"),
-    "target": (Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9._-]{1,128}$")], "The browser's name for it"),
+    "digest": (str, "The template's digest", "2fd4e1c67a2d28fced849ee1bb76e739"),
+    "name": (Name, "Its name", "web"),
+    "sha256": (Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")], "The file's SHA-256", "0" * 64),
+    "port": (Annotated[int, msgspec.Meta(ge=1, le=65535)], "A port of the guest's loopback", 8080),
+    "path": (
+        str,
+        "The rest of the path, with its slashes: of a file or route in the guest, or of a file of the console",
+        "etc/os-release",
+    ),
+    "plugin": (Name, "The VM's plugin", "browser"),
+    "snapshot": (Name, "Its name", "prepared"),
+    "action": (Name, "One that the plugin's manifest names", "screenshot"),
+    "id": (Annotated[str, msgspec.Meta(pattern="^[^/]+$")], "The `id` in the first message of its WebSocket", "1"),
+    "mark": (
+        Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9._:@-]{1,100}$")],
+        "The hypervisor's process tag",
+        "volant-x-1.1",
+    ),
+    "target": (
+        Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9._-]{1,128}$")],
+        "The browser's name for it",
+        "E1D2C3B4",
+    ),
 }
-_EVERYWHERE = (400, 401, 403, 421)
+"""Types, meanings and examples of what paths name."""
+_EVERYWHERE = (400, 401, 403, 421, 429)
 _WITH_BODY = (408, 413, 415)
 _OF_GUESTS = "Inside a VM"
 
 
 PROBLEMS = {
     400: "A body that is no JSON, a wrong, unknown or missing field; an unknown, repeated or malformed parameter",
-    401: "The daemon requires an API key",
-    403: "An address that is not allowed, or a foreign `Origin`",
+    401: "The credentials are missing or not valid",
+    403: "An address that is not allowed, a foreign `Origin`, or a registry refuses to give an image",
     404: "Nothing has this name",
     406: "There is no representation that the client accepts",
     408: "The body took longer than 30 s",
@@ -70,10 +84,12 @@ PROBLEMS = {
     415: "The body is not JSON",
     416: "The file has no such range",
     421: "`Host` is not a name of this daemon",
-    422: "The `Idempotency-Key` was used for another request, or members of the body contradict each other",
+    422: "The `Idempotency-Key` was used for another request, members contradict each other, or an image can't be used",
     426: "This is a WebSocket",
+    429: "The caller sent too many requests, or its project created too many VMs; `Retry-After` says when to try again",
     502: "The guest, its agent or its port does not answer",
     503: "Not possible now: no capacity, the daemon stops, or its disk does not take the change",
+    504: "A registry or a guest does not answer in time",
     507: "The guest's or the cache's disk is full",
 }
 """What each error status means; the body is always `ProblemDetails`."""
@@ -83,22 +99,48 @@ HEADERS = {
     "Repr-Digest": "`sha-256=:…:` (RFC 9530)",
     "Volant-File-Mode": "The file's mode, octal",
     "ETag": "Changes with every change of the VM, or of the file; for `If-Match` and `If-None-Match`",
-    "Location": "The path of the new resource",
+    "Location": "The path of the new resource, or of the page at which a browser goes on",
+    "Set-Cookie": "The half of a session that scripts of the page don't see",
     "Volant-Wait": "With `wait`: `met`, `failed` (it ended in another state, or was deleted) or `timeout`",
     "Volant-Event-Id": "The last event in the list. Follow the events from there to miss nothing",
+    "Volant-Missing-Hosts": "Hosts of the fleet that did not answer: what they have is missing, or as last reported",
     "Idempotency-Replayed": "`true` for a repeated request: nothing was done now, and this is the first answer",
     "Link": '`<…>; rel="next"` if there are more',
 }
 
 TAGS = {
     "VMs": "Create, change and watch VMs",
-    "Inside a VM": "The agent, the workload and ports of a guest. Path, query and bodies pass byte for byte",
+    _OF_GUESTS: "The agent, the workload and ports of a guest. Path, query and bodies pass byte for byte",
+    "Snapshots": "Stored copies of VMs that new VMs can start from, and what is a copy of what",
+    "Images": "OCI images that VMs boot from",
     "Plugins": "Kinds of VMs",
     "Templates": "Booted guests that new VMs are cloned from",
-    "Snapshots": "Stored copies of VMs that new VMs can start from",
+    "Volumes": "Disks that outlive VMs",
     "Networks": "Named networks in which VMs reach each other",
+    "Secrets": "Values that VMs get, and that nobody can read back",
+    "Projects": "Sets of names, with limits",
+    "Access": "Keys, sessions and tickets, and the record of what was done with them",
+    "Fleet": "Hosts that share VMs",
+    "MCP and AG-UI": "For models and for applications that show what models do",
     "System": "The daemon itself",
 }
+_TAGGED = (
+    (r"/(actions|agent|ports|devtools)/|{name}/openapi", _OF_GUESTS),
+    (r"/(snapshots|forks|transfers)\b", "Snapshots"),
+    (r"/vms\b", "VMs"),
+    (r"/images\b", "Images"),
+    (r"/(plugins|artifacts)\b", "Plugins"),
+    (r"/templates\b", "Templates"),
+    (r"/volumes\b", "Volumes"),
+    (r"/networks\b", "Networks"),
+    (r"/secrets\b", "Secrets"),
+    (r"/projects\b", "Projects"),
+    (r"/(auth|keys|session|tickets|audit)\b", "Access"),
+    (r"/(fleet|hosts)\b", "Fleet"),
+    (r"/(mcp|agui)\b", "MCP and AG-UI"),
+    ("", "System"),
+)
+"""Which paths have which tag; the first counts that is in the path."""
 
 
 @cache
@@ -119,7 +161,7 @@ def _document(table: Table) -> Schema:
         "info": {
             "title": "Volant",
             "version": __version__,
-            "summary": "MicroVMs on one host",
+            "summary": "MicroVMs on one or several hosts",
             "description": _ABOUT,
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
@@ -141,6 +183,14 @@ def _document(table: Table) -> Schema:
     }
 
 
+_PROJECT: Schema = {
+    "name": "Volant-Project",
+    "in": "header",
+    "description": "The project in which names are looked up; only administrators can choose it, without it `default`",
+    "schema": {"type": "string", "pattern": rf"^(\*|{NAME_PATTERN.strip('^$')})?$"},
+}
+
+
 _SCHEMES = {
     "key": {"type": "apiKey", "in": "header", "name": "X-Volant-API-Key"},
     "bearer": {"type": "http", "scheme": "bearer", "description": "The same key"},
@@ -156,7 +206,7 @@ class _Kinds:
     """The schemas of all types that operations name."""
 
     def __init__(self, operations: Sequence[Operation]) -> None:
-        kinds: list[Any] = [ProblemDetails, *(kind for kind, _ in _IN_PATH.values())]
+        kinds: list[Any] = [ProblemDetails, *(kind for kind, *_ in _IN_PATH.values())]
         for operation in operations:
             kinds.extend(parameter.schema for parameter in operation.parameters)
             kinds.append(operation.body)
@@ -187,6 +237,7 @@ def _operation(operation: Operation, kinds: _Kinds) -> Schema:
         "operationId": operation.name,
         "tags": [_tag(operation.path)],
         "summary": operation.summary,
+        "x-permission": operation.permission,
     }
     if operation.details:
         shown["description"] = operation.details
@@ -195,20 +246,31 @@ def _operation(operation: Operation, kinds: _Kinds) -> Schema:
     elif operation.credentials_in_query:
         shown["security"] = _HEADER_KEYS + _QUERY_KEYS
     parameters = [
-        {"name": name, "in": "path", "required": True, "description": text, "schema": kinds.schema(kind)}
+        {
+            "name": name,
+            "in": "path",
+            "required": True,
+            "description": text,
+            "schema": kinds.schema(kind),
+            "example": example,
+        }
         for name in in_path
-        for kind, text in (_IN_PATH[name],)
+        for kind, text, example in (_IN_PATH[name],)
     ]
     parameters.extend(_parameter(parameter, kinds) for parameter in operation.parameters)
+    if operation.permission is not Permission.PUBLIC:
+        parameters.append(_PROJECT)
     if parameters:
         shown["parameters"] = parameters
     if operation.body is not None:
         media = operation.body_media or (ANY if operation.body is bytes else JSON)
-        schema = kinds.schema(operation.body)
+        given: Schema = {"schema": kinds.schema(operation.body)}
+        if operation.examples:
+            given["examples"] = {what: {"value": body} for what, body in operation.examples.items()}
         shown["requestBody"] = {
             "required": bool(operation.body_media)
             or not (operation.body in (Nothing, bytes) or operation.body_optional),
-            "content": {**_as_bytes(operation.body), media: {"schema": schema}},
+            "content": {**_as_bytes(operation.body), media: given},
         }
     responses: Schema = {str(status): _answer(answer, kinds) for status, answer in operation.answers.items()}
     problem = "Relayed" if _tag(operation.path) == _OF_GUESTS else "Problem"
@@ -228,7 +290,7 @@ def _as_bytes(kind: Any) -> Schema:
 
 def _failures(operation: Operation, in_path: Sequence[str]) -> set[int]:
     failures = {*_EVERYWHERE, *operation.errors}
-    if operation.permission is Permission.PUBLIC:
+    if operation.permission is Permission.PUBLIC and 401 not in operation.errors:
         failures.discard(401)
     if in_path:
         failures.add(404)
@@ -262,6 +324,8 @@ def _answer(answer: Answer, kinds: _Kinds) -> Schema:
             shown["content"] = {**_as_bytes(answer.type), **shown["content"]}
     if answer.streams:
         shown["content"]["text/event-stream"] = {"schema": {}}
+    if answer.lines:
+        shown["content"]["application/x-ndjson"] = {"schema": kinds.schema(str)}
     if answer.items:
         shown["x-items"] = {"anyOf": [kinds.schema(item) for item in answer.items]}
     return shown
@@ -279,17 +343,7 @@ def _relayed_problem(text: str, kinds: _Kinds) -> Schema:
 
 
 def _tag(path: str) -> str:
-    if re.search(r"/(actions|agent|ports|devtools)/|{name}/openapi", path):
-        return _OF_GUESTS
-    if "/snapshots" in path:
-        return "Snapshots"
-    if "/vms" in path:
-        return "VMs"
-    if "/templates" in path:
-        return "Templates"
-    if "/networks" in path:
-        return "Networks"
-    return "Plugins" if "/plugins" in path or "/artifacts" in path else "System"
+    return next(tag for pattern, tag in _TAGGED if re.search(pattern, path))
 
 
 def _describe_defaults(schema: Schema) -> None:

@@ -11,9 +11,9 @@ import msgspec
 from quart import Response, request
 from quart_trio import QuartTrio
 
-from volant.http import Nothing, Query
+from volant.http import Nothing, Query, project_of_link
 from volant.journal import IdempotencyKey
-from volant.model import Command, CommandRequest
+from volant.model import Command, CommandRequest, current_cause
 from volant.operations import (
     DEFAULT_WAIT_S,
     TIMEOUT,
@@ -24,6 +24,8 @@ from volant.operations import (
     Operation,
     Page,
     Table,
+    begin,
+    name_target,
     show,
     wait_for,
 )
@@ -63,17 +65,25 @@ class _Route:
         if operation.if_match:
             context.versions = if_match()
         arguments = [path[name] for name in operation.arguments]
+        name_target(arguments, parameters.get("body"))
 
         async def act(key: IdempotencyKey | None) -> Any:
             context.key = key
+            await begin(context, operation)
             return await self._call(context, *arguments, **parameters)
 
         if operation.idempotent:
             outcome = await self._repeats.run(self._request(parameters, context), act)
         else:
             outcome = Outcome(await act(None))
+        cause = current_cause.get()
+        if cause is not None:
+            cause.repeated = outcome.replayed
         if not wait:
-            return _render(operation, outcome)
+            response = _render(operation, outcome)
+            if context.missing_hosts:
+                response.headers["Volant-Missing-Hosts"] = ", ".join(sorted(context.missing_hosts))
+            return response
         result, waited = await wait_for(context, outcome.result, wait, timeout_s)
         response = _render(operation, outcome._replace(result=result))
         response.headers["Volant-Wait"] = waited
@@ -146,5 +156,5 @@ def _add_links(response: Response, page: Page[Any]) -> None:
     response.headers["Volant-Event-Id"] = page.event_id
     if page.next_cursor is not None:
         pairs = [(key, value) for key, value in request.args.items(multi=True) if key != "cursor"]
-        query = urlencode([*pairs, ("cursor", str(page.next_cursor))])
+        query = urlencode([*pairs, *project_of_link(request.scope), ("cursor", str(page.next_cursor))])
         response.headers["Link"] = f'<{request.path}?{query}>; rel="next"'

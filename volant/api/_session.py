@@ -8,7 +8,7 @@ from typing import Any
 
 import trio
 
-from volant.http import GOING_AWAY, Call
+from volant.http import Call
 
 
 class Session(ABC):
@@ -24,6 +24,7 @@ class Session(ABC):
     async def run(self) -> None:
         """Runs until one of the sides ends, or one of `ends` happens."""
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._stop)
             for end in self.ends():
                 nursery.start_soon(self._end_on, *end)
             nursery.start_soon(self._receive, nursery.cancel_scope)
@@ -39,8 +40,12 @@ class Session(ABC):
             self.over.set()
 
     def ends(self) -> Iterator[tuple[trio.Event, int, str]]:
-        """Yields what ends it, with code and reason."""
-        yield self.call.stopping, GOING_AWAY, "the daemon stops"
+        """Yields what ends it besides the end of every request, with code and reason."""
+        yield from ()
+
+    async def _stop(self) -> None:
+        await self.call.stopping.wait()
+        self.end(*self.call.stopping.closing)
 
     async def _end_on(self, event: trio.Event, code: int, reason: str) -> None:
         await event.wait()

@@ -11,7 +11,7 @@ Messages are decoded here, unlike those of relays, as the guest's end is plain T
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,9 +20,10 @@ import trio
 from volant.channel import ChannelStream
 from volant.concurrency import FairShare
 from volant.http import NORMAL, Call, StreamRoute, interruptible
-from volant.operations import ApiDeps, find_vm
+from volant.operations import ApiDeps, enter
 from volant.relay import open_port, parse_port
 
+from ._moved import moved
 from ._session import Session
 
 PROTOCOL_ERROR = 1002
@@ -42,10 +43,11 @@ def routes(deps: ApiDeps, share: FairShare) -> list[StreamRoute]:
         name = call.args[0]
         port = parse_port(call.args[1])
         call.query(credentials=True).done()
-        row = find_vm(deps, name)
-        async with open_port(deps.vms.streams.agent(name), name, port) as stream:
+        row, client = await enter(deps, call.named(name), f"port {port}")
+        elsewhere = moved(deps, row.id, row.key)
+        async with open_port(client, name, port) as stream:
             await call.accept()
-            await _Session(call, share, row.id, stream).run()
+            await _Session(call, share, row.id, stream, elsewhere).run()
 
     return [StreamRoute(_PATH, tcp, http=False, websocket=True)]
 
@@ -53,8 +55,16 @@ def routes(deps: ApiDeps, share: FairShare) -> list[StreamRoute]:
 class _Session(Session):
     """One connection, both ways."""
 
-    def __init__(self, call: Call, share: FairShare, vm_id: int, stream: ChannelStream) -> None:
+    def __init__(
+        self,
+        call: Call,
+        share: FairShare,
+        vm_id: int,
+        stream: ChannelStream,
+        moved: Callable[[], tuple[int, str] | None],
+    ) -> None:
         super().__init__(call)
+        self._moved = moved
         self._share = share
         self._vm_id = vm_id
         self._stream = stream
@@ -68,7 +78,7 @@ class _Session(Session):
                 try:
                     data = await waits.until(receive)
                 except (trio.BrokenResourceError, trio.ClosedResourceError):
-                    self.end(BROKEN, "the connection in the guest broke")
+                    self._end_broken()
                     return
                 if data is None:
                     return
@@ -98,6 +108,9 @@ class _Session(Session):
                     await self._stream.send_eof()
                     self._client_ended.set()
         except (trio.BrokenResourceError, trio.ClosedResourceError):
-            self.end(BROKEN, "the connection in the guest broke")
+            self._end_broken()
         except trio.TooSlowError:
             self.end(BROKEN, f"the guest takes nothing for {_SEND_S:g} s")
+
+    def _end_broken(self) -> None:
+        self.end(*(self._moved() or (BROKEN, "the connection in the guest broke")))

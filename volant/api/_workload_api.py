@@ -21,13 +21,14 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 import msgspec
 import trio
-from quart import Response
+from quart import Response, request
 from quart_trio import QuartTrio
 
 from volant.channel import AgentClient, AgentProtocolError, AgentUnreachable
-from volant.model import Problem, VmRow, is_openapi, is_too_deep
+from volant.http import one_project
+from volant.model import Key, Problem, VmRow, is_openapi, is_too_deep
 from volant.model.agent import AGENT_PREFIX, HEALTHZ, WORKLOAD_PREFIX
-from volant.operations import ApiDeps, find_vm
+from volant.operations import ApiDeps, enter, find_vm
 from volant.relay import SANDBOX, to_port, unreachable
 
 from ._json import json_response, no_query
@@ -51,7 +52,7 @@ def add_routes(app: QuartTrio, deps: ApiDeps) -> None:
     @app.get("/api/v1/vms/<name>/openapi")
     async def workload_openapi(name: str) -> Response:
         no_query()
-        row = find_vm(deps, name)
+        row = find_vm(deps, Key(one_project(request.scope), name))
         declared = row.manifest.openapi
         path = declared if isinstance(declared, str) else _USUAL_PATH
         try:
@@ -73,7 +74,7 @@ async def _ask_workload(deps: ApiDeps, row: VmRow, path: str, *, promised: bool)
     if port is None:
         raise _none(row, "its plugin names none, and no workload that serves HTTP")
     try:
-        client = deps.vms.streams.agent(row.name)
+        _, client = await enter(deps, row.key)
     except Problem as problem:
         if problem.status != 409:
             raise

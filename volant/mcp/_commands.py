@@ -7,9 +7,9 @@ from collections.abc import Awaitable, Callable, Mapping
 import msgspec
 
 from volant import __version__
-from volant.http import Nothing, decode
+from volant.http import Nothing, decode, first_problem
 from volant.model import CreateVm, Name, Problem, Status, invalid
-from volant.operations import Table, check_operation, vms
+from volant.operations import Table, acting, name_target, vms
 
 from ._tool import ToolCall
 from ._wire import Command, CommandAnswer
@@ -43,16 +43,17 @@ async def answer_command(call: ToolCall, table: Table, data: bytes) -> CommandAn
     """Executes the command in a body; a failure is part of the answer."""
     try:
         command = decode(data, Command)
-        known = _COMMANDS.get(command.command)
+        known = COMMANDS.get(command.command)
         if known is None:
             raise invalid(
-                "command", f"there is no command {command.command[:80]!r}", hint=f"there are {', '.join(_COMMANDS)}"
+                "command", f"there is no command {command.command[:80]!r}", hint=f"there are {', '.join(COMMANDS)}"
             )
         operation, run = known
-        check_operation(call.deps, call.caller, table[operation])
-        return CommandAnswer(await run(call, msgspec.json.encode(command.params)), "")
-    except Problem as problem:
-        return CommandAnswer(None, f"{problem.detail}; {problem.hint}" if problem.hint else problem.detail)
+        async with acting(call, table[operation]):
+            return CommandAnswer(await run(call, msgspec.json.encode(command.params)), "")
+    except* Problem as group:
+        problem = first_problem(group)
+    return CommandAnswer(None, f"{problem.detail}; {problem.hint}" if problem.hint else problem.detail)
 
 
 async def _list(call: ToolCall, params: bytes) -> object:
@@ -62,7 +63,9 @@ async def _list(call: ToolCall, params: bytes) -> object:
 
 
 async def _create(call: ToolCall, params: bytes) -> object:
-    return (await vms.create_vm(call, body=decode(params, CreateVm, "params"))).vm
+    body = decode(params, CreateVm, "params")
+    name_target((), body)
+    return (await vms.create_vm(call, body=body)).vm
 
 
 async def _get(call: ToolCall, params: bytes) -> object:
@@ -70,21 +73,23 @@ async def _get(call: ToolCall, params: bytes) -> object:
 
 
 async def _delete(call: ToolCall, params: bytes) -> object:
-    await vms.delete_vm(call, decode(params, _Named, "params").name)
+    name = decode(params, _Named, "params").name
+    name_target((name,), None)
+    await vms.delete_vm(call, name)
     return None
 
 
 async def _capabilities(call: ToolCall, params: bytes) -> object:
     decode(params, Nothing, "params")
-    plugins = [plugin.manifest.name for plugin in call.deps.store.projection.plugins.values() if plugin.enabled]
-    return Capabilities(__version__, list(_COMMANDS), plugins, MCP_VERSIONS)
+    plugins = [plugin.name for plugin in call.deps.store.projection.plugins_of(call.listed) if plugin.enabled]
+    return Capabilities(__version__, list(COMMANDS), plugins, MCP_VERSIONS)
 
 
-_COMMANDS: Mapping[str, tuple[str, Callable[[ToolCall, bytes], Awaitable[object]]]] = {
+COMMANDS: Mapping[str, tuple[str, Callable[[ToolCall, bytes], Awaitable[object]]]] = {
     "volant.vms.list": ("list_vms", _list),
     "volant.vms.create": ("create_vm", _create),
     "volant.vms.get": ("get_vm", _get),
     "volant.vms.delete": ("delete_vm", _delete),
-    "volant.system.get_capabilities": ("system_info", _capabilities),
+    "volant.system.get_capabilities": ("system_status", _capabilities),
 }
 """The function of each command, and the operation whose permission it needs."""

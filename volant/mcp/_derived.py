@@ -13,15 +13,16 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 import trio
+from msgspec import UNSET
 
 from volant.http import Nothing
 from volant.journal import EventGap, VmChanged, VmCreated, VmForked
 from volant.model import Name, Problem, VmView
-from volant.operations import OneOf, Operation, Page, Table, show, wait_for
+from volant.operations import OneOf, Operation, Page, Table, begin, name_target, show, wait_for
 from volant.operations import Tool as Declared
 
 from ._text import fitting
-from ._tool import DEFAULT_S, Link, Result, Seconds, Tool, ToolCall, log_link
+from ._tool import DEFAULT_S, Link, MissingHosts, Result, Seconds, Tool, ToolCall, log_link
 
 Outcome = Literal["done", "failed", "under_way"]
 _OUTCOMES: dict[str, Outcome] = {"met": "done", "failed": "failed", "timeout": "under_way"}
@@ -87,10 +88,12 @@ def _tool(operation: Operation, declared: Declared) -> Tool:
             parameters["body"] = body(**{name: getattr(wanted, name) for name in body.__struct_fields__})
         assert operation.call is not None
         arguments = [getattr(wanted, name) for name in path]
+        name_target(arguments, parameters.get("body"))
+        await begin(call, operation)
         result = await operation.call(call, *arguments, **parameters)
         if waits:
             return await _settled(call, operation, result, wanted)
-        return present(result, arguments)
+        return present(call, result, arguments)
 
     return Tool(
         name=declared.name or operation.client.replace(".", "_"),
@@ -140,44 +143,58 @@ def _value(value: Any, name: str, operation: Operation) -> Any:
     return (value,) if isinstance(value, str) and isinstance(operation.defaults[name], tuple) else value
 
 
-def _presenter(operation: Operation) -> tuple[type[msgspec.Struct], Callable[[Any, list[str]], Result[Any]]]:
+def _presenter(operation: Operation) -> tuple[type[msgspec.Struct], Callable[[ToolCall, Any, list[str]], Result[Any]]]:
     """Returns the type of a tool's result, and the function that makes it of the operation's result."""
     assert operation.client is not None
     resource = operation.client.partition(".")[0]
     if operation.waits_for is not None and operation.method != "GET":
         many = operation.answers[operation.status].type == list[VmView]
-        return (ForkedVms if many else ChangedVm), lambda result, arguments: Result(Deleted(""))
+        return (ForkedVms if many else ChangedVm), lambda call, result, arguments: Result(Deleted(""))
     answer = operation.answers[operation.status].type
     if answer is None:
-        return Deleted, lambda result, arguments: Result(Deleted(arguments[-1]))
+        return Deleted, lambda call, result, arguments: Result(Deleted(arguments[-1]))
     if getattr(answer, "__origin__", None) is not list:
-        return answer, lambda result, arguments: Result(show(result).view, links=_links(result))
+        return answer, lambda call, result, arguments: Result(show(result).view, links=_links(result))
     if operation.query.keys() >= {"limit", "cursor"}:
         pages = msgspec.defstruct(
             "Page",
             [
                 (resource, answer),
-                ("total", _described(int, "How many fit, on all pages.")),
+                ("total", _described(int | None, "How many fit, on all pages. Null if only some hosts were asked.")),
                 ("next_cursor", _described(int | None, "Null on the last page."), None),
+                *(_MISSING if operation.spans else ()),
             ],
             frozen=True,
         )
 
-        def page(result: Page[Any], arguments: list[str]) -> Result[Any]:
+        def page(call: ToolCall, result: Page[Any], arguments: list[str]) -> Result[Any]:
             items = fitting(result.items)
-            next_cursor = items[-1].id if len(items) < len(result.items) else result.next_cursor
-            return Result(pages(items, result.total, next_cursor))
+            next_cursor = result.cursors[len(items) - 1] if len(items) < len(result.items) else result.next_cursor
+            return Result(pages(items, result.total, next_cursor, **_missing(call)))
 
         return pages, page
     lists = msgspec.defstruct(
-        "Items", [(resource, answer), ("left_out", _described(int, "How many did not fit."))], frozen=True
+        "Items",
+        [
+            (resource, answer),
+            ("left_out", _described(int, "How many did not fit.")),
+            *(_MISSING if operation.spans else ()),
+        ],
+        frozen=True,
     )
 
-    def some(result: list[Any], arguments: list[str]) -> Result[Any]:
+    def some(call: ToolCall, result: list[Any], arguments: list[str]) -> Result[Any]:
         items = fitting(result)
-        return Result(lists(items, len(result) - len(items)))
+        return Result(lists(items, len(result) - len(items), **_missing(call)))
 
     return lists, some
+
+
+_MISSING = (("missing_hosts", MissingHosts, UNSET),)
+
+
+def _missing(call: ToolCall) -> dict[str, Any]:
+    return {"missing_hosts": sorted(call.missing_hosts)} if call.missing_hosts else {}
 
 
 def _links(result: Any) -> tuple[Link, ...]:

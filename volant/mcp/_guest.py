@@ -16,10 +16,10 @@ import trio
 
 from volant.channel import AgentProtocolError, AgentResponse, AgentUnreachable
 from volant.http import first_problem
-from volant.model import Action, Problem, invalid
+from volant.model import Action, Key, Problem, invalid
 from volant.model.agent import EXEC
 from volant.model.agent_types import ExecRequest
-from volant.operations import ApiDeps
+from volant.operations import ApiDeps, enter
 from volant.relay import first_text, to_port, unreachable
 
 from ._text import Window
@@ -72,14 +72,14 @@ class Ran(msgspec.Struct):
     error: str | None = None
 
 
-async def run_command(deps: ApiDeps, vm: str, request: ExecRequest, timeout_s: float) -> Ran:
+async def run_command(deps: ApiDeps, vm: Key, request: ExecRequest, timeout_s: float) -> Ran:
     """Run a command to its end, or for `timeout_s`. :raises Problem: 400, 404, 409, 502."""
     ran = Ran()
     body = _encoder.encode({**request, "timeout_s": timeout_s})
-    client = deps.vms.streams.agent(vm)
-    with _guest_errors(vm), trio.move_on_after(timeout_s + _LATE_S) as scope:
+    _, client = await enter(deps, vm)
+    with _guest_errors(vm.name), trio.move_on_after(timeout_s + _LATE_S) as scope:
         async with client.stream("POST", EXEC, _JSON, body, timeout_s=_HEAD_S) as response:
-            await _check(response, vm)
+            await _check(response, vm.name)
             lines = _Lines()
             async for data in response:
                 for line in lines.feed(data):
@@ -129,16 +129,16 @@ class FileRead(msgspec.Struct):
     """Whether `data` reaches the end of the file."""
 
 
-async def read_file(deps: ApiDeps, vm: str, path: str, *, offset: int = 0, limit: int = MAX_BLOB) -> FileRead:
+async def read_file(deps: ApiDeps, vm: Key, path: str, *, offset: int = 0, limit: int = MAX_BLOB) -> FileRead:
     """Read at most `limit` bytes of a file from `offset` on.
 
     :raises Problem: 400, 404, 409, 502, and the agent's own problems.
     """
     headers = [(b"range", b"bytes=%d-%d" % (offset, offset + limit - 1))]
-    client = deps.vms.streams.agent(vm)
-    with _guest_errors(vm), trio.move_on_after(FILE_S):
+    _, client = await enter(deps, vm, path)
+    with _guest_errors(vm.name), trio.move_on_after(FILE_S):
         async with client.stream("GET", _route(path), headers, timeout_s=_HEAD_S) as response:
-            await _check(response, vm)
+            await _check(response, vm.name)
             fields = dict(response.headers)
             if fields.get(b"content-type", b"").startswith(b"application/x-tar"):
                 raise invalid("path", f"{path} is a directory", hint='list it with the command ["ls", "-la", …]')
@@ -156,18 +156,18 @@ async def read_file(deps: ApiDeps, vm: str, path: str, *, offset: int = 0, limit
                 size = int(total[1]) if total else passed
                 return FileRead(bytes(data[:limit]), size, offset + len(data) >= size)
             return FileRead(bytes(data[:limit]), None, False)
-    raise Problem(502, "file-slow", f"reading {path} in VM {vm!r} took longer than {FILE_S:g} s", vm=vm)
+    raise Problem(502, "file-slow", f"reading {path} in VM {vm.name!r} took longer than {FILE_S:g} s", vm=vm.name)
 
 
-async def write_file(deps: ApiDeps, vm: str, path: str, data: bytes) -> None:
+async def write_file(deps: ApiDeps, vm: Key, path: str, data: bytes) -> None:
     """Writes a file, or replaces it, atomically. :raises Problem: as `read_file` does."""
-    client = deps.vms.streams.agent(vm)
+    _, client = await enter(deps, vm, path)
     headers = [(b"content-type", b"application/octet-stream")]
-    with _guest_errors(vm), trio.move_on_after(FILE_S) as scope:
+    with _guest_errors(vm.name), trio.move_on_after(FILE_S) as scope:
         async with client.stream("PUT", _route(path), headers, data, timeout_s=FILE_S) as response:
-            await _check(response, vm)
+            await _check(response, vm.name)
     if scope.cancelled_caught:
-        raise Problem(502, "file-slow", f"writing {path} in VM {vm!r} took longer than {FILE_S:g} s", vm=vm)
+        raise Problem(502, "file-slow", f"writing {path} in VM {vm.name!r} took longer than {FILE_S:g} s", vm=vm.name)
 
 
 def _route(path: str) -> str:
@@ -182,7 +182,7 @@ class Acted(msgspec.Struct):
     body: Window
 
 
-async def call_action(deps: ApiDeps, vm: str, action: Action, port: int, given: Any) -> Acted:
+async def call_action(deps: ApiDeps, vm: Key, name: str, action: Action, port: int, given: Any) -> Acted:
     """Calls an action of the workload, with `given` as JSON, or as the query if the method is GET. The answer holds the
     first `MAX_BLOB` bytes.
 
@@ -197,9 +197,10 @@ async def call_action(deps: ApiDeps, vm: str, action: Action, port: int, given: 
     elif given is not None:
         body = _encoder.encode(given)
         headers += _JSON
-    with _guest_errors(vm), trio.move_on_after(action.timeout_s):
+    _, agent = await enter(deps, vm, name)
+    with _guest_errors(vm.name), trio.move_on_after(action.timeout_s):
         async with (
-            to_port(deps.vms.streams.agent(vm), vm, port) as client,
+            to_port(agent, vm.name, port) as client,
             client.stream(action.method, target, headers, body or None, timeout_s=action.timeout_s) as response,
         ):
             kind = dict(response.headers).get(b"content-type", b"").decode("latin-1")
@@ -209,7 +210,8 @@ async def call_action(deps: ApiDeps, vm: str, action: Action, port: int, given: 
                 if window.size > MAX_BLOB:
                     break
             return Acted(response.status, kind.partition(";")[0].strip().lower()[:100], window)
-    raise Problem(502, "action-timeout", f"the action took longer than the {action.timeout_s:g} s that it has", vm=vm)
+    text = f"the action took longer than the {action.timeout_s:g} s that it has"
+    raise Problem(502, "action-timeout", text, vm=vm.name)
 
 
 def _as_text(value: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 import trio
@@ -14,6 +14,9 @@ from volant.operations import find_vm, open_log
 
 from ._text import BUDGET, clip, fitting, fitting_last, weight
 from ._tool import Result, ToolCall, log_link, tool
+
+if TYPE_CHECKING:
+    from volant.fleet import Fleet
 
 _PAGE_BYTES = 64 * 1024
 _LINE_BYTES = 4 * 1024
@@ -52,7 +55,7 @@ class LogPage(msgspec.Struct, frozen=True):
     read_only=True,
 )
 async def read_logs(call: ToolCall, wanted: Logs) -> Result[LogPage]:
-    row = find_vm(call.deps, wanted.vm)
+    row = find_vm(call.deps, call.named(wanted.vm))
     log = open_log(call.deps, row)
     lines: list[LogLine] = []
     bytes_kept = left_out = lost = 0
@@ -124,6 +127,9 @@ class EventPage(msgspec.Struct, frozen=True):
     read_only=True,
 )
 async def see_events(call: ToolCall, wanted: Events) -> Result[EventPage]:
+    fleet = call.deps.fleet
+    if fleet is not None and fleet.spans(call.scope):
+        return await _see_events_of_all(call, fleet, wanted)
     log = call.deps.store.events
     after: EventId | str | None = wanted.since and wanted.since[:200]
     gap = None
@@ -137,6 +143,7 @@ async def see_events(call: ToolCall, wanted: Events) -> Result[EventPage]:
     found: list[Event] = []
     looked_at = 0
     deadline = trio.current_time() + wanted.wait_s
+    is_seen = call.deps.store.projection.sees(call.listed)
     async with log.cursor(after) as cursor:
         position = cursor.position
         while looked_at < wanted.limit:
@@ -154,11 +161,60 @@ async def see_events(call: ToolCall, wanted: Events) -> Result[EventPage]:
             for frame in taken[: wanted.limit - looked_at]:
                 looked_at += 1
                 position = EventId(log.epoch, frame.seq)
-                if _wants(wanted, frame.event):
+                if is_seen(frame.event) and _wants(wanted, frame.event):
                     found.append(frame.event)
     page = fitting(found)
     return Result(EventPage(page, page[-1].id if len(page) < len(found) else str(position), gap))
 
 
+async def _see_events_of_all(call: ToolCall, fleet: Fleet, wanted: Events) -> Result[EventPage]:
+    """The same for all hosts of the fleet."""
+    from volant.fleet import Followed, follow, position_text
+
+    is_seen = call.deps.store.projection.sees(call.listed)
+    query: dict[str, str | list[str]] = {"types": ",".join(wanted.types)} if wanted.types else {}
+    if wanted.vm is not None:
+        query["vm"] = wanted.vm
+    followed = Followed(
+        log=call.deps.store.events,
+        scope=call.scope,
+        path="/api/v1/events/vms",
+        query=query,
+        matching=lambda frames: [frame for frame in frames if is_seen(frame.event) and _wants(wanted, frame.event)],
+    )
+    if wanted.since:
+        after = "oldest" if wanted.since == "0" else wanted.since
+    else:
+        heads = {member.number: member.head for member in await fleet.known_members()}
+        before = {number: EventId(head.epoch, max(0, head.seq - wanted.limit)) for number, head in heads.items()}
+        after = position_text(before)
+    found: list[tuple[str, Event]] = []
+    gap = None
+    deadline = trio.current_time() + wanted.wait_s
+    async with follow(fleet, followed, after) as cursor:
+        position = cursor.position
+        while not wanted.since or len(found) < wanted.limit:
+            if cursor.at_end and (found or trio.current_time() >= deadline):
+                break
+            with trio.CancelScope(deadline=deadline if cursor.at_end else float("inf")) as scope:
+                taken = await call.until(cursor.take)
+            if scope.cancelled_caught:
+                break
+            for place, block in taken:
+                if not wanted.since or len(found) < wanted.limit:
+                    position = place
+                    if not block.is_gap:
+                        found.append((place, msgspec.json.decode(block.data, type=Event)))
+                    elif wanted.since:
+                        gap = msgspec.json.decode(block.data, type=StreamGap)
+            if not taken:
+                position = cursor.position
+    if not wanted.since:
+        # The newest of all hosts; what is left out was before them.
+        found = sorted(found, key=lambda each: each[1].timestamp)[-wanted.limit :]
+    page = fitting([event for _, event in found])
+    return Result(EventPage(page, found[len(page) - 1][0] if len(page) < len(found) else position, gap))
+
+
 def _wants(wanted: Events, event: Event) -> bool:
-    return wanted.vm in (None, event.name) and (not wanted.types or event.type in wanted.types)
+    return event.image is None and wanted.vm in (None, event.name) and (not wanted.types or event.type in wanted.types)

@@ -71,7 +71,7 @@ async def execute(call: ToolCall, wanted: Exec) -> Result[ExecDone]:
         request["user"] = wanted.user
     if wanted.stdin:
         request["stdin"] = base64.b64encode(wanted.stdin.encode("utf-8", "surrogatepass")).decode("ascii")
-    vm = find_vm(call.deps, wanted.vm).name
+    vm = call.named(wanted.vm)
     ran = await call.until(partial(_guest.run_command, call.deps, vm, request, wanted.timeout_s))
     stderr, stderr_whole = ran.stderr.text(BUDGET // 2)
     stdout, stdout_whole = ran.stdout.text(BUDGET - weight(stderr))
@@ -122,7 +122,7 @@ class FileContent(msgspec.Struct, frozen=True):
     read_only=True,
 )
 async def read_file(call: ToolCall, wanted: ReadFile) -> Result[FileContent]:
-    vm = find_vm(call.deps, wanted.vm).name
+    vm = call.named(wanted.vm)
     offset = wanted.offset or 0
     read = await call.until(partial(_guest.read_file, call.deps, vm, wanted.path, offset=offset, limit=_PAGE_BYTES))
     text = _text_of(read.data, read.ended)
@@ -151,7 +151,7 @@ async def read_file(call: ToolCall, wanted: ReadFile) -> Result[FileContent]:
             truncated=offset > 0 or not complete,
             next_offset=None if complete else offset + shown,
         ),
-        links=() if complete and not offset else (file_link(vm, wanted.path),),
+        links=() if complete and not offset else (file_link(vm.name, wanted.path),),
     )
 
 
@@ -195,7 +195,7 @@ class WrittenFile(msgspec.Struct, frozen=True):
     idempotent=True,
 )
 async def write_file(call: ToolCall, wanted: WriteFile) -> Result[WrittenFile]:
-    vm = find_vm(call.deps, wanted.vm).name
+    vm = call.named(wanted.vm)
     if wanted.encoding == "base64":
         data = _guest.from_base64(wanted.content, "content")
     else:
@@ -237,9 +237,9 @@ class ActionDone(msgspec.Struct, frozen=True):
     open_world=True,
 )
 async def call_action(call: ToolCall, wanted: Action) -> Result[ActionDone]:
-    row = find_vm(call.deps, wanted.vm)
+    row = find_vm(call.deps, call.named(wanted.vm))
     action, port = find_action(row, row.plugin, wanted.action)
-    acted = await call.until(partial(_guest.call_action, call.deps, row.name, action, port, wanted.input))
+    acted = await call.until(partial(_guest.call_action, call.deps, row.key, wanted.action, action, port, wanted.input))
     whole = acted.body.size <= _guest.MAX_BLOB
     output: Any = None
     images: tuple[Image, ...] = ()

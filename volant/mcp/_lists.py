@@ -1,4 +1,4 @@
-"""Tools that list networks, snapshots and plugins, without pages, as there are usually few."""
+"""Tools that list networks, snapshots, secrets and plugins, without pages, as there are usually few."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from typing import Any
 
 import msgspec
 import trio
+from msgspec import UNSET
 
-from volant.model import Name, NetworkView, SnapshotView, no_such_network, no_such_plugin, snapshot_view
-from volant.operations import shown_networks
+from volant.model import Name, NetworkView, SecretView, SnapshotView, no_such_network, no_such_plugin
+from volant.operations import shown_networks, snapshots
 
 from ._text import fitting
-from ._tool import Result, ToolCall, tool
+from ._tool import MissingHosts, Result, ToolCall, missing_hosts, tool
 
 
 class ListNetworks(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -39,7 +40,7 @@ class NetworkList(msgspec.Struct, frozen=True):
 async def list_networks(call: ToolCall, wanted: ListNetworks) -> Result[NetworkList]:
     projection = call.deps.store.projection
     await trio.lowlevel.checkpoint()
-    found = [one for one in shown_networks(projection) if wanted.network in (None, one.name)]
+    found = [one for one in shown_networks(projection, call.listed) if wanted.network in (None, one.name)]
     if wanted.network is not None and not found:
         raise no_such_network(wanted.network)
     page = fitting(found)
@@ -59,6 +60,7 @@ class SnapshotList(msgspec.Struct, frozen=True):
     snapshots: list[SnapshotView]
     left_out: int
     """How many older ones did not fit."""
+    missing_hosts: MissingHosts = UNSET
 
 
 @tool(
@@ -69,12 +71,36 @@ class SnapshotList(msgspec.Struct, frozen=True):
     read_only=True,
 )
 async def list_snapshots(call: ToolCall, wanted: ListSnapshots) -> Result[SnapshotList]:
-    await trio.lowlevel.checkpoint()
-    all_of_them = call.deps.store.projection.snapshots.values()
-    found = [one for one in all_of_them if wanted.vm in (None, one.vm.name)]
-    found.sort(key=lambda one: one.created_at, reverse=True)
-    shown = fitting(snapshot_view(one) for one in found)
-    return Result(SnapshotList(shown, len(found) - len(shown)))
+    found = [one for one in await snapshots.list_snapshots(call) if wanted.vm in (None, one.vm)][::-1]
+    shown = fitting(found)
+    return Result(SnapshotList(shown, len(found) - len(shown), missing_hosts(call)))
+
+
+class ListSecrets(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Which secrets: all."""
+
+
+class SecretList(msgspec.Struct, frozen=True):
+    """Secrets, by name."""
+
+    secrets: list[SecretView]
+    left_out: int
+    """How many did not fit."""
+
+
+@tool(
+    "secrets_list",
+    "List secrets",
+    'List the names of the secrets that vms_create can give to a VM, in `env` as `{"secret": NAME}` or in `secrets` as '
+    "the file /run/secrets/NAME. You can't read or set their values; ask a person to run `volar secrets set NAME`.",
+    operation="list_secrets",
+    read_only=True,
+)
+async def list_secrets(call: ToolCall, wanted: ListSecrets) -> Result[SecretList]:
+    del wanted
+    found = await call.deps.vms.secrets.views(call.listed)
+    shown = fitting(found)
+    return Result(SecretList(shown, len(found) - len(shown)))
 
 
 class ListPlugins(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -133,7 +159,7 @@ async def list_plugins(call: ToolCall, wanted: ListPlugins) -> Result[PluginList
                 PluginAction(name, action.description, action.input) for name, action in plugin.manifest.actions.items()
             ],
         )
-        for plugin in call.deps.store.projection.plugins.values()
+        for plugin in call.deps.store.projection.plugins_of(call.listed)
         if wanted.plugin in (None, plugin.manifest.name)
     ]
     if wanted.plugin is not None and not found:

@@ -22,8 +22,8 @@ import msgspec
 import trio
 
 from volant.http import Call, Limits, Message, StreamRoute, not_json, read_call_bytes
-from volant.model import Problem, invalid
-from volant.operations import TABLE, Answer, ApiDeps, OneOf, Permission, Table
+from volant.model import Permission, Problem, invalid
+from volant.operations import TABLE, Answer, ApiDeps, OneOf, Table
 
 from ._commands import answer_command
 from ._tool import ToolCall
@@ -61,6 +61,10 @@ TABLE.declare(
         **{status: Answer("The protocol's own errors", RpcAnswer) for status in (400, 404, 406, 413, 415)},
     },
     body=OneOf((RpcMessage, Command)),
+    examples={
+        "MCP": {"jsonrpc": "2.0", "id": 1, "method": "tools/list"},
+        "A command": {"command": "volant.vms.list", "params": {"status": ["running"]}},
+    },
     errors=(404, 406, 503),
     details="Streamable HTTP, without sessions: 2026-07-28, where each request has the headers `MCP-Protocol-Version` "
     "and `Mcp-Method`, and versions that begin with `initialize`. An object with `command` and without `jsonrpc` is a "

@@ -42,10 +42,11 @@ from mcp_types import Tool as ToolEntry
 from volant import __version__
 from volant.http import Limits, decode, first_problem, internal_error
 from volant.journal import LogGap
-from volant.model import LogLine, Problem, is_name, view
-from volant.operations import TABLE, ApiDeps, Table, check_operation, find_vm, open_log, standalone
+from volant.model import Caller, Key, LogLine, Problem, VmRow, is_name, view
+from volant.operations import TABLE, ApiDeps, Table, acting, find_vm, name_target, open_log, standalone, vms
 
 from . import _guest
+from ._resources import READ_BY, RESOURCE
 from ._text import MAX_TEXT, clip
 from ._tool import Result, Tool, ToolCall, log_link, vm_uri
 from ._tools import tools
@@ -57,19 +58,17 @@ _log = logging.getLogger("volant.api")
 logging.getLogger("mcp").setLevel(logging.WARNING)
 
 _INSTRUCTIONS = (
-    "Volant runs Linux microVMs on one host. Create one with vms_create, which answers when it has booted; work in it "
-    "with vms_exec, vms_read_file and vms_write_file; remove it with vms_delete when you are done. Other people's VMs "
-    "may be on the same host: use only those that you created or that the user named. When something fails, vms_get "
-    "shows the reason and vms_logs the console."
+    "Volant runs Linux microVMs on one or several hosts. Create one with vms_create, which answers when it has booted; "
+    "work in it with vms_exec, vms_read_file and vms_write_file; remove it with vms_delete when you are done. Other "
+    "people's VMs may be on the same hosts: use only those that you created or that the user named. When something "
+    "fails, vms_get shows the reason and vms_logs the console."
 )
 _REPORT_S = 10.0
 """The interval of progress reports of a call, for clients that want them."""
 _PAGE = 100
-_RESOURCE = re.compile(r"volant://vms/([^/]+)(?:/(logs|files)(/.*)?)?\Z", re.DOTALL)
-_READ_BY = {"": "get_vm", "logs": "vm_logs", "files": "read_file"}
-"""The operation that reads each kind of resource, and whose permission it needs."""
 _LOG_LINES = 10_000
 _LATER = CacheHint(ttl_ms=300_000, scope="public")
+_LATER_FOR_CALLER = CacheHint(ttl_ms=300_000, scope="private")
 
 _VOLAR = re.compile(r"`volar ([a-z]+) ([a-z]+)[^`]*`")
 """A command in a hint: `volar vms start demo`."""
@@ -91,9 +90,13 @@ class McpServer:
             "volant",
             version=__version__,
             title="Volant",
-            description="MicroVMs on one host",
+            description="MicroVMs on one or several hosts",
             instructions=_INSTRUCTIONS,
-            cache_hints={"tools/list": _LATER, "resources/templates/list": _LATER, "server/discover": _LATER},
+            cache_hints={
+                "tools/list": _LATER_FOR_CALLER,
+                "resources/templates/list": _LATER,
+                "server/discover": _LATER,
+            },
             get_tool_input_schema=schemas.get,
             on_list_tools=self._list_tools,
             on_call_tool=self._call_tool,
@@ -111,7 +114,8 @@ class McpServer:
             await manager.handle_request(scope, receive, send)
 
     async def _list_tools(self, context: Context, params: PaginatedRequestParams | None) -> ListToolsResult:
-        return ListToolsResult(tools=self._entries)
+        caller = self._call(context).caller
+        return ListToolsResult(tools=[entry for entry in self._entries if self._may_call(caller, entry.name)])
 
     async def _call_tool(self, context: Context, params: CallToolRequestParams) -> CallToolResult:
         tool = self._tools.get(params.name)
@@ -120,13 +124,14 @@ class McpServer:
         call = self._call(context)
         answer: CallToolResult | None = None
         try:
-            check_operation(self._deps, call.caller, self._table[tool.operation])
-            arguments = _arguments(tool, params)
-            async with trio.open_nursery() as nursery:
-                if context.meta is not None and "progress_token" in context.meta:
-                    nursery.start_soon(_report, call, context)
-                answer = _success(await tool.run(call, arguments))
-                nursery.cancel_scope.cancel()
+            async with acting(call, self._table[tool.operation]):
+                arguments = _arguments(tool, params)
+                name_target([vm] if isinstance(vm := getattr(arguments, "vm", None), str) else [], None)
+                async with trio.open_nursery() as nursery:
+                    if context.meta is not None and "progress_token" in context.meta:
+                        nursery.start_soon(_report, call, context)
+                    answer = _success(await tool.run(call, arguments))
+                    nursery.cancel_scope.cancel()
         except* Problem as group:
             answer = _failure(first_problem(group))
         except* Exception as group:
@@ -136,22 +141,19 @@ class McpServer:
         return answer
 
     async def _list_resources(self, context: Context, params: PaginatedRequestParams | None) -> ListResourcesResult:
-        rows = self._deps.store.projection.rows()
         after = params.cursor if params is not None else None
-        if after is not None:
-            if not after.isascii() or not after.isdecimal() or len(after) > 18:
-                raise MCPError(INVALID_PARAMS, "the cursor is not one of this server's")
-            rows = [row for row in rows if row.id > int(after)]
-        page = rows[:_PAGE]
-        await trio.lowlevel.checkpoint()
+        if after is not None and (not after.isascii() or not after.isdecimal() or len(after) > 18):
+            raise MCPError(INVALID_PARAMS, "the cursor is not one of this server's")
+        page = await vms.list_vms(self._call(context), limit=_PAGE, cursor=int(after or 0))
         resources = []
-        for row in page:
-            link = log_link(row.name)
+        for vm in page.items:
+            link = log_link(vm.name)
             resources.append(
-                Resource(name=row.name, title=f"VM {row.name}", uri=vm_uri(row.name), mime_type="application/json")
+                Resource(name=vm.name, title=f"VM {vm.name}", uri=vm_uri(vm.name), mime_type="application/json")
             )
-            resources.append(Resource(name=f"{row.name}/logs", title=link.name, uri=link.uri, mime_type=link.mime_type))
-        return ListResourcesResult(resources=resources, next_cursor=str(page[-1].id) if len(page) < len(rows) else None)
+            resources.append(Resource(name=f"{vm.name}/logs", title=link.name, uri=link.uri, mime_type=link.mime_type))
+        following = None if page.next_cursor is None else str(page.next_cursor)
+        return ListResourcesResult(resources=resources, next_cursor=following)
 
     async def _list_templates(
         self, context: Context, params: PaginatedRequestParams | None
@@ -181,29 +183,36 @@ class McpServer:
             raise MCPError(INVALID_PARAMS, _text(problem), {"uri": uri[:4096]}) from None
 
     async def _read(self, call: ToolCall, uri: str) -> TextResourceContents | BlobResourceContents:
-        found = _RESOURCE.match(uri)
+        found = RESOURCE.match(uri)
         vm, what, path = found.groups("") if found else ("", "", "")
         if not is_name(vm) or bool(path) != (what == "files"):
             raise Problem(404, "not-found", f"there is no resource {uri[:200]!r}")
-        check_operation(self._deps, call.caller, self._table[_READ_BY[what]])
+        async with acting(call, self._table[READ_BY[what]], vm):
+            return await self._read_of_vm(call, uri, call.named(vm), what, unquote(path))
+
+    async def _read_of_vm(
+        self, call: ToolCall, uri: str, vm: Key, what: str, path: str
+    ) -> TextResourceContents | BlobResourceContents:
         row = find_vm(self._deps, vm)
         if not what:
             text = _encode(view(row)).decode()
             return TextResourceContents(uri=uri, mime_type="application/json", text=text)
         if what == "logs":
-            text = await _log_text(call, vm)
+            text = await _log_text(call, row)
             return TextResourceContents(uri=uri, mime_type="text/plain", text=text)
-        name = unquote(path)
         limit = _guest.MAX_BLOB
-        read = await call.until(lambda: _guest.read_file(self._deps, vm, name, limit=limit))
+        read = await call.until(lambda: _guest.read_file(self._deps, row.key, path, limit=limit))
         if not read.ended:
-            raise Problem(413, "file-too-large", f"{name} is larger than {limit} bytes: read parts with vms_read_file")
+            raise Problem(413, "file-too-large", f"{path} is larger than {limit} bytes: read parts with vms_read_file")
         data = read.data
         try:
             return TextResourceContents(uri=uri, mime_type="text/plain", text=data.decode())
         except UnicodeDecodeError:
             blob = base64.b64encode(data).decode("ascii")
             return BlobResourceContents(uri=uri, mime_type="application/octet-stream", blob=blob)
+
+    def _may_call(self, caller: Caller, tool: str) -> bool:
+        return caller.may(self._table[self._tools[tool].operation].permission)
 
     def _call(self, context: Context) -> ToolCall:
         assert context.request is not None
@@ -220,8 +229,8 @@ async def _report(call: ToolCall, context: Context) -> None:
         await context.session.report_progress(round(trio.current_time() - began, 3), None, call.progress or "under way")
 
 
-async def _log_text(call: ToolCall, vm: str) -> str:
-    log = open_log(call.deps, find_vm(call.deps, vm))
+async def _log_text(call: ToolCall, row: VmRow) -> str:
+    log = open_log(call.deps, row)
     lines: deque[str] = deque()
     size = 0
     async with log.cursor(tail=_LOG_LINES, follow=False) as cursor:

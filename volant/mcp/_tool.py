@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 import msgspec
 import trio
+from msgspec import UNSET, UnsetType
 
 from volant.operations import Context
 
@@ -21,6 +22,12 @@ DEFAULT_S = 50.0
 
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=600)]
 Path = Annotated[str, msgspec.Meta(pattern=r"^/[^\x00]*$", max_length=4096)]
+
+
+MissingHosts = Annotated[
+    list[str] | UnsetType,
+    msgspec.Meta(description="Hosts of the fleet that did not answer. What they have is missing, or as last reported."),
+]
 
 
 class Link(msgspec.Struct, frozen=True):
@@ -103,6 +110,11 @@ def tool(name: str, title: str, description: str, **more: Any) -> Callable[[Run]
         )
 
     return make
+
+
+def missing_hosts(call: ToolCall) -> list[str] | UnsetType:
+    """Returns the hosts that a list lacks, so far."""
+    return sorted(call.missing_hosts) or UNSET
 
 
 def log_link(vm: str) -> Link:

@@ -11,7 +11,7 @@ from volant.operations import Table
 from ._derived import derived_tools
 from ._history import read_logs, see_events
 from ._inside import call_action, execute, read_file, write_file
-from ._lists import list_networks, list_plugins, list_snapshots
+from ._lists import list_networks, list_plugins, list_secrets, list_snapshots
 from ._tool import Tool
 
 
@@ -23,6 +23,7 @@ def tools(table: Table) -> tuple[Tool, ...]:
 _BY_HAND = (
     list_snapshots,
     list_networks,
+    list_secrets,
     execute,
     read_file,
     write_file,
