@@ -35,12 +35,12 @@ def command(*words: str) -> list[str]:
     return [sys.executable, "-m", "volant.cli.main", *words]
 
 
-async def volar(server: Server | None, *words: str, environ: dict[str, str] | None = None) -> Done:
+async def volar(server: Server | None, *words: str, environ: dict[str, str] | None = None, stdin: bytes = b"") -> Done:
     """Run a `volar` of its own to its end."""
     env = ENVIRONMENT | ({"VOLANT_API_BASE": server.base_url} if server else {}) | (environ or {})
     with trio.fail_after(20):
         done = await trio.run_process(
-            command(*words), capture_stdout=True, capture_stderr=True, check=False, env=env, cwd=ROOT
+            command(*words), stdin=stdin, capture_stdout=True, capture_stderr=True, check=False, env=env, cwd=ROOT
         )
     return Done(done.returncode, done.stdout, done.stderr.decode(errors="backslashreplace"))
 

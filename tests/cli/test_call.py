@@ -101,6 +101,27 @@ async def test_the_answer_goes_into_a_file_whole_or_not_at_all(tmp_path: Path) -
     assert os.listdir(tmp_path) == ["a.png"]  # noqa: PTH208
 
 
+async def test_an_answer_never_goes_through_a_link_and_takes_the_place_of_files_alone(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("precious")
+    for name in ("shot.png.part", "shot.png"):
+        (tmp_path / name).symlink_to(precious)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    async with serving() as server:
+        web(server, guests(b"\x89PNG", "image/png"))
+        for name in ("shot.png", "pipe", "x" * 255):
+            done = await volar(server, "call", "demo", "shot", "-o", str(tmp_path / name))
+            assert done.code == 0, done.err
+        nowhere = await volar(server, "call", "demo", "shot", "-o", str(tmp_path / "none" / "a"))
+        assert (nowhere.code, "can't be written: No such file" in nowhere.err) == (1, True)
+    assert (precious.read_text(), (tmp_path / "shot.png").read_bytes()) == ("precious", b"\x89PNG")
+    assert os.read(reader, 100) == b"\x89PNG"
+    os.close(reader)
+    assert sorted(os.listdir(tmp_path)) == ["pipe", "precious", "shot.png", "shot.png.part", "x" * 255]  # noqa: PTH208
+
+
 async def test_errors_of_the_workload_are_printed_and_those_of_the_daemon_reported() -> None:
     async with serving() as server:
         web(server, guests(b'{"detail": "bad url"}', "application/problem+json", 400))
@@ -168,8 +189,8 @@ async def test_a_plugin_is_shown_with_its_actions() -> None:
     async with serving() as server:
         server.routes["GET /api/v1/plugins/web"] = answer(PLUGIN)
         server.routes["GET /api/v1/plugins/web/manifest"] = answer(MANIFEST)
-        shown = (await volar(server, "plugins", "show", "web")).out.decode()
-        manifest = (await volar(server, "plugins", "show", "web", "--json")).out
+        shown = (await volar(server, "plugins", "get", "web")).out.decode()
+        manifest = (await volar(server, "plugins", "get", "web", "--json")).out
     assert "serve 'a b'" in shown
     (row,) = [line for line in shown.splitlines() if line.startswith("shot")]
     assert row.split() == ["shot", "POST", "/shot", "url*,", "full", "Take", "a", "picture"]

@@ -17,7 +17,7 @@ from volant.cli._volar import volar
 
 SECRETS = {name: f"hush-{name}-c0ffee" for name in (
     "environment", "file", "defaults", "config", "credstore", "bearer", "query", "ticket", "header", "userinfo", "json",
-    "password", "flag", "cookie", "pem",
+    "password", "flag", "cookie", "pem", "registry",
 )}  # fmt: skip
 
 LOG = f"""2026-01-02 03:04:05,678 INFO    volant.api: abc GET /api/v1/vms 200 1.0 ms
@@ -25,6 +25,7 @@ GET /api/v1/events/vms?since=0&api_key={SECRETS["query"]} HTTP/1.1
 GET /ws/v1/vms/demo/devtools/browser?ticket={SECRETS["ticket"]}
 Authorization: Bearer {SECRETS["bearer"]}
 X-Volant-API-Key: {SECRETS["header"]}
+Volant-Registry-Auth: {SECRETS["registry"]}
 Cookie: a=b; session={SECRETS["cookie"]}
 can't fetch https://me:{SECRETS["userinfo"]}@mirror.example/rootfs.ext4: 403
 {{"db_password": "{SECRETS["json"]}", "size": 5}}

@@ -25,8 +25,8 @@ FAILS = {"check": "memory", "level": "fails", "found": "none", "means": "no VM s
 def says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A program in volantd's place. It is a script of Python's; see `answering`."""
     path = tmp_path / "volantd.py"
-    monkeypatch.setattr(_setup, "_command", lambda script, module: [sys.executable, str(path)])
-    monkeypatch.setattr(_setup, "_ENVIRONMENT", tmp_path / "environment")
+    monkeypatch.setattr(_setup, "command_of", lambda script, module: [sys.executable, str(path)])
+    monkeypatch.setattr(_setup, "ENVIRONMENT", tmp_path / "environment")
     return path
 
 

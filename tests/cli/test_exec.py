@@ -45,7 +45,7 @@ async def test_both_streams_and_the_code_are_the_commands_own() -> None:
         ({"error": "timed out", "code": "timeout"}, 124),
         ({"error": "no such file", "code": "not_found"}, 127),
         ({"error": "no", "code": "not_executable"}, 126),
-        ({"error": "no such user", "code": "no_such_user"}, 1),
+        ({"error": "no such user", "code": "no_such_user"}, 126),
     ],
 )
 async def test_every_end_of_a_command_has_its_exit_code(end: dict[str, object], code: int) -> None:
@@ -71,14 +71,17 @@ async def test_a_stream_that_breaks_off_is_no_success() -> None:
         # The VM runs as before.
         server.routes["GET /api/v1/vms/demo"] = answer(vm(), Volant_Wait="timeout")
         done = await volar(server, "vms", "exec", "demo", "x")
-    assert done.code == 5
+    assert done.code == 125
     assert "before the command did" in done.err
+    # A VM that runs has met none of the ends that are waited for.
+    asked = next(each for each in server.asked("/api/v1/vms/demo") if each.param("wait"))
+    assert asked.param("wait") == "stopping,stopped,crashed,deleting,deleted"
 
 
 async def test_t_without_a_terminal_is_wrong_usage_and_sends_no_request() -> None:
     async with serving() as server:
         done = await volar(server, "vms", "exec", "-it", "demo", "--", "sh")
-    assert (done.code, server.requests) == (2, [])
+    assert (done.code, server.requests) == (125, [])
     assert "-t with -i needs a terminal, and standard input is not one; leave out -t" in done.err
 
 
@@ -110,19 +113,25 @@ async def test_the_wait_for_a_vm_that_is_starting_has_a_deadline() -> None:
         stopped = await volar(server, "vms", "exec", "demo", "--", "x")
     assert late.code == 124
     assert "VM 'demo' does not run after 0.01 s" in late.err
-    assert failed.code == 1
+    assert failed.code == 125
     assert "VM 'demo' is crashed: the agent did not answer" in failed.err
-    assert (stopped.code, "VM 'demo' is stopped" in stopped.err) == (4, True)
+    assert (stopped.code, "VM 'demo' is stopped" in stopped.err) == (125, True)
 
 
 async def test_a_guest_that_crashes_meanwhile_is_reported() -> None:
     reason = {"code": "guest_panicked", "message": "the kernel panicked", "console": []}
+    unreachable = problem(502, "agent-unreachable", "VM 'demo' does not answer: the stream to the agent broke")
     async with serving() as server:
-        server.routes[PATH] = ndjson(wire(output("stdout", b"x")))
-        server.routes["GET /api/v1/vms/demo"] = answer(vm(status="crashed", reason=reason), Volant_Wait="met")
-        done = await volar(server, "vms", "exec", "demo", "--", "x")
-    assert (done.code, done.out) == (1, b"x")
-    assert done.err.startswith("volar: VM 'demo' crashed: the kernel panicked\n")
+        for handler, out in ((ndjson(wire(output("stdout", b"x"))), b"x"), (unreachable, b"")):
+            server.routes[PATH] = handler
+            server.routes["GET /api/v1/vms/demo"] = answer(vm(status="crashed", reason=reason), Volant_Wait="met")
+            done = await volar(server, "vms", "exec", "demo", "--", "x")
+            assert (done.code, done.out) == (125, out)
+            assert done.err.startswith("volar: VM 'demo' crashed: the kernel panicked\n")
+        # The VM runs as before.
+        server.routes["GET /api/v1/vms/demo"] = answer(vm(), Volant_Wait="timeout")
+        alive = await volar(server, "vms", "exec", "demo", "--", "x")
+    assert (alive.code, "the stream to the agent broke" in alive.err) == (125, True)
 
 
 async def test_the_id_that_a_guest_gives_commands_no_terminal() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import signal
+from base64 import b64encode
 from pathlib import Path
 
 import pytest
 import trio
 
-from tests.client.kit import Request, answer, event, problem, serving, sse, vm
+from tests.client.kit import Request, answer, event, problem, send_head, serving, sse, vm
 from volant.cli._output import as_json
 from volant.cli._text import safe
 
@@ -59,11 +62,9 @@ async def test_an_unreachable_daemon_is_5() -> None:
     [
         ["vms", "create"],
         ["vms", "create", "demo", "--cpu", "0"],
-        ["vms", "create", "demo", "--env", "X"],
+        ["vms", "create", "demo", "--env", "=X"],
         ["vms", "create", "demo", "--timeout", "soon"],
         ["vms", "wait", "demo", "--for", "running,foo"],
-        ["vms", "exec", "demo"],
-        ["vms", "exec", "demo", "--json", "--", "true"],
         ["vms", "logs", "demo", "--tail", "1", "--since", "2"],
         ["--api", "nonsense://", "vms", "list"],
         ["nonsense"],
@@ -74,6 +75,33 @@ async def test_wrong_usage_is_2(words: list[str]) -> None:
     assert done.code == 2
     assert "Traceback" not in done.err
     assert "Usage" in done.err or "Error" in done.err
+
+
+@pytest.mark.parametrize("group", [[], ["vms"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["demo"],
+        ["demo", "--json", "--", "true"],
+        ["--nonsense", "demo", "x"],
+        ["-e", "=", "demo", "x"],
+        ["-it", "d", "x"],
+    ],
+)
+async def test_wrong_usage_of_exec_is_125_as_2_may_be_the_commands_own(group: list[str], words: list[str]) -> None:
+    done = await volar(None, *group, "exec", *words)
+    assert done.code == 125
+    assert "Usage" in done.err or "Error" in done.err
+
+
+async def test_failures_of_volar_and_of_the_daemon_are_125_for_exec() -> None:
+    async with serving() as server:
+        server.routes["POST /api/v1/vms/demo/agent/v1/exec"] = problem(404, "vm-not-found", "no VM")
+        missing = await volar(server, "exec", "demo", "true")
+        as_json = await volar(server, "exec", "--json", "demo", "true")
+    unreachable = await volar(None, "--api", "http://127.0.0.1:1", "exec", "demo", "true")
+    assert (missing.code, unreachable.code) == (125, 125)
+    assert json.loads(as_json.err)["error"]["exit_code"] == as_json.code == 125
 
 
 async def test_the_exit_code_of_a_wait_is_its_outcome() -> None:
@@ -89,7 +117,7 @@ async def test_the_exit_code_of_a_wait_is_its_outcome() -> None:
         server.routes["GET /api/v1/vms/demo"] = answer(vm(status="starting"), Volant_Wait="timeout")
         late = await volar(server, "vms", "wait", "demo", "--timeout", "10ms", "--json")
     assert (met.code, met.out) == (0, b"demo is running\n")
-    assert "VM_STARTING  demo  message 2" in met.err
+    assert re.search("VM_STARTING +demo  message 2", met.err)
     assert "VM_RUNNING" in met.err
     body = next(request for request in server.requests if request.method == "POST").json()
     assert (body["memory_mb"], body["labels"]) == (512, {"a": "b"})
@@ -178,3 +206,22 @@ async def test_the_name_of_a_file_may_be_any_bytes(tmp_path: Path) -> None:
         assert json.loads(done.err)["error"]["detail"]
     assert json.loads(as_json({"path": name})) == {"path": name}
     assert json.loads(as_json({"b": name, "a": 1}, is_sorted=True)) == {"a": 1, "b": name}
+
+
+async def test_a_backup_can_be_written_to_a_pipe() -> None:
+    content = b"a database"
+    async with serving() as server:
+
+        async def backup(request: Request, stream: trio.abc.Stream) -> None:
+            del request
+            sha256 = b64encode(hashlib.sha256(content).digest()).decode()
+            await send_head(
+                stream, 200, Content_Length=str(len(content)), Repr_Digest=f"sha-256=:{sha256}:",
+                Content_Disposition='attachment; filename="volant-1.db"',
+            )  # fmt: skip
+            await stream.send_all(content)
+
+        server.routes["POST /api/v1/system/backup"] = backup
+        done = await volar(server, "system", "backup", "/dev/stdout")
+    assert (done.code, done.out) == (0, content), done.err
+    assert "10 bytes" in done.err

@@ -1,66 +1,106 @@
-"""`volar images`: boot artifacts are fetched, listed and removed without a daemon, and what can't be is said."""
+"""`volar images` shows and deletes the images in the daemon's cache, by references or digests."""
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
+import base64
 import json
-import struct
 from pathlib import Path
 
 import pytest
 
+from tests.client.kit import answer, problem, serving
+
 from .kit import volar
 
-DATA = b"a kernel, or so"
-DIGEST = hashlib.sha256(DATA).hexdigest()
+DIGEST = f"sha256:{'ab' * 32}"
+SHORT = "ab" * 6
 
 
-@pytest.fixture
-def environ(tmp_path: Path) -> dict[str, str]:
-    (tmp_path / "kernel").write_bytes(DATA)
-    return {"VOLANT_CACHE_DIR": str(tmp_path / "cache")}
+def image_view(**more: object) -> dict[str, object]:
+    """An image as the API shows it."""
+    return {
+        "digest": DIGEST, "references": ["registry.test/example/tool:1"], "platform": "linux/amd64",
+        "size_bytes": 2**20, "own_bytes": 2**19, "layers": [], "created_at": None, "used_at": "2025-09-24T12:34:56Z",
+        "used_by": [], "entrypoint": ["/bin/tool"], "command": [], "env": {}, "user": "", "workdir": "",
+        "exposed_ports": [], "stop_signal": "", "labels": {}, "volumes": [], "health_check": None, **more,
+    }  # fmt: skip
 
 
-async def test_an_artifact_is_fetched_listed_and_removed(environ: dict[str, str], tmp_path: Path) -> None:
-    fetched = await volar(None, "images", "fetch", str(tmp_path / "kernel"), DIGEST, "--json", environ=environ)
-    assert json.loads(fetched.out)["digest"] == DIGEST
-    listed = await volar(None, "images", "artifacts", environ=environ)
-    title, row = listed.out.decode().splitlines()
-    assert title.split() == ["ARTIFACT", "SIZE", "ON", "DISK", "FROM"]
-    assert row.split()[0] == DIGEST[:12]
-    removed = await volar(None, "images", "remove", DIGEST[:8], environ=environ)
-    assert removed.code == 0
-    assert json.loads((await volar(None, "images", "artifacts", "--json", environ=environ)).out) == []
+@pytest.mark.parametrize("words", [["images"], ["images", "list"], ["images", "ls"]])
+async def test_images_are_listed(words: list[str]) -> None:
+    async with serving() as server:
+        server.routes["GET /api/v1/images"] = answer([image_view(used_by=["VM web"])])
+        table = await volar(server, *words)
+        names = await volar(server, *words, "-q")
+        document = await volar(server, *words, "--json")
+    title, row = table.out.decode().splitlines()
+    assert title.split()[:4] == ["IMAGE", "REFERENCES", "SIZE", "OWN"]
+    assert row.split()[:4] == [SHORT, "registry.test/example/tool:1", "1.0", "MiB"]
+    assert row.endswith("VM web")
+    assert names.out.decode().split() == [SHORT]
+    assert json.loads(document.out) == [image_view(used_by=["VM web"])]
 
 
-async def test_an_artifact_that_a_vm_uses_stays_and_that_is_reported(environ: dict[str, str], tmp_path: Path) -> None:
-    assert (await volar(None, "images", "fetch", str(tmp_path / "kernel"), DIGEST, environ=environ)).code == 0
-    with (tmp_path / "cache/media" / DIGEST).open("rb") as file:
-        # As QEMU does: a shared lock on some byte, of the open file.
-        fcntl.fcntl(file, 37, struct.pack("hhqqi4x", fcntl.F_RDLCK, 0, 100, 1, 0))
-        kept = await volar(None, "images", "remove", DIGEST[:8], environ=environ)
-    assert (kept.code, kept.out) == (1, b"")
-    assert f"a VM runs on {DIGEST[:12]}, which stays" in kept.err
+async def test_an_image_is_found_by_its_reference_or_digest() -> None:
+    async with serving() as server:
+        server.routes["GET /api/v1/images"] = [answer([image_view()]), answer([])]
+        server.routes[f"GET /api/v1/images/{SHORT}"] = answer(image_view())
+        by_reference = await volar(server, "images", "get", "example/tool:1")
+        missing = await volar(server, "images", "get", "example/none")
+        by_digest = await volar(server, "images", "get", SHORT)
+    assert by_reference.out == by_digest.out
+    assert "entrypoint: /bin/tool" in by_digest.out.decode()
+    assert missing.code == 1
+    assert "volar images pull example/none" in missing.err
+    assert server.requests[0].param("reference") == "example/tool:1"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "words"),
-    [
-        (
-            ("fetch", "{}/kernel", "0" * 64),
-            1,
-            ("/kernel: there is no file that may be read and has this SHA-256", "correct the manifest"),
-        ),
-        (("fetch", "{}/kernel", DIGEST.upper()), 2, ("SHA256", "lower case")),
-        (("fetch", "kernel", DIGEST), 2, ("URL", "absolute path")),
-        (("fetch", "{}/none", DIGEST), 1, ("no file that may be read",)),
-        (("remove", "abc"), 1, ("begins with abc", "images artifacts")),
-    ],
-)
-async def test_errors_are_reported(
-    environ: dict[str, str], tmp_path: Path, arguments: tuple[str, ...], code: int, words: tuple[str, ...]
-) -> None:
-    done = await volar(None, "images", *(argument.format(tmp_path) for argument in arguments), environ=environ)
-    assert done.code == code
-    assert all(word in done.err for word in words), done.err
+async def test_an_image_is_fetched_with_the_credentials_of_its_registry(tmp_path: Path) -> None:
+    authfile = tmp_path / "auth.json"
+    authfile.write_text(json.dumps({"auths": {"registry.test": {"auth": "eDp5"}, "other.test": {"auth": "ejp6"}}}))
+    async with serving() as server:
+        server.routes["GET /api/v1/images/pulls"] = answer([])
+        server.routes["POST /api/v1/images/pull"] = answer(image_view())
+        done = await volar(server, "images", "pull", "--refresh", "--authfile", str(authfile), "registry.test/tool")
+    assert (done.code, done.out) == (0, f"registry.test/tool is {SHORT}, 1.0 MiB\n".encode())
+    (asked,) = server.asked("/api/v1/images/pull")
+    assert asked.json() == {"reference": "registry.test/tool", "refresh": True}
+    assert json.loads(base64.b64decode(asked.headers["volant-registry-auth"])) == {
+        "auths": {"registry.test": {"auth": "eDp5"}}
+    }
+
+
+async def test_an_archive_is_sent_as_an_image(tmp_path: Path) -> None:
+    archive = tmp_path / "image.tar"
+    archive.write_bytes(bytes(100_000))
+    async with serving() as server:
+        server.routes["PUT /api/v1/images/archive"] = answer(image_view())
+        done = await volar(server, "images", "load", str(archive), "example/tool:1")
+        missing = await volar(server, "images", "load", str(tmp_path / "none"), "example/tool:1")
+    assert done.out.decode() == f"example/tool:1 is {SHORT}, 1.0 MiB\n"
+    (asked,) = server.requests
+    assert (asked.param("reference"), len(asked.body)) == ("example/tool:1", 100_000)
+    assert (missing.code, "none can't be read: No such file" in missing.err) == (1, True)
+
+
+async def test_images_are_deleted_by_reference_or_digest() -> None:
+    async with serving() as server:
+        server.routes[f"GET /api/v1/images/{SHORT}"] = answer(image_view())
+        server.routes[f"DELETE /api/v1/images/{DIGEST.replace(chr(58), '%3A')}"] = answer(None, 204)
+        pruned = {"dry_run": False, "images": [], "references": ["x"], "freed_bytes": 0}
+        server.routes["POST /api/v1/images/prune"] = [answer(pruned), problem(404, "image-not-found", "no such image")]
+        done = await volar(server, "images", "rm", SHORT, "example/tool:1")
+        missing = await volar(server, "images", "delete", "example/none")
+    assert done.out.decode().splitlines() == [f"{SHORT} is deleted", "example/tool:1 is deleted"]
+    assert missing.code == 3
+    assert server.asked("/api/v1/images/prune")[0].param("reference") == "example/tool:1"
+
+
+async def test_unused_images_are_pruned() -> None:
+    async with serving() as server:
+        pruned = {"dry_run": True, "images": [image_view()], "references": [], "freed_bytes": 2**19}
+        server.routes["POST /api/v1/images/prune"] = answer(pruned)
+        done = await volar(server, "images", "prune", "--unused-for", "12h", "--max", "100", "--dry-run")
+    assert done.out.decode().splitlines()[-1] == "512.0 KiB would be freed"
+    (asked,) = server.requests
+    assert dict(asked.query) == {"unused_for": "12h", "max_mb": "100", "dry_run": "true"}

@@ -10,7 +10,8 @@ from tests.client.kit import answer, serving, vm
 from .kit import volar
 
 BLUE: dict[str, Any] = {
-    "name": "blue", "vms": {"web": "192.168.127.2", "db": "192.168.127.3"}, "created_at": "2025-09-24T12:34:56Z",
+    "name": "blue", "vms": {"web": "192.168.127.2", "db": "192.168.127.3"}, "project": "default",
+    "created_at": "2025-09-24T12:34:56Z",
 }  # fmt: skip
 
 
@@ -22,9 +23,9 @@ async def test_networks_are_made_listed_shown_and_removed() -> None:
         server.routes["DELETE /api/v1/networks/blue"] = answer(None, 204)
         made = await volar(server, "networks", "create", "blue")
         listed = await volar(server, "networks", "list")
-        shown = await volar(server, "networks", "show", "blue")
-        as_json = await volar(server, "networks", "show", "blue", "--json")
-        gone = await volar(server, "networks", "remove", "blue")
+        shown = await volar(server, "networks", "get", "blue")
+        as_json = await volar(server, "networks", "get", "blue", "--json")
+        gone = await volar(server, "networks", "delete", "blue")
     assert made.out.decode().strip() == "network blue is created"
     assert listed.out.decode().splitlines()[1].split()[:2] == ["blue", "2"]
     assert [line.split() for line in shown.out.decode().splitlines()[-2:]] == [
@@ -32,14 +33,14 @@ async def test_networks_are_made_listed_shown_and_removed() -> None:
         ["db", "192.168.127.3"],
     ]
     assert json.loads(as_json.out) == BLUE
-    assert gone.out.decode().strip() == "network blue is removed"
+    assert gone.out.decode().strip() == "network blue is deleted"
 
 
 async def test_a_network_that_is_in_use_is_a_conflict() -> None:
     async with serving() as server:
         problem = {"type": "x", "title": "x", "status": 409, "detail": "network 'blue' is in use by 2 VMs: db, web"}
         server.routes["DELETE /api/v1/networks/blue"] = answer(problem, 409)
-        done = await volar(server, "networks", "remove", "blue")
+        done = await volar(server, "networks", "delete", "blue")
     assert done.code == 4
     assert "db, web" in done.err
 

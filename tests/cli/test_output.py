@@ -14,7 +14,7 @@ import trio
 
 from tests.client.kit import answer, log_line, serving, vm, websocket
 from volant import __version__
-from volant.cli._images import default_cache_dir
+from volant.cli._boot_images import default_cache_dir
 from volant.cli._text import size, span
 from volant.daemon._command_line import load
 
@@ -129,8 +129,8 @@ async def test_plugins_come_from_toml_or_json(tmp_path: Path) -> None:
 
 
 async def test_images_need_no_daemon(tmp_path: Path) -> None:
-    listed = await volar(None, "images", "list", "--json", environ={"VOLANT_CACHE_DIR": str(tmp_path)})
-    failed = await volar(None, "images", "build", "--offline", "--cache", str(tmp_path))
+    listed = await volar(None, "boot-images", "list", "--json", environ={"VOLANT_CACHE_DIR": str(tmp_path)})
+    failed = await volar(None, "boot-images", "build", "--offline", "--cache", str(tmp_path))
     assert json.loads(listed.out) == []
     assert failed.code == 1
     assert "without --offline" in failed.err

@@ -20,7 +20,7 @@ def nothing_is_touched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "units").mkdir()
     monkeypatch.setattr(_setup, "_BOOTED", tmp_path / "systemd")
     monkeypatch.setattr(_setup, "DIRECTORY", tmp_path / "units")
-    monkeypatch.setattr(_setup, "_ENVIRONMENT", tmp_path / "volantd")
+    monkeypatch.setattr(_setup, "ENVIRONMENT", tmp_path / "volantd")
 
     def no_systemctl(*arguments: str) -> None:
         raise AssertionError(f"systemctl {arguments}")

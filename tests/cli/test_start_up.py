@@ -15,6 +15,7 @@ import trio
 from tests.client.kit import Request, answer, serving, vm
 from volant.cli import _plugins, _system_group, _vms_group
 from volant.cli._lazy_group import LazyGroup
+from volant.cli._volar import volar as root
 
 from .kit import ENVIRONMENT, ROOT, running
 from .test_completion import completing
@@ -43,6 +44,13 @@ sys.exit(code)
         (["vms", "list"], {}),
         (["vms", "get", "demo", "--json"], {}),
         (["vms", "start", "demo"], {}),
+        (["ps", "-a"], {}),
+        (["inspect", "demo"], {}),
+        (["top", "--once"], {}),
+        (["images"], {}),
+        (["volumes", "-q"], {}),
+        (["vms", "create", "demo"], {}),
+        (["rm", "-f", "demo"], {}),
         (["vms", "delete", "demo"], {}),
         (["plugins", "list"], {}),
         (["system", "df", "--json"], {}),
@@ -60,6 +68,10 @@ async def test_a_command_that_asks_and_prints_imports_no_large_library(
             "POST /api/v1/vms/demo/start": answer(vm()),
             "DELETE /api/v1/vms/demo": answer(None, 204),
             "GET /api/v1/plugins": answer([]),
+            "GET /api/v1/stats/vms": answer([]),
+            "GET /api/v1/images": answer([]),
+            "GET /api/v1/volumes": answer([]),
+            "POST /api/v1/vms": answer(vm(), 201),
             "GET /api/v1/system/df": answer(
                 {"items": [], "total_bytes": 0, "reclaimable_bytes": 0, "state_free_bytes": 0, "cache_free_bytes": 0}
             ),
@@ -99,7 +111,7 @@ async def test_a_table_that_fits_into_the_terminal_needs_no_library(columns: int
         assert text.startswith("\x1b[1mNAME\x1b[0m    \x1b[1mSTATUS")
 
 
-@pytest.mark.parametrize("group", [_vms_group.group, _system_group.group, _plugins.group])
+@pytest.mark.parametrize("group", [root, _vms_group.group, _system_group.group, _plugins.group])
 def test_a_command_that_is_not_imported_yet_is_listed_as_it_will_be(group: LazyGroup) -> None:
     context = click.Context(group)
     for name, lazy in group.lazy.items():

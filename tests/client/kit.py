@@ -191,7 +191,12 @@ def vm(**members: object) -> dict[str, object]:
         "fallback": None, "disk": "none", "created_at": "2025-09-24T12:34:56Z",
         "updated_at": "2025-09-24T12:34:56Z", "started_at": "2025-09-24T12:34:56Z", "origin": None,
         "disk_mb": None, "network": "none", "network_reason": "", "ports": [], "workload": None,
-        "expires_at": None, "warnings": [], **members,
+        "expires_at": None, "warnings": [], "unreachable": None,
+        "failover": "never", "replicate": None, "replica": None, "move": None,
+        "placement": None,
+        "volumes": [],
+        "disk_iops": None, "disk_mbps": None,
+        "image": None, "secrets": [], "egress": "all", "project": "default", **members,
     }  # fmt: skip
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import socket
+import struct
+
 import pytest
 import trio
 
-from volant.client import Client, ClientProblem, LogGap, LogLine
+from volant.client import Client, ClientProblem, ConnectionLost, LogGap, LogLine
 
-from .kit import log_line, problem, serving, websocket
+from .kit import Handler, Request, log_line, problem, send_head, serving, websocket
 
 PATH = "/ws/v1/vms/demo/logs"
 
@@ -32,6 +35,39 @@ async def test_a_log_resumes_at_its_line_and_stays_with_its_vm() -> None:
     assert dict(second.query) == {"since": "4", "follow": "true", "stream": "console,stdout", "vm_id": "7"}
     assert third.param("since") == fourth.param("since") == "9"
     assert first.headers["x-volant-api-key"] == "k"
+
+
+async def _ended(request: Request, stream: trio.abc.Stream) -> None:
+    """A daemon that stops before it has answered."""
+
+
+async def _reset(request: Request, stream: trio.abc.Stream) -> None:
+    """A daemon that is killed before it has answered."""
+    assert isinstance(stream, trio.SocketStream)
+    stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+async def _cut(request: Request, stream: trio.abc.Stream) -> None:
+    """A daemon that is killed while it answers."""
+    await send_head(stream, 503, Content_Length="100")
+
+
+@pytest.mark.parametrize("lost", [_ended, _reset, _cut])
+async def test_a_connection_that_ends_before_its_answer_is_made_again_at_once(lost: Handler) -> None:
+    async with serving() as server, Client(server.base_url) as client:
+        server.routes[f"GET {PATH}"] = [websocket(log_line(1), code=1001), lost, websocket(log_line(2), code=1000)]
+        with trio.fail_after(10):
+            async with client.vms.logs("demo") as feed:
+                items = [item async for item in feed]
+    assert [item.seq for item in items if isinstance(item, LogLine)] == [1, 2]
+
+
+async def test_a_first_connection_that_ends_before_its_answer_is_an_error() -> None:
+    async with serving() as server, Client(server.base_url) as client:
+        server.routes[f"GET {PATH}"] = _ended
+        with pytest.raises(ConnectionLost, match="broke"), trio.fail_after(10):
+            async with client.vms.logs("demo"):
+                pytest.fail("entered")
 
 
 async def test_a_gap_at_the_start_is_reported_once() -> None:
@@ -59,6 +95,6 @@ async def test_no_vm_is_a_problem_where_the_block_is_entered() -> None:
 async def test_leaving_the_block_leaves_the_daemon() -> None:
     async with serving() as server, Client(server.base_url) as client:
         server.routes[f"GET {PATH}"] = websocket(log_line(1), stay=True)
-        with trio.fail_after(5):
+        with trio.fail_after(20):
             async with client.vms.logs("demo") as feed:
                 assert isinstance(await feed.receive(), LogLine)

@@ -372,7 +372,7 @@ async def test_a_server_that_says_nothing_to_tls_is_unreachable() -> None:
 async def test_what_can_not_be_sent_is_refused_as_on_trio(given: str) -> None:
     calls: list[Call] = [lambda client: client.vms.list(labels={"a": f"{given}\udcff"})]
     if given != "a\udcff":
-        calls.append(lambda client: client.templates.remove(given))
+        calls.append(lambda client: client.templates.delete(given))
     async with serving() as server:
         for call in calls:
             with pytest.raises(Problem) as refused:

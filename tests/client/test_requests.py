@@ -184,7 +184,7 @@ async def test_nothing_that_is_given_becomes_another_path(given: str) -> None:
                 yield b""
 
         for attempt in (
-            client.templates.remove(given),
+            client.templates.delete(given),
             client.system.kill_orphan(given),
             client.system.adopt_orphan(given),
             client.vms.end_exec_session("demo", given),
@@ -200,7 +200,7 @@ async def test_slashes_of_what_is_given_stay_in_their_part_of_the_path() -> None
     async with serving() as server, Client(server.base_url) as client:
         for given in ("a/b", "../x", "a?b#c", "%2e%2e", "ü \udcff"):
             with pytest.raises(ClientProblem, match="nothing here"):
-                await client.templates.remove(given)
+                await client.templates.delete(given)
     assert [request.path for request in server.requests] == [
         f"/api/v1/templates/{part}" for part in ("a%2Fb", "..%2Fx", "a%3Fb%23c", "%252e%252e", "%C3%BC%20%FF")
     ]

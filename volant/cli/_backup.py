@@ -14,8 +14,9 @@ import trio
 
 from volant.client import ClientError
 
+from ._downloads import download
 from ._progress import progress
-from ._run import CONFLICT, TIMED_OUT, Failure, unfinished
+from ._run import CONFLICT, TIMED_OUT, Failure
 from ._streaming import Session, command
 from ._text import safe
 
@@ -31,37 +32,42 @@ async def backup(session: Session, file: Path, force: bool) -> None:
     """Back up the database of a running daemon to FILE: VMs, plugins, events, stored responses.
 
     VMs' disks, their logs and what they boot from are not in it. If FILE is a directory, the name of the new file
-    contains the last event's id. The file is written atomically, after its digest was checked.
+    contains the last event's id. The file is written atomically, after its digest was checked. To a pipe, such as
+    /dev/stdout, it is written as it comes, and standard
+    output gets nothing else.
     """
     async with session.client.system.backup() as taken:
         path = file / taken.name if file.is_dir() else file
-        if not force and path.exists():
+        is_stream = path.exists() and not path.is_file()
+        if not force and path.is_file():
             raise Failure(f"{path} exists already", code=CONFLICT, hint="name another file, or add --force")
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        with unfinished(part, path):
-            with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
-                with progress(session.out) as bar:
-                    bar.total = taken.size
-                    async for piece in taken:
-                        out.write(piece)
-                        bar.add(len(piece))
-                out.flush()
+        with download(path, 0o600, overwrite=force) as out:
+            with progress(session.out) as bar:
+                bar.total = taken.size
+                async for piece in taken:
+                    out.write(piece)
+                    bar.add(len(piece))
+            out.flush()
+            if not is_stream:
                 os.fsync(out.fileno())
-            _name(part, path, force)
+    if is_stream:
+        # Standard output may be what it was written to.
+        session.out.note(f"{safe(str(path))}: {taken.size} bytes")
+        return
+    _sync_directory(path)
     session.out.result({"path": str(path), "bytes": taken.size}, f"{safe(str(path))}: {taken.size} bytes")
 
 
-def _name(part: Path, path: Path, force: bool) -> None:
-    """Renames the finished file. :raises OSError: another process has created `path` meanwhile."""
-    if force:
-        part.replace(path)
-    else:
-        os.link(part, path)
-    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+def _sync_directory(path: Path) -> None:
+    """Makes the name of a new file durable. :raises Failure: the disk fails."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise Failure(f"{safe(path)} can't be written: {error.strerror}") from None
 
 
 @command(None, "restore")

@@ -16,7 +16,8 @@ import trio
 from volant.client import ActionAnswer
 
 from ._complete import action_names, vm_names
-from ._run import FAILED, Failure, unfinished
+from ._downloads import download
+from ._run import FAILED, Failure
 from ._streaming import Session, command
 from ._text import safe
 
@@ -40,9 +41,9 @@ async def group(
     content_type: str | None,
     output: str | None,
 ) -> int | None:
-    """Call an action that the plugin of VM declares, and print the answer.
+    """Call an action of a VM's plugin, and print the answer.
 
-    KEY=TEXT and KEY:=JSON are members of the JSON object to send. `volar plugins show PLUGIN` lists the actions and
+    KEY=TEXT and KEY:=JSON are members of the JSON object to send. `volar plugins get PLUGIN` lists the actions and
     their input. The exit code is 1 if the workload answers with an error.
     """
     if members and data is not None:
@@ -54,7 +55,10 @@ async def group(
     kind = (content_type or "application/json") if data is not None else None
     async with session.client.vms.call_action(vm, action, body, content=content, content_type=kind) as answer:
         if output is not None and answer.is_success:
-            await _write_file(answer, Path(output))
+            # Half an answer would look like a whole one.
+            with download(Path(output), 0o666) as file:
+                async for piece in answer:
+                    file.write(piece)
         else:
             await _write_out(answer)
         if not answer.is_success:
@@ -100,16 +104,6 @@ class FileBody:
         if not piece:
             raise StopAsyncIteration
         return piece
-
-
-async def _write_file(answer: ActionAnswer, path: Path) -> None:
-    """Writes the answer to a file, atomically, as half an answer would look like a whole one."""
-    part = path.with_name(path.name + ".part")
-    with unfinished(part, path):
-        with part.open("wb") as file:
-            async for piece in answer:
-                file.write(piece)
-        part.replace(path)
 
 
 async def _write_out(answer: ActionAnswer) -> None:

@@ -32,9 +32,19 @@ def _names(resource: str) -> Complete:
     return complete
 
 
-NAMES = {resource: _names(resource) for resource in ("vms", "plugins", "networks", "snapshots")}
+_RESOURCES = ("vms", "plugins", "networks", "snapshots", "volumes", "projects", "keys", "secrets")
+NAMES = {resource: _names(resource) for resource in _RESOURCES}
 """The function that completes names of a resource."""
-vm_names, plugin_names, network_names, snapshot_names = NAMES.values()
+(
+    vm_names,
+    plugin_names,
+    network_names,
+    snapshot_names,
+    volume_names,
+    project_names,
+    key_names,
+    secret_names,
+) = NAMES.values()
 
 
 def network_choices(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:

@@ -9,7 +9,9 @@ from click.shell_completion import get_completion_class
 @click.command("completion")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def group(shell: str) -> None:
-    """Print the completion script for SHELL: commands, options, names of VMs and plugins.
+    """Print the completion script for a shell.
+
+    It completes commands, options, and names of VMs and plugins.
 
     \b
     bash: echo 'eval "$(volar completion bash)"' >> ~/.bashrc

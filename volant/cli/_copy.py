@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import shutil
 import stat
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -27,6 +26,7 @@ from volant.guest._http import Problem as TarProblem
 from volant.guest._tar import pack, unpack
 
 from ._complete import files_here_or_in_a_vm
+from ._downloads import beside, download
 from ._guest import once_running
 from ._progress import Bar, progress
 from ._run import Failure
@@ -122,27 +122,20 @@ async def _download(client: Client, source: _Remote, target: str, bar: Bar) -> t
 async def _download_file(client: Client, source: _Remote, info: FileInfo, path: Path, bar: Bar) -> None:
     if path.is_dir():
         raise Failure(f"{path} is a directory")
-    temporary = _beside(path)
     async with client.vms.read_file(source.vm, source.path) as file:
         bar.total = file.info.size
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            with os.fdopen(fd, "wb") as opened:
-                async for data in file:
-                    await trio.to_thread.run_sync(opened.write, data)
-                    bar.add(len(data))
-                os.fchmod(opened.fileno(), info.mode & 0o777)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with download(path, 0o600) as opened:
+            async for data in file:
+                await trio.to_thread.run_sync(opened.write, data)
+                bar.add(len(data))
+            os.fchmod(opened.fileno(), info.mode & 0o777)
 
 
 async def _download_directory(client: Client, source: _Remote, path: Path, bar: Bar) -> None:
     if path.exists() and not path.is_dir():
         raise Failure(f"{path} is no directory")
     # A new directory appears only when it is complete.
-    into = path if path.exists() else _beside(path)
+    into = path if path.exists() else beside(path)
     into.mkdir(exist_ok=True)
     try:
         await _unpack(client, source, into, bar)
@@ -285,7 +278,3 @@ def _local(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise Failure(f"{safe(str(error.filename or path))}: {error.strerror}") from None
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name[:200]}.volar-{secrets.token_hex(6)}")

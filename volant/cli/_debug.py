@@ -10,13 +10,15 @@ import click
 import trio
 
 from ._bundle import Bundle, gather
+from ._lazy_group import LazyGroup
 from ._options import Options, common, pass_options
 from ._output import Output
-from ._run import CONFLICT, Failure, api_key_of, guarded
+from ._run import CONFLICT, Failure, guarded
 from ._streaming import client_of
+from ._target import target_of
 
 
-@click.group(name="debug")
+@click.group(name="debug", cls=LazyGroup)
 def group() -> None:
     """Collect information for a bug report."""
 
@@ -40,7 +42,7 @@ def bundle(options: Options, output: Path | None, log: Path | None, consoles: bo
         if log is not None and not log.is_file():
             raise click.UsageError(f"--log: there is no file {log}")
         out = Output(options.json)
-        key = api_key_of(options)
+        key = target_of(options).api_key
 
         async def run() -> Bundle:
             async with client_of(options) as client:

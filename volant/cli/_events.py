@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from volant.client import ClientError, OnRetry, StreamGap
-from volant.model import EventType, Problem
+from volant.model import VM_EVENTS, Problem
 
 from ._complete import vm_names
 from ._run import Pair
@@ -27,7 +27,7 @@ _OPTIONS = (
     click.option(
         "--type",
         "types",
-        type=click.Choice([str(kind) for kind in EventType]),
+        type=click.Choice([str(kind) for kind in VM_EVENTS]),
         multiple=True,
         help="Only events of this type; may be repeated.",
     ),

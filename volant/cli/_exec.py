@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import click
 import trio
@@ -14,10 +15,11 @@ from volant.client import ConnectionLost, ExecEnd, ExecGap, ExecOutput, ExecSess
 from volant.model import LogRange
 
 from ._guest import START_S, once_running
-from ._run import FAILED, TIMED_OUT, Duration, Failure, Pair
+from ._run import FAILED, TIMED_OUT, Duration, Failure, Passing
 from ._streaming import Session, command
 from ._terminal import ENDINGS, Escape, raw, read_input, write_output
 from ._text import safe
+from ._variables import env_file_option, env_option, variables
 from ._vms_group import name_argument
 
 _NOT_FOUND_IN_GUEST = 127
@@ -28,6 +30,7 @@ _PIECE = 64 * 1024
 @command(
     None,
     "exec",
+    cls=Passing,
     context_settings={"allow_interspersed_args": False},
     options_metavar="[OPTIONS]",
     no_args_is_help=True,
@@ -40,9 +43,10 @@ _PIECE = 64 * 1024
 @click.option("--attach", metavar="ID", help="Attach to a detached command instead of starting COMMAND.")
 @click.option("--from", "position", type=click.IntRange(min=0), help="With --attach: skip this many bytes of output.")
 @click.option("--escape", type=Escape(), default="^]", show_default=True, help="The key that detaches, or none.")
-@click.option("--env", type=Pair(), multiple=True, help="KEY=VALUE; may be repeated.")
-@click.option("--cwd", help="The working directory.")
-@click.option("--user", help="A name or number in the guest, optionally with :GROUP.")
+@env_option
+@env_file_option
+@click.option("-w", "--workdir", "--cwd", "cwd", metavar="DIR", help="The working directory.")
+@click.option("-u", "--user", help="A name or number in the guest, optionally with :GROUP.")
 @click.option(
     "--timeout",
     type=Duration(),
@@ -58,7 +62,8 @@ async def exec_(
     attach: str | None,
     position: int | None,
     escape: int,
-    env: tuple[tuple[str, str], ...],
+    env: tuple[str, ...],
+    env_files: tuple[Path, ...],
     cwd: str | None,
     user: str | None,
     timeout: float | None,
@@ -68,17 +73,17 @@ async def exec_(
     If the VM is starting, volar waits for it. Output is passed on byte for byte. Without -i the command has no standard
     input; -i together with -t needs a terminal. When volar ends, the command is killed, unless it is detached. The exit
     code is the command's, 128 + n if signal n ended it, 124 after --timeout, 126 or 127 if it can't be executed or does
-    not exist.
+    not exist, 125 if volar or the daemon failed.
     """
     words = words[1:] if words[:1] == ("--",) else words
     if attach is not None:
-        if words or tty or detach or env or cwd or user or timeout:
+        if words or tty or detach or env or env_files or cwd or user or timeout:
             raise click.UsageError("--attach allows only -i, --from and --escape: the command runs already")
 
         async def attached() -> int:
             async with session.client.vms.attach(name, attach, position=position) as process:
                 if process.tty and interactive:
-                    _need_terminal()
+                    need_terminal()
                 # In a terminal, input is passed on without -i.
                 typing = interactive or (process.tty and sys.stdin.isatty())
                 return await _talk(session, name, process, typing, escape)
@@ -91,28 +96,28 @@ async def exec_(
     if words[0].startswith("-"):
         raise click.UsageError(f"put options before the name of the VM; {words[0]!r} came after it")
     if tty and interactive and not detach:
-        _need_terminal()
-    variables = dict(env)
+        need_terminal()
+    environ = variables(env, env_files)
 
     async def run() -> int:
         if not (interactive or tty or detach):
             async with session.client.vms.exec(
-                name, words, env=variables, cwd=cwd, user=user, timeout_s=timeout
+                name, words, env=environ, cwd=cwd, user=user, timeout_s=timeout
             ) as simple:
                 async for piece in simple:
                     await _show(session, piece)
             assert simple.end is not None
-            return _exit_code(session, simple.end)
+            return exit_code(session, simple.end)
         if tty and os.environ.get("TERM"):
-            variables.setdefault("TERM", os.environ["TERM"])
-        rows, cols = _size() or (24, 80)
+            environ.setdefault("TERM", os.environ["TERM"])
+        rows, cols = terminal_size() or (24, 80)
         async with session.client.vms.exec_session(
             name,
             words,
             tty=tty,
             rows=rows,
             cols=cols,
-            env=variables,
+            env=environ,
             cwd=cwd,
             user=user,
             timeout_s=timeout,
@@ -127,7 +132,7 @@ async def exec_(
     return await once_running(session, name, run, START_S if timeout is None else timeout)
 
 
-def _need_terminal() -> None:
+def need_terminal() -> None:
     """:raises click.UsageError: standard input is no terminal. The end of a file would be sent as Ctrl-D, which is lost
     if the guest does not read yet."""
     if not sys.stdin.isatty():
@@ -139,7 +144,7 @@ def _need_terminal() -> None:
 async def _detach(session: Session, name: str, process: ExecSession, interactive: bool) -> int:
     """Passes on standard input, then prints the id; returns the exit code."""
     if process.end is not None:
-        return _exit_code(session, process.end)
+        return exit_code(session, process.end)
     if interactive:
         while data := await read_input(_PIECE):
             await process.send(data)
@@ -156,7 +161,7 @@ async def _talk(session: Session, name: str, process: ExecSession, interactive: 
     code: int | None = None
     try:
         with raw(sys.stdin.fileno()) if terminal else nullcontext():
-            code = await _pass_on(session, process, interactive, terminal, escape)
+            code = await pass_on(session, process, interactive, terminal, escape)
     except ConnectionLost as lost:
         if process.id is None:
             raise
@@ -167,13 +172,18 @@ async def _talk(session: Session, name: str, process: ExecSession, interactive: 
     if process.end is None:
         session.out.note(f"volar: detached; `volar vms exec --attach {process.id} {name}` attaches to it again")
         return 0
-    return _exit_code(session, process.end)
+    return exit_code(session, process.end)
 
 
-async def _pass_on(
-    session: Session, process: ExecSession, interactive: bool, terminal: bool, escape: int
+async def pass_on(
+    session: Session, process: ExecSession, interactive: bool, terminal: bool, escape: int = -1, endings: bool = True
 ) -> int | None:
-    """Returns the exit code after a signal; None: see `process.end`, which is None if the user detached."""
+    """Passes on input, output and the size of the terminal until the command ends.
+
+    Returns the exit code after a signal; None: see `process.end`, which is None if the user detached.
+
+    :param endings: whether SIGTERM and SIGHUP end it; otherwise the caller handles signals
+    """
     code: int | None = None
     failure: Exception | None = None
     async with trio.open_nursery() as nursery:
@@ -195,7 +205,8 @@ async def _pass_on(
             if await _type(process, escape if terminal and process.id is not None else -1):
                 nursery.cancel_scope.cancel()
 
-        nursery.start_soon(ending)
+        if endings:
+            nursery.start_soon(ending)
         if process.tty and sys.stdin.isatty():
             nursery.start_soon(resizing)
         if interactive:
@@ -231,7 +242,7 @@ async def _type(process: ExecSession, escape: int) -> bool:
 
 
 async def _send_size(process: ExecSession) -> None:
-    size = _size()
+    size = terminal_size()
     if size is not None:
         try:
             await process.resize(*size)
@@ -239,7 +250,7 @@ async def _send_size(process: ExecSession) -> None:
             pass
 
 
-def _size() -> tuple[int, int] | None:
+def terminal_size() -> tuple[int, int] | None:
     """Returns rows and columns of our own terminal."""
     try:
         size = os.get_terminal_size(sys.stdin.fileno())
@@ -262,14 +273,15 @@ def _print_gap(session: Session, gap: LogRange) -> None:
         session.out.note(f"volar: {gap.last - gap.first + 1} bytes of the output are not kept any more")
 
 
-def _exit_code(session: Session, end: ExecEnd) -> int:
+def exit_code(session: Session, end: ExecEnd) -> int:
     if session.out.json:
         session.out.item(end)
     if end.exit_code is not None:
         return end.exit_code
     if end.signal is not None:
         return 128 + end.signal
-    codes = {"timeout": TIMED_OUT, "not_found": _NOT_FOUND_IN_GUEST, "not_executable": _NOT_EXECUTABLE}
+    codes = {"timeout": TIMED_OUT, "not_found": _NOT_FOUND_IN_GUEST}
+    codes |= dict.fromkeys(("not_executable", "no_such_user", "no_such_directory"), _NOT_EXECUTABLE)
     code = codes.get(end.code or "", FAILED)
     if session.out.json:
         return code

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from volant.client import ClientError, ConnectionLost
-from volant.model import WAIT_STATES, Problem, Status
+from volant.model import Problem, Status
 
 from ._run import TIMED_OUT, Failure
 from ._streaming import Session
@@ -19,7 +19,7 @@ START_S = 60.0
 _REPORT_S = 5.0
 """The daemon may notice a crash some moments after the connection into the guest broke."""
 _STARTING = frozenset({Status.PENDING, Status.STARTING})
-_ENDED = tuple(state for state in WAIT_STATES if state not in (Status.RUNNING, Status.PAUSED))
+_ENDED = (Status.STOPPING, Status.STOPPED, Status.CRASHED, Status.DELETING, "deleted")
 
 
 async def once_running(
@@ -57,7 +57,10 @@ async def once_running(
 async def _reporting_a_crash(session: Session, name: str, attempt: Callable[[], Awaitable[T]]) -> T:
     try:
         return await attempt()
-    except ConnectionLost:
+    except (ConnectionLost, Problem) as error:
+        # A guest that ends before it has answered anything is a 502.
+        if isinstance(error, Problem) and error.code != "agent-unreachable":
+            raise
         ended = await _how_it_ended(session, name)
         if ended is None:
             raise

@@ -2,235 +2,199 @@
 
 from __future__ import annotations
 
-import functools
-import os
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
-from volant.images import (
-    ANYWHERE,
-    DIGEST,
-    CachedArtifact,
-    ImageError,
-    Progress,
-    build,
-    fetch,
-    list_artifacts,
-    list_images,
-    local_path,
-    remove_artifact,
-    shown,
-)
+from volant.client import ImagesOperations
+from volant.model import ImageView, PullImage
 
-from ._options import Options, common, pass_options
-from ._output import Output
-from ._run import Failure, guarded
-from ._text import safe, size
+from ._derived import add_commands
+from ._image_options import registry_options
+from ._lazy_group import Lazy, LazyGroup
+from ._options import listing
+from ._registry_auth import registry_auth
+from ._run import Duration, Failure, Session, command
+from ._text import safe, size, span
 
-cache_option = click.option(
-    "--cache",
-    type=click.Path(file_okay=False, path_type=Path),
-    envvar="VOLANT_CACHE_DIR",
-    show_envvar=True,
-    help="The cache folder; the default is the daemon's.",
-)
+if TYPE_CHECKING:
+    from ._streaming import Session as Streaming
+
+_DIGEST = re.compile(r"(?:sha256:)?[0-9a-f]{6,64}\Z")
+_SHORT = 12
 
 
-@click.group(name="images")
-def group() -> None:
-    """Manage boot images and boot artifacts in the cache, without a daemon."""
-
-
-def _command(name: str) -> Callable[[Callable[..., None]], click.Command]:
-    """Makes a function a command of the group; it is given the output and the cache folder."""
-
-    def decorate(function: Callable[..., None]) -> click.Command:
-        @functools.wraps(function)
-        @pass_options
-        def call(options: Options, /, cache: Path | None, **given: Any) -> int:
-            def work() -> None:
-                try:
-                    function(Output(options.json), cache or default_cache_dir(os.environ, os.getuid()), **given)
-                except ImageError as error:
-                    raise Failure(error.message, hint=error.hint or None) from error
-
-            return guarded(options, work)
-
-        decorated: click.Command = group.command(name)(cache_option(common()(call)))
-        return decorated
-
-    return decorate
-
-
-@_command("build")
-@click.option("--mirror", metavar="URL", help="A Debian mirror, instead of this host's apt sources.")
-@click.option("--security-mirror", metavar="URL", help="With --mirror: where security updates come from.")
-@click.option(
-    "--keyring", type=click.Path(path_type=Path), metavar="FILE", help="The keys that sign the mirror's packages."
-)
-@click.option("--offline", is_flag=True, help="Use the packages of the last build.")
-def build_(
-    out: Output,
-    cache: Path,
-    mirror: str | None,
-    security_mirror: str | None,
-    keyring: Path | None,
-    offline: bool,
-) -> None:
-    """Build the boot image from Debian's current packages, unless it exists."""
-    if security_mirror and not mirror:
-        raise click.UsageError("--security-mirror needs --mirror")
-    with _progress(out) as report:
-        image = build(
-            cache,
-            progress=report,
-            mirror=mirror,
-            security_mirror=security_mirror,
-            keyring=keyring,
-            offline=offline,
+@click.group(
+    name="images",
+    cls=LazyGroup,
+    default="list",
+    lazy={
+        "build": Lazy(
+            "_stock:build", "Build an image of debian, python or node from Debian's packages; needs no registry."
         )
-    summary = f"image {image.digest[:12]}, kernel {safe(image.kernel_version)}, {size(image.size_bytes)}"
-    out.result(image.as_json(), summary)
+    },
+)
+def group() -> None:
+    """Manage OCI images, which VMs are made from.
+
+    Without a command, list them.
+    """
 
 
-@_command("list")
-def list_(out: Output, cache: Path) -> None:
-    """List the images of the cache."""
-    images = list_images(cache)
+@command(group, "list")
+@listing
+async def list_(session: Session) -> None:
+    """List the OCI images in the daemon's cache."""
+    images = await session.client.images.list()
     rows = (
         (
-            image.digest[:12],
-            "yes" if image.current else "no",
-            image.kernel_version,
-            f"{image.min_memory_mb} MiB",
+            _short(image.digest),
+            _first(image.references),
             size(image.size_bytes),
+            size(image.own_bytes),
+            _ago(image.created_at),
+            _ago(image.used_at),
+            ", ".join(image.used_by),
         )
         for image in images
     )
-    out.listing([image.as_json() for image in images], ("IMAGE", "CURRENT", "KERNEL", "NEEDS", "SIZE"), rows)
+    session.out.listing(images, ("IMAGE", "REFERENCES", "SIZE", "OWN", "CREATED", "USED", "USED BY"), rows)
 
 
-@_command("artifacts")
-def artifacts(out: Output, cache: Path) -> None:
-    """List the boot artifacts of plugins in the cache."""
-    found = list_artifacts(cache)
-    rows = (
-        (artifact.digest[:12], size(artifact.size_bytes), size(artifact.disk_bytes), safe(artifact.url))
-        for artifact in found
+@command(group, "get")
+@click.argument("image")
+async def get(session: Session, image: str) -> None:
+    """Show an image, by a reference or the start of its digest."""
+    found = await _find(session, image)
+    session.out.facts(
+        found,
+        (
+            ("digest", found.digest),
+            ("references", ", ".join(found.references)),
+            ("platform", found.platform),
+            ("size", f"{size(found.size_bytes)}, {size(found.own_bytes)} of it its own, {len(found.layers)} layers"),
+            ("created", found.created_at),
+            ("used", found.used_at),
+            ("used by", ", ".join(found.used_by)),
+            ("entrypoint", _words(found.entrypoint)),
+            ("command", _words(found.command)),
+            ("user", found.user),
+            ("workdir", found.workdir),
+            ("ports", ", ".join(f"{each.port}/{each.protocol}" for each in found.exposed_ports)),
+            ("volumes", ", ".join(found.volumes)),
+            ("stop signal", found.stop_signal),
+            ("env", found.env),
+            ("labels", found.labels),
+        ),
     )
-    out.listing([artifact.as_json() for artifact in found], ("ARTIFACT", "SIZE", "ON DISK", "FROM"), rows)
 
 
-@_command("fetch")
-@click.argument("url")
-@click.argument("sha256")
-@click.option("--max-mb", type=click.IntRange(1, 2**24), default=16384, show_default=True, help="Maximum size in MiB.")
-def fetch_(out: Output, cache: Path, url: str, sha256: str, max_mb: int) -> None:
-    """Fetch a boot artifact into the cache, unless it is there.
+@command(group, "pull")
+@click.argument("reference")
+@click.option("--refresh", is_flag=True, help="Ask the registry what the tag means now, also if the cache has it.")
+@registry_options
+async def pull(
+    session: Session, reference: str, refresh: bool, authfile: Path | None, registry_secret: str | None
+) -> int | None:
+    """Fetch an image, so that VMs start from it at once."""
+    auth = registry_auth(reference, authfile, registry_secret)
+    request = PullImage(reference, refresh, registry_secret)
 
-    URL is an absolute path, or a file, http or https URL; SHA256 is the digest that the file must have. Use the values
-    of the plugin's manifest.
+    async def fetch(streaming: Streaming) -> None:
+        from ._pulls import showing_pull
+
+        async with showing_pull(streaming.client, streaming.out, reference):
+            image = await streaming.client.images.pull(request, registry_auth=auth)
+        streaming.out.result(image, f"{safe(reference)} is {_short(image.digest)}, {size(image.size_bytes)}")
+
+    return session.stream(fetch)
+
+
+@command(group, "load")
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@click.argument("reference")
+async def load(session: Session, file: Path, reference: str) -> int | None:
+    """Send the image in FILE, an archive as `docker save` writes it, to the daemon's cache as REFERENCE."""
+
+    async def send(streaming: Streaming) -> None:
+        from ._upload import send_file
+
+        image = await send_file(streaming, file, partial(streaming.client.images.load, reference=reference))
+        streaming.out.result(image, f"{safe(reference)} is {_short(image.digest)}, {size(image.size_bytes)}")
+
+    return session.stream(send)
+
+
+@command(group, "delete")
+@click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
+async def delete(session: Session, images: tuple[str, ...]) -> None:
+    """Delete images that no VM uses, by references or starts of digests.
+
+    If an image has several references, a reference is deleted, and the image with the last one.
     """
-    if not DIGEST.fullmatch(sha256):
-        raise click.BadParameter("64 hexadecimal digits in lower case are needed", param_hint="SHA256")
-    if local_path(url) is None and not url.startswith(("http://", "https://")):
-        raise click.BadParameter("an absolute path, or a file, http or https URL is needed", param_hint="URL")
-    try:
-        with _progress(out, "Fetching") as report:
-            artifact = fetch(
-                cache,
-                url,
-                sha256,
-                max_bytes=max_mb * 2**20,
-                # The command has only the rights of its user, so any file is allowed.
-                origins=ANYWHERE,
-                tell=lambda done, total: report(Progress("fetch", "Fetching", done, total, "bytes")),
-            )
-    except ImageError as error:
-        raise Failure(f"{safe(shown(url))}: {error.message}", hint=error.hint or None) from error
-    summary = f"artifact {artifact.digest[:12]}, {size(artifact.size_bytes)}, {size(artifact.disk_bytes)} on the disk"
-    out.result(artifact.as_json(), summary)
+    for image in images:
+        if _DIGEST.match(image):
+            found = await session.client.images.get(image)
+            await session.client.images.delete(found.digest)
+        else:
+            await session.client.images.prune(reference=image)
+        if session.out.json:
+            session.out.item({"image": image, "deleted": True})
+        else:
+            session.out.line(f"{safe(image)} is deleted")
 
 
-@_command("remove")
-@click.argument("artifacts", metavar="SHA256...", nargs=-1, required=True)
-def remove(out: Output, cache: Path, artifacts: tuple[str, ...]) -> None:
-    """Remove boot artifacts from the cache; the start of a digest is enough to name one.
-
-    An artifact that a running VM uses stays. A VM that boots later fetches it again from the URL in its manifest.
-    Upload a local file again, with `volar plugins upload`, if it is in no directory of the setting artifact_dirs.
-    """
-    found = list_artifacts(cache)
-    chosen = []
-    for prefix in artifacts:
-        matching = [artifact for artifact in found if len(prefix) >= 4 and artifact.digest.startswith(prefix)]
-        if len(matching) != 1:
-            raise Failure(
-                f"{len(matching) or 'no'} boot artifacts have a digest that begins with {safe(prefix)}",
-                hint="`volar images artifacts` lists them; at least four digits are needed",
-            )
-        chosen += matching
-    removed: list[CachedArtifact] = []
-    held: list[CachedArtifact] = []
-    for artifact in chosen:
-        (removed if remove_artifact(cache, artifact.digest) else held).append(artifact)
-    if out.json:
-        out.document([artifact.as_json() for artifact in removed])
-    else:
-        for artifact in removed:
-            out.line(f"removed {artifact.digest[:12]}, {size(artifact.disk_bytes)}")
-    if held:
-        raise Failure(
-            f"a VM runs on {', '.join(artifact.digest[:12] for artifact in held)}, which stays",
-            hint="stop it first; `volar system df` shows what uses it",
-        )
-
-
-def default_cache_dir(environ: Mapping[str, str], uid: int) -> Path:
-    """Returns the default cache folder of a daemon of this user."""
-    if uid == 0:
-        return Path("/var/cache/volant")
-    return Path(environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME", "/nonexistent")) / ".cache") / "volant"
-
-
-@contextmanager
-def _progress(out: Output, title: str = "Building the image") -> Iterator[Callable[[Progress], None]]:
-    """Shows a bar on a terminal, otherwise a line for each phase; nothing with --json."""
-    if out.json:
-        yield lambda progress: None
+@command(group, "prune")
+@click.option("--max", "max_mb", type=int, metavar="MIB", help="Only until all images take at most so many MiB.")
+@click.option("--unused-for", type=Duration(), help="Only images that were not used for so long: 12h.")
+@click.option("--dry-run", is_flag=True, help="Show what would be deleted; delete nothing.")
+async def prune(session: Session, max_mb: int | None, unused_for: float | None, dry_run: bool) -> None:
+    """Delete all images that no VM and no snapshot uses, the least recently used first."""
+    done = await session.client.images.prune(max_mb=max_mb, unused_for_s=unused_for, dry_run=dry_run)
+    if session.out.json:
+        session.out.document(done)
         return
-    if not sys.stderr.isatty():
-        phase = ""
+    if done.images:
+        rows = [(_short(each.digest), ", ".join(each.references), size(each.own_bytes)) for each in done.images]
+        session.out.table(("IMAGE", "REFERENCES", "OWN"), rows)
+    session.out.line(f"{size(done.freed_bytes)} {'would be' if dry_run else 'are'} freed")
 
-        def report(progress: Progress) -> None:
-            nonlocal phase
-            if progress.phase != phase:
-                phase = progress.phase
-                out.note(progress.message)
 
-        yield report
-        return
+async def _find(session: Session, image: str) -> ImageView:
+    """:raises Failure: there is none"""
+    if _DIGEST.match(image):
+        return await session.client.images.get(image)
+    found = await session.client.images.list(reference=image)
+    if not found:
+        raise Failure(f"the image {image!r} is not in the cache", hint=f"`volar images pull {image}` fetches it")
+    return found[0]
 
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeElapsedColumn())
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=None)
+def _first(references: Sequence[str]) -> str:
+    """Returns the first reference, and how many there are besides."""
+    more = f" and {len(references) - 1} more" if len(references) > 1 else ""
+    return f"{references[0]}{more}" if references else ""
 
-        def draw(progress: Progress) -> None:
-            bar.update(
-                task,
-                description=escape(safe(progress.message)),
-                completed=progress.done,
-                total=progress.total or None,
-            )
 
-        yield draw
+def _short(digest: str) -> str:
+    return digest.removeprefix("sha256:")[:_SHORT]
+
+
+def _ago(moment: datetime | None) -> str:
+    if moment is None:
+        return ""
+    return f"{span((datetime.now(UTC) - moment).total_seconds())} ago"
+
+
+def _words(words: tuple[str, ...]) -> str:
+    import shlex
+
+    return shlex.join(words)
+
+
+add_commands(group, "images", ImagesOperations, besides=["pulls"])

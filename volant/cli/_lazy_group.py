@@ -1,13 +1,16 @@
-"""Groups of commands that import the module of a command when it is used."""
+"""Groups of commands that import the module of a command when it is used, and know other words for their commands."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import click
 from click.shell_completion import CompletionItem
+
+ALIASES: Mapping[str, str] = {"ls": "list", "show": "get", "rm": "delete", "remove": "delete"}
+"""Words that find a command of a group under another name. Help and completion do not list them."""
 
 
 class Lazy(NamedTuple):
@@ -22,25 +25,55 @@ class Lazy(NamedTuple):
 class LazyGroup(click.Group):
     """Has commands of its own, and some that it imports when they are used. Help and completion list both alike."""
 
-    def __init__(self, *arguments: Any, lazy: Mapping[str, Lazy], **named: Any) -> None:
+    def __init__(
+        self, *arguments: Any, lazy: Mapping[str, Lazy] | None = None, default: str | None = None, **named: Any
+    ) -> None:
         super().__init__(*arguments, **named)
-        self.lazy = lazy
+        self.lazy = lazy or {}
+        self.default = default
+        """The command that runs if none is given: `volar images -q` is `volar images list -q`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        is_option = bool(args) and args[0].startswith("-") and args[0] not in ctx.help_option_names
+        if self.default is not None and not ctx.resilient_parsing and (not args or is_option):
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted({*super().list_commands(ctx), *self.lazy})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name in self.lazy:
-            module, _, name = self.lazy[cmd_name].where.partition(":")
-            found: click.Command = getattr(importlib.import_module(f".{module}", __package__), name)
-            return found
-        return super().get_command(ctx, cmd_name)
+        alias = ALIASES.get(cmd_name)
+        for name in (cmd_name, alias) if alias else (cmd_name,):
+            if name in self.lazy:
+                module, _, attribute = self.lazy[name].where.partition(":")
+                found: click.Command = getattr(importlib.import_module(f".{module}", __package__), attribute)
+                return found
+            if (command := super().get_command(ctx, name)) is not None:
+                return command
+        return None
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if not ctx.resilient_parsing and args[0][:1] != "-" and self.get_command(ctx, args[0]) is None:
+            raise click.UsageError(f"No such command {args[0]!r}.{did_you_mean(args[0], self.list_commands(ctx))}", ctx)
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        self.write_commands(ctx, formatter, "Commands", self.list_commands(ctx))
+
+    def write_commands(
+        self, ctx: click.Context, formatter: click.HelpFormatter, title: str, names: Iterable[str]
+    ) -> None:
+        """Writes a section of the help with some of the commands."""
         listed = self._listed(ctx)
         limit = formatter.width - 6 - max(map(len, listed))
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, command.get_short_help_str(limit)) for name, command in listed.items()])
+        # Sections are aligned with each other.
+        spacing = 2 + max(map(len, listed))
+        rows = [(name.ljust(spacing - 2), listed[name].get_short_help_str(limit)) for name in names]
+        with formatter.section(title):
+            formatter.write_dl(rows)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         fitting = {name: command for name, command in self._listed(ctx).items() if name.startswith(incomplete)}
@@ -53,3 +86,12 @@ class LazyGroup(click.Group):
             name: click.Command(name, help=self.lazy[name].text) if name in self.lazy else self.commands[name]
             for name in self.list_commands(ctx)
         }
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Returns ` Did you mean …?` with the known words that are similar; nothing if none is."""
+    # Only a mistake needs it.
+    from difflib import get_close_matches
+
+    similar = [repr(each) for each in get_close_matches(word, list(known), cutoff=0.55)]
+    return f" Did you mean {' or '.join(similar)}?" if similar else ""

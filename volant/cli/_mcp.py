@@ -13,10 +13,12 @@ from urllib.parse import urlsplit
 import click
 
 from volant.client import Address
+from volant.client._address import DEFAULT_BASE
 
 from ._options import Options, common, pass_options
 from ._output import Output
-from ._run import api_key_of, guarded
+from ._run import guarded
+from ._target import named, target_of
 
 _ROUTE = "/api/v1/mcp"
 _HEADER = "X-Volant-API-Key"
@@ -111,7 +113,7 @@ def group(options: Options, client: str | None, key: bool | None) -> int:
 
 def _print(options: Options, client: str | None, key: bool | None) -> None:
     url = _url(options)
-    with_key = api_key_of(options) is not None if key is None else key
+    with_key = target_of(options).api_key is not None if key is None else key
     out = Output(options.json)
     if client is not None:
         out.document(CLIENTS[client].make(url, with_key))
@@ -130,9 +132,10 @@ def _print(options: Options, client: str | None, key: bool | None) -> None:
 def _url(options: Options) -> str:
     """Returns the URL of the MCP endpoint. :raises click.UsageError: the address is wrong, or a Unix socket"""
     try:
-        address = Address.parse(options.api or "http://127.0.0.1:7777")
+        given, remote = named(options)
+        address = Address.parse(remote.address if remote is not None else given or DEFAULT_BASE)
     except ValueError as error:
-        raise click.UsageError(f"--api or VOLANT_API_BASE: {error}") from None
+        raise click.UsageError(f"--api, VOLANT_API_BASE or --remote: {error}") from None
     if address.socket_path is not None:
         raise click.UsageError(f"MCP clients can't connect to {address.text}: give a host and a port, --api http://…")
     host = f"[{address.host}]" if ":" in address.host else address.host

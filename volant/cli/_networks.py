@@ -9,12 +9,14 @@ from volant.model import NetworkView
 
 from ._complete import network_names
 from ._derived import add_commands
+from ._lazy_group import LazyGroup
+from ._options import listing
 from ._output import Output
 from ._run import Session, command
 from ._text import safe
 
 
-@click.group(name="networks")
+@click.group(name="networks", cls=LazyGroup)
 def group() -> None:
     """Manage networks in which VMs reach each other by name.
 
@@ -27,6 +29,7 @@ network_argument = click.argument("network", shell_complete=network_names)
 
 
 @command(group, "list")
+@listing
 async def list_(session: Session) -> None:
     """List networks."""
     networks = await session.client.networks.list()
@@ -42,9 +45,9 @@ async def create(session: Session, network: str) -> None:
     session.out.result(made, f"network {safe(made.name)} is created")
 
 
-@command(group, "show")
+@command(group, "get")
 @network_argument
-async def show(session: Session, network: str) -> None:
+async def get(session: Session, network: str) -> None:
     """Show a network, and the VMs in it with their addresses."""
     _show(session.out, await session.client.networks.get(network))
 
@@ -59,4 +62,4 @@ def _show(out: Output, network: NetworkView) -> None:
         out.table(("VM", "ADDRESS"), list(network.vms.items()))
 
 
-add_commands(group, "networks", NetworksOperations, besides=["get"])
+add_commands(group, "networks", NetworksOperations)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from volant.model import Egress
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -16,25 +20,62 @@ class Options:
     """The options that are allowed before and after the name of a command."""
 
     api: str | None = None
+    remote: str | None = None
     api_key_file: str | None = None
+    ca_file: str | None = None
+    client_cert: str | None = None
+    client_key: str | None = None
+    in_project: str | None = None
+    """What --project says; commands about projects have an argument that is called `project`."""
+    host: str | None = None
+    """The host of a fleet that answers."""
     json: bool = False
+    names: bool = False
+    """Print only the names of what is listed."""
     debug: bool = False
+    failure: int | None = None
+    """The exit code of failures of volar and the daemon, for a command that exits with a program's own code."""
 
 
 pass_options = click.make_pass_decorator(Options, ensure=True)
 
 
-def common(*, environment: bool = False) -> Callable[[F], F]:
-    """Gives a command these options; after the command's name they override those before it."""
+_TLS = {
+    "--client-key": "The key of --client-cert, if it is in another file (VOLANT_CLIENT_KEY).",
+    "--client-cert": "A certificate to show to the daemon, in PEM (VOLANT_CLIENT_CERT).",
+    "--ca-file": "Certificates of the authorities to trust for https://, in PEM (VOLANT_CA_FILE).",
+}
+"""The options for TLS, the last first."""
+
+
+_HOST = partial(
+    click.option,
+    "--host",
+    metavar="NAME",
+    help="In a fleet: the host that answers, for itself alone; `volar hosts list` shows them.",
+)
+
+
+def common(*, tls: bool = False, host: bool = True) -> Callable[[F], F]:
+    """Gives a command these options; after the command's name they override those before it.
+
+    :param tls: whether its help shows the options for TLS, which each command has
+    :param host: whether it has --host
+    """
 
     def keep(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:
         if value and parameter.name is not None:
             setattr(ctx.ensure_object(Options), parameter.name, value)
 
     def decorate(function: F) -> F:
+        count = len(vars(function).get("__click_params__", ()))
         for option in (
             click.option("--debug", is_flag=True, expose_value=False, callback=keep, help="Show stack traces."),
             click.option("--json", is_flag=True, expose_value=False, callback=keep, help="Print JSON, for programs."),
+            *(
+                click.option(name, metavar="FILE", expose_value=False, callback=keep, hidden=not tls, help=text)
+                for name, text in _TLS.items()
+            ),
             # A file, never a key: every user of the host can read the arguments of its processes.
             click.option(
                 "--api-key-file",
@@ -44,9 +85,24 @@ def common(*, environment: bool = False) -> Callable[[F], F]:
                 help="A file whose first line is the API key (VOLANT_API_KEY_FILE, or the key in VOLANT_API_KEY).",
             ),
             click.option(
+                "--project",
+                "in_project",
+                metavar="NAME",
+                expose_value=False,
+                callback=keep,
+                help="For administrators: the project that names are of; '*' lists all (VOLANT_PROJECT).",
+            ),
+            *((_HOST(expose_value=False, callback=keep),) if host else ()),
+            click.option(
+                "--remote",
+                metavar="NAME",
+                expose_value=False,
+                callback=keep,
+                help="A daemon that `volar remote add` has added (VOLANT_REMOTE; default: that of `volar remote use`).",
+            ),
+            click.option(
                 "--api",
                 metavar="ADDRESS",
-                envvar="VOLANT_API_BASE" if environment else None,
                 expose_value=False,
                 callback=keep,
                 help="The daemon: http://HOST:PORT, https://HOST:PORT or unix:/PATH "
@@ -54,6 +110,64 @@ def common(*, environment: bool = False) -> Callable[[F], F]:
             ),
         ):
             function = option(function)
+        # They come last in the help, and click lists what was added first at the end.
+        parameters: list[click.Parameter] = vars(function)["__click_params__"]
+        parameters[:] = parameters[count:] + parameters[:count]
         return function
 
     return decorate
+
+
+def _parse_egress(ctx: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> Egress | None:
+    from volant.model import Problem, parse_egress_texts
+
+    try:
+        return parse_egress_texts(value) if value else None
+    except Problem as problem:
+        raise click.BadParameter(problem.detail + (f"; {problem.hint}" if problem.hint else "")) from None
+
+
+def listing(function: F) -> F:
+    """Gives a command that lists something the options for its format."""
+
+    def keep(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:
+        options = ctx.ensure_object(Options)
+        if value == "json":
+            options.json = True
+        elif value == "name" or value is True:
+            options.names = True
+
+    quiet = click.option(
+        "-q", "--quiet", is_flag=True, expose_value=False, callback=keep, help="Print only names, one a line."
+    )
+    output = click.option(
+        "-o",
+        "--output",
+        type=click.Choice(["table", "json", "name"]),
+        expose_value=False,
+        callback=keep,
+        help="The format; json is the same as --json, name the same as -q.  [default: table]",
+    )
+    return output(quiet(function))
+
+
+def egress_option(what: str, *, default: str | None = None) -> Callable[[F], F]:
+    """Gives a command the option `--egress`, as `egress`."""
+    return click.option(
+        "--egress",
+        multiple=True,
+        metavar="none|all|TARGET[:PORTS][/tcp|udp]",
+        callback=_parse_egress,
+        help=f"Where {what} may connect to: an IPv4 network or a DNS name, with * for those below it; may be repeated."
+        + (f"  [default: {default}]" if default else ""),
+    )
+
+
+volume_option = click.option(
+    "-v",
+    "--volume",
+    "volumes",
+    multiple=True,
+    metavar="SOURCE:/PATH[:ro|rw]",
+    help="Mount a volume, or a directory of the daemon's host by its path; may be repeated.",
+)

@@ -52,8 +52,9 @@ def as_json(value: object, *, is_sorted: bool = False) -> bytes:
 class Output:
     """One command's output."""
 
-    def __init__(self, json: bool) -> None:
+    def __init__(self, json: bool, names: bool = False) -> None:
         self.json = json
+        self.names = names
 
     def document(self, value: object) -> None:
         """Prints the JSON document of a command."""
@@ -93,9 +94,12 @@ class Output:
     def listing(
         self, value: object, titles: Sequence[str], rows: Iterable[Sequence[object]], *, status_column: int = -1
     ) -> None:
-        """What a command lists: the document, or a table."""
+        """What a command lists: the document, a table, or only the first column of it."""
         if self.json:
             self.document(value)
+        elif self.names:
+            for row in rows:
+                self.line(safe(row[0]))
         else:
             self.table(titles, list(rows), status_column=status_column)
 

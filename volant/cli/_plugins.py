@@ -16,6 +16,7 @@ from volant.client import ClientProblem
 
 from ._complete import plugin_names
 from ._lazy_group import Lazy, LazyGroup
+from ._options import listing
 from ._run import Failure, Session, command
 from ._text import safe
 
@@ -32,6 +33,7 @@ def group() -> None:
 
 
 @command(group, "list")
+@listing
 async def list_(session: Session) -> None:
     """List plugins."""
     plugins = await session.client.plugins.list()
@@ -68,9 +70,9 @@ async def install(session: Session, manifest: str) -> None:
     session.out.result(plugin, f"{safe(plugin.name)} {safe(plugin.version)} is installed")
 
 
-@command(group, "show")
+@command(group, "get")
 @click.argument("name", shell_complete=plugin_names)
-async def show(session: Session, name: str) -> None:
+async def get(session: Session, name: str) -> None:
     """Show a plugin; with --json its manifest, as `install` takes it."""
     manifest = await session.client.plugins.manifest(name)
     if session.out.json:
@@ -134,12 +136,12 @@ async def _enable(session: Session, name: str, enabled: bool) -> None:
     session.out.result(plugin, f"{safe(plugin.name)} is {'enabled' if plugin.enabled else 'disabled'}")
 
 
-@command(group, "remove")
+@command(group, "delete")
 @click.argument("name", shell_complete=plugin_names)
-async def remove(session: Session, name: str) -> None:
-    """Remove a plugin that no VM uses."""
-    await session.client.plugins.remove(name)
-    session.out.result({"name": name, "removed": True}, f"{safe(name)} is removed")
+async def delete(session: Session, name: str) -> None:
+    """Delete a plugin that no VM uses."""
+    await session.client.plugins.delete(name)
+    session.out.result({"name": name, "deleted": True}, f"{safe(name)} is deleted")
 
 
 def _read(manifest: str) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""The progress bar of a copy."""
+"""Progress bars, of copies and of what the daemon moves."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from ._output import Output
@@ -45,3 +45,21 @@ def progress(out: Output) -> Iterator[Bar]:
                 drawn.update(task, completed=self.done, total=self.total, visible=self.done > _BAR_FROM)
 
         yield Drawn()
+
+
+@contextmanager
+def described_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """Gives a function that draws a bar on standard error: with a text, the bytes that are done, and all bytes, 0 if
+    that is not known. There is no bar before its first call."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as drawn:
+        task = drawn.add_task("", total=None, visible=False)
+
+        def draw(text: str, done: int, total: int) -> None:
+            drawn.update(task, description=escape(text), completed=done, total=total or None, visible=True)
+
+        yield draw

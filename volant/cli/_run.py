@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import functools
 import os
-import stat
 import sys
 import traceback
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 import click
 
 from volant.client import ClientError, ConnectionLost, DeadlineExceeded, Unreachable
-from volant.client._address import DEFAULT_BASE, SERVICE_SOCKET
 from volant.model import WAIT_STATES, Problem, parse_duration
 
 from ._options import Options, common
 from ._output import Output, as_json, styled
 from ._streams import BROKEN_PIPE, OutputError, discard_output
+from ._target import target_of
 from ._text import safe
 
 if TYPE_CHECKING:
@@ -41,7 +39,11 @@ CONFLICT = 4
 UNREACHABLE = 5
 TIMED_OUT = 124
 INTERRUPTED = 130
-_MAX_KEY_FILE = 64 * 1024
+NOT_RUN = 125
+"""The exit code of `run` and `exec` when volar or the daemon failed, as Docker's."""
+_OWN_FAILURES = frozenset({FAILED, NOT_FOUND, CONFLICT, UNREACHABLE})
+_SIMILAR_S = 1.0
+"""How long an error message waits for the names of VMs, to suggest one."""
 
 
 class Failure(Exception):
@@ -52,18 +54,6 @@ class Failure(Exception):
         self.detail = detail
         self.code = code
         self.hint = hint
-
-
-@contextmanager
-def unfinished(part: Path, path: Path) -> Iterator[None]:
-    """Removes `part`, the unfinished file of `path`, at the end. :raises Failure: instead of OSError"""
-    try:
-        yield
-    except OSError as error:
-        raise Failure(f"{path} can't be written: {error.strerror}") from None
-    finally:
-        with suppress(OSError):
-            part.unlink()
 
 
 @dataclass(frozen=True)
@@ -114,7 +104,7 @@ def made(
 def _run(options: Options, work: Work[Session]) -> int | None:
     from volant.client._plain import run_plain
 
-    return run_plain(work(Session(plain_client_of(options), Output(options.json), options)))
+    return run_plain(work(Session(plain_client_of(options), Output(options.json, options.names), options)))
 
 
 def plain_client_of(options: Options, within_s: float | None = None) -> PlainClient:
@@ -125,45 +115,19 @@ def plain_client_of(options: Options, within_s: float | None = None) -> PlainCli
 
 
 def asked_for(options: Options, client: Callable[..., S]) -> S:
-    """Returns a client for the address and the key of the options. :raises click.UsageError: one is malformed."""
-    api_key = api_key_of(options)
+    """Returns a client for the daemon of the options. :raises click.UsageError: the address or the key is malformed."""
+    target = target_of(options)
     try:
-        return client(options.api or _default_address(), api_key=api_key)
+        return client(
+            target.address, api_key=target.api_key, tls=target.tls, project=project_of(options), host=options.host
+        )
     except ValueError as error:
-        raise click.UsageError(f"--api or VOLANT_API_BASE, or the API key: {error}") from None
+        raise click.UsageError(f"the address, the API key, --project, --host or a certificate: {error}") from None
 
 
-def _default_address() -> str:
-    """Returns the service's socket if there is one, else the address of a daemon in the foreground. If the socket
-    exists but may not be used, TCP is not tried, as any local user could listen there."""
-    try:
-        is_there = stat.S_ISSOCK(os.lstat(SERVICE_SOCKET).st_mode)
-    except OSError:
-        is_there = False
-    return f"unix:{SERVICE_SOCKET}" if is_there else DEFAULT_BASE
-
-
-def api_key_of(options: Options) -> str | None:
-    """Returns the API key: from the named file, the environment, or a file that the environment names.
-
-    :raises click.UsageError: the file can't be read, or has no key.
-    """
-    file = options.api_key_file
-    key = os.environ.get("VOLANT_API_KEY")
-    if file is None and key:
-        return key.strip()
-    file = file or os.environ.get("VOLANT_API_KEY_FILE")
-    if not file:
-        return None
-    try:
-        with Path(file).open("rb") as opened:
-            lines = opened.read(_MAX_KEY_FILE).decode("latin-1").splitlines()
-    except OSError as error:
-        raise click.UsageError(f"the API key file {file!r} can't be read: {error.strerror}") from None
-    for line in lines:
-        if line.strip() and not line.strip().startswith("#"):
-            return line.strip()
-    raise click.UsageError(f"the API key file {file!r} has no key in it")
+def project_of(options: Options) -> str | None:
+    """Returns the project that the options or the environment name; None: neither does."""
+    return options.in_project or os.environ.get("VOLANT_PROJECT") or None
 
 
 def guarded(options: Options, work: Callable[[], int | None]) -> int:
@@ -188,6 +152,7 @@ def _first(error: BaseException) -> BaseException:
 
 
 def _explain(options: Options, error: BaseException) -> int:
+    """Prints what failed; returns the exit code."""
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
     if isinstance(error, OutputError):
@@ -199,12 +164,13 @@ def _explain(options: Options, error: BaseException) -> int:
     if isinstance(error, Problem):
         code = {404: NOT_FOUND, 409: CONFLICT, 412: CONFLICT}.get(error.status, FAILED)
         facts = {"status": error.status, "code": error.code, "detail": error.detail, "field": error.field}
-        facts |= {"vm": error.vm, "request_id": getattr(error, "request_id", None), "hint": error.hint}
+        hint = _similar_names(options, error.vm) if error.code == "vm-not-found" and error.vm else None
+        facts |= {"vm": error.vm, "request_id": getattr(error, "request_id", None), "hint": hint or error.hint}
     elif isinstance(error, ClientError):
         if isinstance(error, Unreachable | ConnectionLost):
             code = UNREACHABLE
         elif isinstance(error, DeadlineExceeded):
-            code = TIMED_OUT
+            code = options.failure or TIMED_OUT
         facts = {"code": error.code, "detail": error.detail, "hint": error.hint}
     elif isinstance(error, Failure):
         code = error.code
@@ -216,8 +182,25 @@ def _explain(options: Options, error: BaseException) -> int:
     else:
         facts["detail"] = f"an error in volar itself: {type(error).__name__}: {error}"
         facts["hint"] = "--debug shows where; please report it"
+    if options.failure is not None and code in _OWN_FAILURES:
+        code = options.failure
     _print_error(options, facts, code)
     return code
+
+
+def _similar_names(options: Options, name: str) -> str | None:
+    """Returns a hint with the names of VMs that are similar to one that does not exist."""
+    from volant.client._plain import run_plain
+
+    from ._lazy_group import did_you_mean
+
+    try:
+        vms = run_plain(plain_client_of(options, within_s=_SIMILAR_S).vms.list())
+    except Exception:
+        # The hint is an extra; the error itself is reported.
+        return None
+    hint = did_you_mean(name, [vm.name for vm in vms]).strip()
+    return hint[:1].lower() + hint[1:] or None
 
 
 def _print_error(options: Options, facts: dict[str, object], code: int) -> None:
@@ -236,6 +219,30 @@ def _print_error(options: Options, facts: dict[str, object], code: int) -> None:
         if facts.get("request_id") and int(str(facts.get("status", 0))) >= 500:
             stream.write(f"  see request {safe(facts['request_id'])} in the daemon's log\n")
     stream.flush()
+
+
+class Passing(click.Command):
+    """A command that exits with the code of a program in a VM. Its own failures, wrong usage too, exit with 125."""
+
+    def make_context(self, *arguments: Any, **named: Any) -> click.Context:
+        with _not_run():
+            ctx = super().make_context(*arguments, **named)
+        ctx.ensure_object(Options).failure = NOT_RUN
+        return ctx
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with _not_run():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _not_run() -> Iterator[None]:
+    try:
+        yield
+    except click.ClickException as error:
+        # Click reads it from the instance.
+        vars(error)["exit_code"] = NOT_RUN
+        raise
 
 
 class Duration(click.ParamType[float]):

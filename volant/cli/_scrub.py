@@ -20,7 +20,7 @@ _SENSITIVE = r"(?:key|token|secret|passw(?:or)?d|passphrase|ticket|credential|au
 _PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"-----BEGIN [^-]{1,40}-----.*?(?:-----END [^-]{1,40}-----|\Z)", re.S), REMOVED),
     # The value of a header is the rest of its line.
-    (re.compile(r"(?i)\b((?:proxy-)?authorization|(?:set-)?cookie|x-volant-api-key)(['\"]?\s{0,9}:\s{0,9})[^\r\n]+"),
+    (re.compile(r"(?i)\b((?:proxy-)?authorization|(?:set-)?cookie|x-volant-api-key|volant-registry-auth)(['\"]?\s{0,9}:\s{0,9})[^\r\n]+"),
      rf"\1\2{REMOVED}"),
     (re.compile(r"(?i)\b(bearer|basic)\s{1,9}[\w.~+/=-]{6,}"), rf"\1 {REMOVED}"),
     (re.compile(r"://[^/\s@'\"]{1,1000}@"), f"://{REMOVED}@"),

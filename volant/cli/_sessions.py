@@ -6,12 +6,14 @@ import click
 
 from volant.client import ExecEnd
 
+from ._options import listing
 from ._run import Session, command
 from ._text import safe, span
 from ._vms_group import name_argument
 
 
 @command(None, "sessions")
+@listing
 @name_argument
 @click.option("--end", metavar="ID", help="Kill this command and remove it from the list.")
 async def sessions(session: Session, name: str, end: str | None) -> None:

@@ -27,13 +27,13 @@ DIRECTORY = Path("/etc/systemd/system")
 
 _ENABLED = ("volantd.socket", "volant-guests.service", "volantd.service")
 _BOOTED = Path("/run/systemd/system")
-_ENVIRONMENT = Path("/etc/default/volantd")
+ENVIRONMENT = Path("/etc/default/volantd")
 """The daemon's settings as a service."""
 _RUNTIME = Path("/run/volant")
 _GROUP = "volant"
 """The group that may use the daemon's socket. It stays when the service is removed, as files may belong to it."""
-_KEPT = (Path("/var/lib/volant"), Path("/var/cache/volant"))
-_HIDDEN = tuple(map(Path, ("/home", "/root", "/run/user", "/tmp", "/var/tmp")))
+_KEPT = (Path("/var/lib/volant"), Path("/var/lib/volant-keys"), Path("/var/cache/volant"))
+HIDDEN = tuple(map(Path, ("/home", "/root", "/run/user", "/tmp", "/var/tmp")))
 """Directories that the sandbox of the units hides."""
 _PLAIN = re.compile(r"[A-Za-z0-9/._+@-]+")
 _TIMEOUT_S = 300.0
@@ -58,10 +58,11 @@ def _filled(text: str, values: Mapping[str, str]) -> str:
 
 
 def _program(script: str, module: str) -> str:
-    return " ".join(map(_plain, _command(script, module)))
+    return " ".join(map(_plain, command_of(script, module)))
 
 
-def _command(script: str, module: str) -> list[str]:
+def command_of(script: str, module: str) -> list[str]:
+    """Returns what runs a program of this installation."""
     path = Path(sys.executable).parent / script
     return [str(path)] if path.is_file() else [sys.executable, "-P", "-m", module]
 
@@ -84,7 +85,7 @@ def _hidden_paths() -> list[Path]:
         Path(sys.executable).resolve().parent.parent,
         Path(volant.__file__).resolve().parents[1],
     }
-    hidden = {path for path in needed if any(path.is_relative_to(place) for place in _HIDDEN)}
+    hidden = {path for path in needed if any(path.is_relative_to(place) for place in HIDDEN)}
     return sorted(path for path in hidden if not any(other != path and path.is_relative_to(other) for other in hidden))
 
 
@@ -181,22 +182,34 @@ def _check(what: str) -> None:
         raise Failure(f"only root can {what} services", hint="try it with sudo; --dry-run shows what it would do")
 
 
-def _settings() -> dict[str, str]:
+def settings() -> dict[str, str]:
     """Returns the service's settings, if this user may read them."""
     try:
-        lines = _ENVIRONMENT.read_text(errors="replace").splitlines()
+        return variables(ENVIRONMENT.read_text(errors="replace"))
     except OSError:
         return {}
-    given = (line.partition("=") for line in map(str.strip, lines) if not line.startswith(("#", ";")))
-    return {name.strip(): value.strip("\"' ") for name, equals, value in given if equals}
+
+
+def variables(text: str) -> dict[str, str]:
+    """Returns the variables of a file for systemd."""
+    given = (
+        line.partition("=") for line in map(str.strip, re.split(r"[\r\n]", text)) if not line.startswith(("#", ";"))
+    )
+    return {name.strip(): _unquoted(value.strip()) for name, equals, value in given if equals}
+
+
+def _unquoted(value: str) -> str:
+    if len(value) > 1 and value[0] == value[-1] == '"':
+        return re.sub(r'\\([\\"$`])', r"\1", value[1:-1])
+    return value.strip("\"' ")
 
 
 def _install(work: _Work) -> None:
     units = rendered()
     # The socket unit decides the addresses.
-    if addresses := _settings().get("VOLANT_API_LISTEN_ADDR"):
+    if addresses := settings().get("VOLANT_API_LISTEN_ADDR"):
         work.warn(
-            f"VOLANT_API_LISTEN_ADDR={addresses} in {_ENVIRONMENT} does nothing here: systemd opens the sockets; "
+            f"VOLANT_API_LISTEN_ADDR={addresses} in {ENVIRONMENT} does nothing here: systemd opens the sockets; "
             "set the addresses with `systemctl edit volantd.socket`"
         )
     if not work.dry:
@@ -269,7 +282,7 @@ def group(options: Options, check: bool, dry_run: bool, uninstall: bool, stop_vm
         if check:
             if dry_run or uninstall:
                 raise click.UsageError("--check can't be combined with other options")
-            return _doctor.check(out, _command("volantd", "volant.daemon.main"), _settings())
+            return _doctor.check(out, command_of("volantd", "volant.daemon.main"), settings())
         doing = _Work(out, dry_run)
         try:
             if uninstall:

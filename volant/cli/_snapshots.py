@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from volant.client import SnapshotsOperations
-from volant.model import MAX_COPIES, ForkVm, SnapshotView, TakeSnapshot
+from volant.model import MAX_COPIES, ForkVm, PullSnapshot, PushSnapshot, SnapshotView, TakeSnapshot
 
 from ._complete import snapshot_names, vm_names
 from ._derived import add_commands
+from ._image_options import registry_options
+from ._lazy_group import LazyGroup
+from ._options import listing
 from ._output import Output
+from ._registry_auth import registry_auth
 from ._run import FAILED, TIMED_OUT, Pair, Session, command
-from ._text import safe, span
+from ._text import safe, size, span
 from ._vms_group import name_argument, timeout_option
 
 if TYPE_CHECKING:
     from ._streaming import Session as Streaming
 
 
-@click.group(name="snapshots")
+@click.group(name="snapshots", cls=LazyGroup)
 def group() -> None:
     """Manage snapshots of VMs.
 
@@ -32,6 +37,7 @@ snapshot_argument = click.argument("snapshot", shell_complete=snapshot_names)
 
 
 @command(group, "list")
+@listing
 @click.option("--vm", shell_complete=vm_names, help="Only snapshots of this VM.")
 async def list_(session: Session, vm: str | None) -> None:
     """List snapshots, also those of deleted VMs."""
@@ -55,11 +61,65 @@ async def list_(session: Session, vm: str | None) -> None:
     session.out.listing(snapshots, titles, rows)
 
 
-@command(group, "show")
+@command(group, "get")
 @snapshot_argument
-async def show(session: Session, snapshot: str) -> None:
+async def get(session: Session, snapshot: str) -> None:
     """Show one snapshot."""
     _show(session.out, await session.client.snapshots.get(snapshot))
+
+
+@command(group, "push")
+@snapshot_argument
+@click.argument("reference")
+@registry_options
+async def push(
+    session: Session, snapshot: str, reference: str, authfile: Path | None, registry_secret: str | None
+) -> int | None:
+    """Send a snapshot to a registry, as REGISTRY/NAME:TAG. What the registry has already is not sent again.
+
+    The snapshot contains the guest's memory, with what is secret in it: whoever may read the repository has it.
+    """
+    auth = registry_auth(reference, authfile, registry_secret)
+    request = PushSnapshot(reference, registry_secret)
+
+    async def send(streaming: Streaming) -> None:
+        from ._transfers import showing_transfer
+
+        async with showing_transfer(streaming.client, streaming.out, "push", reference):
+            pushed = await streaming.client.snapshots.push(snapshot, request, registry_auth=auth)
+        streaming.out.result(
+            pushed,
+            f"snapshot {safe(snapshot)} is {safe(pushed.reference)}: {size(pushed.size_bytes)} in {pushed.chunks} "
+            f"chunks, {pushed.sent_chunks} were sent as {size(pushed.sent_bytes)}",
+        )
+
+    return session.stream(send)
+
+
+@command(group, "pull")
+@click.argument("reference")
+@click.argument("name", required=False)
+@registry_options
+async def pull(
+    session: Session, reference: str, name: str | None, authfile: Path | None, registry_secret: str | None
+) -> int | None:
+    """Fetch a snapshot from a registry, and call it NAME; default: the name that it had.
+
+    What this host has already is not fetched again. A transfer that was cut off goes on where it was.
+    """
+    auth = registry_auth(reference, authfile, registry_secret)
+    request = PullSnapshot(reference, name, registry_secret)
+
+    async def fetch(streaming: Streaming) -> None:
+        from ._transfers import showing_transfer
+
+        async with showing_transfer(streaming.client, streaming.out, "pull", reference):
+            pulled = await streaming.client.snapshots.pull(request, registry_auth=auth)
+        streaming.out.result(
+            pulled, f"snapshot {safe(pulled.name)} of {safe(pulled.vm)} is ready: {size(pulled.size_bytes)}"
+        )
+
+    return session.stream(fetch)
 
 
 @command(None, "snapshot")
@@ -67,11 +127,17 @@ async def show(session: Session, snapshot: str) -> None:
 @click.option("--name", "as_name", help="The snapshot's name; default: the VM's name and the time.")
 @click.option("--description", default="", help="A description.")
 @click.option("--label", "labels", type=Pair(), multiple=True, help="KEY=VALUE; may be repeated.")
+@click.option("--volumes", is_flag=True, help="Copy the volumes that the VM writes to, too; it is paused meanwhile.")
 async def snapshot_(
-    session: Session, name: str, as_name: str | None, description: str, labels: tuple[tuple[str, str], ...]
+    session: Session,
+    name: str,
+    as_name: str | None,
+    description: str,
+    labels: tuple[tuple[str, str], ...],
+    volumes: bool,
 ) -> None:
     """Take a snapshot of a VM: memory, devices and disk. The VM is paused for a moment."""
-    wanted = TakeSnapshot(name=as_name, description=description, labels=dict(labels))
+    wanted = TakeSnapshot(name=as_name, description=description, labels=dict(labels), volumes=volumes)
     taken = await session.client.snapshots.take(name, wanted)
     session.out.result(
         taken,
@@ -129,13 +195,15 @@ def _show(out: Output, snapshot: SnapshotView) -> None:
             ("cpus", snapshot.cpu_cores),
             ("memory", f"{snapshot.memory_mb} MiB"),
             ("disk", snapshot.disk),
+            ("volumes", ", ".join(snapshot.volumes)),
             ("size", f"{snapshot.size_bytes / 2**20:.0f} MiB"),
             ("paused for", "" if snapshot.paused_ms is None else span(snapshot.paused_ms / 1000)),
             ("created", f"{snapshot.created_at:%Y-%m-%d %H:%M:%S} UTC"),
+            ("pulled from", snapshot.source or ""),
             ("description", snapshot.description),
             ("labels", ", ".join(f"{key}={value}" for key, value in snapshot.labels.items())),
         ),
     )
 
 
-add_commands(group, "snapshots", SnapshotsOperations, besides=["get", "list_of_vm", "take"])
+add_commands(group, "snapshots", SnapshotsOperations, besides=["list_of_vm", "take"])

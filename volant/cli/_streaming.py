@@ -40,7 +40,7 @@ def run(options: Options, work: Work[Session]) -> int | None:
 
     async def connected() -> int | None:
         async with client_of(options) as client:
-            return await work(Session(client, Output(options.json)))
+            return await work(Session(client, Output(options.json, options.names)))
 
     if not sys.warnoptions:
         # An interrupt may come after the call of a coroutine function and before its await.

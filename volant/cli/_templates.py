@@ -9,16 +9,20 @@ from volant.model import BuildTemplate
 
 from ._complete import network_choices, plugin_names
 from ._derived import add_commands
+from ._lazy_group import LazyGroup
+from ._options import listing
 from ._run import Session, command
+from ._sizes import Size
 from ._text import safe
 
 
-@click.group(name="templates")
+@click.group(name="templates", cls=LazyGroup)
 def group() -> None:
     """Manage templates, which new VMs are cloned from."""
 
 
 @command(group, "list")
+@listing
 async def list_(session: Session) -> None:
     """List templates, also those that are being built or whose build failed."""
     templates = await session.client.templates.list()
@@ -46,14 +50,23 @@ async def list_(session: Session) -> None:
 
 @command(group, "build")
 @click.argument("plugin", default="base", shell_complete=plugin_names)
-@click.option("--cpu", "cpu_cores", type=click.IntRange(1, 256), help="vCPUs; default: the plugin's.")
-@click.option("--memory", "memory_mb", type=click.IntRange(64), help="Memory in MiB; default: the plugin's.")
+@click.option("--cpus", "--cpu", "cpu_cores", type=click.IntRange(1, 256), help="vCPUs; default: the plugin's.")
+@click.option(
+    "-m",
+    "--memory",
+    "memory_mb",
+    type=Size(64),
+    metavar="SIZE",
+    help="Memory: 512M, 2G, or a number of MiB; default: the plugin's.",
+)
 @click.option("--cmdline", "kernel_cmdline", default="", help="The kernel command line that the VMs are created with.")
 @click.option(
+    "--disk",
     "--disk-mb",
     "disk_mb",
-    type=click.IntRange(1),
-    help="Disk in MiB; default: the size of the plugin's root filesystem.",
+    type=Size(),
+    metavar="SIZE",
+    help="Disk: 10G, or a number of MiB; default: the size of the plugin's root filesystem.",
 )
 @click.option(
     "--network",

@@ -6,9 +6,10 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 import msgspec
@@ -21,6 +22,8 @@ from ._call import FileBody
 from ._run import Failure
 from ._streaming import Session, command
 from ._text import size
+
+T = TypeVar("T")
 
 
 @command(None, "upload")
@@ -63,13 +66,26 @@ def local_files(manifest: Mapping[str, Any]) -> list[tuple[str, Path]]:
 
 async def _upload(session: Session, path: Path, sha256: str) -> ArtifactView:
     """:raises OSError: it can't be read"""
+    return await _send(session, path, partial(session.client.plugins.upload, sha256))
+
+
+async def send_file(session: Session, path: Path, send: Callable[[FileBody, int], Awaitable[T]]) -> T:
+    """Calls `send` with the content of a file and its size. :raises Failure: it can't be read"""
+    try:
+        return await _send(session, path, send)
+    except OSError as error:
+        raise Failure(f"{path} can't be read: {error.strerror}") from None
+
+
+async def _send(session: Session, path: Path, send: Callable[[FileBody, int], Awaitable[T]]) -> T:
+    """:raises OSError: it can't be read"""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         figures = os.fstat(fd)
         if not stat.S_ISREG(figures.st_mode):
             raise OSError(errno.EINVAL, "it is no regular file", str(path))
         session.out.note(f"uploading {path}, {size(figures.st_size)}")
-        return await session.client.plugins.upload(sha256, FileBody(fd), figures.st_size)
+        return await send(FileBody(fd), figures.st_size)
     finally:
         os.close(fd)
 

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import TextIO
 
 from volant.client import Waited
-from volant.model import Event, EventType, Reason, Status, VmView
+from volant.model import Event, EventType, Placement, Reason, Replica, Status, VmView, egress_text
 
 from ._output import Output, styled
 from ._run import FAILED, TIMED_OUT, Failure
@@ -17,14 +17,25 @@ _COLOURS = {
     EventType.VM_CRASHED: "red",
     EventType.VM_DELETED: "bright_black",
     EventType.VM_STOPPED: "bright_black",
+    EventType.VM_REPLICA_FAILED: "red",
+    EventType.WORKLOAD_READY: "green",
+    EventType.WORKLOAD_FAILED: "red",
 }
+
+
+_TYPE_WIDTH = max(len(kind) for kind in EventType)
 
 
 def event_line(event: Event, terminal: TextIO) -> str:
     """Returns an event as text for people."""
-    kind = styled(str(event.type).ljust(11), _COLOURS.get(event.type), terminal)
+    kind = styled(str(event.type).ljust(_TYPE_WIDTH), _COLOURS.get(event.type), terminal)
     text = f"{clock(event.timestamp)}  {kind}  {safe(event.name)}  {safe(event.message)}"
     return text + (f"\n{reason_lines(event.reason)}" if event.reason else "")
+
+
+def status_of(vm: VmView) -> str:
+    """Returns the status of a VM for people; `unreachable` if its host gives no sign of life."""
+    return "unreachable" if vm.unreachable is not None else str(vm.status)
 
 
 def reason_lines(reason: Reason) -> str:
@@ -54,7 +65,7 @@ def outcome(out: Output, name: str, waited: Waited, wanted: str, timeout_s: floa
             hint=f"it continues: `volar vms wait {name}` waits longer, `volar vms logs {name}` shows its log",
         )
     state = f"is {vm.status}" if vm is not None else "is deleted"
-    why = f": {vm.reason.message}" if vm is not None and vm.reason is not None else ""
+    why = f": {safe(vm.reason.message)}" if vm is not None and vm.reason is not None else ""
     if vm is not None and vm.workload is not None and vm.workload.state == "failed":
         why = f", and its workload has failed: {safe(vm.workload.error or '')}"
     raise Failure(
@@ -82,7 +93,7 @@ def show(out: Output, vm: VmView) -> None:
         [
             ("name", vm.name),
             ("id", vm.id),
-            ("status", str(vm.status)),
+            ("status", status_of(vm)),
             ("desired", str(vm.desired)),
             ("plugin", vm.plugin),
             ("runtime", vm.runtime),
@@ -95,7 +106,15 @@ def show(out: Output, vm: VmView) -> None:
             ("network", f"{safe(vm.network)} ({safe(vm.network_reason)})"),
             ("address", vm.ip_address),
             ("ports", ", ".join(map(safe, vm.ports))),
+            ("egress", egress_text(vm.egress)),
+            ("volumes", ", ".join(map(safe, vm.volumes))),
+            ("secrets", ", ".join(map(safe, vm.secrets))),
             ("restart policy", vm.restart_policy),
+            ("failover", vm.failover),
+            ("replicated", vm.replicate and f"every {safe(vm.replicate.every)}, to hosts: {vm.replicate.to}"),
+            ("newest replica", vm.replica and _replica(vm.replica)),
+            ("placement", _placement(vm.placement)),
+            ("moved", vm.move and f"from host {safe(vm.move.from_host)} to {safe(vm.move.to_host)}, {vm.move.at}"),
             ("restarts", vm.restarts),
             ("boots", vm.boots),
             ("booted from", booted_from(vm)),
@@ -111,6 +130,28 @@ def show(out: Output, vm: VmView) -> None:
         out.line(reason_lines(vm.reason))
 
 
+def _replica(replica: Replica) -> str:
+    """Returns how old a VM's newest replica is and where, and why there is no better one."""
+    text = (
+        "none" if replica.at is None else f"{replica.at}, on {', '.join(map(safe, replica.hosts)) or 'no other host'}"
+    )
+    return text if replica.reason is None else f"{text}: {safe(replica.reason.message)}"
+
+
+def _placement(wanted: Placement | None) -> str:
+    """Returns a placement as the options of `vms create` say it."""
+    if wanted is None:
+        return ""
+    options = [("zone", wanted.zone)] if wanted.zone else []
+    for option, labels in (
+        ("host-label", wanted.labels),
+        ("affinity", wanted.affinity),
+        ("anti-affinity", wanted.anti_affinity),
+    ):
+        options += [(option, f"{key}={value}") for key, value in labels.items()]
+    return ", ".join(f"{option} {safe(value)}" for option, value in options)
+
+
 def up(vm: VmView) -> str:
     if vm.started_at is None or vm.status not in (Status.RUNNING, Status.PAUSED):
         return ""
@@ -120,7 +161,8 @@ def up(vm: VmView) -> str:
 def workload(vm: VmView) -> str:
     if vm.workload is None:
         return ""
-    return f"{vm.workload.state}: {safe(vm.workload.error)}" if vm.workload.error else vm.workload.state
+    restarts = f", restarts: {vm.workload.restarts}" if vm.workload.restarts else ""
+    return vm.workload.state + restarts + (f": {safe(vm.workload.error)}" if vm.workload.error else "")
 
 
 def expires(vm: VmView) -> str:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from volant.client import Command, VmsOperations, Waited
-from volant.model import BASE, READY, CreateVm, RestoreVm, Status, VmMemory
+from volant.model import READY, Status, VmMemory
 
-from ._complete import network_choices, plugin_names, snapshot_names, vm_names
+from ._complete import plugin_names, vm_names
 from ._derived import add_commands
+from ._options import listing
 from ._run import Duration, Pair, Session, command
 from ._text import safe
-from ._vm_output import done, expires, show, up, warn, why, workload
+from ._vm_output import done, expires, show, status_of, up, why, workload
 from ._vms_group import group, name_argument, timeout_option
 
 if TYPE_CHECKING:
@@ -22,18 +23,11 @@ if TYPE_CHECKING:
 
 __all__ = ["group"]
 
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _choice(option: str, values: Sequence[str], text: str) -> Callable[[F], F]:
-    """An option with one of these values; the first is the default."""
-    return click.option(option, type=click.Choice(values), default=values[0], show_default=True, help=text)
-
-
 wait_option = click.option("--wait", is_flag=True, help="Wait until it is done, and show events meanwhile.")
 
 
 @command(group, "list")
+@listing
 @click.option("--status", type=click.Choice([str(state) for state in Status]), help="Only VMs in this status.")
 @click.option("--label", "labels", type=Pair(), multiple=True, help="Only VMs with this label; may be repeated.")
 @click.option("--plugin", shell_complete=plugin_names, help="Only VMs of this plugin.")
@@ -48,7 +42,7 @@ async def list_(
         titles = (*titles, "WORKLOAD", "EXPIRES")
     rows = (
         (
-            *(vm.name, str(vm.status), vm.plugin, vm.cpu_cores, f"{vm.memory_mb} MiB"),
+            *(vm.name, status_of(vm), vm.plugin, vm.cpu_cores, f"{vm.memory_mb} MiB"),
             *(vm.ip_address, up(vm), vm.restarts, why(vm)),
             *((workload(vm), expires(vm)) if wide else ()),
         )
@@ -65,6 +59,7 @@ async def get(session: Session, name: str) -> None:
 
 
 @command(group, "memory")
+@listing
 @click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=vm_names)
 async def memory(session: Session, names: tuple[str, ...]) -> None:
     """Show the memory that VMs use.
@@ -82,114 +77,6 @@ def _memory_row(of: VmMemory) -> tuple[str, ...]:
     guest = "unknown" if of.guest is None else f"{of.guest.total_mb - of.guest.available_mb} MiB"
     host = (of.host.pss_mb, of.host.private_mb, of.host.shared_mb)
     return (f"{of.memory_mb} MiB", guest, *(f"{figure:.0f} MiB" for figure in host))
-
-
-@command(group, "create")
-@name_argument
-@click.option("--cpu", "cpu_cores", type=click.IntRange(min=1), help="vCPUs.  [default: the plugin's]")
-@click.option("--memory", "memory_mb", type=click.IntRange(min=64), help="Memory in MiB.  [default: the plugin's]")
-@click.option(
-    "--plugin", show_default="base", shell_complete=plugin_names, help="The plugin, which defines what the VM runs."
-)
-@click.option("--env", type=Pair(), multiple=True, help="KEY=VALUE for the workload; may be repeated.")
-@click.option("--label", "labels", type=Pair(), multiple=True, help="KEY=VALUE; may be repeated.")
-@click.option("--runtime", help="The boot image, if not the plugin's.")
-@click.option("--cmdline", "kernel_cmdline", default="", help="Appended to the kernel's command line.")
-@_choice("--restart-policy", ["never", "on-failure", "always"], "When the daemon restarts the VM.")
-@_choice("--boot", ["auto", "cold", "template"], "How to boot: auto clones a template if there is one.")
-@click.option(
-    "--from-snapshot",
-    shell_complete=snapshot_names,
-    help="Restore this snapshot; vCPUs, memory and plugin come from it.",
-)
-@click.option(
-    "--network",
-    shell_complete=network_choices,
-    help="none, bridge, user, or a network's name.  [default: the daemon's setting]",
-)
-@click.option(
-    "-p",
-    "--publish",
-    "ports",
-    multiple=True,
-    metavar="[HOST:]PORT:GUEST_PORT[/udp]",
-    help="Publish a port of the VM on the host, on 127.0.0.1 without HOST; may be repeated.",
-)
-@click.option(
-    "--disk-mb",
-    type=click.IntRange(min=1),
-    help="Size of the disk in MiB; default: that of the plugin's root filesystem.",
-)
-@click.option("--ttl", help="Delete the VM after this time: 30m, 2h, …")
-@click.option(
-    "--idempotency-key",
-    metavar="WORD",
-    help="Run the command again with the same word within a day, and it finds the VM it created.",
-)
-@wait_option
-@timeout_option
-async def create(
-    session: Session,
-    name: str,
-    cpu_cores: int | None,
-    memory_mb: int | None,
-    plugin: str | None,
-    env: tuple[tuple[str, str], ...],
-    labels: tuple[tuple[str, str], ...],
-    runtime: str | None,
-    kernel_cmdline: str,
-    restart_policy: Literal["never", "on-failure", "always"],
-    boot: Literal["auto", "cold", "template"],
-    from_snapshot: str | None,
-    network: str | None,
-    ports: tuple[str, ...],
-    disk_mb: int | None,
-    ttl: str | None,
-    idempotency_key: str | None,
-    wait: bool,
-    timeout: float,
-) -> int:
-    """Create a VM and boot it, or restore it from a snapshot."""
-    common: dict[str, Any] = {
-        "name": name,
-        "cpu_cores": cpu_cores,
-        "memory_mb": memory_mb,
-        "labels": dict(labels),
-        "restart_policy": restart_policy,
-        "boot": boot,
-        "ttl": ttl,
-    }
-    request: CreateVm | RestoreVm
-    if from_snapshot is not None:
-        if env or runtime or kernel_cmdline:
-            raise click.UsageError("--env, --runtime and --cmdline are the snapshot's, with --from-snapshot")
-        if disk_mb is not None:
-            raise click.UsageError("--disk-mb is the snapshot's, with --from-snapshot")
-        if network or ports:
-            raise click.UsageError("--network is the snapshot's, with --from-snapshot, and no ports are published")
-        request = RestoreVm(from_snapshot=from_snapshot, plugin=plugin, **common)
-    else:
-        request = CreateVm(
-            plugin=plugin or BASE.name,
-            env=dict(env),
-            runtime=runtime,
-            kernel_cmdline=kernel_cmdline,
-            network=network,
-            ports=ports,
-            disk_mb=disk_mb,
-            **common,
-        )
-    if wait:
-
-        async def create_and_wait(client: Client) -> Waited:
-            key = idempotency_key
-            return await client.vms.create_and_wait(request, (READY,), timeout_s=timeout, idempotency_key=key)
-
-        return _wait(session, name, create_and_wait, READY, timeout)
-    vm = await session.client.vms.create(request, idempotency_key=idempotency_key)
-    done(session.out, vm, "is created")
-    warn(session.out, vm)
-    return 0
 
 
 def _add(change: Command, summary: str, *options: Callable[[Any], Any]) -> None:
@@ -221,6 +108,7 @@ async def recover(session: Session, name: str) -> None:
 
 
 @command(group, "orphans")
+@listing
 async def orphans(session: Session) -> None:
     """List orphaned hypervisors: they run, and no VM owns them."""
     found = await session.client.system.orphans()
@@ -315,7 +203,7 @@ async def _apply(
         async def apply_and_wait(client: Client) -> Waited:
             return await client.vms.apply_and_wait(name, command, [wanted], timeout_s=timeout, grace_s=grace)
 
-        return _wait(session, name, apply_and_wait, wanted, timeout)
+        return wait_for_outcome(session, name, apply_and_wait, wanted, timeout)
     vm = await session.client.vms.apply(name, command, grace_s=grace)
     # Right after a restart the VM is still running, from before.
     there = vm.status == state and command != "restart"
@@ -323,7 +211,7 @@ async def _apply(
     return 0
 
 
-def _wait(
+def wait_for_outcome(
     session: Session, name: str, ask: Callable[[Client], Coroutine[Any, Any, Waited]], wanted: str, timeout_s: float
 ) -> int:
     """Asks for something and waits for its outcome, as `volar vms wait` does."""
@@ -332,4 +220,4 @@ def _wait(
     return session.stream(lambda streaming: wait_and_show(streaming, name, ask, wanted, timeout_s)) or 0
 
 
-add_commands(group, "vms", VmsOperations)
+add_commands(group, "vms", VmsOperations, besides=["stats"])

@@ -15,13 +15,15 @@ timeout_option = click.option(
 
 _LAZY = {
     "console": Lazy("_console:console", "Connect to the serial console of a VM; Ctrl-] leaves."),
+    "create": Lazy("_create:create", "Create a VM and boot it, or restore it from a snapshot."),
     "cp": Lazy("_copy:copy", "Copy files and directories between here and a VM."),
     "exec": Lazy("_exec:exec_", "Run a command in a VM; put options before NAME."),
     "fork": Lazy("_snapshots:fork", "Fork a running VM: create copies that continue from its current state."),
     "forward": Lazy("_forward:forward", "Forward local ports to ports of a VM, until interrupted."),
-    "logs": Lazy("_logs:logs", "Print the log of a VM: the output of its console and its workload."),
+    "logs": Lazy("_logs:logs", "Print the log of a VM: its console and its workload."),
     "sessions": Lazy("_sessions:sessions", "List the detached commands in a VM; an ended one is kept for ten minutes."),
     "snapshot": Lazy("_snapshots:snapshot_", "Take a snapshot of a VM: memory, devices and disk."),
+    "top": Lazy("_top:top", "Show what VMs use of the host, until interrupted."),
     "wait": Lazy("_waiting:wait_for", "Wait until a VM is in one of some states."),
     "watch": Lazy(
         "_events:watch", "Print the events of all VMs, or of one, until interrupted; `volar events` has more options."
@@ -31,4 +33,4 @@ _LAZY = {
 
 @click.group(name="vms", cls=LazyGroup, lazy=_LAZY)
 def group() -> None:
-    """Create, watch and use VMs."""
+    """Create, watch and use VMs: all commands for them."""

@@ -2,23 +2,45 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
-from volant.model import ConsoleGap, Health, LogGap, LogLine, PluginView, Restored, StreamGap, SystemStatus, Ticket
+from volant import lazy_exports
+from volant.model import (
+    AuditGap,
+    AuditRecord,
+    ConsoleGap,
+    Health,
+    LogGap,
+    LogLine,
+    PluginView,
+    Restored,
+    StreamGap,
+    SystemStatus,
+    Ticket,
+)
 
 from ._address import Address
 from ._browser import Browser, BrowserPage
 from ._errors import ClientError, ClientProblem, ConnectionLost, DeadlineExceeded, UnexpectedAnswer, Unreachable
 from ._exec import ExecEnd, ExecOutput, Process, RemoteSession
 from ._operations import (
+    AuthOperations,
+    FleetOperations,
+    ForksOperations,
+    HostsOperations,
+    ImagesOperations,
+    KeysOperations,
     NetworksOperations,
     PluginsOperations,
+    ProjectsOperations,
+    SecretsOperations,
     SnapshotsOperations,
     SystemOperations,
     TemplatesOperations,
     VmsOperations,
+    VolumesOperations,
 )
+from ._tls import Tls
 from ._types import Command, Reconnected, Waited
 
 if TYPE_CHECKING:
@@ -46,12 +68,7 @@ else:
         "TcpStream": "_tcp",
     }
 
-    def __getattr__(name: str) -> object:
-        if name not in _MODULES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
-        globals()[name] = value
-        return value
+    __getattr__ = lazy_exports(__name__, _MODULES)
 
     def __dir__() -> list[str]:
         return [*globals(), *_MODULES]
@@ -60,6 +77,9 @@ else:
 __all__ = [
     "ActionAnswer",
     "Address",
+    "AuditGap",
+    "AuditRecord",
+    "AuthOperations",
     "Backup",
     "Browser",
     "BrowserPage",
@@ -78,7 +98,12 @@ __all__ = [
     "Feed",
     "FileInfo",
     "FileReader",
+    "FleetOperations",
+    "ForksOperations",
     "Health",
+    "HostsOperations",
+    "ImagesOperations",
+    "KeysOperations",
     "LogGap",
     "LogLine",
     "NetworksOperations",
@@ -86,9 +111,11 @@ __all__ = [
     "PluginView",
     "PluginsOperations",
     "Process",
+    "ProjectsOperations",
     "Reconnected",
     "RemoteSession",
     "Restored",
+    "SecretsOperations",
     "SnapshotsOperations",
     "StreamGap",
     "SystemOperations",
@@ -96,8 +123,10 @@ __all__ = [
     "TcpStream",
     "TemplatesOperations",
     "Ticket",
+    "Tls",
     "UnexpectedAnswer",
     "Unreachable",
     "VmsOperations",
+    "VolumesOperations",
     "Waited",
 ]

@@ -75,6 +75,21 @@ class Address:
                 f"the daemon can't be reached at {self.text}: {reason}",
                 hint="members of its group may: run `sudo usermod -aG volant $USER` and log in again, or use sudo",
             )
+        if self.tls and "fingerprint" in reason:
+            return Unreachable(
+                f"the daemon can't be reached at {self.text}: {reason}",
+                hint="if its certificate was replaced, compare with `volar system info` on its host, and add it again",
+            )
+        if self.tls and " alert " in reason:
+            return Unreachable(
+                f"the daemon refuses the connection to {self.text}: {reason}",
+                hint="it may require a client certificate: --client-cert and --client-key",
+            )
+        if self.tls and "certificate" in reason:
+            return Unreachable(
+                f"the daemon's certificate at {self.text} is not trusted: {reason}",
+                hint="name its authority with --ca-file, or pin its fingerprint with `volar remote add`",
+            )
         return Unreachable(
             f"the daemon can't be reached at {self.text}: {reason}",
             hint="start it with `volantd`, or name its address with --api or VOLANT_API_BASE",

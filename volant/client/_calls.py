@@ -47,6 +47,11 @@ def part(value: str, name: str) -> str:
     return quote(value.encode("utf-8", "surrogateescape"), safe="")
 
 
+def registry_headers(auth: str | None) -> Mapping[str, str]:
+    """Returns the header with credentials for registries, if there are any."""
+    return {} if auth is None else {"Volant-Registry-Auth": auth}
+
+
 def words(values: Collection[str]) -> str | None:
     """Returns words with commas between them, or nothing for none. A single word may be passed as text."""
     return (values if isinstance(values, str) else ",".join(str(value) for value in values)) or None

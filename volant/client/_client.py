@@ -12,9 +12,12 @@ import trio
 
 from volant.model import (
     ArtifactView,
+    AuditGap,
+    AuditRecord,
     ConsoleGap,
     CreateVm,
     Event,
+    ImageView,
     LogGap,
     LogLine,
     Restored,
@@ -29,7 +32,8 @@ from volant.model.agent_types import ExecStart
 
 from ._actions import ACTION_S, ActionAnswer, Pieces, is_from_guest
 from ._address import DEFAULT_BASE, Address
-from ._artifacts import send_artifact
+from ._artifacts import send_artifact, send_image
+from ._audit import pump_audit
 from ._backups import Backup, open_backup, send_backup
 from ._calls import duration, pairs
 from ._console import Console, ConsoleState, pump_console
@@ -41,9 +45,10 @@ from ._feed import Backoff, Feed, OnRetry, feeding
 from ._files import SILENCE_S, TAR, FileInfo, FileReader, file_url, open_file, put_file, stat_file
 from ._http import Http, chunks_of
 from ._logs import pump_logs
-from ._operations import PluginsOperations
+from ._operations import ImagesOperations, PluginsOperations
 from ._requests import Requests, SystemRequests, VmsRequests, checked, vm_path
 from ._tcp import TcpStream
+from ._tls import Tls
 from ._transport import ANSWER_S, Query, Request, decode
 from ._types import Command, Reconnected, Waited
 from ._websocket import open_websocket
@@ -58,14 +63,26 @@ class Client(Requests):
     `base_url` may also be `https://…`, `HOST:PORT` or `unix:/PATH`. Every method has a deadline. All raise
     `ClientProblem` when the daemon answers with an error, and another `ClientError` when there is no usable answer.
 
-    :raises ValueError: `base_url` is no address.
+    :param tls: which certificates to trust and to show, for `https://…`
+    :param project: which project names are of, for administrators; None: the caller's, or `default`
+    :param host: of a fleet, the host that answers; None: any, with what all hosts have
+    :raises ValueError: `base_url` is no address, `project` or `host` no name, or a file of `tls` can't be used.
     """
 
-    def __init__(self, base_url: str = DEFAULT_BASE, *, api_key: str | None = None) -> None:
-        self._http = Http(Address.parse(base_url), api_key)
+    def __init__(
+        self,
+        base_url: str = DEFAULT_BASE,
+        *,
+        api_key: str | None = None,
+        tls: Tls | None = None,
+        project: str | None = None,
+        host: str | None = None,
+    ) -> None:
+        self._http = Http(Address.parse(base_url), api_key, tls, project, host)
         super().__init__(self._http)
         self.vms: _Vms = _Vms(self._http)
         self.plugins: _Plugins = _Plugins(self._http)
+        self.images: _Images = _Images(self._http)
         self.system: _System = _System(self._http)
 
     async def __aenter__(self) -> Client:
@@ -106,6 +123,47 @@ class Client(Requests):
             last_event_id = after if after is not None else await self.newest_event()
         backoff = Backoff(patience_s, on_retry)
         async with feeding(partial(pump_events, self._http, query, last_event_id, backoff)) as feed:
+            yield feed
+
+    @asynccontextmanager
+    async def audit(
+        self,
+        *,
+        after: int | None = None,
+        tail: int | None = None,
+        since: str | None = None,
+        until: str | None = None,
+        caller: str | None = None,
+        operation: str | None = None,
+        target: str | None = None,
+        request_id: str | None = None,
+        project: str | None = None,
+        follow: bool = False,
+        patience_s: float = _PATIENCE_S,
+        on_retry: OnRetry | None = None,
+    ) -> AsyncIterator[Feed[AuditRecord | AuditGap]]:
+        """Reads the audit log, oldest first: the records that match, or an `AuditGap` for those that are not kept.
+
+        :param after: begin after the record with this `seq`
+        :param tail: begin with this number of the newest records, at most 1000
+        :param since: begin at this time (RFC 3339); `until`: end before that one
+        :param project: records of this project; None: of all
+        :param follow: continue with new records; otherwise the feed ends with the newest one
+        """
+        query: dict[str, str | int | None] = {
+            "cursor": after,
+            "tail": tail,
+            "since": since,
+            "until": until,
+            "caller": caller,
+            "operation": operation,
+            "target": target,
+            "request_id": request_id,
+            "project": project,
+            "follow": "true" if follow else None,
+        }
+        backoff = Backoff(patience_s, on_retry)
+        async with feeding(partial(pump_audit, self._http, query, follow, backoff)) as feed:
             yield feed
 
 
@@ -402,6 +460,18 @@ class _Plugins(PluginsOperations):
         :raises ClientProblem: also `artifact-mismatch`: it has another SHA-256
         """
         return await send_artifact(self._http, sha256, content, size)
+
+
+class _Images(ImagesOperations):
+    """`client.images`."""
+
+    def __init__(self, http: Http) -> None:
+        super().__init__(http)
+        self._http = http
+
+    async def load(self, content: AsyncIterable[bytes], size: int, reference: str) -> ImageView:
+        """Sends an OCI image as an archive of `size` bytes, which is named `reference` from now on."""
+        return await send_image(self._http, content, size, reference)
 
 
 class _System(SystemRequests):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import msgspec
 import trio
 
 from volant.model import Event, EventType, StreamGap
@@ -67,4 +68,6 @@ def _decode(message: Message) -> Event | StreamGap | None:
     if message.event not in _KNOWN:
         # A newer daemon may have more types.
         return None
-    return decode_json(message.data, Event, "an event")
+    event = decode_json(message.data, Event, "an event")
+    # In a fleet, the stream continues after a place in the events of all hosts; the event has the id of its own host.
+    return event if event.id == message.last_event_id else msgspec.structs.replace(event, id=message.last_event_id)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from volant.model import agent_types
-
 from ._errors import ConnectionLost, UnexpectedAnswer
 from ._transport import decode_json
+
+if TYPE_CHECKING:
+    from volant.model import agent_types
 
 # The agent sends pieces of at most 64 KiB, in base64.
 _MAX_LINE = 1024 * 1024

@@ -13,19 +13,27 @@ import trio
 from ._address import Address, reason_of
 from ._connection import KEEPALIVE
 from ._errors import ClientProblem, UnexpectedAnswer
+from ._tls import Tls
 from ._transport import ANSWER_S, CONNECT_S, MAX_BODY, MAX_ERROR_BODY, Answer, Request, Transport, encoding, problem
 
 
 class Http(Transport):
     """The connections of one client.
 
-    :raises ValueError: `api_key` is malformed; the text does not contain it.
+    :raises ValueError: `api_key` is malformed, or a file of `tls` can't be used; the text does not contain the key.
     """
 
-    def __init__(self, address: Address, api_key: str | None) -> None:
-        super().__init__(address, api_key)
+    def __init__(
+        self,
+        address: Address,
+        api_key: str | None,
+        tls: Tls | None = None,
+        project: str | None = None,
+        host: str | None = None,
+    ) -> None:
+        super().__init__(address, api_key, tls, project, host)
         # Without TLS the system's certificates are not needed, and loading them takes longer than a request.
-        self.tls = ssl.create_default_context() if address.tls else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        self.tls = self.tls_options.context() if address.tls else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         unix = address.socket_path is not None
         self._client = httpx.AsyncClient(
             base_url=address.http_url,

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Coroutine
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlencode
 
 import h11
@@ -17,7 +17,11 @@ import msgspec
 
 from ._address import DEFAULT_BASE, Address, reason_of
 from ._requests import Requests
+from ._tls import Tls
 from ._transport import ANSWER_S, CONNECT_S, MAX_BODY, MAX_ERROR_BODY, Answer, Request, Transport, encoding, problem
+
+if TYPE_CHECKING:
+    import ssl
 
 T = TypeVar("T")
 
@@ -32,13 +36,20 @@ class PlainClient(Requests):
     """A client without streams: `run_plain(PlainClient().vms.list())`.
 
     :param within_s: deadline for all requests together, in seconds from now; None: each request has its own
-    :raises ValueError: `base_url` is no address, or `api_key` is malformed.
+    :raises ValueError: `base_url` is no address, `api_key` is malformed, or a file of `tls` can't be used.
     """
 
     def __init__(
-        self, base_url: str = DEFAULT_BASE, *, api_key: str | None = None, within_s: float | None = None
+        self,
+        base_url: str = DEFAULT_BASE,
+        *,
+        api_key: str | None = None,
+        tls: Tls | None = None,
+        project: str | None = None,
+        host: str | None = None,
+        within_s: float | None = None,
     ) -> None:
-        super().__init__(Plain(Address.parse(base_url), api_key, within_s))
+        super().__init__(Plain(Address.parse(base_url), api_key, within_s, tls, project, host))
 
 
 def run_plain(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -59,8 +70,17 @@ def run_plain(coroutine: Coroutine[Any, Any, T]) -> T:
 class Plain(Transport):
     """Sends each request over a connection of its own."""
 
-    def __init__(self, address: Address, api_key: str | None, within_s: float | None = None) -> None:
-        super().__init__(address, api_key)
+    def __init__(
+        self,
+        address: Address,
+        api_key: str | None,
+        within_s: float | None = None,
+        tls: Tls | None = None,
+        project: str | None = None,
+        host: str | None = None,
+    ) -> None:
+        super().__init__(address, api_key, tls, project, host)
+        self._context = self.tls_options.context() if address.tls else None
         self._end = float("inf") if within_s is None else self._now() + within_s
 
     async def send(self, request: Request, *, timeout_s: float = ANSWER_S) -> Answer:
@@ -78,7 +98,7 @@ class Plain(Transport):
         target = f"{self.address.prefix}{request.path}" + (f"?{text}" if text else "")
         outgoing = h11.Request(method=request.method, target=target, headers=list(sent.items()))
         exchange = _Exchange(give_up_at)
-        with _connect(self.address, min(give_up_at, self._now() + CONNECT_S)) as connection:
+        with connect(self.address, min(give_up_at, self._now() + CONNECT_S), self._context) as connection:
             try:
                 exchange.send(connection, outgoing, content)
                 head = exchange.read_head(connection)
@@ -162,15 +182,16 @@ def _headers(head: h11.Response) -> dict[str, str]:
     return found
 
 
-def _connect(address: Address, give_up_at: float) -> socket.socket:
+def connect(address: Address, give_up_at: float, context: ssl.SSLContext | None = None) -> socket.socket:
     """Connects. :raises Unreachable: there is no connection in time."""
+    began = time.monotonic()
     try:
         if address.socket_path is not None:
             return _connect_unix(address.socket_path, give_up_at)
         connection = _connect_tcp(address.host, address.port, give_up_at)
-        return _secured(connection, address.host, give_up_at) if address.tls else connection
+        return connection if context is None else _secured(connection, address.host, give_up_at, context)
     except TimeoutError:
-        raise address.unreachable(f"no connection within {CONNECT_S:g} s") from None
+        raise address.unreachable(f"no connection within {max(0, give_up_at - began):.2g} s") from None
     except (OSError, UnicodeError) as error:
         raise address.unreachable(reason_of(error)) from error
 
@@ -235,11 +256,7 @@ def _resolve(host: str, port: int, give_up_at: float) -> list[Any]:
     return found
 
 
-def _secured(connection: socket.socket, host: str, give_up_at: float) -> socket.socket:
-    import ssl
-
-    context = ssl.create_default_context()
-    context.set_alpn_protocols(["http/1.1"])
+def _secured(connection: socket.socket, host: str, give_up_at: float, context: ssl.SSLContext) -> socket.socket:
     try:
         connection.settimeout(_left(give_up_at))
         return context.wrap_socket(connection, server_hostname=host)

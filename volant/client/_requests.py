@@ -12,12 +12,21 @@ from ._calls import duration, part
 from ._errors import UnexpectedAnswer
 from ._exec import RemoteSession, RemoteSessions
 from ._operations import (
+    AuthOperations,
+    FleetOperations,
+    ForksOperations,
+    HostsOperations,
+    ImagesOperations,
+    KeysOperations,
     NetworksOperations,
     PluginsOperations,
+    ProjectsOperations,
+    SecretsOperations,
     SnapshotsOperations,
     SystemOperations,
     TemplatesOperations,
     VmsOperations,
+    VolumesOperations,
 )
 from ._transport import Operations, Request, Transport, decode
 from ._types import Command
@@ -31,8 +40,17 @@ class Requests(Operations):
         self.vms = VmsRequests(transport)
         self.plugins = PluginsOperations(transport)
         self.networks = NetworksOperations(transport)
+        self.volumes = VolumesOperations(transport)
+        self.keys = KeysOperations(transport)
+        self.secrets = SecretsOperations(transport)
+        self.images = ImagesOperations(transport)
         self.templates = TemplatesOperations(transport)
         self.snapshots = SnapshotsOperations(transport)
+        self.forks = ForksOperations(transport)
+        self.projects = ProjectsOperations(transport)
+        self.auth = AuthOperations(transport)
+        self.hosts = HostsOperations(transport)
+        self.fleet = FleetOperations(transport)
         self.system = SystemRequests(transport)
 
     async def healthz(self) -> Health:

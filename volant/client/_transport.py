@@ -12,10 +12,11 @@ from uuid import uuid4
 import msgspec
 
 from volant import __version__
-from volant.model import Problem, invalid
+from volant.model import Problem, invalid, is_name
 
 from ._address import Address
 from ._errors import ClientProblem, ConnectionLost, DeadlineExceeded, UnexpectedAnswer, Unreachable
+from ._tls import Tls
 
 T = TypeVar("T")
 
@@ -64,16 +65,33 @@ class Answer(msgspec.Struct, frozen=True):
 class Transport(ABC):
     """Sends requests to one daemon.
 
-    :raises ValueError: `api_key` is malformed; the text does not contain it.
+    :raises ValueError: `api_key`, `project` or `host` is malformed, or a file of `tls` can't be used; the text does not
+        contain the key.
     """
 
-    def __init__(self, address: Address, api_key: str | None) -> None:
+    def __init__(
+        self,
+        address: Address,
+        api_key: str | None,
+        tls: Tls | None = None,
+        project: str | None = None,
+        host: str | None = None,
+    ) -> None:
         self.address = address
+        self.tls_options = tls or Tls()
         self.headers = {"User-Agent": f"volant-client/{__version__}"}
         if api_key is not None:
             if not _KEY.match(api_key):
                 raise ValueError("the API key is not 1 to 1000 characters of visible ASCII without spaces")
             self.headers["X-Volant-API-Key"] = api_key
+        if project is not None:
+            if project != "*" and not is_name(project):
+                raise ValueError(f"{project[:80]!r} is not the name of a project")
+            self.headers["Volant-Project"] = project
+        if host is not None:
+            if not is_name(host):
+                raise ValueError(f"{host[:80]!r} is not the name of a host")
+            self.headers["Volant-Host"] = host
 
     @abstractmethod
     async def send(self, request: Request, *, timeout_s: float = ANSWER_S) -> Answer:
@@ -103,6 +121,7 @@ class Transport(ABC):
         key: str | None,
         query: Query | None = None,
         body: object = None,
+        headers: Mapping[str, str] = {},
         timeout_s: float = ANSWER_S,
     ) -> Answer:
         """Sends a `POST` that is carried out once, even if it has to be sent several times.
@@ -118,7 +137,7 @@ class Transport(ABC):
         """
         if key is not None and not _ONCE.match(key):
             raise invalid("idempotency_key", "the idempotency key is not 1 to 255 visible ASCII characters, no spaces")
-        headers = {"Idempotency-Key": key if key is not None else uuid4().hex}
+        headers = {**headers, "Idempotency-Key": key if key is not None else uuid4().hex}
         request = Request("POST", path, query, body, headers)
         lost: ConnectionLost | None = None
         give_up_at = float("inf")
@@ -150,8 +169,11 @@ class Transport(ABC):
         """Returns the error for an answer that is longer than `maximum` bytes."""
         return UnexpectedAnswer(f"the answer of {self.address.text} is longer than {maximum} bytes")
 
-    def lost(self, reason: str) -> ConnectionLost:
+    def lost(self, reason: str) -> ConnectionLost | Unreachable:
         """Returns the error for a connection that broke."""
+        if " alert " in reason and self.address.tls:
+            # With TLS 1.3 a client believes that it is connected before the daemon has seen its certificate.
+            return self.address.unreachable(reason)
         return ConnectionLost(f"the connection to {self.address.text} broke: {reason}")
 
 
@@ -208,6 +230,10 @@ def problem(status: int, headers: Mapping[str, str], body: bytes) -> ClientProbl
     try:
         wire = msgspec.json.decode(body, type=_WireProblem)
     except (ValueError, RecursionError):
+        if status == 400 and body.startswith(b"This port expects TLS"):
+            return ClientProblem(
+                status, "tls-required", "the daemon expects TLS", hint="write https:// in its address"
+            )  # fmt: skip
         return ClientProblem(
             status,
             "unexpected-answer",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import cast
 from urllib.parse import urlencode
 
 import trio
@@ -19,8 +19,9 @@ from ._transport import CONNECT_S, Query, encoding, problem
 ABNORMAL = 1006
 """The code of a connection that broke without being closed."""
 
-_HANDSHAKE_S = 20.0
-"""Longer than the daemon takes to open the stream before it answers: 10 s for a port in a guest."""
+_HANDSHAKE_S = 60.0
+"""Longer than the daemon takes to open the stream before it answers: 10 s for a port in a guest. A guest answers for
+its commands itself, and may run beside many others on a busy host."""
 _SILENCE_S = 30.0
 _PONG_S = 20.0
 _MAX_MESSAGE = 4 * 1024 * 1024
@@ -90,22 +91,25 @@ async def open_websocket(http: Http, path: str, query: Query, *, pings: bool = T
     """
     with encoding():
         text = urlencode({key: value for key, value in query.items() if value is not None}, doseq=True)
-    stream: Any = await connect(http.address, CONNECT_S, http.tls)
+    stream = await connect(http.address, CONNECT_S, http.tls)
     resource = f"{http.address.prefix}{path}" + (f"?{text}" if text else "")
     headers = [(name.encode(), value.encode()) for name, value in http.headers.items()]
     failure: Exception | None = None
     try:
         async with trio.open_nursery() as nursery:
             try:
-                with trio.fail_after(_HANDSHAKE_S):
+                with trio.move_on_after(_HANDSHAKE_S) as handshake:
+                    opening = _Opening(stream, handshake)
                     connection = await wrap_client_stream(
                         nursery,
-                        stream,
+                        cast(trio.SocketStream, opening),  # any stream will do
                         http.address.host_header,
                         resource,
                         extra_headers=headers,
                         max_message_size=_MAX_MESSAGE,
                     )
+                if handshake.cancelled_caught:
+                    raise _unanswered(http.address, opening.broke)
                 try:
                     yield Socket(connection, http.address, pings)
                 except Exception as error:
@@ -129,13 +133,61 @@ async def open_websocket(http: Http, path: str, query: Query, *, pings: bool = T
         raise failure
 
 
+class _Opening(trio.abc.Stream):
+    """A stream that ends the wait for the answer to the handshake when it breaks.
+
+    trio-websocket 0.12 would wait on, for an answer that can't come any more.
+    """
+
+    def __init__(self, stream: trio.abc.Stream, wait: trio.CancelScope) -> None:
+        self.broke = False
+        self._stream = stream
+        self._wait = wait
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        with self._watched():
+            await self._stream.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        with self._watched():
+            data = await self._stream.receive_some(max_bytes)
+        if not data:
+            self._end()
+        return data
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        try:
+            yield
+        except trio.BrokenResourceError:
+            self._end()
+            raise
+
+    def _end(self) -> None:
+        self.broke = True
+        # This does nothing once the handshake is over.
+        self._wait.cancel()
+
+
+def _unanswered(address: Address, broke: bool) -> ConnectionLost:
+    if broke:
+        return ConnectionLost(f"the connection to {address.text} broke before the request for a WebSocket was answered")
+    return ConnectionLost(f"{address.text} did not answer the request for a WebSocket within {_HANDSHAKE_S:g} s")
+
+
 def _explained(error: Exception, address: Address) -> Exception:
     if isinstance(error, ConnectionRejected):
         fields = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in error.headers}
         return problem(error.status_code, fields, error.body or b"")
     if isinstance(error, HandshakeError):
         return UnexpectedAnswer(f"{address.text} did not accept the WebSocket: {error}")
-    if isinstance(error, ConnectionClosed | trio.BrokenResourceError | trio.TooSlowError):
+    if isinstance(error, ConnectionClosed | trio.BrokenResourceError):
         return ConnectionLost(f"the connection to {address.text} broke")
     return error
 

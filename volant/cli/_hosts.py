@@ -1,0 +1,140 @@
+"""`volar hosts`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from volant.client import ClientProblem, ConnectionLost, DeadlineExceeded, HostsOperations, Unreachable
+
+from ._complete import NAMES
+from ._derived import add_commands
+from ._lazy_group import LazyGroup
+from ._options import listing
+from ._run import TIMED_OUT, UNREACHABLE, Duration, Failure, Session, command
+from ._text import safe
+
+if TYPE_CHECKING:
+    from volant.model import HostMoves, MoveView
+
+    from ._streaming import Session as Streaming
+
+_LOOK_S = 0.5
+_SILENT_S = 60.0
+"""For so long a host that is drained may give no answer: its daemon is restarted, or the one that is asked."""
+
+
+@click.group(name="hosts", cls=LazyGroup)
+def group() -> None:
+    """Manage the hosts of a fleet."""
+
+
+@command(group, "list")
+@listing
+async def list_(session: Session) -> None:
+    """List hosts, with what they have left."""
+    hosts = await session.client.hosts.list()
+    rows = (
+        (
+            host.name,
+            host.state if host.draining_since is None else f"{host.state}, draining",
+            host.zone or "-",
+            host.vms,
+            f"{host.used_cpu_cores}/{host.cpu_cores}",
+            f"{host.free_memory_mb}/{host.memory_mb}",
+            host.address,
+        )
+        for host in hosts
+    )
+    session.out.listing(hosts, ("NAME", "STATE", "ZONE", "VMS", "CPUS", "FREE MEMORY (MiB)", "ADDRESS"), rows)
+
+
+@command(group, "drain")
+@click.argument("name", shell_complete=NAMES.get("hosts"))
+@click.option("--keep-vms", is_flag=True, help="Let the VMs that it has run on.")
+@click.option("--no-wait", is_flag=True, help="Return at once: the host goes on by itself.")
+@click.option("--timeout", type=Duration(), default=3600.0, metavar="DURATION", help="How long to wait (1h).")
+async def drain(session: Session, name: str, keep_vms: bool, no_wait: bool, timeout: float) -> None:
+    """Let a host get no new VMs, and move those that it has to other hosts, until `undrain`.
+
+    Each VM is paused while it is copied, two at a time, and goes on where it was, with memory and disk. Waits until all
+    have moved but those that can't, and says why these stay: then the exit code is 1. It waits on while daemons are
+    restarted, for up to a minute without an answer. A drain that you don't wait for goes on; run it again to see how
+    far it is.
+    """
+    found = await session.client.hosts.drain(name, keep_vms=keep_vms)
+    if keep_vms or no_wait:
+        session.out.result(found, f"host {safe(name)} is draining")
+        return
+    session.stream(lambda streaming: _wait(streaming, name, timeout))
+    session.out.result(found, f"host {safe(name)} is draining, and has no VMs")
+
+
+async def _wait(session: Streaming, name: str, timeout_s: float) -> None:
+    """Waits until a host has no VMs any more. :raises Failure: some stay, it still moves some, or does not answer"""
+    import trio
+
+    shown: dict[tuple[str, str], str] = {}
+    was_drained = False
+    with trio.move_on_after(timeout_s):
+        while True:
+            found = await _moves(session, name)
+            for move in found.moves:
+                text, key = _text_of(move), (move.project, move.vm)
+                if shown.get(key) != text:
+                    shown[key] = text
+                    session.out.note(text)
+            there = {(move.project, move.vm) for move in found.moves}
+            for key in [key for key in shown if key not in there]:
+                del shown[key]
+                # Or somebody has deleted it.
+                session.out.note(f"{safe(key[1])}: has left {safe(name)}")
+            if was_drained and found.since is None:
+                raise Failure(f"{safe(name)} is not drained any more")
+            was_drained = found.since is not None
+            # What has not seen yet that it is drained moves nothing.
+            if found.since is not None and all(move.state == "stays" for move in found.moves):
+                break
+            await trio.sleep(_LOOK_S)
+        if found.moves:
+            raise Failure(f"{safe(name)} is draining, and keeps {len(found.moves)} of its VMs")
+        return
+    raise Failure(f"after {timeout_s:g} s {safe(name)} still moves VMs; it goes on", code=TIMED_OUT)
+
+
+async def _moves(session: Streaming, name: str) -> HostMoves:
+    """Returns what becomes of the VMs of a host, once it says so. :raises Failure: it has not for a minute"""
+    import trio
+
+    from volant.client._feed import is_passing
+
+    asked_at, is_noted = trio.current_time(), False
+    while True:
+        error: ClientProblem | Unreachable | ConnectionLost | DeadlineExceeded
+        try:
+            return await session.client.hosts.moves(name)
+        except ClientProblem as problem:
+            if not is_passing(problem):
+                raise
+            error = problem
+        except (Unreachable, ConnectionLost, DeadlineExceeded) as failure:
+            error = failure
+        if trio.current_time() - asked_at > _SILENT_S:
+            hint = f"the moves go on; run 'volar hosts drain {safe(name)}' again to see how far they are"
+            text = f"no answer about the VMs of {safe(name)} for {_SILENT_S:g} s: {error.detail}"
+            raise Failure(text, code=UNREACHABLE, hint=hint)
+        if not is_noted:
+            session.out.note(f"no answer about the VMs of {safe(name)}, whose moves go on: {error.detail}")
+            is_noted = True
+        await trio.sleep(_LOOK_S)
+
+
+def _text_of(move: MoveView) -> str:
+    to_host = "" if move.to_host is None else f" to {safe(move.to_host)}"
+    share = f", {100 * move.done_bytes // move.total_bytes} %" if move.state == "copying" and move.total_bytes else ""
+    reason = "" if move.reason is None else f": {safe(move.reason)}"
+    return f"{safe(move.vm)}: {move.state}{to_host}{share}{reason}"
+
+
+add_commands(group, "hosts", HostsOperations)

@@ -1,0 +1,113 @@
+"""The progress of a fetch of an image, shown while something waits for it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import Protocol
+
+import trio
+
+from volant.client import Client, ClientError
+from volant.concurrency import open_helpers
+from volant.model import Problem, PullView
+
+from ._output import Output
+from ._progress import described_bar
+from ._text import safe
+
+_POLL_S = 0.5
+_PHASES = {"waiting": "Waiting for", "resolving": "Resolving", "fetching": "Fetching", "converting": "Unpacking"}
+
+
+class _Screen(Protocol):
+    """Shows the state of a fetch."""
+
+    def show(self, pull: PullView) -> None: ...
+
+
+@asynccontextmanager
+async def showing_pull(client: Client, out: Output, reference: str, digest: str | None = None) -> AsyncIterator[None]:
+    """Shows the fetch of an image on standard error while the block runs: a bar on a terminal, otherwise one line.
+
+    :param digest: of the image; None: the fetch is found by `reference`
+    """
+    if out.json:
+        yield
+        return
+    with _screen(out, reference) as screen:
+
+        async def look() -> None:
+            if (pull := find_pull(await client.images.pulls(), reference, digest)) is not None:
+                screen.show(pull)
+
+        async with open_helpers() as helpers:
+            helpers.start_soon(poll, look)
+            yield
+
+
+async def poll(look: Callable[[], Awaitable[None]]) -> None:
+    """Looks at what the daemon does again and again, until it does not answer."""
+    while True:
+        try:
+            await look()
+        except (ClientError, Problem):
+            # What is shown is an extra; the command itself reports what is wrong.
+            return
+        await trio.sleep(_POLL_S)
+
+
+def names_of(reference: str) -> set[str]:
+    """Returns a reference as a client has written it, and as the daemon writes it."""
+    from volant.oci import OciError, parse_reference
+
+    try:
+        return {reference, str(parse_reference(reference))}
+    except OciError:
+        return {reference}
+
+
+def find_pull(pulls: Sequence[PullView], reference: str, digest: str | None) -> PullView | None:
+    """Returns the fetch of an image: by its digest if that is known, otherwise by the reference as anyone writes it."""
+    names = names_of(reference)
+    for pull in pulls:
+        if pull.digest == digest if digest is not None and pull.digest is not None else pull.reference in names:
+            return pull
+    return None
+
+
+@contextmanager
+def _screen(out: Output, reference: str) -> Iterator[_Screen]:
+    if not sys.stderr.isatty():
+        yield _Line(out, reference)
+        return
+    with described_bar() as draw:
+
+        class Bar:
+            def show(self, pull: PullView) -> None:
+                draw(describe(reference, pull), pull.done_bytes, pull.total_bytes)
+
+        yield Bar()
+
+
+class _Line:
+    """Where there is no terminal, one line says why it takes long."""
+
+    def __init__(self, out: Output, reference: str) -> None:
+        self._out = out
+        self._text = f"volar: fetching {safe(reference)}"
+        self._shown = False
+
+    def show(self, pull: PullView) -> None:
+        if not self._shown:
+            self._shown = True
+            self._out.note(self._text)
+
+
+def describe(reference: str, pull: PullView) -> str:
+    """Returns what a fetch does, for people."""
+    layers = (
+        f", layer {min(pull.layers_done + 1, pull.layers_total)} of {pull.layers_total}" if pull.layers_total else ""
+    )
+    return f"{_PHASES.get(pull.phase, 'Fetching')} {safe(reference)}{layers}"

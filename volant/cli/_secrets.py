@@ -1,0 +1,104 @@
+"""`volar secrets`, and the options by which a VM gets them.
+
+A value comes from standard input alone: every user of the host can read the arguments of a process, and shells keep
+them.
+"""
+
+from __future__ import annotations
+
+import base64
+import sys
+
+import click
+
+from volant.client import SecretsOperations
+from volant.model import MAX_SECRET_BYTES, SecretView, SetSecret
+
+from ._complete import secret_names
+from ._derived import add_commands
+from ._lazy_group import LazyGroup
+from ._options import listing
+from ._output import Output
+from ._run import Failure, Session, command
+from ._text import safe
+
+
+@click.group(name="secrets", cls=LazyGroup)
+def group() -> None:
+    """Manage tokens, passwords and keys that VMs get.
+
+    `volar run --env-secret TOKEN=NAME` gives one to a VM as an environment variable, `--secret NAME` as the file
+    /run/secrets/NAME. Nobody can read a value back.
+    """
+
+
+secret_argument = click.argument("secret", shell_complete=secret_names)
+
+
+@command(group, "set")
+@secret_argument
+async def set_(session: Session, secret: str) -> None:
+    """Set a secret to what is on standard input, or to what you type without an echo.
+
+    The bytes are taken as they are, a line feed at the end too: `printf %s`, not `echo`. VMs that refer to the secret
+    get the value with their next boot.
+    """
+    request = SetSecret(value=base64.b64encode(_value(secret)).decode(), encoding="base64")
+    made = await session.client.secrets.set(secret, request)
+    session.out.result(made, f"secret {safe(made.name)} is set, version {made.version}")
+
+
+def _value(secret: str) -> bytes:
+    if sys.stdin.isatty():
+        typed: str = click.prompt(f"Value of {secret}", hide_input=True, confirmation_prompt=True, err=True)
+        return typed.encode()
+    value = sys.stdin.buffer.read(MAX_SECRET_BYTES + 1)
+    if not value:
+        raise Failure("standard input is empty", hint=f"for example: volar secrets set {secret} < FILE")
+    if len(value) > MAX_SECRET_BYTES:
+        raise Failure(f"the value has more than {MAX_SECRET_BYTES} bytes, which is the limit")
+    return value
+
+
+@command(group, "list")
+@listing
+async def list_(session: Session) -> None:
+    """List secrets."""
+    secrets = await session.client.secrets.list()
+    rows = (
+        (
+            each.name,
+            each.version,
+            f"{each.updated_at:%Y-%m-%d %H:%M:%S}",
+            ",".join(each.used_by),
+            "" if each.readable else "no key",
+        )
+        for each in secrets
+    )
+    session.out.listing(secrets, ("NAME", "VERSION", "SET (UTC)", "VMS", "PROBLEM"), rows)
+
+
+@command(group, "get")
+@secret_argument
+async def get(session: Session, secret: str) -> None:
+    """Show what is known of a secret. Its value is never shown."""
+    _show(session.out, await session.client.secrets.get(secret))
+
+
+def _show(out: Output, secret: SecretView) -> None:
+    if out.json:
+        out.document(secret)
+        return
+    out.fields(
+        [
+            ("name", secret.name),
+            ("version", secret.version),
+            ("created", f"{secret.created_at:%Y-%m-%d %H:%M:%S} UTC"),
+            ("set", f"{secret.updated_at:%Y-%m-%d %H:%M:%S} UTC"),
+            ("VMs", ", ".join(map(safe, secret.used_by))),
+            ("problem", "" if secret.readable else "the daemon lacks the key that it is encrypted with"),
+        ]
+    )
+
+
+add_commands(group, "secrets", SecretsOperations)
