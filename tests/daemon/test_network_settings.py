@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from volant.daemon._command_line import load
-from volant.daemon._nameservers import nameservers_of_host
+from volant.daemon._nameservers import nameservers_of_daemon, nameservers_of_host
 from volant.daemon._settings import SettingsError
 
 
@@ -56,3 +56,5 @@ def test_the_default_dns_servers_are_the_hosts_without_the_host_itself(tmp_path:
     )
     assert nameservers_of_host((stub, real)) == ("10.0.0.53", "10.0.0.54")
     assert nameservers_of_host((stub, tmp_path / "none")) == ()
+    # The daemon itself can ask a server on loopback for guests with egress rules.
+    assert nameservers_of_daemon((stub, real)) == ("127.0.0.53", "::1")

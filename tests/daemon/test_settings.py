@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from volant.daemon._command_line import GROUPS, load
-from volant.daemon._settings import Settings, SettingsError, check, parse_address, parse_uids, split
+from volant.daemon._settings import Settings, SettingsError, check, oidc_of, parse_address, parse_uids, resolve, split
 
 KEY = "0123456789abcdef0123"
 
@@ -226,3 +226,58 @@ def test_help_describes_every_flag(capsys: pytest.CaptureFixture[str], monkeypat
     assert sorted(grouped) == sorted(set(Settings.__struct_fields__) - {"api_key"})
     assert {field.replace("_", "-") for field in grouped} <= flags.keys()
     assert all(len(text) > 10 for text in flags.values())
+
+
+OIDC = {"oidc_issuer": "https://login.example", "oidc_audience": "volar, ci", "oidc_roles": "groups=ops:admin"}
+
+
+def test_an_issuer_has_audiences_and_roles() -> None:
+    found = oidc_of(resolve(OIDC, {"HOME": "/h"})[0])
+    assert found is not None
+    assert (found.audiences, found.client_id, len(found.rules)) == (("volar", "ci"), "volar", 1)
+    assert (found.browsers, found.client_secret) == (False, None)
+
+
+def test_a_client_of_the_issuer_signs_browsers_in_and_may_have_a_secret(tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    given = OIDC | {"oidc_client_id": "console", "oidc_client_secret_file": str(file)}
+    with pytest.raises(SettingsError, match="secret can't be read: No such file"):
+        resolve(given, {"HOME": "/h"})
+    for text, mode, warned in (("a b\n", 0o600, False), ("other", 0o644, True)):
+        file.write_text(text)
+        file.chmod(mode)
+        settings, warnings = resolve(given, {"HOME": "/h"})
+        assert any("can read the secret in" in warning for warning in warnings) is warned
+        found = oidc_of(settings)
+        assert found is not None
+        assert found.client_secret is not None
+        assert (found.browsers, found.client_id, found.client_secret.reveal()) == (True, "console", text.strip())
+        assert text.strip() not in repr(found)
+    for text in ("", "one\ntwo"):
+        file.write_text(text)
+        with pytest.raises(SettingsError, match="has to contain one secret"):
+            resolve(given, {"HOME": "/h"})
+    with pytest.raises(SettingsError, match="needs oidc_issuer and oidc_client_id"):
+        resolve(OIDC | {"oidc_client_secret_file": str(file)}, {"HOME": "/h"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"oidc_issuer": "http://login.example"}, "is not a URL with https://"),
+        ({"oidc_issuer": None}, "set without oidc_issuer"),
+        ({"oidc_audience": None}, "needs oidc_audience"),
+        ({"oidc_roles": None}, "needs oidc_audience"),
+        ({"oidc_roles": "ops:admin"}, "oidc_roles: 'ops:admin' is not CLAIM=VALUE:ROLE"),
+        ({"oidc_roles": "groups=a:user:web,sub=a:user,groups=a:user:db"}, "oidc_roles: 'groups=a' is there more than"),
+    ],
+)
+def test_an_issuer_that_is_half_set_is_refused(changes: dict[str, str | None], words: str) -> None:
+    with pytest.raises(SettingsError, match=re.escape(words)):
+        resolve(OIDC | changes, {"HOME": "/h"})
+
+
+def test_an_issuer_names_the_line_that_installs_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("volant.identity._tokens.find_spec", lambda name: None)
+    with pytest.raises(SettingsError, match=re.escape("pip install 'volant[oidc]'")):
+        resolve(OIDC, {"HOME": "/h"})

@@ -10,6 +10,8 @@ import pytest
 LATER = {
     *("quart", "flask", "werkzeug", "jinja2", "asyncio", "httpx", "mcp", "pyroute2", "prometheus_client"),
     *("http.client", "urllib.request", "tarfile", "zstandard", "volant.images._build", "volant.guest"),
+    *("volant.oci._images", "volant.oci._fetch", "volant.oci._layers", "volant.oci._skopeo", "volant.oci._store"),
+    *("volant.oci._config", "volant.oci._manifest", "volant.oci._reference"),
 }
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from volant import lazy_exports
 
 if TYPE_CHECKING:
     from ._daemon import Daemon
@@ -13,10 +14,7 @@ else:
     # `main` is imported from here, too, and decides how the daemon is imported.
     _MODULES = {"Daemon": "_daemon", "DaemonError": "_run", "Settings": "_settings", "SettingsError": "_settings"}
 
-    def __getattr__(name: str) -> object:
-        if name not in _MODULES:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    __getattr__ = lazy_exports(__name__, _MODULES)
 
 
 __all__ = ["Daemon", "DaemonError", "Settings", "SettingsError"]

@@ -18,20 +18,44 @@ from ._settings import Settings, resolve
 GROUPS = {
     "API access": (
         *("api_listen_addr", "api_key_file", "api_allow_cidr", "trusted_proxies", "allowed_hosts", "cors_origins"),
-        "insecure",
+        *(
+            "tls_cert",
+            "tls_key",
+            "tls_self_signed",
+            "client_ca",
+            "tls_subjects",
+            "oidc_issuer",
+            "oidc_audience",
+            "oidc_roles",
+            "oidc_name_claim",
+            "oidc_client_id",
+            "oidc_client_secret_file",
+            "oidc_scopes",
+            "insecure",
+        ),
+        *("key_requests_per_s", "key_requests_at_once", "key_body_kb"),
     ),
     "directories": ("state_dir", "runtime_dir", "cache_dir"),
     "VMs": (
         *("accelerator", "kernel", "initramfs", "max_vms", "max_boots", "sandbox", "vm_uids"),
         *("memory_overcommit", "return_memory"),
         *("agent_timeout_s", "image_timeout_s", "artifact_timeout_s", "artifact_max_mb"),
-        *("artifact_dirs", "artifact_allow_cidr"),
+        *("artifact_dirs", "artifact_allow_cidr", "host_dirs", "secrets_key_file"),
     ),
+    "OCI images": (
+        *("oci_cache_max_mb", "oci_max_mb", "oci_timeout_s", "oci_stall_timeout_s"),
+        *("oci_plain_http", "oci_ca_dir", "oci_auth_file"),
+    ),
+    "snapshots in registries": ("transfer_mbps", "transfer_max_mb", "transfer_timeout_s"),
     "fast starts": (
         *("templates", "templates_max_mb", "templates_max_age_s", "standby", "standby_max_mb", "standby_idle_s"),
     ),
     "networks": ("network", "bridge", "subnet", "nameservers"),
-    "daemon": ("cpu_priority", "ephemeral", "log_level"),
+    "fleet": (
+        *("fleet_etcd", "fleet_host", "fleet_listen", "fleet_address", "fleet_cert", "fleet_key", "fleet_ca"),
+        *("fleet_etcd_user", "fleet_etcd_password_file", "fleet_prefix", "fleet_zone", "fleet_labels", "fleet_ttl_s"),
+    ),
+    "daemon": ("cpu_priority", "ephemeral", "audit_max_records", "audit_max_age_s", "log_level"),
 }
 """The settings that are flags, as `volantd --help` groups them. `api_key` has no flag: every user of the host can read
 the arguments of its processes."""
@@ -49,7 +73,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str], *, uid: int | None = N
 class Command(NamedTuple):
     """Holds the parsed command line."""
 
-    name: Literal["run", "check", "restore"]
+    name: Literal["run", "check", "check-fleet", "restore"]
     flags: dict[str, Any]
     """The settings among the flags, for `resolve`."""
     file: Path | None = None
@@ -66,6 +90,10 @@ def parse_command(argv: Sequence[str]) -> Command:
         "check", help="report as JSON whether VMs can run on this host", description="Report on this host as JSON.",
         **words,
     )  # fmt: skip
+    fleet = commands.add_parser(
+        "check-fleet", help="report as JSON whether this host can be one of its fleet",
+        description="Check certificates, etcd and the name of this host, and change nothing.", **words,
+    )  # fmt: skip
     restore = commands.add_parser(
         "restore", help="replace the database with a backup",
         description="Replace the database with a backup while volantd is stopped. The old database is kept beside the "
@@ -74,11 +102,11 @@ def parse_command(argv: Sequence[str]) -> Command:
     )  # fmt: skip
     restore.add_argument("file", type=Path, metavar="BACKUP", help="file that `volar system backup` wrote")
     restore.add_argument("--replace", action="store_true", help="restore even if the backup lacks VMs that exist now")
-    for each in (check, restore):
+    for each in (check, fleet, restore):
         # Without defaults, which would override the flags before the sub-command.
         _add_settings(each)
     flags = vars(parser.parse_args(argv))
-    name: Literal["run", "check", "restore"] = flags.pop("command") or "run"
+    name: Literal["run", "check", "check-fleet", "restore"] = flags.pop("command") or "run"
     return Command(name, flags, flags.pop("file", None), flags.pop("replace", False))
 
 

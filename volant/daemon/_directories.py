@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from volant.host import Host, UnsafeDirectory, check_way_to, make_own_directory
+from volant.model import first_few
 from volant.vm import VmSettings, instance_of
 
 from ._settings import Settings
@@ -19,14 +20,15 @@ _logger = logging.getLogger("volant.daemon")
 
 _RAM_DISKS = (Path("/dev/shm"),)
 _LOCK = "lock"
+_SECRETS_KEY = "secrets.key"
 EPHEMERAL = "ephemeral"
 """This file marks directories that an ephemeral daemon created."""
 _IN_STATE = (
-    *(EPHEMERAL, _LOCK, "disks", "logs", "templates", "snapshots", "standby"),
+    *(EPHEMERAL, _LOCK, "disks", "logs", "templates", "snapshots", "standby", "volumes", "tls.pem*"),
     # Files of SQLite and the journal beside a database begin with its name.
     *("volant.db", "volant.db[-.]*", "volant-*.db", "volant-*.db[-.]*"),
 )
-_IN_RUNTIME = (EPHEMERAL, _LOCK, "vms", "net", "standby", "templates", "memory")
+_IN_RUNTIME = (EPHEMERAL, _LOCK, "vms", "net", "standby", "templates", "memory", "registries", "directories")
 
 
 class DirectoryError(Exception):
@@ -56,15 +58,32 @@ def snapshot_dir(settings: Settings) -> Path:
     return settings.state_dir / "snapshots"
 
 
+def volume_dir(settings: Settings) -> Path:
+    """Returns the directory of volumes. It must be as durable as the database."""
+    return settings.state_dir / "volumes"
+
+
+def key_dir(settings: Settings) -> Path:
+    """Returns the directory of the keys of secrets: beside the state directory, so that no copy of that has them."""
+    return settings.state_dir.with_name(f"{settings.state_dir.name}-keys")
+
+
+def secrets_key_file(settings: Settings) -> Path:
+    """Returns the file with the keys of secrets."""
+    return settings.secrets_key_file or key_dir(settings) / _SECRETS_KEY
+
+
 def vm_directories(settings: Settings) -> VmSettings:
     """Returns the settings of VMs with the directories alone."""
     return VmSettings(
+        state_dir=settings.state_dir,
         runtime_dir=settings.runtime_dir,
         cache_dir=settings.cache_dir,
         memory_dir=memory_dir(settings),
         disk_dir=disk_dir(settings),
         template_dir=template_dir(settings),
         snapshot_dir=snapshot_dir(settings),
+        volume_dir=volume_dir(settings),
     )
 
 
@@ -105,7 +124,7 @@ def claimed(settings: Settings) -> Iterator[None]:
                 (path / EPHEMERAL).unlink(missing_ok=True)
         for path in (memory_dir(settings), disk_dir(settings), log_dir(settings)):
             _claim(path)
-        for path in (template_dir(settings), snapshot_dir(settings), *_made_later(settings)):
+        for path in (template_dir(settings), snapshot_dir(settings), volume_dir(settings), *_made_later(settings)):
             if os.path.lexists(path):
                 _claim(path)
         try:
@@ -159,8 +178,8 @@ def _check_ephemeral(settings: Settings) -> None:
         found = [] if is_ours else _strange(directory, settings)
         if found:
             raise DirectoryError(
-                f"{directory} contains {_some(found)}, which no ephemeral daemon created, and --ephemeral deletes the "
-                f"directory at the end; use another {option}, or omit --ephemeral"
+                f"{directory} contains {first_few(found)}, which no ephemeral daemon created, and --ephemeral deletes "
+                f"the directory at the end; use another {option}, or omit --ephemeral"
             )
 
 
@@ -180,14 +199,10 @@ def _strange(directory: Path, settings: Settings) -> list[str]:
     return sorted(found)
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def _made_later(settings: Settings) -> Iterator[Path]:
     """Yields directories that the daemon creates when it needs them."""
     yield settings.state_dir / "standby"
-    for name in ("vms", "net", "standby", "templates"):
+    for name in ("vms", "net", "standby", "templates", "registries"):
         yield settings.runtime_dir / name
 
 
@@ -214,6 +229,10 @@ def remove(settings: Settings) -> None:
     """Removes what an ephemeral daemon created, and its directories unless they contain other files. The cache
     stays."""
     shutil.rmtree(memory_dir(settings), ignore_errors=True)
+    with suppress(OSError):
+        # Its secrets go with its state.
+        (key_dir(settings) / _SECRETS_KEY).unlink()
+        key_dir(settings).rmdir()
     for directory, made in ((settings.runtime_dir, _IN_RUNTIME), (settings.state_dir, _IN_STATE)):
         # The marker goes last, so that the next ephemeral daemon removes what is left.
         for path in sorted(directory.iterdir(), key=lambda each: each.name in (EPHEMERAL, _LOCK)):
@@ -228,5 +247,5 @@ def remove(settings: Settings) -> None:
         except OSError:
             if directory.is_dir() and (left := _strange(directory, settings)):
                 _logger.warning(
-                    "%s is kept, as it contains %s, which this daemon did not create", directory, _some(left)
+                    "%s is kept, as it contains %s, which this daemon did not create", directory, first_few(left)
                 )

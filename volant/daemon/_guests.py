@@ -18,7 +18,7 @@ from contextlib import suppress
 import trio
 
 from volant.channel import AgentClient, AgentProtocolError, AgentUnreachable, VirtioSerial, open_channel
-from volant.host import Host, ProcessGone
+from volant.host import Host, ProcessGone, watchdog_tag
 from volant.hypervisor import Hypervisor, HypervisorError, Machine, MachineSpec
 from volant.model import EndKind, ProcessIdentity
 from volant.model.agent import DAEMON_SHUTDOWN
@@ -88,7 +88,8 @@ async def stop_guests(
                 for identity in found:
                     nursery.start_soon(stop, identity)
             hurrying.cancel_scope.cancel()
-    left = await host.processes.scan(prefix)
+    # The watchdog of a fleet is no guest's.
+    left = [identity for identity in await host.processes.scan(prefix) if identity.tag != watchdog_tag(instance)]
     for identity in left:
         _logger.error("%s: process %d did not end; systemd will kill it", identity.tag, identity.pid)
     return left
@@ -97,6 +98,13 @@ async def stop_guests(
 async def _stop(
     host: Host, hypervisor: Hypervisor, spec: MachineSpec, grace_s: float, identity: ProcessIdentity
 ) -> None:
+    if host.limits.is_frozen(identity):
+        # Another host may run it by now.
+        _logger.warning("%s: the guest is frozen, as its host has lost touch with the fleet, and is killed", spec.tag)
+        with trio.move_on_after(_QUIT_S):
+            await host.processes.end([identity])
+            await host.files.remove_tree(spec.memory_file)
+        return
     async with hypervisor.attach(spec, identity) as machine:
         with trio.move_on_after(grace_s):
             # A paused guest can't shut down.

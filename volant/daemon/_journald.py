@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 SOCKET = Path("/run/systemd/journal/socket")
-FIELDS = ("vm", "event", "request_id")
+FIELDS = ("vm", "event", "request_id", "caller", "address", "project", "operation", "target", "outcome")
 """Keys of `extra` in log calls. The journal's fields have their names in capitals."""
 
 _MAX_BYTES = 48 * 1024

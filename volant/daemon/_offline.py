@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import trio
 
 from volant.host import Host
 from volant.journal import DatabaseRefused, VmLogs, restore_offline
-from volant.model import Problem
+from volant.model import Caller, Cause, Problem
 from volant.vm import instance_of
 
 from ._directories import DirectoryError, claimed, confine, log_dir
@@ -46,6 +47,12 @@ def check_backup(file: Path) -> None:
         )
 
 
+def _user() -> Caller:
+    """Returns the user of this host who restores, named as a caller at the Unix socket is."""
+    name = f"uid {os.getuid()}"
+    return Caller(name, name, address=name)
+
+
 async def _restore(settings: Settings, file: Path, replace: bool) -> str:
     host = Host(users=parse_uids(settings.vm_uids))
     confine(host, settings)
@@ -53,7 +60,10 @@ async def _restore(settings: Settings, file: Path, replace: bool) -> str:
     instance = instance_of(settings.state_dir)
     evidence = await evidence_of(host, settings, VmLogs(host, log_dir(settings)))
     try:
-        done = await host.threads.run(lambda: restore_offline(host, path, file, evidence, instance, replace=replace))
+        cause = Cause(operation="restore", caller=_user(), request_id="volantd-restore")
+        done = await host.threads.run(
+            lambda: restore_offline(host, path, file, evidence, instance, replace=replace, cause=cause)
+        )
     except Problem as problem:
         raise DaemonError(f"{problem.detail}; {problem.hint}" if problem.hint else problem.detail) from None
     except DatabaseRefused as refused:
@@ -65,4 +75,9 @@ async def _restore(settings: Settings, file: Path, replace: bool) -> str:
         lines.append(f"the previous database is {done.aside}")
     if done.refused is not None:
         lines.append(f"it can't be read, so VMs that the backup lacks are not known: {done.refused}")
+    if done.locked and settings.api_key is None:
+        lines.append(
+            "TCP needs credentials from now on, as it may have needed them before, and no API key is left: set "
+            "api_key_file, or create a key over the Unix socket"
+        )
     return "\n".join(lines)

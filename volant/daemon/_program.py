@@ -42,8 +42,9 @@ def run() -> None:
     if is_journal(sys.stderr.fileno(), environ):
         logging.basicConfig(level=settings.log_level.upper(), handlers=[JournalHandler("volantd")])
     else:
-        # Without the journal's fields, events are better read with `volar events`.
+        # Without the journal's fields, events are better read with `volar events`, and records with `volar audit`.
         logging.getLogger("volant.event").setLevel(logging.WARNING)
+        logging.getLogger("volant.audit").setLevel(logging.WARNING)
         _log_to_stderr(settings.log_level.upper())
     # Each request logs a line, and collecting these unused facts is half of its cost.
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
@@ -59,6 +60,11 @@ def run() -> None:
             report, code = check(settings)
             _say(report)
             sys.exit(code)
+        if command.name == "check-fleet":
+            from ._check_fleet import check_fleet
+
+            _say(check_fleet(settings))
+            return
         if command.file is not None:
             from ._offline import restore
 

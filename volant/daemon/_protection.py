@@ -5,7 +5,6 @@ An invalid value is an error: a daemon must not run without a protection that th
 
 from __future__ import annotations
 
-import os
 import re
 import stat
 from pathlib import Path
@@ -16,10 +15,13 @@ import msgspec
 
 from volant.http import Network, parse_network
 
+from ._given_files import UnreadableFile, read_given
+
 _MAX_FILE = 64 * 1024
 _MAX_KEYS = 100
 _KEY = re.compile(r"[\x21-\x7e]{16,1000}\Z")
 """Sixteen random hexadecimal characters are 64 bits, which nobody guesses over a network."""
+_CLIENT_SECRET = re.compile(r"[\x20-\x7e]{1,1000}\Z")
 
 
 class ProtectionError(Exception):
@@ -96,8 +98,20 @@ def check_origin(origin: str) -> None:
 
 
 def others_may_read(path: Path) -> bool:
-    """Whether every user of this host can read the file."""
-    return bool(path.stat().st_mode & stat.S_IROTH)
+    """Whether every user of this host can read the file. One that is gone meanwhile, nobody can."""
+    try:
+        return bool(path.stat().st_mode & stat.S_IROTH)
+    except FileNotFoundError:
+        return False
+
+
+def read_client_secret(path: Path) -> Secret:
+    """Returns the secret in the file of `oidc_client_secret_file`. :raises ProtectionError: there is none."""
+    setting = f"oidc_client_secret_file {path}"
+    text = _read(path, setting).decode("latin-1").strip()
+    if not _CLIENT_SECRET.match(text):
+        raise ProtectionError(f"{setting} has to contain one secret of visible ASCII characters, and nothing else")
+    return Secret(text)
 
 
 def _networks(setting: str, members: list[str]) -> tuple[Network, ...]:
@@ -107,19 +121,18 @@ def _networks(setting: str, members: list[str]) -> tuple[Network, ...]:
         raise ProtectionError(f"{setting}: {error}") from None
 
 
-def _read_keys(path: Path, warnings: list[str]) -> list[str]:
+def _read(path: Path, setting: str) -> bytes:
+    """Returns what a file holds. :raises ProtectionError: it can't be read, is no file or too large."""
     try:
-        # Non-blocking, as opening a pipe without a writer would block forever.
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ProtectionError(f"api_key_file {path} is not a regular file")
-            data = file.read(_MAX_FILE + 1)
-        if others_may_read(path):
-            warnings.append(f"every user of this host can read the API keys in {path}; chmod 600 it")
-    except OSError as error:
-        raise ProtectionError(f"api_key_file {path} can't be read: {error.strerror}") from None
-    if len(data) > _MAX_FILE:
-        raise ProtectionError(f"api_key_file {path} is larger than {_MAX_FILE} bytes")
+        return read_given(path, _MAX_FILE)
+    except UnreadableFile as error:
+        raise ProtectionError(f"{setting} {error}") from None
+
+
+def _read_keys(path: Path, warnings: list[str]) -> list[str]:
+    data = _read(path, f"api_key_file {path}")
+    if others_may_read(path):
+        warnings.append(f"every user of this host can read the API keys in {path}; chmod 600 it")
     lines = [line.strip() for line in data.decode("latin-1").splitlines()]
     keys = [
         _checked(line, f"api_key_file {path}, line {number}")

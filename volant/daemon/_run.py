@@ -19,10 +19,11 @@ import trio
 from volant.images import make_private
 from volant.journal import DatabaseRefused
 
-from ._daemon import Daemon, Reload
+from ._admission import Reload
+from ._daemon import Daemon
 from ._directories import DirectoryError, claimed, remove
 from ._settings import DEFAULT_ADDRESS, Settings, split
-from ._sockets import ListenError, listening, setting_of
+from ._sockets import ListenError, listening, listening_for_hosts, setting_of
 from ._systemd import Notifier
 
 _logger = logging.getLogger("volant.daemon")
@@ -61,13 +62,14 @@ async def run(
         with (
             claimed(settings),
             listening(settings, inherited) as sockets,
+            listening_for_hosts(settings) as fleet_sockets,
             trio.open_signal_receiver(*_SIGNALS) as signals,
         ):
             make_private(settings.cache_dir)
-            daemon = Daemon(settings, sockets, reload, notifier)
+            daemon = Daemon(settings, sockets, reload, notifier, fleet_sockets=fleet_sockets)
             left = await daemon.run(signals)
             while daemon.restarts:
-                daemon = Daemon(daemon.settings, sockets, reload, notifier)
+                daemon = Daemon(daemon.settings, sockets, reload, notifier, fleet_sockets=fleet_sockets)
                 left = await daemon.run(signals, first=False)
             if settings.ephemeral and left:
                 _logger.error("the state is kept, as these VMs still exist: %s", ", ".join(left))

@@ -11,20 +11,54 @@ import ipaddress
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 
+from volant.directories import AllowedDirectory, parse_allowed
+from volant.http import Subject, parse_subject
+from volant.identity import OidcSettings, oidc_obstacle, parse_role_rule
 from volant.images import Origins, parse_networks
-from volant.model import DEFAULT_SUBNET, parse_subnet
+from volant.journal import requires_keys
+from volant.model import DEFAULT_SUBNET, is_safe_url, parse_subnet
 
-from ._protection import Protection, ProtectionError, Secret, check_origin, others_may_read, protection
+from ._protection import (
+    Protection,
+    ProtectionError,
+    Secret,
+    check_origin,
+    others_may_read,
+    protection,
+    read_client_secret,
+)
 
-_CLIENT_SIDE = {"VOLANT_API_BASE"}
-_NEVER_EMPTY = {"api_key", "api_key_file", "api_allow_cidr", "trusted_proxies"}
-_CREDENTIAL = "volant-api-key"
+_CLIENT_SIDE = {"VOLANT_API_BASE", "VOLANT_REMOTE", "VOLANT_CA_FILE", "VOLANT_CLIENT_CERT", "VOLANT_CLIENT_KEY"}
+_NEVER_EMPTY = {
+    *("api_key", "api_key_file", "api_allow_cidr", "trusted_proxies"),
+    *("tls_cert", "tls_key", "client_ca", "tls_subjects"),
+    *("oidc_issuer", "oidc_audience", "oidc_roles", "oidc_name_claim"),
+}
+_CREDENTIALS = {
+    "api_key_file": "volant-api-key",
+    "tls_cert": "volant-tls-cert",
+    "tls_key": "volant-tls-key",
+    "client_ca": "volant-client-ca",
+    "fleet_cert": "volant-fleet-cert",
+    "fleet_key": "volant-fleet-key",
+    "fleet_ca": "volant-fleet-ca",
+    "fleet_etcd_password_file": "volant-fleet-etcd-password",
+    "oidc_client_secret_file": "volant-oidc-client-secret",
+    "secrets_key_file": "volant-secrets-key",
+}
+"""The settings that are files, and their names among systemd's credentials."""
+_ABSOLUTE = (
+    *("state_dir", "runtime_dir", "cache_dir", "oci_ca_dir", "oci_auth_file", "secrets_key_file"),
+    "oidc_client_secret_file",
+    *("tls_cert", "tls_key", "client_ca", "fleet_cert", "fleet_key", "fleet_ca", "fleet_etcd_password_file"),
+)
 _FIRST_UID, _LEAST_UIDS = 1000, 512
 
 MAX_NAMESERVERS = 3
@@ -37,7 +71,13 @@ _AUTO_OVERCOMMIT = 4.0
 
 DEFAULT_ADDRESS = "127.0.0.1:7777"
 
-RELOADED = ("api_key", "api_key_file", "api_allow_cidr", "trusted_proxies", "allowed_hosts", "cors_origins")
+RELOADED = (
+    *("api_key", "api_key_file", "api_allow_cidr", "trusted_proxies", "allowed_hosts", "cors_origins"),
+    *("tls_cert", "tls_key", "client_ca", "tls_subjects"),
+    *("oidc_issuer", "oidc_audience", "oidc_roles", "oidc_name_claim"),
+    *("oidc_client_id", "oidc_client_secret_file", "oidc_scopes"),
+    *("key_requests_per_s", "key_requests_at_once", "key_body_kb"),
+)
 """Settings that a running daemon reloads on SIGHUP."""
 
 
@@ -72,13 +112,49 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_boots: Annotated[int, msgspec.Meta(ge=1, le=10000)] | None = None
     """Most VMs that boot at the same time; others wait. By default two for each CPU."""
     api_key: Secret | None = None
-    """API key for clients. Set it in the environment or the file; there is no flag."""
+    """API key for clients. Set it in the environment or the file; it has no flag."""
     api_key_file: Path | None = None
     """File with API keys, one a line. By default systemd's credential `volant-api-key`, if there is one."""
+    tls_cert: Path | None = None
+    """Certificate file in PEM, with the chain. With it, TCP is served only with TLS. By default systemd's credential
+    `volant-tls-cert`, if there is one."""
+    tls_key: Path | None = None
+    """Private key file of `tls_cert`, unless it is in the same file. By default systemd's credential
+    `volant-tls-key`, if there is one."""
+    tls_self_signed: bool = False
+    """Serve TCP only with TLS, with a self-signed certificate that is made once and kept in the state directory."""
+    client_ca: Path | None = None
+    """CA certificates in PEM. Clients can then use a certificate of these authorities instead of a key. By default
+    systemd's credential `volant-client-ca`, if there is one."""
+    tls_subjects: str = ""
+    """Roles of client certificates, comma-separated: `CN=ci:operator:web`, `URI=spiffe://example/ops:admin`."""
+    oidc_issuer: str = ""
+    """URL of an OpenID Connect issuer. Its tokens are accepted, with the roles of `oidc_roles`."""
+    oidc_audience: str = ""
+    """Audiences of tokens for this daemon, comma-separated. Tokens for others are refused."""
+    oidc_roles: str = ""
+    """Roles of tokens, comma-separated: `groups=ops:admin`, `sub=ci-*:operator:web`. The first that matches counts."""
+    oidc_name_claim: str = "sub"
+    """Claim with the name of a caller, for logs and events."""
+    oidc_client_id: str = ""
+    """Client id that `volar login` signs in with, by default the first audience. If it is set, people can sign in to
+    the console with it, too."""
+    oidc_client_secret_file: Path | None = None
+    """File with the secret of that client, if it has one. Only the console uses it. By default systemd's credential
+    `volant-oidc-client-secret`, if there is one."""
+    oidc_scopes: str = "openid profile offline_access"
+    """Scopes that `volar login` requests, and the console without `offline_access`."""
     api_allow_cidr: str = ""
     """Networks from which requests are allowed, comma-separated. By default all."""
     trusted_proxies: str = ""
     """Networks of proxies whose `X-Forwarded-For` is trusted, comma-separated."""
+    key_requests_per_s: Annotated[int, msgspec.Meta(ge=0, le=10**6)] = 200
+    """Requests a second of each caller with a named key, a client certificate or a token; after a pause, twice as many
+    at once. 0: no limit."""
+    key_requests_at_once: Annotated[int, msgspec.Meta(ge=0, le=10**6)] = 200
+    """Requests and streams that each such caller may have open. 0: no limit."""
+    key_body_kb: Annotated[int, msgspec.Meta(ge=0, le=2**20)] = 4096
+    """JSON bodies under way of each such caller, in KiB. 0: only the limit for all callers together applies."""
     allowed_hosts: str = ""
     """More host names that clients may use for the daemon, comma-separated; see the reference on `Host`."""
     cors_origins: str = ""
@@ -95,6 +171,32 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Host directories whose files plugin manifests may name, comma-separated."""
     artifact_allow_cidr: str = ""
     """Private networks from which artifacts of plugins may be downloaded, comma-separated."""
+    oci_cache_max_mb: Annotated[int, msgspec.Meta(ge=0, le=2**24)] = 20480
+    """Disk space for all OCI images. The least recently used ones that no VM uses are removed first."""
+    oci_max_mb: Annotated[int, msgspec.Meta(gt=0, le=2**24)] = 65536
+    """Largest OCI image: the size of its compressed layers."""
+    oci_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=86400)] = 1800.0
+    """Deadline for fetching and converting an OCI image."""
+    oci_stall_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 60.0
+    """A fetch of an OCI image ends when no byte has arrived for this long."""
+    oci_plain_http: str = ""
+    """Registries that may be used without TLS, as `HOST` or `HOST:PORT`, comma-separated."""
+    oci_ca_dir: Path | None = None
+    """Directory of CA certificates (`*.crt`) for registries. By default `/etc/containers/certs.d`."""
+    oci_auth_file: Path | None = None
+    """Auth file, as `skopeo login` writes it, for clients that give no credentials for a registry."""
+    transfer_mbps: Annotated[float, msgspec.Meta(gt=0, le=2**20)] | None = None
+    """Most MiB a second that all snapshots on their way to or from registries take together. By default no limit."""
+    transfer_max_mb: Annotated[int, msgspec.Meta(gt=0, le=2**24)] = 65536
+    """Largest snapshot that is pulled: what its files take on the disk."""
+    transfer_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=7 * 86400)] = 21600.0
+    """Deadline for pushing or pulling one snapshot."""
+    secrets_key_file: Path | None = None
+    """File with the keys that secrets are encrypted with, 64 hexadecimal digits a line, made if there is none. By
+    default systemd's credential `volant-secrets-key`, else `secrets.key` in the directory `STATE_DIR-keys`."""
+    host_dirs: str = ""
+    """Host directories that VMs may mount, with all in them, comma-separated: `/PATH` to read, `/PATH:rw` to write as
+    the directory's owner. By default none."""
     templates: Literal["auto", "off"] = "auto"
     """`auto`: the daemon makes a template of each kind of VM that booted, and clones further VMs from it."""
     templates_max_mb: Annotated[int, msgspec.Meta(ge=0, le=2**24)] = 4096
@@ -124,11 +226,47 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     cpu_priority: Literal["auto", "off"] = "auto"
     """`auto`: the daemon gets CPU time before busy VMs; `off`: all get their share."""
     insecure: bool = False
-    """Allow other addresses than loopback with neither an API key nor a list of networks."""
+    """Allow addresses other than loopback with neither API keys nor a list of networks."""
     ephemeral: bool = False
     """On a clean stop, delete all VMs and remove the state and runtime directories. For demos and tests."""
+    audit_max_records: Annotated[int, msgspec.Meta(ge=1000, le=10**9)] = 1_000_000
+    """Most records of the audit log. The oldest ones are removed first."""
+    audit_max_age_s: Annotated[float, msgspec.Meta(ge=60, le=100 * 366 * 86400)] = 90 * 86400.0
+    """Records of the audit log that are older are removed."""
+    fleet_etcd: str = ""
+    """URLs of the members of an etcd cluster, comma-separated: `https://etcd1:2379`. With them the host is one of a
+    fleet."""
+    fleet_listen: str = ""
+    """Address for the other hosts of the fleet, `HOST:PORT`, which no client uses."""
+    fleet_address: str = ""
+    """Where the other hosts reach `fleet_listen`, `HOST:PORT`. By default that address itself."""
+    fleet_host: str = ""
+    """Name of this host in the fleet. By default the host name."""
+    fleet_cert: Path | None = None
+    """Certificate file in PEM of this host, with its name or address. It shows it to etcd and to other hosts."""
+    fleet_key: Path | None = None
+    """Private key file of `fleet_cert`, unless it is in the same file."""
+    fleet_ca: Path | None = None
+    """CA certificates in PEM that sign the hosts of the fleet and etcd, and nobody else."""
+    fleet_etcd_user: str = ""
+    """User of etcd, if it asks for one besides the certificate."""
+    fleet_etcd_password_file: Path | None = None
+    """File with the password of that user."""
+    fleet_prefix: str = "volant/"
+    """What the keys of the fleet in etcd begin with. Hosts with different ones are different fleets."""
+    fleet_zone: str = ""
+    """Zone of this host, such as a rack or a data centre, for `volar hosts`."""
+    fleet_labels: str = ""
+    """Labels of this host, comma-separated: `disk=nvme,gpu=none`, for `volar hosts`."""
+    fleet_ttl_s: Annotated[int, msgspec.Meta(ge=5, le=600)] = 15
+    """After so many seconds without a sign of life a host counts as unreachable."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Lowest level of log lines."""
+
+    @property
+    def uses_tls(self) -> bool:
+        """Whether TCP is served with TLS."""
+        return self.tls_cert is not None or self.tls_self_signed
 
 
 def resolve(
@@ -144,10 +282,9 @@ def resolve(
     values: dict[str, Any] = dict(_default_dirs(environ, os.getuid() if uid is None else uid))
     sources = dict.fromkeys(values, "the default")
     warnings: list[str] = []
-    credential = _credential(environ, warnings)
-    if credential is not None:
-        values["api_key_file"] = credential
-        sources["api_key_file"] = "systemd's credentials"
+    for key, credential in _credentials(environ, warnings).items():
+        values[key] = credential
+        sources[key] = "systemd's credentials"
 
     for source, layer in (
         (str(config), _read_file(Path(config)) if config else {}),
@@ -173,7 +310,7 @@ def resolve(
 
 
 def protection_of(settings: Settings) -> Protection:
-    """Returns the access control for the API. :raises SettingsError: when a part of it is invalid."""
+    """Returns the access control for the API. :raises SettingsError: a setting is invalid."""
     try:
         for origin in split(settings.cors_origins):
             check_origin(origin)
@@ -198,18 +335,87 @@ def origins_of(settings: Settings) -> Origins:
     return Origins(tuple(dict.fromkeys([*named, *(path.resolve() for path in named)])), networks)
 
 
+def host_dirs_of(settings: Settings) -> tuple[AllowedDirectory, ...]:
+    """Returns the directories of the host that VMs may have. :raises SettingsError: one is malformed."""
+    try:
+        return tuple(map(parse_allowed, split(settings.host_dirs)))
+    except ValueError as error:
+        raise SettingsError(f"host_dirs: {error}") from None
+
+
+def subjects_of(settings: Settings) -> tuple[Subject, ...]:
+    """Returns the roles of client certificates. :raises SettingsError: one is malformed or repeated."""
+    try:
+        subjects = tuple(map(parse_subject, split(settings.tls_subjects)))
+        _check_unique(subject.name for subject in subjects)
+    except ValueError as error:
+        raise SettingsError(f"tls_subjects: {error}") from None
+    return subjects
+
+
+def _check_unique(names: Iterable[str]) -> None:
+    """Checks that each name has one role. :raises ValueError: one has two, of which only one could count."""
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise ValueError(f"{name[:200]!r} is there more than once; give it one role in one project")
+
+
+def oidc_of(settings: Settings) -> OidcSettings | None:
+    """Returns the settings for tokens; None: no issuer is set. :raises SettingsError: one is missing or invalid."""
+    audiences, roles = tuple(split(settings.oidc_audience)), split(settings.oidc_roles)
+    secret_file = settings.oidc_client_secret_file
+    if secret_file is not None and not (settings.oidc_issuer and settings.oidc_client_id):
+        raise SettingsError("oidc_client_secret_file needs oidc_issuer and oidc_client_id, the client that it is of")
+    if not settings.oidc_issuer:
+        if audiences or roles:
+            raise SettingsError("oidc_audience or oidc_roles is set without oidc_issuer; set it too, or remove them")
+        return None
+    if not is_safe_url(settings.oidc_issuer):
+        raise SettingsError(f"oidc_issuer {settings.oidc_issuer[:200]!r} is not a URL with https://")
+    if not audiences or not roles:
+        raise SettingsError(
+            "oidc_issuer needs oidc_audience, the audience of its tokens, and oidc_roles, such as groups=ops:admin"
+        )
+    try:
+        rules = tuple(map(parse_role_rule, roles))
+        _check_unique(f"{rule.claim}={rule.pattern}" for rule in rules)
+    except ValueError as error:
+        raise SettingsError(f"oidc_roles: {error}") from None
+    obstacle = oidc_obstacle()
+    if obstacle is not None:
+        raise SettingsError(f"oidc_issuer is set, but {obstacle}")
+    try:
+        secret = None if secret_file is None else read_client_secret(secret_file)
+    except ProtectionError as error:
+        raise SettingsError(str(error)) from None
+    return OidcSettings(
+        issuer=settings.oidc_issuer,
+        audiences=audiences,
+        rules=rules,
+        name_claim=settings.oidc_name_claim,
+        client_id=settings.oidc_client_id or audiences[0],
+        client_secret=secret,
+        scopes=settings.oidc_scopes,
+        # The client of `volar login` alone has no address that browsers could be sent back to.
+        browsers=bool(settings.oidc_client_id),
+    )
+
+
 def check(settings: Settings) -> Protection:
     """Checks that the settings fit together. Returns the access control. :raises SettingsError: when they don't."""
     protected = protection_of(settings)
+    _check_tls(settings)
+    oidc = oidc_of(settings)
     for address in split(settings.api_listen_addr):
         if address.startswith("unix:"):
             continue
         host, port = parse_address(address)
-        if not settings.insecure and not protected.is_any and not _is_loopback(host):
+        closed = protected.is_any or settings.client_ca is not None or oidc is not None
+        if not settings.insecure and not closed and not _is_loopback(host) and not _has_keys(settings):
             raise SettingsError(
                 f"api_listen_addr {address}: with neither an API key nor a list of networks only loopback is allowed; "
-                "set VOLANT_API_KEY_FILE or VOLANT_API_ALLOW_CIDR, or pass --insecure to let everybody who reaches "
-                "the address control the daemon"
+                "first run `volar keys create` on this host, set VOLANT_API_KEY_FILE or VOLANT_API_ALLOW_CIDR, or pass "
+                "--insecure to let everybody who reaches the address control the daemon"
             )
         if not 0 <= port <= 65535:
             raise SettingsError(f"api_listen_addr {address}: {port} is not a port")
@@ -231,28 +437,66 @@ def check(settings: Settings) -> Protection:
         if not directory.startswith("/"):
             raise SettingsError(f"artifact_dirs has {directory[:100]!r}, which is not an absolute path")
     origins_of(settings)
+    host_dirs_of(settings)
     if not split(settings.api_listen_addr):
         raise SettingsError("api_listen_addr is empty; set it to 127.0.0.1:7777, for example")
     parse_uids(settings.vm_uids)
-    for name in ("state_dir", "runtime_dir", "cache_dir"):
-        if not getattr(settings, name).is_absolute():
-            raise SettingsError(f"{name} {getattr(settings, name)} is not an absolute path")
+    _check_fleet(settings)
+    for name in _ABSOLUTE:
+        path = getattr(settings, name)
+        if path is not None and not path.is_absolute():
+            raise SettingsError(f"{name} {path} is not an absolute path")
     # A socket's path has at most 108 bytes, and "/vms/<id>/agent.sock" is appended.
     if len(os.fsencode(settings.runtime_dir)) > 70:
         raise SettingsError(f"runtime_dir {settings.runtime_dir} is too long for the sockets in it: at most 70 bytes")
+    secret_file = settings.oidc_client_secret_file
+    if secret_file is not None and others_may_read(secret_file):
+        warning = f"every user of this host can read the secret in {secret_file}; chmod 600 it"
+        protected = msgspec.structs.replace(protected, warnings=(*protected.warnings, warning))
     return protected
+
+
+def _check_tls(settings: Settings) -> None:
+    if settings.tls_key is not None and settings.tls_cert is None:
+        raise SettingsError("tls_key is set without tls_cert; set both, or neither")
+    if settings.tls_self_signed and settings.tls_cert is not None:
+        raise SettingsError("tls_self_signed and tls_cert exclude each other; remove one of them")
+    if settings.client_ca is not None and not settings.uses_tls:
+        raise SettingsError("client_ca is set without TLS; set tls_cert and tls_key as well, or tls_self_signed")
+    subjects_of(settings)
+    if (settings.client_ca is None) != (not settings.tls_subjects):
+        raise SettingsError(
+            "client_ca and tls_subjects need each other: client_ca says which client certificates are valid, and "
+            'tls_subjects which role each has, as in tls_subjects = ["CN=ci:operator:web"]'
+        )
+
+
+def _check_fleet(settings: Settings) -> None:
+    """Checks that there is all of what makes a host one of a fleet, or nothing. The daemon checks each part."""
+    needed = ("fleet_etcd", "fleet_listen", "fleet_cert", "fleet_ca")
+    missing = [name for name in needed if not getattr(settings, name)]
+    if missing and len(missing) < len(needed):
+        given = next(name for name in needed if name not in missing)
+        raise SettingsError(f"{given} is set without {missing[0]}; a host of a fleet needs both, others none")
 
 
 def check_service(settings: Settings, protected: Protection) -> None:
     """Checks the addresses of a service that runs as root: every local user can reach TCP, and controlling the daemon
     is controlling the host. :raises SettingsError: when it listens on TCP without an API key."""
     tcp = [address for address in split(settings.api_listen_addr) if not address.startswith("unix:")]
-    if tcp and not protected.keys and not settings.insecure:
+    closed = protected.keys or settings.client_ca is not None or settings.oidc_issuer
+    if tcp and not closed and not settings.insecure and not _has_keys(settings):
         raise SettingsError(
-            f"api_listen_addr {tcp[0]}: as a root service volantd listens on TCP only with an API key; put one into "
+            f"api_listen_addr {tcp[0]}: as a root service volantd listens on TCP only with an API key; run "
+            "`volar keys create` while it listens only on its Unix socket, put a key into "
             "/etc/credstore/volant-api-key or set VOLANT_API_KEY_FILE, listen only on a Unix socket "
             "(`systemctl edit volantd.socket`), or set VOLANT_INSECURE=1 to let every user of this host control it"
         )
+
+
+def _has_keys(settings: Settings) -> bool:
+    """Whether clients over TCP need one of the keys that administrators have made."""
+    return requires_keys(settings.state_dir / "volant.db")
 
 
 def _decode(kind: type, value: object) -> object:
@@ -334,24 +578,25 @@ def _default_dirs(environ: Mapping[str, str], uid: int) -> dict[str, Path]:
     }
 
 
-def _credential(environ: Mapping[str, str], warnings: list[str]) -> Path | None:
-    """Returns the key file that systemd passes. A file that exists and can't be read is an error."""
+def _credentials(environ: Mapping[str, str], warnings: list[str]) -> dict[str, Path]:
+    """Returns the files that systemd passes, by setting. A file that exists and can't be read is an error."""
     directory = environ.get("CREDENTIALS_DIRECTORY")
     if not directory:
-        return None
-    path = Path(directory) / _CREDENTIAL
-    try:
-        path.lstat()
-    except FileNotFoundError:
-        if not Path(directory).exists():
-            # Either there is no key, or systemd's mount does not reach this mount namespace.
-            warnings.append(
-                f"systemd's credentials directory {directory} does not exist, so no API key is read from it"
-            )
-        return None
-    except OSError as error:
-        raise SettingsError(f"systemd's credential {path} can't be read: {error.strerror}") from None
-    return path
+        return {}
+    found: dict[str, Path] = {}
+    for key, name in _CREDENTIALS.items():
+        path = Path(directory) / name
+        try:
+            path.lstat()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise SettingsError(f"systemd's credential {path} can't be read: {error.strerror}") from None
+        found[key] = path
+    if not found and not Path(directory).exists():
+        # Either there is no key, or systemd's mount does not reach this mount namespace.
+        warnings.append(f"systemd's credentials directory {directory} does not exist, so no API key is read from it")
+    return found
 
 
 def _read_file(path: Path) -> dict[str, Any]:

@@ -83,6 +83,22 @@ def listening(settings: Settings, inherited: Sequence[socket.socket] = ()) -> It
             path.unlink(missing_ok=True)
 
 
+@contextmanager
+def listening_for_hosts(settings: Settings) -> Iterator[list[socket.socket]]:
+    """Binds the sockets that the other hosts of the fleet connect to; none without a fleet. :raises ListenError:"""
+    sockets: list[socket.socket] = []
+    try:
+        if settings.fleet_etcd:
+            try:
+                sockets = _bind_tcp(*parse_address(settings.fleet_listen))
+            except OSError as error:
+                raise ListenError(f"can't listen on {settings.fleet_listen}: {error.strerror or error}") from None
+        yield sockets
+    finally:
+        for sock in sockets:
+            sock.close()
+
+
 def _bind_tcp(host: str, port: int) -> list[socket.socket]:
     sockets = []
     for family, kind, protocol, _, address in socket.getaddrinfo(
@@ -141,14 +157,20 @@ def _clear(path: Path) -> None:
     raise FileExistsError(None, "another process listens there")
 
 
-def address_of(sock: socket.socket) -> str:
-    """Returns the address as clients write it: `http://127.0.0.1:7777` or `unix:/path`."""
+def address_of(sock: socket.socket, *, tls: bool = False) -> str:
+    """Returns the address as clients write it: `http://127.0.0.1:7777` or `unix:/path`.
+
+    :param tls: whether TCP is served with TLS
+    """
+    setting = setting_of(sock)
     if sock.family == socket.AF_UNIX:
-        return f"unix:{sock.getsockname()}"
-    host, port = sock.getsockname()[:2]
-    return f"http://[{host}]:{port}" if sock.family == socket.AF_INET6 else f"http://{host}:{port}"
+        return setting
+    return f"{'https' if tls else 'http'}://{setting}"
 
 
 def setting_of(sock: socket.socket) -> str:
     """Returns the address as the settings have it: `HOST:PORT`, `[V6]:PORT` or `unix:/path`."""
-    return address_of(sock).removeprefix("http://")
+    if sock.family == socket.AF_UNIX:
+        return f"unix:{sock.getsockname()}"
+    host, port = sock.getsockname()[:2]
+    return f"[{host}]:{port}" if sock.family == socket.AF_INET6 else f"{host}:{port}"

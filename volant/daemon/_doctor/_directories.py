@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from volant.directories import find_program
 from volant.model.doctor import Finding, Level
 
 from .._directories import memory_dir
+from .._settings import host_dirs_of
 from ._context import Context, user
 
 _NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "9p", "ceph", "glusterfs"})
@@ -54,6 +56,27 @@ def directories(context: Context) -> Sequence[Finding]:
     settings = context.settings
     checked = ((STATE, settings.state_dir), (RUNTIME, settings.runtime_dir), (CACHE, settings.cache_dir))
     return [judge_directory(purpose, inspect_directory(path)) for purpose, path in checked]
+
+
+def virtiofsd(context: Context) -> Sequence[Finding]:
+    """Checks what directories of the host in VMs need."""
+    allowed = [each.path for each in host_dirs_of(context.settings)]
+    return [judge_virtiofsd(find_program(), [path for path in allowed if not path.is_dir()])]
+
+
+def judge_virtiofsd(program: str | None, missing: Sequence[Path]) -> Finding:
+    """Judges virtiofsd. `program`: None: it is not installed; `missing`: allowed directories that don't exist."""
+    if program is None:
+        return Finding(
+            check="virtiofsd", level="less", found="virtiofsd is not installed",
+            means="VMs can't have directories of this host", advice="on Debian: `sudo apt install virtiofsd`",
+        )  # fmt: skip
+    if missing:
+        return Finding(
+            check="virtiofsd", level="less", found=f"{missing[0]} in VOLANT_HOST_DIRS is no directory",
+            means="VMs can't have it", advice="make it, or change VOLANT_HOST_DIRS",
+        )  # fmt: skip
+    return Finding(check="virtiofsd", level="ok", found=f"{program} is installed")
 
 
 def memory(context: Context) -> Sequence[Finding]:

@@ -18,12 +18,14 @@ from volant.model.doctor import Finding, Report
 
 from .._settings import Settings
 from ._context import Context, user
-from ._directories import directories, memory
-from ._hypervisor import hypervisor, machine, qemu_img
+from ._directories import directories, memory, virtiofsd
+from ._hypervisor import hypervisor, machine, mke2fs, qemu_img
 from ._image import image
 from ._network import forwarding, network
+from ._oci import erofs, skopeo
 from ._sandbox import sandbox
 from ._service import cgroups, descriptors, systemd
+from ._tls import tls
 
 Check = Callable[[Context], Awaitable[Sequence[Finding]]]
 
@@ -42,9 +44,14 @@ CHECKS: tuple[tuple[str, float, Check], ...] = (
     # 10 s for QEMU's version and 10 s for a guest.
     ("qemu", 25.0, hypervisor),
     ("qemu-img", 15.0, qemu_img),
+    ("mke2fs", 15.0, mke2fs),
     ("image", 20.0, in_thread(image)),
+    ("skopeo", 10.0, skopeo),
+    ("mkfs.erofs", 10.0, erofs),
+    ("virtiofsd", 10.0, in_thread(virtiofsd)),
     ("memory", 10.0, in_thread(memory)),
     ("directories", 10.0, in_thread(directories)),
+    ("tls", 10.0, in_thread(tls)),
     ("descriptors", 10.0, in_thread(descriptors)),
     ("systemd", 15.0, systemd),
     ("cgroups", 10.0, in_thread(cgroups)),

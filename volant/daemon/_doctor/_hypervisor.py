@@ -7,6 +7,7 @@ import platform
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import trio
 
@@ -18,7 +19,6 @@ from volant.model.doctor import Finding
 from ._context import Context, Device, access_advice, device, user
 
 KVM = "/dev/kvm"
-_IMG = "qemu-img"
 _EMULATED = "guests are emulated: they compute about ten times slower, and all features work"
 
 
@@ -98,27 +98,59 @@ def _virtualizes() -> str | None:
     return "kvm_intel" if b"vmx" in words else "kvm_amd" if b"svm" in words else None
 
 
+class _Program(NamedTuple):
+    """A program that only some VMs need."""
+
+    name: str
+    option: str
+    """Makes it print its version."""
+    means: str
+    """What is not possible without it."""
+    package: str
+    """Of Debian."""
+
+
+_IMG = _Program(
+    "qemu-img", "--version", "VMs with a root filesystem of their own can't start; others can", "qemu-utils"
+)
+_MKFS = _Program("mke2fs", "-V", "no volumes can be made, and VMs from OCI images can't start; others can", "e2fsprogs")
+
+
 async def qemu_img(context: Context) -> Sequence[Finding]:
     """Checks the program that creates VM disks."""
+    return [await _check(context, _IMG)]
+
+
+async def mke2fs(context: Context) -> Sequence[Finding]:
+    """Checks the program that formats volumes, and the disks of VMs from OCI images."""
+    return [await _check(context, _MKFS)]
+
+
+def judge_qemu_img(status: int, said: bytes) -> Finding:
+    return _judge(_IMG, status, said)
+
+
+def judge_mke2fs(status: int, said: bytes) -> Finding:
+    return _judge(_MKFS, status, said)
+
+
+async def _check(context: Context, program: _Program) -> Finding:
     try:
         status, said = await context.host.processes.run(
-            [_IMG, "--version"], env=PROGRAM_ENVIRONMENT, cwd=Path("/"), timeout_s=10
+            [program.name, program.option], env=PROGRAM_ENVIRONMENT, cwd=Path("/"), timeout_s=10
         )
     except FileNotFoundError:
         status, said = -1, b""
     except trio.TooSlowError:
-        return [Finding(check="qemu-img", level="less", found=f"{_IMG} hangs", means=_NO_DISKS)]
-    return [judge_qemu_img(status, said)]
+        return Finding(check=program.name, level="less", found=f"{program.name} hangs", means=program.means)
+    return _judge(program, status, said)
 
 
-_NO_DISKS = "VMs with a root filesystem of their own can't start; others can"
-
-
-def judge_qemu_img(status: int, said: bytes) -> Finding:
+def _judge(program: _Program, status: int, said: bytes) -> Finding:
     lines = said.decode("utf-8", "replace").splitlines()
     if status == 0 and lines:
-        return Finding(check="qemu-img", level="ok", found=lines[0][:80])
+        return Finding(check=program.name, level="ok", found=lines[0][:80])
     return Finding(
-        check="qemu-img", level="less", found=f"{_IMG} is not installed or does not run", means=_NO_DISKS,
-        advice="on Debian: `sudo apt install qemu-utils`",
+        check=program.name, level="less", found=f"{program.name} is not installed or does not run",
+        means=program.means, advice=f"on Debian: `sudo apt install {program.package}`",
     )  # fmt: skip

@@ -40,7 +40,7 @@ def judge_unbuilt(cache: Path, obstacle: images.ImageError | None) -> Finding:
         return Finding(
             check="image", level="less", found=f"no boot image is built in {cache}",
             means="the first VM builds it, which takes seconds to minutes and needs the Debian archive",
-            advice="run `volar images build` as the user that runs volantd",
+            advice="run `volar boot-images build` as the user that runs volantd",
         )  # fmt: skip
     return Finding(
         check="image", level="fails", found=f"no boot image is built in {cache}, and it can't be: {obstacle.message}",

@@ -1,0 +1,65 @@
+"""Checks what OCI images need besides."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import trio
+
+from volant.host import PROGRAM_ENVIRONMENT
+from volant.model.doctor import Finding
+
+from ._context import Context
+
+_VERSION = re.compile(r"\d+(?:\.\d+)+")
+_ANSWER_S = 5.0
+_LEAST_EROFS = (1, 8)
+"""The first version that makes a layer from a tar with the times of its files."""
+_MEANS = "VMs can't boot OCI images that are not in the cache"
+
+
+async def skopeo(context: Context) -> Sequence[Finding]:
+    """Checks the program that fetches OCI images."""
+    return [judge_skopeo(await _version(context, "skopeo"))]
+
+
+async def erofs(context: Context) -> Sequence[Finding]:
+    """Checks the program that converts layers of OCI images."""
+    return [judge_erofs(await _version(context, "mkfs.erofs"))]
+
+
+def judge_skopeo(version: str | None) -> Finding:
+    """Judges skopeo; None: it is missing."""
+    if version is None:
+        return Finding(
+            check="skopeo", level="less", found="skopeo is not installed", means=_MEANS,
+            advice="on Debian: `sudo apt install skopeo`",
+        )  # fmt: skip
+    return Finding(check="skopeo", level="ok", found=f"skopeo {version}")
+
+
+def judge_erofs(version: str | None) -> Finding:
+    """Judges mkfs.erofs; None: it is missing."""
+    advice = "on Debian: `sudo apt install erofs-utils`"
+    if version is None:
+        return Finding(
+            check="mkfs.erofs", level="less", found="mkfs.erofs is not installed", means=_MEANS, advice=advice
+        )
+    if tuple(map(int, version.split(".")))[:2] < _LEAST_EROFS:
+        return Finding(
+            check="mkfs.erofs", level="less", found=f"mkfs.erofs {version} is too old", means=_MEANS,
+            advice=f"{advice}, at least {'.'.join(map(str, _LEAST_EROFS))}",
+        )  # fmt: skip
+    return Finding(check="mkfs.erofs", level="ok", found=f"mkfs.erofs {version}")
+
+
+async def _version(context: Context, program: str) -> str | None:
+    try:
+        status, output = await context.host.processes.run(
+            [program, "--version"], env=PROGRAM_ENVIRONMENT, cwd=context.scratch, timeout_s=_ANSWER_S
+        )
+    except (FileNotFoundError, trio.TooSlowError):
+        return None
+    found = _VERSION.search(output.decode(errors="replace"))
+    return found[0] if status == 0 and found else None

@@ -1,0 +1,73 @@
+"""The daemon's settings as its parts take them: VMs, OCI images, snapshots in registries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from volant.hypervisor.qemu import SandboxPlan
+from volant.oci import ImageSettings, Isolation
+from volant.transfer import TransferSettings
+from volant.vm import VmSettings
+
+from ._directories import vm_directories
+from ._nameservers import nameservers_of_host
+from ._settings import Settings, memory_overcommit, split
+
+_PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+
+
+def vm_settings(settings: Settings) -> VmSettings:
+    """Returns what VMs depend on."""
+    return msgspec.structs.replace(
+        vm_directories(settings),
+        kernel=settings.kernel,
+        initramfs=settings.initramfs,
+        max_vms=settings.max_vms,
+        memory_overcommit=memory_overcommit(settings),
+        return_memory=settings.return_memory == "on",
+        image_timeout_s=settings.image_timeout_s,
+        agent_timeout_s=settings.agent_timeout_s,
+        nameservers=tuple(split(settings.nameservers)) or nameservers_of_host(),
+    )
+
+
+def transfer_settings(settings: Settings, environ: Mapping[str, str]) -> TransferSettings:
+    """Returns what transfers of snapshots depend on: registries are reached as for images."""
+    mbps = settings.transfer_mbps
+    return TransferSettings(
+        bytes_per_s=None if mbps is None else mbps * 2**20,
+        max_bytes=settings.transfer_max_mb * 2**20,
+        timeout_s=settings.transfer_timeout_s,
+        stalled_s=settings.oci_stall_timeout_s,
+        plain_http=frozenset(split(settings.oci_plain_http)),
+        certificates=settings.oci_ca_dir,
+        auth_file=settings.oci_auth_file,
+        environment=_proxies(environ),
+    )
+
+
+def image_settings(settings: Settings, environ: Mapping[str, str], sandbox: SandboxPlan | None) -> ImageSettings:
+    """Returns what images depend on. The proxies of the daemon's environment are those of its fetches."""
+    isolation = None
+    if sandbox is not None:
+        isolation = Isolation(landlock=sandbox.landlock, users=sandbox.users, places=sandbox.places)
+    return ImageSettings(
+        state_dir=settings.state_dir,
+        cache_dir=settings.cache_dir,
+        max_cache_bytes=settings.oci_cache_max_mb * 2**20,
+        runtime_dir=settings.runtime_dir,
+        timeout_s=settings.oci_timeout_s,
+        stall_timeout_s=settings.oci_stall_timeout_s,
+        max_bytes=settings.oci_max_mb * 2**20,
+        isolation=isolation,
+        plain_http=frozenset(split(settings.oci_plain_http)),
+        certificates=settings.oci_ca_dir,
+        auth_file=settings.oci_auth_file,
+        environment=_proxies(environ),
+    )
+
+
+def _proxies(environ: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environ.items() if name.upper() in _PROXIES}
