@@ -23,14 +23,15 @@ from typing import Any
 import pytest
 import trio
 from hypothesis import HealthCheck, settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from tests.system.kit import REPOSITORY, Daemon, cache_dir, kept, spec
 from volant.model import BuildTemplate
 
 _MARKS = {
     **dict.fromkeys(("conformance", "system"), ("system",)),
-    # They share the host's /tmp, in which each removes what systemd has made there meanwhile.
-    "systemd": ("system", "alone"),
+    "systemd": ("system",),
     **dict.fromkeys(("attackers", "cli", "examples", "typing"), ("programs",)),
     "simulation": ("simulation",),
 }
@@ -51,6 +52,10 @@ _daemons = pytest.StashKey[list[Daemon]]()
 def pytest_configure(config: pytest.Config) -> None:
     # Whoever ends the run, the daemons of its fixtures are stopped and leave nothing.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A shell starts background jobs with these ignored; programs inherit that, and a shell can't trap them then.
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL)):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
     if worker := _worker(config):
         # `popen-gw0` becomes `0`: the path of a socket has at most 108 bytes.
         config.option.basetemp = str(Path(config.option.basetemp).with_name(worker.removeprefix("gw")))
@@ -69,10 +74,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("alone", "system", "slow")])
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """Returns one worker for each processor, but not more than memory allows."""
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Returns some more workers than processors, but not more than memory allows."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(len(os.sched_getaffinity(0)), memory // _WORKER_BYTES))
+    # Tests wait for some of their time.
+    workers = len(os.sched_getaffinity(0)) * 3 // 2
+    return max(1, min(workers, memory // _WORKER_BYTES))
+
+
+class _ByFile(LoadFileScheduling):  # type: ignore[misc]  # xdist has no types
+    """Gives whole files to workers, whose tests share a daemon."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        # Those under systemd share the host's /tmp, in which each removes what systemd has made there meanwhile.
+        file = super()._split_scope(nodeid)
+        return "tests/systemd" if file.startswith("tests/systemd/") else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> _ByFile:
+    return _ByFile(config, log)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

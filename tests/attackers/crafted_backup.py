@@ -46,6 +46,10 @@ class Member:
     change: Callable[[Json, Victim], None]
     named: str
 
+    @property
+    def stored_in(self) -> str:
+        return "named" if self.table in ("snapshots", "networks", "plugins") else self.table
+
 
 def _vm(named: str, value: object, **others: object) -> Member:
     def change(row: Json, victim: Victim) -> None:
@@ -91,6 +95,7 @@ MEMBERS: Mapping[str, Member] = {
     "capture": _vm("capture", lambda victim: f"snapshot-/../{_outside(victim)}"),
     "serial socket": _vm("serial_socket", "/run/docker.sock"),
     "name": _vm("name", "../x"),
+    "project": _vm("project", "../x"),
     "id": _vm("id", -7),
     "plugin": _vm("plugin", "../x"),
     "runtime": _vm("runtime", "../x"),
@@ -111,11 +116,12 @@ MEMBERS: Mapping[str, Member] = {
     "snapshot's name": _of("snapshots", "name", "../x"),
     "layer of a snapshot's VM": _of("snapshots", "vm.layer", _outside),
     "network's name": _of("networks", "name", "../x"),
+    "network's project": _of("networks", "project", "../x"),
     "network that is a kind": _of("networks", "name", "bridge"),
-    "plugin's name": _of("plugins", "name", "../x"),
-    "plugin that is built in": _of("plugins", "name", "base"),
-    "plugin's runtime": _of("plugins", "runtime", "../x"),
-    "plugin's artifact": _of("plugins", "boot", {"rootfs": {"url": "/r", "sha256": "../../../../x"}}),
+    "plugin's name": _of("plugins", "manifest.name", "../x"),
+    "plugin that is built in": _of("plugins", "manifest.name", "base"),
+    "plugin's runtime": _of("plugins", "manifest.runtime", "../x"),
+    "plugin's artifact": _of("plugins", "manifest.boot", {"rootfs": {"url": "/r", "sha256": "../../../../x"}}),
     "status of a refusal": _of("responses", "status", 200),
     "drain": _of("meta", "since", "2025-09-24T12:34:56"),
 }
@@ -139,7 +145,7 @@ def _rows() -> dict[str, Json]:
         "vms": vm_row(),
         "snapshots": json.loads(msgspec.json.encode(snapshot)),
         "networks": {"name": "lan", "created_at": AT.isoformat()},
-        "plugins": {"name": "web", "version": "1"},
+        "plugins": {"manifest": {"name": "web", "version": "1"}, "created_at": AT.isoformat()},
         "responses": {"type": "refusal", "status": 404, "code": "vm-not-found", "detail": "there is no VM named 'x'",
                       "field": None, "hint": None, "vm": "x"},
         "meta": {"since": AT.isoformat()},
@@ -170,12 +176,12 @@ def put(connection: apsw.Connection, rows: Mapping[str, Json]) -> None:
     def write(sql: str, *values: object) -> None:
         connection.execute(sql, values)
 
-    vm, snapshot = rows["vms"], rows["snapshots"]
-    write("INSERT INTO vms VALUES (?, ?, ?, ?)", vm["id"], vm["name"], vm["revision"], data("vms"))
-    write("INSERT INTO snapshots VALUES (?, ?, ?)", snapshot["id"], snapshot["name"], data("snapshots"))
-    write("INSERT INTO networks VALUES (?, ?)", rows["networks"]["name"], data("networks"))
-    write("INSERT INTO plugins VALUES (?, 1, ?, ?)", rows["plugins"]["name"], AT.isoformat(), data("plugins"))
-    write("INSERT INTO responses VALUES (?, ?, ?, ?)", b"scope", b"request", 1758717296, data("responses"))
+    vm = rows["vms"]
+    write("INSERT INTO vms VALUES (?, 'default', ?, ?, ?)", vm["id"], vm["name"], vm["revision"], data("vms"))
+    for kind in ("snapshot", "network", "plugin"):
+        name = (rows[f"{kind}s"].get("manifest") or rows[f"{kind}s"])["name"]
+        write("INSERT INTO named VALUES (?, 'default', ?, ?)", kind, name, data(f"{kind}s"))
+    write("INSERT INTO responses VALUES (?, ?, ?, ?, 'default')", b"scope", b"request", 1758717296, data("responses"))
     write("INSERT INTO meta VALUES ('drain', ?)", data("meta").decode())
 
 
@@ -188,7 +194,7 @@ def _schema(old: str, new: str) -> Callable[[Path], None]:
 
 
 def _blob(mib: int) -> Callable[[Path], None]:
-    return executing(f"INSERT INTO vms VALUES (99, 'large', 1, zeroblob({mib * 2**20}))")
+    return executing(f"INSERT INTO vms VALUES (99, 'default', 'large', 1, zeroblob({mib * 2**20}))")
 
 
 def _bytes(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
@@ -199,9 +205,9 @@ def _bytes(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
 
 
 def _nested(path: Path) -> None:
-    deep = b'{"openapi":' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b',"name":"deep"}'
+    deep = b'{"manifest":{"openapi":' + b'{"a":' * 100_000 + b"1" + b"}" * 100_000 + b',"name":"deep"}}'
     connection = apsw.Connection(str(path))
-    connection.execute("INSERT INTO plugins VALUES ('deep', 1, ?, ?)", (AT.isoformat(), deep))
+    connection.execute("INSERT INTO named VALUES ('plugin', 'default', 'deep', ?)", (deep,))
     connection.close()
 
 
@@ -212,16 +218,16 @@ FILES: Mapping[str, Callable[[Path], None]] = {
     "index": executing("CREATE INDEX i ON vms (revision)"),
     "index with an expression": executing("CREATE INDEX i ON vms (hex(row))"),
     "virtual table": executing("CREATE VIRTUAL TABLE f USING fts5(x)"),
-    "statistics": executing("INSERT INTO networks VALUES ('x', x'7b7d')", "ANALYZE"),
-    "table gone": executing("DROP TABLE networks"),
+    "statistics": executing("INSERT INTO named VALUES ('network', 'default', 'x', x'7b7d')", "ANALYZE"),
+    "table gone": executing("DROP TABLE named"),
     "generated column": executing("ALTER TABLE vms ADD COLUMN g ANY AS (hex(row))"),
-    "check that is a program": _schema("NOT NULL UNIQUE", "NOT NULL UNIQUE CHECK (length(hex(zeroblob(9e8))))"),
+    "check that is a program": _schema("UNIQUE (project", "CHECK (length(hex(zeroblob(9e8)))), UNIQUE (project"),
     "schema that is no SQL": _schema("CREATE TABLE", "CREATE NONSENSE"),
     "rows of other types": executing(
         "PRAGMA writable_schema = 1",
         "UPDATE sqlite_schema SET sql = replace(sql, ') STRICT', ')') WHERE name = 'vms'",
         "PRAGMA writable_schema = RESET",
-        "INSERT INTO vms VALUES (99, 'x', 'many', 17)",
+        "INSERT INTO vms VALUES (99, 'default', 'x', 'many', 17)",
         "PRAGMA writable_schema = 1",
         "UPDATE sqlite_schema SET sql = sql || ' STRICT' WHERE name = 'vms'",
     ),
@@ -230,6 +236,12 @@ FILES: Mapping[str, Callable[[Path], None]] = {
         "UPDATE sqlite_schema SET rootpage = (SELECT rootpage FROM sqlite_schema WHERE name = 'vms')"
         " WHERE name = 'events'",
     ),
+    "kind that there is not": executing("INSERT INTO named VALUES ('nothing', 'default', 'x', x'7b7d')"),
+    "files of two snapshots": executing(
+        "INSERT INTO named SELECT kind, project, 'twin',"
+        " CAST(replace(CAST(value AS TEXT), '\"kept\"', '\"twin\"') AS BLOB) FROM named WHERE kind = 'snapshot'"
+    ),
+    "project that contradicts its row": executing("UPDATE vms SET project = 'other'"),
     "column that contradicts its row": executing("UPDATE vms SET name = 'other'"),
     "id that contradicts its row": executing("UPDATE vms SET id = 8"),
     "ids used up": executing("UPDATE sqlite_sequence SET seq = 9223372036854775807"),

@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from tests.processes import read_line
+
 NOBODY = pwd.getpwnam("nobody")
 _TIMEOUT_S = 60.0
 
@@ -62,8 +64,7 @@ def running(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen
     """Starts a process in its own session and waits for a line. Kills it at the end of the block."""
     with subprocess.Popen(command, **options, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         try:
-            assert process.stdout is not None
-            assert process.stdout.readline(), "the process ended before it was ready"
+            read_line(process, _TIMEOUT_S)
             yield process
         finally:
             process.kill()

@@ -17,12 +17,15 @@ import trio
 from tests.attackers import crafted_backup
 from tests.attackers.crafted_backup import FILES, MEMBERS, Victim, make
 from tests.journal.kit import running
+from tests.processes import killed_after
 from tests.system.kit import Daemon
 from volant.host import Host, Process, ProcessGone
 from volant.journal import DatabaseRefused, Evidence, Running, restore_offline
 from volant.model import ProcessIdentity, Status, VmRow
 
 INSTANCE = "0" * 10
+START_S = 60.0
+"""How long a daemon may take to start or to refuse."""
 
 
 def restore(file: Path, path: Path, evidence: Evidence | None = None) -> None:
@@ -44,7 +47,7 @@ def test_a_backup_with_a_crafted_member_is_refused_by_name(how: str, tmp_path: P
     with pytest.raises(DatabaseRefused) as refused:
         restore(file, path)
     text = str(refused.value)
-    assert f"table {member.table}, row " in text
+    assert f"table {member.stored_in}, row " in text
     assert member.named.rpartition(".")[2] in text, text
     assert not path.exists()
 
@@ -54,7 +57,7 @@ async def test_a_database_with_a_crafted_member_is_not_used_at_start(how: str, t
     """As an earlier version that trusted backups may have left it."""
     path = make(tmp_path / "volant.db", how)
     before = path.read_bytes()
-    with pytest.raises(DatabaseRefused, match=f"table {MEMBERS[how].table}, row ") as refused:
+    with pytest.raises(DatabaseRefused, match=f"table {MEMBERS[how].stored_in}, row ") as refused:
         async with running(path):
             pass
     assert "`volantd restore BACKUP` puts a backup in its place" in str(refused.value)
@@ -157,7 +160,7 @@ async def test_a_restore_through_the_api_harms_nobody(how: str, daemon: Daemon, 
         if answer.status_code == 202:
             await _delete_all(http)
         assert answer.status_code == 400, answer.text
-        assert f"table {MEMBERS[how].table}, row " in answer.json()["detail"]
+        assert f"table {MEMBERS[how].stored_in}, row " in answer.json()["detail"]
         assert (await http.get("/api/v1/vms")).json() == []
     assert "Traceback" not in daemon.log()
 
@@ -169,12 +172,13 @@ async def test_an_offline_restore_harms_nobody(how: str, daemon: Daemon, victim:
     file = make(tmp_path / "backup.db", how, victim)
     at = daemon.command.index("volant.daemon.main") + 1
     command = [*daemon.command[:at], "restore", str(file), *daemon.command[at:]]
-    done = await trio.run_process(command, env=daemon.environ, capture_stderr=True, check=False)
+    with trio.fail_after(START_S):
+        done = await trio.run_process(command, env=daemon.environ, capture_stderr=True, check=False)
     daemon.start()
     async with httpx.AsyncClient(base_url=daemon.base_url, trust_env=False, timeout=30) as http:
         await _delete_all(http)
     assert done.returncode == 1
-    assert f"table {MEMBERS[how].table}, row ".encode() in done.stderr
+    assert f"table {MEMBERS[how].stored_in}, row ".encode() in done.stderr
     assert b"Traceback" not in done.stderr
 
 
@@ -186,7 +190,8 @@ async def test_starting_with_an_earlier_crafted_restore_harms_nobody(how: str, d
     assert daemon.process is not None
     stdout = daemon.process.stdout
     assert stdout is not None
-    line = await trio.to_thread.run_sync(stdout.readline)
+    with killed_after(START_S, daemon.process):
+        line = await trio.to_thread.run_sync(stdout.readline)
     stdout.close()
     if line:
         daemon.base_url = line.decode().rpartition(" ")[2].strip()
@@ -194,7 +199,7 @@ async def test_starting_with_an_earlier_crafted_restore_harms_nobody(how: str, d
             await _delete_all(http)
     assert not line
     assert await trio.to_thread.run_sync(daemon.wait) == 1
-    assert f"table {MEMBERS[how].table}, row " in daemon.log().splitlines()[-1]
+    assert f"table {MEMBERS[how].stored_in}, row " in daemon.log().splitlines()[-1]
 
 
 async def _delete_all(http: httpx.AsyncClient) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Callable
@@ -11,10 +12,10 @@ from typing import Any
 import pytest
 import trio
 
-from tests.api.kit import UPGRADE, Api, api, request
+from tests.api.kit import UPGRADE, Api, api, request, web_vm
 from tests.api.test_relay import Guest, guest
-from tests.attackers.web_page import CROSS_SITE, SAME_SITE, Site
-from tests.chromium import CHROMIUM, visiting
+from tests.attackers.web_page import ATTACK, CROSS_SITE, SAME_SITE, Site
+from tests.chromium import needs_chromium, visiting
 from volant.http import ApiSettings
 
 CONSOLE = "https://console.example"
@@ -22,8 +23,6 @@ NAVIGATION = {"Sec_Fetch_Mode": "navigate", "Sec_Fetch_Dest": "document"}
 IMAGE = {"Sec_Fetch_Mode": "no-cors", "Sec_Fetch_Dest": "image"}
 _PATIENCE_S = 60.0
 _LINE = re.compile(r"\S+ (?P<method>\S+) (?P<path>\S+) (?P<status>\d+) ")
-
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium-headless-shell, or chromium")
 
 
 def answered(log: pytest.LogCaptureFixture) -> list[tuple[str, str, int]]:
@@ -59,6 +58,39 @@ async def test_a_hostile_page_gets_nothing(tmp_path: Path, caplog: pytest.LogCap
         assert [one["path"] for one in at.seen] == []
         assert (await at.client.get("/api/v1/vms/demo")).status_code == 200
         assert (await at.client.get("/api/v1/system/status")).json()["draining_since"] is None
+
+
+@needs_chromium
+async def test_a_guests_page_at_its_own_origin_gets_nothing_of_the_daemon(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, logger="volant.api.request")
+    results: dict[str, str] = {}
+    page = b""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        body = b""
+        while scope["method"] == "POST" and (message := await receive()):
+            body += message["body"]
+            if not message["more_body"]:
+                results.update(json.loads(body))
+                break
+        headers = [(b"content-type", b"text/html"), (b"content-length", b"%d" % len(page))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": page})
+
+    async with web_vm(tmp_path, app) as served:
+        base = f"http://127.0.0.1:{served.server.port}"
+        page = (ATTACK % json.dumps(base)).encode()
+        row = served.deps.store.projection.rows()[0]
+        assert row.manifest.workload is not None
+        own = f"http://{row.manifest.workload.port}-{row.id}.localhost:{served.server.port}/"
+        async with visiting(own, tmp_path / "profile"):
+            await until(lambda: bool(results), lambda: answered(caplog))
+        assert {result for name, result in results.items() if name != "beacon"} <= {"refused", "unknown"}, results
+        of_daemon = [one for one in answered(caplog) if "/ports/" not in one[1]]
+        assert [one for one in of_daemon if one[2] not in (201, 403)] == []
+        assert (await served.client.get("/api/v1/vms/demo")).status_code == 200
 
 
 @needs_chromium

@@ -1,4 +1,5 @@
-"""`python -m tests.bench [NAME…]` prints one figure a line; without a name it runs all but idle_fleet and clock_drift.
+"""`python -m tests.bench [NAME…]` prints one figure a line; without a name it runs all but idle_fleet, clock_drift,
+failover and fleet_move.
 
 Quote the ratios of one run, and an absolute figure only with its machine. Nothing else should run meanwhile: the sides
 of a pair alternate, which evens out a drift, but not a burst.
@@ -22,28 +23,33 @@ from ._clock_drift import clock_drift
 from ._clones import creates_at_once, many_clones
 from ._commands import daemon_start, volar_list
 from ._events import event_streams, unread_stream
+from ._failover import failover
 from ._figure import Figure
 from ._first_exec import create_first_exec
+from ._fleet_list import fleet_list
+from ._fleet_move import fleet_move
+from ._foreign import foreign, foreign_relays
 from ._fork import fork_chromium
 from ._hostile_guest import hostile_guest
 from ._idle import idle
 from ._idle_fleet import VMS, idle_fleet
+from ._image_vms import image_disk, image_first_exec
 from ._journal import journal, vmlog
 from ._network import network
 from ._networked_clone import networked_clone
 from ._oci import oci_fetch
 from ._printing import healthz_printing
 from ._relays import relays
-from ._serving import get_vm, healthz
+from ._serving import get_vm, get_vm_key, healthz, healthz_handshakes
 from ._streams import healthz_busy
 from ._template import standby_to_agent, template_to_agent
 from ._world import Skipped
 
 Bench = Callable[[], Awaitable[list[Figure]]]
 
-_ONLY_NAMED = {"idle_fleet", "clock_drift"}
+_ONLY_NAMED = {"idle_fleet", "clock_drift", "failover", "fleet_move"}
 """These run only if they are named: their options say how long they take."""
-_TOTAL_S = 780.0
+_TOTAL_S = 840.0
 _BENCH_S = 180.0
 """In addition to the time for which VMs idle, and to a second for each VM that idle_fleet has more than usual."""
 
@@ -66,8 +72,10 @@ def main() -> int:
         "daemon_start": daemon_start,
         "volar_list": volar_list,
         "get_vm": get_vm,
+        "get_vm_key": get_vm_key,
         "healthz": healthz,
         "healthz_busy": healthz_busy,
+        "healthz_handshakes": healthz_handshakes,
         "healthz_p99_printing": healthz_printing,
         "relays": relays,
         "hostile_guest": hostile_guest,
@@ -78,6 +86,13 @@ def main() -> int:
         "network": network,
         "networked_clone": networked_clone,
         "oci_fetch": oci_fetch,
+        "image_first_exec": image_first_exec,
+        "image_disk": image_disk,
+        "foreign": foreign,
+        "foreign_relays": foreign_relays,
+        "fleet_list": fleet_list,
+        "fleet_move": fleet_move,
+        "failover": failover,
     }
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(benches)}")

@@ -200,12 +200,14 @@ def _spec(
     """Returns the daemon's spec of such a VM, with other directories."""
     with scratch() as directory, scratch("/dev/shm") as memory:
         settings = VmSettings(
+            state_dir=directory,
             runtime_dir=directory,
             cache_dir=cache_dir(),
             memory_dir=memory,
             disk_dir=directory,
             template_dir=directory,
             snapshot_dir=directory,
+            volume_dir=directory,
         )
         spec = machine_spec(settings, row_of(wanted, manifest, image.digest), accelerator)
         spec.directory.mkdir(parents=True, mode=0o700)

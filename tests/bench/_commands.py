@@ -10,10 +10,10 @@ from urllib.request import urlopen
 
 import trio
 
-from tests.system.kit import REPOSITORY, Daemon, cache_dir
+from tests.system.kit import Daemon, cache_dir
 
 from ._figure import Figure, Pairs
-from ._world import volantd
+from ._world import CHECKOUT, CODE, volantd
 
 LIST_S = 0.12
 START_S = 0.25
@@ -49,7 +49,8 @@ def _list() -> list[Figure]:
 
 def _start() -> list[Figure]:
     against, listed = Pairs(), Pairs()
-    daemon = Daemon(cache_dir(), ephemeral=False, environ=_COMPILED)
+    daemon = Daemon(cache_dir(), ephemeral=False, environ=CODE | _COMPILED)
+    daemon.cwd = CHECKOUT
     try:
         # The first one compiles modules and makes the database.
         for number in range(STARTS + 1):
@@ -78,7 +79,7 @@ def _took(arguments: list[str]) -> float:
     """Returns the seconds that Python runs. :raises CalledProcessError: if it fails"""
     began = time.perf_counter()
     subprocess.run(
-        [sys.executable, *arguments], cwd=REPOSITORY, env=os.environ | _COMPILED, stdout=subprocess.DEVNULL,
+        [sys.executable, *arguments], cwd=CHECKOUT, env=os.environ | CODE | _COMPILED, stdout=subprocess.DEVNULL,
         timeout=_END_S, check=True,
     )  # fmt: skip
     return time.perf_counter() - began

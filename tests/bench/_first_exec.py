@@ -21,7 +21,7 @@ TARGET_MS = 60.0
 RUNNING_MS = 25.0
 CPU_MS = 10.0
 _SETTLE_S = 0.3
-_COMMAND = {"command": ["/bin/true"]}
+_COMMAND = {"command": ["true"]}
 
 
 async def create_first_exec(rounds: int = 15, cold_rounds: int = 3) -> list[Figure]:

@@ -33,7 +33,17 @@ from volant.host import Host
 from volant.host._procfs import stat
 from volant.hypervisor import MachineSpec
 from volant.journal import CommitSteps, CreateRow, Journal, Store
-from volant.model import AgentAnswered, CreateVm, ImageReady, Launched, ProcessIdentity, Seen, Woke, decide
+from volant.model import (
+    DEFAULT_PROJECT,
+    AgentAnswered,
+    CreateVm,
+    ImageReady,
+    Launched,
+    ProcessIdentity,
+    Seen,
+    Woke,
+    decide,
+)
 from volant.vm import VmSettings, instance_of
 from volant.vm._machine_spec import CUSTOM_IMAGE, machine_spec
 from volant.vm._tags import tag_of
@@ -96,14 +106,17 @@ async def idle_daemon(count: int) -> AsyncIterator[Daemon]:
 async def _make(
     daemon: Daemon, host: Host, journal: Ref[Journal], number: int, processes: list[subprocess.Popen[bytes]]
 ) -> None:
-    row = await journal.ask(CreateRow(CreateVm(name=f"vm{number}", cpu_cores=1, memory_mb=128)), timeout_s=_ASK_S)
+    request = CreateVm(name=f"vm{number}", cpu_cores=1, memory_mb=128)
+    row = await journal.ask(CreateRow(request, DEFAULT_PROJECT), timeout_s=_ASK_S)
     settings = VmSettings(
+        state_dir=daemon.state_dir,
         runtime_dir=daemon.runtime_dir,
         cache_dir=daemon.root / "c",
         memory_dir=daemon.memory_dir,
         disk_dir=daemon.state_dir / "disks",
         template_dir=daemon.state_dir / "templates",
         snapshot_dir=daemon.state_dir / "snapshots",
+        volume_dir=daemon.state_dir / "volumes",
     )
     tag = tag_of(instance_of(daemon.state_dir), row)
 

@@ -17,10 +17,11 @@ import msgspec
 import trio
 
 from actors import ONE_FOR_ONE, Child, Ref, Supervisor, open_system
+from tests.names import named
 from volant.host import Host
-from volant.journal import CommitSteps, CreateRow, Journal, LogEntry, Store, VmLogs
+from volant.journal import CommitSteps, CreateRow, Journal, JournalRef, LogEntry, Store, VmLogs
 from volant.journal._schema import open_writer
-from volant.model import CreateVm, Status, Step, VmRow
+from volant.model import DEFAULT_PROJECT, CreateVm, Status, Step, VmRow
 
 from ._figure import Figure, Pairs
 from ._world import scratch
@@ -75,7 +76,7 @@ async def vmlog() -> list[Figure]:
         host = Host()
         logs = VmLogs(host, directory / "logs")
         await logs.prepare()
-        log = logs.open(1, "bench")
+        log = logs.open(1, named("bench"))
         position = 0
         for _ in range(ROUNDS):
             against.bare.append(size / 1e6 / await trio.to_thread.run_sync(_write_file, directory / "bare.log"))
@@ -106,14 +107,15 @@ async def vmlog() -> list[Figure]:
 class Writer:
     """A writer that changes one VM again and again."""
 
-    def __init__(self, ref: Ref[Journal], row: VmRow) -> None:
+    def __init__(self, ref: JournalRef, row: VmRow) -> None:
         self._ref = ref
         self._row = row
         self._next = cycle(_LIFE)
 
     @classmethod
-    async def create(cls, ref: Ref[Journal], name: str) -> Writer:
-        return cls(ref, await ref.ask(CreateRow(CreateVm(name=name, cpu_cores=1, memory_mb=128)), timeout_s=_ASK_S))
+    async def create(cls, ref: JournalRef, name: str) -> Writer:
+        request = CreateVm(name=name, cpu_cores=1, memory_mb=128)
+        return cls(ref, await ref.ask(CreateRow(request, DEFAULT_PROJECT), timeout_s=_ASK_S))
 
     async def change(self) -> None:
         """Makes one change with its event, durable when it returns."""

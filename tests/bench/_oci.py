@@ -12,7 +12,7 @@ import trio
 from tests.oci.kit import tar, write_layout
 from tests.oci.registry import Registry
 from volant.host import Host
-from volant.oci import Skopeo, open_images, parse_reference
+from volant.oci import Isolation, Skopeo, open_images, parse_reference
 
 from ._figure import Figure, Pairs
 from ._world import Skipped, scratch
@@ -44,7 +44,7 @@ async def oci_fetch() -> list[Figure]:
 
 
 async def _fetched(registry: Registry, directory: Path) -> float:
-    skopeo = Skopeo(Host(), directory / "private", plain_http=frozenset([registry.address]))
+    skopeo = Skopeo(Host(), directory / "private", plain_http=frozenset([registry.address]), isolation=Isolation())
     async with open_images(Host(), directory / "oci", skopeo) as images:
         began = time.perf_counter()
         await images.obtain(parse_reference(f"{registry.address}/app:t"), auth=registry.auth)

@@ -53,19 +53,19 @@ def _measure(browser: str, agent: Connect, daemon: str, port: int) -> list[Figur
             ("agent", agent, page),
             ("ours", ours, devtools),
         ]
-        took = {name: _trip_s(way, path) for name, way, path in (sides if number % 2 else reversed(sides))}
+        took = {name: trip_s(way, path) for name, way, path in (sides if number % 2 else reversed(sides))}
         trips["direct"].add(took["ours"], took["direct"])
         trips["agent"].add(took["agent"], took["direct"])
     ways: list[tuple[str, Callable[[], float]]] = [
-        ("relay_agent_alone", partial(_download_http, agent, "")),
-        ("relay_agent", partial(_download_http, ours, f"/api/v1/vms/{VM}/agent")),
-        ("relay_port", partial(_download_http, ours, f"/api/v1/vms/{VM}/ports/{port}")),
-        ("relay_devtools", partial(_download_websocket, ours, devtools)),
+        ("relay_agent_alone", partial(download_http, agent, "")),
+        ("relay_agent", partial(download_http, ours, f"/api/v1/vms/{VM}/agent")),
+        ("relay_port", partial(download_http, ours, f"/api/v1/vms/{VM}/ports/{port}")),
+        ("relay_devtools", partial(download_websocket, ours, devtools)),
     ]
     rates = {name: Pairs() for name, _ in ways}
     for _ in range(ROUNDS):
         for name, way in ways:
-            plain = _download_websocket(direct, page) if "devtools" in name else _download_http(direct, "")
+            plain = download_websocket(direct, page) if "devtools" in name else download_http(direct, "")
             rates[name].add(way(), plain)
     to = "a direct connection to the same server"
     return [
@@ -115,7 +115,7 @@ def _say(sock: socket.socket, text: bytes) -> None:
     sock.sendall(b"\x81%c\0\0\0\0" % (0x80 | len(text)) + text)
 
 
-def _trip_s(way: Connect, path: str) -> float:
+def trip_s(way: Connect, path: str) -> float:
     """Returns the seconds of each of several commands."""
     with _websocket(way, path) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, b"\0" * 16)
@@ -128,25 +128,26 @@ def _trip_s(way: Connect, path: str) -> float:
         return (time.perf_counter() - began) / TRIPS
 
 
-def _download_websocket(way: Connect, path: str) -> float:
+def download_websocket(way: Connect, path: str) -> float:
     with _websocket(way, path) as sock:
-        return _rate(sock, partial(_say, sock, b"%d" % SIZE), 10)
+        return _rate(sock, partial(_say, sock, b"%d" % SIZE), 10 + SIZE)
 
 
-def _download_http(way: Connect, prefix: str) -> float:
-    request = f"GET {prefix}/{SIZE} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
+def download_http(way: Connect, prefix: str, size: int = SIZE) -> float:
+    """Returns the MB/s of an answer of `size` bytes."""
+    request = f"GET {prefix}/{size} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode()
     with way() as sock:
         began = time.perf_counter()
         sock.sendall(request)
         _expect(sock, b"HTTP/1.1 200", b"\r\n\r\n")
-        return _rate(sock, lambda: None, 0, began)
+        return _rate(sock, lambda: None, size, began)
 
 
-def _rate(sock: socket.socket, ask: Callable[[], None], more: int, began: float | None = None) -> float:
-    """Returns the MB/s of `SIZE` bytes, after `more` bytes."""
+def _rate(sock: socket.socket, ask: Callable[[], None], size: int, began: float | None = None) -> float:
+    """Returns the MB/s of `size` bytes."""
     began = time.perf_counter() if began is None else began
     ask()
-    left = SIZE + more
+    left = size
     while left:
         count = sock.recv_into(_BUFFER, min(left, len(_BUFFER)))
         if not count:

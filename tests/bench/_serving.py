@@ -17,10 +17,13 @@ from tests.system.kit import Daemon
 
 from ._boot import BOOT_S, WANTED
 from ._figure import Figure, Pairs, percentile
-from ._http import LoadError, connect, latencies_s, requests_per_s
+from ._http import LoadError, connect, latencies_s, requests_per_s, unverified
 from ._world import current_image, listening, volantd
 
 TARGET = 0.7
+TLS_TARGET = 0.6
+KEY_TARGET = 0.95
+KEYS = 10_000
 CONNECTIONS = 8
 ROUNDS = 15
 ROUND_S = 0.7
@@ -31,21 +34,27 @@ _VM = f"/api/v1/vms/{WANTED.name}"
 
 
 async def get_vm() -> list[Figure]:
-    """`GET /api/v1/vms/{name}` in requests a second, against an empty Quart-Trio route on the same server."""
+    """`GET /api/v1/vms/{name}` in requests a second: against an empty Quart-Trio route on the same server, and over TLS
+    against the same without."""
     current_image()
-    against = Pairs()
-    with volantd() as daemon, listening("tests.bench._empty_route") as empty:
-        async with daemon.http() as http:
-            # The VM has booted; no guest runs during the measurement.
-            await create(http)
-            (await http.post(f"{_VM}/stop?grace=1s&wait=stopped", timeout=BOOT_S)).raise_for_status()
+    against, tls = Pairs(), Pairs()
+    with (
+        volantd() as daemon,
+        volantd("--tls-self-signed") as secured,
+        listening("tests.bench._empty_route") as empty,
+    ):
+        for each in (daemon, secured):
+            async with httpx.AsyncClient(base_url=each.base_url, verify=unverified(), timeout=BOOT_S) as http:
+                # The VM has booted; no guest runs during the measurement.
+                await create(http)
+                (await http.post(f"{_VM}/stop?grace=1s&wait=stopped", timeout=BOOT_S)).raise_for_status()
 
         async def load(base_url: str, path: str, seconds: float) -> float:
             return await trio.to_thread.run_sync(
                 lambda: requests_per_s(base_url, path, connections=CONNECTIONS, seconds=seconds)
             )
 
-        for base_url, path in ((daemon.base_url, _VM), (empty, "/")):
+        for base_url, path in ((daemon.base_url, _VM), (secured.base_url, _VM), (empty, "/")):
             await load(base_url, path, 0.5)
         for number in range(ROUNDS):
             if number % 2:
@@ -53,11 +62,64 @@ async def get_vm() -> list[Figure]:
             against.bare.append(await load(empty, "/", ROUND_S))
             if not number % 2:
                 against.ours.append(await load(daemon.base_url, _VM, ROUND_S))
-    return [Figure(
-        "get_vm", against.value, "requests/s", against.ratio,
-        f"an empty Quart-Trio route's {against.other:.0f} on the same server, {CONNECTIONS} connections",
-        at_least=TARGET,
-    )]  # fmt: skip
+            tls.add(await load(secured.base_url, _VM, ROUND_S), against.ours[-1])
+    return [
+        Figure(
+            "get_vm", against.value, "requests/s", against.ratio,
+            f"an empty Quart-Trio route's {against.other:.0f} on the same server, {CONNECTIONS} connections",
+            at_least=TARGET,
+        ),
+        Figure(
+            "get_vm_tls", tls.value, "requests/s", tls.ratio, f"the {tls.other:.0f} without TLS", at_least=TLS_TARGET
+        ),
+    ]  # fmt: skip
+
+
+async def get_vm_key() -> list[Figure]:
+    """The same with a named key that is one of ten thousand, against a daemon without keys."""
+    current_image()
+    pairs = Pairs()
+    with volantd() as plain, volantd("--key-requests-per-s", "0") as keyed:
+        for each in (plain, keyed):
+            async with each.http() as http:
+                await create(http)
+                (await http.post(f"{_VM}/stop?grace=1s&wait=stopped", timeout=BOOT_S)).raise_for_status()
+        key = await _made_keys(keyed)
+
+        async def load(daemon: Daemon, key: str | None, seconds: float = ROUND_S) -> float:
+            return await trio.to_thread.run_sync(
+                lambda: requests_per_s(daemon.base_url, _VM, connections=CONNECTIONS, seconds=seconds, key=key)
+            )
+
+        await load(plain, None, 0.5)
+        await load(keyed, key, 0.5)
+        for _ in range(ROUNDS):
+            pairs.add(await load(keyed, key), await load(plain, None))
+    return [
+        Figure(
+            "get_vm_key", pairs.value, "requests/s", pairs.ratio, f"the {pairs.other:.0f} without a key",
+            at_least=KEY_TARGET,
+        )
+    ]  # fmt: skip
+
+
+async def _made_keys(daemon: Daemon) -> str:
+    """Makes all keys; returns one of an operator."""
+    limit = trio.CapacityLimiter(16)
+    async with daemon.http() as http:
+        made = await http.post("/api/v1/keys", json={"name": "ops", "role": "admin"})
+        headers = {"X-Volant-API-Key": made.raise_for_status().json()["key"]}
+
+        async def make(number: int) -> str:
+            async with limit:
+                body = {"name": f"ci-{number}", "role": "operator"}
+                made = await http.post("/api/v1/keys", json=body, headers=headers, timeout=BOOT_S)
+                return str(made.raise_for_status().json()["key"])
+
+        async with trio.open_nursery() as nursery:
+            for number in range(2, KEYS):
+                nursery.start_soon(make, number)
+        return await make(1)
 
 
 async def healthz() -> list[Figure]:
@@ -73,6 +135,19 @@ async def healthz() -> list[Figure]:
         ),
         Figure("exec_stream", rate, "MB/s", to="of the answer's body, while /healthz was asked"),
     ]  # fmt: skip
+
+
+async def healthz_handshakes() -> list[Figure]:
+    """The 99th percentile of `/healthz` over TLS, quiet and during hostile handshakes."""
+    with volantd("--tls-self-signed") as daemon:
+        await probe(daemon)
+        quiet = await probe(daemon)
+        with listening("tests.bench._handshakes", daemon.base_url):
+            busy = await probe(daemon)
+    return [Figure(
+        "healthz_p99_handshakes", 1000 * percentile(busy, 99), "ms", percentile(busy, 99) / percentile(quiet, 99),
+        f"the {1000 * percentile(quiet, 99):.3g} ms without; median {1000 * median(busy):.2g} ms", within=100,
+    )]  # fmt: skip
 
 
 @asynccontextmanager

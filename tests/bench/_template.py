@@ -200,9 +200,13 @@ async def _template(daemon: Daemon) -> Path:
     return (await first_template(daemon))[0]
 
 
-async def first_template(daemon: Daemon) -> tuple[Path, float]:
-    """Returns the directory of the template that the first VM's boot causes, and its delay after `running`."""
+async def first_template(daemon: Daemon, host: str | None = None) -> tuple[Path, float]:
+    """Returns the directory of the template that the first VM's boot causes, and its delay after `running`. `host`: the
+    daemon's name in its fleet"""
     async with daemon.http() as http:
+        if host is not None:
+            # Otherwise another host might get the VM.
+            http.headers["Volant-Host"] = host
         wanted = {"name": "first", "cpu_cores": WANTED.cpu_cores, "memory_mb": WANTED.memory_mb}
         made = await http.post(f"/api/v1/vms?wait=running&timeout={BOOT_S:.0f}s", json=wanted, timeout=2 * BOOT_S)
         if made.headers.get("volant-wait") != "met":

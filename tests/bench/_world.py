@@ -16,7 +16,11 @@ from pathlib import Path
 from tests.system.kit import REPOSITORY, Daemon, cache_dir
 from volant import images
 
+CHECKOUT = Path(os.environ.get("VOLANT_BENCH_CHECKOUT") or REPOSITORY)
+"""The code of the measured daemon and of `volar`: another checkout, to compare two commits on one machine. It suits
+benchmarks that only use the API and the command line; a script beside the daemon knows its own code's machine."""
 _IMAGE_S = 300.0
+CODE = {"PYTHONPATH": str(CHECKOUT)}
 _LISTEN_S = 30.0
 _END_S = 15.0
 
@@ -26,29 +30,39 @@ class Skipped(Exception):
 
 
 def current_image() -> images.Image:
-    """Returns the boot image, and builds it if needed. :raises Skipped: without QEMU or an image"""
+    """Returns the boot image of this code, and builds it if needed. :raises Skipped: without QEMU or an image"""
+    said = ensure_image()
+    image = images.find(cache_dir())
+    if image is None:
+        raise Skipped(f"there is no boot image: {said}")
+    return image
+
+
+def ensure_image() -> str:
+    """Builds the boot image of the measured daemon if needed, and returns the builder's last line.
+
+    :raises Skipped: without QEMU
+    """
     if shutil.which("qemu-system-x86_64") is None:
         raise Skipped("there is no qemu-system-x86_64")
     done = subprocess.run(
         [sys.executable, "-m", "volant.images", "build", "--cache", str(cache_dir())],
-        cwd=REPOSITORY,
+        cwd=CHECKOUT,
+        env=os.environ | CODE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         timeout=_IMAGE_S,
         check=False,
     )
-    image = images.find(cache_dir())
-    if image is None:
-        last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
-        raise Skipped(f"there is no boot image: {last[0] if last else 'the builder said nothing'}")
-    return image
+    return (done.stderr.decode(errors="replace").strip().splitlines() or ["the builder said nothing"])[-1]
 
 
 @contextmanager
 def volantd(*flags: str) -> Iterator[Daemon]:
     """Runs a real daemon with its own state, as a user starts it."""
     # The last flag of a name wins: the default of the tests excludes KVM.
-    daemon = Daemon(cache_dir(), "--accelerator", "auto", *flags)
+    daemon = Daemon(cache_dir(), "--accelerator", "auto", *flags, environ=CODE)
+    daemon.cwd = CHECKOUT
     try:
         daemon.start()
         yield daemon

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import trio
 
-from tests.chromium import CHROMIUM, visiting
+from tests.chromium import needs_chromium, visiting
 from tests.system.kit import REPOSITORY, Daemon, adopted, boot, reachable, run, spec
 from tests.web_server import WebServer, answer_html
 from volant.client import Client, LogLine
@@ -28,7 +28,7 @@ _HOW_TOS = ("events-in-a-browser.md", "log-sockets.md")
 _PATIENCE_S = 90.0
 _END = "that was all"
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Debian's chromium-headless-shell, or chromium")
+pytestmark = needs_chromium
 
 
 def page(base: str, key: str) -> str:

@@ -1,6 +1,7 @@
 """The browser plugin: its actions, as the how-to page calls them, and DevTools clients that this project did not write.
 
-The clients open a page that the guest serves to itself, and take a screenshot in a message of more than 16 MiB.
+The clients open a page that the guest serves to itself, and take a screenshot; one of them in a message of more than
+16 MiB.
 """
 
 from __future__ import annotations
@@ -21,14 +22,18 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.chromium import needs_chromium
 from tests.conformance.kit import JS, Node
-from tests.system.kit import BOOT_S, REPOSITORY, Daemon, kept
+from tests.conformance.test_console import play
+from tests.system.kit import BOOT_S, REPOSITORY, Daemon, kept, load
 
 CLIENT_S = 400.0
 """An emulated guest needs some fifteen seconds of processor time for such a screenshot."""
 ACTION_S = 150.0
 KEY = "conformance-0123456789abcdef"
 SIXTEEN_MIB = 16 * 1024 * 1024
+LARGE = ("puppeteer", "playwright", "mcp", "cri")[: load("VOLANT_TEST_SCREENSHOTS", usual=1, full=4)]
+"""Clients that take the large screenshot."""
 HOW_TO = REPOSITORY / "docs/how-to/run-a-browser.md"
 ACTIONS = "/api/v1/vms/web/actions/browser"
 
@@ -113,6 +118,11 @@ def test_the_commands_of_the_how_to_page_work(site: Site) -> None:
     assert pdf.rstrip().endswith(b"%%EOF")
 
 
+@needs_chromium
+def test_a_person_drives_the_browser_by_the_console(site: Site, node: Node) -> None:
+    play(node, "driven", site.daemon.base_url, {}, "web")
+
+
 def test_each_action_is_a_post(site: Site) -> None:
     with site.http() as http:
         manifest = http.get("/api/v1/plugins/browser/manifest").raise_for_status().json()
@@ -167,10 +177,11 @@ def test_playwrights_mcp_server_and_chrome_remote_interface_with_a_key(site: Sit
 
 def drive(site: Site, node: Node, client: str, *arguments: str) -> None:
     """Runs a client, and checks its report."""
-    page = "http://127.0.0.1:8000/noise.html"
+    large = client in LARGE
+    page = f"http://127.0.0.1:8000/noise.html{'' if large else '?small'}"
     (seen,) = node.run(f"devtools_{client}.mjs", site.endpoint, page, *arguments, timeout_s=CLIENT_S)
     assert seen["text"] == "inside 42"
     assert seen["width"] >= 1280
-    assert seen["height"] > 3400
+    assert seen["height"] > (3400 if large else 720)
     # The message contains it as Base64.
-    assert seen["bytes"] * 4 / 3 > SIXTEEN_MIB
+    assert not large or seen["bytes"] * 4 / 3 > SIXTEEN_MIB

@@ -18,17 +18,35 @@ import pytest
 
 from examples.demo import processes_of
 from tests.docs.pages import PAGES, REPOSITORY, Block, blocks, parts
+from volant.vm import instance_of
 
 _BLOCK_S = 240.0
 _INTERRUPT_S = 4
 _TOKEN = "=-= block ends: "
 _READY = "for i in $(seq 600); do curl -s http://127.0.0.1:7777/healthz | grep -q '\"ok\"' && break; sleep 0.1; done"
-_CLEAN = (
-    "for n in $(volar vms list --json | jq -r '.[].name'); do volar vms delete $n; done; "
-    "for n in $(volar snapshots list --json | jq -r '.[].name'); do volar snapshots remove $n; done; "
-    "for n in $(volar plugins list --json | jq -r '.[].name'); do volar plugins remove $n; done; "
-    "for n in $(volar networks list --json | jq -r '.[].name'); do volar networks remove $n; done"
-)
+_CLEAN = f"""{sys.executable} - <<'END'
+import http.client, json, os, urllib.parse
+daemon = http.client.HTTPConnection("127.0.0.1", 7777, timeout=60)
+headers = {{"X-Volant-API-Key": os.environ["VOLANT_API_KEY"]}} if "VOLANT_API_KEY" in os.environ else {{}}
+def ask(method, path):
+    daemon.request(method, "/api/v1/" + path, headers=headers)
+    answer = daemon.getresponse()
+    body = answer.read()
+    if answer.status == 401:
+        # The state of a daemon whose page has made keys is removed as a whole.
+        raise SystemExit
+    assert answer.status < 300, (path, body)
+    return json.loads(body or "[]")
+try:
+    daemon.connect()
+except OSError:
+    # The page has stopped it.
+    raise SystemExit from None
+for kind in ("vms", "snapshots", "plugins", "networks", "volumes", "secrets"):
+    for each in ask("GET", kind):
+        if not each.get("builtin"):
+            ask("DELETE", f"{{kind}}/{{urllib.parse.quote(each['name'])}}")
+END"""
 _ALONE = r"""
 ip link set lo up
 mount -t tmpfs -o mode=755 tmpfs "$0"
@@ -48,7 +66,7 @@ class Shell:
     def __init__(self, home: Path, root: Path, cache: Path) -> None:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("VOLANT_")}
         environ = inherited | {
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin",
+            "PATH": f"{root}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin",
             "HOME": str(home),
             "VOLANT_STATE_DIR": str(root / "s"),
             "VOLANT_RUNTIME_DIR": str(root / "r"),
@@ -58,6 +76,11 @@ class Shell:
         }
         etc = root / "etc"
         etc.mkdir(exist_ok=True)
+        # Pages build images of Debian's packages, which only the tests' own network reaches.
+        apt = root / "bin/apt-get"
+        apt.parent.mkdir(exist_ok=True)
+        apt.write_text(f'#!/bin/sh\nexec nsenter --net=/proc/{os.getpid()}/ns/net /usr/bin/apt-get "$@"\n')
+        apt.chmod(0o755)
         self._home = home
         self._process = subprocess.Popen(
             ["unshare", "--net", "--mount", "--", "sh", "-ec", _ALONE, str(etc)],
@@ -97,7 +120,7 @@ class Shell:
 
     def close(self) -> None:
         try:
-            said, _ = self.run(f"{_CLEAN}; jobs -p | xargs -r kill; wait")
+            said, _ = self.run(f"{_CLEAN}\njobs -p | xargs -r kill; wait")
             assert "Error" not in said, said
         finally:
             self._process.kill()
@@ -122,6 +145,8 @@ def _clear(root: Path) -> None:
     for pid in processes_of(root):
         os.kill(pid, signal.SIGKILL)
     for each in root.iterdir():
+        # The memory of VMs of a daemon that a page has killed, if this is its state.
+        shutil.rmtree(f"/dev/shm/volant-{instance_of(each)}", ignore_errors=True)
         shutil.rmtree(each, ignore_errors=True)
 
 
@@ -138,6 +163,9 @@ def test_commands_run_as_printed(page: Path, root: Path, image_cache: Path, tmp_
     except BaseException:
         _clear(root)
         raise
+    if "keys create" in page.read_text():
+        # The daemons of other pages would ask for one: that TCP was closed is never forgotten.
+        _clear(root)
 
 
 def _run_page(shell: Shell, page: Path) -> None:

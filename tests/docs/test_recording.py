@@ -26,7 +26,7 @@ def test_the_recorded_session_is_that_of_the_demo(
 
         def __init__(self, words: list[object], **_: object) -> None:
             reader, writer = os.pipe()
-            os.write(writer, b"volantd: listening on http://127.0.0.1:1\nhello from the guest\n")
+            os.write(writer, b"volantd: listening on http://127.0.0.1:1\nlocalhost/debian:13\nhello from the guest\n")
             os.close(writer)
             self.stdout = os.fdopen(reader, "rb")
 

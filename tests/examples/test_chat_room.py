@@ -16,6 +16,7 @@ from trio.testing import MockClock, memory_stream_pair
 from actors import TEMPORARY, Child, DynamicSupervisor, Log, Supervisor, open_system
 from examples.chat_room.connection import Connection
 from examples.chat_room.room import Room
+from tests.processes import read_line
 
 from .kit import ENVIRONMENT, ROOT
 
@@ -32,8 +33,7 @@ def port() -> Iterator[int]:
     )
     with server:
         try:
-            assert server.stdout is not None
-            yield int(server.stdout.readline().rpartition(" ")[2])
+            yield int(read_line(server).rpartition(" ")[2])
             server.send_signal(signal.SIGTERM)
             assert server.wait(10) == 0
         finally:

@@ -2,6 +2,7 @@
 
 from .calls import DaemonDied
 from .host import SimHost
+from .images import SimImages, SimRegistry
 from .machine import Machine
 from .network import SimLinks, SimNetwork
 from .world import Answer, Stream, Unreachable, World, simulated_world
@@ -11,8 +12,10 @@ __all__ = [
     "DaemonDied",
     "Machine",
     "SimHost",
+    "SimImages",
     "SimLinks",
     "SimNetwork",
+    "SimRegistry",
     "Stream",
     "Unreachable",
     "World",

@@ -26,6 +26,9 @@ class SimClock(Clock):
     def now(self) -> datetime:
         return self._machine.wall_clock()
 
+    def boottime(self) -> float:
+        return self.monotonic()
+
     def monotonic(self) -> float:
         return trio.current_time()
 

@@ -179,6 +179,8 @@ class Files:
             self.put(path, node)
         elif flags & os.O_CREAT and flags & os.O_EXCL:
             raise _error(errno.EEXIST, path)
+        elif flags & os.O_PATH:
+            node = File()
         elif not isinstance(node, File):
             raise _error(errno.EISDIR if isinstance(node, Directory) else errno.ENXIO, path)
         self._next_fd += 1

@@ -16,7 +16,7 @@ import trio
 
 from actors import fault
 from actors.testing import allow_real
-from volant.host import Descriptors, Disk, Files, FileWatch, Ownership, Watches
+from volant.host import Descriptors, Disk, Files, FileWatch, OpenDirectory, Ownership, Watches
 
 from .calls import Calls
 from .file_system import Directory, Fifo, File, Watch
@@ -45,11 +45,12 @@ class SimFiles(Files):
     async def read_tail(self, path: Path, limit: int) -> bytes:
         return await self._calls.run(lambda: bytes(self._files.file(path).data[-limit:]))
 
-    async def write(self, path: Path, data: bytes, mode: int = 0o600) -> None:
+    async def write(self, path: Path, data: bytes, mode: int = 0o600, *, durable: bool = True) -> None:
         def write() -> None:
             self._calls.check_space(path)
-            self._files.put(path, File(bytearray(data), len(data), data))
-            self._files.sync_directory(path.parent)
+            self._files.put(path, File(bytearray(data), len(data), data if durable else b""))
+            if durable:
+                self._files.sync_directory(path.parent)
 
         await self._calls.run(write)
 
@@ -129,10 +130,19 @@ class SimFiles(Files):
         self._calls.check()
         return self._files.file(path).size
 
+    def mode(self, path: Path) -> int:
+        self._calls.check()
+        self._files.file(path)
+        return 0o600
+
     def fingerprint(self, path: Path) -> str:
         self._calls.check()
         node = self._files.file(path)
         return f"{node.size}.{zlib.crc32(node.data)}"
+
+    def changed_at(self, path: Path) -> float:
+        self._calls.check()
+        return 0.0
 
     def names(self, directory: Path) -> list[str]:
         self._calls.check()
@@ -167,6 +177,16 @@ class SimDescriptors(Descriptors):
     def close(self, fd: int) -> None:
         self._calls.check()
         self._files.close(fd)
+
+    async def open_directory(self, base: Path, path: Path, timeout_s: float) -> OpenDirectory:
+        def open_it() -> OpenDirectory:
+            if fault("host_directory.hangs"):
+                raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT), str(path))
+            if not isinstance(self._files.get(path), Directory):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+            return OpenDirectory(self._files.open(path, os.O_PATH), os.geteuid(), os.getegid())
+
+        return await self._calls.run(open_it)
 
     def read_at(self, fd: int, limit: int, offset: int) -> bytes:
         self._calls.check()
@@ -227,6 +247,13 @@ class SimDisk(Disk):
             self._files.put(path, File(size=size))
 
         await self._calls.run(allocate)
+
+    async def extend(self, path: Path, size: int) -> None:
+        def extend() -> None:
+            node = self._files.file(path)
+            node.size = max(node.size, size)
+
+        await self._calls.run(extend)
 
 
 class SimWatches(Watches):

@@ -27,8 +27,10 @@ from volant.model.agent import (
     DAEMON_LOGS,
     DAEMON_MANIFEST,
     DAEMON_ROOT,
+    DAEMON_SECRETS,
     DAEMON_SETTLE,
     DAEMON_SHUTDOWN,
+    DAEMON_VOLUMES,
     DAEMON_WATCH,
     DAEMON_WORKLOAD,
     FRAME_STDOUT,
@@ -41,11 +43,16 @@ from volant.model.agent import (
     LOG_ID_HEADER,
     PROTOCOL_MIN,
     PROTOCOL_VERSION,
+    SECRETS_SINCE,
+    VOLUMES_SINCE,
     encode_log_frame,
 )
 
 MISSING_PROGRAM = "nosuch"
 """The one program that the guest's root does not have."""
+ENDS = {"ends": {"state": "exited", "exit_code": 0}, "fails": {"state": "failed", "exit_code": 3}}
+"""Programs that end after some lines, and how. The others run for ever."""
+_LAST_LINE = 2
 _WINDOW = 2**24
 _PIECE = 8192
 
@@ -60,10 +67,21 @@ class SimGuest:
         self.up = trio.Event()
         """Set while the agent answers."""
         self.workload: Any = None
+        self.flickers = False
+        """Whether each report says that the workload was restarted."""
+        self._reports = 0
+        self._end: dict[str, Any] | None = None
+        """How the workload has ended."""
         self.lines = 0
         """Number of lines that the workload has written."""
         self.protocol = rng.randint(PROTOCOL_MIN, PROTOCOL_VERSION)
         """The newest protocol version of its agent."""
+        self.root = "none"
+        """The state of its root filesystem."""
+        self.volumes: list[dict[str, Any]] = []
+        """The volumes that it has mounted."""
+        self.secrets: dict[str, Any] = {}
+        """The values of secrets that it was sent last."""
         self.is_copy = False
         """Whether it has not received its identity since it was restored from a template."""
         self.hosts: dict[str, str] = {}
@@ -105,7 +123,14 @@ class SimGuest:
         while True:
             await trio.sleep(self._rng.uniform(0.5, 5.0))
             await self.wait_running()
-            if self.workload is None or self._going_down:
+            if self.workload is None or self._going_down or self._end is not None:
+                continue
+            program = self.workload["entrypoint"][0]
+            if program == MISSING_PROGRAM:
+                continue
+            if program in ENDS and self.lines >= _LAST_LINE:
+                self._end = ENDS[program]
+                self.workload_changes()
                 continue
             self._stdout += b"line %d\n" % self.lines
             self.lines += 1
@@ -114,7 +139,8 @@ class SimGuest:
 
     def restart_agent(self) -> None:
         """Restarts the agent: its state is lost, and positions begin at 0."""
-        self.workload = None
+        self.workload = self._end = None
+        self.secrets = {}
         self._log_id = f"{self._rng.getrandbits(64):016x}"
         self._stdout.clear()
         self.lines = 0
@@ -153,6 +179,16 @@ class SimGuest:
             if not refuses:
                 self.hosts = json.loads(body)["hosts"]
             await answer(stream, 500 if refuses else 200, {})
+        elif path == DAEMON_VOLUMES and self.protocol >= VOLUMES_SINCE:
+            assert not self.is_copy
+            refuses = fault("agent.can_not_mount")
+            if not refuses:
+                self.volumes = json.loads(body)["volumes"]
+            await answer(stream, 409 if refuses else 200, {"detail": "the volume holds no sound ext4 filesystem"})
+        elif path == DAEMON_SECRETS and self.protocol >= SECRETS_SINCE:
+            if method == "PUT":
+                self.secrets = json.loads(body)
+            await answer(stream, 200, {"boot": self.secrets.get("boot")})
         elif path == DAEMON_SETTLE:
             await answer(stream, 200, {})
         elif path in (DAEMON_MANIFEST, DAEMON_WORKLOAD, DAEMON_LOGS) and self.is_copy:
@@ -162,7 +198,7 @@ class SimGuest:
         elif path == INFO:
             await answer(stream, 200, {"protocol": {"min": PROTOCOL_MIN, "max": self.protocol}})
         elif path == DAEMON_ROOT:
-            await answer(stream, 200, {"state": "none", "detail": ""})
+            await answer(stream, 200, {"state": self.root, "detail": ""})
         elif (method, path) == ("PUT", DAEMON_WORKLOAD):
             given = json.loads(body)
             fits = self.workload in (None, given)
@@ -184,9 +220,14 @@ class SimGuest:
         await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nConnection: close\r\n\r\n")
         while True:
             news = self._workload_news
-            status: dict[str, Any] = {"state": "none" if self.workload is None else "healthy", "restarts": 0}
-            if self.workload is not None and self.workload["entrypoint"][0] == MISSING_PROGRAM:
+            status: dict[str, Any] = {"state": "none", "pid": None, "restarts": 0}
+            if self._end is not None:
+                status |= self._end
+            elif self.workload is not None and self.workload["entrypoint"][0] == MISSING_PROGRAM:
                 status |= {"state": "failed", "error": f"there is no program {MISSING_PROGRAM}"}
+            elif self.workload is not None:
+                self._reports += self.flickers
+                status |= {"state": "healthy", "pid": 1000, "restarts": self._reports}
             await stream.send_all(json.dumps(status).encode() + b"\n")
             await news.wait()
 

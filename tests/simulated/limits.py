@@ -15,15 +15,28 @@ class SimLimits(Limits):
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
 
-    async def apply(self, identity: ProcessIdentity, description: str, limits: ResourceLimits | None = None) -> None:
+    async def apply(
+        self,
+        identity: ProcessIdentity,
+        description: str,
+        limits: ResourceLimits | None = None,
+        *,
+        spare: bool = False,
+    ) -> None:
         def move() -> None:
             machine = self._calls.machine
             process = machine.processes.get(identity.pid)
             if process is not None and process.alive:
                 machine.groups[identity.tag] = identity.pid
-                process.is_spare = False
+                process.is_spare = process.is_spare and spare
 
         await self._calls.run(move)
+
+    async def enclose(self, identity: ProcessIdentity, limits: ResourceLimits | None) -> None:
+        raise NotImplementedError
+
+    def is_frozen(self, identity: ProcessIdentity) -> bool:
+        return False
 
     async def remove_empty(self, ended: str | None = None) -> None:
         await self._calls.run(self._calls.machine.remove_empty_groups)
@@ -51,4 +64,7 @@ class SimSandboxAccess(SandboxAccess):
         raise NotImplementedError
 
     async def lend_directory(self, path: Path, user: int, grants: Sequence[Grant], below: Sequence[Path]) -> None:
+        raise NotImplementedError
+
+    async def share_directory(self, path: Path, user: int, below: Sequence[Path]) -> None:
         raise NotImplementedError

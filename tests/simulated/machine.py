@@ -14,10 +14,13 @@ from volant.model import ProcessIdentity
 
 from .databases import Databases
 from .file_system import Files
+from .images import SimRegistry
+from .listener import SimListener
 from .network import SimLinks
 from .passt import SimPasst
 from .process import SimProcess
 from .qemu import SimQemu
+from .virtiofsd import SimVirtiofsd
 
 _EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 _TICKS_PER_S = 100
@@ -46,10 +49,16 @@ class Machine:
         self.passts: dict[int, SimPasst] = {}
         self.on_the_way: dict[str, trio.abc.Stream] = {}
         """Connections that a daemon is passing to a hypervisor, by the id of the VM."""
+        self.virtiofsds: dict[int, SimVirtiofsd] = {}
+        self.inherited: dict[int, SimListener] = {}
+        """Listeners that a daemon has opened for a process that it starts, by their descriptors."""
         self.clock_offset = timedelta()
         """The offset that an operator has set the wall clock by."""
         self.disk_full = False
+        self.has_new_agents = False
+        """Whether no guest has an agent of an earlier release."""
         self.links = SimLinks()
+        self.registry = SimRegistry()
         self.groups: dict[str, int] = {}
         """Control groups by name, each with the process in it."""
         self.changed = trio.Event()
@@ -72,6 +81,7 @@ class Machine:
         self.processes.clear()
         self.qemus.clear()
         self.passts.clear()
+        self.virtiofsds.clear()
         self.groups.clear()
         self.files.power_cut()
         self.links.power_cut()
@@ -104,6 +114,12 @@ class Machine:
 
     def spawn(self, argv: list[str], tag: str, cwd: Path, output: Path) -> ProcessIdentity:
         process = self._new_process(argv, tag)
+        if argv[0].endswith("virtiofsd"):
+            listener = self.inherited.pop(int(argv[argv.index("--fd") + 1]))
+            virtiofsd = SimVirtiofsd(self.rng, self.files, process, listener, output)
+            self.virtiofsds[process.identity.pid] = virtiofsd
+            self.nursery.start_soon(virtiofsd.run)
+            return process.identity
         qemu = self.qemus[process.identity.pid] = SimQemu(self, process, argv, cwd, output)
         self.nursery.start_soon(qemu.run)
         self.changed.set()
@@ -122,6 +138,7 @@ class Machine:
         pid = self.rng.choice(free)
         self.qemus.pop(pid, None)
         self.passts.pop(pid, None)
+        self.virtiofsds.pop(pid, None)
         start_time = int((trio.current_time() - self._booted_at) * _TICKS_PER_S)
         identity = ProcessIdentity(pid=pid, start_time=start_time, boot_id=self.boot_id, tag=tag)
         process = self.processes[pid] = SimProcess(identity, argv)

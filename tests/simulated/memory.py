@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import trio
@@ -43,6 +44,9 @@ class SimMachine(MachineFacet):
     def is_short_of_memory(self) -> bool:
         self._calls.check()
         return fault("memory.is_under_pressure")
+
+    def interface_bytes(self) -> Mapping[str, tuple[int, int]]:
+        return {}
 
     def spare_memory_mb(self, directory: Path) -> int:
         return max(0, self.memory_available_mb())

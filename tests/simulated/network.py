@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Interface
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 import trio
@@ -38,6 +38,8 @@ class Call(Protocol):
 
 _LINE = re.compile(r"(?:(add|delete) )?(table|element) (.+?)(?: \{(?: (.*) \})?)?")
 """The first line of a block creates the table."""
+_OBJECT = re.compile(r"(add|delete) (chain|set|counter) (\S+ \S+) (\S+)(?: \{.*\})?")
+"""What egress rules of a VM consist of, besides elements."""
 
 
 @dataclass
@@ -53,6 +55,8 @@ class SimLinks:
     elements: dict[str, dict[str, str]] = field(default_factory=dict)
     """Elements of the firewall's sets, by table and name. An empty set may be missing."""
     tables: set[str] = field(default_factory=set)
+    objects: set[tuple[str, str, str]] = field(default_factory=set)
+    """Table, kind and name of chains, sets and counters that were added to a table."""
     watchers: list[Callable[[str], None]] = field(default_factory=list)
     """Called when a bridge or the firewall is removed."""
 
@@ -63,6 +67,7 @@ class SimLinks:
         self.localnet.clear()
         self.elements.clear()
         self.tables.clear()
+        self.objects.clear()
 
     def do(self, step: Step) -> None:
         """:raises NetworkFailed: as the kernel would."""
@@ -113,6 +118,7 @@ class SimLinks:
         """As `flush ruleset` does."""
         self.tables.clear()
         self.elements.clear()
+        self.objects.clear()
         self._notify("the firewall was flushed")
 
     def _notify(self, what: str) -> None:
@@ -122,7 +128,15 @@ class SimLinks:
     def load(self, rules: str) -> None:
         """Loads rules, all or nothing. :raises NetworkFailed: an element to be deleted does not exist."""
         tables, elements = set(self.tables), {name: dict(held) for name, held in self.elements.items()}
+        objects = set(self.objects)
         for line in rules.splitlines():
+            found = _OBJECT.fullmatch(line)
+            if found is not None:
+                verb, kind, table, name = found.groups()
+                if table not in tables or (verb == "delete" and (table, kind, name) not in objects):
+                    raise NetworkFailed("firewall", f"there is no {table} {kind} {name}")
+                (objects.add if verb == "add" else objects.discard)((table, kind, name))
+                continue
             match = _LINE.fullmatch(line)
             if match is None:
                 continue
@@ -132,10 +146,12 @@ class SimLinks:
             elif what == "table":
                 tables.discard(name)
                 elements = {held: of for held, of in elements.items() if not held.startswith(f"{name} ")}
+                objects = {each for each in objects if each[0] != name}
             elif name.rpartition(" ")[0] not in tables:
                 raise NetworkFailed("firewall", f"there is no table for {name}")
             else:
                 _change(elements.setdefault(name, {}), verb, members.split(", "))
+        self.objects = objects
         self.tables, self.elements = tables, {name: held for name, held in elements.items() if held}
 
 
@@ -211,6 +227,22 @@ class SimNetwork:
             self._links.load(rules)
 
         await self._call(load)
+
+    async def listed(self, what: str) -> Sequence[Mapping[str, Any]]:
+        table = what.partition("table ")[2]
+
+        def read() -> list[Mapping[str, Any]]:
+            if fault("firewall.cannot_be_read"):
+                raise NetworkFailed("firewall", "the simulated firewall can't be read")
+            if table not in self._links.tables:
+                return []
+            return [{"table": {"name": table}}] + [
+                {"counter": {"name": name, "packets": 0, "bytes": 0}}
+                for held, kind, name in sorted(self._links.objects)
+                if held == table and kind == "counter"
+            ]
+
+        return await self._call(read)
 
     async def watch(self, bridge: str, tables: Collection[str], on_loss: Callable[[str], None]) -> None:
         self._links.watchers.append(on_loss)

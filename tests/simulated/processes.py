@@ -11,13 +11,15 @@ from pathlib import Path
 import trio
 
 from actors import fault
-from volant.host import Ownership, Proc, Process, Processes, ProcessGone, ProcessStatus
+from volant.host import Ownership, Proc, Process, Processes, ProcessGone, ProcessStatus, ProcessUsage
 from volant.model import ProcessIdentity
 
 from .calls import Calls
 from .file_system import File
 from .process import SimProcess
 
+_QCOW2 = b"QFI\xfb" + (3).to_bytes(4, "big") + bytes(72)
+"""The header of an image without a base."""
 _STUBBORN_S = 45.0
 
 
@@ -60,13 +62,26 @@ class SimProcesses(Processes):
                 case "cp":
                     self._calls.check_space(Path(argv[-1]))
                     self._machine.files.copy(Path(argv[-2]), Path(argv[-1]))
+                case "mke2fs":
+                    node = self._made(argv)
+                    assert not node.data, f"{argv[-1]} has content, and is formatted"
+                    if fault("mke2fs.fails"):
+                        return 1, b"mke2fs: Input/output error while writing out and closing file system"
+                    node.data[:] = b"ext4"
                 case "qemu-img":
-                    self._machine.files.put(Path(argv[-1]), File())
+                    self._made(argv).data[:] = _QCOW2
                 case program:
                     raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), program)
             return 0, b""
 
         return await self._calls.run(run)
+
+    def _made(self, argv: Sequence[str]) -> File:
+        """Returns the file that a program makes or fills: the last one on its command line, before a size."""
+        path = Path(next(argument for argument in reversed(argv) if argument.startswith("/")))
+        if self._machine.files.find(path) is None:
+            self._machine.files.put(path, File())
+        return self._machine.files.file(path)
 
     async def scan(self, tag_prefix: str, *, of_anybody: bool = False) -> list[ProcessIdentity]:
         if not self._own.owns(tag_prefix):
@@ -153,6 +168,10 @@ class SimProc(Proc):
     def wakeups(self, identity: ProcessIdentity) -> int:
         self._check_alive(identity)
         return 0
+
+    def usage(self, identity: ProcessIdentity) -> ProcessUsage:
+        self._check_alive(identity)
+        return ProcessUsage(0.0, 0, 0, 0)
 
     def is_ours(self, identity: ProcessIdentity) -> bool:
         return self._own.owns(identity.tag)

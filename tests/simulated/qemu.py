@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -17,17 +18,21 @@ import trio
 
 from actors import fault
 from volant.hypervisor import PAUSED
+from volant.model.agent import PROTOCOL_VERSION, VOLUMES_SINCE
 
 from .file_system import File, SocketName
 from .guest import SimGuest, SimPort
 from .listener import SimListener, hang_up
 from .process import SimProcess
+from .virtiofsd import HELLO
 
 if TYPE_CHECKING:
     from .machine import Machine
 
 _BOOT_S = (0.5, 6.0)
 _CLONE_S = (0.02, 0.3)
+_OF_GUEST = ("workload", "protocol", "secrets")
+"""What a guest that is restored has of the one that was saved."""
 _VERSION = {"qemu": {"major": 10, "minor": 0, "micro": 13}, "package": "Debian"}
 
 
@@ -57,15 +62,29 @@ class SimQemu:
         self._boot = trio.CancelScope()
         self._running = trio.Event()
         self._capabilities: set[str] = set()
+        self._directories = [
+            machine.on_the_way.pop(f"{cwd.name}.{number}", None)
+            for number in range(sum(value.startswith("vhost-user-fs-") for value in argv))
+        ]
+        """Connections to the virtiofsd of its directories of the host."""
         self._handed: dict[str, trio.abc.Stream | None] = {}
         """Unused descriptors that came by `getfd`, by name; None for a tap."""
         self._connections: dict[str, trio.abc.Stream] = {}
         """Connections of `netdevs` to passt."""
         self.netdevs = {_id_of(value): "" for option, value in pairwise(argv) if option == "-netdev"}
         """Backends of network interfaces, by id, each with the id of the backend that a hub's port leads to, if any."""
+        self.resized: dict[str, int] = {}
+        """New sizes of disks in bytes, by their block nodes."""
         self._runs_once_loaded = False
         """`cont` came before the state was loaded."""
         self.guest = SimGuest(self._rng, machine.wall_clock_ns, self._guest_powers_off)
+        if any("node-name=root-layer-file" in argument for argument in process.argv):
+            self.guest.root = "mounted"
+        if any("serial=vol-" in argument for argument in process.argv):
+            # One that is too old for volumes would fail each boot.
+            self.guest.protocol = max(self.guest.protocol, VOLUMES_SINCE)
+        if machine.has_new_agents:
+            self.guest.protocol = PROTOCOL_VERSION
 
     @property
     def tag(self) -> str:
@@ -78,7 +97,10 @@ class SimQemu:
             try:
                 await self._run()
             finally:
-                for stream in (*self._clients, *self._connections.values(), *self._handed.values()):
+                for stream in (
+                    *(*self._clients, *self._connections.values(), *self._handed.values()),
+                    *self._directories,
+                ):
                     if stream is not None:
                         hang_up(stream)
 
@@ -90,6 +112,8 @@ class SimQemu:
             await trio.sleep_forever()
         if fault("qemu.hangs_at_start"):
             await trio.sleep_forever()
+        for directory in self._directories:
+            await self._greet(directory)
         control, agent = SimListener(), SimListener()
         self._machine.files.put(self.directory / "agent.sock", SocketName(agent))
         self._machine.files.put(self.directory / "qmp.sock", SocketName(control))
@@ -102,6 +126,17 @@ class SimQemu:
         finally:
             control.close()
             agent.close()
+
+    async def _greet(self, directory: trio.abc.Stream | None) -> None:
+        """Waits until the virtiofsd of a directory answers, as QEMU does before it opens its sockets."""
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            if directory is not None:
+                await directory.send_all(HELLO)
+                if await directory.receive_some(len(HELLO)):
+                    return
+        self._machine.files.append(self._output, b"-device vhost-user-fs-pci: vhost_backend_init failed\n")
+        self.process.end(1)
+        await trio.sleep_forever()
 
     def freeze(self) -> None:
         """From now on, it executes nothing."""
@@ -147,7 +182,7 @@ class SimQemu:
                     self._guest_stops("shutdown", "SHUTDOWN", {"guest": True, "reason": "guest-reset"})
                 elif fault("agent.restarts"):
                     self.guest.restart_agent()
-                    self._cut_channel()
+                    self.cut_channel()
             if self.status == "paused" and self.directory.parent.name == "standby" and fault("standby.dies"):
                 self.process.end(-9)
             if fault("qemu.dies"):
@@ -155,9 +190,10 @@ class SimQemu:
             elif fault("qemu.loses_control") and self._control is not None:
                 hang_up(self._control)
             elif fault("channel.is_cut"):
-                self._cut_channel()
+                self.cut_channel()
 
-    def _cut_channel(self) -> None:
+    def cut_channel(self) -> None:
+        """Breaks the connections to the agent."""
         for stream in self._clients:
             if stream is not self._control:
                 hang_up(stream)
@@ -170,7 +206,7 @@ class SimQemu:
             self.status = status
             self.guest.up = trio.Event()
             self._boot.cancel()
-            self._cut_channel()
+            self.cut_channel()
             self._machine.nursery.start_soon(self._send_event, {"event": event, "data": data})
             self._machine.nursery.start_soon(self._send_event, {"event": "STOP"})
 
@@ -244,6 +280,8 @@ class SimQemu:
             "netdev_add": {},
             "netdev_del": {},
             "migrate": {},
+            "block_resize": {},
+            "block_set_io_throttle": {},
             "migrate-incoming": {},
             "query-chardev": [{"label": "agent", "filename": self._agent_chardev()}],
             "query-migrate": self.migration,
@@ -268,6 +306,8 @@ class SimQemu:
             case "migrate-set-capabilities":
                 for each in message["arguments"]["capabilities"]:
                     (self._capabilities.add if each["state"] else self._capabilities.discard)(each["capability"])
+            case "block_resize":
+                self.resized[message["arguments"]["node-name"]] = message["arguments"]["size"]
             case "migrate":
                 await self._save(Path(message["arguments"]["uri"].removeprefix("file:")))
             case "migrate-incoming":
@@ -338,7 +378,7 @@ class SimQemu:
         return {"return": {}}
 
     def _write_state(self, path: Path, head: bytes = b"") -> None:
-        state = head + json.dumps({"workload": self.guest.workload, "protocol": self.guest.protocol}).encode()
+        state = head + json.dumps({name: getattr(self.guest, name) for name in _OF_GUEST}).encode()
         self._machine.files.put(path, File(bytearray(state), len(state)))
 
     async def _save(self, path: Path) -> None:
@@ -368,7 +408,8 @@ class SimQemu:
             return
         text = state.data.decode("latin-1")
         saved, _ = json.JSONDecoder().raw_decode(text, text.index("{"))
-        self.guest.workload, self.guest.protocol = saved["workload"], saved["protocol"]
+        for name in _OF_GUEST:
+            setattr(self.guest, name, saved[name])
         self.guest.is_copy = True
         self.status = "paused"
         self.migration = {"status": "completed"}

@@ -70,6 +70,20 @@ class SimSockets(Sockets):
         self._listeners.append(listener)
         return listener
 
+    @contextmanager
+    def listen_for(self, path: Path) -> Iterator[int]:
+        listener = self.listen_unix(path)
+        self._listeners.remove(listener)
+        inherited = self._calls.machine.inherited
+        number = max(inherited, default=0) + 1
+        inherited[number] = listener
+        try:
+            yield number
+        finally:
+            # The process that has it keeps it open.
+            if inherited.get(number) is listener:
+                inherited.pop(number).close()
+
     def unread(self, stream: trio.SocketStream) -> tuple[int, int]:
         self._calls.check()
         return 0, 0

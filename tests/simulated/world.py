@@ -20,8 +20,10 @@ from volant.daemon import Daemon, Settings
 
 from .calls import DaemonDied
 from .databases import Databases
+from .dns import SimDns
 from .file_system import File
 from .host import SimHost
+from .images import SimImages
 from .machine import Machine
 from .network import SimNetwork
 
@@ -51,6 +53,8 @@ class World:
 
     def __init__(self, sim: Simulation, nursery: trio.Nursery, directory: Path, databases: Databases) -> None:
         self.sim = sim
+        self.dns = SimDns()
+        """The sockets of the present daemon."""
         self.machine = Machine(sim.rng, nursery, databases, in_ram=(_RAM, _SHM), on_disk=(directory,))
         self.settings = Settings(
             state_dir=directory,
@@ -64,6 +68,8 @@ class World:
             max_boots=2,
             templates="auto",
             network="none",
+            # On the simulated disk, as its power can be cut.
+            secrets_key_file=directory / "secrets.key",
         )
         self.starts = 0
         self._nursery = nursery
@@ -105,10 +111,18 @@ class World:
 
     async def _run_daemon(self, task_status: trio.TaskStatus[None]) -> None:
         host = self._host = SimHost(self.machine)
+        self.dns = SimDns()
         for name in ("disks", "logs"):
             self.machine.files.mkdir(self.settings.state_dir / name)
         with allow_real("files", "randomness", "time"):
-            daemon = Daemon(self.settings, [], host=host, network=SimNetwork(self.machine.links, host.calls.run))
+            daemon = Daemon(
+                self.settings,
+                [],
+                host=host,
+                network=SimNetwork(self.machine.links, host.calls.run),
+                dns=self.dns,
+                oci=SimImages(self.machine.registry, host.calls, self.settings.cache_dir),
+            )
         self._ended = trio.Event()
         with trio.CancelScope() as self._daemon_scope:
             try:

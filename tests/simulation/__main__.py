@@ -16,10 +16,12 @@ from pathlib import Path
 from tests.simulation.scenario import Seen, missing, run_seed
 
 _RAM = Path("/dev/shm")
+_MANY = 200
+"""Fewer runs may not come across the rarest faults."""
 
 
 def main() -> int:
-    """Returns the exit code: 1 when a run failed, 3 when a fault or a transition was never seen."""
+    """Returns the exit code: 1 when a run failed, 3 when many did not, and a fault or a transition was never seen."""
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
     parser.add_argument("--seeds", type=int, default=300, help="how many (default: 300)")
     parser.add_argument("--first", type=int, default=0, help="the first one (default: 0)")
@@ -47,7 +49,7 @@ def main() -> int:
     unseen = missing(seen)
     if unseen:
         print(f"never seen: {', '.join(unseen)}")
-        return 3
+        return 3 if len(seeds) >= _MANY else 0
     return 0
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -26,19 +27,24 @@ from actors.testing import FaultReport, Simulation, kill, simulate
 from tests.simulated import Answer, Unreachable, World, simulated_world
 from tests.simulated.machine import Machine
 from tests.simulated.qemu import SimQemu
+from tests.simulation.secret_user import SECRETS, SecretUser, check_nowhere, check_values
+from tests.simulation.volume_user import VOLUMES, VolumeUser, check_files, check_guests, files, watch_writers
+from volant.journal import Projection
 from volant.model import TRANSITIONS, Status, VmRow, settled
 from volant.model.agent import IDENTITY_NETWORK_SINCE
 
 TROUBLE_S = 110.0
-CONVERGE_S = 900.0
+CONVERGE_S = 2400.0
+"""A template that could not be built five times is tried again after eight minutes, and VMs may wait for it."""
 AFTERMATH_S = 30.0
 """The daemon notices that late that a hypervisor has ignored a command under the last faults."""
 IDLE_S = 60.0
 IDLE_STEPS_PER_VM = 200
-TEMPLATES = 2
-"""The most templates of a run."""
+STEPS_PER_LINE = 20
+"""For what a workload writes, on its way to the log."""
 
 FAULTS: dict[str, float] = {
+    "agent.can_not_mount": 0.05,
     "agent.refuses": 0.01,
     "agent.refuses_hosts": 0.1,
     "agent.restarts": 0.03,
@@ -51,6 +57,8 @@ FAULTS: dict[str, float] = {
     "disk.full": 0.003,
     "disk.writes_half": 0.01,
     "firewall.refuses": 0.03,
+    "firewall.cannot_be_read": 0.03,
+    "resolver.cannot_listen": 0.03,
     "guest.ignores_shutdown": 0.2,
     "guest.never_answers": 0.05,
     "guest.panics": 0.03,
@@ -59,9 +67,14 @@ FAULTS: dict[str, float] = {
     "guest.reboots": 0.03,
     "memory.is_short": 0.03,
     "memory.is_under_pressure": 0.01,
+    "mke2fs.fails": 0.05,
     "network.answer_is_lost": 0.01,
     "network.does_half": 0.02,
     "network.refuses": 0.02,
+    "oci.fails": 0.03,
+    "oci.refuses": 0.1,
+    "oci.slow": 0.02,
+    "oci.wrong_digest": 0.05,
     "process.does_not_start": 0.03,
     "process.is_stubborn": 0.05,
     "qemu.dies": 0.03,
@@ -79,11 +92,25 @@ FAULTS: dict[str, float] = {
     "standby.dies": 0.5,
 }
 
+JOBS = {"job": "ends", "bad-job": "fails"}
+"""Plugins whose VMs stop with their workload, in every fifth run: the program of each."""
+
+IMAGE = "app"
+"""The OCI image of most VMs, in every fifth run."""
 BLUE = "blue"
 NETWORKS = {"ada": BLUE, "bob": "bridge", "eve": BLUE}
 """The network of each operator's VMs, in every second run; none in the others, as a template fits one kind only."""
 
-REACHABLE = TRANSITIONS - {(Status.PENDING, Status.STOPPED), (Status.PENDING, Status.DELETING)}
+EGRESS: list[object] = ["all", "all", "none", [{"name": "*.example.com", "ports": [443]}, {"cidr": "10.0.0.0/8"}]]
+"""Egress policies of new VMs with a network."""
+
+REACHABLE = TRANSITIONS - {
+    (Status.PENDING, Status.STOPPED),
+    (Status.PENDING, Status.DELETING),
+    # They come from another host.
+    (None, Status.STOPPED),
+    (None, Status.CRASHED),
+}
 """A pending VM begins to start before its actor handles its first message."""
 
 _JSON = {"content-type": "application/json"}
@@ -104,6 +131,14 @@ class Seen:
     """VMs that ran as clones at the end."""
     copies: int = 0
     """VMs that ran as copies of others."""
+    mounts: int = 0
+    """VMs with volumes that were up at the end."""
+    secrets: int = 0
+    """VMs with secrets that were up at the end."""
+    restricted: int = 0
+    """VMs with an egress policy that were up at the end."""
+    ends: int = 0
+    """Workloads that ended, and with which their VMs stopped."""
     standbys: int = 0
     """Those of them whose process came from the warm pool."""
 
@@ -116,6 +151,10 @@ class Seen:
         self.acknowledged += other.acknowledged
         self.clones += other.clones
         self.copies += other.copies
+        self.mounts += other.mounts
+        self.secrets += other.secrets
+        self.restricted += other.restricted
+        self.ends += other.ends
         self.standbys += other.standbys
         return self
 
@@ -125,7 +164,9 @@ class Seen:
             yield from self.faults.lines()
         yield f"{self.starts} daemons, {self.events} events, {self.acknowledged} acknowledged creations and deletions"
         yield f"{self.clones} VMs were clones at the end, {self.standbys} of them in processes that had waited"
-        yield f"{self.copies} ran as copies of others"
+        yield f"{self.copies} ran as copies of others, {self.ends} workloads ended, {self.mounts} had volumes"
+        yield f"{self.secrets} had secrets"
+        yield f"{self.restricted} had an egress policy"
 
 
 def missing(seen: Seen) -> list[str]:
@@ -134,6 +175,12 @@ def missing(seen: Seen) -> list[str]:
     assert seen.faults is not None
     if not seen.copies:
         transitions.append("a VM that ran as a copy of another one")
+    if not seen.mounts:
+        transitions.append("a VM with volumes")
+    if not seen.secrets:
+        transitions.append("a VM with secrets")
+    if not seen.ends:
+        transitions.append("a VM that stopped with its workload")
     return [*transitions, *seen.faults.never_fired, *seen.faults.never_reached]
 
 
@@ -143,7 +190,13 @@ def run_seed(seed: int, directory: Path) -> Seen:
 
     async def main(sim: Simulation) -> None:
         async with simulated_world(sim, directory) as world:
-            await Scenario(sim, world, seen).run()
+            variant = {
+                "jobs": seed % 5 == 4,
+                "images": seed % 5 == 3,
+                "volumes": seed % 6 == 5,
+                "secrets": seed % 7 == 6,
+            }
+            await Scenario(sim, world, seen, **variant).run()
         seen.faults = sim.faults.report()
 
     simulate(main, seed=seed, faults=FAULTS, limit_steps=20_000_000)
@@ -153,16 +206,42 @@ def run_seed(seed: int, directory: Path) -> Seen:
 class Scenario:
     """One simulation run."""
 
-    def __init__(self, sim: Simulation, world: World, seen: Seen) -> None:
+    def __init__(
+        self,
+        sim: Simulation,
+        world: World,
+        seen: Seen,
+        *,
+        jobs: bool = False,
+        images: bool = False,
+        volumes: bool = False,
+        secrets: bool = False,
+    ) -> None:
         self.sim = sim
         self.world = world
         self.seen = seen
         self.over = False
+        self._volumes = volumes
         self._undrain_at = math.inf
+        # One that is too old for secrets would fail each boot.
+        world.machine.has_new_agents = secrets
+        self._plugins = ["base", *JOBS] if jobs else ["base"]
+        if images:
+            world.machine.registry.push(IMAGE)
         self.follower = Follower(world, seen)
         networks = sim.rng.choice([NETWORKS, dict.fromkeys(NETWORKS, "none")])
         self.operators = [
-            Operator(world, Random(sim.rng.getrandbits(64)), [f"{name}-{n}" for n in range(2)], network, seen)
+            Operator(
+                world,
+                Random(sim.rng.getrandbits(64)),
+                [f"{name}-{n}" for n in range(2)],
+                network,
+                self._plugins,
+                seen,
+                image=IMAGE if images else None,
+                volumes=volumes,
+                secrets=secrets,
+            )
             for name, network in networks.items()
         ]
 
@@ -175,9 +254,13 @@ class Scenario:
         )
         await self.world.start_daemon()
         await self._make_network()
+        for plugin in self._plugins[1:]:
+            await self._install(plugin)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.follower.run)
             nursery.start_soon(watch_processes, self.world.machine)
+            if self._volumes:
+                nursery.start_soon(watch_writers, self.world.machine)
             async with trio.open_nursery() as people:
                 for operator in self.operators:
                     people.start_soon(operator.run, lambda: self.over)
@@ -191,9 +274,12 @@ class Scenario:
                 if not self.world.runs:
                     await self._start()
                 await self._undrain()
+            for operator in self.operators:
+                await operator.complete()
             await self._come_to_rest()
             await self._stand_idle()
             self._check_rest()
+            await self._check_forks()
             await self._check_orphans()
             await self._check_logs()
             await self._kill_in_a_launch()
@@ -211,6 +297,16 @@ class Scenario:
                 return
             await trio.sleep(1.0)
         raise AssertionError("a network is never made")
+
+    async def _install(self, plugin: str) -> None:
+        workload = {"entrypoint": [JOBS[plugin]], "on_exit": "stop"}
+        manifest = {"name": plugin, "resources": {"memory_mb": 64}, "workload": workload}
+        for _ in range(_ATTEMPTS):
+            answer = await self.world.request("POST", "/api/v1/plugins", manifest, _JSON)
+            if answer.status in (201, 409):
+                return
+            await trio.sleep(1.0)
+        raise AssertionError("a plugin is never installed")
 
     # Trouble
 
@@ -293,46 +389,65 @@ class Scenario:
             restless = [row for row in rows if not settled(row)]
             copying = daemon.vms.copies.inspect()
             refilling = daemon.vms.warm_pool.lacks()
-            if restless or daemon.health() != "ok" or _builds(daemon) or copying or refilling:
+            making = [each.name for each in daemon.store.projection.volumes.values() if each.status != "ready"]
+            if restless or daemon.status.health() != "ok" or _builds(daemon) or copying or refilling or making:
                 rests_since = trio.current_time()
             elif trio.current_time() - rests_since >= AFTERMATH_S:
                 return
-            assert trio.current_time() < deadline, f"no rest: {daemon.health()}, {[_short(row) for row in restless]}"
+            assert trio.current_time() < deadline, (
+                f"no rest: {daemon.status.health()}, {[_short(row) for row in restless]}, {making}, "
+                f"builds {_builds(daemon)}, copies {copying}, refills {refilling}"
+            )
 
     async def _stand_idle(self) -> None:
-        before = self.sim.steps
+        def lines() -> int:
+            return sum(qemu.guest.lines for qemu in self.world.machine.running())
+
+        steps, written = self.sim.steps, lines()
         await trio.sleep(IDLE_S)
-        spent = self.sim.steps - before
+        spent, written = self.sim.steps - steps, lines() - written
         vms = len(self.world.daemon.store.projection) + 1
-        assert spent < IDLE_STEPS_PER_VM * vms, f"{spent} steps while {vms} VMs stood idle for {IDLE_S:g} s"
+        assert spent < IDLE_STEPS_PER_VM * vms + STEPS_PER_LINE * written, (
+            f"{spent} steps while {vms} VMs stood idle for {IDLE_S:g} s, but for {written} lines of their workloads"
+        )
 
     def _check_rest(self) -> None:
         world = self.world
         daemon = world.daemon
         rows = {row.name: row for row in daemon.store.projection.rows()}
         for operator in self.operators:
-            operator.check(rows)
+            operator.check(rows, daemon.store.projection)
+        check_files(world)
         running = {qemu.tag: qemu for qemu in world.machine.running()}
         owned = {row.tag for row in rows.values() if row.status in (Status.RUNNING, Status.PAUSED)}
         pool = daemon.vms.warm_pool.tags
         assert set(running) == owned | pool, "hypervisors are not those of running VMs and of the warm pool"
         limits = daemon.vms.warm_pool.limits
-        assert len(pool) <= TEMPLATES * (limits.each or limits.most), f"too many processes in the warm pool: {pool}"
+        waiting = daemon.vms.warm_pool.statistics()["waiting"]
+        assert isinstance(waiting, Counter)
+        assert sum(waiting.values()) == len(pool)
+        most = limits.each or limits.most
+        assert max(waiting.values(), default=0) <= most, f"too many processes of one template: {waiting}"
         for row in rows.values():
             assert row.status not in (Status.STARTING, Status.STOPPING, Status.DELETING, Status.PENDING), row
             if row.status in (Status.RUNNING, Status.PAUSED):
                 machine = running[row.tag]
                 assert row.process == machine.process.identity
                 assert row.desired.value == row.status.value == machine.status, (_short(row), machine.status)
+                assert row.status is Status.PAUSED or not row.is_finished, "it outlives its workload"
         alive = [row for row in rows.values() if row.status in (Status.RUNNING, Status.PAUSED)]
         self.seen.clones += sum(row.template is not None for row in alive)
+        self.seen.mounts += sum(bool(row.volumes) for row in alive)
         self.seen.copies += sum(row.origin is not None and row.checkpoint is None for row in rows.values())
         self.seen.standbys += sum("-s." in row.tag for row in alive)
-        assert set(world.machine.groups) == {row.tag for row in alive}, "control groups are not those of running VMs"
+        assert set(world.machine.groups) == set(running), "control groups are not those of hypervisors"
         spare = {tag for tag, qemu in running.items() if qemu.process.is_spare}
         assert spare == pool, "processes that the kernel ends first are not those of the warm pool"
         self._check_files({str(row.id) for row in alive}, {str(row.id) for row in alive if row.template is None})
         self._check_networks(list(rows.values()), running)
+        check_guests(rows.values(), running)
+        self.seen.secrets += check_values(rows.values(), running)
+        check_nowhere(world)
 
     def _check_networks(self, rows: list[VmRow], running: dict[str, SimQemu]) -> None:
         """Checks that no address is used twice, that exactly the running VMs with a lease have a tap and an element of
@@ -353,12 +468,28 @@ class Scenario:
         assert sorted(element for held in let_out for element in held) == sorted(
             f'"{lease.tap}" . {lease.mac} . {lease.address}' for lease in wanted.values()
         )
+        restricted = [row for row in rows if row.lease is not None and row.tag and row.egress != "all"]
+        self._check_egress({row.ip_address: row for row in restricted})
         members = {row.name: row.ip_address for row in rows if row.network == BLUE}
         for row in rows:
             if row.status is Status.RUNNING and row.lease is not None:
                 guest = running[row.tag].guest
                 if guest.protocol >= IDENTITY_NETWORK_SINCE:
                     assert guest.hosts == (members if row.network == BLUE else {}), (_short(row), guest.hosts, members)
+
+    def _check_egress(self, restricted: dict[str, VmRow]) -> None:
+        """Checks that exactly the running VMs with an egress policy have rules, and a resolver each."""
+        machine = self.world.machine.links
+        held = {name.rpartition(" ")[2]: held for name, held in machine.elements.items() if "-egress " in name}
+        assert held.get("policies", {}) == {address: f"goto vm-{row.id}" for address, row in restricted.items()}
+        chains = {name for _, kind, name in machine.objects if kind == "chain"}
+        assert chains == {f"vm-{row.id}" for row in restricted.values()}, chains
+        resolvers = {
+            key.partition(" . ")[0]: int(to.rpartition(" . ")[2]) for key, to in held.get("resolvers", {}).items()
+        }
+        assert resolvers.keys() == restricted.keys(), (resolvers, restricted.keys())
+        assert self.world.dns.open == set(resolvers.values())
+        self.seen.restricted += len(restricted)
 
     def _check_files(self, ids: set[str], with_memory: set[str]) -> None:
         files = self.world.machine.files
@@ -406,18 +537,43 @@ class Scenario:
         for row in self.world.daemon.store.projection.rows():
             answer = await self.world.request("GET", f"/api/v1/vms/{row.name}/logs?stream=stdout")
             assert answer.status == 200, answer
-            last, last_seq = -1, 0
+            last: int | None = -1
+            last_seq = 0
             for line in answer.body.splitlines():
                 entry = json.loads(line)
                 if "gap" in entry:
+                    last = None
                     continue
                 assert entry["seq"] > last_seq, (entry, last_seq)
                 last_seq = entry["seq"]
                 found = _LINE.match(entry["line"])
                 if found:
                     number = int(found[1])
-                    assert number in (0, last + 1), f"{row.name}: line {number} follows line {last}"
+                    expected = last is None or number in (0, last + 1)
+                    assert expected, f"{row.name}: line {number} follows line {last}"
                     last = number
+
+    async def _check_forks(self) -> None:
+        """Checks that the fork tree has each copy that is there, with its source, and knows what is gone."""
+        tree = (await self.world.request("GET", "/api/v1/forks?limit=1000")).json()
+        nodes = {node["id"]: node for node in tree["nodes"]}
+        edges = {edge["target"]: (edge["kind"], edge["source"]) for edge in tree["edges"]}
+        assert {source for _, source in edges.values()} <= nodes.keys()
+        projection = self.world.daemon.store.projection
+        there, wanted = {}, {}
+        for row in projection.rows():
+            there[f"vm-{row.id}"] = row.status.value
+            if row.origin is not None and row.origin.kind == "fork":
+                wanted[f"vm-{row.id}"] = ("fork", f"vm-{row.origin.vm_id}")
+            elif row.origin is not None:
+                wanted[f"vm-{row.id}"] = ("restore", f"snapshot-{row.origin.snapshot_id}")
+        for snapshot in projection.snapshots.values():
+            there[f"snapshot-{snapshot.id}"] = snapshot.status
+            wanted[f"snapshot-{snapshot.id}"] = ("snapshot", f"vm-{snapshot.vm.id}")
+        assert {node: edge for node, edge in edges.items() if node in there} == wanted
+        for key, node in nodes.items():
+            assert node["status"] == there.get(key), node
+            assert (node["deleted_at"] is None) is (key in there), node
 
     async def _kill_in_a_launch(self) -> None:
         """Kills the daemon, without faults, while it launches VMs that it has acknowledged. Checks that the next daemon
@@ -425,7 +581,7 @@ class Scenario:
         rng, world = self.sim.rng, self.world
         # An agent of a VM with a network may be too old to be copied.
         rows = [row for row in world.daemon.store.projection.rows() if row.lease is None]
-        running = [row.name for row in rows if row.status is Status.RUNNING]
+        running = [row.name for row in rows if row.status is Status.RUNNING and not row.volumes]
         clone = {"name": "late", "cpu_cores": 1, "memory_mb": 128, "network": "none"}
         wanted = [("/api/v1/vms", clone)]
         if running:
@@ -448,9 +604,16 @@ class Scenario:
         for row in self.world.daemon.store.projection.rows():
             answer = await self.world.request("DELETE", f"/api/v1/vms/{row.name}")
             assert answer.status == 204, answer
-        for name in list(self.world.daemon.store.projection.snapshots):
+        for _, name in list(self.world.daemon.store.projection.snapshots):
             answer = await self.world.request("DELETE", f"/api/v1/snapshots/{name}")
             assert answer.status == 204, answer
+        for _, name in list(self.world.daemon.store.projection.secrets):
+            answer = await self.world.request("DELETE", f"{SECRETS}/{name}")
+            assert answer.status == 204, answer
+        for _, name in list(self.world.daemon.store.projection.volumes):
+            answer = await self.world.request("DELETE", f"{VOLUMES}/{name}")
+            assert answer.status == 204, answer
+        assert not files(self.world), "files of volumes are left"
         pool = self.world.daemon.vms.warm_pool.tags
         assert {qemu.tag for qemu in self.world.machine.running()} == pool
         self._check_files(set(), set())
@@ -506,9 +669,10 @@ class Follower:
         self._seen.events += 1
         before = self._statuses.get(event["vm_id"])
         after = Status(event["status"]) if event["status"] else None
-        if event["type"] in ("VM_FORKED", "VM_RESTORED"):
+        if not event["type"].startswith("VM_") or event["type"] in ("VM_FORKED", "VM_RESTORED"):
             # These report no change of the status.
             assert before is after, (event, before)
+            self._seen.ends += event["type"] in ("WORKLOAD_EXITED", "WORKLOAD_FAILED")
             self._seen.copies += event["type"] == "VM_RESTORED"
             return
         assert (before, after) in TRANSITIONS, f"{event['name']} went from {before} to {after}"
@@ -573,7 +737,21 @@ class Known:
 class Operator:
     """A user with VMs of their own, who makes one request at a time."""
 
-    def __init__(self, world: World, rng: Random, names: list[str], network: str, seen: Seen) -> None:
+    def __init__(
+        self,
+        world: World,
+        rng: Random,
+        names: list[str],
+        network: str,
+        plugins: list[str],
+        seen: Seen,
+        *,
+        image: str | None = None,
+        volumes: bool = False,
+        secrets: bool = False,
+    ) -> None:
+        self._plugins = plugins
+        self._image = image
         self._world = world
         self._rng = rng
         self._network = network
@@ -582,6 +760,8 @@ class Operator:
         self._keys = 0
         self._snapshots: list[str] = []
         """Acknowledged snapshots, oldest first."""
+        self._volumes = VolumeUser(rng, names[0], self._insist) if volumes else None
+        self._secrets = SecretUser(rng, names[0], self._insist) if secrets else None
 
     async def run(self, is_over: Callable[[], bool]) -> None:
         while not is_over():
@@ -590,11 +770,25 @@ class Operator:
                 *(self._create, self._command, self._command, self._command, self._delete, self._get),
                 *(self._take_snapshot, self._restore, self._fork),
             ]
-            await self._rng.choice(actions)(name)
+            if self._volumes is not None and self._rng.random() < 0.25:
+                await self._volumes.act()
+            elif self._secrets is not None and self._rng.random() < 0.25:
+                await self._secrets.act()
+            else:
+                await self._rng.choice(actions)(name)
             await trio.sleep(self._rng.expovariate(1 / 1.5))
 
-    def check(self, rows: dict[str, Any]) -> None:
+    async def complete(self) -> None:
+        """Does what answers have asked for, once there are no faults."""
+        if self._volumes is not None:
+            await self._volumes.complete()
+
+    def check(self, rows: dict[str, Any], projection: Projection) -> None:
         """Checks at rest that what was acknowledged holds."""
+        if self._volumes is not None:
+            self._volumes.check(projection.volumes)
+        if self._secrets is not None:
+            self._secrets.check(projection.secrets)
         for name, known in self._known.items():
             assert (name in rows) in known.exists, f"{name} exists: {name in rows}, expected {known.exists}"
             if name in rows and known.vm_id is not None:
@@ -609,6 +803,18 @@ class Operator:
             "restart_policy": self._rng.choice(["never", "on-failure", "always"]),
             "network": self._network,
         }
+        if self._network != "none":
+            body["egress"] = self._rng.choice(EGRESS)
+        if self._image is not None and self._rng.random() < 0.7:
+            body |= {"image": self._image, "start_workload": self._rng.choice([True, False])}
+        elif len(self._plugins) > 1:
+            body["plugin"] = self._rng.choice(self._plugins)
+        if self._volumes is not None and self._rng.random() < 0.6:
+            # One that waits for another's volume would not come to rest.
+            body |= {"volumes": self._volumes.mounts(), "restart_policy": "never"}
+        if self._secrets is not None and self._rng.random() < 0.8:
+            # One whose agent is too old for secrets would not come to rest.
+            body |= {**await self._secrets.members(), "restart_policy": "never"}
         await self._make(name, "/api/v1/vms", body)
 
     async def _restore(self, name: str) -> None:
@@ -641,7 +847,7 @@ class Operator:
         known = self._known[name]
         self._keys += 1
         headers = {**_JSON, "idempotency-key": f"{name}-{self._keys}"}
-        is_copy = "cpu_cores" not in body
+        may_lack = "cpu_cores" not in body or not body.keys().isdisjoint(("volumes", "env", "secrets"))
         before = set(known.exists)
         known.exists = {True} if before == {True} else {True, False}
         # Repeated requests with the same key are executed once, whatever happens in between.
@@ -651,8 +857,8 @@ class Operator:
             made = answer.json()[0] if path.endswith("/fork") else answer.json()
             known.exists, known.vm_id, known.going = {True}, made["id"], False
             self._seen.acknowledged += 1
-        elif is_copy and answer.status in (404, 409):
-            # There is nothing to copy, or it is in no state for it; nothing says whether the name was taken.
+        elif may_lack and answer.status in (404, 409):
+            # What to copy or to mount is not there, or in no state for it; nothing says whether the name was taken.
             assert answer.json()["type"] != "urn:volant:error:vm-deleting", answer
             known.exists = before if not known.going else {True, False} if True in before else before
         elif answer.status == 409:

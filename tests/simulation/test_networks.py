@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import trio
 
+from tests.names import named
 from tests.simulated import World
 from tests.simulated.qemu import SimQemu
 from tests.simulation.kit import JSON, VMS, run_story
@@ -24,13 +25,13 @@ async def make(world: World, name: str, network: str, *, boot: str = "cold") -> 
     return answer.json()
 
 
-async def named(world: World, *names: str) -> None:
+async def make_networks(world: World, *names: str) -> None:
     for name in names:
         assert (await world.request("POST", "/api/v1/networks", {"name": name}, JSON)).status == 201
 
 
 def machine_of(world: World, name: str) -> SimQemu:
-    row = world.daemon.store.projection.get(name)
+    row = world.daemon.store.projection.get(named(name))
     assert row is not None
     (qemu,) = [each for each in world.machine.running() if each.tag == row.tag]
     return qemu
@@ -44,7 +45,7 @@ def knows(world: World, name: str) -> dict[str, str] | None:
 
 async def all_know(world: World, *names: str) -> None:
     """Wait until each of these knows all of them, and nobody else."""
-    addresses = {name: world.daemon.store.projection.get(name) for name in names}
+    addresses = {name: world.daemon.store.projection.get(named(name)) for name in names}
     wanted = {name: row.ip_address for name, row in addresses.items() if row is not None}
     assert set(wanted) == set(names)
     with trio.fail_after(PATIENCE_S):
@@ -55,7 +56,7 @@ async def all_know(world: World, *names: str) -> None:
 @pytest.mark.parametrize("seed", range(6))
 def test_guests_know_their_peers_while_vms_come_and_go(tmp_path: Path, seed: int) -> None:
     async def story(world: World) -> None:
-        await named(world, "blue", "green")
+        await make_networks(world, "blue", "green")
         for name in ("a", "b"):
             await make(world, name, "blue")
         await make(world, "c", "green")
@@ -81,7 +82,7 @@ def test_an_older_update_of_hosts_does_not_win(tmp_path: Path, seed: int) -> Non
     """A daemon that begins anew tells the guest while it makes itself known to its agent, and others come meanwhile."""
 
     async def story(world: World) -> None:
-        await named(world, "blue")
+        await make_networks(world, "blue")
         for name in ("a", "b", "c"):
             await make(world, name, "blue")
         for _ in range(4):
@@ -101,7 +102,7 @@ def test_a_late_update_of_hosts_includes_deleted_peers(tmp_path: Path, seed: int
     """A guest that is paused, for instance while it is copied, reads an update after the request was given up."""
 
     async def story(world: World) -> None:
-        await named(world, "blue")
+        await make_networks(world, "blue")
         for name in ("a", "b", "c"):
             await make(world, name, "blue")
         await all_know(world, "a", "b", "c")
@@ -124,7 +125,7 @@ def test_a_late_update_of_hosts_includes_deleted_peers(tmp_path: Path, seed: int
 @pytest.mark.parametrize("boot", ["cold", "auto"])
 def test_a_guest_knows_its_peers_before_it_is_running(tmp_path: Path, boot: str, seed: int) -> None:
     async def story(world: World) -> None:
-        await named(world, "blue")
+        await make_networks(world, "blue")
         await make(world, "a", "blue", boot=boot)
         # Of the second there is a template then.
         await trio.sleep(60)
@@ -138,7 +139,7 @@ def test_a_guest_knows_its_peers_before_it_is_running(tmp_path: Path, boot: str,
 @pytest.mark.parametrize("seed", range(4))
 def test_a_copy_receives_an_address_of_its_own(tmp_path: Path, seed: int) -> None:
     async def story(world: World) -> None:
-        await named(world, "blue")
+        await make_networks(world, "blue")
         await make(world, "demo", "blue")
         answer = await world.request("POST", f"{VMS}/demo/fork?wait=running,crashed", {"names": ["copy"]}, JSON)
         (copy,) = answer.json()
@@ -185,7 +186,7 @@ def test_a_tap_exists_as_long_as_its_process(tmp_path: Path, boot: str) -> None:
                 assert (await make(world, name, "bridge", boot=boot))["status"] == "running"
                 await trio.sleep(30)
             await world.request("POST", f"{VMS}/a/stop?wait=stopped", None, JSON)
-            lease = world.daemon.store.projection.get("a")
+            lease = world.daemon.store.projection.get(named("a"))
             assert lease is not None
             assert lease.lease is not None
             assert lease.lease.tap not in world.machine.links.links

@@ -32,7 +32,7 @@ async def lose_the_database(world: World) -> None:
         for path in world.settings.state_dir.glob("volant.db*"):
             path.unlink()
     await world.start_daemon()
-    while world.daemon.health() != "ok":  # noqa: ASYNC110 - it offers no wait
+    while world.daemon.status.health() != "ok":  # noqa: ASYNC110 - it offers no wait
         await trio.sleep(0.1)
 
 

@@ -12,6 +12,7 @@ import trio
 from actors.testing import Simulation, simulate
 from tests.simulated import World, simulated_world
 from tests.simulation.kit import JSON
+from volant.model.agent import IDENTITY_NETWORK_SINCE
 
 MOMENTS_S = (0.0, 0.005, 0.05, 0.2, 0.5, 1.0, 2.0, 3.0, 5.0)
 """From the launch of the build's machine to its trial and beyond, a little later with each seed."""
@@ -71,7 +72,10 @@ def test_a_killed_daemon_leaves_no_half_built_template(tmp_path: Path, moment_s:
 
 
 @pytest.mark.parametrize("network", ["none", "bridge"])
-def test_defaults_of_templates_and_of_vms_fit(tmp_path: Path, network: str) -> None:
+def test_defaults_of_templates_and_of_vms_fit(tmp_path: Path, network: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Guests that are new enough to receive the settings of a network.
+    monkeypatch.setattr("tests.simulated.guest.PROTOCOL_MIN", IDENTITY_NETWORK_SINCE)
+
     async def main(sim: Simulation) -> None:
         async with simulated_world(sim, tmp_path) as world:
             world.settings = msgspec.structs.replace(world.settings, network=network)
@@ -87,5 +91,27 @@ def test_defaults_of_templates_and_of_vms_fit(tmp_path: Path, network: str) -> N
             listed = await world.request("GET", "/api/v1/templates")
             assert len(listed.json()) == 2
 
-    # A seed whose guests are new enough to be told of a network.
     simulate(main, seed=4)
+
+
+def test_a_build_counts_as_the_creation_of_a_vm(tmp_path: Path) -> None:
+    async def main(sim: Simulation) -> None:
+        async with simulated_world(sim, tmp_path) as world:
+            await world.start_daemon()
+
+            async def build(**body: Any) -> tuple[int, str]:
+                answer = await world.request("POST", "/api/v1/templates", {"cpu_cores": 1, **body}, JSON)
+                return answer.status, str(answer.json().get("type", "")).rpartition(":")[2]
+
+            quota = {"memory_mb": 192, "creates_per_minute": 2}
+            assert (await world.request("PUT", "/api/v1/projects/default/quota", quota, JSON)).status == 200
+            assert await build(memory_mb=193) == (409, "quota-exceeded")
+            assert await build(memory_mb=128) == (201, "")
+            # One that is there is not built.
+            assert await build(memory_mb=128) == (201, "")
+            assert await build(memory_mb=192) == (201, "")
+            assert await build(memory_mb=160) == (429, "too-many-creates")
+            await trio.sleep(61)
+            assert await build(memory_mb=160) == (201, "")
+
+    simulate(main, seed=5)

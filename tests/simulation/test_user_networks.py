@@ -23,7 +23,7 @@ AGAIN_S = 30.0
 
 @pytest.fixture(autouse=True)
 def _user_networks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("volant.daemon._daemon.passt_obstacle", lambda: None)
+    monkeypatch.setattr("volant.daemon._guest_networks.passt_obstacle", lambda: None)
     # An older agent takes no network settings, so no copy of its guest has a network.
     monkeypatch.setattr("tests.simulated.guest.PROTOCOL_MIN", PROTOCOL_VERSION)
 

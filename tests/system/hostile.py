@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import trio
 
+from tests.files import everything_in
 from tests.system.kit import BOOT_S, REPOSITORY, Daemon, Stopwatch, run, spec
 from tests.system.rootfs import digest
 from volant import images
@@ -185,7 +186,7 @@ def taken_mb(daemon: Daemon) -> float:
     """Returns the allocated disk space, without the memory and the disks of VMs."""
     taken = 0
     for directory in (daemon.state_dir / "logs", daemon.runtime_dir):
-        for path in directory.rglob("*"):
+        for path in everything_in(directory):
             try:
                 taken += path.lstat().st_blocks * 512
             except FileNotFoundError:

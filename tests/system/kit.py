@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import shutil
@@ -11,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import httpx
 import trio
 from trio_websocket import WebSocketConnection, open_websocket_url
 
-from volant.cli._images import default_cache_dir
+from volant.cli._boot_images import default_cache_dir
 from volant.client import Client, ClientError, ClientProblem, Feed, StreamGap
 from volant.client._http import RequestBody
 from volant.daemon._directories import EPHEMERAL
@@ -82,7 +83,6 @@ class Daemon:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("VOLANT_")}
         self.environ = {**inherited, "PYTHONPATH": str(REPOSITORY), **(environ or {})}
         self.key = self.environ.get("VOLANT_API_KEY")
-        self.headers = {"X-Volant-API-Key": self.key} if self.key else {}
         if template is not None:
             self._share(template)
 
@@ -96,6 +96,14 @@ class Daemon:
             (self.state_dir / EPHEMERAL).touch(0o600)
         for file in template.iterdir():
             (directory / file.name).hardlink_to(file)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"X-Volant-API-Key": self.key} if self.key else {}
+
+    def use_key(self, key: str) -> None:
+        """Sets the API key of its next start, and of clients."""
+        self.key = self.environ["VOLANT_API_KEY"] = key
 
     @property
     def pid(self) -> int:
@@ -249,18 +257,28 @@ class Daemon:
             left = self.leftovers()
             assert not left, f"volantd left behind: {left}"
         finally:
-            if self.runs:
-                self.kill()
-            for pid in self.processes():
-                os.kill(pid, signal.SIGKILL)
             self.discard()
 
     def discard(self) -> None:
-        """Kills it if it runs, and removes its directories."""
+        """Kills it and the processes that it started, and removes its directories."""
         if self.runs:
             self.kill()
+        for pid in self.processes():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._remove_groups()
         shutil.rmtree(self.memory_dir, ignore_errors=True)
         shutil.rmtree(self.root, ignore_errors=True)
+
+    def _remove_groups(self) -> None:
+        """Removes its control groups, as soon as the processes in them are gone."""
+        name, until = self.tag_prefix.rstrip("-"), time.monotonic() + _STOP_S
+        for top in (*_GROUPS.glob(f"{name}*/"), *_GROUPS.glob(f"*/{name}*/")):
+            while top.exists() and time.monotonic() < until:
+                for group in (*sorted(top.glob("**/"), reverse=True), top):
+                    with suppress(OSError):
+                        group.rmdir()
+                time.sleep(0.01)
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[Client]:
@@ -318,10 +336,29 @@ def cache_dir() -> Path:
     return Path(os.environ.get("VOLANT_TEST_CACHE") or default_cache_dir(os.environ, os.getuid())).absolute()
 
 
+@contextmanager
+def own_cache(cache: Path) -> Iterator[Path]:
+    """Gives a cache with the boot images of another one and nothing else, until the block ends."""
+    directory = Path(tempfile.mkdtemp(prefix="vt", dir="/tmp"))
+    try:
+        directory.chmod(0o711)
+        (directory / "images").mkdir()
+        shutil.copy(cache / "current.json", directory)
+        for name in json.loads((cache / "current.json").read_text()).values():
+            shutil.copytree(cache / "images" / name, directory / "images" / name)
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
 def patched(code: str) -> Sequence[str]:
-    """Returns a `wrapper` that runs `code` in the daemon's process first, for shorter timeouts or injected errors."""
+    """Returns a `wrapper` that runs `code` in the daemon's process first, for shorter timeouts or injected errors.
+
+    The code calls `change(owner, name, value)`, which fails where the name does not exist any more.
+    """
+    change = "def change(owner, name, value):\n    getattr(owner, name)\n    setattr(owner, name, value)"
     begin = "sys.argv = sys.argv[3:]\nrunpy.run_module('volant.daemon.main', run_name='__main__')"
-    return (sys.executable, "-c", f"import runpy, sys\n{code}\n{begin}")
+    return (sys.executable, "-c", f"import runpy, sys\n{change}\n{code}\n{begin}")
 
 
 def _processes() -> list[tuple[int, list[str]]]:

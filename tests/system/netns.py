@@ -6,13 +6,16 @@ killed.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+
+from tests.processes import read_line
 
 DAEMON = "192.0.2.1"
 CLIENTS = "192.0.2.2"
@@ -23,55 +26,73 @@ IN_ITS_OWN = ("unshare", "--net", "--", "sh", "-c", 'ip link set lo up && exec "
 _S = 30.0
 
 
+class Namespace:
+    """A network namespace, which exists until it is closed."""
+
+    def __init__(self) -> None:
+        self._holder = subprocess.Popen(
+            [*IN_ITS_OWN, "sh", "-c", "echo; exec sleep 3600"], stdout=subprocess.PIPE, text=True
+        )
+        self.pid = self._holder.pid
+        self.enter = ("nsenter", f"--net=/proc/{self.pid}/ns/net", "--")
+        try:
+            read_line(self._holder)
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, *command: str) -> str:
+        """Returns the output of a command, which must succeed."""
+        done = subprocess.run([*self.enter, *command], check=True, stdout=subprocess.PIPE, text=True, timeout=_S)
+        return done.stdout
+
+    def links(self) -> set[str]:
+        """Returns the names of the network interfaces."""
+        return {link["ifname"] for link in json.loads(self.run("ip", "-j", "link"))}
+
+    def close(self) -> None:
+        """Ends the process that keeps the namespace."""
+        self._holder.kill()
+        self._holder.communicate(timeout=_S)
+
+
 class Clients:
     """Opens event streams from another namespace than the daemon's."""
 
     def __init__(self, daemon_pid: int) -> None:
         self._daemon_pid = daemon_pid
-        # Keeps the namespace when the clients are gone.
-        self._holder = subprocess.Popen(
-            [*IN_ITS_OWN, "sh", "-c", "echo; exec sleep 600"], stdout=subprocess.PIPE, text=True
-        )
+        # Exists when the clients are gone.
+        self._namespace = Namespace()
         self._clients: subprocess.Popen[str] | None = None
 
     def connect(self, port: int, count: int) -> None:
         """Connects the namespaces and opens the streams."""
-        assert self._holder.stdout is not None
-        self._holder.stdout.readline()
-        in_daemons, in_ours = self._ip(self._daemon_pid), self._ip(self._holder.pid)
-        in_daemons("link", "add", "vtd", "type", "veth", "peer", "name", "vtc", "netns", str(self._holder.pid))
-        for ip, link, address in ((in_daemons, "vtd", DAEMON), (in_ours, "vtc", CLIENTS)):
-            ip("addr", "add", f"{address}/24", "dev", link)
-            ip("link", "set", link, "up")
+        peer = str(self._namespace.pid)
+        self._in_daemons("ip", "link", "add", "vtd", "type", "veth", "peer", "name", "vtc", "netns", peer)
+        for run, link, address in ((self._in_daemons, "vtd", DAEMON), (self._namespace.run, "vtc", CLIENTS)):
+            run("ip", "addr", "add", f"{address}/24", "dev", link)
+            run("ip", "link", "set", link, "up")
         command = [sys.executable, "-m", "tests.system.netns", DAEMON, str(port), str(count)]
-        self._clients = subprocess.Popen([*self._enter(self._holder.pid), *command], stdout=subprocess.PIPE, text=True)
-        assert self._clients.stdout is not None
-        assert self._clients.stdout.readline() == "connected\n"
+        self._clients = subprocess.Popen([*self._namespace.enter, *command], stdout=subprocess.PIPE, text=True)
+        assert read_line(self._clients) == "connected\n"
 
     def vanish(self) -> None:
         """Cuts the link, then kills the clients: the daemon is not notified."""
         assert self._clients is not None
-        self._ip(self._holder.pid)("link", "set", "vtc", "down")
+        self._namespace.run("ip", "link", "set", "vtc", "down")
         self._clients.kill()
         self._clients.wait(_S)
 
     def close(self) -> None:
         """Kills the remaining processes."""
-        for process in (self._clients, self._holder):
-            if process is not None:
-                process.kill()
-                process.wait(_S)
-                if process.stdout is not None:
-                    process.stdout.close()
+        if self._clients is not None:
+            self._clients.kill()
+            self._clients.communicate(timeout=_S)
+        self._namespace.close()
 
-    def _enter(self, pid: int) -> Sequence[str]:
-        return ("nsenter", f"--net=/proc/{pid}/ns/net", "--")
-
-    def _ip(self, pid: int):  # type: ignore[no-untyped-def]
-        def ip(*arguments: str) -> None:
-            subprocess.run([*self._enter(pid), "ip", *arguments], check=True, timeout=_S)
-
-        return ip
+    def _in_daemons(self, *command: str) -> None:
+        enter = ("nsenter", f"--net=/proc/{self._daemon_pid}/ns/net", "--")
+        subprocess.run([*enter, *command], check=True, timeout=_S)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from tests.oci.kit import tar
 from volant.images._debs import read_files
 from volant.model import Artifact, Boot, Manifest
 
@@ -21,6 +22,13 @@ def busybox(cache: Path) -> bytes:
     (deb,) = (cache / "debs").glob("busybox-static_*.deb")
     (data,) = read_files(deb, lambda path: path.endswith("bin/busybox")).values()
     return data
+
+
+def busybox_layer(cache: Path, *entries: tuple[str, dict[str, Any]]) -> bytes:
+    """Returns the layer of an OCI image with BusyBox and what `tests.oci.kit.tar` makes of `entries`."""
+    names = ("sh", "echo", "cat", "id", "sleep", "stat", "ls", "rm", "df", "sync", "sha256sum", "tail")
+    links = [(f"bin/{name}", {"to": "busybox"}) for name in names]
+    return tar(("bin", {}), ("bin/busybox", {"data": busybox(cache), "mode": 0o755}), *links, *entries)
 
 
 def make_ext4(path: Path, cache: Path, *, files: Mapping[str, str] = {}, size_mb: int = 24) -> Path:

@@ -18,6 +18,7 @@ import pytest
 import trio
 
 from actors.testing import kill
+from tests.names import named
 from tests.system.kit import Stopwatch, adopted, boot, is_alive, reachable, run
 from volant.client import Client, ClientError, ClientProblem, LogLine
 from volant.daemon._daemon import Daemon
@@ -136,7 +137,7 @@ async def test_a_vm_whose_actor_is_given_up_goes_on_and_can_be_recovered(
             await client.vms.recover("demo")
         assert early.value.status == 409
 
-        row = daemon.store.projection.get("demo")
+        row = daemon.store.projection.get(named("demo"))
         assert row is not None
         with monkeypatch.context() as broken:
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import trio
 
-from tests.system.kit import Daemon, reachable, run, spec
+from tests.system.kit import Daemon, next_event, reachable, run, spec
 from volant.client import ClientError, LogLine
 
 TALKER = """
@@ -38,6 +38,13 @@ async def test_a_killed_agent_comes_back_with_its_workload(daemon: Daemon) -> No
             assert isinstance(line, LogLine)
             assert line.line == "begins blue"
             await reachable(client, "demo")
-            assert (await client.vms.agent_health("demo"))["workload"]["state"] == "healthy"
-        # The daemon reports nothing: this is internal to the guest.
-        assert await client.newest_event() == newest
+            health = (await client.vms.agent_health("demo"))["workload"]
+            assert health["state"] == "healthy"
+        async with client.events(after=newest, vm="demo") as feed:
+            # The workload was started again. The VM did not change.
+            while True:
+                event = await next_event(feed)
+                assert event.type.startswith("WORKLOAD_"), event
+                assert event.workload is not None
+                if event.type == "WORKLOAD_STARTED" and event.workload.pid == health["pid"]:
+                    break

@@ -15,10 +15,11 @@ from typing import Any
 
 import httpx
 import msgspec
+import pytest
 import trio
 
 from tests.system.kit import Daemon, adopted, boot, is_alive, next_event, runs_on, spec
-from volant.client import Client, ClientError, StreamGap
+from volant.client import Client, ClientError, ClientProblem, StreamGap
 
 
 def volar(daemon: Daemon, *words: str, code: int = 0) -> Any:
@@ -195,8 +196,16 @@ async def test_a_damaged_database_is_kept_and_a_backup_brings_the_running_vm_bac
     done = restore_offline(daemon, kept)
     assert done.returncode == 0, done
     assert b"restored 1 VMs" in done.stdout
+    assert b"TCP needs credentials from now on" in done.stdout
     assert [path.read_bytes() for path in daemon.state_dir.glob("volant-before-*.db")] == [b""]
 
+    # Nobody knows whether the damaged database had keys.
+    async with daemon.started() as client:
+        with pytest.raises(ClientProblem) as refused_without:
+            await client.vms.get("demo")
+        assert refused_without.value.status == 401
+    assert daemon.stop() == 0
+    daemon.use_key("0123456789abcdef")
     async with daemon.started() as client:
         await runs_on(client, vm, boots=2)
         assert (await client.system.info())["orphans"] == []

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from base64 import b64decode
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -14,6 +15,7 @@ import pytest
 import trio
 
 from tests.hypervisor.kit import guest_spec
+from tests.processes import read_line
 from volant.channel import AgentClient, VirtioSerial, open_channel
 from volant.host import Host
 from volant.hypervisor import MachineSpec
@@ -47,6 +49,24 @@ async def run(client: AgentClient, *command: str) -> tuple[bytes, int]:
     exit_code = last.get("exit_code", last.get("signal"))
     assert isinstance(exit_code, int), last
     return bytes(output), exit_code
+
+
+async def test_a_guest_boots_while_qemu_gets_no_turn(host: Host, qemu: QemuHypervisor, spec: MachineSpec) -> None:
+    """QEMU's main thread raises the interrupts of the guest's first timer. When they came late, the kernel panicked:
+    'IO-APIC + timer doesn't work'."""
+    identity = await qemu.launch(spec)
+    cpu = min(os.sched_getaffinity(0))
+    async with qemu.attach(spec, identity) as machine, open_channel(host, VirtioSerial(spec.agent_path)) as channel:
+        # Only this thread, not those of the virtual processors.
+        os.sched_setaffinity(identity.pid, {cpu})
+        os.sched_setscheduler(identity.pid, os.SCHED_IDLE, os.sched_param(0))
+        hog = [sys.executable, "-c", f"import os; os.sched_setaffinity(0, {{{cpu}}})\nwhile True: pass"]
+        with trio.move_on_after(10):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(partial(trio.run_process, hog))
+                raise AssertionError(await machine.ended())
+        await AgentClient(channel).request_json("GET", HEALTHZ, timeout_s=BOOT_S)
+        await machine.kill()
 
 
 async def test_a_guest_is_reached_and_shuts_down_when_asked(
@@ -184,9 +204,10 @@ async def test_a_guest_outlives_its_owner_and_is_adopted(host: Host, qemu: QemuH
         )
     )
     with owner:
-        assert owner.stdout is not None
-        line = await trio.to_thread.run_sync(owner.stdout.readline)
-        owner.kill()
+        try:
+            line = await trio.to_thread.run_sync(read_line, owner, BOOT_S + 60)
+        finally:
+            owner.kill()
     identity = msgspec.json.decode(line, type=ProcessIdentity)
     with trio.fail_after(60):
         assert await host.processes.find(spec.tag) == identity

@@ -105,7 +105,7 @@ async def test_timers_go_on_in_copies(daemon: Daemon) -> None:
                 after = await clocks.read()
             assert after.monotonic > before.monotonic, name
             assert fell_behind_s(before, after) >= (AWAY_S if name == "restored" else 0), name
-        await client.snapshots.remove("asleep")
+        await client.snapshots.delete("asleep")
 
 
 @pytest.mark.parametrize("how", ["cold", "template"])

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 import pytest
 import trio
 
+from tests.processes import killed_after
 from tests.system.kit import BOOT_S, REPOSITORY, Daemon, adopted, boot, reachable, run, spec, until
 from volant.client import Client, ClientProblem, Console, Reconnected
 
@@ -69,8 +70,9 @@ async def test_the_guests_shell_answers_typed_lines(client: Client) -> None:
             nursery.start_soon(knock, console)
             await read_until(console, rb"built-in shell(.|\n)*# ")
             nursery.cancel_scope.cancel()
-    async with client.vms.logs("desk", streams=["console"], follow=False) as lines:
-        assert "42" in [item.line async for item in lines if hasattr(item, "line")]
+    with trio.fail_after(ANSWER_S):
+        async with client.vms.logs("desk", streams=["console"], follow=False) as lines:
+            assert "42" in [item.line async for item in lines if hasattr(item, "line")]
 
 
 async def knock(console: Console) -> None:
@@ -208,32 +210,32 @@ def forward(daemon: Daemon) -> None:
     with subprocess.Popen(
         command, env=environ, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stderr is not None
-            first, second = process.stdout.readline(), process.stdout.readline()
-            found = re.fullmatch(rf"127\.0\.0\.1:(\d+)( and \[::1\]:\1)? -> port {PORT} of desk\n", first)
-            assert found, first
-            dead = re.match(r"127\.0\.0\.1:(\d+)", second)
-            assert dead, second
-            port = int(found[1])
-            with socket.create_connection(("127.0.0.1", port), ANSWER_S) as one:
-                with socket.create_connection(("::1" if found[2] else "127.0.0.1", port), ANSWER_S) as two:
-                    exchange(one, b"one")
-                    exchange(two, b"two")
-                    exchange(one, b"more")
-                    for stream in (one, two):
-                        stream.shutdown(socket.SHUT_WR)
-                        assert stream.recv(1) == b""
-            with socket.create_connection(("127.0.0.1", int(dead[1])), ANSWER_S) as nobody:
-                with pytest.raises(ConnectionResetError):
-                    nobody.recv(1)
-            assert "nothing answers on port" in process.stderr.readline()
-            process.send_signal(signal.SIGINT)
-            assert process.wait(ANSWER_S) == 130
-            assert process.stderr.read() == ""
-        finally:
-            if process.poll() is None:
+        with killed_after(2 * ANSWER_S, process):
+            try:
+                assert process.stdout is not None
+                assert process.stderr is not None
+                first, second = process.stdout.readline(), process.stdout.readline()
+                found = re.fullmatch(rf"127\.0\.0\.1:(\d+)( and \[::1\]:\1)? -> port {PORT} of desk\n", first)
+                assert found, first
+                dead = re.match(r"127\.0\.0\.1:(\d+)", second)
+                assert dead, second
+                port = int(found[1])
+                with socket.create_connection(("127.0.0.1", port), ANSWER_S) as one:
+                    with socket.create_connection(("::1" if found[2] else "127.0.0.1", port), ANSWER_S) as two:
+                        exchange(one, b"one")
+                        exchange(two, b"two")
+                        exchange(one, b"more")
+                        for stream in (one, two):
+                            stream.shutdown(socket.SHUT_WR)
+                            assert stream.recv(1) == b""
+                with socket.create_connection(("127.0.0.1", int(dead[1])), ANSWER_S) as nobody:
+                    with pytest.raises(ConnectionResetError):
+                        nobody.recv(1)
+                assert "nothing answers on port" in process.stderr.readline()
+                process.send_signal(signal.SIGINT)
+                assert process.wait(ANSWER_S) == 130
+                assert process.stderr.read() == ""
+            finally:
                 process.kill()
 
 
@@ -271,8 +273,9 @@ async def test_consoles_work_after_the_daemon_was_killed_and_end_with_the_vm(dae
         assert b"# " in seen
         await reachable(client, "desk")
         async with client.vms.tcp("desk", PORT) as stream:
-            await stream.send_all(b"again")
-            assert await stream.receive_some() == b"again"
+            with trio.fail_after(ANSWER_S):
+                await stream.send_all(b"again")
+                assert await stream.receive_some() == b"again"
             daemon.kept.clear()
             await client.vms.stop("desk", grace_s=0)
             # A killed guest has no time to close its streams.
@@ -295,15 +298,16 @@ async def test_a_first_line_from_a_pipe_runs_and_powers_the_guest_off(daemon: Da
         # Nothing has been typed at this console before.
         await boot(client, "piped")
         environ = daemon.environ | {"VOLANT_API_BASE": daemon.base_url}
-        done = await trio.run_process(
-            [sys.executable, "-m", "volant.cli.main", "vms", "console", "piped"],
-            stdin=b"poweroff\n",
-            capture_stdout=True,
-            capture_stderr=True,
-            check=False,
-            env=environ,
-            cwd=REPOSITORY,
-        )
+        with trio.fail_after(BOOT_S):
+            done = await trio.run_process(
+                [sys.executable, "-m", "volant.cli.main", "vms", "console", "piped"],
+                stdin=b"poweroff\n",
+                capture_stdout=True,
+                capture_stderr=True,
+                check=False,
+                env=environ,
+                cwd=REPOSITORY,
+            )
         assert done.returncode == 0, done
         assert b"volar: the VM is stop" in done.stderr
         await client.vms.delete("piped")
@@ -313,15 +317,16 @@ async def test_a_guest_that_panics_during_a_command_is_reported_as_that(daemon: 
     async with daemon.client() as client:
         await client.vms.create(spec("panics"))
         # The VM is still starting: the command waits.
-        done = await trio.run_process(
-            [sys.executable, "-m", "volant.cli.main", "vms", "exec", "panics", "--", "sh", "-c", PANIC],
-            capture_stdout=True,
-            capture_stderr=True,
-            check=False,
-            env=daemon.environ | {"VOLANT_API_BASE": daemon.base_url},
-            cwd=REPOSITORY,
-        )
-        assert done.returncode == 1, done
+        with trio.fail_after(2 * BOOT_S):
+            done = await trio.run_process(
+                [sys.executable, "-m", "volant.cli.main", "vms", "exec", "panics", "--", "sh", "-c", PANIC],
+                capture_stdout=True,
+                capture_stderr=True,
+                check=False,
+                env=daemon.environ | {"VOLANT_API_BASE": daemon.base_url},
+                cwd=REPOSITORY,
+            )
+        assert done.returncode == 125, done
         assert b"VM 'panics' crashed: " in done.stderr
         assert b"panic" in done.stderr
         await client.vms.delete("panics")

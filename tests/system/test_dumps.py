@@ -52,7 +52,7 @@ def dump():
     while time.monotonic() < deadline:
         pass
     return ""
-_system.dump_tasks = dump
+change(_system, "dump_tasks", dump)
 """
     daemon = make_daemon(wrapper=patched(hangs))
     async with Client(daemon.base_url) as client, trio.open_nursery() as nursery:

@@ -24,12 +24,12 @@ WEBSOCKET = {
 }  # fmt: skip
 
 BROKEN_DOOR = """
-from volant.daemon import _daemon
+from volant.daemon import _status
 
 def broken(self):
     raise RuntimeError("a secret of the inside")
 
-_daemon.Daemon.info = broken
+change(_status.DaemonStatus, "info", broken)
 """
 """Breaks a route, to provoke a 500."""
 

@@ -165,7 +165,7 @@ def test_a_detached_command_survives_client_and_daemon_and_loses_no_output(daemo
     assert identifier.encode() in listed.stdout
     assert b"exit 9" in listed.stdout
     assert volar(daemon, "sessions", guest, "--end", identifier).returncode == 0
-    assert volar(daemon, "exec", "--attach", identifier, guest).returncode == 3
+    assert volar(daemon, "exec", "--attach", identifier, guest).returncode == 125
 
 
 def test_a_terminal_can_be_detached_and_attached_again(daemon: Daemon, guest: str) -> None:
@@ -183,7 +183,7 @@ def test_a_terminal_can_be_detached_and_attached_again(daemon: Daemon, guest: st
         first.see(b"is kept")
         with terminal(daemon, "exec", "--attach", identifier, guest) as second:
             second.see(b"is kept")
-            assert first.end() == 4
+            assert first.end() == 125
             second.type(b"exit 5\r")
             assert second.end() == 5
 

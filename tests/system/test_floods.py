@@ -6,16 +6,12 @@ import json
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
-import pytest
 import trio
 
 from tests.system.kit import BOOT_S, Daemon, Stopwatch, boot, load, run, spec, websocket
 from volant.client import Client, LogLine
 
-# Their limits are those of a machine that does nothing else.
-pytestmark = pytest.mark.alone
-
-FLOOD_S = load("VOLANT_TEST_FLOOD_S", usual=10, full=60)
+FLOOD_S = load("VOLANT_TEST_FLOOD_S", usual=6, full=60)
 """Seconds of the flood on the console."""
 OUTPUT_MB = load("VOLANT_TEST_OUTPUT_MB", usual=30, full=200)
 """Output of the workload in MB. The log retains 64 MiB, including the fields of each line."""

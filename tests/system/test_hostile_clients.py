@@ -19,9 +19,6 @@ from tests.system import netns
 from tests.system.kit import BOOT_S, Daemon, boot, load, patched, run, spec
 from volant.client import LogLine
 
-# Their limits are those of a machine that does nothing else.
-pytestmark = pytest.mark.alone
-
 SLOW_CLIENTS = 200
 LINES = load("VOLANT_TEST_LOG_LINES", usual=100_000, full=100_000)
 VANISHING = 1000
@@ -194,7 +191,7 @@ async def test_readers_that_never_read_block_nothing_while_100_000_lines_pass(da
             for stream in streams:
                 await trio.aclose_forcefully(stream)
         await client.vms.delete("talker")
-        await client.plugins.remove("talker")
+        await client.plugins.delete("talker")
 
 
 PATIENCE = """
@@ -205,7 +202,8 @@ from volant.http import Limits, _serving
 def shorter():
     return replace(Limits(), send_s=%s)
 
-_app.Limits = _serving.Limits = shorter
+change(_app, "Limits", shorter)
+change(_serving, "Limits", shorter)
 """
 
 

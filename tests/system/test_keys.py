@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.files import files_in
 from volant.client import Client
 
 from .kit import Daemon, boot, run
@@ -32,7 +33,7 @@ async def test_a_key_is_in_no_hypervisor_guest_event_log_or_file(
         said = environment + read(f"/proc/{pid}/cmdline") + read(f"/proc/{daemon.pid}/cmdline")
         said += (await run(client, "demo", "sh", "-c", "cat /proc/1/environ /proc/cmdline; env")).encode()
         for root in (daemon.state_dir, daemon.runtime_dir):
-            said += b"".join(path.read_bytes() for path in root.rglob("*") if path.is_file())
+            said += b"".join(data for _, data in files_in(root))
         await client.vms.delete("demo")
     said += daemon.log_path.read_bytes()
     for key in (KEY, OF_THE_FILE):

@@ -18,7 +18,7 @@ from tests.system.kit import BOOT_S, Daemon, Stopwatch, boot, load, reachable, s
 from volant.client import Client
 from volant.model import ForkVm, RestoreVm, TakeSnapshot
 
-TRIES = load("VOLANT_TEST_LAUNCH_KILLS", usual=6, full=30)
+TRIES = load("VOLANT_TEST_LAUNCH_KILLS", usual=4, full=30)
 LATEST_S = 0.1
 FLAGS = {"standby": ("--standby", "1")}
 

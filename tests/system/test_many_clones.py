@@ -11,7 +11,7 @@ from tests.system.clones import Who, who
 from tests.system.kit import BOOT_S, Daemon, Stopwatch, boot, load, run, spec
 from volant.model import VmView
 
-CLONES = load("VOLANT_TEST_CLONES", usual=12, full=50)
+CLONES = load("VOLANT_TEST_CLONES", usual=8, full=50)
 CLOCK_S = 0.05
 
 

@@ -6,21 +6,20 @@ the rules of the bridge in detail; this file tests real guests.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
 import trio
 
 from tests.system.kit import BOOT_S, Daemon, boot, kept, reachable, run, until
-from tests.system.netns import IN_ITS_OWN
+from tests.system.lab import HOST, WORLD, Lab
 from tests.system.test_orphans import volar
 from tests.system.test_snapshots import fork
 from tests.system.test_standby import count, filled
@@ -33,12 +32,12 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("nft") is None, reason="nftables is not installed"),
 ]
 GATEWAY = "192.168.127.1"
-HOST, WORLD, PORT = "198.51.100.1", "198.51.100.2", 7000
+PORT = 7000
 _S = 30.0
 SERVE = f"""
 import socket
 listener = socket.create_server(("{WORLD}", {PORT}))
-print("listening", flush=True)
+print("ready", flush=True)
 while True:
     connection, address = listener.accept()
     connection.sendall(address[0].encode())
@@ -53,57 +52,18 @@ with socket.create_connection((sys.argv[1], int(sys.argv[2])), timeout=10) as st
 """
 
 
-class Namespace:
-    """A network namespace, which exists until it is closed."""
+class NetworkLab(Lab):
+    """A lab with the server."""
 
     def __init__(self) -> None:
-        self._holder = subprocess.Popen(
-            [*IN_ITS_OWN, "sh", "-c", "echo; exec sleep 3600"], stdout=subprocess.PIPE, text=True
-        )
-        assert self._holder.stdout is not None
-        self._holder.stdout.readline()
-        self.pid = self._holder.pid
-        self.enter = ("nsenter", f"--net=/proc/{self.pid}/ns/net", "--")
-
-    def run(self, *command: str) -> str:
-        done = subprocess.run([*self.enter, *command], check=True, stdout=subprocess.PIPE, text=True, timeout=_S)
-        return done.stdout
-
-    def links(self) -> set[str]:
-        return {link["ifname"] for link in json.loads(self.run("ip", "-j", "link"))}
-
-    def close(self) -> None:
-        self._holder.kill()
-        self._holder.communicate(timeout=_S)
-
-
-class Lab:
-    """A host, the internet, and a link between them."""
-
-    def __init__(self) -> None:
-        self.host, self.world = Namespace(), Namespace()
-        self.host.run("ip", "link", "add", "up0", "type", "veth", "peer", "name", "up0", "netns", str(self.world.pid))
-        for end, address in ((self.host, HOST), (self.world, WORLD)):
-            end.run("ip", "address", "add", f"{address}/24", "dev", "up0")
-            end.run("ip", "link", "set", "up0", "up")
-        self.host.run("ip", "route", "add", "default", "via", WORLD)
-        command = [*self.world.enter, sys.executable, "-c", SERVE]
-        self._server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert self._server.stdout is not None
-        assert self._server.stdout.readline() == "listening\n"
-
-    def close(self) -> None:
-        self._server.kill()
-        self._server.communicate(timeout=_S)
-        self.host.close()
-        self.world.close()
+        super().__init__()
+        self.start("-c", SERVE)
 
 
 @pytest.fixture(scope="module")
 def lab() -> Iterator[Lab]:
-    lab = Lab()
-    yield lab
-    lab.close()
+    with closing(NetworkLab()) as lab:
+        yield lab
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +138,7 @@ async def test_copies_have_an_address_of_their_own_and_can_power_off(daemon: Dae
         [forked] = await fork(client, "original")
         for vm in (original, restored, forked):
             await is_on_the_network(client, vm)
-        await client.snapshots.remove("kept")
+        await client.snapshots.delete("kept")
         # Linux resets its NICs then.
         for vm in (restored, forked):
             await run(client, vm.name, "sh", "-c", "setsid poweroff >/dev/null 2>&1 &")
@@ -194,7 +154,12 @@ async def test_vms_of_one_named_network_reach_each_other_by_name(daemon: Daemon)
         await boot(client, "one", network="blue")
         await boot(client, "two", network="blue")
         await boot(client, "other")
+        before = {each.name: each for each in await client.vms.stats()}
         assert await reaches(client, "two", "one"), "it was told as it began"
+        now = {each.name: each for each in await client.vms.stats()}
+        for name in ("one", "two"):
+            assert (now[name].received_bytes or 0) > (before[name].received_bytes or 0)
+            assert (now[name].sent_bytes or 0) > (before[name].sent_bytes or 0)
         with trio.fail_after(BOOT_S):
             while not await reaches(client, "one", "two"):  # noqa: ASYNC110 - the guest offers no wait
                 await trio.sleep(0.1)
@@ -205,7 +170,7 @@ async def test_vms_of_one_named_network_reach_each_other_by_name(daemon: Daemon)
                 await trio.sleep(0.1)
         assert await reaches(client, "one", GATEWAY)
         await client.vms.delete("one")
-        await client.networks.remove("blue")
+        await client.networks.delete("blue")
 
 
 async def tells_from_where(client: Client, name: str) -> str:

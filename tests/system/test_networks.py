@@ -18,7 +18,8 @@ import pytest
 import trio
 
 from tests.hypervisor.kit import guest_spec, real_qemu
-from tests.system.netns import IN_ITS_OWN
+from tests.processes import read_line
+from tests.system.netns import Namespace
 from tests.system.rootfs import make_ext4
 from tests.system.test_checkpoint import BOOT_S, Guest, adopted, running
 from volant.channel import VirtioSerial, open_channel
@@ -43,16 +44,11 @@ while True:
 """Prints the source of each frame on the bridge: its MAC, and in ARP its address."""
 
 
-class Net:
+class Net(Namespace):
     """A network namespace with a bridge, which has the gateway's address, and three taps."""
 
     def __init__(self, directory: Path) -> None:
-        self._holder = subprocess.Popen(
-            [*IN_ITS_OWN, "sh", "-c", "echo; exec sleep 600"], stdout=subprocess.PIPE, text=True
-        )
-        assert self._holder.stdout is not None
-        self._holder.stdout.readline()
-        self._enter = ("nsenter", f"--net=/proc/{self._holder.pid}/ns/net", "--")
+        super().__init__()
         self.run("ip", "link", "add", "br0", "type", "bridge")
         self.run("ip", "address", "add", f"{GATEWAY}/24", "dev", "br0")
         self.run("ip", "link", "set", "br0", "up")
@@ -60,20 +56,14 @@ class Net:
             self.run("ip", "tuntap", "add", f"tap{number}", "mode", "tap")
             self.run("ip", "link", "set", f"tap{number}", "master", "br0", "up")
         self.program = directory / "qemu"
-        self.program.write_text(f'#!/bin/sh\nexec {" ".join(self._enter)} qemu-system-x86_64 "$@"\n')
+        self.program.write_text(f'#!/bin/sh\nexec {" ".join(self.enter)} qemu-system-x86_64 "$@"\n')
         self.program.chmod(0o755)
-        self._listener = subprocess.Popen([*self._enter, "python3", "-c", LISTEN], stdout=subprocess.PIPE, text=True)
-        assert self._listener.stdout is not None
-        assert self._listener.stdout.readline() == "listening\n"
+        self._listener = subprocess.Popen([*self.enter, "python3", "-c", LISTEN], stdout=subprocess.PIPE, text=True)
+        assert read_line(self._listener) == "listening\n"
 
-    def run(self, *command: str) -> str:
-        return subprocess.run(
-            [*self._enter, *command], check=True, stdout=subprocess.PIPE, text=True, timeout=_S
-        ).stdout
-
-    def enter(self) -> None:
+    def enter_thread(self) -> None:
         """Moves the calling thread into the namespace for good."""
-        with Path(f"/proc/{self._holder.pid}/ns/net").open() as handle:
+        with Path(f"/proc/{self.pid}/ns/net").open() as handle:
             assert ctypes.CDLL(None, use_errno=True).setns(handle.fileno(), 0) == 0
 
     def spoken(self) -> list[list[str]]:
@@ -83,11 +73,12 @@ class Net:
         return [line.split() for line in said.splitlines()]
 
     def close(self) -> None:
-        for process in (self._listener, self._holder):
-            process.kill()
-            process.wait(_S)
-            assert process.stdout is not None
-            process.stdout.close()
+        """Overrides `Namespace`: ends the listener, too."""
+        self._listener.kill()
+        self._listener.wait(_S)
+        assert self._listener.stdout is not None
+        self._listener.stdout.close()
+        super().close()
 
 
 class SocketsInside(LinuxSockets):
@@ -99,7 +90,7 @@ class SocketsInside(LinuxSockets):
     @contextmanager
     def open_tap(self, name: str) -> Iterator[int]:
         """Overrides `LinuxSockets`: each thread has a network namespace of its own."""
-        with ThreadPoolExecutor(1, initializer=self._net.enter) as inside:
+        with ThreadPoolExecutor(1, initializer=self._net.enter_thread) as inside:
             block = super().open_tap(name)
             yield inside.submit(block.__enter__).result()
             inside.submit(block.__exit__, None, None, None).result()

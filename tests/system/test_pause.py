@@ -14,7 +14,7 @@ import trio
 from tests.system.kit import BOOT_S, Daemon, Stopwatch, boot, is_alive, load, next_event, run, spec, until
 from volant.client import Client, ClientProblem, LogLine
 
-CYCLES = load("VOLANT_TEST_PAUSES", usual=100, full=1000)
+CYCLES = load("VOLANT_TEST_PAUSES", usual=50, full=1000)
 CLOCK_OFF_S = 0.5
 PAUSED_S = 3.0
 
@@ -48,7 +48,7 @@ async def resume(client: Client, name: str) -> None:
     assert (waited.vm.status, waited.vm.desired, waited.vm.reason) == ("running", "running", None)
 
 
-async def test_no_line_is_lost_and_no_stream_breaks_over_a_hundred_pauses(daemon: Daemon) -> None:
+async def test_no_line_is_lost_and_no_stream_breaks_over_many_pauses(daemon: Daemon) -> None:
     async with daemon.client() as client:
         workload = {"entrypoint": ["python3.13", "-c", TALKER], "restart": "never"}
         await client.plugins.install({"name": "talker", "version": "1", "workload": workload})
@@ -90,7 +90,11 @@ async def test_no_line_is_lost_and_no_stream_breaks_over_a_hundred_pauses(daemon
                     await trio.sleep(0.02)
                 over.set()
                 await run(client, "demo", "touch", "/tmp/over")
-            kinds = [(await next_event(feed)).type for _ in range(2 * CYCLES)]
+            kinds: list[str] = []
+            while len(kinds) < 2 * CYCLES:
+                kind = (await next_event(feed)).type
+                # The start of its workload is reported up to a second after that of the VM.
+                kinds += [kind] if kind.startswith("VM_") else []
         assert kinds == ["VM_PAUSED", "VM_RUNNING"] * CYCLES
         assert numbers == list(range(len(numbers)))
         assert written == [b"%d" % number for number in range(1, len(written) + 1)]

@@ -149,4 +149,4 @@ async def test_a_vm_that_is_stopped(daemon: Daemon) -> None:
         await client.vms.create(spec("other", plugin="kept"))
         assert (await client.vms.openapi("other"))["info"] == DOCUMENT["info"]
         await client.vms.delete("other")
-        await client.plugins.remove("kept")
+        await client.plugins.delete("kept")

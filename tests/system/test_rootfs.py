@@ -105,7 +105,7 @@ async def test_a_vm_runs_on_a_root_filesystem(daemon: Daemon, image_cache: Path,
         await client.vms.delete("two")
         assert daemon.disks() == []
         assert digest(base) == digest(rootfs)
-        await client.plugins.remove("site")
+        await client.plugins.delete("site")
 
 
 async def said(client: Client, name: str, *command: str, **how: str) -> str:
@@ -159,7 +159,7 @@ async def test_a_root_filesystem_that_cannot_boot_is_named(
             assert reason.code == code
             assert all(word in reason.message for word in words), reason.message
             await client.vms.delete(name)
-            await client.plugins.remove(name)
+            await client.plugins.delete(name)
 
 
 async def test_kernel_and_initramfs_come_from_the_manifest(daemon: Daemon, image_cache: Path) -> None:
@@ -180,7 +180,7 @@ async def test_kernel_and_initramfs_come_from_the_manifest(daemon: Daemon, image
             assert artifact is not None
             assert arguments[arguments.index(option) + 1] == str(artifact_path(image_cache, artifact.sha256))
         await client.vms.delete("own")
-        await client.plugins.remove("own")
+        await client.plugins.delete("own")
 
 
 async def test_a_daemon_that_was_killed_finds_the_disks_again(make_daemon: Callable[..., Daemon], rootfs: Path) -> None:

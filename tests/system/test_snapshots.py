@@ -152,7 +152,7 @@ async def test_a_snapshot_outlives_its_vm_and_the_daemon(daemon: Daemon) -> None
         assert "after" not in (await run(client, "again", "ls", "/")).split()
         assert await count(client, "again") >= counted
         # A VM restored from it has it in memory, even if the snapshot is deleted.
-        await client.snapshots.remove("warm")
+        await client.snapshots.delete("warm")
         assert await count(client, "again") >= counted
         # Its next boot is an ordinary one.
         again = await client.vms.apply_and_wait("again", "restart", ["running"], timeout_s=BOOT_S)
@@ -192,22 +192,22 @@ async def test_the_disk_is_copied_with_the_memory_and_belongs_to_the_copy(
         assert {"before", "late", "mine"} <= set((await run(client, "again", "ls", "/")).split())
         for name in ("demo", copy.name, "again"):
             await client.vms.delete(name)
-        await client.plugins.remove("disk")
+        await client.plugins.delete("disk")
 
 
 HANGS_WHILE_THE_GUEST_STANDS_STILL = """
 import trio
 from volant.hypervisor.qemu import _checkpoint
-async def hang(self, state):
+async def hang(qmp, state):
     await trio.sleep_forever()
-_checkpoint.Checkpointer._save = hang
+change(_checkpoint, "save_devices", hang)
 """
 HANGS_BEFORE_A_COPY_IS_SOMEBODY = """
 import trio
 from volant.vm import _steps
 async def hang(self, row):
     await trio.sleep_forever()
-_steps.Steps._await_agent = hang
+change(_steps.Steps, "_await_agent", hang)
 """
 
 

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,13 +20,12 @@ import pytest
 import trio
 
 from tests.system.kit import BOOT_S, REPOSITORY, Daemon, boot, reachable, run, until
+from tests.system.lab import HOST, WORLD, Lab
 from tests.system.rootfs import make_ext4, plugin
 from tests.system.test_networked_vms import (
     FETCH,
-    HOST,
     PORT,
-    WORLD,
-    Lab,
+    NetworkLab,
     fetch,
     is_on_the_network,
     serve,
@@ -72,19 +72,17 @@ def cache() -> Iterator[Path]:
 def upgraded(cache: Path, previous: Path, _running: list[Daemon]) -> Iterator[tuple[Daemon, Lab]]:
     """A daemon of the previous version, not yet started, in its own host."""
     build_image(previous, cache)
-    lab = Lab()
-    daemon = Daemon(
-        cache, "--network", "auto", "--templates", "auto", "--standby", "1", wrapper=lab.host.enter, ephemeral=False
-    )
-    daemon.command += ["--listen", f"unix:{daemon.root}/api"]
-    begin_with(daemon, previous)
-    _running.append(daemon)
-    try:
-        yield daemon, lab
-    finally:
-        _running.remove(daemon)
-        daemon.dispose()
-        lab.close()
+    flags = ("--network", "auto", "--templates", "auto", "--standby", "1")
+    with closing(NetworkLab()) as lab:
+        daemon = Daemon(cache, *flags, wrapper=lab.host.enter, ephemeral=False)
+        daemon.command += ["--listen", f"unix:{daemon.root}/api"]
+        begin_with(daemon, previous)
+        _running.append(daemon)
+        try:
+            yield daemon, lab
+        finally:
+            _running.remove(daemon)
+            daemon.dispose()
 
 
 async def test_running_vms_continue_and_stored_data_is_usable(
@@ -130,7 +128,7 @@ async def test_running_vms_continue_and_stored_data_is_usable(
         assert await run(client, "restored", "cat", "/tmp/note") == "noted\n"
         await fork(client, "cold")
         await boot(client, "new")
-        await client.snapshots.remove("kept")
+        await client.snapshots.delete("kept")
 
 
 async def _prepare(daemon: Daemon, lab: Lab, client: Client, rootfs: Path) -> Sequence[VmView]:

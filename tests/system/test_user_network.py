@@ -10,14 +10,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 import trio
 
 from tests.attackers.exposed_host import LOOPBACK_PORT, METADATA, MULTICAST_GROUPS, PORT
+from tests.processes import read_line
 from tests.system.kit import BOOT_S, REPOSITORY, Daemon, boot, run
+from tests.system.netns import Namespace
 from volant.client import Client
 
 HOST, OUTSIDE = "198.51.100.1", "198.51.100.2"
@@ -58,8 +60,7 @@ class Behind:
         command = ["nsenter", f"--net=/proc/{self.world}/ns/net", "--", "python3", "-u", "-c", _SERVE, OUTSIDE]
         process = subprocess.Popen(command, cwd=says, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         try:
-            assert process.stdout is not None
-            assert "Serving" in process.stdout.readline()
+            assert "Serving" in read_line(process)
             yield
         finally:
             process.kill()
@@ -73,15 +74,13 @@ class Behind:
 
         def received() -> list[str]:
             assert process.stdin is not None
-            assert process.stdout is not None
             process.stdin.write("\n")
             process.stdin.flush()
-            found: list[str] = json.loads(process.stdout.readline())
+            found: list[str] = json.loads(read_line(process))
             return found
 
         try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "ready\n"
+            assert read_line(process) == "ready\n"
             yield received
         finally:
             process.kill()
@@ -97,18 +96,9 @@ class Behind:
 
 @pytest.fixture
 def world() -> Iterator[int]:
-    """Starts a process in its own network namespace."""
-    process = subprocess.Popen(
-        ["unshare", "--net", "--", "sh", "-c", "echo ready && exec cat"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        yield process.pid
-    finally:
-        process.kill()
-        process.communicate(timeout=_S)
+    """Returns the process of a network namespace."""
+    with closing(Namespace()) as namespace:
+        yield namespace.pid
 
 
 def on_a_host(image_cache: Path, world: int, *, ephemeral: bool = True) -> Daemon:
@@ -249,10 +239,4 @@ async def test_the_network_outlives_the_daemon_and_ends_with_its_vm(image_cache:
             while behind.passts():  # noqa: ASYNC110 - nothing tells
                 await trio.sleep(0.05)
     finally:
-        if daemon.runs:
-            daemon.kill()
-        for pid in daemon.processes():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(daemon.memory_dir, ignore_errors=True)
-        shutil.rmtree(daemon.root, ignore_errors=True)
+        daemon.discard()

@@ -35,7 +35,7 @@ _BEGIN = r"""
 set -eu
 mount --make-rprivate /
 mount -t cgroup2 none /sys/fs/cgroup
-mount -t tmpfs -o mode=755 tmpfs /run
+for each in /run /srv; do mount -t tmpfs -o mode=755 tmpfs "$each"; done
 mount -t tmpfs -o mode=1777 tmpfs /dev/shm
 cp -a /etc "$ROOT/etc"
 mount --bind "$ROOT/etc" /etc

@@ -1,0 +1,122 @@
+"""A real guest's workload runs as its user, gets its stop signal, and takes its VM with it when it ends."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+
+import httpx
+import pytest
+import trio
+
+from tests.system.kit import BOOT_S, Daemon, boot, next_event, run, spec, until
+from tests.system.test_workload_state import volar
+from volant.client import ClientError
+
+WHO = 'echo "$(id -u) $(id -g) $HOME $(pwd) $A"; echo again > /dev/stdout'
+JOB = {
+    "name": "job",
+    "workload": {
+        "entrypoint": ["sh", "-c", WHO],
+        "env": {"A": "job"},
+        "user": "1234:5",
+        "workdir": "/srv/made/here",
+        "restart": "never",
+        "on_exit": "stop",
+    },
+}
+FAILS = {
+    "name": "fails",
+    "workload": {"entrypoint": ["sh", "-c", "exit 3"], "restart": "never", "on_exit": "stop"},
+}
+MISSING = {"name": "missing", "workload": {"entrypoint": ["nosuch"], "on_exit": "stop"}}
+STOPS = {
+    "name": "stops",
+    "workload": {
+        "entrypoint": [
+            "sh", "-c", "trap 'echo term' TERM; trap 'echo quit; exit 0' QUIT; echo up; while :; do sleep 0.1; done",
+        ],
+        "stop_signal": "SIGQUIT",
+        "on_exit": "stop",
+    },
+    "exec": {"env": {"B": "exec"}, "user": "1234", "workdir": "/srv/exec"},
+}  # fmt: skip
+
+
+def lines(daemon: Daemon, name: str) -> list[str]:
+    """Returns what the workload of a VM has printed."""
+    answer = httpx.get(f"{daemon.base_url}/api/v1/vms/{name}/logs?stream=stdout,stderr", timeout=60)
+    return [entry["line"] for entry in map(json.loads, answer.text.splitlines())]
+
+
+@pytest.mark.parametrize("how", ["cold", "auto"])
+async def test_a_job_runs_as_its_user_and_its_vm_stops(daemon: Daemon, how: str) -> None:
+    async with daemon.client() as client, client.events(vm="demo") as feed:
+        await client.plugins.install(JOB)
+        created = await client.vms.create_and_wait(spec("demo", plugin="job", boot=how), ["ready"], timeout_s=BOOT_S)
+        assert created.outcome == "met", created
+        vm = await until(client, "demo", "stopped")
+        assert vm is not None
+        assert vm.reason is not None
+        assert (vm.desired, vm.reason.code) == ("stopped", "workload_exited")
+        assert vm.workload is not None
+        assert (vm.workload.state, vm.workload.exit_code, vm.workload.pid) == ("exited", 0, None)
+        assert lines(daemon, "demo") == ["1234 5 / /srv/made/here job", "again"]
+        kinds = [(await next_event(feed)).type for _ in range(8)]
+        assert kinds[3:] == ["WORKLOAD_STARTED", "WORKLOAD_READY", "WORKLOAD_EXITED", "VM_STOPPING", "VM_STOPPED"]
+        late = await client.vms.wait("demo", ["ready"], timeout_s=5)
+        assert late.outcome == "met"
+        await client.vms.delete("demo")
+        await client.plugins.delete("job")
+
+
+@pytest.mark.parametrize(
+    ("manifest", "why"),
+    [(FAILS, "it ended with exit code 3"), (MISSING, "there is no program nosuch")],
+    ids=lambda value: value["name"] if isinstance(value, dict) else "",
+)
+async def test_a_failure_is_seen_everywhere_after_the_stop(
+    daemon: Daemon, manifest: dict[str, object], why: str
+) -> None:
+    name = str(manifest["name"])
+    async with daemon.client() as client:
+        await client.plugins.install(manifest)
+        made = await trio.to_thread.run_sync(volar, daemon, "vms", "create", "demo", "--plugin", name, "--wait")
+        await until(client, "demo", "stopped")
+        waited = await trio.to_thread.run_sync(volar, daemon, "vms", "wait", "demo", "--for", "ready")
+        assert (waited.returncode, f"its workload has failed: {why}" in waited.stderr) == (1, True), (made, waited)
+        assert why in (await trio.to_thread.run_sync(volar, daemon, "vms", "get", "demo")).stdout
+        assert "workload_failed" in (await trio.to_thread.run_sync(volar, daemon, "vms", "list")).stdout
+        [listed] = await client.vms.list()
+        assert listed.workload is not None
+        assert (listed.status, listed.workload.state) == ("stopped", "failed")
+        await client.vms.delete("demo")
+        await client.plugins.delete(name)
+
+
+async def test_a_workload_gets_its_stop_signal_and_no_other(daemon: Daemon) -> None:
+    async with daemon.client() as client:
+        await client.plugins.install(STOPS)
+        await boot(client, "demo", plugin="stops", env={"C": "own"})
+        with trio.fail_after(BOOT_S):
+            while "up" not in await trio.to_thread.run_sync(lines, daemon, "demo"):  # noqa: ASYNC110
+                await trio.sleep(0.1)
+        assert await run(client, "demo", "sh", "-c", 'echo "$(id -u) $(pwd) $B $C"') == "1234 /srv/exec exec own\n"
+        # A reboot by the guest ends the workload too, and is still a reboot.
+        async with client.events(vm="demo") as feed:
+            with suppress(ClientError):
+                async with client.vms.exec("demo", ["sh", "-c", "reboot; sleep 60"], user="root") as process:
+                    async for _ in process:
+                        pass
+            kinds = [(await next_event(feed)).type for _ in range(4)]
+            assert kinds == ["VM_STOPPING", "VM_STOPPED", "VM_STARTING", "VM_RUNNING"]
+        with trio.fail_after(BOOT_S):
+            while (await trio.to_thread.run_sync(lines, daemon, "demo")).count("up") < 2:  # noqa: ASYNC110
+                await trio.sleep(0.1)
+        await client.vms.stop("demo")
+        stopped = await until(client, "demo", "stopped")
+        assert stopped is not None
+        assert (stopped.reason, stopped.workload) == (None, None)
+        assert lines(daemon, "demo") == ["up", "quit", "up", "quit"]
+        await client.vms.delete("demo")
+        await client.plugins.delete("stops")
