@@ -81,7 +81,10 @@ def _pages(command: click.Command, context: click.Context) -> Iterator[str]:
 
 
 # Every command has these; they stand with `volar` itself.
-_EVERYWHERE = {"--api", "--api-key-file", "--json", "--debug", "--help"}
+_EVERYWHERE = {
+    *("--api", "--remote", "--api-key-file", "--ca-file", "--client-cert", "--client-key"),
+    *("--json", "--debug", "--help"),
+}
 
 
 def _prose(text: str) -> str:
@@ -186,7 +189,7 @@ _MCP = """\
 <!-- Written by docs/build.py. -->
 
 What models can do over `POST /api/v1/mcp`, in the order in which they see it; [how to let a model use
-VMs](../how-to/mcp.md) tells the rest. Descriptions and schemas here are those that the model reads. A failure is a
+VMs](../how-to/mcp.md) explains the rest. Descriptions and schemas here are those that the model reads. A failure is a
 result with `isError`, whose text says what is wrong and what to do. Texts have at most 64 KiB: of more the head and the
 tail, with a marker between them.
 """
