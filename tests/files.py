@@ -16,11 +16,24 @@ def everything_in(top: Path) -> Iterator[Path]:
 
 
 def files_in(top: Path) -> Iterator[tuple[Path, bytes]]:
-    """Yields the regular files in a directory, and what is in them."""
+    """Yields the regular files in a directory, and what is in them but holes: an image has a size of gigabytes."""
     for path in everything_in(top):
         with suppress(FileNotFoundError):
             if path.is_file() and not path.is_symlink():
-                yield path, path.read_bytes()
+                yield path, _data_of(path)
+
+
+def _data_of(path: Path) -> bytes:
+    parts = []
+    with path.open("rb") as file:
+        at = 0
+        # Behind the last of the data there is none to seek.
+        with suppress(OSError):
+            while True:
+                at = os.lseek(file.fileno(), at, os.SEEK_DATA)
+                parts.append(os.pread(file.fileno(), os.lseek(file.fileno(), at, os.SEEK_HOLE) - at, at))
+                at += len(parts[-1])
+    return b"".join(parts)
 
 
 def files_with(top: Path, words: Iterable[bytes]) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Bounds how long tests wait for programs that they start, and how long such programs live."""
+"""Bounds how long tests wait for programs that they start, how long such programs live, and what they may read."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any, AnyStr
 
 ENDS_WITH_US = ("setpriv", "--pdeathsig", "KILL")
 """Before a command: the kernel kills it once the thread that started it is gone, also when the tests are killed."""
+READS_ALL = ("--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
+"""Options of `setpriv` for a user that can read this repository although it may be in a directory of root's."""
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import pytest
 from examples.fleet.lab import Lab
 from tests.attackers.local_user import PYTHON, needs_root
 from tests.fleet.cluster import needs_etcd
-from tests.processes import killed_after
+from tests.processes import READS_ALL, killed_after
 
 from .kit import ENVIRONMENT, ROOT
 
@@ -100,7 +100,7 @@ def test_down_removes_no_directory_of_others(tmp_path: Path) -> None:
 @pytest.mark.skipif(Path(sys.executable).resolve() != Path(PYTHON), reason="other users can't run this Python")
 def test_others_than_root_hear_what_it_needs(tmp_path: Path) -> None:
     done = subprocess.run(
-        ["setpriv", "--reuid=65534", "--clear-groups", "python3", "-m", "examples.fleet", "up"],
+        ["setpriv", "--reuid=65534", "--clear-groups", *READS_ALL, "python3", "-m", "examples.fleet", "up"],
         cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=_S, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (1, "")

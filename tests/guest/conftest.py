@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from volant.guest._http import BodyFilter, framing_of, parse_head
 from volant.guest._server import Server
+from volant.model import agent as wire
 
 TIMEOUT_S = 20.0
 
@@ -97,6 +99,14 @@ def read_until(sock: socket.socket, enough: Callable[[bytes], object]) -> bytes:
             break
         data += piece
     return bytes(data)
+
+
+@pytest.fixture(autouse=True)
+def manifest_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The path of the manifest, which is in /run in a guest."""
+    path = tmp_path / "manifest.json"
+    monkeypatch.setattr(wire, "MANIFEST_FILE", str(path))
+    return path
 
 
 @pytest.fixture

@@ -243,11 +243,8 @@ def test_malformed_hosts_are_refused(agent: Asker, kernel: Kernel, hosts: object
     assert not kernel.calls
 
 
-def test_identity_manifest_and_workload_fit_one_request(
-    agent: Asker, kernel: Kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_identity_manifest_and_workload_fit_one_request(agent: Asker, kernel: Kernel, tmp_path: Path) -> None:
     del kernel
-    monkeypatch.setattr(wire, "MANIFEST_FILE", str(tmp_path / "manifest.json"))
     script = f'cp "$VOLANT_MANIFEST" {tmp_path}/part; mv {tmp_path}/part {tmp_path}/found; exec sleep 60'
     manifest, spec = {"name": "counter", "version": "3"}, {"entrypoint": ["/bin/sh", "-c", script]}
     try:

@@ -22,14 +22,6 @@ MANIFEST = {
 }
 
 
-@pytest.fixture(autouse=True)
-def file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The path of the file."""
-    path = tmp_path / "manifest.json"
-    monkeypatch.setattr(wire, "MANIFEST_FILE", str(path))
-    return path
-
-
 def test_info_has_the_plugin(agent: Asker) -> None:
     assert "plugin" not in agent.ask("GET", wire.INFO).json()
     assert agent.ask("PUT", wire.DAEMON_MANIFEST, MANIFEST).status == 200
@@ -41,13 +33,13 @@ def test_info_has_the_plugin(agent: Asker) -> None:
     }
 
 
-def test_the_workload_finds_the_manifest(agent: Asker, file: Path, tmp_path: Path) -> None:
+def test_the_workload_finds_the_manifest(agent: Asker, manifest_file: Path, tmp_path: Path) -> None:
     agent.ask("PUT", wire.DAEMON_MANIFEST, MANIFEST)
-    assert not file.exists(), "the guest may not be set up"
+    assert not manifest_file.exists(), "the guest may not be set up"
     put(agent, "sh", "-c", f'cat "$VOLANT_MANIFEST" > {tmp_path}/seen', restart="never")
     wait_for(agent, lambda status: status["state"] == "exited")
     assert json.loads((tmp_path / "seen").read_text()) == MANIFEST
-    assert file.stat().st_mode & 0o777 == 0o444
+    assert manifest_file.stat().st_mode & 0o777 == 0o444
 
 
 def test_the_vms_environment_wins(agent: Asker, tmp_path: Path) -> None:
@@ -82,24 +74,26 @@ def test_malformed_defaults_of_commands_are_refused(agent: Asker, defaults: dict
     assert (answer.status, answer.json()["field"]) == (400, f"exec.{next(iter(defaults))}")
 
 
-def test_commands_find_the_manifest(agent: Asker, file: Path) -> None:
+def test_commands_find_the_manifest(agent: Asker, manifest_file: Path) -> None:
     agent.ask("PUT", wire.DAEMON_MANIFEST, MANIFEST)
-    agent.run("cat", str(file))
-    assert json.loads(file.read_text()) == MANIFEST
+    agent.run("cat", str(manifest_file))
+    assert json.loads(manifest_file.read_text()) == MANIFEST
 
 
-def test_a_new_daemon_may_send_the_manifest_again(agent: Asker, file: Path) -> None:
+def test_a_new_daemon_may_send_the_manifest_again(agent: Asker, manifest_file: Path) -> None:
     for version in ("1", "2"):
         agent.ask("PUT", wire.DAEMON_MANIFEST, {**MANIFEST, "version": version})
         agent.run("true")
-        assert json.loads(file.read_text())["version"] == version
+        assert json.loads(manifest_file.read_text())["version"] == version
 
 
-def test_without_a_manifest_there_is_neither_file_nor_variable(agent: Asker, file: Path, tmp_path: Path) -> None:
+def test_without_a_manifest_there_is_neither_file_nor_variable(
+    agent: Asker, manifest_file: Path, tmp_path: Path
+) -> None:
     put(agent, "sh", "-c", f'echo "${{VOLANT_MANIFEST-unset}}" > {tmp_path}/seen', restart="never")
     wait_for(agent, lambda status: status["state"] == "exited")
     assert (tmp_path / "seen").read_text() == "unset\n"
-    assert not file.exists()
+    assert not manifest_file.exists()
 
 
 def test_an_unwritable_manifest_file_does_not_stop_the_workload(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from tests.processes import READS_ALL
 from tests.systemd.kit import Box
 
 KEY = "a-key-that-nobody-may-see-7f3b"
@@ -80,7 +81,7 @@ def test_the_service_of_root_listens_for_members_of_its_group_alone(box: Box) ->
     assert box.volar("system", "status").returncode == 0
 
     ask = "import sys; from volant.cli.main import main; sys.argv = ['volar', 'system', 'status']; main()"
-    nobody = ("setpriv", "--reuid", "nobody", "--regid", "nogroup")
+    nobody = ("setpriv", "--reuid", "nobody", "--regid", "nogroup", *READS_ALL)
     refused = box.run(*nobody, "--clear-groups", sys.executable, "-c", ask, check=False)
     assert refused.returncode == 5, refused.stdout + refused.stderr
     assert "Permission denied" in refused.stderr
