@@ -16,7 +16,8 @@ from volant.api._openapi import document
 from volant.client import Client, ClientProblem
 from volant.client._transport import Transport
 from volant.http import Access, ApiSettings
-from volant.model import Caller, Permission, Problem, Role
+from volant.journal import AddNetwork, NetworkCreated, ask_journal
+from volant.model import Caller, CreateNetwork, Permission, Problem, Role, Status
 from volant.operations import TABLE, Context, Table, Tool, find_vm
 from volant.operations._client import client_module
 from volant.operations._parameters import Integer
@@ -53,6 +54,25 @@ def greeted() -> Table:
         if body.first == "silence":
             raise Problem(409, "not-now", f"VM {row.name!r} sleeps", vm=row.name)
         return Greeting(f"{body.first} {body.second} {row.name}", times)
+
+    @table.operation(
+        "POST /api/v1/networks/{name}/mirror", permission=Permission.CONTROL, answer="It is there", idempotent=True
+    )
+    async def mirror_network(
+        context: Context, name: str, *, copies: Annotated[int, Integer(help="How often", maximum=3)] = 1
+    ) -> NetworkCreated:
+        """Make networks like this one."""
+        for number in range(1, copies):
+            await ask_journal(context.deps.journal, AddNetwork(CreateNetwork(name=f"{name}{number}"), context.project))
+        wanted = CreateNetwork(name=f"{name}{copies}")
+        return NetworkCreated.of(
+            await ask_journal(context.deps.journal, AddNetwork(wanted, context.project, context.key))
+        )
+
+    @table.operation("POST /api/v1/vms/{name}/nudge", permission=Permission.CONTROL, answer="Nudged", tool=True)
+    async def nudge_vm(context: Context, name: str) -> None:
+        """Nudge a VM."""
+        find_vm(context.deps, context.named(name))
 
     return table
 
@@ -127,6 +147,50 @@ async def test_an_operation_is_a_method_of_the_client(served: Api) -> None:
         with pytest.raises(ClientProblem) as refused:
             await vms.greet("demo", Words("silence"))
         assert refused.value.code == "not-now"
+
+
+async def test_any_operation_can_be_sent_again_with_a_key(served: Api) -> None:
+    async def post(**query: str) -> Any:
+        headers = {"Idempotency-Key": "k"}
+        return await served.client.post("/api/v1/networks/n/mirror", params=query, headers=headers)
+
+    first = await post(copies="2")
+    assert (first.status_code, first.json()["name"]) == (200, "n2")
+    again = await post(copies="2")
+    assert (again.content, again.headers["idempotency-replayed"]) == (first.content, "true")
+    assert (await post(copies="3")).status_code == (await post()).status_code == 422
+    assert len((await served.client.get("/api/v1/networks")).json()) == 2
+
+
+async def test_a_tool_without_a_result_says_what_it_did(served: Api) -> None:
+    nudged = await call(served, "vms_nudge", vm="demo")
+    assert nudged["structuredContent"] == {"done": "Nudge a VM", "name": "demo"}
+    deleted = await call(served, "vms_delete", vm="demo")
+    assert deleted["structuredContent"] == {"name": "demo", "deleted": True}
+
+
+async def swapped(context: Context, name: str, vm: str) -> None: ...
+
+
+async def unkept(context: Context) -> Greeting:
+    raise AssertionError
+
+
+async def two_bodies(context: Context, *, body: CreateNetwork | Words) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("route", "function", "declared", "why"),
+    [
+        ("POST /x/{vm}/{name}", swapped, {}, "not what the path names"),
+        ("POST /x", unkept, {"idempotent": True}, "the journal keeps no .*Greeting"),
+        ("POST /x", unkept, {"waits_for": Status.RUNNING}, "needs a VM"),
+        ("POST /x", two_bodies, {"tool": True}, "a tool takes one body"),
+    ],
+)
+def test_what_can_not_be_derived_is_refused(route: str, function: Any, declared: dict[str, Any], why: str) -> None:
+    with pytest.raises(ValueError, match=f"{route.replace('{', '.').replace('}', '.')} .{function.__name__}.: .*{why}"):
+        TABLE.copy().operation(route, permission=Permission.VIEW, answer="", **declared)(function)
 
 
 async def test_a_permission_is_enforced_for_rest_tools_and_commands(served: Api, callers: Callers) -> None:

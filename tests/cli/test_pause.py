@@ -11,7 +11,12 @@ from .kit import volar
 
 @pytest.mark.parametrize(
     ("command", "status", "says"),
-    [("pause", "paused", b"demo is being paused\n"), ("resume", "running", b"demo is running\n")],
+    [
+        ("pause", "paused", b"demo is being paused\n"),
+        ("resume", "running", b"demo is running\n"),
+        # It has no code of its own.
+        ("recover", "running", b"demo is running\n"),
+    ],
 )
 async def test_pause_and_resume_wait_only_with_wait(command: str, status: str, says: bytes) -> None:
     async with serving() as server:

@@ -18,7 +18,7 @@ from quart import request
 
 from volant.http import one_project
 from volant.journal import DuplicateRequest, IdempotencyKey, Refusal, Result, StoreRefusal, ask_journal
-from volant.model import DEFAULT_PROJECT, Problem, invalid
+from volant.model import Problem, invalid
 from volant.operations import ApiDeps
 
 R = TypeVar("R", bound=Result)
@@ -45,7 +45,7 @@ class Repeats:
     async def run(self, content: object, act: Callable[[IdempotencyKey | None], Awaitable[R]]) -> Outcome[R]:
         """Carries out the current request, unless that was done before.
 
-        :param content: the decoded request, as a key is for one request
+        :param content: what of the request, beside its path, must be the same when it is sent again
         :param act: carries it out; passes its argument on to the journal
         :raises Problem: 400 the key is malformed, 409 the first request is still running, 422 the key was used for
             another request; and what `act` raises
@@ -55,8 +55,7 @@ class Repeats:
             return Outcome(await act(None))
         caller = request.scope["state"]["caller"].id
         project = one_project(request.scope)
-        # Digests from before there were projects stay valid.
-        of = [caller, request.method, request.path, text] + [project] * (project != DEFAULT_PROJECT)
+        of = (caller, request.method, request.path, project, text)
         key = IdempotencyKey(_digest(of), _digest(content), project)
         stored = self._deps.store.responses.find(key, self._deps.host.clock.now())
         if stored is not None:

@@ -13,7 +13,7 @@ from quart_trio import QuartTrio
 
 from volant.http import Nothing, Query, project_of_link
 from volant.journal import IdempotencyKey
-from volant.model import Command, CommandRequest, current_cause
+from volant.model import current_cause
 from volant.operations import (
     DEFAULT_WAIT_S,
     TIMEOUT,
@@ -73,7 +73,7 @@ class _Route:
             return await self._call(context, *arguments, **parameters)
 
         if operation.idempotent:
-            outcome = await self._repeats.run(self._request(parameters, context), act)
+            outcome = await self._repeats.run((parameters, context.versions), act)
         else:
             outcome = Outcome(await act(None))
         cause = current_cause.get()
@@ -105,14 +105,6 @@ class _Route:
             parameters[name] = parameter.read(query, parameter.name or name, parameters[name])
         query.done()
         return wait, timeout_s, parameters
-
-    def _request(self, parameters: dict[str, Any], context: Context) -> object:
-        """Returns the content in which a repeated request must be equal to the first."""
-        if self._operation.body is not Nothing:
-            return parameters["body"]
-        # Without a body it is a command for a VM. Stored digests are of this form, so it must not change.
-        command = Command(self._operation.path.rpartition("/")[2])
-        return CommandRequest(command, **parameters), context.versions
 
 
 def _body_reader(operation: Operation) -> Callable[[], Awaitable[Any]] | None:

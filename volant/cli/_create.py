@@ -19,8 +19,7 @@ from ._run import Pair, Session, command
 from ._sizes import Size
 from ._variables import env_file_option, env_option, env_secret_option, secret_option, variables, with_secrets
 from ._vm_output import done, warn
-from ._vms import wait_for_outcome, wait_option
-from ._vms_group import name_argument, timeout_option
+from ._vms_group import name_argument, timeout_option, wait_for_outcome, wait_option
 
 if TYPE_CHECKING:
     from volant.client import Client

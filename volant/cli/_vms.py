@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,14 +16,12 @@ from ._options import listing
 from ._run import Duration, Pair, Session, command
 from ._text import safe
 from ._vm_output import done, expires, show, status_of, up, why, workload
-from ._vms_group import group, name_argument, timeout_option
+from ._vms_group import group, name_argument, timeout_option, wait_for_outcome, wait_option
 
 if TYPE_CHECKING:
     from volant.client import Client
 
 __all__ = ["group"]
-
-wait_option = click.option("--wait", is_flag=True, help="Wait until it is done, and show events meanwhile.")
 
 
 @command(group, "list")
@@ -98,13 +96,6 @@ _add("stop", "Stop a VM: ask its guest to shut down, then kill it.", _grace_opti
 _add("restart", "Restart a VM.")
 _add("pause", "Pause a VM; its memory stays. A VM that is starting is paused once it runs.")
 _add("resume", "Resume a paused VM. Its clock is set.")
-
-
-@command(group, "recover")
-@name_argument
-async def recover(session: Session, name: str) -> None:
-    """Take control again of a VM whose actor failed too often (reason: control_lost)."""
-    done(session.out, await session.client.vms.recover(name), "is under control again")
 
 
 @command(group, "orphans")
@@ -209,15 +200,6 @@ async def _apply(
     there = vm.status == state and command != "restart"
     done(session.out, vm, f"is {state}" if there else so_far)
     return 0
-
-
-def wait_for_outcome(
-    session: Session, name: str, ask: Callable[[Client], Coroutine[Any, Any, Waited]], wanted: str, timeout_s: float
-) -> int:
-    """Asks for something and waits for its outcome, as `volar vms wait` does."""
-    from ._waiting import wait_and_show
-
-    return session.stream(lambda streaming: wait_and_show(streaming, name, ask, wanted, timeout_s)) or 0
 
 
 add_commands(group, "vms", VmsOperations, besides=["stats"])

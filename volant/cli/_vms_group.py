@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any
+
 import click
 
 from ._complete import vm_names
 from ._lazy_group import Lazy, LazyGroup
-from ._run import Duration
+from ._run import Duration, Session
+
+if TYPE_CHECKING:
+    from volant.client import Client, Waited
 
 name_argument = click.argument("name", shell_complete=vm_names)
 timeout_option = click.option(
     "--timeout", type=Duration(), default=120.0, show_default="2m", help="How long to wait: 500ms, 10s, 2m, …"
 )
+wait_option = click.option("--wait", is_flag=True, help="Wait until it is done, and show events meanwhile.")
+
+
+def wait_for_outcome(
+    session: Session, name: str, ask: Callable[[Client], Coroutine[Any, Any, Waited]], wanted: str, timeout_s: float
+) -> int:
+    """Asks for something and waits for its outcome, as `volar vms wait` does. Returns the exit code."""
+    from ._waiting import wait_and_show
+
+    return session.stream(lambda streaming: wait_and_show(streaming, name, ask, wanted, timeout_s)) or 0
+
 
 _LAZY = {
     "console": Lazy("_console:console", "Connect to the serial console of a VM; Ctrl-] leaves."),

@@ -9,7 +9,7 @@ process too, and get the first answer.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from volant.model import (
     ApiKeyView,
@@ -68,6 +68,15 @@ from ._transport import Operations, Request, decode
 
 
 class VmsOperations(Operations):
+    waits_for: ClassVar[Mapping[str, str]] = {
+        "start": "running",
+        "stop": "stopped",
+        "restart": "running",
+        "pause": "paused",
+        "resume": "running",
+        "recover": "running",
+    }
+
     async def list(
         self,
         *,

@@ -6,7 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 from uuid import uuid4
 
 import msgspec
@@ -179,6 +179,9 @@ class Transport(ABC):
 
 class Operations:
     """A group of methods that are requests over one transport."""
+
+    waits_for: ClassVar[Mapping[str, str]] = {}
+    """The status that a VM is on its way to after a method of that name."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport

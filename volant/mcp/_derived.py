@@ -2,7 +2,7 @@
 
 A tool takes one flat object: the names in the path, the parameters of the query, the members of the body, and whether
 to wait. Its result is an object, as the protocol requires: a list comes with the number of items that were left out,
-and a deletion returns the name of what was deleted.
+and what has no result says what it did.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from msgspec import UNSET
 from volant.http import Nothing
 from volant.journal import EventGap, VmChanged, VmCreated, VmForked
 from volant.model import Name, Problem, VmView
-from volant.operations import OneOf, Operation, Page, Table, begin, name_target, show, wait_for
+from volant.operations import Operation, Page, Table, begin, name_target, show, wait_for
 from volant.operations import Tool as Declared
 
 from ._text import fitting
@@ -52,6 +52,13 @@ class Deleted(msgspec.Struct, frozen=True):
     deleted: Literal[True] = True
 
 
+class Done(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What was done, and with what."""
+
+    done: str
+    name: str = ""
+
+
 def derived_tools(table: Table) -> Iterator[Tool]:
     """Yields the tools of a table, in its order."""
     for operation in table:
@@ -64,7 +71,6 @@ def _tool(operation: Operation, declared: Declared) -> Tool:
     waits = operation.waits_for is not None and operation.method != "GET"
     path = _argument_names(operation)
     body = declared.body or (None if operation.body in (None, Nothing) else operation.body)
-    assert not isinstance(body, OneOf), f"{operation.name}: the tool must declare which body it takes"
     takes = msgspec.defstruct(
         operation.name,
         [
@@ -149,10 +155,12 @@ def _presenter(operation: Operation) -> tuple[type[msgspec.Struct], Callable[[To
     resource = operation.client.partition(".")[0]
     if operation.waits_for is not None and operation.method != "GET":
         many = operation.answers[operation.status].type == list[VmView]
-        return (ForkedVms if many else ChangedVm), lambda call, result, arguments: Result(Deleted(""))
+        return (ForkedVms if many else ChangedVm), lambda call, result, arguments: Result(Done(operation.summary))
     answer = operation.answers[operation.status].type
-    if answer is None:
+    if answer is None and operation.method == "DELETE":
         return Deleted, lambda call, result, arguments: Result(Deleted(arguments[-1]))
+    if answer is None:
+        return Done, lambda call, result, arguments: Result(Done(operation.summary, " ".join(arguments)))
     if getattr(answer, "__origin__", None) is not list:
         return answer, lambda call, result, arguments: Result(show(result).view, links=_links(result))
     if operation.query.keys() >= {"limit", "cursor"}:

@@ -26,13 +26,11 @@ class Command(StrEnum):
 class CommandRequest(msgspec.Struct, frozen=True):
     """A client, or the VM's `ttl`, requests a command."""
 
-    # Named so in the digests that stored responses have of requests.
-    command: Command = msgspec.field(name="kind")
+    command: Command
     grace_s: float = 10.0
     aside: bool = False
     """With `RESTART`: a VM that should be paused is paused after the boot."""
-    # Named so in the digests that stored responses have of requests.
-    cause: Cause | None = msgspec.field(default=None, name="caller")
+    cause: Cause | None = None
     """Who requests it, for the record and the first event that follows."""
 
 

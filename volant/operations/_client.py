@@ -43,11 +43,12 @@ def client_module(table: Table) -> str:
     named = ("body_of", "duration", "flag", "pairs", "part", "registry_headers", "words")
     helpers = sorted(name for name in named if re.search(rf"\b{name}\(", text))
     types = sorted(name for name in ("Collection", "Mapping", "Sequence") if re.search(rf"\b{name}\[", text))
+    typed = [name for name in ("Any", "ClassVar") if re.search(rf"\b{name}\b", text)]
     lines = [
         _HEAD,
         "from __future__ import annotations\n",
         *([f"from collections.abc import {', '.join(types)}"] if types else []),
-        *(["from typing import Any"] if re.search(r"\bAny\b", text) else []),
+        *([f"from typing import {', '.join(typed)}"] if typed else []),
         "",
         "from volant.model import (",
         *(f"    {name}," for name in [*used, "check_name"]),
@@ -60,6 +61,10 @@ def client_module(table: Table) -> str:
 
 def _class(resource: str, operations: Iterable[Operation]) -> str:
     head = f"class {resource.title()}Operations(Operations):\n"
+    changes = [each for each in operations if each.waits_for is not None and each.body is Nothing]
+    if changes:
+        states = {str(each.client).partition(".")[2]: str(each.waits_for) for each in changes}
+        head += f"    waits_for: ClassVar[Mapping[str, str]] = {states}\n\n"
     return head + "\n\n".join(textwrap.indent(_method(each), "    ") for each in operations)
 
 

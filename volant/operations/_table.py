@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal, TypeVar, cast, get_args, get_origin,
 import msgspec
 
 from volant.http import JSON, Nothing
-from volant.model import WAIT_STATES, Permission, Status
+from volant.journal import Result, VmChanged, VmCreated, VmForked
+from volant.model import WAIT_STATES, Permission, Status, VmView
 
 from ._parameters import Described, QueryParameter, Seconds, Words
 from ._results import has_etag, has_location, view_type
@@ -160,7 +161,7 @@ class Operation(msgspec.Struct, frozen=True, eq=False, kw_only=True, dict=True):
     @cached_property
     def arguments(self) -> tuple[str, ...]:
         """The names in the path."""
-        return tuple(re.findall(r"{(\w+)}", self.path))
+        return _path_names(self.path)
 
     @cached_property
     def recorded(self) -> Recorded:
@@ -294,12 +295,35 @@ class Table:
         :param examples: bodies to begin with, by what they are for
         :param tool: how models see it; True: by its own texts
         :param client: the method of the client, where it does not follow from the name
+        :raises ValueError: something that the declaration promises can't be derived from the function
         """
         method, path = route.split(" ")
 
         def add(function: F) -> F:
             hints = get_type_hints(function, include_extras=True)
             gives = hints["return"]
+            tools = tool if isinstance(tool, tuple) else (tool,) if isinstance(tool, Tool) else (Tool(),) * tool
+            body = _body_of(hints, method)
+            for wrong, why in (
+                (
+                    _path_names(path) != _positional(function)[1:],
+                    "its arguments after the context are not what the path names, in that order",
+                ),
+                (
+                    idempotent and gives not in get_args(Result),
+                    f"the journal keeps no {gives} to answer with again: add it to `volant.journal.Result`",
+                ),
+                (
+                    waits_for is not None and gives not in (VmCreated, VmChanged, VmForked, VmView),
+                    f"`waits_for` needs a VM, and {gives} is none",
+                ),
+                (
+                    isinstance(body, OneOf) and any(each.body not in body.types for each in tools),
+                    "a tool takes one body: name it in `Tool(body=…)`",
+                ),
+            ):
+                if wrong:
+                    raise ValueError(f"{route} ({function.__name__}): {why}")
             of = view_type(gives)
             shown = (
                 *headers,
@@ -324,7 +348,6 @@ class Table:
             }
             if spans is not None:
                 function = cast(F, spanning(function, path, query, spans))
-            tools = tool if isinstance(tool, tuple) else (tool,) if isinstance(tool, Tool) else (Tool(),) * tool
             self.add(
                 Operation(
                     method=method,
@@ -334,7 +357,7 @@ class Table:
                     summary=" ".join(summary.split()).removesuffix("."),
                     details=" ".join(details.split()),
                     answers=answers,
-                    body=_body_of(hints, method),
+                    body=body,
                     body_optional=inspect.signature(function).parameters.get("body", _REQUIRED).default
                     is not inspect.Parameter.empty,
                     examples=examples or {},
@@ -356,6 +379,15 @@ class Table:
             return function
 
         return add
+
+
+def _path_names(path: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"{(\w+)}", path))
+
+
+def _positional(function: Callable[..., Any]) -> tuple[str, ...]:
+    parameters = inspect.signature(function).parameters.values()
+    return tuple(each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD)
 
 
 _REQUIRED = inspect.Parameter("body", inspect.Parameter.KEYWORD_ONLY)
