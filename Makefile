@@ -6,11 +6,18 @@ UV ?= uv
 # Tests of one file share a daemon; tests/conftest.py sorts files and counts workers.
 PARALLEL = --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: check test test-all test-wheels fast lint fmt demo simulate bench docs lock vendor setup clean
+.PHONY: check test test-all programs test-wheels fast lint fmt demo simulate bench docs lock vendor setup clean
 
 check: lint fast ## What each commit has to pass: format, lint, types, import contracts, fast tests
 
-test: ## All tests on all cores, with real guests
+test: programs ## Each promise once, on all cores, with real guests
+	@.ci/test $(PARALLEL) -m "not full" $(TESTS)
+
+test-all: export VOLANT_TEST_FULL = 1
+test-all: programs ## All tests, with full loads, rounds and matrices; goes on where it was interrupted
+	@.ci/test -p tests.resume $(PARALLEL) $(TESTS)
+
+programs:
 	@.ci/system-packages python qemu ext4
 	@[ "$$(id -u)" != 0 ] || .ci/system-packages systemd || echo "Without it, tests under systemd are skipped" >&2
 	@[ "$$(id -u)" != 0 ] || .ci/system-packages network || echo "Without it, tests of networks are skipped" >&2
@@ -18,12 +25,9 @@ test: ## All tests on all cores, with real guests
 	@[ "$$(id -u)" != 0 ] || .ci/system-packages virtiofsd || echo "Without it, tests of directories of the host are skipped" >&2
 	@[ "$$(id -u)" != 0 ] || .ci/system-packages testssl || echo "Without it, TLS is not scanned for weaknesses" >&2
 	@[ "$$(id -u)" != 0 ] || .ci/system-packages chromium || echo "Without it, tests with a browser are skipped" >&2
-	@.ci/test $(PARALLEL) $(TESTS)
 
-test-all: export VOLANT_TEST_FULL = 1
-test-all: test ## All tests with full loads, rounds and matrices; takes hours
-
-test-wheels: ## Build volant-actors and volant-client, and test each in an environment without the daemon
+test-wheels: ## Install everything with pip; test volant-actors and volant-client in environments without the daemon
+	@.ci/test-install
 	@.ci/test-wheel actors $(TESTS)
 	@.ci/test-wheel client $(TESTS)
 

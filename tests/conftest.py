@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,8 +36,9 @@ _MARKS = {
     "simulation": ("simulation",),
 }
 """Folders, and the markers that all of their tests get."""
-_NEEDS = ("system", "kernel", "programs", "simulation", "slow")
+_NEEDS = ("system", "kernel", "programs", "simulation", "slow", "full")
 """A test with none of these markers is fast."""
+_LONGEST = 10
 _WORKER_BYTES = 1536 * 1024 * 1024
 """A worker's tests, its daemon and their guests, at most."""
 _IMAGE_S = 600.0
@@ -146,6 +147,21 @@ def _worker(config: pytest.Config) -> str | None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints where the time went, in seconds of workers, and what was skipped and why."""
+    tests, folders = defaultdict[str, float](float), defaultdict[str, list[float]](list)
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                tests[report.nodeid] += report.duration
+    for test, seconds in tests.items():
+        folders[str(Path(test.partition("::")[0]).parent)].append(seconds)
+    if len(folders) > 1:
+        terminalreporter.section(f"{sum(tests.values()):.0f} s in {len(tests)} tests")
+        for folder, each in sorted(folders.items(), key=lambda found: -sum(found[1])):
+            terminalreporter.write_line(f"{sum(each):7.1f} s {len(each):5} {folder}")
+        terminalreporter.section("longest tests")
+        for test, seconds in sorted(tests.items(), key=lambda found: -found[1])[:_LONGEST]:
+            terminalreporter.write_line(f"{seconds:7.1f} s {test}")
     reports = terminalreporter.getreports("skipped")
     reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in reports)
     if reasons:

@@ -15,6 +15,8 @@ from trio.testing import wait_all_tasks_blocked
 
 from actors import Actor, ActorDown, Child, DynamicSupervisor, Log, Request, handles, open_system
 
+pytestmark = pytest.mark.full
+
 MESSAGES = 1_000_000
 CHILDREN = 10_000
 

@@ -21,7 +21,7 @@ from volant.host._threads import LinuxThreads
 from volant.http import ApiSettings
 from volant.http._keys import MAX_TICKETS_OF_ONE
 from volant.journal import RemoveProject, _changes, _secret_changes, ask_journal
-from volant.model import Role
+from volant.model import Role, current_cause
 from volant.operations import TABLE, Operation
 
 GOOD = {"cpu_cores": 1, "memory_mb": 128}
@@ -234,9 +234,14 @@ async def test_what_another_project_has_takes_as_long_as_nothing(
     under_way = 0
     run = LinuxThreads.run
 
+    def count(what: str) -> None:
+        # The daemon's own work has no cause.
+        if current_cause.get() is not None:
+            waits[what] += 1
+
     async def in_a_thread(self: LinuxThreads, *call: Any) -> Any:
         nonlocal under_way
-        waits["a call in a thread"] += 1
+        count("a call in a thread")
         under_way += 1
         try:
             return await run(self, *call)
@@ -256,7 +261,7 @@ async def test_what_another_project_has_takes_as_long_as_nothing(
         before = getattr(Ref, name)
 
         def call(self: Any, message: Any, **options: Any) -> Any:
-            waits[f"{type(message).__name__} to {self.name}"] += 1
+            count(f"{type(message).__name__} to {self.name}")
             return before(self, message, **options)
 
         monkeypatch.setattr(Ref, name, call)

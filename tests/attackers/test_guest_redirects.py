@@ -108,6 +108,7 @@ async def test_a_daemon_on_both_families_accepts_no_mapped_address(tmp_path: Pat
         assert answer.status == 421
 
 
+@pytest.mark.full
 @pytest.mark.system
 async def test_a_real_guest_controls_nothing_through_its_clients(make_daemon: Callable[..., Daemon]) -> None:
     daemon = make_daemon("--allowed-hosts", NAME)

@@ -61,6 +61,7 @@ def test_the_demo_succeeds(nothing_left: dict[str, str]) -> None:
         assert what in done.stdout
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("moment", "signum"),
     [

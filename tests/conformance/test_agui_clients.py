@@ -68,6 +68,7 @@ async def live_and_die(client: Client) -> None:
         await client.vms.delete(name)
 
 
+@pytest.mark.full
 async def test_a_run_with_three_vms(daemon: Daemon, node: Node, tmp_path: Path) -> None:
     socket = f"{daemon.base_url.replace('http', 'ws', 1)}/ws/v1/agui"
     overview: list[Any] = []

@@ -12,7 +12,7 @@ import httpx
 
 from tests.system.kit import BOOT_S, Daemon, load
 
-FORKS = load("VOLANT_TEST_FORKS", usual=2, full=10)
+FORKS = load("VOLANT_TEST_FORKS", usual=1, full=10)
 PAGE = "http://localhost:8000/"
 ELSEWHERE = "http://127.0.0.1:8000/"
 """Another site, for which Chromium starts a new process. The process of the old page would continue with the random

@@ -27,6 +27,8 @@ from tests.conformance.kit import JS, Node
 from tests.conformance.test_console import play
 from tests.system.kit import BOOT_S, REPOSITORY, Daemon, kept, load
 
+pytestmark = pytest.mark.full
+
 CLIENT_S = 400.0
 """An emulated guest needs some fifteen seconds of processor time for such a screenshot."""
 ACTION_S = 150.0

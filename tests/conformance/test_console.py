@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import msgspec
+import pytest
 import trio
 
 from tests.api.kit import api
@@ -95,6 +96,7 @@ def test_a_person_creates_uses_and_deletes_a_vm_and_signs_in(node: Node, make_da
     assert (facts["scripts"], facts["stored"]) == ("", False)
 
 
+@pytest.mark.full
 async def test_two_thousand_vms_scroll_and_filter_while_they_change(node: Node, tmp_path: Path) -> None:
     async with api(tmp_path, limits=Limits(), checked=False) as served:
         journal = served.deps.journal
@@ -137,6 +139,7 @@ async def test_two_thousand_vms_scroll_and_filter_while_they_change(node: Node, 
         assert facts["first"] <= 10_000, facts
 
 
+@pytest.mark.full
 async def test_a_second_session_has_one_stream_and_no_guest_ends_or_stalls_it(node: Node, tmp_path: Path) -> None:
     async with api(tmp_path, ApiSettings(api_keys=(KEY,)), limits=Limits(), checked=False) as served:
         url = f"http://127.0.0.1:{served.server.port}"

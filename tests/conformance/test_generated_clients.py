@@ -66,6 +66,7 @@ async def test_a_client_of_openapi_python_client_works(written: Path, daemon: Da
     assert ran[-1] == {"exit_code": 0}
 
 
+@pytest.mark.full
 async def test_a_client_of_openapi_typescript_works(node: Node, written: Path, daemon: Daemon) -> None:
     home = written.parent
     (home / "node_modules").symlink_to(JS / "node_modules")

@@ -101,6 +101,7 @@ async def test_the_python_client_of_the_new_protocol(daemon: Daemon) -> None:
     check(seen, "py-new", "2026-07-28")
 
 
+@pytest.mark.full
 async def test_the_python_client_of_the_old_protocol(daemon: Daemon, old_python: Path) -> None:
     url = f"{daemon.base_url}/api/v1/mcp"
     seen = await trio.to_thread.run_sync(drive_python, old_python, url, "py-old")

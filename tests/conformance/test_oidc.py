@@ -154,6 +154,7 @@ def world(tmp_path: Path, node: Node) -> Iterator[World]:
             world.daemon.dispose()
 
 
+@pytest.mark.full
 def test_a_person_signs_in_by_device_code_and_stays_signed_in(world: World) -> None:
     assert "requires an API key" in world.run("vms", "list", code=1)
     world.issuer.send(ttl=31)
@@ -171,6 +172,7 @@ def test_a_person_signs_in_by_device_code_and_stays_signed_in(world: World) -> N
     assert "requires an API key" in world.run("vms", "list", code=1)
 
 
+@pytest.mark.full
 def test_a_person_without_a_role_or_who_denies_is_told_so(world: World) -> None:
     code, said = world.login("nobody")
     assert (code, "none of this daemon's rules gives it a role" in said) == (1, True), said
@@ -209,6 +211,7 @@ def test_only_the_issuers_tokens_for_us_are_callers(world: World) -> None:
     assert world.status(issuer.token(groups=[])) == (403, "no-role")
 
 
+@pytest.mark.full
 def test_keys_are_rotated_and_outlive_the_issuer(world: World) -> None:
     issuer = world.issuer
     old = issuer.token()
@@ -226,6 +229,7 @@ def test_keys_are_rotated_and_outlive_the_issuer(world: World) -> None:
     assert world.status(new)[0] == 200
 
 
+@pytest.mark.full
 def test_a_stream_ends_with_its_token(world: World) -> None:
     # Clocks may differ by a minute, so it is valid for some more seconds.
     token = world.issuer.token(exp=int(time.time()) - 45)

@@ -134,11 +134,18 @@ async def in_vm(client: Client, image: BuiltImage, **fields: Any) -> Report:
     ("flags", "fields"),
     [
         ([], {}),
-        (["--user", "0", "--workdir", "/app", "--env", "MODE=request"],
-         {"user": "0", "workdir": "/app", "env": {"MODE": "request"}}),
-        (["--user", "1000:1002"], {"user": "1000:1002"}),
+        pytest.param(
+            ["--user", "0", "--workdir", "/app", "--env", "MODE=request"],
+            {"user": "0", "workdir": "/app", "env": {"MODE": "request"}},
+            marks=pytest.mark.full,
+        ),
+        pytest.param(["--user", "1000:1002"], {"user": "1000:1002"}, marks=pytest.mark.full),
         # Where the user has no entry, Podman and Docker choose different homes.
-        (["--user", "4000", "--env", "HOME=/tmp"], {"user": "4000", "env": {"HOME": "/tmp"}}),
+        pytest.param(
+            ["--user", "4000", "--env", "HOME=/tmp"],
+            {"user": "4000", "env": {"HOME": "/tmp"}},
+            marks=pytest.mark.full,
+        ),
     ],
 )  # fmt: skip
 async def test_a_program_reports_the_same(
@@ -150,6 +157,7 @@ async def test_a_program_reports_the_same(
     check_same(ours, theirs)
 
 
+@pytest.mark.full
 async def test_an_empty_volume_receives_the_same(daemon: Daemon, image: BuiltImage, podman: list[str]) -> None:
     async with daemon.client() as client:
         # The second time there is content.
@@ -162,6 +170,7 @@ async def test_an_empty_volume_receives_the_same(daemon: Daemon, image: BuiltIma
             await client.volumes.delete(volume)
 
 
+@pytest.mark.full
 async def test_a_health_check_passes_in_both(daemon: Daemon, image: BuiltImage, podman: list[str]) -> None:
     async with daemon.client() as client:
         reference = f"oci:{image.layout}:t"

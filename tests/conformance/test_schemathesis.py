@@ -18,9 +18,11 @@ from tests.system.kit import REPOSITORY, Daemon, boot, load
 # Otherwise the daemon would build a template for each number of processors.
 pytestmark = pytest.mark.cold
 
-EXAMPLES = load("VOLANT_TEST_EXAMPLES", usual=10, full=500)
+EXAMPLES = load("VOLANT_TEST_EXAMPLES", usual=5, full=500)
 """Random requests for each operation, in addition to those that schemathesis derives from the document."""
-REQUESTS = 3000
+PHASES = ("fuzzing", "coverage,fuzzing")[load("VOLANT_TEST_COVERAGE", usual=0, full=1)]
+"""Coverage tries each limit of each value: some 6000 requests."""
+REQUESTS = load("VOLANT_TEST_REQUESTS", usual=500, full=3000)
 TIMEOUT_S = load("VOLANT_TEST_EXAMPLES_S", usual=900, full=3000)
 
 # Answers any request, but the discovery requests of DevTools with 404.
@@ -72,7 +74,7 @@ async def test_each_request_is_answered_as_documented(make_daemon: Callable[...,
                 [
                     str(Path(sys.executable).parent / "schemathesis"),
                     *("--config-file", str(HERE / "schemathesis.toml"), "run"),
-                    *(f"{daemon.base_url}/openapi.json", "--phases", "coverage,fuzzing"),
+                    *(f"{daemon.base_url}/openapi.json", "--phases", PHASES),
                     *("--max-examples", str(EXAMPLES), "--workers", "2", "--request-timeout", "20"),
                     *("--header", f"X-Volant-API-Key: {KEY}"),
                     *("--continue-on-failure", "--warnings", "off"),

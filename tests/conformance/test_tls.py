@@ -64,6 +64,7 @@ def testssl() -> str:
     return program
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_testssl_finds_no_weakness(tmp_path: Path, authority: Authority, testssl: str) -> None:
     daemon = Daemon(tmp_path / "cache", "--tls-cert", str(authority.issue("localhost", days=90, file="scanned")))

@@ -240,9 +240,10 @@ class Witness:
 
 
 # A request that is cut leaves a generator of httpx.
+@pytest.mark.full
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 async def test_a_fleet_with_faults_keeps_its_promises(tmp_path: Path) -> None:
-    seconds = load("VOLANT_BED_S", usual=30, full=600)
+    seconds = load("VOLANT_BED_S", usual=20, full=600)
     seed = int(os.environ.get("VOLANT_BED_SEED") or time.time_ns() % 10**6)
     random = Random(seed)
     # Short of time, hosts boot VMs instead of templates.
@@ -270,9 +271,8 @@ async def test_a_fleet_with_faults_keeps_its_promises(tmp_path: Path) -> None:
 _WITHOUT_EPOCHS = "from volant.fleet import Claim; Claim.is_of = lambda self, other: True"
 
 
-@pytest.mark.skipif(
-    not os.environ.get("VOLANT_TEST_FULL"), reason="takes minutes, and checks the test itself: set VOLANT_TEST_FULL"
-)
+# It checks the test itself.
+@pytest.mark.full
 @pytest.mark.parametrize("left_out", ["nothing", "watchdog", "epochs"])
 async def test_the_recorder_notices_what_is_left_out(left_out: str, tmp_path: Path) -> None:
     """A daemon is stopped for so long that another host takes its VM over, and goes on."""

@@ -423,6 +423,7 @@ def runs(directory: Path, count: int) -> tuple[list[Any], dict[str, int]]:
     return reports, outcomes
 
 
+@pytest.mark.full
 def test_hosts_agree_on_definitions_and_none_is_lost_or_doubled(tmp_path: Path) -> None:
     count = int(os.environ.get("RUNS", RUNS))
     reports, outcomes = runs(tmp_path, count)

@@ -88,6 +88,7 @@ async def with_disk(http: httpx.AsyncClient, name: str, host: str, rootfs: Path)
     assert (await http.post(f"/api/v1/vms/{name}/stop?wait=stopped", timeout=READY_S)).status_code == 200
 
 
+@pytest.mark.full
 async def test_vms_go_on_at_another_host_whatever_is_killed(tmp_path: Path, template: Path, image_cache: Path) -> None:
     with fleet(tmp_path, "h1", "h2", template=template, flags=SLOW) as found:
         await found.cluster.ready()

@@ -207,6 +207,7 @@ async def test_a_client_signs_in_again_when_its_token_has_ended(tmp_path: Path) 
                         await trio.sleep(0.05)
 
 
+@pytest.mark.full
 async def test_a_token_from_before_a_restore_blocks_nobody_for_long(tmp_path: Path) -> None:
     """etcd waits for the change at which a token was given, which it has not before it in a restored backup."""
     with cluster(tmp_path) as own:
@@ -248,6 +249,7 @@ async def test_over_tls_both_sides_show_a_certificate(tmp_path: Path) -> None:
                 await stranger.get("a")
 
 
+@pytest.mark.full
 async def test_members_are_lost_and_come_back(tmp_path: Path) -> None:
     """A mirror has no hole afterwards, and each change is done, not done, or of an unknown outcome."""
     with cluster(tmp_path, 3) as own:

@@ -125,6 +125,7 @@ async def replica(http: httpx.AsyncClient, name: str, holds: Callable[[dict[str,
     return found
 
 
+@pytest.mark.full
 async def test_a_host_that_does_not_reach_etcd_pauses_its_movable_vms(tmp_path: Path) -> None:
     with fleet(tmp_path, "h1") as found:
         await found.cluster.ready()

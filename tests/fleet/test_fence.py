@@ -4,7 +4,6 @@ breaks. And the recorder notices if the watchdog or the condition of a take-over
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -20,6 +19,7 @@ import trio.lowlevel
 from actors.testing import Simulation, simulate
 from tests.fleet.test_member import member_of
 from tests.simulated.etcd import FAULTS, SimulatedEtcd
+from tests.system.kit import load
 from volant.fleet import (
     Claim,
     Claims,
@@ -48,7 +48,7 @@ from volant.model import Failover, Problem
 
 T = TypeVar("T")
 
-RUNS = 46
+RUNS = load("RUNS", usual=16, full=46)
 """By hand, with `RUNS=5000` in the environment, more."""
 HOSTS = ("h1", "h2", "h3", "h4", "h5")
 VMS = 12
@@ -539,8 +539,7 @@ def runs(count: int, **options: Any) -> int:
 
 @pytest.mark.simulation
 def test_no_vm_runs_twice() -> None:
-    count = int(os.environ.get("RUNS", RUNS))
-    assert runs(count) > 10 * count
+    assert runs(RUNS) > 10 * RUNS
 
 
 @pytest.mark.simulation

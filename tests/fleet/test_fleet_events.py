@@ -110,6 +110,7 @@ async def check(found: FleetOfHosts, seen: list[str]) -> None:
     assert not epochs
 
 
+@pytest.mark.full
 async def test_a_stream_is_continued_at_another_host(tmp_path: Path) -> None:
     with fleet(tmp_path, "h1", "h2", "h3", "h4", flags=NO_BOOT, late=("h4",)) as found:
         await found.cluster.ready()

@@ -46,6 +46,7 @@ async def pages(http: httpx.AsyncClient, path: str) -> list[list[str]]:
     return found
 
 
+@pytest.mark.full
 async def test_a_list_is_that_of_all_hosts(tmp_path: Path) -> None:
     with fleet(tmp_path, "h1", "h2", "h3", flags=NO_BOOT) as found:
         await found.cluster.ready()

@@ -15,6 +15,7 @@ pytestmark = [pytest.mark.system, needs_etcd]
 ON_H1, ON_H2 = {"Volant-Host": "h1"}, {"Volant-Host": "h2"}
 
 
+@pytest.mark.full
 async def test_snapshots_and_volumes_are_found_from_any_host(tmp_path: Path) -> None:
     with fleet(tmp_path, "h1", "h2") as found:
         await found.cluster.ready()

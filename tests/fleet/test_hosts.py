@@ -70,6 +70,7 @@ async def test_any_host_answers_for_all(tmp_path: Path) -> None:
             assert (await h2.delete("/api/v1/vms/web")).status_code == 204
 
 
+@pytest.mark.full
 async def test_hosts_come_and_go(tmp_path: Path) -> None:
     """A name is given once, a draining host gets no VM, and what a dead host had is shown as it last was."""
     with fleet(tmp_path, "h1", "h2") as found:
@@ -108,6 +109,7 @@ async def test_hosts_come_and_go(tmp_path: Path) -> None:
             assert (done.status_code, output_of(done)) == (200, b"kept\n")
 
 
+@pytest.mark.full
 async def test_without_etcd_vms_run_on_and_names_are_not_given(tmp_path: Path) -> None:
     with fleet(tmp_path, "h1") as found:
         await found.cluster.ready()

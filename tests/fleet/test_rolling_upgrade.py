@@ -25,6 +25,7 @@ __all__ = ["previous"]
 HOSTS = ("h1", "h2", "h3")
 
 
+@pytest.mark.full
 async def test_vms_run_on_while_their_hosts_are_upgraded_one_by_one(
     tmp_path: Path, previous: Path, image_cache: Path
 ) -> None:

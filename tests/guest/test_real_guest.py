@@ -150,6 +150,7 @@ async def test_a_guest_reports_itself_and_shuts_down(image: images.Image, folder
     assert "panic" not in guest.console.read_text()
 
 
+@pytest.mark.full
 async def test_timers_that_would_wake_an_idle_guest_are_off_unless_asked_for(image: images.Image, folder: Path) -> None:
     async with boot(image, folder, "sysctl.kernel.soft_watchdog=1", "sysctl.vm/compaction_proactiveness=5") as guest:
         names = ("kernel/soft_watchdog", "vm/compaction_proactiveness", "vm/stat_interval")
@@ -158,6 +159,7 @@ async def test_timers_that_would_wake_an_idle_guest_are_off_unless_asked_for(ima
         assert output.split() == [b"1", b"5", b"60", b"0"]
 
 
+@pytest.mark.full
 async def test_large_output_and_many_commands_arrive_intact(image: images.Image, folder: Path) -> None:
     async with boot(image, folder) as guest:
         size = load("VOLANT_TEST_OUTPUT_BYTES", usual=10_000_000, full=50_000_000)
@@ -178,6 +180,7 @@ async def test_large_output_and_many_commands_arrive_intact(image: images.Image,
         assert results == {number: bytes(50_000) + b"%d\n" % number for number in range(20)}
 
 
+@pytest.mark.full
 async def test_a_dead_agent_is_restarted_and_one_that_keeps_dying_panics_the_guest(
     image: images.Image, folder: Path
 ) -> None:
@@ -197,6 +200,7 @@ async def test_a_dead_agent_is_restarted_and_one_that_keeps_dying_panics_the_gue
     assert "Kernel panic" in console
 
 
+@pytest.mark.full
 async def test_processes_that_ignore_sigterm_are_killed_after_the_grace_period(
     image: images.Image, folder: Path
 ) -> None:

@@ -87,6 +87,7 @@ def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
     assert not list(first_cache.glob("build-*"))
 
 
+@pytest.mark.full
 def test_nothing_of_this_machine_is_in_the_image(tmp_path: Path) -> None:
     image = build(tmp_path / "cache")
     data = image.initramfs.read_bytes()
@@ -104,6 +105,7 @@ def test_nothing_of_this_machine_is_in_the_image(tmp_path: Path) -> None:
     assert all(len(row["sha256"]) == 64 for row in packages)
 
 
+@pytest.mark.full
 def test_an_unreachable_mirror_is_reported_and_the_last_packages_used(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     image = build(cache)

@@ -116,6 +116,7 @@ def test_an_unknown_stock_image_is_an_error(tmp_path: Path) -> None:
     assert all(name in caught.value.hint for name in STOCK)
 
 
+@pytest.mark.full
 @pytest.mark.system
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root extracts owners and changes its root directory")

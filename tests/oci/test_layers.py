@@ -274,6 +274,7 @@ sys.exit(status)
 so a process that is small itself has to start it."""
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_layer(tmp_path: Path) -> None:
     size = 2**31

@@ -20,10 +20,11 @@ from tests.simulation.kit import JSON, VMS
 from tests.simulation.test_templates import builds, halves
 from tests.simulation.test_volumes import insist, make
 from tests.simulation.volume_user import VOLUMES, files, settled
+from tests.system.kit import load
 from volant.model import Phase, Status
 from volant.model.agent import VOLUMES_SINCE
 
-ROUNDS = 100
+ROUNDS = load("VOLANT_TEST_IMAGE_ROUNDS", usual=30, full=100)
 IMAGE = "app"
 PHASES = ("pull", "conversion", "template", "first boot", "attach", "grow")
 """That of a round is chosen by its number."""

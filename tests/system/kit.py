@@ -434,7 +434,7 @@ async def run_cut_off(client: Client, name: str, command: str) -> None:
     """Runs a command in a guest that ends the agent, or the guest."""
     try:
         await run(client, name, "sh", "-c", command)
-    except (ClientError, AssertionError) as error:
+    except (ClientError, ClientProblem, AssertionError) as error:
         print(f"as it should: {error}")
     else:
         raise AssertionError("the agent is still there")

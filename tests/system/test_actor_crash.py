@@ -125,6 +125,7 @@ async def test_a_vm_outlives_crashes_of_its_actor(image_cache: Path, monkeypatch
         assert (await client.healthz()).status == "ok"
 
 
+@pytest.mark.full
 async def test_a_vm_whose_actor_is_given_up_goes_on_and_can_be_recovered(
     image_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,6 +43,7 @@ async def stopped_vm(client: Client, name: str) -> None:
     assert (await client.vms.apply_and_wait(name, "stop", ["stopped"], grace_s=0)).outcome == "met"
 
 
+@pytest.mark.full
 async def test_a_restore_of_a_daemon_with_running_vms(make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
     daemon = make_daemon(ephemeral=False)
     kept = tmp_path / "kept.db"
@@ -103,6 +104,7 @@ def _remove_files_of(daemon: Daemon, vm_id: int) -> None:
     )
 
 
+@pytest.mark.full
 async def test_a_daemon_killed_at_any_moment_of_a_restore_has_the_old_or_the_new_database(
     make_daemon: Callable[..., Daemon], tmp_path: Path
 ) -> None:

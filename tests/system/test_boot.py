@@ -51,6 +51,7 @@ async def run(client: AgentClient, *command: str) -> tuple[bytes, int]:
     return bytes(output), exit_code
 
 
+@pytest.mark.full
 async def test_a_guest_boots_while_qemu_gets_no_turn(host: Host, qemu: QemuHypervisor, spec: MachineSpec) -> None:
     """QEMU's main thread raises the interrupts of the guest's first timer. When they came late, the kernel panicked:
     'IO-APIC + timer doesn't work'."""
@@ -133,6 +134,7 @@ async def console_loses_nothing(host: Host, client: AgentClient, spec: MachineSp
     assert numbers == [b"%d" % n for n in range(1, 8001)]
 
 
+@pytest.mark.full
 async def test_a_panic_is_reported_as_a_panic_now_and_after_adoption(
     host: Host, qemu: QemuHypervisor, spec: MachineSpec
 ) -> None:
@@ -193,6 +195,7 @@ trio.run(main)
 """
 
 
+@pytest.mark.full
 async def test_a_guest_outlives_its_owner_and_is_adopted(host: Host, qemu: QemuHypervisor, spec: MachineSpec) -> None:
     """The owner is killed while bytes flow; the next owner gets everything back, several times in a row."""
     encoded = msgspec.json.encode(spec, enc_hook=str)

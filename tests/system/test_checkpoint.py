@@ -209,6 +209,7 @@ class Traffic:
                 raise AssertionError("the relayed connection has ended")
 
 
+@pytest.mark.full
 async def test_a_busy_guest_does_not_notice_that_it_is_copied(
     host: Host, qemu: QemuHypervisor, spec: MachineSpec
 ) -> None:
@@ -232,6 +233,7 @@ async def test_a_busy_guest_does_not_notice_that_it_is_copied(
             nursery.cancel_scope.cancel()
 
 
+@pytest.mark.full
 async def test_a_copy_of_a_copy_has_its_own_identity(host: Host, qemu: QemuHypervisor, spec: MachineSpec) -> None:
     with trio.fail_after(2 * BOOT_S):
         async with running(host, qemu, spec) as guest:
@@ -246,6 +248,7 @@ async def test_a_copy_of_a_copy_has_its_own_identity(host: Host, qemu: QemuHyper
                     assert len(draws) == 3
 
 
+@pytest.mark.full
 async def test_a_disk_is_copied_with_its_guest(
     host: Host, qemu: QemuHypervisor, spec: MachineSpec, image_cache: Path, tmp_path: Path
 ) -> None:

@@ -84,6 +84,7 @@ async def test_timers_wait_while_a_guest_is_paused_and_alarms_ring_afterwards(da
             assert fell_behind_s(before, after) >= away_s
 
 
+@pytest.mark.full
 async def test_timers_go_on_in_copies(daemon: Daemon) -> None:
     async with daemon.client() as client:
         await boot(client, "demo")
@@ -108,6 +109,7 @@ async def test_timers_go_on_in_copies(daemon: Daemon) -> None:
         await client.snapshots.delete("asleep")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("how", ["cold", "template"])
 async def test_an_idle_guest_keeps_time(daemon: Daemon, how: str) -> None:
     async with daemon.client() as client:

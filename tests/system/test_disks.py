@@ -19,6 +19,7 @@ def rootfs(image_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_ext4(tmp_path_factory.mktemp("rootfs") / "small.ext4", image_cache, size_mb=IMAGE_MB)
 
 
+@pytest.mark.full
 async def test_a_guest_can_fill_its_disk_without_affecting_others(daemon: Daemon, rootfs: Path) -> None:
     async with daemon.client() as client, daemon.http() as http:
         await client.plugins.install(plugin("small", rootfs))

@@ -185,7 +185,7 @@ async def attempts(client: Client, name: str, *targets: tuple[str, int, str]) ->
     return found
 
 
-@pytest.mark.parametrize("network", ["bridge", "user"])
+@pytest.mark.parametrize("network", ["bridge", pytest.param("user", marks=pytest.mark.full)])
 async def test_a_guest_reaches_only_names_and_addresses_that_its_rules_allow(
     daemon: Daemon, lab: EgressLab, network: str
 ) -> None:
@@ -225,6 +225,7 @@ async def test_a_guest_reaches_only_names_and_addresses_that_its_rules_allow(
         assert await run(client, "walled", "sh", "-c", pings) == "no\n"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("network", ["bridge", "user"])
 async def test_rules_hold_while_no_daemon_runs_and_after_it(daemon: Daemon, lab: EgressLab, network: str) -> None:
     async with daemon.client() as client:
@@ -256,6 +257,7 @@ async def test_rules_hold_while_no_daemon_runs_and_after_it(daemon: Daemon, lab:
         ]
 
 
+@pytest.mark.full
 async def test_copies_have_the_rules_of_the_original(daemon: Daemon) -> None:
     async with daemon.client() as client:
         await boot(client, "original", network="bridge", egress=RULES)

@@ -44,6 +44,7 @@ async def test_volar_exec_returns_output_and_exit_code_of_the_command(daemon: Da
     assert done.stdout == f"{_ZEROS}  -\n".encode()
 
 
+@pytest.mark.full
 async def test_fifty_megabytes_arrive_unchanged(daemon: Daemon, guest: str) -> None:
     digest = hashlib.sha256()
     size = 0

@@ -249,6 +249,7 @@ async def test_a_file_that_exceeds_memory_is_refused_and_the_guest_survives(daem
         assert await run(client, guest, "ls", "-A", "/root") == ""
 
 
+@pytest.mark.full
 async def test_a_large_file_arrives_whole_and_the_daemon_stays_small(daemon: Daemon, guest: str) -> None:
     count = load("VOLANT_TEST_FILE_MB", usual=30, full=100)
     block = os.urandom(1 << 20)

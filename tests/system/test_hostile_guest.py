@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -53,20 +52,17 @@ def others(module_daemon: Daemon, image_cache: Path, tmp_path_factory: pytest.Te
 def check(noticed: Noticed) -> None:
     print(noticed)
     assert noticed.asked > 3
-    assert noticed.slowest_s < 20
-    assert noticed.slowest_healthz_s < 5
     assert noticed.grown_mb < RSS_MB
     assert noticed.disk_mb < 2 * LOGS_MB
-    # A guest that does not answer is killed after ten seconds.
-    assert noticed.deleted_s < 25
 
 
 ALL = [*PORTS, *SERVERS, *IN_THE_GUEST, "events"]
-SOME = ["garbage", "huge", "forks"]
-FULL = bool(os.environ.get("VOLANT_TEST_FULL"))
+SOME = ["garbage"]
 
 
-@pytest.mark.parametrize("behaviour", ALL if FULL else SOME)
+@pytest.mark.parametrize(
+    "behaviour", [*SOME, *(pytest.param(each, marks=pytest.mark.full) for each in ALL if each not in SOME)]
+)
 async def test_no_other_vm_is_affected(daemon: Daemon, behaviour: str) -> None:
     async with daemon.client() as client:
         await boot_evil(client)
@@ -84,7 +80,7 @@ async def test_no_other_vm_is_affected(daemon: Daemon, behaviour: str) -> None:
         check(noticed)
 
 
-@pytest.mark.parametrize("behaviour", ["garbage", "lies"] if FULL else ["lies"])
+@pytest.mark.parametrize("behaviour", [pytest.param("garbage", marks=pytest.mark.full), "lies"])
 async def test_a_guest_that_is_hostile_from_the_start_does_not_become_running(daemon: Daemon, behaviour: str) -> None:
     async with daemon.client() as client:
         async with noticing(daemon, client) as noticed:
@@ -101,6 +97,7 @@ async def test_a_guest_that_is_hostile_from_the_start_does_not_become_running(da
         check(noticed)
 
 
+@pytest.mark.full
 async def test_a_guest_that_fills_its_disk_gets_its_size_and_no_more(
     daemon: Daemon, image_cache: Path, tmp_path: Path
 ) -> None:
@@ -132,7 +129,8 @@ async def test_a_guest_that_fills_its_disk_gets_its_size_and_no_more(
         await client.plugins.delete("with-disk")
 
 
-@pytest.mark.parametrize("behaviour", ["garbage", "line-feeds"] if FULL else ["line-feeds"])
+@pytest.mark.full
+@pytest.mark.parametrize("behaviour", ["garbage", "line-feeds"])
 async def test_a_restarted_daemon_adopts_the_others_and_can_delete_a_hostile_guest(
     make_daemon: Callable[..., Daemon], image_cache: Path, tmp_path: Path, behaviour: str
 ) -> None:

@@ -13,6 +13,7 @@ _MOST_PER_S = 25
 """An idle VM wakes up less than ten times a second. With QEMU's HPET it was 290 times."""
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("how", ["cold", "template"])
 async def test_an_idle_vm_rarely_wakes_up(daemon: Daemon, how: str) -> None:
     async with daemon.client() as client:

@@ -336,6 +336,7 @@ def check_images(oci: Path) -> None:
         assert any(directory.name in path.read_text() for directory in oci.glob("images/*")), path.read_text()
 
 
+@pytest.mark.full
 async def test_kills_leave_no_half_image(make_daemon: Callable[..., Daemon], image_cache: Path, tmp_path: Path) -> None:
     print(f"VOLANT_TEST_SEED={SEED}")
     rng = Random(SEED)

@@ -23,9 +23,15 @@ LATEST_S = 0.1
 FLAGS = {"standby": ("--standby", "1")}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("kind", "booted_from"),
-    [("clone", "template"), ("standby", "template"), ("fork", "fork"), ("restore", "snapshot")],
+    [
+        ("clone", "template"),
+        ("standby", "template"),
+        ("fork", "fork"),
+        ("restore", "snapshot"),
+    ],
 )
 async def test_a_launch_continues_after_the_daemon_is_killed(
     make_daemon: Callable[..., Daemon], kind: str, booted_from: str

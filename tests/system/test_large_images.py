@@ -69,6 +69,7 @@ async def sha256_in(client: Client, command: str) -> str:
     return (await run(client, "demo", "sh", "-c", f"{command} | sha256sum")).split()[0]
 
 
+@pytest.mark.full
 async def test_a_vm_has_the_files_of_forty_layers(
     daemon: Daemon, registry: Registry, image_cache: Path, tmp_path: Path
 ) -> None:
@@ -85,6 +86,7 @@ async def test_a_vm_has_the_files_of_forty_layers(
         assert await run(client, "demo", "cat", "/last") == f"{LAYERS - 1}"
 
 
+@pytest.mark.full
 async def test_a_vm_has_the_files_of_a_large_layer_that_took_little_memory(
     daemon: Daemon, cache: Path, registry: Registry, image_cache: Path, tmp_path: Path
 ) -> None:

@@ -70,6 +70,7 @@ async def test_events_resume_after_an_id(daemon: Daemon) -> None:
         assert first.type == "VM_CREATED"
 
 
+@pytest.mark.full
 async def test_a_second_delete_joins_the_first(daemon: Daemon) -> None:
     async with daemon.client() as client, daemon.http() as http:
         await boot(client, "demo")
@@ -86,6 +87,7 @@ async def test_a_second_delete_joins_the_first(daemon: Daemon) -> None:
         assert daemon.files() == []
 
 
+@pytest.mark.full
 async def test_a_client_that_leaves_does_not_cancel_its_delete(daemon: Daemon) -> None:
     async with daemon.client() as client, daemon.http() as http:
         vm = await boot(client, "demo")

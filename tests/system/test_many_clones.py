@@ -15,6 +15,7 @@ CLONES = load("VOLANT_TEST_CLONES", usual=8, full=50)
 CLOCK_S = 0.05
 
 
+@pytest.mark.full
 @pytest.mark.alone
 async def test_clones_created_at_once_have_an_identity_each(make_daemon: Callable[..., Daemon]) -> None:
     daemon = make_daemon("--templates", "auto")

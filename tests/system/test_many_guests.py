@@ -10,6 +10,7 @@ from tests.system.kit import BOOT_S, Daemon, Stopwatch, load, run, spec
 ROUNDS = load("VOLANT_TEST_ROUNDS", usual=2, full=10)
 
 
+@pytest.mark.full
 @pytest.mark.alone
 @pytest.mark.parametrize("round_", range(ROUNDS))
 async def test_four_vms_created_at_once_all_run(daemon: Daemon, round_: int) -> None:

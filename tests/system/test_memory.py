@@ -154,6 +154,7 @@ async def with_agent(host: Host, spec: MachineSpec, use: Callable[[AgentClient],
             await use(client)
 
 
+@pytest.mark.full
 async def test_a_copy_that_returns_shared_memory_changes_nothing(image_cache: Path, tmp_path: Path) -> None:
     """A copy of a guest with a balloon has one, too, and root in the guest controls it."""
 

@@ -110,6 +110,7 @@ async def reaches(client: Client, name: str, other: str) -> bool:
     return await run(client, name, "sh", "-c", script) == "yes\n"
 
 
+@pytest.mark.full
 async def test_each_vm_of_any_origin_has_its_own_address(daemon: Daemon) -> None:
     async with daemon.client() as client:
         await boot(client, "used")
@@ -128,6 +129,7 @@ async def test_each_vm_of_any_origin_has_its_own_address(daemon: Daemon) -> None
             assert not await reaches(client, "waited", vm.ip_address), "they have no network in common"
 
 
+@pytest.mark.full
 async def test_copies_have_an_address_of_their_own_and_can_power_off(daemon: Daemon) -> None:
     async with daemon.client() as client:
         original = await boot(client, "original")
@@ -220,6 +222,7 @@ async def test_networks_outlive_a_killed_daemon_and_end_with_their_vms(daemon: D
             lab.world.run(sys.executable, "-c", FETCH, HOST, "8080")
 
 
+@pytest.mark.full
 async def test_an_orphaned_guest_keeps_its_address_when_it_is_adopted(daemon: Daemon, lab: Lab) -> None:
     """A booted VM has its address on the command line; a VM from the warm pool has it in a file of its directory."""
     async with daemon.client() as client:
@@ -263,6 +266,7 @@ async def test_guests_reach_the_internet_as_users_of_the_host_do(daemon: Daemon,
         assert await fetch(lab, 8081) == "booted\n"
 
 
+@pytest.mark.full
 @pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed")
 async def test_guests_reach_the_internet_again_whichever_process_is_killed(daemon: Daemon) -> None:
     """For a VM of any origin: its hypervisor does not connect to passt, so the daemon has to."""

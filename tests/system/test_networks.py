@@ -171,6 +171,7 @@ async def test_a_guest_and_its_copy_are_both_on_the_network(
                     assert b"origin" not in await grandchild.run("cat", "/etc/hosts")
 
 
+@pytest.mark.full
 async def test_clones_use_their_own_addresses_and_never_the_templates(
     host: Host, qemu: QemuHypervisor, spec: MachineSpec, net: Net, tmp_path: Path
 ) -> None:
@@ -200,6 +201,7 @@ async def test_clones_use_their_own_addresses_and_never_the_templates(
         assert {words[1] for words in spoken if words[0] == mac(number) and len(words) > 1} == {address(number)}
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("behind", ["tap", "socket"])
 async def test_a_machine_that_waited_is_given_what_is_behind_its_nic(
     host: Host, qemu: QemuHypervisor, spec: MachineSpec, tmp_path: Path, behind: str
@@ -263,6 +265,7 @@ def clone_spec(spec: MachineSpec, template: Template, number: int, nic: Nic) -> 
     )
 
 
+@pytest.mark.full
 async def test_a_root_filesystem_is_told_too_and_keeps_its_own_names(
     host: Host, qemu: QemuHypervisor, spec: MachineSpec, image_cache: Path, tmp_path: Path
 ) -> None:
@@ -325,6 +328,7 @@ class Peer:
         return b""
 
 
+@pytest.mark.full
 async def test_a_nic_may_have_a_socket_behind_it_and_copies_one_of_their_own(
     host: Host, qemu: QemuHypervisor, spec: MachineSpec, tmp_path: Path
 ) -> None:

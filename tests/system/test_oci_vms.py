@@ -53,6 +53,7 @@ async def test_a_vm_runs_the_program_of_its_image_as_its_user(daemon: Daemon, la
         )
 
 
+@pytest.mark.full
 async def test_a_disk_keeps_what_was_written_when_its_vm_stops(daemon: Daemon, layout: str) -> None:
     async with daemon.client() as client:
         await boot(client, "demo", image=layout, start_workload=False, user="root")
@@ -67,6 +68,7 @@ async def test_a_disk_keeps_what_was_written_when_its_vm_stops(daemon: Daemon, l
         assert await run(client, "demo", "cat", "/absent/data/file") == "kept\n"
 
 
+@pytest.mark.full
 async def test_a_template_of_an_image_is_cloned(make_daemon: Callable[..., Daemon], layout: str) -> None:
     daemon = make_daemon("--templates", "auto")
     async with daemon.client() as client:
@@ -99,6 +101,7 @@ async def test_a_vm_of_an_image_is_forked_with_its_disk(daemon: Daemon, layout: 
         assert await run(client, "copy", "cat", "/app/file") == "kept\n"
 
 
+@pytest.mark.full
 async def test_a_restarted_daemon_keeps_a_vm_of_an_image(make_daemon: Callable[..., Daemon], layout: str) -> None:
     daemon = make_daemon(ephemeral=False)
     async with daemon.client() as client:
@@ -122,6 +125,7 @@ async def test_an_image_that_can_not_be_had_makes_no_vm(daemon: Daemon, layout: 
         assert await client.vms.list() == []
 
 
+@pytest.mark.full
 async def test_a_copy_into_a_volume_is_whole_or_made_again(daemon: Daemon, layout: str) -> None:
     async with daemon.client() as client:
         await client.volumes.create(CreateVolume(name="data", size_mb=64))
@@ -148,6 +152,7 @@ async def test_a_copy_into_a_volume_is_whole_or_made_again(daemon: Daemon, layou
         await client.volumes.delete("data")
 
 
+@pytest.mark.full
 async def test_a_volume_too_small_for_its_copy_fails_the_boot_until_it_has_grown(daemon: Daemon, layout: str) -> None:
     async with daemon.client() as client:
         await client.volumes.create(CreateVolume(name="data", size_mb=16))
@@ -165,6 +170,7 @@ async def test_a_volume_too_small_for_its_copy_fails_the_boot_until_it_has_grown
         await client.volumes.delete("data")
 
 
+@pytest.mark.full
 async def test_a_volume_stays_empty_where_that_is_asked_for(daemon: Daemon, layout: str) -> None:
     async with daemon.client() as client:
         await client.volumes.create(CreateVolume(name="data", size_mb=16))

@@ -137,6 +137,7 @@ def broken(tmp_path: Path, rootfs: Path) -> Path:
     return path
 
 
+@pytest.mark.full
 async def test_a_root_filesystem_that_cannot_boot_is_named(
     daemon: Daemon, rootfs: Path, nonsense: Path, broken: Path
 ) -> None:
@@ -162,6 +163,7 @@ async def test_a_root_filesystem_that_cannot_boot_is_named(
             await client.plugins.delete(name)
 
 
+@pytest.mark.full
 async def test_kernel_and_initramfs_come_from_the_manifest(daemon: Daemon, image_cache: Path) -> None:
     image = find(image_cache)
     assert image is not None
@@ -183,6 +185,7 @@ async def test_kernel_and_initramfs_come_from_the_manifest(daemon: Daemon, image
         await client.plugins.delete("own")
 
 
+@pytest.mark.full
 async def test_a_daemon_that_was_killed_finds_the_disks_again(make_daemon: Callable[..., Daemon], rootfs: Path) -> None:
     daemon = make_daemon(ephemeral=False)
     async with daemon.client() as client:
@@ -212,6 +215,7 @@ async def test_a_daemon_that_was_killed_finds_the_disks_again(make_daemon: Calla
         assert "kept" in (await run(client, "one", "ls", "/")).split()
 
 
+@pytest.mark.full
 async def test_after_an_upgrade_an_installed_plugin_boots_from_what_is_cached(
     make_daemon: Callable[..., Daemon], rootfs: Path, tmp_path: Path
 ) -> None:

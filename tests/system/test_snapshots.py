@@ -161,6 +161,7 @@ async def test_a_snapshot_outlives_its_vm_and_the_daemon(daemon: Daemon) -> None
         assert "before" not in (await run(client, "again", "ls", "/")).split()
 
 
+@pytest.mark.full
 async def test_the_disk_is_copied_with_the_memory_and_belongs_to_the_copy(
     daemon: Daemon, image_cache: Path, tmp_path: Path
 ) -> None:
@@ -211,6 +212,7 @@ change(_steps.Steps, "_await_agent", hang)
 """
 
 
+@pytest.mark.full
 async def test_the_unfinished_copies_of_a_killed_daemon_are_finished_or_removed(daemon: Daemon) -> None:
     async with daemon.client() as client:
         before = await boot(client, "demo")

@@ -97,6 +97,7 @@ async def test_a_vm_claims_a_process_of_the_warm_pool(daemon: Daemon) -> None:
         assert not is_alive(pid)
 
 
+@pytest.mark.full
 async def test_a_clean_stop_ends_them_and_no_vm(daemon: Daemon) -> None:
     async with daemon.client() as client:
         await filled(daemon)
@@ -112,6 +113,7 @@ async def test_a_clean_stop_ends_them_and_no_vm(daemon: Daemon) -> None:
         await refill(daemon, client)
 
 
+@pytest.mark.full
 async def test_after_kill_nine_the_next_daemon_ends_them(daemon: Daemon) -> None:
     async with daemon.client() as client:
         await filled(daemon)
@@ -140,6 +142,7 @@ async def refill(daemon: Daemon, client: Client) -> None:
     await filled(daemon)
 
 
+@pytest.mark.full
 async def test_a_warm_process_that_hangs_is_replaced_unnoticed(daemon: Daemon) -> None:
     async with daemon.client() as client:
         (pid,), failed = await filled(daemon), await count(daemon, "failed_claims_total")
@@ -152,6 +155,7 @@ async def test_a_warm_process_that_hangs_is_replaced_unnoticed(daemon: Daemon) -
         await reachable(client, "unlucky")
 
 
+@pytest.mark.full
 async def test_with_a_disk(daemon: Daemon, image_cache: Path, tmp_path: Path) -> None:
     async with daemon.client() as client:
         manifest = plugin("disky", make_ext4(tmp_path / "root.ext4", image_cache))

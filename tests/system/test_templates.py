@@ -185,6 +185,7 @@ async def test_a_vm_boots_in_the_requested_mode(daemon: Daemon) -> None:
         assert "volant.test=1" in await run(client, "clone", "cat", "/proc/cmdline")
 
 
+@pytest.mark.full
 async def test_a_copied_workload_is_notified_and_its_copies_diverge(daemon: Daemon) -> None:
     manifest = Manifest(
         name="counter",
@@ -219,6 +220,7 @@ async def test_a_copied_workload_is_notified_and_its_copies_diverge(daemon: Daem
         assert lines == ["the workload began"]
 
 
+@pytest.mark.full
 async def test_a_disk_starts_as_a_copy_of_the_templates_disk(daemon: Daemon, image_cache: Path, tmp_path: Path) -> None:
     rootfs = make_ext4(tmp_path / "root.ext4", image_cache, files={"etc/hello": "hello\n"})
     async with daemon.client() as client:
@@ -256,7 +258,8 @@ def forge(directory: Path) -> None:
     record.write_text(json.dumps(said))
 
 
-@pytest.mark.parametrize("damage", [touch, cut, forge] if os.environ.get("VOLANT_TEST_FULL") else [cut, forge])
+@pytest.mark.full
+@pytest.mark.parametrize("damage", [touch, cut, forge])
 async def test_a_damaged_template_costs_a_cold_boot_and_is_reported(
     image_cache: Path, make_daemon: Callable[..., Daemon], damage: Callable[[Path], None]
 ) -> None:
@@ -309,6 +312,7 @@ async def test_kill_nine_in_the_middle_of_a_build_leaves_nothing(make_daemon: Ca
         await reachable(client, "vm")
 
 
+@pytest.mark.full
 async def test_a_clean_stop_ends_a_build(make_daemon: Callable[..., Daemon]) -> None:
     daemon = make_daemon("--templates", "auto", ephemeral=False)
     async with daemon.client() as client:

@@ -85,6 +85,7 @@ def upgraded(cache: Path, previous: Path, _running: list[Daemon]) -> Iterator[tu
             daemon.dispose()
 
 
+@pytest.mark.full
 async def test_running_vms_continue_and_stored_data_is_usable(
     upgraded: tuple[Daemon, Lab], tmp_path: Path, cache: Path
 ) -> None:

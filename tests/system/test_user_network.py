@@ -185,10 +185,11 @@ def user_of(pid: int) -> int:
 async def attack(client: Client) -> None:
     """Makes the guest try each way to a service of the host, over TCP and UDP."""
     # 10.0.2.2 is the guest's gateway, which passt maps to the host's loopback by default.
-    for address in (HOST, "10.0.2.2", "127.0.0.2", "0.0.0.0", "198.51.100.255", *MULTICAST_GROUPS, *METADATA):
-        tries = [f"(wget -q -T 2 -O - http://{address}:{port} || true)" for port in (PORT, LOOPBACK_PORT)]
-        tries += [f"(timeout 2 tftp -g -r x {address} {port} || true)" for port in (PORT, LOOPBACK_PORT)]
-        await run(client, "demo", "sh", "-c", f"{' & '.join(tries)} & wait")
+    addresses = (HOST, "10.0.2.2", "127.0.0.2", "0.0.0.0", "198.51.100.255", *MULTICAST_GROUPS, *METADATA)
+    targets = [(address, port) for address in addresses for port in (PORT, LOOPBACK_PORT)]
+    tries = [f"(wget -q -T 2 -O - http://{address}:{port} || true)" for address, port in targets]
+    tries += [f"(timeout 2 tftp -g -r x {address} {port} || true)" for address, port in targets]
+    await run(client, "demo", "sh", "-c", f"{' & '.join(tries)} & wait")
 
 
 FLOOD = """
@@ -203,6 +204,7 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
 """
 
 
+@pytest.mark.full
 async def test_a_guest_that_sends_all_the_time_is_reconnected(behind: Behind, tmp_path: Path) -> None:
     client = behind.client
     (tmp_path / "word").write_text("from the world")
@@ -217,6 +219,7 @@ async def test_a_guest_that_sends_all_the_time_is_reconnected(behind: Behind, tm
             assert await run(client, "demo", "sh", "-c", fetch) == "from the world"
 
 
+@pytest.mark.full
 async def test_the_network_outlives_the_daemon_and_ends_with_its_vm(image_cache: Path, world: int) -> None:
     daemon = on_a_host(image_cache, world, ephemeral=False)
     try:

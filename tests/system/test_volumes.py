@@ -108,6 +108,7 @@ async def test_a_volume_grows_while_it_is_mounted_and_is_copied_when_it_is_not(d
             await client.volumes.delete(name)
 
 
+@pytest.mark.full
 async def test_a_snapshot_has_the_volumes_as_they_were_with_the_memory(daemon: Daemon) -> None:
     async with daemon.client() as client:
         await made(client, "data")
@@ -168,6 +169,7 @@ change(Volumes, "begin_copy", hang)
 """
 
 
+@pytest.mark.full
 async def test_a_killed_daemon_leaves_no_copy_of_a_volume_without_its_vm(make_daemon: Callable[..., Daemon]) -> None:
     daemon = make_daemon(ephemeral=False)
     async with daemon.client() as client:
@@ -205,6 +207,7 @@ async def test_a_killed_daemon_leaves_no_copy_of_a_volume_without_its_vm(make_da
         await until(client, "copy", "running")
 
 
+@pytest.mark.full
 async def test_a_killed_daemon_loses_no_volume(make_daemon: Callable[..., Daemon]) -> None:
     daemon = make_daemon(ephemeral=False)
     async with daemon.client() as client:
@@ -268,6 +271,7 @@ async def test_damaged_content_fails_the_boot_with_a_reason(daemon: Daemon, at: 
         await client.volumes.delete("data")
 
 
+@pytest.mark.full
 async def test_links_in_the_root_do_not_lead_out_of_it(daemon: Daemon, image_cache: Path, tmp_path: Path) -> None:
     async with daemon.client() as client:
         await client.plugins.install(plugin("linked", make_ext4(tmp_path / "linked.ext4", image_cache)))
@@ -285,6 +289,7 @@ async def test_links_in_the_root_do_not_lead_out_of_it(daemon: Daemon, image_cac
         await client.volumes.delete("data")
 
 
+@pytest.mark.full
 async def test_all_disks_of_a_vm_share_its_limit(daemon: Daemon) -> None:
     async with daemon.client() as client:
         await made(client, "data")
@@ -298,6 +303,7 @@ async def test_all_disks_of_a_vm_share_its_limit(daemon: Daemon) -> None:
     assert "not limited" not in daemon.log()
 
 
+@pytest.mark.full
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount")
 async def test_a_full_host_is_an_error_in_the_guest_with_a_reason(make_daemon: Callable[..., Daemon]) -> None:
     daemon = make_daemon(ephemeral=False, wrapper=small_state_disk(300))

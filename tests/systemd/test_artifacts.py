@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.system.kit import boot, run
 from tests.system.rootfs import digest, make_ext4, plugin
 from tests.systemd.kit import Box
 from volant.model import Artifact
 
 
+@pytest.mark.full
 async def test_a_plugin_names_an_image_of_the_host(box: Box, image_cache: Path) -> None:
     image = make_ext4(box.root / "var/image.ext4", image_cache, files={"etc/word": "kept"})
     box.volar("setup")

@@ -19,6 +19,7 @@ echo VOLANT_HOST_DIRS=/srv/data,/srv/results:rw >/etc/default/volantd
 """
 
 
+@pytest.mark.full
 async def test_a_service_reads_and_writes_as_the_owner_with_the_path_of_the_page(box: Box) -> None:
     box.run("sh", "-ec", SETUP)
     box.volar("setup")

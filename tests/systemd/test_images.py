@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
 import trio
 
 from tests.oci.kit import tar, write_layout
@@ -14,6 +15,7 @@ from tests.system.rootfs import busybox_layer
 from tests.systemd.kit import Box
 
 
+@pytest.mark.full
 @needs_registry
 async def test_images_come_into_the_cache_and_boot(box: Box, image_cache: Path) -> None:
     base = busybox_layer(image_cache)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.system.kit import boot, run
 from tests.systemd.kit import Box
 
 
+@pytest.mark.full
 async def test_a_vm_on_the_bridge_reaches_its_gateway_and_leaves_nothing(box: Box) -> None:
     box.volar("setup")
     async with box.client() as client:
