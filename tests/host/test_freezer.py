@@ -76,6 +76,10 @@ class Bed:
         with trio.fail_after(SOON_S):
             await host.processes.end(await host.processes.scan(f"volant-{self.instance}-"))
             await freezer.close()
+            # A process that has ended leaves its group a moment later.
+            while self.top.exists():
+                await trio.sleep(0.01)
+                await freezer.close()
 
 
 @pytest.fixture

@@ -121,13 +121,30 @@ async def test_a_cancelled_wait_does_not_wake_the_waiter_of_another_process(
             second.kill()
 
 
+async def test_a_process_is_spawned_once_its_command_line_is_there(
+    host: Host, tag: str, tmp_path: Path, started: list[ProcessIdentity], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel lets the parent go on before it sets the arguments. Another process would not find the tag."""
+    real, seen = _procfs.command_line, list[bytes]()
+
+    def late(pid: int) -> bytes:
+        seen.append(real(pid) if len(seen) >= 3 else b"")
+        return seen[-1]
+
+    monkeypatch.setattr(_procfs, "command_line", late)
+    await spawn(host, tag, tmp_path, SLEEP, started)
+    assert tag in _procfs.tokens(seen[-1])
+
+
 async def test_an_adopted_process_is_found_by_its_tag_and_watched(
     host: Host, tag: str, tmp_path: Path, started: list[ProcessIdentity]
 ) -> None:
     # The middle process starts it and goes, as a daemon that was killed does.
     code = (
         "import subprocess, sys\n"
-        f"subprocess.Popen([sys.executable, '-c', {SLEEP!r}, 'guest={tag},x=y'], start_new_session=True)\n"
+        f"argv = [sys.executable, '-c', {SLEEP!r}, 'guest={tag},x=y']\n"
+        "process = subprocess.Popen(argv, start_new_session=True, stdout=subprocess.PIPE)\n"
+        "process.stdout.readline()\n"
     )
     with trio.fail_after(60):
         await trio.run_process([sys.executable, "-c", code], stdout=None)

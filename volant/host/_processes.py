@@ -4,7 +4,8 @@
 may belong to another process. So an identity is pid, start time, boot id and a tag that stands on the command line. A
 handle opens a pidfd first and compares afterwards, so what it compared is what it signals and waits for.
 
-**Nothing here polls.** A pidfd becomes readable when its process ends, also when the process is no child of ours.
+**Nothing here polls**, except that `spawn()` waits for the command line. A pidfd becomes readable when its process
+ends, also when the process is no child of ours.
 
 **Children are reaped here.** The first waiter takes the exit status, and every other handle of the same child sees it
 too. A child that nobody watches is collected by the next `spawn()` or `scan()`, and its status kept for a handle that
@@ -20,6 +21,7 @@ import resource
 import select
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -39,6 +41,8 @@ _STATUSES_KEPT = 256
 """Exit statuses of children that nobody has asked for yet."""
 _KILLED_S = 5.0
 """Bounds the wait for a short program after SIGKILL."""
+_EXEC_S, _EXEC_AGAIN_S = 5.0, 0.001
+"""Bounds the wait for the command line of a new process, which takes up to 15 ms on a busy host."""
 
 
 class Process(Protocol):
@@ -92,7 +96,8 @@ class Processes(Protocol):
 
         `tag` must stand on the command line already, as a whole argument or between `,` and `=` of one: 4 to 100
         letters, digits and `._:@-`. Stdout and stderr are appended to `stdout_path` (created 0600); the caller bounds
-        its size with `Files.empty_if_larger`. Not cancelled half-way.
+        its size with `Files.empty_if_larger`. Not cancelled half-way. When it returns, `scan` finds the process, also
+        from another process.
 
         Raises OSError when the program cannot be started or the sandbox can't be set up, ValueError for a bad tag.
         """
@@ -434,7 +439,18 @@ def _start(start: Callable[[int], subprocess.Popen[bytes]], stdout_path: Path) -
     # It may have ended, and works without.
     with suppress(OSError):
         _oom.end_first(popen.pid)
+    _wait_for_command_line(popen.pid)
     return popen.pid
+
+
+def _wait_for_command_line(pid: int) -> None:
+    """Waits until a new process can be found by its tag. `execve` resumes the parent before the kernel sets the
+    arguments, so the command line is empty for a moment."""
+    deadline = time.monotonic() + _EXEC_S
+    # An error, or the state of a zombie: it has ended.
+    with suppress(OSError, ValueError):
+        while not _procfs.command_line(pid) and not _procfs.stat(pid).is_dead and time.monotonic() < deadline:
+            time.sleep(_EXEC_AGAIN_S)
 
 
 def _start_program(
