@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from volant.hypervisor import AcceleratorName, Disk, MachineSpec, Nic, Template
-from volant.hypervisor.qemu._argv import FORMAT, WITH_HPET, build_argv, format_of, trusts_tsc
+from volant.hypervisor.qemu._argv import FORMAT, WITH_HPET, build_argv, format_of, tsc_khz_of
 from volant.hypervisor.qemu._netdev import connects_itself
 from volant.hypervisor.qemu._parse_argv import parse_argv
 
@@ -81,19 +81,20 @@ def test_a_machine_has_no_timer_that_never_rests() -> None:
     assert format_of(kvm) == FORMAT
 
 
-def test_a_guest_trusts_its_tsc_if_the_host_does() -> None:
+def test_a_guest_trusts_its_tsc_if_the_host_does_and_is_told_its_rate() -> None:
     """Under KVM, guests have a clock of its own; a machine with an HPET goes on as it began."""
-    trusting = build_argv(SPEC, (10, 0), trust_tsc=True)
-    assert "tsc=nowatchdog volant.hostname=demo" in options(trusting)["-append"][0]
-    kvm = build_argv(msgspec.structs.replace(SPEC, accelerator="kvm"), (10, 0), trust_tsc=True)
-    old = build_argv(SPEC, (10, 0), trust_tsc=True, devices=WITH_HPET)
-    assert [trusts_tsc(argv) for argv in (trusting, kvm, old, build_argv(SPEC, (10, 0)))] == [True, False, False, False]
+    trusting = build_argv(SPEC, (10, 0), tsc_khz=2_596_130)
+    assert "tsc=nowatchdog tsc_early_khz=2596130 volant.hostname=demo" in options(trusting)["-append"][0]
+    kvm = build_argv(msgspec.structs.replace(SPEC, accelerator="kvm"), (10, 0), tsc_khz=2_596_130)
+    old = build_argv(SPEC, (10, 0), tsc_khz=2_596_130, devices=WITH_HPET)
+    without = build_argv(SPEC, (10, 0))
+    assert [tsc_khz_of(argv) for argv in (trusting, kvm, old, without)] == [2_596_130, 0, 0, 0]
 
 
 def test_a_command_line_of_an_earlier_version_can_be_parsed_back() -> None:
-    argv = build_argv(SPEC, (10, 0), trust_tsc=True)
+    argv = build_argv(SPEC, (10, 0), tsc_khz=2_596_130)
     at = argv.index("-append") + 1
-    newer = {"psi=0", "no_timer_check", "noreplace-smp", "tsc=nowatchdog"}
+    newer = {"psi=0", "no_timer_check", "noreplace-smp", "tsc=nowatchdog", "tsc_early_khz=2596130"}
     assert newer < set(argv[at].split())
     for cmdline in (argv[at], " ".join(word for word in argv[at].split() if word not in newer)):
         found = parse_argv([*argv[:at], cmdline, *argv[at + 1 :]])

@@ -17,7 +17,7 @@ from volant.hypervisor.qemu._argv import FORMAT, WITH_HPET, format_of
 from volant.hypervisor.qemu._compatibility import HEAD_BYTES, incompatibility, machine_of, parse_machines
 from volant.hypervisor.qemu._devices import complete
 
-HERE = MachineKind(version="10.0.13", accelerator="tcg", machine="pc-q35-10.0", devices=FORMAT, tsc="A fast CPU")
+HERE = MachineKind(version="10.0.13", accelerator="tcg", machine="pc-q35-10.0", devices=FORMAT, tsc_khz=2_600_000)
 KVM = msgspec.structs.replace(HERE, accelerator="kvm", machine="microvm")
 KNOWN = {"microvm", "pc-q35-9.2", "pc-q35-10.0"}
 EMPTY = b"QEVM\0\0\0\3"
@@ -45,9 +45,10 @@ EMPTY = b"QEVM\0\0\0\3"
             f"and this version of Volant uses format {FORMAT}",
         ),
         (msgspec.structs.replace(HERE, devices=FORMAT + 1), HERE, f"have format {FORMAT + 1}"),
-        (msgspec.structs.replace(HERE, tsc=""), HERE, None),
-        (HERE, msgspec.structs.replace(HERE, tsc="A slower CPU"), "counts at the rate of another CPU, A fast CPU"),
-        (HERE, msgspec.structs.replace(HERE, tsc=""), "counts at the rate of another CPU"),
+        (msgspec.structs.replace(HERE, tsc_khz=0), HERE, None),
+        (HERE, msgspec.structs.replace(HERE, tsc_khz=2_600_900), None),
+        (HERE, msgspec.structs.replace(HERE, tsc_khz=2_450_000), "a CPU at 2600000 kHz, and here are 2450000"),
+        (HERE, msgspec.structs.replace(HERE, tsc_khz=0), "a CPU at 2600000 kHz"),
         (HERE, KVM, "under TCG, and guests use KVM here"),
         (KVM, KVM, None),
         (KVM, msgspec.structs.replace(KVM, version="10.0.14"), "needs the same version"),

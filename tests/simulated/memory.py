@@ -54,8 +54,8 @@ class SimMachine(MachineFacet):
     def file_room_mb(self, directory: Path) -> int:
         return max(0, min(self._disk.free(directory) // 2**20, self.spare_memory_mb(directory)))
 
-    def tsc(self) -> str:
-        return "Simulated CPU"
+    def tsc_khz(self) -> int:
+        return 2_600_000
 
 
 class SimProcessMemory(ProcessMemory):

@@ -144,8 +144,8 @@ class MachineKind(msgspec.Struct, frozen=True, kw_only=True):
     """The hypervisor's name for the kind of machine."""
     devices: int
     """The format of its devices and their order."""
-    tsc: str = ""
-    """The model of the CPU whose time stamps its guest counts without a check of their rate; empty: it checks."""
+    tsc_khz: int = 0
+    """The rate of the CPU's time stamps, which its guest counts without a check; 0: it checks them."""
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):

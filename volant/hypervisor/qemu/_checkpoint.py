@@ -28,7 +28,7 @@ from volant.hypervisor._interface import (
 )
 from volant.model import ProcessIdentity
 
-from ._argv import format_of, trusts_tsc
+from ._argv import format_of, tsc_khz_of
 from ._compatibility import STATE_LIMIT
 from ._devices import SAVE_S, complete, machine_type, save_devices
 from ._qmp import QmpClient, QmpLost, QmpRefused
@@ -127,7 +127,7 @@ class Checkpointer:
             accelerator=self._spec.accelerator,
             machine=machine,
             devices=format_of(argv),
-            tsc=self._host.machine.tsc() if trusts_tsc(argv) else "",
+            tsc_khz=tsc_khz_of(argv),
         )
 
     @asynccontextmanager

@@ -19,6 +19,8 @@ STATE_LIMIT = 16 * 1024 * 1024
 _HEAD = re.compile(rb"QEVM\x00\x00\x00\x03\x07\x00\x00\x00(.)", re.DOTALL)
 _HPET = re.compile(rb"\x04.{4}\x04hpet\x00{4}", re.DOTALL)
 """The head of a device's section: its number, the device's name, and which of that name it is."""
+_TSC_TOLERANCE = 500e-6
+"""Kernels measure the rate of one CPU a little differently at each start. NTP corrects a clock by so much, no more."""
 _VERSIONED = re.compile(r"pc-q35-\d{1,3}(\.\d{1,3}){1,2}", re.ASCII)
 
 
@@ -56,8 +58,8 @@ def incompatibility(saved: MachineKind, here: MachineKind, known: Collection[str
         return f"it was made under {saved.accelerator.upper()}, and guests use {here.accelerator.upper()} here"
     if not WITH_HPET <= saved.devices <= here.devices:
         return f"its devices have format {saved.devices}, and this version of Volant uses format {here.devices}"
-    if saved.tsc not in ("", here.tsc):
-        return f"its guest's clock counts at the rate of another CPU, {saved.tsc}"
+    if saved.tsc_khz and abs(saved.tsc_khz - here.tsc_khz) > saved.tsc_khz * _TSC_TOLERANCE:
+        return f"its guest's clock counts the time stamps of a CPU at {saved.tsc_khz} kHz, and here are {here.tsc_khz}"
     if not is_versioned(saved.machine):
         if (saved.machine, saved.version) == (here.machine, here.version):
             return None

@@ -96,7 +96,8 @@ class QemuHypervisor:
         if self._version is None:
             return "none"
         machine = machine_option(accelerator, self._version[:2])
-        return f"qemu {self._version[2]}, {accelerator}, {machine}, {FORMAT}, {self._host.machine.tsc()}"
+        mhz = self._host.machine.tsc_khz() // 1000
+        return f"qemu {self._version[2]}, {accelerator}, {machine}, {FORMAT}, {mhz} MHz"
 
     def user_of(self, tag: str, vm_id: int) -> int | None:
         users = None if self._sandbox is None else self._sandbox.plan.users
@@ -111,7 +112,7 @@ class QemuHypervisor:
             accelerator=accelerator,
             machine=machine_type(accelerator, self._version[:2]),
             devices=FORMAT,
-            tsc=self._host.machine.tsc(),
+            tsc_khz=self._host.machine.tsc_khz(),
         )
         if kind.machine == here.machine:
             return incompatibility(kind, here, {here.machine})

@@ -147,7 +147,7 @@ async def _spawn(
             program,
             machine=machine,
             devices=devices,
-            trust_tsc=bool(host.machine.tsc()),
+            tsc_khz=host.machine.tsc_khz(),
             tap=taps[0] if taps else -1,
             connections=connections,
         )

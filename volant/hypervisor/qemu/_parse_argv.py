@@ -9,7 +9,7 @@ from pathlib import Path
 from volant.hypervisor._interface import Disk, Nic, ParsedMachine
 from volant.model.agent import IMAGE_PARAMETER, NAMESERVERS_PARAMETER, NETWORK_PARAMETER, ROOT_PARAMETER
 
-from ._argv import CMDLINE, HOSTNAME_PARAMETER, TRUST_TSC
+from ._argv import CMDLINE, HOSTNAME_PARAMETER, TRUST_TSC, TSC_RATE
 from ._directories import count_directories
 from ._volume_disks import parse_volumes
 
@@ -33,7 +33,7 @@ def _parse(argv: Sequence[str]) -> ParsedMachine:
     nodes = {fields["node-name"]: fields for fields in blocks}
     memory = next(_fields(text) for name, text in options if name == "-object" and "mem-path=" in text)
     # Earlier versions of the daemon gave a part of these words.
-    words = list(dropwhile(_DAEMONS_WORDS.__contains__, given["-append"].split()))
+    words = list(dropwhile(_is_daemons, given["-append"].split()))
     parameters = dict(word.partition("=")[::2] for word in words)
     ours = tuple(f"{name}=" for name in _PARAMETERS)
     is_clone = memory["share"] == "off"
@@ -58,6 +58,10 @@ def _parse(argv: Sequence[str]) -> ParsedMachine:
         volumes=tuple(parse_volumes(nodes, [_fields(text) for text in devices])),
         directory_count=count_directories(devices),
     )
+
+
+def _is_daemons(word: str) -> bool:
+    return word in _DAEMONS_WORDS or word.startswith(TSC_RATE)
 
 
 def _nic(options: Sequence[tuple[str, str]], parameters: Mapping[str, str]) -> Nic | None:
