@@ -66,6 +66,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         for mark in _MARKS.get(item.path.parent.name, ()):
             item.add_marker(mark)
+        # Every fixture with a daemon has an image, too.
+        if "image_cache" in getattr(item, "fixturenames", ()):
+            item.add_marker("programs")
         if item.get_closest_marker("system") and shutil.which("qemu-system-x86_64") is None:
             item.add_marker(pytest.mark.skip("there is no qemu-system-x86_64"))
         if not any(item.get_closest_marker(need) for need in _NEEDS):

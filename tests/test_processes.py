@@ -7,7 +7,6 @@ import select
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -34,8 +33,6 @@ def test_a_program_ends_when_the_tests_are_killed() -> None:
 
 def test_a_silent_program_is_killed() -> None:
     with subprocess.Popen(["sleep", "1000"], stdout=subprocess.PIPE) as silent:
-        began = time.monotonic()
         with pytest.raises(AssertionError, match="printed nothing within"):
             read_line(silent, within_s=0.1)
         assert silent.wait(30) == -signal.SIGKILL
-        assert time.monotonic() - began < 30

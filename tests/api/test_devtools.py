@@ -474,7 +474,7 @@ async def test_an_endless_frame_does_not_delay_the_daemons_stop(tmp_path: Path) 
             await head_of(stream)
             with trio.fail_after(10):
                 assert await stream.receive_some(100)
-            await at.api.server.stop(within_s=5)
+            await at.api.server.stop()
 
 
 async def test_a_guest_that_dies_within_a_frame_ends_only_its_websocket(tmp_path: Path) -> None:

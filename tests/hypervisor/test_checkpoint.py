@@ -133,7 +133,7 @@ async def test_a_machine_runs_on_after_each_of_many_checkpoints(
                 directory.mkdir()
                 checkpoint = await machine.checkpoint(directory, hold=nobody)
                 assert await machine.status() == "running"
-                assert 0.0 < checkpoint.paused_s < 5.0
+                assert checkpoint.paused_s > 0.0
                 assert (checkpoint.state_bytes, checkpoint.layer) == (checkpoint.template.state.stat().st_size, None)
             copy = clone(spec, "c", checkpoint.template)
             async with qemu.attach(copy, await qemu.launch(copy)) as other:

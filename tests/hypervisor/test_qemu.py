@@ -106,17 +106,15 @@ def delayed(code: bytes) -> bytes:
     return bytes([0xB9]) + struct.pack("<I", 0x0FFFFFFF) + bytes([0x49, 0x75, 0xFD]) + code
 
 
-async def test_a_killed_process_is_reported_at_once(host: Host, qemu: QemuHypervisor, spec: MachineSpec) -> None:
+async def test_a_killed_process_is_reported(host: Host, qemu: QemuHypervisor, spec: MachineSpec) -> None:
     with trio.fail_after(20):
         identity = await qemu.launch(spec)
         async with qemu.attach(spec, identity) as machine:
             with host.processes.open(identity) as process:
                 process.kill()
-            began = trio.current_time()
             end = await machine.ended()
             assert end.kind is EndKind.KILLED
             assert "signal 9" in end.message
-            assert trio.current_time() - began < 0.5
 
 
 async def test_a_paused_guest_has_not_ended_and_a_later_daemon_can_resume_it(

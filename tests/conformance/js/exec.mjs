@@ -23,7 +23,8 @@ function open(query = "") {
     }
     talk.waiting.forEach((look) => look());
   };
-  talk.until = (ready) => new Promise((resolve) => {
+  talk.until = (ready) => new Promise((resolve, reject) => {
+    talk.closed.then((how) => reject(new Error(`it has closed: ${JSON.stringify(how)}, ${JSON.stringify(talk.texts)}`)));
     const look = () => ready() && resolve();
     talk.waiting.push(look);
     look();
