@@ -122,7 +122,7 @@ async def test_the_end_of_the_vm_closes_with_1000_and_its_log_stays(served: Api)
 async def test_the_stop_of_the_daemon_closes_with_1001(served: Api) -> None:
     async with websocket(url(served, "?tail=0")) as socket:
         served.server.stopping.set()
-        with trio.fail_after(2), pytest.raises(ConnectionClosed) as raised:
+        with trio.fail_after(20), pytest.raises(ConnectionClosed) as raised:
             await socket.get_message()
         assert raised.value.reason is not None
         assert raised.value.reason.code == 1001

@@ -43,13 +43,15 @@ async def test_a_signal_logs_all_tasks_and_the_daemon_continues(make_daemon: Cal
     assert SECRET not in log + shown
 
 
-async def test_an_event_loop_that_hangs_shows_where(make_daemon: Callable[..., Daemon]) -> None:
-    hangs = """
-import time
+async def test_an_event_loop_that_hangs_shows_where(make_daemon: Callable[..., Daemon], tmp_path: Path) -> None:
+    seen = tmp_path / "seen"
+    hangs = f"""
+import pathlib, sys, time
 from volant.api import _system
 def dump():
-    deadline = time.monotonic() + 3
-    while time.monotonic() < deadline:
+    print("it hangs", file=sys.stderr, flush=True)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and not pathlib.Path({str(seen)!r}).exists():
         pass
     return ""
 change(_system, "dump_tasks", dump)
@@ -57,12 +59,12 @@ change(_system, "dump_tasks", dump)
     daemon = make_daemon(wrapper=patched(hangs))
     async with Client(daemon.base_url) as client, trio.open_nursery() as nursery:
         nursery.start_soon(client.system.tasks)
-        # Wait until it hangs; the answer ends that.
-        await trio.sleep(1)
+        await until_logged(daemon, "it hangs")
         os.kill(daemon.pid, signal.SIGUSR1)
         log = await until_logged(daemon, "in dump")
         assert "all tasks:" not in log
         assert "volant/api/_system.py" in log
+        seen.touch()
         assert "all tasks:" in await until_logged(daemon, "all tasks:")
         await adopted(client)
 

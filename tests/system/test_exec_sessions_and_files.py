@@ -101,8 +101,8 @@ def test_a_shell_in_a_terminal(daemon: Daemon, guest: str) -> None:
         person.type(b"sleep 1; stty size\r")
         person.see(b"50 132\r\n")
         # Keys go to the guest: Ctrl-C ends the command there, but neither the shell nor volar.
-        person.type(b"sleep 1000; echo code=$?\r")
-        time.sleep(0.5)
+        person.type(b"sh -c 'echo sleeps; exec sleep 1000'; echo code=$?\r")
+        person.see(b"sleeps\r\n")
         person.type(b"\x03")
         person.type(b"echo st''ill\r")
         person.see(b"still\r\n")
