@@ -22,6 +22,7 @@ from ._boot import create_to_agent
 from ._clock_drift import clock_drift
 from ._clones import creates_at_once, many_clones
 from ._commands import daemon_start, volar_list
+from ._crash import vm_crashed
 from ._events import event_streams, unread_stream
 from ._failover import failover
 from ._figure import Figure
@@ -79,6 +80,7 @@ def main() -> int:
         "healthz_p99_printing": healthz_printing,
         "relays": relays,
         "hostile_guest": hostile_guest,
+        "vm_crashed": vm_crashed,
         "event_streams": event_streams,
         "unread_stream": unread_stream,
         "journal": journal,
