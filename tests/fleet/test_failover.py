@@ -113,6 +113,20 @@ async def test_a_vm_goes_on_elsewhere_when_its_host_is_gone(tmp_path: Path) -> N
                 assert await command(h2, "stays", "hostname") == b"stays\n"
                 assert await command(h2, "web", "hostname") == b"web\n"
                 assert (await h2.get("/api/v1/vms/web")).headers["Volant-Host"] == "h1"
+                # They come back alive when their host is drained.
+                assert (await h2.post("/api/v1/hosts/h1/drain")).status_code == 200
+                for name in ("web", "kept"):
+                    answer = await until(
+                        h2,
+                        f"/api/v1/vms/{name}",
+                        lambda answer: (
+                            answer.headers["Volant-Host"] == "h2" and answer.json().get("status") == "running"
+                        ),
+                    )
+                    after = answer.json()
+                    assert (after["move"]["from_host"], after["move"]["state"]) == ("h1", "moved")
+                assert await command(h2, "kept", "cat", "/run/word") == b"in memory\n"
+                assert await command(h2, "web", "hostname") == b"web\n"
                 assert (await h2.delete("/api/v1/vms/web")).status_code == 204
                 assert (await h2.get("/api/v1/vms/web")).status_code == 404
                 assert (await h2.delete("/api/v1/vms/kept")).status_code == 204

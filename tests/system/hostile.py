@@ -6,7 +6,7 @@ import base64
 import shutil
 import struct
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from tests.files import everything_in
 from tests.system.kit import BOOT_S, REPOSITORY, Daemon, Stopwatch, run, spec
 from tests.system.rootfs import digest
 from volant import images
-from volant.client import Client, LogLine
+from volant.client import Client, ClientError, ClientProblem, LogLine
 from volant.images._cpio import archive, file
 from volant.model import Artifact, Boot, Manifest
 
@@ -92,11 +92,11 @@ async def turn(client: Client, behaviour: str) -> None:
         await flood_events(client)
         return
     if behaviour in IN_THE_GUEST:
-        command = f"setsid sh -c '{IN_THE_GUEST[behaviour]}' >/dev/null 2>&1 &"
+        await run(client, EVIL, "/bin/sh", "-c", f"setsid sh -c '{IN_THE_GUEST[behaviour]}' >/dev/null 2>&1 &")
     else:
-        command = f"echo {behaviour} >/run/hostile"
-    await run(client, EVIL, "/bin/sh", "-c", command)
-    if behaviour not in IN_THE_GUEST:
+        # It may be hostile before the command has its answer.
+        with suppress(ClientError, ClientProblem):
+            await run(client, EVIL, "/bin/sh", "-c", f"echo {behaviour} >/run/hostile")
         async with client.vms.logs(EVIL, since=0, streams=["console"]) as lines:
             with trio.fail_after(TURN_S):
                 async for item in lines:

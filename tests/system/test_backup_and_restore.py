@@ -125,9 +125,9 @@ async def test_a_daemon_killed_at_any_moment_of_a_restore_has_the_old_or_the_new
                 await stopped_vm(client, "newer")
         accepted: list[str] = []
 
-        async def restore(base_url: str, accepted: list[str]) -> None:
+        async def restore(accepted: list[str]) -> None:
             try:
-                async with httpx.AsyncClient(base_url=base_url, trust_env=False, timeout=30) as http:
+                async with daemon.http() as http:
                     answer = await http.post("/api/v1/system/restore?replace=true", content=data)
                     assert answer.status_code == 202, answer.text
                     accepted.append(answer.json()["event_epoch"])
@@ -135,7 +135,7 @@ async def test_a_daemon_killed_at_any_moment_of_a_restore_has_the_old_or_the_new
                 pass
 
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(restore, daemon.base_url, accepted)
+            nursery.start_soon(restore, accepted)
             await trio.sleep(rng.uniform(0.0, 0.08))
             daemon.kill()
         async with daemon.started() as client:

@@ -24,7 +24,7 @@ from tests.system.hostile import (
 from tests.system.hostile_agent import PORTS, SERVERS
 from tests.system.kit import Daemon, boot, load, spec
 from tests.system.rootfs import layer_of, make_ext4
-from volant.client import ClientProblem
+from volant.client import ClientError, ClientProblem
 
 LONG_S = load("VOLANT_TEST_HOSTILE_S", usual=4, full=30)
 """Seconds for which each behaviour runs."""
@@ -71,7 +71,7 @@ async def test_no_other_vm_is_affected(daemon: Daemon, behaviour: str) -> None:
             with trio.move_on_after(LONG_S):
                 # Requests to the hostile guest get an answer or an error.
                 while True:
-                    with suppress(ClientProblem):
+                    with suppress(ClientError, ClientProblem):
                         await client.vms.agent_health(EVIL)
                     await trio.sleep(0.1)
             inspected = await client.vms.inspect(EVIL)

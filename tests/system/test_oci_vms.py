@@ -68,7 +68,6 @@ async def test_a_disk_keeps_what_was_written_when_its_vm_stops(daemon: Daemon, l
         assert await run(client, "demo", "cat", "/absent/data/file") == "kept\n"
 
 
-@pytest.mark.full
 async def test_a_template_of_an_image_is_cloned(make_daemon: Callable[..., Daemon], layout: str) -> None:
     daemon = make_daemon("--templates", "auto")
     async with daemon.client() as client:

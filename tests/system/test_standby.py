@@ -29,6 +29,7 @@ def pool(image_cache: Path, _running: list[Daemon]) -> Iterator[Daemon]:
             await template(daemon)
             # The daemon fills the pool of a template as soon as it is built.
             await filled(daemon)
+            await client.vms.delete("first")
 
     with kept(daemon, _running):
         trio.run(prepare)

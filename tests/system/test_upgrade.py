@@ -30,6 +30,7 @@ from tests.system.kit import (
 )
 from volant.client import Client, ClientProblem, LogLine
 from volant.journal._migrations import VERSION
+from volant.model import ForkVm, RestoreVm, TakeSnapshot
 
 PREVIOUS = os.environ.get("VOLANT_TEST_PREVIOUS") or "HEAD~1"
 """The commit of the previous version."""
@@ -87,6 +88,10 @@ async def test_the_next_version_takes_over_everything_from_the_previous_one(
         vm = waited.vm
         await boot(client, "idle")
         assert (await client.vms.apply_and_wait("idle", "stop", ["stopped"], grace_s=0)).outcome == "met"
+        await boot(client, "still")
+        assert (await client.vms.apply_and_wait("still", "pause", ["paused"])).outcome == "met"
+        await run(client, "demo", "touch", "/run/before")
+        await client.snapshots.take("demo", TakeSnapshot(name="before"))
         made = await client.vms.create(spec("once"), idempotency_key="made-once")
         await client.vms.delete("once")
         newest = await client.newest_event()
@@ -110,6 +115,14 @@ async def test_the_next_version_takes_over_everything_from_the_previous_one(
         # A repeated request gets the stored response.
         assert (await client.vms.create(spec("once"), idempotency_key="made-once")).id == made.id
         assert [plugin.name for plugin in await client.plugins.list()] == ["base", "ticker"]
+        # What the previous version has set aside goes on, and guests that it has started can be copied.
+        assert (await client.vms.apply_and_wait("still", "resume", ["running"])).outcome == "met"
+        assert await run(client, "still", "hostname") == "still\n"
+        await client.vms.create_and_wait(RestoreVm(name="restored", from_snapshot="before"), timeout_s=BOOT_S)
+        (forked,) = await client.vms.fork("demo", ForkVm())
+        await until(client, forked.name, "running")
+        for name in ("restored", forked.name):
+            assert await run(client, name, "sh", "-c", "ls /run/before; hostname") == f"/run/before\n{name}\n"
         stopped = await client.vms.apply_and_wait("demo", "stop", ["stopped"], grace_s=60)
         assert stopped.outcome == "met"
     connection = apsw.Connection(str(daemon.state_dir / "volant.db"), flags=apsw.SQLITE_OPEN_READONLY)
