@@ -19,7 +19,7 @@ import trio
 from tests.hypervisor.kit import POWEROFF, tiny_spec
 from volant.host import Host
 from volant.host._files import LinuxFiles
-from volant.hypervisor import CheckpointFailed, Disk, Machine, MachineSpec, Template
+from volant.hypervisor import CheckpointFailed, Disk, Machine, MachineSpec, Template, VolumeDisk
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.hypervisor.qemu._machine import QemuMachine
 from volant.model import EndKind
@@ -147,19 +147,31 @@ async def test_a_disk_is_copied_as_it_is(
 ) -> None:
     base = tmp_path / "base.raw"
     base.write_bytes(os.urandom(1024 * 1024))
-    spec = msgspec.structs.replace(spec, root=Disk(base, tmp_path / "root.qcow2"))
+    written, read = (
+        VolumeDisk(tmp_path / f"{name}.img", f"vol-{name}", read_only=name == "read") for name in ("written", "read")
+    )
+    for volume in (written, read):
+        volume.path.write_bytes(os.urandom(1024 * 1024))
+    spec = msgspec.structs.replace(spec, root=Disk(base, tmp_path / "root.qcow2"), volumes=(written, read))
     assert spec.root is not None
     with trio.fail_after(60):
         await qemu.make_layer(spec.root)
         identity = await launch(host, qemu, spec)
         async with qemu.attach(spec, identity) as machine:
-            checkpoint = await machine.checkpoint(into, hold=nobody)
+            copied = into / "volumes"
+            copied.mkdir()
+            checkpoint = await machine.checkpoint(into, hold=nobody, volumes=copied)
             assert checkpoint.layer == into / "root.qcow2"
             assert checkpoint.layer_bytes > 0
             assert checkpoint.layer.read_bytes() == spec.root.layer.read_bytes()
+            # A volume that is only read can't change: it is shared.
+            assert checkpoint.volumes == (written.path.name,)
+            assert [path.name for path in copied.iterdir()] == [written.path.name]
+            assert (copied / written.path.name).read_bytes() == written.path.read_bytes()
             disk = Disk(base, tmp_path / "copy.qcow2")
             await qemu.make_layer(disk, checkpoint.layer)
-            copy = clone(spec, "c", checkpoint.template, root=disk)
+            volumes = (VolumeDisk(copied / written.path.name, written.serial), read)
+            copy = clone(spec, "c", checkpoint.template, root=disk, volumes=volumes)
             async with qemu.attach(copy, await qemu.launch(copy)) as other:
                 assert await ends_when_typed_to(host, copy, other)
             assert await ends_when_typed_to(host, spec, machine)

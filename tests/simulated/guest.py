@@ -7,6 +7,7 @@ in each stream. So the daemon's own channel and client run against it. Fault sit
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from random import Random
 from typing import Any
@@ -67,6 +68,12 @@ class SimGuest:
         self.up = trio.Event()
         """Set while the agent answers."""
         self.workload: Any = None
+        self.is_healthy = True
+        """Whether the workload is healthy while it runs."""
+        self.signals: list[str | None] = []
+        """What each identity that it received sends to a copied workload."""
+        self.served: Counter[tuple[str, str]] = Counter()
+        """How often each request came, by method and path."""
         self.flickers = False
         """Whether each report says that the workload was restarted."""
         self._reports = 0
@@ -78,6 +85,8 @@ class SimGuest:
         """The newest protocol version of its agent."""
         self.root = "none"
         """The state of its root filesystem."""
+        self.root_detail = ""
+        """Why it can't mount it."""
         self.volumes: list[dict[str, Any]] = []
         """The volumes that it has mounted."""
         self.secrets: dict[str, Any] = {}
@@ -148,6 +157,7 @@ class SimGuest:
     async def serve(self, method: str, target: str, body: bytes, stream: _Stream) -> None:
         """Serves one request."""
         path = target.partition("?")[0]
+        self.served[method, path] += 1
         await trio.sleep(self.way_s)
         await self.wait_running()
         if fault("agent.slow"):
@@ -162,6 +172,7 @@ class SimGuest:
             assert "manifest" not in wanted or self.protocol >= IDENTITY_WORKLOAD_SINCE
             assert "as_it_is" not in wanted or self.protocol >= IDENTITY_AS_IT_IS_SINCE
             self.is_copy = False
+            self.signals.append(wanted.get("signal"))
             if "network" in wanted:
                 self.network = wanted["network"]
                 self.hosts = wanted["network"].get("hosts", {})
@@ -198,7 +209,9 @@ class SimGuest:
         elif path == INFO:
             await answer(stream, 200, {"protocol": {"min": PROTOCOL_MIN, "max": self.protocol}})
         elif path == DAEMON_ROOT:
-            await answer(stream, 200, {"state": self.root, "detail": ""})
+            await answer(stream, 200, {"state": self.root, "detail": self.root_detail})
+        elif (method, path) == ("PUT", DAEMON_MANIFEST) and self.protocol >= IDENTITY_WORKLOAD_SINCE:
+            await answer(stream, 200, {})
         elif (method, path) == ("PUT", DAEMON_WORKLOAD):
             given = json.loads(body)
             fits = self.workload in (None, given)
@@ -206,6 +219,8 @@ class SimGuest:
                 self.workload = given
                 self.workload_changes()
             await answer(stream, 200 if fits else 409, {"state": "running"})
+        elif (method, path) == ("GET", DAEMON_WORKLOAD):
+            await answer(stream, 200, self._workload_status())
         elif (method, path) == ("POST", DAEMON_SHUTDOWN):
             await self.when_asked_to_stop(stream)
         elif path == DAEMON_LOGS:
@@ -220,16 +235,21 @@ class SimGuest:
         await stream.send_all(b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nConnection: close\r\n\r\n")
         while True:
             news = self._workload_news
-            status: dict[str, Any] = {"state": "none", "pid": None, "restarts": 0}
-            if self._end is not None:
-                status |= self._end
-            elif self.workload is not None and self.workload["entrypoint"][0] == MISSING_PROGRAM:
-                status |= {"state": "failed", "error": f"there is no program {MISSING_PROGRAM}"}
-            elif self.workload is not None:
-                self._reports += self.flickers
-                status |= {"state": "healthy", "pid": 1000, "restarts": self._reports}
+            self._reports += self.flickers and self.workload is not None
+            status = self._workload_status()
             await stream.send_all(json.dumps(status).encode() + b"\n")
             await news.wait()
+
+    def _workload_status(self) -> dict[str, Any]:
+        status: dict[str, Any] = {"state": "none", "pid": None, "restarts": 0}
+        if self._end is not None:
+            return status | self._end
+        if self.workload is None:
+            return status
+        if self.workload["entrypoint"][0] == MISSING_PROGRAM:
+            return status | {"state": "failed", "error": f"there is no program {MISSING_PROGRAM}"}
+        state = "healthy" if self.is_healthy else "starting"
+        return status | {"state": state, "pid": 1000, "restarts": self._reports}
 
     def workload_changes(self) -> None:
         """Wakes the watchers of the workload."""

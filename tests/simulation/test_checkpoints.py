@@ -14,6 +14,7 @@ import trio
 from tests.simulated import Answer, Unreachable, World
 from tests.simulated.qemu import SimQemu
 from tests.simulation.kit import JSON, VMS, run_story
+from tests.simulation.volume_user import VOLUMES, files, settled
 
 
 def run(directory: Path, story: Callable[[World], Awaitable[None]]) -> None:
@@ -239,3 +240,52 @@ def test_a_snapshot_that_a_killed_daemon_began_can_be_taken_again(tmp_path: Path
         assert set(statuses) <= {503}, "a refusal that is kept for the key"
 
     run(tmp_path, story)
+
+
+def test_a_snapshot_has_the_volumes_as_they_were_and_each_restored_vm_copies_of_its_own(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        def file_of(name: str) -> str:
+            [volume] = [each for each in world.daemon.store.projection.volumes.values() if each.name == name]
+            return f"{volume.id}.img"
+
+        def content(name: str) -> bytearray:
+            return files(world)[file_of(name)].data
+
+        async def make(name: str) -> None:
+            assert (await world.request("POST", VOLUMES, {"name": name, "size_mb": 64}, JSON)).status == 201
+
+        await make("data")
+        await make("more")
+        body = {"name": "demo", "cpu_cores": 1, "memory_mb": 64, "volumes": ["data:/d", "more:/m"]}
+        assert (await world.request("POST", f"{VMS}?wait=running", body, JSON)).json()["status"] == "running"
+        content("data")[:] = b"ext4 first"
+        refused = await world.request("POST", f"{VMS}/demo/snapshots", {"name": "warm"}, JSON)
+        assert (refused.status, refused.json()["type"].rpartition(":")[2]) == (409, "volume-written")
+        taken = await world.request("POST", f"{VMS}/demo/snapshots", {"name": "warm", "volumes": True}, JSON)
+        assert (taken.status, taken.json()["volumes"]) == (201, ["data", "more"]), taken.body
+        content("data")[:] = b"ext4 second"
+
+        for name in ("one", "two"):
+            vm = await restore(world, name)
+            assert (vm["status"], vm["booted_from"]) == ("running", "snapshot")
+            assert vm["volumes"] == [f"{name}-data:/d", f"{name}-more:/m"]
+            assert content(f"{name}-data") == b"ext4 first"
+            content(f"{name}-data")[:] = f"ext4 {name}".encode()
+        assert content("data") == b"ext4 second"
+        assert content("one-data") == b"ext4 one"
+
+        # Where the second volume can't be copied, nothing is left of the first.
+        await make("three-more")
+        [copy] = [path for path in copies(world) if path.name == file_of("more")]
+        for name, status, why in (("three", 409, "three-more"), ("four", 503, copy.name)):
+            if status == 503:
+                world.machine.files.unlink(copy)
+            refused = await world.request("POST", VMS, {"name": name, "from_snapshot": "warm"}, JSON)
+            assert (refused.status, why in refused.json()["detail"]) == (status, True), refused.body
+            assert (await world.request("GET", f"{VMS}/{name}")).status == 404
+            kept = {"data", "more", "one-data", "one-more", "two-data", "two-more", "three-more"}
+            assert set(await settled(world)) == kept
+        assert (await world.request("DELETE", "/api/v1/snapshots/warm")).status == 204
+        assert not copies(world)
+
+    run_story(tmp_path, story, seed=11)

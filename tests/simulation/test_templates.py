@@ -12,7 +12,7 @@ import trio
 from actors.testing import Simulation, simulate
 from tests.simulated import World, simulated_world
 from tests.simulation.kit import JSON
-from volant.model.agent import IDENTITY_NETWORK_SINCE
+from volant.model.agent import DAEMON_SETTLE, DAEMON_WORKLOAD, IDENTITY_NETWORK_SINCE
 
 MOMENTS_S = (0.0, 0.005, 0.05, 0.2, 0.5, 1.0, 2.0, 3.0, 5.0)
 """From the launch of the build's machine to its trial and beyond, a little later with each seed."""
@@ -90,6 +90,36 @@ def test_defaults_of_templates_and_of_vms_fit(tmp_path: Path, network: str, monk
             assert made.status == 201, made.body
             listed = await world.request("GET", "/api/v1/templates")
             assert len(listed.json()) == 2
+
+    simulate(main, seed=4)
+
+
+def test_a_template_is_made_of_a_healthy_workload_and_its_copies_are_signalled(tmp_path: Path) -> None:
+    async def main(sim: Simulation) -> None:
+        async with simulated_world(sim, tmp_path) as world:
+            world.machine.has_new_agents = True
+            await world.start_daemon()
+            workload = {"entrypoint": ["server"]}
+            manifest = {"name": "site", "workload": workload, "template": {"after": "workload", "signal": "SIGUSR1"}}
+            assert (await world.request("POST", "/api/v1/plugins", manifest, JSON)).status == 201
+            body = {"name": "demo", "cpu_cores": 1, "memory_mb": 128, "plugin": "site", "boot": "template"}
+            assert (await world.request("POST", "/api/v1/vms", body, JSON)).status == 201
+            while not builds(world):
+                await world.machine.changed.wait()
+            [building] = world.machine.running()
+            guest = building.guest
+            guest.is_healthy = False
+            with trio.fail_after(60):
+                while guest.served["GET", DAEMON_WORKLOAD] < 5:  # noqa: ASYNC110
+                    await trio.sleep(0.01)
+            assert guest.workload["entrypoint"] == workload["entrypoint"]
+            assert (guest.served["POST", DAEMON_SETTLE], building.status) == (0, "running"), "it is copied already"
+            guest.is_healthy = True
+            vm = (await world.request("GET", "/api/v1/vms/demo?wait=ready&timeout=5m")).json()
+            assert (vm["status"], vm["booted_from"], vm["workload"]["state"]) == ("running", "template", "healthy")
+            assert (guest.served["POST", DAEMON_SETTLE], guest.signals) == (1, [])
+            [copy] = world.machine.running()
+            assert copy.guest.signals == ["SIGUSR1"]
 
     simulate(main, seed=4)
 

@@ -16,8 +16,9 @@ from tests.simulated import Answer, Unreachable, World, simulated_world
 from tests.simulation.kit import JSON, VMS, run_story
 from tests.simulation.volume_user import VOLUMES, files, settled, watch_writers
 
-MOMENTS_S = [step * 0.004 for step in range(20)]
-"""After a request is sent. Each is over after some 0.06 s."""
+MOMENTS = 20
+STEP_S, RESTORE_STEP_S = 0.004, 0.0015
+"""Between two moments after a request is sent. Each is over after some 0.06 s, a restore after 0.02 s."""
 TROUBLE_S = 90.0
 
 
@@ -45,12 +46,29 @@ REQUESTS = {
     "clone": ("POST", f"{VOLUMES}/data/clone", {"name": "new"}),
     "resize": ("POST", f"{VOLUMES}/data/resize", {"size_mb": 128}),
     "delete": ("DELETE", f"{VOLUMES}/data", None),
+    # Of a snapshot whose VM writes to the volume.
+    "restore": ("POST", VMS, {"name": "new", "from_snapshot": "then"}),
 }
+VOLUMES_AFTER = {
+    "create": {"data", "new"},
+    "clone": {"data", "new"},
+    "resize": {"data"},
+    "delete": set[str](),
+    "restore": {"data", "new-data"},
+}
+
+
+async def make_snapshot(world: World) -> None:
+    body = {"name": "demo", "cpu_cores": 1, "memory_mb": 64, "volumes": ["data:/d"]}
+    assert (await world.request("POST", f"{VMS}?wait=running", body, JSON)).json()["status"] == "running"
+    taken = await world.request("POST", f"{VMS}/demo/snapshots", {"name": "then", "volumes": True}, JSON)
+    assert taken.status == 201, taken.body
 
 
 @pytest.mark.parametrize("what", REQUESTS)
 def test_a_change_is_whole_or_repeated_after_a_kill(tmp_path: Path, what: str) -> None:
     method, target, body = REQUESTS[what]
+    step_s = RESTORE_STEP_S if what == "restore" else STEP_S
     unanswered = 0
 
     async def main(sim: Simulation) -> None:
@@ -58,6 +76,8 @@ def test_a_change_is_whole_or_repeated_after_a_kill(tmp_path: Path, what: str) -
         async with simulated_world(sim, tmp_path / str(sim.seed)) as world:
             await world.start_daemon()
             await make(world)
+            if what == "restore":
+                await make_snapshot(world)
             key = "" if method == "DELETE" else "once"
 
             async def request() -> None:
@@ -69,22 +89,23 @@ def test_a_change_is_whole_or_repeated_after_a_kill(tmp_path: Path, what: str) -
 
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(request)
-                await trio.sleep(MOMENTS_S[sim.seed])
+                await trio.sleep(sim.seed * step_s)
                 await world.kill_daemon()
             await world.start_daemon()
             # What the killed daemon has left may still be there.
             answer = await insist(world, method, target, body, key)
             assert answer.status in ((200, 201) if key else (204, 404)), answer.body
             volumes = await settled(world)
-            wanted = {"create": {"data", "new"}, "clone": {"data", "new"}, "resize": {"data"}, "delete": set()}[what]
-            assert set(volumes) == wanted
+            assert set(volumes) == VOLUMES_AFTER[what]
             if what == "resize":
                 assert volumes["data"]["size_mb"] == 128
+            if what == "restore":
+                assert (volumes["new-data"]["used_by"], volumes["data"]["used_by"]) == (["new"], ["demo"])
 
-    for seed in range(len(MOMENTS_S)):
+    for seed in range(MOMENTS):
         (tmp_path / str(seed)).mkdir()
         simulate(main, seed=seed, faults={})
-    assert 0 < unanswered < len(MOMENTS_S), "the moments miss what this is about"
+    assert 0 < unanswered < MOMENTS, "the moments miss what this is about"
 
 
 @pytest.mark.parametrize("fault", ["mke2fs__fails", "disk__full"])

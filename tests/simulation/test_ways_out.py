@@ -106,6 +106,49 @@ def test_a_hypervisor_that_hangs_at_its_start_is_abandoned(tmp_path: Path) -> No
     run(tmp_path, story, qemu__hangs_at_start=1.0)
 
 
+async def boot_of_an_image(world: World) -> None:
+    world.machine.registry.push("app")
+    await create(world, image="app", boot="cold")
+
+
+def test_a_disk_that_is_gone_is_not_replaced_by_an_empty_one(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await boot_of_an_image(world)
+        await wait_for(world, "running")
+        await world.request("POST", "/api/v1/vms/demo/stop")
+        await wait_for(world, "stopped")
+        files = world.machine.files
+        [layer] = [path for path in files.below(world.settings.state_dir / "disks") if path.suffix == ".qcow2"]
+        disk = files.file(layer)
+        files.unlink(layer)
+        await world.request("POST", "/api/v1/vms/demo/start")
+        crashed = await wait_for(world, "crashed")
+        assert crashed["reason"]["code"] == "disk_missing"
+        assert f"{layer.relative_to(world.settings.state_dir)} is gone" in crashed["reason"]["message"]
+        assert files.find(layer) is None
+        assert not world.machine.running()
+        files.put(layer, disk)
+        await world.request("POST", "/api/v1/vms/demo/start")
+        assert (await wait_for(world, "running"))["reason"] is None
+        assert files.find(layer) is disk
+
+    run(tmp_path, story)
+
+
+def test_a_root_filesystem_that_can_not_be_mounted_fails_the_boot(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await boot_of_an_image(world)
+        while not world.machine.running():
+            await world.machine.changed.wait()
+        [qemu] = world.machine.running()
+        qemu.guest.root, qemu.guest.root_detail = "failed", "EXT4-fs (vda): no journal found"
+        crashed = await wait_for(world, "crashed")
+        assert crashed["reason"]["code"] == "rootfs_failed"
+        assert qemu.guest.root_detail in crashed["reason"]["message"]
+
+    run(tmp_path, story)
+
+
 def test_a_guest_that_ignores_its_stop_is_killed_after_its_grace(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         await running(world)
