@@ -15,8 +15,6 @@ from trio.testing import wait_all_tasks_blocked
 
 from actors import Actor, ActorDown, Child, DynamicSupervisor, Log, Request, handles, open_system
 
-pytestmark = pytest.mark.full
-
 MESSAGES = 1_000_000
 CHILDREN = 10_000
 
@@ -51,6 +49,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
+@pytest.mark.full
 @pytest.mark.slow
 async def test_a_million_messages_do_not_grow_memory() -> None:
     pool = DynamicSupervisor()
@@ -71,6 +70,7 @@ async def test_a_million_messages_do_not_grow_memory() -> None:
         assert system.dead_letters()["total"] == 0
 
 
+@pytest.mark.full
 @pytest.mark.slow
 async def test_ten_thousand_children_start_and_stop_and_leave_nothing() -> None:
     pool = DynamicSupervisor()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -272,3 +273,27 @@ async def test_the_size_is_the_plugins_unless_it_is_given(served: Api) -> None:
     small = await served.client.post("/api/v1/vms", json={"name": "g", "plugin": "web", "memory_mb": 128})
     assert (small.status_code, small.json()["field"]) == (400, "memory_mb")
     assert (await served.client.post("/api/v1/vms", json={"name": "h", "plugin": "none"})).status_code == 404
+
+
+async def test_a_disk_of_an_impossible_size_is_refused(served: Api, tmp_path: Path) -> None:
+    """With the request, or by the first boot, which knows the size of the root filesystem."""
+    (tmp_path / "disks").mkdir()
+    boot = {}
+    for name, size in (("kernel", 10), ("initramfs", 10), ("rootfs", 3 * 2**20 + 1)):
+        file = tmp_path / f"{name}.file"
+        file.write_bytes(bytes(size))
+        boot[name] = {"url": str(file), "sha256": hashlib.sha256(bytes(size)).hexdigest()}
+    answer = await served.client.post("/api/v1/plugins", json={"name": "rooted", "boot": boot})
+    assert answer.status_code == 201, answer.text
+
+    bare = await served.client.post("/api/v1/vms", json={"name": "bare", "disk_mb": 64})
+    assert (bare.status_code, bare.json()["field"]) == (422, "disk_mb"), bare.text
+    assert "no root filesystem" in bare.json()["detail"]
+    vm = {"name": "huge", "plugin": "rooted", "disk_mb": 16 * 1024 * 1024}
+    huge = await served.client.post("/api/v1/vms", json=vm)
+    assert (huge.status_code, "MiB are left" in huge.json()["detail"]) == (503, True), huge.text
+    assert (await served.client.get("/api/v1/vms")).json() == []
+
+    small = await served.crashed("small", plugin="rooted", disk_mb=3)
+    assert small["reason"]["code"] == "disk_too_small"
+    assert "disk_mb is 3, and the root filesystem alone has 4 MiB" in small["reason"]["message"]

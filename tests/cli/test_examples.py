@@ -13,6 +13,8 @@ from types import ModuleType
 
 import pytest
 
+from tests.processes import killed_after, read_line
+
 from .kit import ENVIRONMENT, ROOT
 
 DEMO = ROOT / "examples" / "demo.py"
@@ -83,6 +85,34 @@ def test_an_interrupted_demo_cleans_up(nothing_left: dict[str, str], moment: str
         (os.killpg if signum == signal.SIGINT else os.kill)(process.pid, signum)
         text += process.stdout.read().decode()
         assert process.wait(60) == 130, text
+    assert "Traceback" not in text
+
+
+INTERRUPTED = """
+import importlib.util, signal, sys
+spec = importlib.util.spec_from_file_location("volant_demo", sys.argv[1])
+demo = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(demo)
+demo.volar = lambda *words: None if words[0] == "boot-images" else signal.pause()
+sys.exit(demo.main())
+"""
+"""A demo that starts a daemon, and then waits for a signal instead of running commands."""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_demo_leaves_no_daemon(nothing_left: dict[str, str], signum: int) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, DEMO], env=nothing_left, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, start_new_session=True,
+    ) as process:  # fmt: skip
+        while "listening on" not in read_line(process, 60):
+            pass
+        # Ctrl-C reaches everybody at the terminal, a plain kill the demo alone.
+        (os.killpg if signum == signal.SIGINT else os.kill)(process.pid, signum)
+        with killed_after(60, process):
+            text = process.communicate()[0]
+    assert process.returncode == 130, text
+    assert "interrupted; everything is cleaned up" in text
     assert "Traceback" not in text
 
 

@@ -6,13 +6,14 @@ import hashlib
 import json
 import re
 import signal
+import stat
 from base64 import b64encode
 from pathlib import Path
 
 import pytest
 import trio
 
-from tests.client.kit import Request, answer, event, problem, send_head, serving, sse, vm
+from tests.client.kit import Handler, Request, answer, event, problem, send_head, serving, sse, vm
 from volant.cli._output import as_json
 from volant.cli._text import safe
 
@@ -208,20 +209,41 @@ async def test_the_name_of_a_file_may_be_any_bytes(tmp_path: Path) -> None:
     assert json.loads(as_json({"b": name, "a": 1}, is_sorted=True)) == {"a": 1, "b": name}
 
 
+def backup_of(content: bytes) -> Handler:
+    """A route that answers with a backup."""
+
+    async def handler(request: Request, stream: trio.abc.Stream) -> None:
+        del request
+        sha256 = b64encode(hashlib.sha256(content).digest()).decode()
+        await send_head(
+            stream, 200, Content_Length=str(len(content)), Repr_Digest=f"sha-256=:{sha256}:",
+            Content_Disposition='attachment; filename="volant-1.db"',
+        )  # fmt: skip
+        await stream.send_all(content)
+
+    return handler
+
+
 async def test_a_backup_can_be_written_to_a_pipe() -> None:
-    content = b"a database"
     async with serving() as server:
-
-        async def backup(request: Request, stream: trio.abc.Stream) -> None:
-            del request
-            sha256 = b64encode(hashlib.sha256(content).digest()).decode()
-            await send_head(
-                stream, 200, Content_Length=str(len(content)), Repr_Digest=f"sha-256=:{sha256}:",
-                Content_Disposition='attachment; filename="volant-1.db"',
-            )  # fmt: skip
-            await stream.send_all(content)
-
-        server.routes["POST /api/v1/system/backup"] = backup
+        server.routes["POST /api/v1/system/backup"] = backup_of(b"a database")
         done = await volar(server, "system", "backup", "/dev/stdout")
-    assert (done.code, done.out) == (0, content), done.err
+    assert (done.code, done.out) == (0, b"a database"), done.err
     assert "10 bytes" in done.err
+
+
+async def test_a_backup_is_for_this_user_alone_and_overwrites_a_file_only_with_force(tmp_path: Path) -> None:
+    kept = tmp_path / "kept.db"
+    async with serving() as server:
+        server.routes["POST /api/v1/system/backup"] = [backup_of(content) for content in (b"one", b"two", b"three")]
+        taken = await volar(server, "system", "backup", str(kept), "--json")
+        assert (taken.code, json.loads(taken.out)) == (0, {"path": str(kept), "bytes": 3}), taken.err
+        assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+        kept.chmod(0o644)
+        refused = await volar(server, "system", "backup", str(kept))
+        assert (refused.code, kept.read_bytes()) == (4, b"one")
+        assert f"{kept} exists already" in refused.err
+        forced = await volar(server, "system", "backup", str(kept), "--force")
+        assert (forced.code, kept.read_bytes()) == (0, b"three"), forced.err
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+    assert [path.name for path in await trio.Path(tmp_path).iterdir()] == ["kept.db"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import socket
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import suppress
@@ -16,6 +17,8 @@ from typing import Any
 import click
 import pytest
 
+from tests.cli.kit import volar
+from tests.client.kit import Server, answer, problem, serving, vm
 from volant.cli import _remotes, _sign_in, _tokens, _user_files
 from volant.cli._remotes import Remote, Remotes
 from volant.cli._run import UNREACHABLE, Failure
@@ -179,6 +182,55 @@ def test_an_expired_token_is_replaced_for_its_daemon_alone(issuer: Issuer, home:
     assert _tokens.load()["https://two.example"].refresh_token == "r2"
     assert _tokens.token_for("https://three.example") is None
     assert [path.stat().st_mode & 0o777 for path in (home / "volant").iterdir()] == [0o600, 0o600]
+
+
+def daemon_of(server: Server, issuer: Issuer) -> None:
+    """Routes of a daemon that accepts the issuer's tokens. The issuer's codes can be polled each second."""
+    issuer.code["interval"] = 1
+    sign_in = {"issuer": issuer.sign_in.issuer, "client_id": "volar", "scopes": "openid"}
+    server.routes["GET /api/v1/auth"] = answer({"required": True, "sign_in": sign_in, "browser_sign_in": False})
+    server.routes["GET /api/v1/projects"] = answer([])
+    server.routes["GET /api/v1/vms"] = answer([vm()])
+
+
+async def test_commands_send_the_token_from_login_to_logout(issuer: Issuer, tmp_path: Path) -> None:
+    environ, file, lasting = {"XDG_CONFIG_HOME": str(tmp_path)}, tmp_path / "volant/tokens.json", token(2**40)
+    issuer.answers.append((200, {"id_token": lasting, "refresh_token": "r"}))
+    async with serving() as server:
+        daemon_of(server, issuer)
+        signed_in = await volar(server, "login", environ=environ)
+        assert (signed_in.code, signed_in.out.decode()) == (0, f"signed in to {server.base_url}\n"), signed_in.err
+        assert f"Open {issuer.url}/enter and enter the code ABCD" in signed_in.err
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        assert (await volar(server, "vms", "list", environ=environ)).code == 0
+        signed_out = await volar(server, "logout", environ=environ)
+        assert (signed_out.code, json.loads(file.read_bytes())) == (0, {}), signed_out.err
+        assert (await volar(server, "vms", "list", environ=environ)).code == 0
+        again = await volar(server, "logout", environ=environ)
+        assert (again.code, "you are not signed in" in again.err) == (1, True), again.err
+    sent = [request.headers.get("x-volant-api-key") for request in server.requests]
+    # For the issuer, to check the role, and for the VMs before and after the logout.
+    assert sent == [None, lasting, lasting, None]
+
+
+@pytest.mark.parametrize(
+    ("answered", "words"),
+    [
+        ((400, {"error": "access_denied"}), "the sign-in was denied"),
+        ((200, {"id_token": "i"}), "none of the rules gives a role"),
+        ((200, {"access_token": "a"}), "the issuer sent no ID token"),
+    ],
+)
+async def test_a_login_that_fails_says_why_and_keeps_no_token(
+    issuer: Issuer, tmp_path: Path, answered: tuple[int, dict[str, Any]], words: str
+) -> None:
+    issuer.answers.append(answered)
+    async with serving() as server:
+        daemon_of(server, issuer)
+        server.routes["GET /api/v1/projects"] = problem(403, "no-role", "none of the rules gives a role")
+        done = await volar(server, "login", environ={"XDG_CONFIG_HOME": str(tmp_path)})
+    assert (done.code, words in done.err) == (1, True), done.err
+    assert not (tmp_path / "volant/tokens.json").exists()
 
 
 def test_a_sign_in_that_has_ended_says_what_to_do(issuer: Issuer, home: Path) -> None:

@@ -3,7 +3,6 @@ etcd breaks, and which change the same things at the same time."""
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -25,6 +24,7 @@ from tests.simulated.databases import Databases
 from tests.simulated.etcd import FAULTS, SimulatedEtcd
 from tests.simulated.host import SimHost
 from tests.simulated.machine import Machine
+from tests.system.kit import load
 from volant.fleet import Compare, Definitions, EtcdUnavailable, Mirror, Step, Transaction, delete, put
 from volant.journal import (
     AddKey,
@@ -58,7 +58,8 @@ from volant.model import (
     SecretRef,
 )
 
-RUNS = 12
+FULL = 12
+RUNS = load("RUNS", usual=3, full=FULL)
 """By hand, with `RUNS=2000` in the environment, more."""
 HOSTS = ("h1", "h2", "h3")
 WORK_S, CALM_S = 150.0, 90.0
@@ -423,16 +424,17 @@ def runs(directory: Path, count: int) -> tuple[list[Any], dict[str, int]]:
     return reports, outcomes
 
 
-@pytest.mark.full
+@pytest.mark.slow
 def test_hosts_agree_on_definitions_and_none_is_lost_or_doubled(tmp_path: Path) -> None:
-    count = int(os.environ.get("RUNS", RUNS))
-    reports, outcomes = runs(tmp_path, count)
+    reports, outcomes = runs(tmp_path, RUNS)
     together = reduce(add, reports)
-    assert not together.never_fired
-    assert not together.never_reached
-    assert outcomes["done"] > 20 * count
-    assert outcomes["fleet-unavailable"] > 0
-    assert outcomes["fleet-outcome-unknown"] > 0
+    assert outcomes["done"] > 20 * RUNS
+    # Few runs need not meet all that can happen.
+    if RUNS >= FULL:
+        assert not together.never_fired
+        assert not together.never_reached
+        assert outcomes["fleet-unavailable"] > 0
+        assert outcomes["fleet-outcome-unknown"] > 0
 
 
 def test_without_the_condition_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -441,7 +443,7 @@ def test_without_the_condition_one_is(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(DeadlyWay, "transact", transact)
     with pytest.raises(BaseException) as error:  # noqa: PT011 - groups of groups
-        runs(tmp_path, RUNS)
+        runs(tmp_path, FULL)
     assert error.group_contains(AssertionError) or error.errisinstance(AssertionError)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -226,6 +227,58 @@ async def test_a_token_from_before_a_restore_blocks_nobody_for_long(tmp_path: Pa
                             continue
 
 
+@pytest.mark.parametrize("of", ["read", "watch"])
+async def test_a_token_that_is_never_answered_is_replaced_for_the_next_request(
+    of: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A member that was restored from a backup treats an old token like this."""
+    asked: list[str] = []
+
+    async def handle(stream: trio.SocketStream) -> None:
+        async with stream:
+            head = await _head_of_request(stream)
+            token = head.partition("authorization: ")[2].partition("\r\n")[0]
+            asked.append(token)
+            if token == "old":
+                await trio.sleep_forever()
+            line = '{"header":{"revision":"7"}}' if token else '{"token":"new"}'
+            if "/v3/watch" in head:
+                line = f'{{"result":{line}}}\n'
+            answer = f"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: {len(line)}\r\n\r\n{line}"
+            await stream.send_all(answer.encode())
+
+    async with _serving(handle) as url:
+        settings = EtcdSettings(endpoints=(url,), user="root", password="pw")
+        async with open_etcd(settings, deadline_s=0.2) as client:
+            ask = partial(client.get, "a") if of == "read" else partial(begin_watch, client)
+            monkeypatch.setattr("volant.fleet._watch._BEGIN_S", 0.2)
+            # On a busy machine, it may be too late before it is sent.
+            while "old" not in asked:
+                client._token = "old"
+                with pytest.raises(EtcdUnavailable):
+                    await ask()
+            monkeypatch.setattr("volant.fleet._watch._BEGIN_S", LONG_S)
+            client._deadline_s = LONG_S
+            await ask()
+            assert [token for token in asked if token != "old"] == ["", "new"]
+
+
+async def test_a_member_that_is_gone_is_passed_over(one: Cluster) -> None:
+    settings = EtcdSettings(endpoints=("http://127.0.0.1:9", *one.settings().endpoints))
+    # Each client asks that one first.
+    async with open_etcd(settings) as client:
+        assert await client.get("next/a") is None
+    async with open_etcd(settings) as client:
+        assert (await client.transact([absent("next/a")], [put("next/a", b"1")])).done
+        found = await client.get("next/a")
+        assert found is not None
+        assert found.value == b"1"
+    async with open_etcd(settings) as client:
+        with pytest.raises(EtcdUnavailable, match="can't be reached"):
+            await begin_watch(client)
+        await begin_watch(client)
+
+
 async def begin_watch(etcd: Etcd) -> None:
     async with etcd.watch("a", after=0):
         pass
@@ -350,6 +403,17 @@ async def _until(mirror: Mirror, holds: Callable[[], bool]) -> None:
     with trio.fail_after(LONG_S):
         while not holds():
             await mirror.changed()
+
+
+async def _head_of_request(stream: trio.SocketStream) -> str:
+    """Reads a whole request and returns its head, in lower case."""
+    data = b""
+    while True:
+        head, _, body = data.partition(b"\r\n\r\n")
+        length = re.search(rb"content-length: *(\d+)", head.lower())
+        if length is not None and len(body) >= int(length[1]):
+            return head.decode().lower()
+        data += await stream.receive_some()
 
 
 @asynccontextmanager

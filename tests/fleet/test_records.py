@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from tests.simulated.etcd import SimulatedEtcd
-from volant.fleet import Claim, Compare, Mirror, Names, Step, Transaction, put
+from volant.fleet import Claim, Compare, Entry, Mirror, Names, Step, Transaction, put
 from volant.fleet._interface import Wrapper
 from volant.fleet._records import Records
 from volant.model import Key, Problem
@@ -125,3 +125,54 @@ async def test_a_new_vm_does_not_take_the_name_of_one_that_has_come_meanwhile(au
     way.vms = [Key("default", "other")]
     async with names.claimed([WEB]):
         assert etcd.entries["vms/default/web"].value != mine
+
+
+async def test_without_etcd_no_name_is_given_and_no_vm_is_said_not_to_exist(autojump_clock: Any) -> None:
+    etcd = SimulatedEtcd(Random(1))
+    mirror = Mirror(etcd, trio.current_time)
+    vms = [Key("default", "own")]
+    names = Names(etcd, mirror, "h1", "vms", there=lambda: vms, new_id=lambda: "1")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(etcd.run)
+        nursery.start_soon(mirror.keep)
+        await etcd.transact([], [put("vms/default/web", msgspec.json.encode(Claim("1", "h2", 1)))])
+        while "default/web" not in mirror.section("vms"):
+            await mirror.changed()
+        new = Key("default", "new")
+        assert await names.find(new) is None
+        before = etcd.entries
+
+        etcd.lose_quorum()
+        with pytest.raises(Problem) as unknown:
+            await names.find(new)
+        assert (unknown.value.status, unknown.value.code) == (503, "fleet-unavailable")
+        with pytest.raises(Problem) as refused:
+            async with names.claimed([new]):
+                pytest.fail("a VM was made under a name that nobody has given")
+        assert (refused.value.status, refused.value.code) == (503, "fleet-unavailable")
+        # What is known is still found.
+        assert await names.find(vms[0]) == "h1"
+        assert await names.find(WEB) == "h2"
+
+        etcd.regain_quorum()
+        assert etcd.entries == before
+        assert await names.find(new) is None
+        async with names.claimed([new]):
+            vms.append(new)
+        assert "vms/default/new" in etcd.entries
+        nursery.cancel_scope.cancel()
+
+
+class Silent(Wrapper):
+    """A way to etcd on which no answer comes back to a read."""
+
+    async def get(self, key: str) -> Entry | None:
+        await trio.sleep_forever()
+
+
+async def test_an_etcd_that_never_answers_is_asked_for_a_name_for_some_seconds(autojump_clock: Any) -> None:
+    etcd = Silent(SimulatedEtcd(Random(1)))
+    names = Names(etcd, Mirror(etcd, trio.current_time), "h1", "vms", there=list, new_id=lambda: "1")
+    with trio.fail_after(10), pytest.raises(Problem, match="not answered within 3 s") as unknown:
+        await names.find(WEB)
+    assert (unknown.value.status, unknown.value.code) == (503, "fleet-unavailable")

@@ -19,7 +19,8 @@ from tests.certificates import Authority
 from volant.channel import AgentUnreachable
 from volant.fleet import CALLER, Fleet, Forwarded, Peers, forwarded_in
 from volant.http import Access, ApiSettings, Call, Limits
-from volant.model import Caller, HostView, Problem, Role
+from volant.mcp import Subjects
+from volant.model import Caller, HostView, Key, Problem, Role
 from volant.operations import TABLE
 from volant.relay import Relay
 from volant.routing import Router
@@ -28,13 +29,27 @@ VIEWER = Caller("7", "key 7", role=Role.VIEWER, project="web")
 ADMIN = Forwarded(Caller("1", "key 1", role=Role.ADMIN))
 
 
+class Owners:
+    """Which host has each name of one kind."""
+
+    def __init__(self) -> None:
+        self.of: dict[Key, str] = {}
+
+    def owner(self, key: Key) -> str | None:
+        return self.of.get(key)
+
+    async def find(self, key: Key) -> str | None:
+        await trio.lowlevel.checkpoint()
+        return self.of.get(key)
+
+
 class Hosts:
     """Other hosts, each with room or without, which are asked in the order of their names."""
 
     def __init__(self, **has_room: bool) -> None:
         self.host, self.left = "h0", False
         self.has_room = has_room
-        self.names = dict.fromkeys(("vms", "snapshots", "volumes"), SimpleNamespace(owner=lambda key: None))
+        self.names = {kind: Owners() for kind in ("vms", "snapshots", "volumes")}
         self.asked: list[str] = []
         self.headers: Sequence[tuple[bytes, bytes]] = ()
         self.peers = Peers(ssl.create_default_context(), lambda name: "h.example:1")
@@ -51,6 +66,13 @@ class Hosts:
 
     def labels_on(self, host: str, project: str) -> list[dict[str, str]]:
         return []
+
+    def is_up(self, host: str) -> bool:
+        return True
+
+    def has(self, host: str, kind: str, *names: str) -> None:
+        """Lets a host own names in the project of the client."""
+        self.names[kind].of |= dict.fromkeys((Key("web", name) for name in names), host)
 
     async def run(self, call: Call, client: Any, server: Any, *, explain: Any = None, **more: Any) -> None:
         """Stands in for the relay."""
@@ -80,7 +102,7 @@ class Hosts:
             Access(ApiSettings()),
             cast(Relay, self),
             cast(Limits, SimpleNamespace(json_body=999)),
-            {},
+            {"mcp": Subjects(TABLE).of},
         )
         operation = TABLE.find(method, path)
         return await router.route(Call(scope, receive, send, "r1", share), operation, path)
@@ -90,6 +112,72 @@ async def test_a_create_goes_on_to_the_next_host_if_one_has_no_room() -> None:
     hosts = Hosts(h1=False, h2=True)
     assert await hosts.route("POST", "/api/v1/vms", body=b'{"name": "web"}')
     assert hosts.asked == ["h1", "h2"]
+
+
+@pytest.mark.parametrize("kind", ["vms", "snapshots", "volumes"])
+async def test_any_host_finds_what_another_one_has(kind: str) -> None:
+    hosts = Hosts(h1=True, h2=True)
+    hosts.has("h2", kind, "data")
+    hosts.has("h0", kind, "own")
+    assert await hosts.route("GET", f"/api/v1/{kind}/data")
+    assert hosts.asked == ["h2"]
+    # This host answers for its own, and says that there is no other.
+    assert not await hosts.route("GET", f"/api/v1/{kind}/own")
+    assert not await hosts.route("GET", f"/api/v1/{kind}/other")
+    assert hosts.asked == ["h2"]
+
+
+NEEDS = [
+    {"volumes": ["data:/data"]},
+    {"volumes": ["data:/a:ro", "more:/b", "none:/c"]},
+    {"from_snapshot": "then"},
+    {"from_snapshot": "then", "volumes": ["data:/data"]},
+]
+
+
+def tool(tool: str, **arguments: Any) -> bytes:
+    """Returns the message of a model that calls a tool."""
+    params = {"name": tool, "arguments": arguments}
+    return msgspec.json.encode({"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": params})
+
+
+@pytest.mark.parametrize("needs", NEEDS, ids=["volume", "volumes", "snapshot", "both"])
+async def test_a_vm_is_made_where_its_volumes_and_its_snapshot_are(needs: dict[str, Any]) -> None:
+    hosts = Hosts(h1=True, h2=True)
+    hosts.has("h2", "volumes", "data", "more")
+    hosts.has("h2", "snapshots", "then")
+    assert await hosts.route("POST", "/api/v1/vms", body=msgspec.json.encode({"name": "web", **needs}))
+    assert await hosts.route("POST", "/api/v1/mcp", body=tool("vms_create", name="web", **needs))
+    assert hosts.asked == ["h2", "h2"]
+    # Placement would choose another host.
+    assert await hosts.route("POST", "/api/v1/vms", body=b'{"name": "web"}')
+    assert hosts.asked == ["h2", "h2", "h1"]
+
+
+async def test_a_vm_whose_volumes_are_on_two_hosts_is_refused() -> None:
+    hosts = Hosts(h1=True, h2=True)
+    hosts.has("h1", "volumes", "other")
+    hosts.has("h2", "volumes", "data")
+    with pytest.raises(Problem, match="volumes data on h2, volumes other on h1") as refused:
+        await hosts.route("POST", "/api/v1/vms", body=b'{"name": "no", "volumes": ["data:/a:ro", "other:/b"]}')
+    assert (refused.value.status, refused.value.code) == (409, "on-several-hosts")
+    assert hosts.asked == []
+
+
+async def test_a_model_reaches_a_vm_from_any_host() -> None:
+    hosts = Hosts(h1=True, h2=True)
+    hosts.has("h2", "vms", "web")
+    hosts.has("h0", "vms", "own")
+    assert await hosts.route("POST", "/api/v1/mcp", body=tool("vms_exec", vm="web", command=["true"]))
+    read = {"jsonrpc": "2.0", "id": 1, "method": "resources/read", "params": {"uri": "volant://vms/web"}}
+    assert await hosts.route("POST", "/api/v1/mcp", body=msgspec.json.encode(read))
+    command = {"command": "volant.vms.get", "params": {"name": "web"}}
+    assert await hosts.route("POST", "/api/v1/mcp", body=msgspec.json.encode(command))
+    # The name is taken: the host that has it says so.
+    assert await hosts.route("POST", "/api/v1/mcp", body=tool("vms_create", name="web"))
+    assert hosts.asked == ["h2"] * 4
+    assert not await hosts.route("POST", "/api/v1/mcp", body=tool("vms_exec", vm="own", command=["true"]))
+    assert hosts.asked == ["h2"] * 4
 
 
 async def test_no_client_can_say_who_it_is() -> None:

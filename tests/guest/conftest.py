@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from volant.guest import _root
 from volant.guest._http import BodyFilter, framing_of, parse_head
 from volant.guest._server import Server
 from volant.model import agent as wire
 
 TIMEOUT_S = 20.0
+CAN_CHROOT = os.geteuid() == 0 and sys.version_info >= (3, 12)
+needs_chroot = pytest.mark.skipif(not CAN_CHROOT, reason="this needs root, and the Python of a guest")
 
 
 class Answer:
@@ -118,3 +123,21 @@ def agent() -> Iterator[Asker]:
     asker.server.workload.stop(0.0)
     asker.server.output.finish(0.0)
     asker.close()
+
+
+@pytest.fixture
+def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A guest with a root filesystem: the file in which PID 1 reports the outcome of mounting it."""
+    path = tmp_path / "state"
+    monkeypatch.setattr(_root, "_known", None)
+    monkeypatch.setattr(_root, "STATE_FILE", str(path))
+    monkeypatch.setattr(_root, "ROOT", str(tmp_path / "root"))
+    monkeypatch.setattr(_root, "kernel_parameters", lambda: ["quiet", "volant.root=x"])
+    (tmp_path / "root/etc").mkdir(parents=True)
+    return path
+
+
+@pytest.fixture
+def mounted(told: Path, tmp_path: Path) -> Path:
+    told.write_text("mounted\n")
+    return tmp_path / "root"

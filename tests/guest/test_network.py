@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from volant.guest import _network
+from volant.guest import _identity, _network, _root
 from volant.guest._network import Interface, boot, check_name, hosts_text
+
+from .conftest import needs_chroot
 
 IMAGE = "127.0.0.1 localhost\n::1 localhost\n"
 MAC = "02:ab:00:00:00:07"
@@ -52,6 +55,35 @@ def test_hosts_are_replaced_and_other_lines_stay() -> None:
     assert "192.168.127.2" not in other
     assert other.count("192.168.127.3 demo\n192.168.127.4 site\n") == 1
     assert hosts_text(other, {}) == hosts_text(IMAGE + "10.0.0.1 mine\n", {})
+
+
+@needs_chroot
+def test_a_root_filesystem_gets_hosts_and_name_servers_and_keeps_its_lines(
+    mounted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The agent's own root, here `tmp_path`, gets the same. A link in the root filesystem does not lead out of it."""
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/hosts").write_text(IMAGE)
+    (mounted / "files").mkdir()
+    (mounted / "files/hosts").write_text("10.0.0.1 mine\n")
+    (mounted / "files/resolv.conf").write_text("nameserver 10.0.0.1\n")
+    (mounted / "etc").rmdir()
+    (mounted / "etc").symlink_to("/files")
+    assert _root.state() == ("mounted", "")
+    monkeypatch.setattr(_root, "ROOT", "/root")
+    monkeypatch.setattr(_network, "apply", lambda interface: None)
+    interface = Interface("192.168.127.7", 24, "192.168.127.1", MAC)
+
+    def set_network() -> None:
+        _root._enter(str(tmp_path))
+        _identity.set_network("demo", interface, ["192.168.127.1", "9.9.9.9"], {"other": "192.168.127.8"})
+
+    with ThreadPoolExecutor() as thread:
+        thread.submit(set_network).result()
+    for etc, before in ((tmp_path / "etc", IMAGE), (mounted / "files", "10.0.0.1 mine\n")):
+        assert (etc / "resolv.conf").read_text() == "nameserver 192.168.127.1\nnameserver 9.9.9.9\n"
+        hosts = (etc / "hosts").read_text()
+        assert hosts == hosts_text(before, {"demo": "192.168.127.7", "other": "192.168.127.8"})
 
 
 @pytest.mark.parametrize("before", ["", "10.0.0.1 mine"])

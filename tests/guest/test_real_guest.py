@@ -100,7 +100,8 @@ def folder() -> Iterator[Path]:
 
 
 async def test_a_guest_reports_itself_and_shuts_down(image: images.Image, folder: Path) -> None:
-    async with boot(image, folder, "volant.hostname=demo", "PYTHONHOME=/nonexistent") as guest:
+    parameters = ("volant.hostname=demo", "PYTHONHOME=/nonexistent", "sysctl.vm.compaction_proactiveness=5")
+    async with boot(image, folder, *parameters) as guest:
         health = await guest.ask("GET", wire.HEALTHZ)
         assert (health["status"], health["workload"]["state"]) == ("ok", "none")
         info = await guest.ask("GET", wire.INFO)
@@ -118,6 +119,12 @@ async def test_a_guest_reports_itself_and_shuts_down(image: images.Image, folder
 
         output, end = await guest.run("python3", "-c", "import json, sys; print(json.dumps(sys.version_info[:2]))")
         assert (output, end) == (b"[3, 13]\n", {"exit_code": 0})
+
+        # Timers that would wake an idle guest are off, except for what the kernel's command line sets.
+        names = ("kernel/soft_watchdog", "vm/compaction_proactiveness", "vm/stat_interval")
+        reserved = "/sys/kernel/debug/sched/fair_server/cpu0/runtime"
+        output, _ = await guest.run("cat", *(f"/proc/sys/{name}" for name in names), reserved)
+        assert output.split() == [b"0", b"5", b"60", b"0"]
 
         # PID 1 reaps orphans.
         await guest.run("sh", "-c", "for i in 1 2 3 4 5; do sh -c 'sleep 0.1 & ' & done; wait")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -14,28 +13,7 @@ from volant.guest import _root
 from volant.guest._http import Problem
 from volant.guest._root import NoSuchUser, account, identity, inside, root, state
 
-from .conftest import Asker
-
-CAN_CHROOT = os.geteuid() == 0 and sys.version_info >= (3, 12)
-needs_chroot = pytest.mark.skipif(not CAN_CHROOT, reason="this needs root, and the Python of a guest")
-
-
-@pytest.fixture
-def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A guest with a root filesystem: the file in which PID 1 reports the outcome of mounting it."""
-    path = tmp_path / "state"
-    monkeypatch.setattr(_root, "_known", None)
-    monkeypatch.setattr(_root, "STATE_FILE", str(path))
-    monkeypatch.setattr(_root, "ROOT", str(tmp_path / "root"))
-    monkeypatch.setattr(_root, "kernel_parameters", lambda: ["quiet", "volant.root=x"])
-    (tmp_path / "root/etc").mkdir(parents=True)
-    return path
-
-
-@pytest.fixture
-def mounted(told: Path, tmp_path: Path) -> Path:
-    told.write_text("mounted\n")
-    return tmp_path / "root"
+from .conftest import Asker, needs_chroot
 
 
 def test_without_a_root_filesystem_calls_use_the_initramfs(monkeypatch: pytest.MonkeyPatch) -> None:

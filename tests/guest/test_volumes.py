@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from volant.guest import _rootfs, _volumes
 from volant.guest._http import Problem, Request
 from volant.guest._stream import Stream
+
+from .conftest import needs_chroot
 
 GOOD: dict[str, object] = {"serial": "vol-0123456789abcdef", "path": "/data", "read_only": True}
 
@@ -67,3 +70,13 @@ def test_a_disk_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_no_volumes_are_no_error() -> None:
     assert put({"volumes": []}) == 200
+
+
+@needs_chroot
+def test_links_in_the_root_do_not_lead_out_of_it(mounted: Path) -> None:
+    """Where a volume is mounted, and what is made for it."""
+    (mounted / "app").symlink_to("../outside")
+    (mounted / "outside").mkdir()
+    with _volumes._directory("/app/data") as there:
+        assert Path(f"/proc/self/fd/{there}").readlink() == mounted / "outside/data"
+    assert not (mounted.parent / "outside").exists()

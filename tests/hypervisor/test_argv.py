@@ -207,6 +207,15 @@ def test_a_nic_changes_no_other_device(accelerator: AcceleratorName, balloon: bo
     assert ("romfile=" in devices[-1].split(",")) == (accelerator == "tcg")
 
 
+@pytest.mark.parametrize("accelerator", ["tcg", "kvm"])
+def test_a_copy_announces_no_address_and_can_power_off(accelerator: AcceleratorName) -> None:
+    """With the announce feature, QEMU 10.0 crashes when a copy's NIC is reset."""
+    template = Template(Path("/forks/1/memory"), Path("/forks/1/state"))
+    for spec in (SPEC, msgspec.structs.replace(SPEC, template=template)):
+        argv = build_argv(msgspec.structs.replace(spec, nic=NIC, accelerator=accelerator), (10, 0))
+        assert "guest_announce=off" in options(argv)["-device"][-1].split(",")
+
+
 def test_a_tap_is_inherited_and_its_name_is_on_the_command_line() -> None:
     argv = build_argv(msgspec.structs.replace(SPEC, nic=NIC), (10, 0), tap=12)
     assert options(argv)["-netdev"] == ["tap,id=v12345678000007,fd=12,vhost=off"]

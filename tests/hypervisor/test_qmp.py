@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -60,6 +61,36 @@ async def test_answers_match_their_commands_with_events_in_between(nursery: trio
         )
     assert results == {"one": {"first": True}, "two": "second"}
     assert peer.events == [("RESUME", {}), ("STOP", {"x": 1})]
+
+
+async def test_events_without_end_delay_neither_an_answer_nor_another_task(nursery: trio.Nursery) -> None:
+    """A guest can cause events as fast as QEMU writes them."""
+    peer = Peer()
+    await peer.start(nursery)
+    event = b'{"event": "STOP", "data": {"x": "%s"}}\n' % (b"x" * 1000)
+    most = 2**16 // len(event) + 1  # in one read
+    answers: list[bytes] = []
+    seen: list[int] = []
+
+    async def flood() -> None:
+        await peer.stream.send_all(event * 1000)
+        while True:
+            await peer.stream.send_all(event * (most - 2) + (answers.pop() if answers else b""))
+
+    async def answer() -> None:
+        await peer.heard()
+        answers.append(b'{"return": "here", "id": 1}\n')
+
+    async def other_task() -> None:
+        while True:
+            seen.append(len(peer.events))
+            await trio.lowlevel.checkpoint()
+
+    for task in (flood, answer, other_task):
+        nursery.start_soon(task)
+    assert await peer.client.execute("x", timeout_s=30) == "here"
+    assert len(peer.events) > 1000
+    assert max(after - before for before, after in pairwise(seen)) <= 2 * most
 
 
 async def test_a_parked_session_goes_on_where_it_was(nursery: trio.Nursery) -> None:

@@ -75,6 +75,20 @@ def test_a_vm_between_two_states_can_not_be_copied() -> None:
         assert (refused.value.status, refused.value.code) == (409, "vm-not-running")
 
 
+def test_a_vm_with_a_directory_of_the_host_is_not_copied() -> None:
+    """Neither alone nor with its volumes: its memory has parts of files that the host changes."""
+    running = see(
+        create(volumes=("/srv/files:/files",)),
+        Woke(None), ImageReady("digest", "volant-tag"), LAUNCHED, AgentAnswered(),
+    )  # fmt: skip
+    assert running.status is Status.RUNNING
+    for volumes in (False, True):
+        with pytest.raises(Problem, match=r"'demo' mounts /srv/files of the host") as refused:
+            check_copyable(running, volumes=volumes)
+        assert (refused.value.status, refused.value.code) == (409, "host-directory")
+    check_copyable(msgspec.structs.replace(running, directories=()))
+
+
 def test_names_of_forks_are_free_and_never_too_long() -> None:
     taken = frozenset({"a-fork-1", "a-fork-3"})
     assert fork_names(ForkVm(count=3), "a", taken) == ("a-fork-2", "a-fork-4", "a-fork-5")

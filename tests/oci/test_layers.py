@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.oci.kit import TIME, as_root, compress, extract, needs_erofs, sha256, tar
+from tests.system.kit import load
 from volant.oci import OciError, digest_of
 from volant.oci._job import ImageJob, check_end, run
 from volant.oci._layers import LayerJob
@@ -274,10 +275,9 @@ sys.exit(status)
 so a process that is small itself has to start it."""
 
 
-@pytest.mark.full
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_layer(tmp_path: Path) -> None:
-    size = 2**31
+    size = load("VOLANT_TEST_LAYER_BYTES", usual=2**29, full=2**31)
     job = jobs(tmp_path, LOWER)
     compressor = zlib.compressobj(1, wbits=31)
     plain, blob = hashlib.sha256(), Path(job.convert[0].blob)
