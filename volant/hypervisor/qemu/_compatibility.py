@@ -59,7 +59,7 @@ def incompatibility(saved: MachineKind, here: MachineKind, known: Collection[str
     if not WITH_HPET <= saved.devices <= here.devices:
         return f"its devices have format {saved.devices}, and this version of Volant uses format {here.devices}"
     if saved.tsc_khz and abs(saved.tsc_khz - here.tsc_khz) > saved.tsc_khz * _TSC_TOLERANCE:
-        return f"its guest's clock counts the time stamps of a CPU at {saved.tsc_khz} kHz, and here are {here.tsc_khz}"
+        return f"its guest's clock needs a TSC that runs at {saved.tsc_khz} kHz, and here it is {here.tsc_khz} kHz"
     if not is_versioned(saved.machine):
         if (saved.machine, saved.version) == (here.machine, here.version):
             return None
