@@ -154,12 +154,15 @@ class Tab:
 
 
 @asynccontextmanager
-async def tab(path: Path, settings: ApiSettings | None = None, *, browser: bool = True) -> AsyncIterator[Tab]:
+async def tab(
+    path: Path, settings: ApiSettings | None = None, *, browser: bool = True, port: int | None = None
+) -> AsyncIterator[Tab]:
+    """Serves the VM. `port`: where another browser listens."""
     there = Browser()
     async with trio.open_nursery() as nursery:
         listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
-        there.port = listeners[0].socket.getsockname()[1]
-        if browser:
+        there.port = port or listeners[0].socket.getsockname()[1]
+        if browser and port is None:
             nursery.start_soon(trio.serve_listeners, there.serve, listeners)
         else:
             await listeners[0].aclose()

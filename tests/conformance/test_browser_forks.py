@@ -33,6 +33,9 @@ def test_forks_of_a_browser_answer_and_are_independent(
         serve = {"command": ["httpd", "-p", "127.0.0.1:8000", "-h", "/srv/www"]}
         assert '"exit_code": 0' in http.post("/api/v1/vms/web/agent/v1/exec", json=serve).text
         act(http, "web", "navigate", url=PAGE)
+        assert "<h1>It works</h1>" in act(http, "web", "content")["html"]
+        for action, begin in (("screenshot", b"\x89PNG"), ("pdf", b"%PDF-")):
+            assert called(http, "web", action).content.startswith(begin), action
 
         forked = http.post("/api/v1/vms/web/fork?wait=running&timeout=2m", json={"count": FORKS})
         assert (forked.status_code, forked.headers["volant-wait"]) == (201, "met"), forked.text
@@ -72,9 +75,14 @@ def pages(http: httpx.Client, name: str) -> list[str]:
     return [page["url"] for page in found]
 
 
-def act(http: httpx.Client, name: str, action: str, **arguments: Any) -> dict[str, Any]:
-    """Calls an action of the browser; returns its answer."""
+def called(http: httpx.Client, name: str, action: str, **arguments: Any) -> httpx.Response:
+    """Calls an action of the browser."""
     answer = http.post(f"/api/v1/vms/{name}/actions/browser/{action}", json={"timeout_s": 100, **arguments})
     assert answer.status_code == 200, answer.text
-    said: dict[str, Any] = answer.json()
+    return answer
+
+
+def act(http: httpx.Client, name: str, action: str, **arguments: Any) -> dict[str, Any]:
+    """Calls an action of the browser; returns its answer."""
+    said: dict[str, Any] = called(http, name, action, **arguments).json()
     return said

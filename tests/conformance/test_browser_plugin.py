@@ -122,7 +122,7 @@ def test_the_commands_of_the_how_to_page_work(site: Site) -> None:
 
 @needs_chromium
 def test_a_person_drives_the_browser_by_the_console(site: Site, node: Node) -> None:
-    play(node, "driven", site.daemon.base_url, {}, "web")
+    play(node, "driven", site.daemon.base_url, {}, "web", "screenshot")
 
 
 def test_each_action_is_a_post(site: Site) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import httpx
 import msgspec
-import pytest
 import trio
 
 from tests.api.kit import api
@@ -136,7 +135,6 @@ async def test_many_vms_scroll_and_filter_while_they_change(node: Node, tmp_path
         assert facts["rows"] < 80, "rows that nobody sees are in the document"
 
 
-@pytest.mark.full
 async def test_a_second_session_has_one_stream_and_no_guest_ends_or_stalls_it(node: Node, tmp_path: Path) -> None:
     async with api(tmp_path, ApiSettings(api_keys=(KEY,)), limits=Limits(), checked=False) as served:
         url = f"http://127.0.0.1:{served.server.port}"

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 
-from volant.guest import _rootfs, _volumes
+from volant.guest import _copy_up, _rootfs, _volumes
 from volant.guest._http import Problem, Request
 from volant.guest._stream import Stream
 
@@ -66,6 +66,18 @@ def test_a_disk_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> N
         put({"volumes": [GOOD]})
     assert (problem.value.status, str(GOOD["serial"]) in problem.value.detail) == (409, True)
     assert problem.value.detail.startswith("/data: ")
+
+
+@needs_chroot
+def test_a_reader_is_refused_a_volume_whose_copy_was_cut_off(mounted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (mounted / "data").mkdir()
+    (mounted / "data" / _copy_up.MARKER).touch()
+    monkeypatch.setattr(_rootfs, "find_disk", lambda serial: "/dev/null")
+    monkeypatch.setattr(_rootfs, "holds_ext4", lambda device: True)
+    monkeypatch.setattr(_volumes, "_run", lambda command, target: 0)
+    with pytest.raises(Problem) as problem:
+        put({"volumes": [GOOD]})
+    assert (problem.value.status, "start a VM that writes to the volume" in problem.value.detail) == (409, True)
 
 
 def test_no_volumes_are_no_error() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ needs_dpkg = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="dpkg i
 def deb(folder: Path, name: str, files: dict[str, str], fields: str = "", **control: str) -> Path:
     """Builds a package."""
     root = folder / name
+    sums = ""
     for path, text in files.items():
         target = root / path
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -30,10 +32,11 @@ def deb(folder: Path, name: str, files: dict[str, str], fields: str = "", **cont
             target.symlink_to(text[3:])
         else:
             target.write_text(text)
+            sums += f"{hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()}  {path}\n"
     (root / "DEBIAN").mkdir(parents=True)
     stanza = f"Package: {name}\nVersion: 1\nArchitecture: amd64\nMaintainer: nobody <a@b>\n{fields}Description: x\n"
     (root / "DEBIAN/control").write_text(stanza)
-    for file, text in control.items():
+    for file, text in {"md5sums": sums, **control}.items():
         (root / "DEBIAN" / file).write_text(text)
         (root / "DEBIAN" / file).chmod(0o755)
     done = folder / f"{name}.deb"
@@ -74,6 +77,8 @@ def test_packages_are_installed_for_dpkg(tmp_path: Path) -> None:
     command = ["dpkg-query", f"--admindir={database}", "-W", "-f", "${Package} ${db:Status-Status} ${Conffiles}\n"]
     shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\n")
     assert shown == ["base installed  /etc/base.conf d5e29449b9e66d5b4bb0d6ce48fbbcb1", "tool installed ", ""]
+    audited = subprocess.run(["dpkg", f"--admindir={database}", "--audit"], check=True, capture_output=True, text=True)
+    assert audited.stdout == ""
 
 
 @needs_dpkg

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import httpx
-import pytest
 
 from tests.cli.test_debug import members
 from tests.system.kit import REPOSITORY, Daemon, boot, kill_hypervisor, run, spec, until
@@ -32,7 +31,6 @@ def bundle(daemon: Daemon, path: Path, *words: str) -> dict[str, str]:
     return found
 
 
-@pytest.mark.full
 async def test_the_bundle_has_what_a_report_needs_and_no_secret(
     make_daemon: Callable[..., Daemon], tmp_path: Path
 ) -> None:

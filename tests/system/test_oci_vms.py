@@ -40,7 +40,8 @@ def layout(image_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 async def test_a_vm_runs_the_program_of_its_image_as_its_user(daemon: Daemon, layout: str) -> None:
     async with daemon.client() as client:
-        vm = await boot(client, "demo", image=layout)
+        await client.volumes.create(CreateVolume(name="data", size_mb=16))
+        vm = await boot(client, "demo", image=layout, volumes=("data:/etc",))
         assert vm.image is not None
         assert (vm.image.reference, vm.image.command) == (layout, ("/bin/sh", "-c", PROGRAM))
         assert (vm.disk, vm.disk_mb, vm.labels) == ("overlay", 10240, {"version": "1"})
@@ -51,6 +52,13 @@ async def test_a_vm_runs_the_program_of_its_image_as_its_user(daemon: Daemon, la
         assert await run(client, "demo", "sh", "-c", "cat /etc/second; ls /etc; id -un; echo $MODE") == (
             "2group\nhosts\npasswd\nsecond\napp\nimage\n"
         )
+        assert " /etc ext4 rw" in await run(client, "demo", "cat", "/proc/mounts")
+        await client.vms.delete("demo")
+        # The image's files are in the empty volume now.
+        await boot(client, "reader", volumes=("data:/data:ro",))
+        assert "app:x:1000:1001" in await run(client, "reader", "cat", "/data/passwd")
+        await client.vms.delete("reader")
+        await client.volumes.delete("data")
 
 
 @pytest.mark.full

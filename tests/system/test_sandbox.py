@@ -149,7 +149,6 @@ async def test_an_intruder_in_the_place_of_a_hypervisor_reaches_neither_the_daem
         assert record["landlock"] == info["landlock"]
 
 
-@pytest.mark.full
 async def test_a_vm_runs_without_a_sandbox(image_cache: Path) -> None:
     """An operator can turn the sandbox off."""
     daemon = Daemon(image_cache, "--sandbox", "off")

@@ -102,7 +102,18 @@ async def test_a_volume_grows_while_it_is_mounted_and_is_copied_when_it_is_not(d
         await boot(client, "other", volumes=("copy:/copy",))
         assert await run(client, "other", "cat", "/copy/file") == "mine\n"
         assert await volume_mb(client, "other", "/copy") > 400
-        for name in ("demo", "other"):
+        # A hypervisor dies with the filesystem mounted: who only reads it can't replay its journal, `repair` does.
+        kill_hypervisor(await client.vms.get("other"))
+        await until(client, "other", "crashed")
+        reader = await crashed(client, "reader", volumes=("copy:/d:ro",))
+        assert reader.reason is not None
+        assert (reader.reason.code, "volumes repair copy" in reader.reason.message) == ("volume_not_clean", True)
+        done = await trio.to_thread.run_sync(repair, daemon, "copy")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "volume copy can be read\n", "")
+        await client.vms.start("reader")
+        await until(client, "reader", "running")
+        assert await run(client, "reader", "cat", "/d/file") == "mine\n"
+        for name in ("demo", "other", "reader"):
             await client.vms.delete(name)
         for name in ("data", "copy"):
             await client.volumes.delete(name)

@@ -301,6 +301,24 @@ async def test_a_process_with_a_nic_gets_the_vms_at_the_claim(tmp_path: Path, be
         assert await claim_in(pool.host, spec.directory) == Claim(1, "vm", "", nic), "no command line says it"
 
 
+async def test_a_process_of_a_template_with_a_disk_has_a_copy_that_goes_with_it(tmp_path: Path) -> None:
+    with_disk = msgspec.structs.replace(KEY, rootfs="r", disk_mb=64)
+    of_it = msgspec.structs.replace(spec_of(with_disk), rootfs=Path("/r"))
+    async with standing(tmp_path, WarmPoolLimits(each=2)) as pool:
+        directory = await add(pool.store, with_disk)
+        pool.warm_pool.take(7, of_it)
+        await pool.filled(2)
+        standby = await pool.take(7, of_it)
+        pool.rows.tags.append(standby.tag)
+        assert pool.warm_pool.settle(7, standby.tag) == standby
+        assert standby.layer is not None
+        layers = [*standby.layer.parent.iterdir()]
+        assert len(layers) >= 2
+        assert {each.read_bytes() for each in layers} == {(directory / "root.qcow2").read_bytes()}
+        await pool.store.remove(of_it.digest)
+        await pool.until(lambda: [*layers[0].parent.iterdir()] == [standby.layer])
+
+
 async def test_a_guest_rehearses_unless_a_workload_runs_in_it(tmp_path: Path) -> None:
     with_workload = template_spec(config=GuestConfig({"name": "browser"}, {"command": ["/browser"]}))
     async with standing(tmp_path, WarmPoolLimits(each=1)) as pool:

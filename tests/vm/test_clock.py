@@ -57,8 +57,8 @@ class Guest:
         async with limiter:
             yield
 
-    async def repair(self) -> None:
-        await self.clock.repair(trio.CapacityLimiter(1))
+    async def repair(self) -> bool:
+        return await self.clock.repair(trio.CapacityLimiter(1))
 
 
 async def test_a_clone_on_a_busy_host_is_exact_once_a_way_is_short(autojump_clock: object) -> None:
@@ -88,6 +88,16 @@ async def test_a_clock_that_was_set_in_the_guest_is_set_again(autojump_clock: ob
     guest.ahead_s = 3600.0
     await guest.repair()
     assert abs(guest.ahead_s) <= EXACT_S
+
+
+async def test_a_clock_that_can_not_be_set_exactly_is_reported(autojump_clock: object) -> None:
+    del autojump_clock
+    guest = Guest([(0.05, 0.05)] * 100)
+    guest.clock.doubt()
+    assert not await guest.repair()
+    guest = Guest([(0.001, 0.001)] * 2)
+    guest.clock.doubt()
+    assert await guest.repair()
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -7,6 +7,7 @@ VM, clock and hosts entries to the guest.
 from __future__ import annotations
 
 import base64
+import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 
@@ -41,6 +42,8 @@ from ._output import pump_output
 from ._peers import Peers
 from ._secrets import GuestSecrets, SecretsFailed
 from ._workload import ReportLimit, follow_workload
+
+_logger = logging.getLogger("volant.vm")
 
 _RETRY_S, _RETRY_MAX_S = 0.1, 10.0
 _ROOT_S = 20.0
@@ -98,6 +101,7 @@ class AgentSession:
         identity until it gets its own. `paused`: whether the guest is. `take_link`: as in
         `AgentConnection`."""
         self._host = host
+        self._name = spec.name
         self._log = log
         self._boot_key = boot_key
         self._report = report
@@ -132,12 +136,17 @@ class AgentSession:
         """Keeps the session until cancelled."""
         async with self.connection.open(), trio.open_nursery() as nursery:
             if not self.configured:
-                nursery.start_soon(self.clock.repair, self._limits.clocks)
+                nursery.start_soon(self._repair_clock)
             if self._workload is not None:
                 nursery.start_soon(self._keep_workload)
             if self._peers.can_change:
                 nursery.start_soon(self._keep_hosts)
             await self._keep_output()
+
+    async def _repair_clock(self) -> None:
+        if not await self.clock.repair(self._limits.clocks):
+            text = "VM %s: its clock can't be set exactly: the host is too busy, or the guest's clock runs too fast"
+            _logger.warning(text, self._name, extra={"vm": self._name})
 
     async def root_mounted(self) -> None:
         """Returns once the guest has mounted its root filesystem.

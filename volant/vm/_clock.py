@@ -82,20 +82,22 @@ class GuestClock:
             await self._set(FIRST_TRIES, behind_ns // 6)
         self._may_be_repaired.set()
 
-    async def repair(self, limiter: trio.CapacityLimiter) -> None:
+    async def repair(self, limiter: trio.CapacityLimiter) -> bool:
         """Corrects the clock of a guest that has begun to run, until it is exact: at first, the host may be too busy.
 
-        One guest at a time, and with growing pauses, so that this does not keep the host busy.
+        One guest at a time, and with growing pauses, so that this does not keep the host busy. Returns whether the
+        clock is exact; it gives up after a dozen tries.
         """
         await self._may_be_repaired.wait()
         backoff = Backoff(_REPAIR_S, _REPAIR_MAX_S)
         for _ in range(_REPAIRS):
             if self._is_exact:
-                return
+                break
             await backoff.pause()
             with suppress(AgentUnreachable, AgentProtocolError):
                 async with self._connection.limited(limiter):
                     await self._correct()
+        return self._is_exact
 
     async def _once_reachable(self, send: Callable[[], Awaitable[None]]) -> None:
         with trio.move_on_after(_REACHABLE_S):

@@ -320,7 +320,7 @@ async function walk() {
 }
 
 /** Drives the browser in a VM by its pictures. */
-async function driven(name) {
+async function driven(name, ...actions) {
   const page = await open();
   await page.goto(`${base}/#/vms/${name}/browser`);
   const screen = page.getByAltText("The page, live.");
@@ -338,11 +338,13 @@ async function driven(name) {
   await page.getByLabel(/^Close about:blank/).first().click();
   await page.waitForFunction((count) => document.querySelectorAll(".page-tab").length === count, pages);
   await accessible(page, "a browser");
-  await page.getByRole("link", { name: "Actions" }).click();
-  await page.getByRole("button", { name: "screenshot" }).click();
-  await page.getByLabel("width").fill("320");
-  await page.getByRole("button", { name: "Call", exact: true }).click();
-  await page.waitForFunction(() => document.querySelector("img.answer")?.naturalWidth === 320);
+  for (const action of actions) {
+    await page.getByRole("link", { name: "Actions" }).click();
+    await page.getByRole("button", { name: action }).click();
+    await page.getByLabel("width").fill("320");
+    await page.getByRole("button", { name: "Call", exact: true }).click();
+    await page.waitForFunction(() => document.querySelector("img.answer")?.naturalWidth === 320);
+  }
   await checked(page, "a browser");
 }
 
