@@ -49,10 +49,10 @@ async def volar(server: Server | None, *words: str, environ: dict[str, str] | No
 async def running(server: Server, words: Sequence[str]) -> AsyncIterator[trio.Process]:
     """A `volar` that runs while the block does."""
     env = ENVIRONMENT | {"VOLANT_API_BASE": server.base_url}
+    # `nohup make test` has programs ignore it.
+    words = ["env", "--default-signal=HUP", *command(*words)]
     async with trio.open_nursery() as nursery:
-        start = partial(
-            trio.run_process, command(*words), stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False, env=env
-        )
+        start = partial(trio.run_process, words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, check=False, env=env)
         process: trio.Process = await nursery.start(partial(start, cwd=ROOT))
         try:
             with trio.fail_after(20):
