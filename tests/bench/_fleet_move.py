@@ -114,8 +114,9 @@ async def _migrate(source: MachineSpec, target: MachineSpec) -> dict[str, float]
 
 @asynccontextmanager
 async def _control(spec: MachineSpec) -> AsyncIterator[QmpClient]:
-    async with await connect_control(Host(), spec.control_path, BOOT_S) as stream, trio.open_nursery() as nursery:
-        qmp = QmpClient(stream, lambda name, data: None)
+    host = Host()
+    async with await connect_control(host, spec.control_path, BOOT_S) as stream, trio.open_nursery() as nursery:
+        qmp = QmpClient(stream, lambda name, data: None, host.random)
         await nursery.start(qmp.start)
         yield qmp
         nursery.cancel_scope.cancel()

@@ -178,7 +178,7 @@ class BareClone(Bare):
         assert spec.template is not None
         migration = Migration()
         async with await _connect(spec.control_path) as stream, trio.open_nursery() as nursery:
-            qmp = QmpClient(stream, migration.on_event)
+            qmp = QmpClient(stream, migration.on_event, Host().random)
             await nursery.start(qmp.start)
             await migration.load(qmp, spec.template.state)
             await qmp.execute("cont")

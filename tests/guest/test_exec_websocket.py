@@ -31,7 +31,7 @@ from wsproto.events import Request as Asked
 from tests.guest.conftest import TIMEOUT_S, Asker
 from tests.guest.test_exec_http import gone
 from volant.guest import _exec_session, _exec_sessions
-from volant.guest._exec_output import OutputHistory
+from volant.guest._exec_output import OutputHistory, Peer
 
 
 class Talk:
@@ -279,6 +279,20 @@ def test_a_detached_command_goes_on_and_loses_no_output(agent: Asker) -> None:
     third = Talk(agent, f"/v1/exec?attach={hello['id']}")
     assert third.end() == {"exit_code": 9}
     assert third.output() == got + again.output()
+
+
+def test_a_client_may_attach_before_the_command_has_its_thread(agent: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = _exec_session.Session.run
+
+    def late(session: _exec_session.Session, peer: Peer | None = None) -> None:
+        while not session._next:
+            time.sleep(0.001)
+        run(session, peer)
+
+    monkeypatch.setattr(_exec_session.Session, "run", late)
+    talk = sh(agent, "echo hello", query="?detach=true")
+    assert talk.end() == {"exit_code": 0}
+    assert talk.output() == b"hello\n"
 
 
 def test_dropped_output_is_reported_as_a_gap(agent: Asker) -> None:

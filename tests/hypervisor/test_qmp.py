@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import trio
 import trio.testing
 
+from volant.host._random import LinuxRandom
 from volant.hypervisor.qemu._qmp import LINE_LIMIT, QmpClient, QmpLost, QmpRefused
 
 GREETING = b'{"QMP": {"version": {}, "capabilities": []}}\r\n'
@@ -20,7 +22,9 @@ class Peer:
     def __init__(self) -> None:
         self.events: list[tuple[str, dict[str, Any]]] = []
         ours, self.stream = trio.testing.memory_stream_pair()
-        self.client = QmpClient(ours, lambda name, data: self.events.append((name, data)))
+        self.client = QmpClient(ours, lambda name, data: self.events.append((name, data)), LinuxRandom())
+        self.first = 0
+        """The number of the first command after the negotiation; the next has the next."""
 
     async def say(self, *lines: bytes) -> None:
         for line in lines:
@@ -31,9 +35,12 @@ class Peer:
 
     async def start(self, nursery: trio.Nursery) -> None:
         await self.stream.send_all(GREETING)
-        await self.say(b'{"event": "RESUME"}', b'{"return": {}, "id": "negotiate"}')
-        await nursery.start(self.client.start)
-        assert b"qmp_capabilities" in await self.heard()
+        async with trio.open_nursery() as starting:
+            starting.start_soon(nursery.start, self.client.start)
+            asked = json.loads(await self.heard())
+            assert asked["execute"] == "qmp_capabilities"
+            await self.say(b'{"event": "RESUME"}', b'{"return": {}, "id": %d}' % asked["id"])
+        self.first = asked["id"] + 1
 
 
 async def test_answers_match_their_commands_with_events_in_between(nursery: trio.Nursery) -> None:
@@ -50,14 +57,14 @@ async def test_answers_match_their_commands_with_events_in_between(nursery: trio
         commands.start_soon(run, "two")
         await trio.testing.wait_all_tasks_blocked()
         assert (await peer.heard()).splitlines() == [
-            b'{"execute":"one","id":1,"arguments":{"a":1}}',
-            b'{"execute":"two","id":2}',
+            b'{"execute":"one","id":%d,"arguments":{"a":1}}' % peer.first,
+            b'{"execute":"two","id":%d}' % (peer.first + 1),
         ]
         await peer.say(
-            b'{"return": "second", "id": 2}',
+            b'{"return": "second", "id": %d}' % (peer.first + 1),
             b'{"event": "STOP", "data": {"x": 1}}',
-            b'{"return": "nobody\'s", "id": 99}',
-            b'{"return": {"first": true}, "id": 1}',
+            b'{"return": "nobody\'s", "id": %d}' % (peer.first + 99),
+            b'{"return": {"first": true}, "id": %d}' % peer.first,
         )
     assert results == {"one": {"first": True}, "two": "second"}
     assert peer.events == [("RESUME", {}), ("STOP", {"x": 1})]
@@ -79,7 +86,7 @@ async def test_events_without_end_delay_neither_an_answer_nor_another_task(nurse
 
     async def answer() -> None:
         await peer.heard()
-        answers.append(b'{"return": "here", "id": 1}\n')
+        answers.append(b'{"return": "here", "id": %d}\n' % peer.first)
 
     async def other_task() -> None:
         while True:
@@ -107,13 +114,13 @@ async def test_a_parked_session_goes_on_where_it_was(nursery: trio.Nursery) -> N
     assert not peer.client.lost.is_set()
     later: list[str] = []
     peer.client.set_handler(lambda name, data: later.append(name))
-    await peer.say(b'P"}', b'{"return": "late", "id": 1}')
+    await peer.say(b'P"}', b'{"return": "late", "id": %d}' % peer.first)
     await nursery.start(peer.client.start)
     await peer.heard()
 
     async def answer() -> None:
         await peer.heard()
-        await peer.say(b'{"return": "new", "id": 2}')
+        await peer.say(b'{"return": "new", "id": %d}' % (peer.first + 1))
 
     nursery.start_soon(answer)
     assert await peer.client.execute("x") == "new"
@@ -135,7 +142,7 @@ async def test_a_refusal_has_qemus_message(nursery: trio.Nursery) -> None:
 
     async def answer() -> None:
         await peer.heard()
-        await peer.say(b'{"error": {"class": "GenericError", "desc": "no such thing"}, "id": 1}')
+        await peer.say(b'{"error": {"class": "GenericError", "desc": "no such thing"}, "id": %d}' % peer.first)
 
     nursery.start_soon(answer)
     with pytest.raises(QmpRefused, match="no such thing"):
@@ -177,6 +184,24 @@ async def test_a_broken_stream_fails_waiting_commands(nursery: trio.Nursery, dat
     await peer.client.lost.wait()
     with pytest.raises(QmpLost):
         await peer.client.execute("y")
+
+
+async def test_answers_to_the_session_before_are_nobodys(nursery: trio.Nursery) -> None:
+    """QEMU begins a command, its client leaves, the next one connects and gets the answer, even before the greeting."""
+    before = Peer()
+    await before.start(nursery)
+    late = [b'{"return": "late", "id": %d}' % number for number in range(before.first - 1, before.first + 9)]
+    peer = Peer()
+    await peer.say(*late, b'{"error": {"desc": "late"}}', b'{"event": "STOP"}')
+    await peer.start(nursery)
+
+    async def answer() -> None:
+        await peer.heard()
+        await peer.say(*late, b'{"return": "new", "id": %d}' % peer.first)
+
+    nursery.start_soon(answer)
+    assert await peer.client.execute("x") == "new"
+    assert peer.events == [("RESUME", {})]
 
 
 async def test_a_socket_with_another_greeting_is_refused() -> None:

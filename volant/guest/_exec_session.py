@@ -108,8 +108,13 @@ class Session:
 
     def run(self, peer: Peer | None = None) -> None:
         """Runs until the command has ended and the attached client knows. A command that is not detached is ended when
-        its client leaves."""
-        self._next = peer
+        its client leaves.
+
+        :param peer: the client of a command that is not detached
+        """
+        # A detached command's client may have attached before its thread got here.
+        if peer is not None:
+            self._next = peer
         try:
             while self.end is None:
                 self._take_over()

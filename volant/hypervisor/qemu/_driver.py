@@ -149,7 +149,8 @@ class QemuHypervisor:
                     control.paused = False
                     return
                 async with await self._host.sockets.connect_unix(spec.control_path, RESUME_S) as stream:
-                    await self._resume_warm(spec, QmpClient(stream, lambda name, data: None), paused=False)
+                    qmp = QmpClient(stream, lambda name, data: None, self._host.random)
+                    await self._resume_warm(spec, qmp, paused=False)
         except (OSError, trio.TooSlowError) as error:
             raise HypervisorError(f"the machine can't be resumed: {str(error) or 'no answer'}") from error
 

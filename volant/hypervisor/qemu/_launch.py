@@ -215,7 +215,7 @@ async def _complete_machine(host: Host, spec: MachineSpec) -> None:
     async with stream, trio.open_nursery() as nursery:
         try:
             migration = Migration()
-            qmp = QmpClient(stream, migration.on_event)
+            qmp = QmpClient(stream, migration.on_event, host.random)
             await nursery.start(qmp.start)
             if spec.template is not None:
                 await migration.load(qmp, spec.template.state)

@@ -337,7 +337,7 @@ class QemuMachine(msgspec.Struct, eq=False):
         try:
             with trio.fail_after(ATTACH_S):
                 stream = self._stream = await self._reach(self._process)
-                self._qmp = QmpClient(stream, self._on_event)
+                self._qmp = QmpClient(stream, self._on_event, self._host.random)
                 self._closing.push_async_callback(self._close)
                 await nursery.start(self._qmp.start)
                 await self._verify()

@@ -5,6 +5,7 @@ The library `qemu.qmp` needs asyncio, and the daemon needs only this page of the
 
 from __future__ import annotations
 
+import itertools
 import socket
 import struct
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 import msgspec
 import trio
 
+from volant.host import Random
 from volant.hypervisor._interface import HypervisorError
 
 LINE_LIMIT = 1024 * 1024
@@ -32,7 +34,7 @@ class QmpRefused(HypervisorError):
 class QmpClient:
     """Holds one session. `start` runs in a nursery and does not fail there: callers of `execute` get the error."""
 
-    def __init__(self, stream: trio.abc.Stream, on_event: EventHandler) -> None:
+    def __init__(self, stream: trio.abc.Stream, on_event: EventHandler, random: Random) -> None:
         self.lost = trio.Event()
         self.why = ""
         self.is_parked = False
@@ -43,7 +45,8 @@ class QmpClient:
         self._is_negotiated = False
         self._sending = trio.Lock()
         self._waiting: dict[int, _Answer] = {}
-        self._next_id = 0
+        # QEMU sends the answer to a command of the previous session, whose client has gone, to this one.
+        self._numbers = itertools.count(int.from_bytes(random.token_bytes(6)))
 
     async def start(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Negotiates, reports `started` and reads until the end. Raises QmpLost before `started`. The caller must set a
@@ -62,13 +65,15 @@ class QmpClient:
                 self._lose("the control socket was closed")
 
     async def _negotiate(self) -> None:
-        greeting = _decode(await self._lines.next())
-        if "QMP" not in greeting:
-            raise QmpLost("the control socket does not greet as QMP does")
-        await self._stream.send_all(b'{"execute":"qmp_capabilities","id":"negotiate"}\n')
+        # What was meant for the previous session may come before the greeting, too.
+        while "QMP" not in (greeting := _decode(await self._lines.next())):
+            if not greeting.keys() & {"return", "error", "event"}:
+                raise QmpLost("the control socket does not greet as QMP does")
+        number = next(self._numbers)
+        await self._stream.send_all(b'{"execute":"qmp_capabilities","id":%d}\n' % number)
         while True:
             message = _decode(await self._lines.next())
-            if message.get("id") == "negotiate":
+            if message.get("id") == number:
                 if "error" in message:
                     raise QmpLost(f"the control socket refuses to negotiate: {message['error']}")
                 break
@@ -96,8 +101,7 @@ class QmpClient:
     ) -> Any:
         """Runs a command and returns its result. `descriptor` is passed with it. Raises QmpRefused, and QmpLost also
         when there is no answer in time."""
-        self._next_id += 1
-        number = self._next_id
+        number = next(self._numbers)
         message: dict[str, Any] = {"execute": command, "id": number}
         if arguments:
             message["arguments"] = arguments
