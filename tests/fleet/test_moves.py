@@ -296,16 +296,21 @@ class Host:
                 await other.claims.note_arrival(leaving.id)
             except (Problem, EtcdError):
                 self._stay(row)
+                await self._forget(claims, leaving, left=False)
                 return
             await self._sleep(1)
             row.leaving = leaving = msgspec.structs.replace(leaving, deciding=True)
-        if await departures.conclude(name, leaving, give=give):
+        left = await departures.conclude(name, leaving, give=give)
+        if left:
             await self._sleep(1)
             self.rows.pop(name, None)
         else:
             self._stay(row)
+        await self._forget(claims, leaving, left=left)
+
+    async def _forget(self, claims: Claims, leaving: Leaving, *, left: bool) -> None:
         with suppress(EtcdError):
-            await claims.end_move(leaving.vm, leaving.id)
+            await claims.end_move(leaving.vm, leaving.id, left=left)
 
     def _stay(self, row: Row) -> None:
         row.leaving = None
@@ -404,6 +409,11 @@ class MovingHost(SimHost):
         del self._leaving[name]
         if not given and not self._is_frozen:
             self._recorder.runs(claim.vm, self.name)
+        for _ in range(10):
+            with suppress(EtcdError):
+                await claims.end_move(leaving.vm, leaving.id, left=given)
+                return
+            await trio.sleep(self._rng.uniform(1, 5))
 
 
 async def run(sim: Simulation) -> Bed:
@@ -482,6 +492,22 @@ def test_without_refusing_arrivals_before_their_snapshots_go_one_is_lost(monkeyp
 
     monkeypatch.setattr(Claims, "refuse_arrival", refuse_arrival)
     assert "is lost" in found()
+
+
+@pytest.mark.simulation
+def test_without_keeping_what_says_that_a_vm_was_lost_a_deleted_one_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that was away while it moved a VM, which stays as far as it knows, has to hear that it has lost it."""
+    end_move = Claims.end_move
+
+    async def forgets_all(self: Claims, vm: str, move: str, *, left: bool) -> None:
+        del left
+        await end_move(self, vm, move, left=True)
+
+    monkeypatch.setattr(Claims, "end_move", forgets_all)
+    with pytest.raises(BaseExceptionGroup) as raised:
+        fence_runs(FENCE_RUNS, of=MovingHost)
+    # Its VM comes back, or the next one of that name is not its own.
+    assert raised.group_contains(AssertionError, match="was deleted|nobody else has it")
 
 
 class Late(Wrapper):

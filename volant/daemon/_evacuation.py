@@ -232,7 +232,7 @@ class Evacuation:
             _logger.info("VM %s has moved to %s", row.name, leaving.to_host)
         else:
             await self._until_done(partial(self._stay, row, leaving, reason))
-        await self._forget(leaving)
+        await self._forget(leaving, left=given)
 
     async def _prepare(self, row: VmRow, leaving: Leaving | None, task: _Task) -> Leaving:
         """Does all that comes before the decision; returns the move, of which it is known that etcd may be asked.
@@ -322,12 +322,12 @@ class Evacuation:
                 _logger.warning("a move is not ended yet: %s", problem.detail)
             await backoff.pause()
 
-    async def _forget(self, leaving: Leaving) -> None:
+    async def _forget(self, leaving: Leaving, *, left: bool) -> None:
         """Removes what etcd has of a move. What stays does no harm."""
         backoff = Backoff(_RETRY_S, _RETRY_MAX_S)
         for _ in range(_FORGET_TRIES):
             try:
-                await self._fleet().claims.end_move(leaving.vm, leaving.id)
+                await self._fleet().claims.end_move(leaving.vm, leaving.id, left=left)
                 return
             except EtcdError:
                 await backoff.pause()

@@ -355,12 +355,17 @@ class Claims:
             await trio.sleep(_PAUSE_S)
         raise OutcomeUnknown(f"etcd has answered none of {_ATTEMPTS} requests")
 
-    async def end_move(self, vm: str, move: str) -> None:
-        """Forgets what etcd has of a move from this host, which has nothing of the VM any more, or keeps it.
+    async def end_move(self, vm: str, move: str, *, left: bool) -> None:
+        """Forgets what etcd has of a move from this host.
 
+        :param left: whether the VM has left, and nothing of it is here any more. One that stays may have been taken
+            over meanwhile, and even deleted: then nothing else says so.
         :raises EtcdError:
         """
-        await self._etcd.transact([], [delete(f"{_LOST}{self._host}/{vm}"), delete(ARRIVALS + move)])
+        steps = [delete(ARRIVALS + move)]
+        if left:
+            steps.append(delete(f"{_LOST}{self._host}/{vm}"))
+        await self._etcd.transact([], steps)
 
     async def is_given(self, name: str, mine: Claim) -> bool:
         """Whether another host was given a VM of this one, or has taken it over. :raises EtcdError:"""
