@@ -33,7 +33,12 @@ async def movable(http: httpx.AsyncClient, name: str, host: str, **more: Any) ->
 
 
 async def command(http: httpx.AsyncClient, name: str, *words: str) -> bytes:
-    done = await http.post(f"/api/v1/vms/{name}/agent/v1/exec", json={"command": words}, timeout=30)
+    with trio.fail_after(30):
+        # A daemon that has just started or a VM that has just been resumed has no channel yet.
+        while (  # noqa: ASYNC110 - of another process
+            done := await http.post(f"/api/v1/vms/{name}/agent/v1/exec", json={"command": words}, timeout=30)
+        ).status_code == 502:
+            await trio.sleep(0.1)
     assert done.status_code == 200, done.text
     return output_of(done)
 

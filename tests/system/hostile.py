@@ -143,6 +143,8 @@ async def noticing(daemon: Daemon, client: Client) -> AsyncIterator[Noticed]:
     """Sends requests to the other VM and the daemon until the block ends."""
     noticed = Noticed()
     before_mb, before_s = daemon.rss_mb(), cpu_seconds(daemon.pid)
+    # The logs of deleted VMs are kept for a day.
+    taken_before_mb = taken_mb(daemon)
 
     async def ask() -> None:
         while True:
@@ -151,7 +153,7 @@ async def noticing(daemon: Daemon, client: Client) -> AsyncIterator[Noticed]:
             noticed.slowest_s = max(noticed.slowest_s, watch.seconds)
             noticed.asked += 1
             noticed.grown_mb = max(noticed.grown_mb, daemon.rss_mb() - before_mb)
-            noticed.disk_mb = max(noticed.disk_mb, taken_mb(daemon))
+            noticed.disk_mb = max(noticed.disk_mb, taken_mb(daemon) - taken_before_mb)
             await trio.sleep(0.1)
 
     async def ask_daemon() -> None:

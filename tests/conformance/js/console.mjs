@@ -162,7 +162,8 @@ async function walk() {
   await page.keyboard.type("echo $((6*7))-echoed; printf '<img src=x onerror=executed=2>\\033]0;title\\007\\033[31mred\\342\\200\\256\\n' >/dev/console\r");
   await screen.getByText("42-echoed").waitFor();
   await page.keyboard.type("stty size\r");
-  await screen.getByText(/^\d+ \d{2,}$/).first().waitFor();
+  // Before them may be the terminal's answer to the shell, which asks for the cursor's position.
+  await screen.getByText(/\d+ \d{2,}$/).first().waitFor();
   await page.keyboard.type("mkdir /tmp/web; echo '<p id=p>x</p><script>document.cookie = \"own=1\"; p.textContent = \"ran \" + document.cookie + opener</script>' > /tmp/web/index.html; touch '/tmp/web/<img src=x onerror=executed=3>'; httpd -p 127.0.0.1:8080 -h /tmp/web && echo ser''ving\r");
   await screen.getByText("serving").waitFor();
   await checked(page, "the terminal");
