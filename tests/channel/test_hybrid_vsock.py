@@ -129,7 +129,8 @@ async def test_a_hypervisor_that_accepts_nobody_is_unreachable_in_time(tmp_path:
                 for _ in range(20):
                     nursery.start_soon(ask)
             assert channel.statistics().streams == 0
-            assert descriptors() == before
+            # Fewer, if what other tests have left was collected meanwhile.
+            assert descriptors() <= before
 
 
 ANSWERED_THEN: dict[str, Behaviour] = {
