@@ -38,6 +38,22 @@ def trial(what, *arguments):
         elif what == "unix": socket.socket(socket.AF_UNIX).connect(arguments[0])
         elif what == "abstract": socket.socket(socket.AF_UNIX).connect("\0" + arguments[0])
         elif what == "tcp": socket.create_connection(("127.0.0.1", arguments[0]), 2)
+        elif what == "fast": socket.socket().sendto(b"GET / HTTP/1.0\r\n\r\n", 0x20000000, ("127.0.0.1", arguments[0]))
+        elif what == "fast message":
+            one, other = socket.socketpair()
+            one.sendmsg([b"x"], [], 0x20000000)
+        elif what == "udp": socket.socket(type=socket.SOCK_DGRAM).sendto(b"x", ("127.0.0.1", arguments[0]))
+        elif what == "datagram": socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b"x", arguments[0])
+        elif what == "raw datagram": socket.socket(socket.AF_UNIX, socket.SOCK_RAW).sendto(b"x", arguments[0])
+        elif what == "datagram pair": socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        elif what == "netlink": socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 0)
+        elif what == "stream pair": socket.socketpair()
+        elif what in ("reserve", "punch", "zero"):
+            libc = ctypes.CDLL(None, use_errno=True)
+            mode = {"reserve": 1, "punch": 3, "zero": 0x11}[what]
+            with open(arguments[0], "r+b") as file:
+                if libc.fallocate(file.fileno(), mode, ctypes.c_long(1 << 20), ctypes.c_long(1 << 20)):
+                    raise OSError(ctypes.get_errno(), what)
         elif what == "listen": socket.socket().bind(("127.0.0.1", 0))
         elif what == "kill": os.kill(arguments[0], signal.SIGTERM)
         elif what == "ptrace":
@@ -62,6 +78,8 @@ signal.pause()
 """Runs the tasks in its arguments, and prints the result of each."""
 
 DENIED = frozenset({"EACCES", "EPERM"})
+NOT_RESERVED = "ENOTSUP"
+"""What the sandbox says to a request for space, as file systems do that can't."""
 
 
 async def tries(

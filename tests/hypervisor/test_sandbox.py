@@ -17,7 +17,7 @@ import msgspec
 import pytest
 import trio
 
-from tests.hypervisor.intruder import DENIED, PYTHON, tries
+from tests.hypervisor.intruder import DENIED, NOT_RESERVED, PYTHON, tries
 from tests.hypervisor.kit import passable_directory, real_qemu, tiny_spec
 from tests.hypervisor.test_checkpoint import COUNTS, clone, nobody
 from volant.host import Host, ProcessStatus, _procfs
@@ -184,8 +184,8 @@ async def test_an_intruder_uses_its_own_files_and_no_others(
         may = [
             *(("read", str(path)) for path in (spec.kernel, spec.initramfs, spec.memory_file)),
             *(("append", str(path)) for path in (spec.memory_file, spec.console_path)),
-            ("bind", "own.sock"),
-        ]
+            ("bind", "own.sock"), ("stream pair",), ("punch", "console.log"),
+        ]  # fmt: skip
         may_not = [
             *(("write", str(path)) for path in (spec.kernel, spec.initramfs)),
             *(("read", str(path)) for path in (other.memory_file, its / "console.log", its / "qemu.log", database)),
@@ -198,9 +198,12 @@ async def test_an_intruder_uses_its_own_files_and_no_others(
             *((what, "console.log") for what in ("remove", "rename")),
             ("make", "new"), ("link", "console.sock"), ("chmod", "console.log"),
         ]  # fmt: skip
-        found = await intruder.tries([*may, *may_not])
+        reserves = [("reserve", "console.log"), ("zero", "console.log"), ("reserve", str(spec.memory_file))]
+        found = await intruder.tries([*may, *may_not, *reserves])
     assert {task: found[task] for task in may} == dict.fromkeys(may, "DONE")
     assert {task: result for task in may_not if (result := found[task]) not in DENIED} == {}
+    # Beyond the end of a file nobody sees what it takes.
+    assert {task: found[task] for task in reserves} == dict.fromkeys(reserves, NOT_RESERVED)
 
 
 @as_root
@@ -254,7 +257,8 @@ async def test_without_a_separate_user_landlock_isolates_vms(
 
 @pytest.fixture
 def listeners(place: Path) -> Iterator[tuple[int, str, Path]]:
-    """Three kinds of sockets that everybody may connect to: a port, an abstract name and a path."""
+    """Sockets that everybody may connect or send to: a port of TCP and of UDP, an abstract name, a path, and a path
+    for datagrams beside it."""
     tcp = socket.create_server(("127.0.0.1", 0))
     abstract = socket.socket(socket.AF_UNIX)
     abstract.bind(f"\0{place.name}")
@@ -264,9 +268,25 @@ def listeners(place: Path) -> Iterator[tuple[int, str, Path]]:
     path.chmod(0o666)
     for each in (abstract, unix):
         each.listen()
+    udp = socket.socket(type=socket.SOCK_DGRAM)
+    udp.bind(tcp.getsockname())
+    datagrams = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    datagrams.bind(str(path.with_name(DATAGRAMS)))
+    path.with_name(DATAGRAMS).chmod(0o666)
     yield tcp.getsockname()[1], place.name, path
-    for each in (tcp, abstract, unix):
+    for each in (tcp, abstract, unix, udp, datagrams):
         each.close()
+
+
+DATAGRAMS = "datagrams.sock"
+
+
+def datagrams(port: int, path: Path) -> list[tuple[object, ...]]:
+    """Ways to send something without a connection."""
+    there = str(path.with_name(DATAGRAMS))
+    return [
+        ("udp", port), ("datagram", there), ("raw datagram", there), ("datagram pair",), ("netlink",),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("network", ["none", "user"])
@@ -283,6 +303,7 @@ async def test_an_intruder_connects_to_nothing_and_signals_no_process(
         victim = await qemu.launch(other)
         tasks: list[tuple[object, ...]] = [
             ("tcp", port), ("abstract", name), ("unix", str(path)), ("uring",),
+            ("fast", port), ("fast message",), *datagrams(port, path),
             ("kill", victim.pid), ("kill", os.getpid()), ("ptrace", victim.pid), ("ptrace", os.getpid()),
             ("read", f"/proc/{victim.pid}/mem"), ("read", f"/proc/{os.getpid()}/environ"),
             ("setuid",), ("chroot",), ("mount",), ("list", "/proc/1/root"),
@@ -307,8 +328,12 @@ async def test_landlock_alone_denies_ports_and_processes(
     with trio.fail_after(60):
         victim = await qemu.launch(other)
         found = await intruder.tries(
-            [("tcp", port), ("abstract", name), ("listen",), ("kill", victim.pid), ("ptrace", victim.pid)]
-        )
+            [
+                ("tcp", port), ("abstract", name), ("listen",), ("kill", victim.pid), ("ptrace", victim.pid),
+                # Landlock lets it pass, the filter does not.
+                ("fast", port), ("fast message",),
+            ]
+        )  # fmt: skip
     assert {task: result for task, result in found.items() if result not in DENIED} == {}
 
 
@@ -319,7 +344,8 @@ async def test_without_a_sandbox_the_intruder_can_do_everything(
     port, name, path = listeners
     tasks: list[tuple[object, ...]] = [
         ("tcp", port), ("abstract", name), ("unix", str(path)), ("listen",), ("read", "/etc/passwd"),
-        ("list", str(place)), ("make", "new"), ("link", "console.sock"), ("rename", "console.log"),
+        ("list", str(place)), ("make", "new"), ("fast", port), ("fast message",), *datagrams(port, path),
+        ("reserve", "new"), ("zero", "new"), ("punch", "new"), ("link", "console.sock"), ("rename", "console.log"),
     ]  # fmt: skip
     found, _ = await tries(host, spec.tag, spec.directory, None, tasks)
     assert set(found.values()) == {"DONE"}

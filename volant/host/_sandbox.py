@@ -18,19 +18,19 @@ import stat
 import struct
 import subprocess
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import msgspec
 
+from . import _seccomp
 from ._procfs import own_capabilities
 
 T = TypeVar("T")
 
 _PR_CAPBSET_READ, _PR_CAPBSET_DROP = 23, 24
-_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
 _PR_SET_NO_NEW_PRIVS = 38
 _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 _CLONE_FS = 0x200
@@ -43,47 +43,6 @@ NEEDED_CAPABILITIES = {"CAP_KILL": 5, "CAP_SETGID": 6, "CAP_SETUID": 7, "CAP_SET
 _NOBODY = 0xFFFFFFFF
 
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-class _Machine(NamedTuple):
-    """Numbers of system calls of one kind of processor, and its audit architecture."""
-
-    audit: int
-    connect: int
-    setgroups: int
-    setresuid: int
-    setresgid: int
-    fchmod: int
-    chmod: tuple[int, ...]
-    chown: tuple[int, ...]
-    xattr: tuple[int, ...]
-    """Change attributes of a file, as do those before, which Landlock leaves to processes of the same user."""
-    modes: dict[int, int]
-    """Give a file or directory a mode: chmod, open, mkdir and the like, with the number of the argument that is the
-    mode."""
-
-
-_IO_URING_SETUP, _OPENAT2, _FCHMODAT2 = 425, 437, 452
-"""The same on all processors. The filter can't see what io_uring does, nor the mode of openat2."""
-_SET_ID = stat.S_ISUID | stat.S_ISGID
-_MACHINES = {
-    "x86_64": _Machine(
-        *(0xC000003E, 42, 116, 117, 119, 91),
-        (90, 268, _FCHMODAT2),
-        (92, 93, 94, 260),
-        (188, 189, 190, 197, 198, 199),
-        {90: 1, 91: 1, 268: 2, _FCHMODAT2: 2, 2: 2, 85: 1, 257: 3, 83: 1, 258: 2, 133: 1, 259: 2},
-    ),
-    "aarch64": _Machine(
-        *(0xC00000B7, 203, 159, 147, 149, 52),
-        (53, _FCHMODAT2),
-        (54, 55),
-        (5, 6, 7, 14, 15, 16),
-        {52: 1, 53: 2, _FCHMODAT2: 2, 56: 3, 34: 2, 33: 2},
-    ),
-}
-_machine = _MACHINES.get(platform.machine())
-_X32 = 0x40000000
 
 
 class Sandbox(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,7 +75,9 @@ class Sandbox(msgspec.Struct, frozen=True, kw_only=True):
     tcp: bool = False
     """Whether it may use TCP."""
     no_connect: bool = False
-    """Whether it may not connect to sockets; others connect to it."""
+    """Whether it may use no sockets but those it is given, and streams over Unix sockets, to which others connect."""
+    no_reservation: bool = False
+    """Whether it may not reserve space for files, which may be beyond their ends."""
 
 
 # Landlock
@@ -146,7 +107,7 @@ def landlock_version() -> int:
 
 def is_known_machine() -> bool:
     """Whether the system calls of this kind of processor are known, for `user` and `no_connect`."""
-    return _machine is not None
+    return bool(_seccomp.NUMBERS)
 
 
 def start_sandboxed(
@@ -163,7 +124,7 @@ def start_sandboxed(
 
     :raises OSError: when the sandbox can't be set up completely, or the program can't be started; no process is left.
     """
-    if sandbox.user is not None and _machine is None:
+    if sandbox.user is not None and not _seccomp.NUMBERS:
         raise OSError(errno.ENOSYS, f"no users can be given on {platform.machine()}")
     with ExitStack() as open_files:
 
@@ -195,7 +156,7 @@ def confine_self(sandbox: Sandbox, cwd: Path) -> None:
 
     :raises OSError: the sandbox can't be set up completely; a part of it may be
     """
-    if sandbox.user is not None and _machine is None:
+    if sandbox.user is not None and not _seccomp.NUMBERS:
         raise OSError(errno.ENOSYS, f"no users can be given on {platform.machine()}")
     with ExitStack() as open_files:
         place = os.open(cwd, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -231,10 +192,10 @@ def in_own_thread(work: Callable[[], T], name: str) -> T:
 
 def act_for(user: int, group: int, groups: Sequence[int]) -> None:
     """Lets this thread use files with the rights of another user until it ends. Raises OSError."""
-    if _machine is None:
+    if not _seccomp.NUMBERS:
         raise OSError(errno.ENOSYS, f"no other user can be acted for on {platform.machine()}")
     numbers = (ctypes.c_uint32 * len(groups))(*groups)
-    _syscall(_machine.setgroups, len(groups), ctypes.byref(numbers))
+    _syscall(_seccomp.NUMBERS["setgroups"], len(groups), ctypes.byref(numbers))
     # Neither call reports failure (setfsuid(2)); asked for an impossible user, they return the current one.
     _libc.setfsgid(ctypes.c_uint32(group))
     _libc.setfsuid(ctypes.c_uint32(user))
@@ -269,30 +230,35 @@ def _enter(sandbox: Sandbox, place: int, rules: int | None) -> None:
     if rules is not None:
         _syscall(_RESTRICT_SELF, rules, 0)
     if sandbox.user is not None:
-        assert _machine is not None
         groups = (ctypes.c_uint32 * len(sandbox.groups))(*sandbox.groups)
-        _syscall(_machine.setgroups, len(sandbox.groups), ctypes.byref(groups))
-        _syscall(_machine.setresgid, *[sandbox.user if sandbox.group is None else sandbox.group] * 3)
-        _syscall(_machine.setresuid, *[sandbox.user] * 3)
-    if _machine is not None:
-        _forbid(
-            _machine,
-            _forbidden(_machine, sandbox),
-            _machine.modes if sandbox.shared else {},
-            _machine.chown if sandbox.modes else (),
-        )
+        _syscall(_seccomp.NUMBERS["setgroups"], len(sandbox.groups), ctypes.byref(groups))
+        _syscall(_seccomp.NUMBERS["setresgid"], *[sandbox.user if sandbox.group is None else sandbox.group] * 3)
+        _syscall(_seccomp.NUMBERS["setresuid"], *[sandbox.user] * 3)
+    if _seccomp.NUMBERS:
+        _seccomp.install(_rules(sandbox))
 
 
-def _forbidden(machine: _Machine, sandbox: Sandbox) -> tuple[int, ...]:
-    """Returns the system calls that a sandbox is denied."""
-    denied = [*machine.xattr, _IO_URING_SETUP, *(() if sandbox.modes else machine.chown)]
+def _rules(sandbox: Sandbox) -> list[_seccomp.Rule]:
+    """Returns what a sandbox is denied by system calls."""
+    denied: list[str] = [*_seccomp.XATTR, "io_uring_setup"]
+    rules: list[_seccomp.Rule] = []
     if sandbox.shared:
-        denied.append(_OPENAT2)
+        # The filter can't see its mode.
+        denied.append("openat2")
+        rules += _seccomp.SET_ID
     elif not sandbox.modes:
-        denied += [*machine.chmod, *(() if sandbox.trees else (machine.fchmod,))]
+        denied += _seccomp.CHMOD if sandbox.trees else (*_seccomp.CHMOD, "fchmod")
+    if sandbox.modes:
+        rules.append(_seccomp.Rule(_seccomp.CHOWN, 0))
+    else:
+        denied += _seccomp.CHOWN
     if sandbox.no_connect:
-        denied.append(machine.connect)
-    return tuple(denied)
+        rules += _seccomp.NO_CONNECT
+    if not sandbox.tcp:
+        rules += _seccomp.NO_FAST_OPEN
+    if sandbox.no_reservation:
+        rules += _seccomp.NO_RESERVATION
+    return [_seccomp.Rule(denied), *rules]
 
 
 def _drop_capabilities() -> None:
@@ -354,46 +320,6 @@ def opened_ruleset(sandbox: Sandbox, place: int, open_files: ExitStack) -> int:
     for path in sandbox.shared:
         allow_path(path, everything, must_be=True)
     return rules
-
-
-def _forbid(machine: _Machine, calls: Iterable[int], modes: Mapping[int, int], ignored: Iterable[int]) -> None:
-    """From now on, these system calls, and all of another architecture, fail with EPERM.
-
-    :param modes: calls that fail only where the argument of this number has a set-user-id or set-group-id bit
-    :param ignored: calls that do nothing, and say that they have done it
-    """
-    load, jump_equal, jump_at_least, jump_any, jump_always, give = 0x20, 0x15, 0x35, 0x45, 0x05, 0x06
-    allow, ignore = 0x7FFF0000, 0x00050000
-    refuse = ignore | errno.EPERM
-    numbers = tuple(calls)
-    checks: list[tuple[int, int, int, int]] = []
-    for number in ignored:
-        checks += [(jump_equal, 0, 1, number), (give, 0, 0, ignore)]
-    for number, argument in modes.items():
-        # The low half of the argument. A call of another number skips the other four.
-        checks += [
-            (jump_equal, 0, 4, number),
-            (load, 0, 0, 16 + 8 * argument),
-            (jump_any, 1, 0, _SET_ID),
-            (give, 0, 0, allow),
-            (give, 0, 0, refuse),
-        ]
-    body = [
-        (load, 0, 0, 4),
-        (jump_equal, 0, len(numbers) + 3, machine.audit),
-        (load, 0, 0, 0),
-        (jump_at_least, len(numbers) + 1, 0, _X32),
-        *((jump_equal, len(numbers) - at, 0, number) for at, number in enumerate(numbers)),
-        (jump_always, 0, 0, 1),
-        (give, 0, 0, refuse),
-        *checks,
-        (give, 0, 0, allow),
-    ]
-    program = b"".join(struct.pack("=HBBI", *each) for each in body)
-    held = ctypes.create_string_buffer(program, len(program))
-    # The pointer is aligned as a C compiler does it, after the number and a gap.
-    head = struct.pack("@HP", len(body), ctypes.addressof(held))
-    _prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, head)
 
 
 def _prctl(option: int, value: int, more: int | bytes = 0) -> None:

@@ -111,6 +111,7 @@ class QemuSandbox:
             read=(*reads, *only_reads),
             write=(*writes, *_devices(spec)),
             no_connect=plan.no_connect,
+            no_reservation=True,
         )
         record = {"user": user, "landlock": plan.landlock, "no_connect": sandbox.no_connect, "no_user": no_user}
         # The hypervisor's user may have created a file of this name. It is not synced, as it is useless after a reboot.
