@@ -6,6 +6,7 @@ import os
 import random
 import sys
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,44 @@ async def test_a_mapping_is_copied_whose_file_has_lost_its_name(
     assert copy.read_bytes() == content
     assert await host.process_memory.copy_own_pages(writer, SIZE, copy) == sum(count for _, count in OWN) * 4096
     assert copy.read_bytes() == seen_by_writer(content)
+
+
+# Maps a file as the writer does. Then it puts another file in the place of its descriptor, and back, without end: one
+# that it has not opened for reading, which takes no right.
+SWAPPER = f"""
+import ctypes, mmap, os, sys
+shown = os.open("memory", os.O_RDONLY)
+protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE
+ctypes.CDLL(None).mmap(None, ctypes.c_size_t({SIZE}), protection, flags, shown, ctypes.c_long(0))
+other, kept = os.open(sys.argv[1], os.O_PATH), os.dup(shown)
+print("up", flush=True)
+while True:
+    os.dup2(other, shown)
+    os.dup2(kept, shown)
+"""
+
+
+@pytest.mark.parametrize("size", [SIZE, SIZE + 4096])
+async def test_a_process_that_swaps_its_descriptors_gets_no_other_file(
+    host: Host, tmp_path: Path, memory: Path, content: bytes, size: int
+) -> None:
+    (tmp_path / "secret").write_bytes(b"secret" + bytes(size - 6))
+    tag = f"volant-test.{host.random.new_id()}"
+    argv = [sys.executable, "-c", SWAPPER, str(tmp_path / "secret"), f"guest={tag}"]
+    identity = await host.processes.spawn(argv, tag=tag, env={}, cwd=tmp_path, stdout_path=tmp_path / "out")
+    with host.processes.open(identity) as process:
+        with trio.fail_after(20), host.watches.open(tmp_path / "out") as watch:
+            while not await host.files.read(tmp_path / "out"):
+                await watch.wait()
+        try:
+            for _ in range(300):
+                with suppress(FileNotFoundError):
+                    fd = _mappings.find_private_mapping(process.pid, SIZE).open_file()
+                    assert os.pread(fd, 6, 0) == content[:6]
+                    os.close(fd)
+        finally:
+            process.kill()
+            await process.wait()
 
 
 async def test_a_missing_mapping_is_an_error(host: Host, tmp_path: Path, writer: ProcessIdentity) -> None:

@@ -246,12 +246,15 @@ def open_descriptor(path: Path, flags: int, mode: int = 0o600) -> Iterator[int]:
         os.close(fd)
 
 
-async def copy_in_pieces(reader: int, target: Path, mode: int) -> None:
-    """Copies an open file as `Files.copy` does."""
+async def copy_in_pieces(reader: int, target: Path, mode: int, size: int | None = None) -> None:
+    """Copies an open file as `Files.copy` does, or its first `size` bytes."""
     with open_descriptor(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode) as writer:
         if await trio.to_thread.run_sync(_share_blocks, reader, writer):
+            if size is not None:
+                os.ftruncate(writer, size)
             return
-        size = os.fstat(reader).st_size
+        if size is None:
+            size = os.fstat(reader).st_size
         os.ftruncate(writer, size)
         at = 0
         while at < size:

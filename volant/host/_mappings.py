@@ -4,8 +4,8 @@ A guest that booted cold has its memory in a file of its own. A guest that was r
 mapping of the template's file in its hypervisor's process: a page belongs to the process once it was written to, and to
 the file until then. `/proc/<pid>/pagemap` says which, in eight bytes per page; only the last of them matters here.
 
-The file may have lost its name, so it is opened through the process's descriptors. Copies work in pieces, so that a
-caller can stop between two of them.
+The file may have lost its name, so it is opened through the process's descriptors, and compared with the mapping.
+Copies work in pieces, so that a caller can stop between two of them.
 
 The files in `/proc/<pid>` belong to the process's user, and the daemon need not be able to read every file: for the
 moment of opening, a thread acts as that user.
@@ -13,12 +13,15 @@ moment of opening, a thread acts as that user.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import mmap
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -44,18 +47,46 @@ class PrivateMapping(msgspec.Struct, frozen=True):
     pid: int
     start: int
     size: int
-    file: Path
-    """Leads to the file even without a name."""
+    name: str
+    """The file's name when it was opened."""
+    identity: str
+    """Its device and inode, as `/proc/<pid>/maps` shows them."""
 
     def open_file(self) -> int:
-        """Returns a descriptor of the file. Raises OSError."""
-        with _procfs.as_user_of(self.pid):
-            place = os.open(self.file, os.O_PATH | os.O_CLOEXEC)
-        try:
-            # The file is ours, not that user's.
-            return os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_CLOEXEC)
-        finally:
-            os.close(place)
+        """Returns a descriptor of the file, which may have lost its name. Raises OSError; FileNotFoundError unless the
+        process has it open, it is ours and it has that size.
+
+        A process may have an `O_PATH` descriptor of any file, and put it in the place of another one at any moment. So
+        what was opened is compared with the mapping, which needs the right to read the file.
+        """
+        for path in Path(f"/proc/{self.pid}/fd").iterdir():
+            try:
+                with _procfs.as_user_of(self.pid):
+                    if str(path.readlink()) != self.name:
+                        continue
+                    place = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue
+            try:
+                found = self._open_again(place)
+            finally:
+                os.close(place)
+            if found is not None:
+                return found
+        raise FileNotFoundError(f"process {self.pid} has a mapping of {self.name}, and does not have it open any more")
+
+    def _open_again(self, place: int) -> int | None:
+        """Returns a descriptor for reading, if this is the mapped file. Raises OSError."""
+        figures = os.fstat(place)
+        is_ours = stat.S_ISREG(figures.st_mode) and figures.st_uid == os.geteuid() and figures.st_size == self.size
+        if not is_ours:
+            return None
+        # The file is ours, not that user's.
+        fd = os.open(f"/proc/self/fd/{place}", os.O_RDONLY | os.O_CLOEXEC)
+        if _identity_of(fd) == self.identity:
+            return fd
+        os.close(fd)
+        return None
 
     def open_memory(self) -> int:
         """Returns a descriptor of the process's memory. Raises OSError."""
@@ -73,24 +104,46 @@ class PrivateMapping(msgspec.Struct, frozen=True):
 def find_private_mapping(pid: int, size: int) -> PrivateMapping:
     """Returns the writable private mapping of a file's first `size` bytes in a process. Raises OSError;
     FileNotFoundError unless there is exactly one."""
-    found: list[tuple[int, str]] = []
-    with Path(f"/proc/{pid}/maps").open(encoding="utf-8", errors="surrogateescape") as lines:
-        for line in lines:
-            span, access, offset, _, inode, *name = line.rstrip("\n").split(maxsplit=5)
-            start, end = (int(address, 16) for address in span.split("-"))
-            if (end - start, access[1:4:2], int(offset, 16)) == (size, "wp", 0) and inode != "0" and name:
-                found.append((start, name[0]))
+    found = [
+        PrivateMapping(pid, line.start, size, line.name, line.identity)
+        for line in _maps(pid)
+        if (line.end - line.start, line.access[1:4:2], line.offset) == (size, "wp", 0) and line.name
+    ]
     if len(found) != 1:
         raise FileNotFoundError(f"process {pid} has {len(found)} private mappings of {size} bytes, and not the one")
-    start, name_there = found[0]
-    with _procfs.as_user_of(pid):
-        for path in Path(f"/proc/{pid}/fd").iterdir():
-            try:
-                if str(path.readlink()) == name_there and path.is_file():
-                    return PrivateMapping(pid, start, size, path)
-            except FileNotFoundError:
-                continue
-    raise FileNotFoundError(f"process {pid} has a mapping of {name_there}, and does not have it open any more")
+    return found[0]
+
+
+class _Mapped(NamedTuple):
+    """A line of `/proc/<pid>/maps`."""
+
+    start: int
+    end: int
+    access: str
+    offset: int
+    identity: str
+    name: str
+    """Empty unless it is of a file."""
+
+
+def _maps(pid: int | str) -> Iterator[_Mapped]:
+    with Path(f"/proc/{pid}/maps").open(encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            span, access, offset, device, inode, *name = line.rstrip("\n").split(maxsplit=5)
+            start, end = (int(address, 16) for address in span.split("-"))
+            is_file = inode != "0" and name
+            yield _Mapped(start, end, access, int(offset, 16), f"{device} {inode}", name[0] if is_file else "")
+
+
+def _identity_of(fd: int) -> str:
+    """Returns a file's device and inode as `maps` shows them, which is not in the way of `stat` on every file system
+    (Btrfs, overlayfs). Raises OSError."""
+    with mmap.mmap(fd, PAGE, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE) as mapped:
+        first = ctypes.c_char.from_buffer(mapped)
+        start = ctypes.addressof(first)
+        # A mapping can't be closed before what refers to it.
+        del first
+        return next(line.identity for line in _maps("self") if line.start <= start < line.end)
 
 
 def copy_piece(source: int, target: int, start: int, size: int) -> int:

@@ -71,9 +71,9 @@ class LinuxProcessMemory(ProcessMemory):
     async def copy_mapped_file(self, identity: ProcessIdentity, size: int, target: Path, mode: int = 0o600) -> None:
         with self._processes.open(identity) as process:
             mapping = await trio.to_thread.run_sync(_mappings.find_private_mapping, process.pid, size)
-            with _closing(mapping.open_file()) as source:
+            with _closing(await trio.to_thread.run_sync(mapping.open_file)) as source:
                 _check_alive(process)
-                await copy_in_pieces(source, target, mode)
+                await copy_in_pieces(source, target, mode, size)
 
     async def copy_own_pages(self, identity: ProcessIdentity, size: int, target: Path) -> int:
         with self._processes.open(identity) as process:
