@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import socket
-import ssl
+from typing import TYPE_CHECKING
 
 import trio
 
-from ._address import Address, reason_of
+from ._address import reason_of
+
+if TYPE_CHECKING:
+    from ._http import Http
 
 _PROBES = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 4}
 # A command in a guest may be silent for hours, so the kernel checks whether the daemon's host is still there. Not every
@@ -18,11 +21,12 @@ KEEPALIVE = [
 ]
 
 
-async def connect(address: Address, timeout_s: float, tls: ssl.SSLContext) -> trio.abc.Stream:
+async def connect(http: Http, timeout_s: float) -> trio.abc.Stream:
     """Opens a connection.
 
-    :raises Unreachable: there is no connection within `timeout_s`.
+    :raises Unreachable: there is no connection within `timeout_s`, or it leads to somebody else (`check_server`).
     """
+    address = http.address
     try:
         with trio.fail_after(timeout_s):
             if address.socket_path is not None:
@@ -31,8 +35,13 @@ async def connect(address: Address, timeout_s: float, tls: ssl.SSLContext) -> tr
             for level, option, value in KEEPALIVE:
                 stream.setsockopt(level, option, value)
             if not address.tls:
+                try:
+                    http.check_server(stream.socket)
+                except BaseException:
+                    await trio.aclose_forcefully(stream)
+                    raise
                 return stream
-            secured = trio.SSLStream(stream, tls, server_hostname=address.host, https_compatible=True)
+            secured = trio.SSLStream(stream, http.tls, server_hostname=address.host, https_compatible=True)
             await secured.do_handshake()
             return secured
     except trio.TooSlowError:

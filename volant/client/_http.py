@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from typing import Any
 
 import httpx
 import msgspec
@@ -93,6 +94,7 @@ class Http(Transport):
                 params={key: value for key, value in (request.query or {}).items() if value is not None},
                 content=content if isinstance(content, bytes) else None,
                 headers=sent,
+                extensions={"trace": self._trace},
                 timeout=httpx.Timeout(CONNECT_S, read=read_s, write=ANSWER_S),
             )
         outgoing.stream = content if isinstance(content, httpx.AsyncByteStream) else RequestBody(content or b"")
@@ -115,6 +117,17 @@ class Http(Transport):
             if isinstance(content, httpx.AsyncByteStream):
                 with trio.move_on_after(1, shield=True):
                     await content.aclose()
+
+    async def _trace(self, event: str, info: Mapping[str, Any]) -> None:
+        """Is called by httpx as it serves a request: before it sends the head over a new connection, too."""
+        if event == "connection.connect_tcp.complete":
+            stream = info["return_value"]
+            try:
+                self.check_server(stream.get_extra_info("socket"))
+            except BaseException:
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + 1):
+                    await stream.aclose()
+                raise
 
     async def problem_of(self, response: httpx.Response) -> ClientProblem:
         """Returns the exception for an error response, of which it reads the body."""

@@ -99,6 +99,7 @@ class Plain(Transport):
         outgoing = h11.Request(method=request.method, target=target, headers=list(sent.items()))
         exchange = _Exchange(give_up_at)
         with connect(self.address, min(give_up_at, self._now() + CONNECT_S), self._context) as connection:
+            self.check_server(connection)
             try:
                 exchange.send(connection, outgoing, content)
                 head = exchange.read_head(connection)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+import socket
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 from uuid import uuid4
 
 import msgspec
@@ -32,6 +35,9 @@ MAX_BODY = 64 * 1024 * 1024
 MAX_ERROR_BODY = 1024 * 1024
 _AGAIN_S = 20.0
 _AGAIN_PAUSE_S = 0.25
+_KEY_HEADER = "X-Volant-API-Key"
+TRUSTED_UIDS = "VOLANT_TRUSTED_UIDS"
+"""The variable that names users of this host whose daemons get a key besides root's and ours: `1001,1002` or `all`."""
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -62,6 +68,15 @@ class Answer(msgspec.Struct, frozen=True):
         return self.content.decode(errors="replace")
 
 
+class _Socket(Protocol):
+    """A socket of the library or of Trio."""
+
+    @property
+    def family(self) -> int: ...
+    def getsockname(self) -> Any: ...
+    def getpeername(self) -> Any: ...
+
+
 class Transport(ABC):
     """Sends requests to one daemon.
 
@@ -83,7 +98,7 @@ class Transport(ABC):
         if api_key is not None:
             if not _KEY.match(api_key):
                 raise ValueError("the API key is not 1 to 1000 characters of visible ASCII without spaces")
-            self.headers["X-Volant-API-Key"] = api_key
+            self.headers[_KEY_HEADER] = api_key
         if project is not None:
             if project != "*" and not is_name(project):
                 raise ValueError(f"{project[:80]!r} is not the name of a project")
@@ -92,6 +107,35 @@ class Transport(ABC):
             if not is_name(host):
                 raise ValueError(f"{host[:80]!r} is not the name of a host")
             self.headers["Volant-Host"] = host
+
+    def check_server(self, connection: _Socket) -> None:
+        """Checks who would get the key over a new connection on loopback: while the daemon is down, any user of this
+        host can listen there.
+
+        :raises Unreachable: it is neither root, nor our own user, nor one that `TRUSTED_UIDS` names.
+        """
+        trusted = os.environ.get(TRUSTED_UIDS, "")
+        if self.address.tls or _KEY_HEADER not in self.headers or sys.platform != "linux" or trusted == "all":
+            return
+        from volant.model.loopback import is_loopback, server_of
+
+        try:
+            here, there = connection.getsockname()[:2], connection.getpeername()[:2]
+        except OSError:
+            return  # A Unix socket has no such addresses, and a connection that broke already takes no key.
+        if connection.family == socket.AF_UNIX or not is_loopback(there[0]):
+            return
+        try:
+            uid = server_of(here, there)
+        except (OSError, ValueError):
+            uid = None
+        if uid not in (0, os.geteuid()) and str(uid) not in trusted.replace(",", " ").split():
+            raise Unreachable(
+                f"{self.address.text} is served by {'an unknown user' if uid is None else f'user {uid}'} of this host, "
+                "who would get the API key",
+                hint=f"if that is the daemon's user, set {TRUSTED_UIDS}={'all' if uid is None else uid}; otherwise "
+                "start the daemon, and find out who listens in its place",
+            )
 
     @abstractmethod
     async def send(self, request: Request, *, timeout_s: float = ANSWER_S) -> Answer:

@@ -91,7 +91,7 @@ async def open_websocket(http: Http, path: str, query: Query, *, pings: bool = T
     """
     with encoding():
         text = urlencode({key: value for key, value in query.items() if value is not None}, doseq=True)
-    stream = await connect(http.address, CONNECT_S, http.tls)
+    stream = await connect(http, CONNECT_S)
     resource = f"{http.address.prefix}{path}" + (f"?{text}" if text else "")
     headers = [(name.encode(), value.encode()) for name, value in http.headers.items()]
     failure: Exception | None = None

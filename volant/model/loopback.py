@@ -1,0 +1,71 @@
+"""Who holds the other end of a TCP connection on this host, as the kernel knows it (sock_diag(7))."""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+import struct
+from typing import NamedTuple
+
+_SOCK_DIAG = 4
+_BY_FAMILY = 20
+_REQUEST = 1
+_ANY_COOKIE = 2**32 - 1
+_HEADER = struct.Struct("=IHHII")
+_MESSAGE = struct.Struct("=4x48xIIIII")
+
+End = tuple[str, int]
+"""An address and a port."""
+
+
+class Holder(NamedTuple):
+    """Who holds a socket."""
+
+    uid: int
+    inode: int
+    """0: no process does: it has exited, or has not accepted the connection yet. Then `uid` means nothing."""
+
+
+def holder(end: End, other: End) -> Holder | None:
+    """Returns who holds the end `end` of a connection, on loopback of this network namespace; None: nobody there has
+    such a one. Raises OSError and ValueError where that can't be found out."""
+    here, there = _plain(end[0]), _plain(other[0])
+    if here.version != there.version:
+        raise ValueError(f"{here} and {there} are addresses of two kinds")
+    family = socket.AF_INET if here.version == 4 else socket.AF_INET6
+    ports = struct.pack("!HH", end[1], other[1])
+    ends = here.packed.ljust(16, b"\0") + there.packed.ljust(16, b"\0")
+    wanted = struct.pack("=BBBBI", family, socket.IPPROTO_TCP, 0, 0, _ANY_COOKIE) + ports + ends
+    wanted += struct.pack("=III", 0, _ANY_COOKIE, _ANY_COOKIE)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, _SOCK_DIAG) as netlink:
+        netlink.connect((0, 0))
+        netlink.send(_HEADER.pack(_HEADER.size + len(wanted), _BY_FAMILY, _REQUEST, 1, 0) + wanted)
+        # The kernel answers within the call to send().
+        answer = netlink.recv(4096)
+    try:
+        if _HEADER.unpack_from(answer)[1] != _BY_FAMILY:
+            return None
+        *_, uid, inode = _MESSAGE.unpack_from(answer, _HEADER.size)
+    except struct.error as error:
+        raise ValueError("the kernel's answer is cut off") from error
+    return Holder(uid, inode)
+
+
+def server_of(client: End, server: End) -> int | None:
+    """Returns the user whose process serves a connection, or listens where it was not accepted yet; None: no process of
+    this network namespace does. Raises what `holder` does."""
+    found = holder(server, client)
+    if found is not None and not found.inode:
+        # The one that listens, on that address or on all.
+        found = holder(server, ("0.0.0.0" if _plain(server[0]).version == 4 else "::", 0))
+    return found.uid if found is not None and found.inode else None
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address is one of loopback. Raises ValueError: it is none."""
+    return _plain(address).is_loopback
+
+
+def _plain(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    parsed = ipaddress.ip_address(address)
+    return getattr(parsed, "ipv4_mapped", None) or parsed
