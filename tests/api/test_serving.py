@@ -416,6 +416,8 @@ async def test_slow_headers_time_out() -> None:
         (b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 100_000 + b"\r\n\r\n", 431),
         (b"GET / HTTP/1.1\r\nHost: x\r\nA: " + b"a" * 33_000 + b"\r\n\r\n", 431),
         (b"GET /" + b"a" * 33_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 431),
+        (b"GET / HTTP/1.1\r\nHost: x\r\n" + b"A:\r\n" * 100 + b"\r\n", 431),
+        (b"GET / HTTP/1.1\r\n" + b"A:\r\n" * 102, 431),
         (b"GET / HTTP/1.1\r\n\r\n", 400),
         (b"nonsense\r\n\r\n", 400),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
@@ -463,6 +465,19 @@ async def test_an_endless_unwanted_body_is_cut_off() -> None:
                 await send_for_ever(stream, b"10000\r\n" + b"x" * 0x10000 + b"\r\n")
 
 
+async def test_the_body_of_a_refused_client_is_hardly_waited_for() -> None:
+    async def refuse(scope: Any, receive: Any, send: Any) -> None:
+        scope["state"]["standing"].let_in = False
+        await send({"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    async with running(bare(refuse), replace(FAST, drop_s=60.0, finish_s=60.0)) as server:
+        async with await server.connect() as stream:
+            await stream.send_all(http("POST", "/", Content_Length="100000000"))
+            assert (await read_answer(stream)).status == 401
+            assert await read_to_end(stream) == b""
+
+
 async def test_a_body_that_is_never_asked_for_is_not_waited_for() -> None:
     async def refuse(scope: Any, receive: Any, send: Any) -> None:
         await send({"type": "http.response.start", "status": 403, "headers": [(b"content-length", b"0")]})
@@ -501,6 +516,57 @@ async def test_one_connection_too_many_gets_a_503() -> None:
             await trio.sleep(0.02)
         else:
             raise AssertionError("a free place is not given away")
+        for stream in held:
+            await stream.aclose()
+
+
+async def test_one_address_leaves_places_to_others() -> None:
+    async with running(quart_app(), replace(FAST, connections=5, connections_of_one=3)) as server:
+        held = [await server.connect() for _ in range(3)]
+        for stream in held:
+            await stream.send_all(http("GET", "/quiet"))
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert (await server.get("/")).status == 503
+        async with await trio.open_tcp_stream("127.0.0.1", server.port, local_address="127.0.0.2") as other:
+            await other.send_all(http("GET", "/"))
+            assert (await read_answer(other)).status == 200
+        # An idle one of its own makes room.
+        await held.pop().aclose()
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        idle = await server.connect()
+        await assert_alive(server)
+        with pytest.raises(trio.BrokenResourceError):
+            await read_to_end(idle)
+        for stream in (idle, *held):
+            await stream.aclose()
+
+
+async def test_answers_that_nobody_reads_have_a_budget() -> None:
+    sent: list[str] = []
+
+    async def large(scope: Any, receive: Any, send: Any) -> None:
+        scope["state"]["standing"].let_in = scope["path"] == "/known"
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        sent.append(scope["path"])
+        await send({"type": "http.response.body", "body": bytes(10 * 2**20), "more_body": True})
+        await disconnected(receive)
+
+    async with running(bare(large), replace(FAST, unread=25 * 2**20)) as server:
+        held = []
+        for number, path in enumerate(("/known", "/stranger", "/known", "/known")):
+            held.append(await server.connect())
+            await held[-1].send_all(http("GET", path))
+            with trio.fail_after(30):
+                while len(sent) == number:  # noqa: ASYNC110
+                    await trio.sleep(0.01)
+            await trio.testing.wait_all_tasks_blocked(0.05)
+        first, stranger, *others = held
+        # Each of the four has some MiB in the kernel. The stranger was cut off first, then the one that waited longest.
+        for stream in (stranger, first):
+            with pytest.raises(trio.BrokenResourceError):
+                await read_to_end(stream)
+        for stream in others:
+            assert len(await stream.receive_some(2**20)) > 0
         for stream in held:
             await stream.aclose()
 

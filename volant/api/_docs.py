@@ -15,9 +15,12 @@ from ._openapi import document
 def add_routes(app: QuartTrio, deps: ApiDeps, table: Table) -> None:
     """The routes of this resource."""
 
+    encoded = b""
+
     @app.get("/openapi.json")
     async def openapi() -> Response:
+        nonlocal encoded
         no_query()
         # Built at the first request, in a thread, as it reads source files.
-        plain = await deps.host.threads.run(document, table)
-        return Response(msgspec.json.encode(plain), content_type="application/json")
+        encoded = encoded or await deps.host.threads.run(lambda: msgspec.json.encode(document(table)))
+        return Response(encoded, content_type="application/json")

@@ -36,7 +36,7 @@ _ABOUT = "\n\n".join(
         "Names belong to projects. A caller has one; an administrator names it with `Volant-Project`, or with "
         "`project` in the query where that is not a guest's, and `*` lists those of all.",
         "Before it looks for a route, the server itself may answer 400 (not HTTP), 408 (headers over 10 s), 431 "
-        "(headers over 32 KiB), 503 (more than 2,000 connections) or 505.",
+        "(headers over 32 KiB or 100 fields), 503 (more than 2,000 connections) or 505.",
     )
 )
 _IN_PATH = {

@@ -18,6 +18,7 @@ import msgspec
 import trio
 
 from volant.model.agent import MAX_HEAD_BYTES, MAX_JSON_BYTES
+from volant.model.heads import MAX_FIELDS, head_of
 
 from ._channel import Channel
 from ._errors import WHY_CHARACTERS, AgentProtocolError, AgentUnreachable
@@ -309,6 +310,8 @@ class _Exchange:
         if self._body_error is not None:
             raise self._body_error
         begun = self._conn.their_state is h11.SEND_BODY
+        if self._conn.their_state is h11.SEND_RESPONSE and head_of(self._conn._receive_buffer._data)[0] > MAX_FIELDS:
+            raise AgentProtocolError(f"its answer has more than {MAX_FIELDS} header fields")
         try:
             return self._conn.next_event()
         except h11.RemoteProtocolError as error:

@@ -26,8 +26,9 @@ BODY_S = 30
 """Deadline for a body that is held in memory."""
 _SILENCE_S = 60.0
 """The longest pause within an upload."""
-_PROGRESS, _PROGRESS_S = 64 * 1024, 300.0
-"""The fewest bytes of an upload in that time. Few uploads are taken at once, and a slow client would block others."""
+_GRACE_S, _LEAST_RATE = 300.0, 32 * 1024
+"""How long an upload may take, beside what its bytes take at that rate (in bytes a second). Few uploads are taken at
+once, and one that trickles would block others."""
 
 
 class Nothing(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -53,21 +54,21 @@ class Upload(Protocol):
 async def receive_into(call: Call, upload: Upload) -> None:
     """Passes the body of a request on as it arrives; memory never holds more than one piece of it.
 
-    :raises Problem: 408 when nothing comes for 60 s, or less than 64 KiB in 5 minutes
+    :raises Problem: 408 when nothing comes for 60 s, or less than 32 KiB/s on average after 5 minutes
     :raises trio.BrokenResourceError: the client left
     """
     length = call.header(b"content-length")
     if length is not None:
         upload.expect(int(length))
     more = True
-    received, left_s = 0, _PROGRESS_S
+    left_s = _GRACE_S
     while more:
         began = trio.current_time()
         with trio.move_on_after(min(_SILENCE_S, left_s)) as scope:
             message = await call.receive()
         left_s -= trio.current_time() - began
         if scope.cancelled_caught:
-            slow = f"less than {_PROGRESS} bytes of the body came in {_PROGRESS_S:g} s"
+            slow = f"the body came at less than {_LEAST_RATE} bytes a second"
             raise Problem(
                 408, "request-timeout", slow if left_s <= 0 else f"nothing of the body came for {_SILENCE_S:g} s"
             )
@@ -75,9 +76,7 @@ async def receive_into(call: Call, upload: Upload) -> None:
             raise trio.BrokenResourceError("the client left")
         if message["body"]:
             await upload.write(message["body"])
-        received += len(message["body"])
-        if received >= _PROGRESS:
-            received, left_s = 0, _PROGRESS_S
+        left_s += len(message["body"]) / _LEAST_RATE
         more = message["more_body"]
 
 

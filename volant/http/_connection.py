@@ -57,6 +57,7 @@ from hypercorn.utils import parse_socket_addr
 
 from volant.host import peer_credentials
 from volant.model import Problem
+from volant.model.heads import MAX_FIELDS, head_of
 
 from ._inbox import Inbox, Message
 from ._peer import is_abandoned
@@ -104,8 +105,11 @@ class Connection(TCPServer):
         self.is_unix = stream.socket.family == socket.AF_UNIX
         self.credentials = peer_credentials(stream.socket) if self.is_unix else None
         """On a Unix socket, the user whose process connected."""
+        self.address = "" if self.is_unix else _address_of(stream.socket)
+        """The client's, on TCP."""
         self.peer = f"uid {self.credentials.uid}" if self.credentials is not None else ""
         self._server = server
+        self.heads = server.heads
         self.tls = None if server.tls is None or self.is_unix else server.tls.session()
         self._reading = trio.CancelScope()
         self.standing = Standing()
@@ -242,9 +246,11 @@ class Connection(TCPServer):
                 if self.tls is not None:
                     data = self.tls.encrypt(data)
                 view = memoryview(data)[await self._write_now(data) :]
-                for start in range(0, len(view), SLICE):
-                    with trio.fail_after(self.limits.send_s):
-                        await self.stream.send_all(view[start : start + SLICE])
+                if view:
+                    with self._server.unread(self, len(view)):
+                        for start in range(0, len(view), SLICE):
+                            with trio.fail_after(self.limits.send_s):
+                                await self.stream.send_all(view[start : start + SLICE])
             finally:
                 self.send_lock.release()
         except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError, ssl.SSLError):
@@ -399,6 +405,17 @@ class Connection(TCPServer):
             pause_s = min(2 * pause_s, _LEFT_POLL_S)
 
 
+def _address_of(sock: trio.socket.SocketType) -> str:
+    """Returns the client's address; of IPv6 the network of 64 bits, as one machine may have all addresses in it."""
+    try:
+        address = str(sock.getpeername()[0])
+        if sock.family == socket.AF_INET6 and not address.startswith("::ffff:"):
+            return socket.inet_pton(socket.AF_INET6, address.partition("%")[0])[:8].hex()
+    except OSError:
+        return ""  # It left already.
+    return address.removeprefix("::ffff:")
+
+
 class Http11(H11Protocol):
     """HTTP/1.1 on one connection. It is its own task group for the apps that it starts."""
 
@@ -495,6 +512,9 @@ class Http11(H11Protocol):
         if not self._drop_empty_line():
             return
         while True:
+            if not await self._take_head():
+                await self.refuse(_headers_too_large())
+                return
             try:
                 event = self.connection.next_event()
             except h11.RemoteProtocolError as error:
@@ -524,6 +544,19 @@ class Http11(H11Protocol):
                 await self.stream.handle(EndBody(stream_id=STREAM_ID))
             elif isinstance(event, Data):
                 await self.stream.handle(event)
+
+    async def _take_head(self) -> bool:
+        """Waits until it is this connection's turn to have the head of a request parsed, if one has arrived. False if
+        it has too many fields: they are counted before h11 parses them, which takes it some microseconds each."""
+        connection = self.connection
+        if not isinstance(connection, h11.Connection) or connection.their_state is not h11.IDLE:
+            return True
+        fields, size = head_of(connection._receive_buffer._data)
+        if fields > MAX_FIELDS:
+            return False
+        if size is not None:
+            await self.owner.heads.take(id(self.owner), size)
+        return True
 
     def _set_persistence(self, request: h11.Request, fields: Sequence[Field]) -> None:
         """Decide whether the connection may be kept after `request`."""
@@ -615,7 +648,8 @@ class Tasks:
             return
         inbox.drop()
         self.connection.drop_rest()
-        with trio.move_on_after(self.connection.limits.drop_s):
+        limits = self.connection.limits
+        with trio.move_on_after(limits.linger_s if self.connection.standing.let_in is False else limits.drop_s):
             await inbox.settled.wait()
 
     async def _run(self, app: Any, scope: Any, inbox: Inbox, send: Send) -> None:

@@ -12,6 +12,11 @@ class Limits(msgspec.Struct, frozen=True):
 
     connections: int = 2000
     """Open connections. For one more, the one that was idle longest is closed; if none is idle, the answer is 503."""
+    connections_of_one: int = 1500
+    """Open connections of one address, as above. Others get the rest."""
+    unread: int = 64 * MIB
+    """All answers together that their clients have not read. For more, the client whose answer waits longest is cut
+    off, one without access first."""
     keep_alive_s: float = 60.0
     """How long a connection may be idle between two requests, and before its first."""
     handshake_s: float = 10.0
@@ -22,6 +27,8 @@ class Limits(msgspec.Struct, frozen=True):
     """From the first byte of a request to the end of its headers; then 408."""
     header_bytes: int = 32 * 1024
     """Request line and headers together; more is 431."""
+    heads_per_pass: int = 64 * 1024
+    """Bytes of heads that are parsed in one pass of the event loop, of all connections in rotation."""
     requests: int = 100_000
     """After so many a connection is closed."""
     send_s: float = 300.0
@@ -30,7 +37,8 @@ class Limits(msgspec.Struct, frozen=True):
     """For what follows the last byte of an answer: dropping the rest of a body, closing or recycling."""
     drop_bytes: int = 128 * MIB
     drop_s: float = 5.0
-    """How much of an unread body is read and dropped, so that the client sees our answer."""
+    """How much of an unread body is read and dropped, so that the client sees our answer; of one that was not let in,
+    for `linger_s`."""
     linger_s: float = 1.0
     linger_bytes: int = MIB
     """What is still read after we have closed our direction, so that the kernel does not reset what we sent."""

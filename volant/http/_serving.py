@@ -20,7 +20,7 @@ import math
 import resource
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +30,7 @@ from hypercorn.config import Config
 from hypercorn.trio.lifespan import Lifespan
 from hypercorn.trio.worker_context import EventWrapper, WorkerContext
 
+from volant.concurrency import FairShare
 from volant.model import Problem
 
 from ._connection import Connection
@@ -92,6 +93,7 @@ class Server:
         self.config = config
         self.limits = limits
         self.tls = tls
+        self.heads = FairShare(limits.heads_per_pass)
         self.handshake_lock = trio.Lock()
         """Held during one step of one handshake."""
         self.context = WorkerContext(None)
@@ -99,6 +101,10 @@ class Server:
         self.state: dict[str, Any] = {"stopping": stopping}
         self._stopping = stopping
         self._connections: set[Connection] = set()
+        self._of_address: dict[str, set[Connection]] = {}
+        """Those of each address of TCP."""
+        self._unread: dict[Connection, int] = {}
+        """The bytes of answers that wait for their clients, the one that waits longest first."""
         self._shaking: dict[Connection, None] = {}
         """The connections in the middle of their handshake, the oldest first."""
         self._gone = trio.Event()
@@ -160,7 +166,7 @@ class Server:
                     if error.errno not in _NO_DESCRIPTOR:
                         raise
                     self._warn_of_no_descriptor(error)
-                    self._make_room()
+                    self._make_room(self._connections)
                     await trio.sleep(pause_s)
                     pause_s = min(2 * pause_s, _FULL_MAX_S)
                     continue
@@ -202,27 +208,52 @@ class Server:
         if stream.socket.family == socket.AF_UNIX:
             # Whoever fills TCP must not keep the administrator of this host from ending that.
             most += _OF_UNIX_SOCKETS
-        if len(self._connections) >= most and not self._make_room():
+        connection = Connection(self, stream)
+        own = self._of_address.setdefault(connection.address, set())
+        has_place = len(own) < self.limits.connections_of_one or self._make_room(own)
+        if not has_place or (len(self._connections) >= most and not self._make_room(self._connections)):
+            self._forget(connection)
             await self._refuse(stream)
             return
         _watch_peer(stream, self.limits.send_s)
-        connection = Connection(self, stream)
         self._connections.add(connection)
+        if connection.address:
+            own.add(connection)
         try:
             await connection.run()
         finally:
-            self._connections.discard(connection)
+            self._forget(connection)
             self._gone.set()
 
-    def _make_room(self) -> bool:
+    def _forget(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+        if (own := self._of_address.get(connection.address)) is not None:
+            own.discard(connection)
+            if not own:
+                del self._of_address[connection.address]
+
+    @contextmanager
+    def unread(self, connection: Connection, size: int) -> Iterator[None]:
+        """Counts an answer that a client has not read while the block runs."""
+        self._unread[connection] = size
+        while len(self._unread) > 1 and sum(self._unread.values()) > self.limits.unread:
+            waiting = sorted(self._unread, key=lambda one: one.standing.let_in is True)
+            del self._unread[waiting[0]]
+            waiting[0].tear()
+        try:
+            yield
+        finally:
+            self._unread.pop(connection, None)
+
+    def _make_room(self, among: Collection[Connection]) -> bool:
         """Closes the connection that was idle longest, so that a client with many idle ones can't block others; or else
         the longest busy one of a client that was not let in, which may be reading its answers very slowly."""
-        idle = min((one for one in self._connections if one.idle), key=lambda one: one.rests_until, default=None)
-        strangers = (one for one in self._connections if one.standing.let_in is False)
+        idle = min((one for one in among if one.idle), key=lambda one: one.rests_until, default=None)
+        strangers = (one for one in among if one.standing.let_in is False)
         closed = idle or min(strangers, key=lambda one: one.busy_since, default=None)
         if closed is None:
             return False
-        self._connections.discard(closed)
+        self._forget(closed)
         closed.tear()
         return True
 

@@ -211,7 +211,7 @@ class CreateVm(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     """Whether each port that the image exposes gets a free port of the host."""
     runtime: Name | None = None
     kernel_cmdline: KernelCmdline = ""
-    """Appended to the daemon's own."""
+    """Appended to the daemon's own. Every user of the host can read it."""
     labels: Labels = {}
     env: EnvWithSecrets = {}
     """For the workload. Overrides the manifest's or the image's. `{"secret": "name"}` in place of a value is that of a
