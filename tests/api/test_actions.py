@@ -334,6 +334,34 @@ def test_servers_of_paths_and_methods_are_rewritten_too() -> None:
     assert found["paths"]["/a"]["put"] == {}
 
 
+def test_no_other_object_of_a_document_names_a_server() -> None:
+    elsewhere = [{"url": "https://evil.example/x"}]
+    callback = {"called": {"{$request.body#/url}": {"servers": elsewhere, "post": {"servers": elsewhere}}}}
+    answer = {"links": {"next": {"operationId": "x", "server": elsewhere[0]}}}
+    schema = {"properties": {"server": {"type": "string"}, "servers": {"type": "array"}}, "required": ["servers"]}
+    document = {
+        "openapi": "3.1.0",
+        "paths": {"/a": {"$ref": "#/components/pathItems/A"}, "/b": {"post": {"callbacks": callback}}},
+        "webhooks": {"hook": {"servers": elsewhere, "post": {"responses": {"200": answer}}}},
+        "components": {
+            "pathItems": {"A": {"servers": elsewhere, "get": {"servers": elsewhere}}},
+            "schemas": {"S": schema},
+        },
+    }
+    found = through_proxy(document, "demo", "/openapi.json")
+    assert "evil" not in json.dumps(found)
+    assert found["components"]["schemas"] == {"S": schema}
+    assert found["components"]["pathItems"] == {"A": {"get": {}}}
+
+
+@pytest.mark.parametrize(
+    "schema", [{"const": ".."}, {"enum": ["a", ".."]}, {"default": "%2e%2e"}, {"examples": ["../x"]}]
+)
+def test_no_parameter_of_a_path_has_a_value_that_leads_out_of_it(schema: Any) -> None:
+    found = proxied(None, **{"/{p}/stop": {"parameters": [{"name": "p", "in": "path", "schema": schema}]}})
+    assert ".." not in json.dumps(found).replace("%2e", ".")
+
+
 @pytest.mark.parametrize(("path", "hidden"), [("/v1/x", True), ("/healthz", True), ("/v10/x", False), ("/x", False)])
 def test_paths_of_the_agents_names_are_reached_below_v1_workload(path: str, hidden: bool) -> None:
     (server,) = proxied(None, **{path: {}})["servers"]

@@ -318,6 +318,14 @@ def test_no_guest_chooses_the_page_that_shows_its_browser(frontend: str) -> None
     assert rewritten(said, Place(True, "[::1]:1/d", lambda: "t")) == {"id": "1", "devtoolsFrontendUrl": shown}
 
 
+def test_a_long_address_is_not_searched() -> None:
+    """A guest chooses it, and the event loop would read it."""
+    path = "/devtools/page/1"
+    for url in (f"ws://{'h' * 2048}{path}", f"{FRONTEND}?ws=localhost{path}&x={'x' * 2048}"):
+        said = {"id": "1", "webSocketDebuggerUrl": url, "devtoolsFrontendUrl": url}
+        assert rewritten(said, Place(False, "h/d")) == {"id": "1"}
+
+
 # Keys
 
 
@@ -536,6 +544,8 @@ async def test_two_clients_have_a_page_each(tmp_path: Path) -> None:
         ("GET", "/json/close/a%2F..%2Fb", 404),
         ("GET", "/json/version%0aX", 404),
         ("GET", "/json/new", 405),
+        ("GET", "/json%2Fnew", 404),
+        ("GET", "/json%2fnew/", 404),
         ("PUT", "/json/list", 405),
         ("POST", "/json/list", 405),
         ("GET", "/browser", 426),

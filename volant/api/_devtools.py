@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import parse_qsl, quote, urlsplit
 from weakref import WeakValueDictionary
 
 import msgspec
@@ -37,7 +37,7 @@ WAIT_S = 60.0
 _ANSWER_S = 30.0
 _MAX_ANSWER = 4 * 1024 * 1024
 """A page's address may be a `data:` URL of 2 MB."""
-_MAX_PAGES = 10_000
+_MAX_PAGES = 1_000
 """In a list of pages, as each is rewritten, and may cost a ticket."""
 _ANSWERS_AT_ONCE = 4
 """Answers of one VM that are read at once, as each is held in memory."""
@@ -50,7 +50,9 @@ _SOCKET = r"(?:browser|page)/[A-Za-z0-9._-]{1,128}"
 _SOCKET_PATH = re.compile(rf"(?:devtools/)?({_SOCKET})\Z")
 """Clients that don't expect a prefix append `/devtools/` to it once more."""
 _SOCKET_URL = re.compile(rf"wss?://[^/?#]*/devtools/({_SOCKET})\Z")
-_FRONTEND_URL = re.compile(rf"[^?#]*\?(?:[^#]*&)?wss?=[^/&#]*/devtools/(?P<path>{_SOCKET})(?:[&#].*)?\Z")
+_FRONTEND_SOCKET = re.compile(rf"[^/]*/devtools/({_SOCKET})\Z")
+_MAX_ADDRESS = 2048
+"""Characters of an address that a browser reports of itself."""
 _BUNDLED_FRONTEND = "devtools://devtools/bundled/inspector.html"
 """The frontend in every Chromium. The one that a guest names is never passed on: a page that a user opens there would
 control the browser in the VM, and the daemon if its origin is allowed. On the site that hosts Chromium's frontends, a
@@ -178,7 +180,7 @@ class _Browsers:
     async def _own_socket(self, browser: _Browser) -> str:
         """Returns the path of the browser's own WebSocket, as the browser reports it."""
         version = _decoded(await self._ask(browser, "GET", "/json/version"), browser)
-        found = _SOCKET_URL.match(str(version.get("webSocketDebuggerUrl"))) if isinstance(version, dict) else None
+        found = _SOCKET_URL.match(_address(version, "webSocketDebuggerUrl")) if isinstance(version, dict) else None
         if found is None:
             raise browser.problem("does not report the address of its WebSocket")
         return found[1]
@@ -268,6 +270,9 @@ def _check(call: Call, path: str) -> None:
         raise Problem(426, "upgrade-required", "this is a WebSocket", hint="connect with ws://")
     if is_socket != call.is_websocket or not (is_socket or _ANSWERED.match(path)):
         raise _nothing_there(path)
+    # The routes go by the path as it was sent, in which `json%2Fnew` is none that opens a page.
+    if path.rstrip("/") == "json/new" and call.method != "PUT":
+        raise _nothing_there(path)
 
 
 def _with_query(path: str, call: Call) -> str:
@@ -290,6 +295,23 @@ def _decoded(body: bytes, browser: _Browser) -> Any:
         raise browser.problem("is no browser: its answer is no JSON") from None
 
 
+def _address(answer: Mapping[str, Any], name: str) -> str:
+    found = answer.get(name)
+    return found if isinstance(found, str) and len(found) <= _MAX_ADDRESS else ""
+
+
+def _frontend_socket(url: str) -> str | None:
+    """Returns the path of the WebSocket that a frontend's address names."""
+    try:
+        query = urlsplit(url).query
+    except ValueError:
+        return None
+    for name, value in parse_qsl(query):
+        if name in ("ws", "wss") and (found := _FRONTEND_SOCKET.match(value)) is not None:
+            return found[1]
+    return None
+
+
 def rewritten(answer: Any, place: Place) -> Any:
     """Returns a browser's answer about itself or its pages, with addresses that lead through `place`."""
     if isinstance(answer, list):
@@ -298,8 +320,8 @@ def rewritten(answer: Any, place: Place) -> Any:
         return answer
     # The prefix also removes `devtoolsFrontendUrlCompat` of Node.js.
     moved = {key: value for key, value in answer.items() if not str(key).startswith(_ADDRESSES)}
-    socket = _SOCKET_URL.match(str(answer.get("webSocketDebuggerUrl")))
-    frontend = _FRONTEND_URL.match(str(answer.get("devtoolsFrontendUrl")))
+    socket = _SOCKET_URL.match(_address(answer, "webSocketDebuggerUrl"))
+    frontend = _frontend_socket(_address(answer, "devtoolsFrontendUrl"))
     # Chromium names the same WebSocket in both, so one ticket is enough.
     addresses: dict[str, str] = {}
 
@@ -310,7 +332,7 @@ def rewritten(answer: Any, place: Place) -> Any:
 
     scheme = "wss" if place.secure else "ws"
     if frontend is not None:
-        moved["devtoolsFrontendUrl"] = f"{_BUNDLED_FRONTEND}?{scheme}={quote(address(frontend['path']), safe='/:[]')}"
+        moved["devtoolsFrontendUrl"] = f"{_BUNDLED_FRONTEND}?{scheme}={quote(address(frontend), safe='/:[]')}"
     if socket is not None:
         moved["webSocketDebuggerUrl"] = f"{scheme}://{address(socket[1])}"
     return moved

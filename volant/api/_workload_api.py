@@ -150,13 +150,39 @@ def through_proxy(document: dict[str, Any], vm: str, path: str) -> dict[str, Any
         document["paths"] = paths = {key: item for key, item in paths.items() if not _climbs(key)}
     hidden = _is_hidden(bases, paths if isinstance(paths, dict) else ())
     prefix = agent + (WORKLOAD_PREFIX.rstrip("/") if hidden else "")
-    for owner in _owners(document):
+    owners = [*_owners(document)]
+    _drop_other_servers(document, {id(owner) for owner in owners})
+    for owner in owners:
         if owner is document or "servers" in owner:
             found = _bases(owner.get("servers"), path) or [("", None)]
             owner["servers"] = [
                 {"url": prefix + base, **({} if text is None else {"description": text})} for base, text in found
             ]
     return document
+
+
+def _drop_other_servers(document: dict[str, Any], owners: Collection[int]) -> None:
+    """Removes what else leads a client away from the workload: servers behind references, in callbacks, webhooks and
+    links, and values for parameters that climb out of a path. `owners`: objects whose servers stay."""
+    left: list[Any] = [document]
+    while left:
+        each = left.pop()
+        if isinstance(each, dict):
+            if id(each) not in owners and isinstance(each.get("servers"), list):
+                del each["servers"]
+            if isinstance(server := each.get("server"), dict) and isinstance(server.get("url"), str):
+                del each["server"]
+            for name in [name for name in ("const", "default", "example") if _is_climbing(each.get(name))]:
+                del each[name]
+            for name in ("enum", "examples"):
+                if isinstance(values := each.get(name), list):
+                    each[name] = [value for value in values if not _is_climbing(value)]
+        members = each.values() if isinstance(each, dict) else each
+        left += [member for member in members if isinstance(member, dict | list)]
+
+
+def _is_climbing(value: object) -> bool:
+    return isinstance(value, str) and _climbs(value)
 
 
 def _is_hidden(bases: Collection[str], paths: Collection[str]) -> bool:
