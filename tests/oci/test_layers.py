@@ -38,7 +38,7 @@ LOWER = tar(
     ("bin/same", {"same_as": "bin/su"}),
     ("bin/link", {"to": "/etc/changed"}),
     ("owned", {"data": b"", "uid": 1000, "gid": 1001, "mode": 0o640}),
-    ("marked", {"data": b"x", "pax_headers": {"SCHILY.xattr.user.key": "value"}}),
+    ("marked", {"data": b"x", "pax_headers": {"SCHILY.xattr.user.key": "value", "SCHILY.xattr.security.x-y": "z"}}),
     ("pipe", {"type": tarfile.FIFOTYPE}),
     ("a/" * 60 + "long", {"data": b"deep"}),
     ("../../outside", {"data": b"inside"}),
@@ -209,7 +209,11 @@ ONE = tar(("file", {"data": b"x" * 600}))
         (ONE[:300], "cut off"),
         (ONE[:1536] + bytes(512) + ONE, "zeros between two entries"),
         (tar(("f", {"data": b"", "pax_headers": {"GNU.sparse.major": "1"}})), "GNU.sparse.major"),
-        (tar(("f", {"data": b"", "pax_headers": {"SCHILY.xattr.trusted.overlay.redirect": "/"}})), "trusted.overlay"),
+        *(
+            (tar(("f", {"data": b"", "pax_headers": {f"{how}.xattr.{name}": "Lw"}})), f"{how}.xattr.{name}")
+            for how in ("SCHILY", "LIBARCHIVE")
+            for name in ("trusted.overlay.redirect", "user.overlay.redirect", "trusted.x", "%74rusted.x", "userx", "")
+        ),
         (tar(("f", {"data": b"", "pax_headers": {"size": "-1"}})), "wrong size"),
         (tar(("f/" * 2100, {"data": b""})), "a name has 42"),
         (b"this is no tar" * 100, "wrong"),

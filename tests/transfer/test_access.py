@@ -106,6 +106,17 @@ async def test_a_token_that_is_refused_is_not_asked_for_for_ever(proxy: Proxy, t
             assert len(service.asked) == 1
 
 
+async def test_a_token_service_elsewhere_needs_https(proxy: Proxy, tmp_path: Path) -> None:
+    with TokenService() as service:
+        service.origin = service.origin.replace("127.0.0.1", "localhost")
+        wants_token(proxy, service, {"token-1"})
+        async with host(tmp_path / "here", proxy.address) as here:
+            refused = await pull(here, f"{proxy.address}/team/token:1", **auth(proxy.address, auth=USER))
+            assert (refused.status_code, code_of(refused)) == (503, "registry-unreachable")
+            assert "without HTTPS" in refused.text
+            assert not service.asked
+
+
 async def test_storage_elsewhere_gets_no_credentials(proxy: Proxy, registry: Registry, tmp_path: Path) -> None:
     seen: list[str | None] = []
     with Proxy(registry.address) as storage:

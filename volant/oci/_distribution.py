@@ -52,7 +52,7 @@ _MAX_ANSWER = 64 * 1024
 _MAX_SAID = 200
 _BUSY, _TRANSIENT = 429, frozenset({408, 429, 500, 502, 503, 504})
 _CONTROL = re.compile(r"[^\x20-\x7e]+")
-_PARAMETER = re.compile(r'([a-zA-Z]+)="((?:[^"\\]|\\.)*)"')
+_PARAMETER = re.compile(r'([a-zA-Z]{1,32})="((?:[^"\\]|\\.)*)"')
 _TOKEN = re.compile(r"[!-~]{1,16384}\Z")
 _ACCEPT = "application/vnd.oci.image.manifest.v1+json"
 
@@ -392,6 +392,9 @@ class Repository:
         if parameters.get("service"):
             asked["service"] = parameters["service"]
         method, url, headers, body = "GET", parameters["realm"], {}, None
+        if urlsplit(url).scheme == "http" and urlsplit(url).hostname != urlsplit(self._origin).hostname:
+            # A registry without TLS may be anybody on the way, who must not choose who gets the credentials.
+            raise self._unreachable("its token service is another host, without HTTPS")
         if self._credentials.identity_token:
             method, headers = "POST", {"Content-Type": "application/x-www-form-urlencoded"}
             form = {"grant_type": "refresh_token", "client_id": "volant"}

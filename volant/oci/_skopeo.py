@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import secrets
@@ -20,6 +21,8 @@ from ._isolation import Isolation, open_theirs
 from ._layers import PROGRAM_MEMORY, check_space
 from ._manifest import MAX_DOCUMENT_BYTES, Platform
 from ._reference import Reference
+
+_logger = logging.getLogger("volant.oci")
 
 PROGRAM = "skopeo"
 PROGRAM_HINT = "on Debian: `sudo apt install skopeo`"
@@ -51,52 +54,70 @@ _QUERY = re.compile(r'\?[^\s"]+')
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]+")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
-_REASONS: tuple[tuple[str, str, str], ...] = (
-    (r"credential file is not accessible", "auth_file_unreadable", "check the setting oci_auth_file"),
+_REASONS: tuple[tuple[str, str, str, str], ...] = (
+    (
+        r"credential file is not accessible",
+        "auth_file_unreadable",
+        "the auth file can't be read",
+        "check the setting oci_auth_file",
+    ),
     (
         r"\b429\b|too ?many ?requests",
         "registry_busy",
+        "the registry is busy (429)",
         "wait a while, or give credentials: registries allow more requests with them",
     ),
     (
         r"authentication required|unauthorized|denied|\b40[13]\b|invalid username/password|authorization",
         "image_unauthorized",
+        "the registry wants other credentials",
         "give credentials that may read it, as `docker login` and `skopeo login` store them; check the name",
     ),
-    (r"rejected by policy|signature", "image_rejected", "this host's /etc/containers/policy.json does not allow it"),
-    (r"no space left|quota exceeded", "cache_full", "make room on the cache's file system"),
+    (
+        r"rejected by policy|signature",
+        "image_rejected",
+        "a policy of this host rejects it",
+        "see /etc/containers/policy.json",
+    ),
+    (r"no space left|quota exceeded", "cache_full", "the cache is full", "make room on the cache's file system"),
     (
         r"did not match|does not match|doesn't match",
         "image_mismatch",
+        "something has other content than its digest says",
         "fetch it again; if it stays, the registry or a mirror has a damaged copy",
     ),
     (
         r"gave HTTP response to HTTPS",
         "registry_unreachable",
-        "the registry speaks plain HTTP, which has to be allowed for it by name",
+        "the registry speaks plain HTTP",
+        "an administrator can allow that for it by name: oci_plain_http",
     ),
     (
         r"x509|certificate|tls:",
         "registry_unreachable",
+        "the registry's certificate is not trusted",
         "put the registry's CA into /etc/containers/certs.d/REGISTRY/ca.crt",
     ),
     (
         r"no such host|connection refused|timeout|unreachable|server misbehaving|\b50[0-9]\b|pinging",
         "registry_unreachable",
+        "the registry can't be reached",
         "check the name of the registry and this host's network",
     ),
     (
         r"manifest unknown|name unknown|not found|no such file|no descriptor found|\b404\b|does not exist",
         "image_not_found",
+        "there is no such image",
         "check name and tag",
     ),
     (
         r"unexpected EOF|connection reset|broken pipe|blob unknown|fetching blob|reading blob|happened during read",
         "fetch_interrupted",
+        "the connection broke",
         "try again; if it stays, push the image again",
     ),
 )
-"""What skopeo says, our code for it, and what to do. The first that matches counts."""
+"""What skopeo says, our code and words for it, and what to do. The first that matches counts."""
 
 
 class Skopeo:
@@ -338,7 +359,8 @@ def source(reference: Reference) -> str:
 
 
 def failure(reference: Reference, said: str) -> OciError:
-    """Returns the error for what skopeo says: text of the registry may be in it."""
+    """Returns the error for what skopeo says. The log has that, and clients don't get it: a redirect may have led to a
+    service of this host's network, whose answer or its digest is in the text."""
     lines = said.strip().splitlines() or ["it does not say why"]
     match = _MESSAGE.search(lines[-1])
     text = match[1].replace('\\"', '"') if match else lines[-1]
@@ -347,10 +369,11 @@ def failure(reference: Reference, said: str) -> OciError:
     # Names and digests may contain the words and numbers of a reason.
     named = (f"manifest {reference.tag or reference.digest} ", reference.name)
     reason = re.sub("|".join(map(re.escape, named)), "", _DIGEST.sub("", text))
-    for pattern, code, hint in _REASONS:
+    _logger.info("%s can't be fetched: %s", reference, shown)
+    for pattern, code, why, hint in _REASONS:
         if re.search(pattern, reason, re.IGNORECASE):
-            return OciError(code, f"{reference} can't be fetched: {shown}", hint)
-    return OciError("fetch_failed", f"{reference} can't be fetched: {shown}", "see what skopeo says")
+            return OciError(code, f"{reference} can't be fetched: {why}", hint)
+    return OciError("fetch_failed", f"{reference} can't be fetched: skopeo failed", "the daemon's log has what it says")
 
 
 def used_bytes(directory: Path) -> int:

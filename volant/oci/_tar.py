@@ -38,8 +38,11 @@ _DEVICES = (b"3", b"4")
 _TYPE_BITS = 0o170000
 _OCTAL = re.compile(rb"[ \0]*([0-7]*)[ \0]*\Z")
 _RECORD = re.compile(rb"([1-9][0-9]{0,7}) ")
-_FORBIDDEN = (b"GNU.sparse.", b"SCHILY.xattr.trusted.overlay.")
-"""Sparse files, and what would steer overlayfs in the guest."""
+_SPARSE = b"GNU.sparse."
+_ATTRIBUTE = re.compile(rb"(?:SCHILY|LIBARCHIVE)\.xattr\.(.*)", re.DOTALL)
+"""How archives name an extended attribute; in the second way with `%` for special characters."""
+_ALLOWED_ATTRIBUTE = re.compile(rb"(?!user\.overlay\.)(?:user|security|system\.posix_acl)[._][!-$&-~]+\Z")
+"""Others mean nothing in an image, or steer overlayfs in the guest."""
 
 
 class TarCheck:
@@ -158,7 +161,8 @@ class TarCheck:
             key, equals, value = data[begin.end() : end - 1].partition(b"=")
             if not key or not equals or b"\0" in key:
                 raise _invalid("an extended header is malformed")
-            if key.startswith(_FORBIDDEN):
+            attribute = _ATTRIBUTE.match(key)
+            if key.startswith(_SPARSE) or (attribute is not None and not _ALLOWED_ATTRIBUTE.match(attribute[1])):
                 raise _invalid(f"it uses {key[:60].decode(errors='replace')!r}")
             if key in (b"path", b"linkpath") and (len(value) > _MAX_NAME or b"\0" in value):
                 raise _invalid(f"a name has {len(value)} bytes or a zero byte")
