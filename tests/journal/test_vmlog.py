@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import trio
 
 from tests.journal.kit import ClockHost
 from tests.names import named
+from volant.host._threads import LinuxThreads
 from volant.journal import LogCursor, LogEntry, LogGap, LogStream, VmLog, VmLogs
 
 SOURCE = "1.1/console"
@@ -181,6 +182,40 @@ async def test_tail_and_since_reach_over_segments(host: ClockHost, directory: Pa
     assert lines(await everything(log, since_time=since)) == [str(n) for n in range(377, 500)]
     assert lines(await everything(log, since_seq=401)) == [str(n) for n in range(400, 500)]
     assert log.tail_lines(100) == tuple(str(n) for n in range(400, 500))
+
+
+async def test_readers_search_the_history_one_after_the_other(host: ClockHost, directory: Path) -> None:
+    running: list[int] = [0]
+    most: list[int] = []
+
+    class Threads(LinuxThreads):
+        async def run(self, call: Callable[..., Any], *args: object) -> Any:
+            running[0] += 1
+            most.append(running[0])
+            try:
+                return await super().run(call, *args)
+            finally:
+                running[0] -= 1
+
+    logs = await opened(host, directory)
+    log, other = logs.open(1, named("demo")), logs.open(2, named("other"))
+    for each in (log, other):
+        for _ in range(100):
+            Pump(host, each).bring(*[b"x" * 100] * 100)
+    host.threads = Threads()
+    got = []
+
+    async def read(each: VmLog) -> None:
+        got.append(await everything(each, streams=["stdout"]))
+        got.append(await everything(each, tail=1, streams=["stdout"]))
+
+    async with trio.open_nursery() as nursery:
+        for each in [log, other] * 4:
+            nursery.start_soon(read, each)
+    assert got == [[]] * 16
+    # In pieces, after each of which it is another reader's turn.
+    assert len(most) > 8 * 4
+    assert max(most) == 1
 
 
 async def test_a_follower_reads_history_and_new_lines_once(host: ClockHost, directory: Path) -> None:

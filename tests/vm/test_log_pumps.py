@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import cast
 
 import pytest
@@ -158,6 +159,29 @@ async def test_a_console_far_ahead_of_its_log_is_cut_and_its_file_stays_small(
     assert 150_000 < len(lines) < 170_000
     assert path.stat().st_size == 6_000_005
     assert path.stat().st_blocks * 512 < 1_200_000
+
+
+@pytest.mark.programs
+async def test_space_that_no_line_comes_from_is_freed(log: VmLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hypervisor that was taken over fills what was freed, and reserves space beyond the end."""
+    monkeypatch.setattr(_console, "BEHIND_BYTES", 2_000_000)
+    # Like the directories of VMs: a tmpfs.
+    with TemporaryDirectory(dir="/dev/shm") as directory:
+        path = Path(directory) / "console.log"
+        path.write_bytes(b"a line of text\n" * 120_000)
+        with ConsolePump(Host(), path, log, "b") as pump:
+            await pump.drain()
+            with path.open("r+b") as file:
+                file.write(b"\xa5" * 1_500_000)
+            command = ["fallocate", "--keep-size", "--offset", "2G", "--length", "8M", str(path)]
+            await trio.run_process(command)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pump.follow)
+                with trio.fail_after(30):
+                    while path.stat().st_blocks * 512 > 1_200_000:  # noqa: ASYNC110 - another task's work
+                        await trio.sleep(0.01)
+                nursery.cancel_scope.cancel()
+        assert path.stat().st_size == 1_800_000
 
 
 @pytest.mark.slow

@@ -98,19 +98,20 @@ class LogCursor(msgspec.Struct, eq=False):
             last = min(last, self._end)
         place, size, after, since_us = self._place, segment.size, self.position, self._since_us
         try:
-            found = await log._host.threads.run(
-                lambda: read(
-                    log._host,
-                    segment.path,
-                    size,
-                    place,
-                    after=after,
-                    up_to=last,
-                    since_us=since_us,
-                    heads=self._heads,
-                    max_bytes=max_bytes,
+            async with log._reading:
+                found = await log._host.threads.run(
+                    lambda: read(
+                        log._host,
+                        segment.path,
+                        size,
+                        place,
+                        after=after,
+                        up_to=last,
+                        since_us=since_us,
+                        heads=self._heads,
+                        max_bytes=max_bytes,
+                    )
                 )
-            )
         except FileNotFoundError:
             # Retention has just removed it.
             self._segment = None

@@ -172,7 +172,8 @@ def read(
     heads: Sequence[bytes],
     max_bytes: int,
 ) -> FoundFrames:
-    """Reads frames from `place` on that begin with one of `heads` (all when empty). Blocks on the disk.
+    """Reads frames from `place` on that begin with one of `heads` (all when empty), in at most half a megabyte: perhaps
+    none. Blocks on the disk.
 
     :param after, up_to: the numbers: above `after`, at most `up_to`
     :param since_us: the time of the first frame
@@ -184,34 +185,29 @@ def read(
     taken = 0
     fd = host.descriptors.open(path, os.O_RDONLY)
     try:
-        while True:
-            data = host.descriptors.read_at(fd, min(_CHUNK, size - offset), offset)
-            if b"\0" in data:
-                # A power cut has left it. What follows has no known number, so a reader gets a gap.
-                data = data[: data.index(b"\0")]
-            begin = 0
-            while (stop := data.find(b"\n", begin)) >= 0:
-                if not data.startswith(b"# ", begin):
-                    if seq >= up_to:
+        data = host.descriptors.read_at(fd, min(_CHUNK, size - offset), offset)
+        if b"\0" in data:
+            # A power cut has left it. What follows has no known number, so a reader gets a gap.
+            data = data[: data.index(b"\0")]
+        begin = 0
+        while (stop := data.find(b"\n", begin)) >= 0:
+            if not data.startswith(b"# ", begin):
+                if seq >= up_to:
+                    return FoundFrames(frames, Place(seq, offset + begin), True)
+                if seq + 1 > after:
+                    fields = data[begin:stop].split(b" ", 3)
+                    if len(fields) != 4 or not fields[2].isdigit():
                         return FoundFrames(frames, Place(seq, offset + begin), True)
-                    if seq + 1 > after:
-                        fields = data[begin:stop].split(b" ", 3)
-                        if len(fields) != 4 or not fields[2].isdigit():
-                            return FoundFrames(frames, Place(seq, offset + begin), True)
-                        time_us, frame = fields[2:]
-                        if (not since_us or int(time_us) >= since_us) and (not wanted or frame.startswith(wanted)):
-                            since_us = 0
-                            taken += len(frame)
-                            if taken > max_bytes and frames:
-                                return FoundFrames(frames, Place(seq, offset + begin), False)
-                            frames.append(frame)
-                    seq += 1
-                begin = stop + 1
-            if not begin:
-                return FoundFrames(frames, Place(seq, offset), True)
-            offset += begin
-            if frames:
-                return FoundFrames(frames, Place(seq, offset), offset >= size)
+                    time_us, frame = fields[2:]
+                    if (not since_us or int(time_us) >= since_us) and (not wanted or frame.startswith(wanted)):
+                        since_us = 0
+                        taken += len(frame)
+                        if taken > max_bytes and frames:
+                            return FoundFrames(frames, Place(seq, offset + begin), False)
+                        frames.append(frame)
+                seq += 1
+            begin = stop + 1
+        return FoundFrames(frames, Place(seq, offset + begin), not begin or offset + begin >= size)
     finally:
         host.descriptors.close(fd)
 

@@ -100,6 +100,7 @@ class VmLog:
         segment_bytes: int,
         drop: Callable[[Path], None],
         share: FairShare,
+        reading: trio.Lock,
     ) -> None:
         self._host = host
         self._directory = directory
@@ -109,6 +110,9 @@ class VmLog:
         self._drop = drop
         self.vm_id = vm_id
         self._throttle = Throttle(share, vm_id)
+        self._reading = reading
+        """Of all logs. Readers search the history one after the other: each in a thread, they would leave the event
+        loop a fraction of the interpreter's time."""
         self._key = Key("", "")
         self._newest = 0
         self._resume: dict[str, int] = {}
@@ -472,9 +476,12 @@ class VmLog:
         for segment in reversed(self._segments.copy()):
             last = self._last_of(segment, newest)
             try:
-                found, place = await self._host.threads.run(
-                    lambda segment=segment, last=last, count=count: count_back(self._host, segment, last, heads, count)
-                )
+                async with self._reading:
+                    found, place = await self._host.threads.run(
+                        lambda segment=segment, last=last, count=count: count_back(
+                            self._host, segment, last, heads, count
+                        )
+                    )
             except FileNotFoundError:
                 break
             count -= found

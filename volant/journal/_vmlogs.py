@@ -51,6 +51,7 @@ class VmLogs:
         self._expiry: dict[int, datetime] = {}
         self._dropped: dict[Path, None] = {}
         self._share = log_share()
+        self._reading = trio.Lock()
         self._wake = trio.Event()
 
     async def prepare(self) -> None:
@@ -228,6 +229,7 @@ class VmLogs:
                 segment_bytes=self._segment_bytes,
                 drop=self._drop,
                 share=self._share,
+                reading=self._reading,
             )
             if vm_id in self._expiry:
                 log.end()

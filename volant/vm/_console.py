@@ -27,6 +27,7 @@ how long the next daemon needs to catch up."""
 FINISH_S = 3.0
 _FINISH_BYTES = 64 * 1024
 _PUNCH_BYTES = 1024 * 1024
+_FAR_BYTES = 1 << 50
 
 
 def console_source(boot_key: str) -> str:
@@ -63,6 +64,7 @@ class ConsolePump:
         with self._host.watches.open(self._path) as watch:
             while True:
                 await self.drain()
+                self._reclaim()
                 await watch.wait()
 
     async def drain(self) -> None:
@@ -100,6 +102,7 @@ class ConsolePump:
             # Lines that the log has not synced may be freed: a power cut ends the VM and its console with them.
             self._host.descriptors.punch_hole(self._fd, 0, lines[-1].end)
             self._freed = lines[-1].end
+            self._reclaim()
         if self._feed is not None:
             self._feed(data)
         return len(lines), len(data)
@@ -120,6 +123,17 @@ class ConsolePump:
         self._host.descriptors.punch_hole(self._fd, 0, end - keep)
         self._freed = end - keep
         return True
+
+    def _reclaim(self) -> None:
+        """Frees space where no line comes from. Only a hypervisor that was taken over uses it: before what was freed,
+        and beyond the end."""
+        try:
+            end = self._host.files.size(self._path)
+        except OSError:
+            return
+        if self._host.disk.used(self._path) > max(0, end - self._freed) + BEHIND_BYTES:
+            self._host.descriptors.punch_hole(self._fd, 0, self._freed)
+            self._host.descriptors.punch_hole(self._fd, end, _FAR_BYTES)
 
     def _append(self, lines: list[Line]) -> None:
         if lines:
