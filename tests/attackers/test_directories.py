@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -40,42 +38,23 @@ def claim(settings: Settings) -> None:
 
 
 @needs_root
-@pytest.mark.parametrize("mode", [0o777, 0o755])
-def test_memory_is_not_stored_in_another_users_directory(settings: Settings, mode: int) -> None:
-    memory = memory_dir(settings)
-    make_directory(memory, mode)
-    with pytest.raises(DirectoryError, match=rf"{memory} belongs to the user nobody, .*remove it"):
-        claim(settings)
-    assert memory.stat().st_uid == NOBODY.pw_uid, "it is not taken over either"
-
-
-@needs_root
-def test_memory_is_not_stored_behind_another_users_link(settings: Settings, root: Path) -> None:
+@pytest.mark.parametrize("kind", ["directory", "open directory", "link"])
+def test_memory_is_not_stored_in_what_another_user_has_put_there(
+    settings: Settings, root: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
     memory, ours = memory_dir(settings), root / "ours"
     ours.mkdir(mode=0o700)
-    make_link(memory, ours)
-    with pytest.raises(DirectoryError, match=rf"{memory} belongs to the user nobody"):
-        claim(settings)
-
-
-@needs_root
-def test_volantd_refuses_to_start_on_memory_of_another_user(settings: Settings) -> None:
-    make_directory(memory_dir(settings))
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "volant.daemon.main", "--listen", "127.0.0.1:0"),
-            *("--state-dir", settings.state_dir, "--runtime-dir", settings.runtime_dir),
-            *("--cache-dir", settings.cache_dir),
-        ],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 1, done.stderr
-    assert f"{memory_dir(settings)} belongs to the user nobody" in done.stderr
+    if kind == "link":
+        make_link(memory, ours)
+    else:
+        make_directory(memory, 0o777 if kind == "open directory" else 0o755)
+    with claimed(settings):
+        assert (memory.lstat().st_uid, stat.S_IMODE(memory.lstat().st_mode)) == (0, 0o700)
+        (aside,) = memory.parent.glob(f"{memory.name}.*")
+        assert aside.lstat().st_uid == NOBODY.pw_uid, "it is not taken over either"
+        assert f"{memory} belonged to the user {NOBODY.pw_uid}" in caplog.text
+        assert stat.S_IMODE(ours.stat().st_mode) == 0o700
+    aside.unlink() if kind == "link" else aside.rmdir()
 
 
 @needs_root

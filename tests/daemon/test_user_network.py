@@ -16,11 +16,20 @@ pytestmark = pytest.mark.programs
 _KEY = "user-network-0123456789abcdef"
 
 
-@pytest.mark.parametrize("key", [None, _KEY])
-async def test_the_network_user_is_refused_where_an_address_is_enough(tmp_path: Path, key: str | None) -> None:
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        (("--api-allow-cidr", "127.0.0.0/8"), None),
+        (("--insecure", "--listen", "0.0.0.0:0"), None),
+        (("--api-allow-cidr", "127.0.0.0/8"), _KEY),
+    ],
+)
+async def test_the_network_user_is_refused_where_an_address_is_enough(
+    tmp_path: Path, options: tuple[str, ...], key: str | None
+) -> None:
     daemon = Daemon(
         tmp_path / "cache",
-        *("--network", "user", "--api-allow-cidr", "127.0.0.0/8"),
+        *("--network", "user", *options),
         ephemeral=False,
         environ={"VOLANT_API_KEY": key} if key else {},
     )
@@ -59,7 +68,7 @@ async def test_vms_with_a_network_that_is_refused_by_now_are_logged(tmp_path: Pa
             assert answer.status_code == 201, answer.text
         daemon.terminate()
         daemon.wait()
-        said = "these VMs have the network 'user': demo; the daemon accepts requests from addresses without an API key"
+        said = "these VMs have the network 'user': demo; the daemon accepts requests from other addresses than loopback"
         assert said not in daemon.log()
         del daemon.environ["VOLANT_API_KEY"]
         daemon.key = None

@@ -20,7 +20,7 @@ from volant.journal import JournalRef, Store
 
 from ._protection import Protection
 from ._settings import RELOADED, Settings, SettingsError, check, check_service, oidc_of, split, subjects_of
-from ._sockets import address_of
+from ._sockets import address_of, is_reached_from_outside
 from ._tls import RENEW, Certificate, load_certificate
 
 _logger = logging.getLogger("volant.daemon")
@@ -99,8 +99,10 @@ class Admission:
 
     @property
     def is_open(self) -> bool:
-        """Whether addresses of this host need no key, so that a program on it may control the daemon."""
-        return bool(self._given.protection.allow_cidr) and not self.access.asks_for_key
+        """Whether another address of this host than loopback is enough to control the daemon, without a key."""
+        if self.access.asks_for_key:
+            return False
+        return bool(self._given.protection.allow_cidr) or any(is_reached_from_outside(sock) for sock in self._sockets)
 
     def children(self, changed: Callable[[], None]) -> list[Child[Any]]:
         """Returns what applies keys and tokens as they are made and expire. `changed`: is called after keys were."""

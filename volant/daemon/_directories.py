@@ -6,6 +6,7 @@ import fcntl
 import logging
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -122,6 +123,7 @@ def claimed(settings: Settings) -> Iterator[None]:
             else:
                 # From now on it contains what must survive.
                 (path / EPHEMERAL).unlink(missing_ok=True)
+        _put_aside(memory_dir(settings))
         for path in (memory_dir(settings), disk_dir(settings), log_dir(settings)):
             _claim(path)
         for path in (template_dir(settings), snapshot_dir(settings), volume_dir(settings), *_made_later(settings)):
@@ -204,6 +206,21 @@ def _made_later(settings: Settings) -> Iterator[Path]:
     yield settings.state_dir / "standby"
     for name in ("vms", "net", "standby", "templates", "registries"):
         yield settings.runtime_dir / name
+
+
+def _put_aside(path: Path) -> None:
+    """As root, renames what another user has put at a name in a directory where every user can make one: nobody should
+    keep the daemon from starting."""
+    try:
+        owner = path.lstat().st_uid
+        above = path.parent.stat()
+        if os.geteuid() != 0 or owner == 0 or not above.st_mode & stat.S_ISVTX or above.st_uid != 0:
+            return
+        aside = path.with_name(f"{path.name}.{os.urandom(4).hex()}")
+        path.rename(aside)
+    except OSError:
+        return  # `_claim` says what is wrong.
+    _logger.warning("%s belonged to the user %s, and is %s now; look at it and remove it", path, owner, aside.name)
 
 
 def _claim(path: Path) -> None:

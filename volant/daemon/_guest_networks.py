@@ -33,8 +33,8 @@ from ._nameservers import nameservers_of_daemon
 from ._settings import Settings, parse_uids, split
 
 _USER_REFUSED = (
-    "the daemon accepts requests from addresses without an API key (api_allow_cidr), and a guest with this network has "
-    "an address of the host, so it could control the daemon; set an API key"
+    "the daemon accepts requests from other addresses than loopback without an API key (api_allow_cidr, --insecure), "
+    "and a guest with this network has an address of the host, so it could control the daemon; set an API key"
 )
 _logger = logging.getLogger("volant.daemon")
 

@@ -6,6 +6,7 @@ the addresses in the settings.
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
 import socket
@@ -166,6 +167,13 @@ def address_of(sock: socket.socket, *, tls: bool = False) -> str:
     if sock.family == socket.AF_UNIX:
         return setting
     return f"{'https' if tls else 'http'}://{setting}"
+
+
+def is_reached_from_outside(sock: socket.socket) -> bool:
+    """Returns whether it listens on another address than loopback."""
+    return (
+        sock.family != socket.AF_UNIX and not ipaddress.ip_address(sock.getsockname()[0].partition("%")[0]).is_loopback
+    )
 
 
 def setting_of(sock: socket.socket) -> str:
