@@ -82,6 +82,26 @@ async def test_the_host_does_not_route_for_its_other_networks() -> None:
         assert switch("ipv4/ip_forward") == "0"
 
 
+@pytest.mark.parametrize("is_router", [False, True])
+async def test_the_world_reaches_no_other_network_of_the_host(is_router: bool) -> None:
+    with a_world(forwarding=is_router) as world:
+        other = world.machine("other0", "203.0.113.1/24", "203.0.113.2/24")
+        other("route", "0.0.0.0/0", "203.0.113.1")
+        other("serve", "tcp", "203.0.113.2", 80, "other")
+        world.world("route", "203.0.113.0/24", UPLINK)
+        await with_vm(world)
+        # As if the operator had chosen so for this interface.
+        switch("ipv4/conf/other0/forwarding", "1")
+
+        if is_router:
+            assert world.world("ask", "tcp", "203.0.113.2", 80) == f"other {WORLD}"
+        else:
+            assert world.world("refused", "tcp", "203.0.113.2", 80)
+        # The other direction is the operator's.
+        world.world("serve", "tcp", WORLD, 80, "web")
+        assert other("ask", "tcp", WORLD, 80) == "web 203.0.113.2"
+
+
 async def test_the_world_reaches_no_guest_even_with_a_route() -> None:
     with a_world(forwarding=True) as world:
         row, guest = await with_vm(world)

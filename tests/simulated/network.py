@@ -183,6 +183,9 @@ class SimNetwork:
 
         return await self._call(read)
 
+    async def uplinks(self) -> Collection[str]:
+        return await self._call(lambda: ["eth0"])
+
     async def routes(self) -> Sequence[Route]:
         def read() -> list[Route]:
             ours = [

@@ -115,6 +115,11 @@ class NetworkBackend(Protocol):
         """Returns the host's IPv4 routes but the default routes."""
         ...
 
+    async def uplinks(self) -> Collection[str]:
+        """Returns the interfaces from which the host routes packets for guests alone: those of its default routes,
+        unless it is a router in any case (`net.ipv4.ip_forward`)."""
+        ...
+
     async def do(self, steps: Sequence[Step]) -> Sequence[NetworkFailed | None]:
         """Runs all steps in order, even when one fails. Returns the failure of each."""
         ...

@@ -18,7 +18,17 @@ from volant.host import TUN, Host, own_capabilities
 
 from . import _nftables, _watch
 from ._backend import Link, NetworkFailed, Route, Step
-from ._steps import SYSCTL, failure, forwarding_failure, get_link, parse_link, read_routes, run_steps
+from ._steps import (
+    SYSCTL,
+    failure,
+    forwarding_failure,
+    get_link,
+    is_router,
+    parse_link,
+    read_routes,
+    read_uplinks,
+    run_steps,
+)
 
 T = TypeVar("T")
 
@@ -49,6 +59,10 @@ class HostNetwork:
     async def routes(self) -> Sequence[Route]:
         await trio.lowlevel.checkpoint()
         return [Route(destination=destination, device=device) for destination, device in read_routes() if destination]
+
+    async def uplinks(self) -> Collection[str]:
+        await trio.lowlevel.checkpoint()
+        return () if is_router() else read_uplinks()
 
     async def do(self, steps: Sequence[Step]) -> Sequence[NetworkFailed | None]:
         results: list[NetworkFailed | None] = []

@@ -265,7 +265,7 @@ class Networks:
             self._not_enforced = dict.fromkeys(restricted, error)
             closed = restricted
             _logger.error("VMs with an egress policy can't send anything: %s", error)
-        await self._load_rules(rules_of(plan, closed=closed))
+        await self._load_rules(rules_of(plan, closed=closed, uplinks=await self._backend.uplinks()))
         on_bridge = {row.id for row in self._rows() if row.lease is not None and row.lease.tap}
         try:
             if not closed:

@@ -16,6 +16,9 @@ filters packets that the host routes or receives::
   the host's routing.
 - **The host's own addresses**, its loopback among them, are rejected before destination NAT, so that no port that is
   published on this host is a way in. Answers to the host's own connections pass, and so does a ping of the gateway.
+- **The host's other networks** are reached from its uplink as before: the daemon makes the host forward packets that
+  arrive there, for the answers to guests, and drops those that would begin a connection to elsewhere. Where the host is
+  a router in any case it drops none, nor those of ports that something else has published.
 - **Broadcast and multicast** reach the other guests of the network, but no service of the host: they are dropped where
   the host receives packets, which bridged frames never pass.
 - **DNS of VMs with an egress policy** goes to the gateway; `_egress_rules.py` leads it to their resolvers.
@@ -65,10 +68,11 @@ class Rules(msgspec.Struct, frozen=True):
     elements: Elements
 
 
-def rules_of(plan: NetworkPlan, *, closed: Collection[int] = ()) -> Rules:
+def rules_of(plan: NetworkPlan, *, closed: Collection[int] = (), uplinks: Collection[str] = ()) -> Rules:
     """Returns the ruleset of a plan.
 
     :param closed: VMs that may send nothing, as their egress policy is not enforced
+    :param uplinks: interfaces whose packets are routed to guests alone
     """
     settings = plan.settings
     bridge, inet = settings.tables
@@ -84,6 +88,7 @@ def rules_of(plan: NetworkPlan, *, closed: Collection[int] = ()) -> Rules:
             for name in names
         },
         f"{inet} asks-the-daemon": {tap.address: "" for tap in plan.taps if tap.restricted},
+        f"{inet} uplinks": {f'"{name}"': "" for name in uplinks},
         f"{inet} published": _published(plan.taps, everywhere=False),
         f"{inet} published-everywhere": _published(plan.taps, everywhere=True),
     }
@@ -208,6 +213,9 @@ def _inet_table(plan: NetworkPlan) -> str:
     set asks-the-daemon {{
         type ipv4_addr
     }}
+    set uplinks {{
+        type ifname
+    }}
     set connections {{
         type ipv4_addr
         size 65535
@@ -242,11 +250,11 @@ def _inet_table(plan: NetworkPlan) -> str:
     }}
     chain to-bridge {{
         type filter hook forward priority filter; policy accept;
-        oifname != {bridge} accept
         iifname {bridge} accept
         ct state established,related accept
         ct status dnat accept
-        drop
+        oifname {bridge} drop
+        iifname @uplinks drop
     }}
     chain source-nat {{
         type nat hook postrouting priority srcnat; policy accept;

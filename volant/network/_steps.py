@@ -3,8 +3,9 @@
 **A tap becomes permanent in its last step.** So an incomplete tap disappears with the process that was making it.
 
 **Forwarding** is a switch of the interface that a packet arrives on. It is turned on for the bridge and, for the
-answers, for the interfaces of the host's default routes; other interfaces stay as they are. It stays on when the daemon
-stops, as something else may rely on it by then. Rejected: `net.ipv4.ip_forward`, which makes the host a router for all
+answers, for the interfaces of the host's default routes; other interfaces stay as they are. The firewall drops what
+would go on from those to another network of the host. It stays on when the daemon stops, as something else may rely on
+it by then. Rejected: `net.ipv4.ip_forward`, which makes the host a router for all
 its networks.
 """
 
@@ -124,6 +125,20 @@ def read_routes() -> Iterator[tuple[str, str]]:
         yield f"{network}/{bits}" if bits else "", device
 
 
+def read_uplinks() -> list[str]:
+    """Returns the interfaces of the default routes."""
+    # The device of a reject route is `*`.
+    return sorted({device for destination, device in read_routes() if not destination and device != "*"})
+
+
+def is_router() -> bool:
+    """Returns whether the host routes packets between all its networks. False where that can't be found out."""
+    try:
+        return (SYSCTL / "ipv4/ip_forward").read_text().strip() != "0"
+    except OSError:
+        return False
+
+
 def _what_failed(step: Step) -> str:
     match step:
         case MakeBridge(name=name):
@@ -186,9 +201,7 @@ def _make_bridge(ipr: Any, step: MakeBridge) -> None:
 
 
 def _forward(bridge: str) -> None:
-    # The device of a reject route is `*`.
-    uplinks = {device for destination, device in read_routes() if not destination and device != "*"}
-    for name in (bridge, *sorted(uplinks)):
+    for name in (bridge, *read_uplinks()):
         try:
             _switch(f"ipv4/conf/{name}/forwarding", True)
         except OSError as error:
