@@ -2,20 +2,21 @@
 can't read themselves.
 
 The kernel says which user a client is: for a Unix socket with its groups (`SO_PEERCRED`, `SO_PEERGROUPS`), for a TCP
-connection over loopback by the owner of the other end (`/proc/net/tcp`). On Linux the identity for access to files
+connection over loopback by the owner of the other end. On Linux the identity for access to files
 belongs to a thread (setfsuid(2)), so a thread of its own takes the client's identity, opens the file and ends.
 """
 
 from __future__ import annotations
 
 import errno
-import ipaddress
 import os
 import socket
 import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple, Protocol
+
+from volant.model.loopback import holder, is_loopback
 
 from . import _sandbox
 from ._walk import open_path
@@ -25,7 +26,6 @@ _FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
 _SO_PEERGROUPS = 59
 _MAX_GROUPS_BYTES = 1024
 """What Python lets getsockopt(2) return: 256 groups."""
-_TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 
 
 class Credentials(NamedTuple):
@@ -60,35 +60,12 @@ def peer_credentials(sock: _Socket) -> Credentials:
 
 def loopback_peer_uid(client: tuple[str, int], server: tuple[str, int]) -> int | None:
     """Returns the user that owns the client's end of a TCP connection over loopback, by both ends' addresses; None when
-    it is not over loopback, or the connection is gone. Reads a table of all connections."""
+    it is not over loopback, or the connection is gone."""
     try:
-        ends = [(ipaddress.ip_address(host), port) for host, port in (client, server)]
-    except ValueError:
+        found = holder(client, server) if is_loopback(client[0]) and is_loopback(server[0]) else None
+    except (OSError, ValueError):
         return None
-    plain = [(getattr(address, "ipv4_mapped", None) or address, port) for address, port in ends]
-    if not all(address.is_loopback for address, _ in plain):
-        return None
-    local, remote = ([f"{form}:{port:04X}" for form in _forms(address)] for address, port in plain)
-    for table in _TABLES:
-        try:
-            with table.open() as lines:
-                for line in lines:
-                    fields = line.split()
-                    if len(fields) > 9 and fields[1] in local and fields[2] in remote:
-                        # A closed end has no inode, and root as its owner, whichever user had it.
-                        return int(fields[7]) if fields[9] != "0" else None
-        except OSError:
-            continue
-    return None
-
-
-def _forms(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[str]:
-    """Returns an address as the kernel's tables write it: words of 32 bits in the byte order of the machine."""
-    packed = [address.packed]
-    if address.version == 4:
-        # A client with a socket for both families is in the table of IPv6.
-        packed.append(bytes(10) + b"\xff\xff" + address.packed)
-    return ["".join(f"{word:08X}" for word in struct.unpack(f"={len(each) // 4}I", each)) for each in packed]
+    return found.uid if found is not None and found.inode else None
 
 
 def open_as(credentials: Credentials, path: Path) -> int:

@@ -17,8 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import trio
-
 from volant import images, oci
 from volant.host import Credentials, loopback_peer_uid
 from volant.images import ArtifactCache, ImageError
@@ -70,7 +68,7 @@ async def admit(context: Context, manifest: Manifest) -> None:
         if artifact is None or path is None or may_name(context, path) or await artifacts.has(artifact):
             continue
         field = f"boot.{name}.url"
-        credentials = await client_credentials(context)
+        credentials = client_credentials(context)
         if credentials is None:
             raise Problem(
                 403, "artifact-not-allowed", f"{field} is a path of the daemon's host, and this client may name none",
@@ -86,7 +84,7 @@ def may_name(context: Context, path: Path) -> bool:
     return context.caller.may(Permission.ADMIN) and context.deps.vms.artifacts.may_read(path)
 
 
-async def client_credentials(context: Context) -> Credentials | None:
+def client_credentials(context: Context) -> Credentials | None:
     """The user of this host that asks; None: unknown, or without meaning."""
     scope, access = context.scope, context.deps.access
     if not context.caller.may(Permission.ADMIN):
@@ -98,7 +96,7 @@ async def client_credentials(context: Context) -> Credentials | None:
         return found
     if access.asks_for_key or not scope.get("client") or not scope.get("server"):
         return None
-    uid = await trio.to_thread.run_sync(loopback_peer_uid, scope["client"], scope["server"])
+    uid = loopback_peer_uid(scope["client"], scope["server"])
     return Credentials.own() if uid == os.geteuid() else None
 
 

@@ -134,7 +134,7 @@ async def admit_image(context: Context, reference: str, field: str = "reference"
     path = await trio.to_thread.run_sync(os.path.realpath, found.name)
     if may_name(context, Path(found.name)) and may_name(context, Path(path)):
         return
-    credentials = await client_credentials(context)
+    credentials = client_credentials(context)
     if credentials is None or credentials.uid not in (0, os.geteuid()):
         raise Problem(
             403, "image-not-allowed", f"{field} is a file of the daemon's host, and this client may name none there",
