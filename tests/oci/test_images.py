@@ -291,7 +291,7 @@ async def test_plain_http_has_to_be_allowed(tmp_path: Path, registry: Registry) 
     async with opened(tmp_path) as images:
         error = await refused(images, named(registry), registry.auth)
         assert error.code == "registry_unreachable"
-        assert "allowed for it by name" in error.hint
+        assert "oci_plain_http" in error.hint
         error = await refused(images, parse_reference("127.0.0.1:1/app"))
         assert error.code == "registry_unreachable"
 
