@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
@@ -52,7 +51,7 @@ class Stranger:
 @contextmanager
 def listening(address: str = "127.0.0.1") -> Iterator[Stranger]:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    command = [sys.executable, "-c", _LISTENER, address, str(int(family))]
+    command = ["/usr/bin/python3", "-I", "-c", _LISTENER, address, str(int(family))]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, user=_USER, cwd="/") as process:
         try:
             yield Stranger(process, "[::1]" if family == socket.AF_INET6 else "127.0.0.1")

@@ -59,7 +59,9 @@ class PrivateMapping(msgspec.Struct, frozen=True):
         A process may have an `O_PATH` descriptor of any file, and put it in the place of another one at any moment. So
         what was opened is compared with the mapping, which needs the right to read the file.
         """
-        for path in Path(f"/proc/{self.pid}/fd").iterdir():
+        with _procfs.as_user_of(self.pid):
+            paths = list(Path(f"/proc/{self.pid}/fd").iterdir())
+        for path in paths:
             try:
                 with _procfs.as_user_of(self.pid):
                     if str(path.readlink()) != self.name:
