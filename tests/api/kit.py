@@ -38,7 +38,7 @@ from volant.oci import ImageLibrary, ImageService, ImageSettings
 from volant.operations import TABLE, ApiDeps, Health, Table
 from volant.secrets import KeyFile, Secrets
 from volant.templates import TemplateBuilder, Templates, TemplateStore, WarmPool, WarmPoolLimits
-from volant.transfer import BaseFiles, Transfers, TransferSettings
+from volant.transfer import BaseFiles, Transfers, TransferSettings, registries
 from volant.vm import BootSlots, Vms, VmSettings, bounds_of, image_users
 from volant.vm._streams import Streams
 
@@ -355,10 +355,15 @@ async def api(
     )
     supervisor = DynamicSupervisor(intensity=3, period_s=60)
     image_events = ImageEvents(journal.ref)
+    artifacts = ArtifactCache(path / "cache", path, timeout_s=60, max_mb=64, origins=origins)
     images = ImageService(
         host,
         ImageSettings(
-            state_dir=path, cache_dir=path / "cache", runtime_dir=path / "run", plain_http=frozenset(plain_http)
+            state_dir=path,
+            cache_dir=path / "cache",
+            runtime_dir=path / "run",
+            plain_http=frozenset(plain_http),
+            registries=partial(registries, artifacts),
         ),
         users=lambda: image_users(store.projection),
         observe=image_events.observe,
@@ -370,7 +375,7 @@ async def api(
         journal=journal.ref,
         store=store,
         logs=logs,
-        artifacts=ArtifactCache(path / "cache", path, timeout_s=60, max_mb=64, origins=origins),
+        artifacts=artifacts,
         oci=oci,
         templates=templates,
         builder=builder.ref,

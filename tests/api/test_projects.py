@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import socket
 from collections import Counter
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,6 +18,8 @@ from actors import Ref
 from tests.api.kit import UPGRADE, Api, api, request, streamed
 from tests.api.test_mcp import call as tool_call
 from tests.api.test_snapshots import kept
+from tests.oci.registry import needs_registry
+from tests.web_server import WebServer
 from volant.host._threads import LinuxThreads
 from volant.http import ApiSettings
 from volant.http._keys import MAX_TICKETS_OF_ONE
@@ -193,6 +196,33 @@ async def test_only_an_administrator_names_registries_that_are_not_public(served
         for path, body in (("images/pull", {"reference": reference}), ("vms", {"name": "a", "image": reference})):
             answer = await served.client.post(f"/api/v1/{path}", json=body)
             assert (answer.status_code, answer.json()["type"]) == (403, "urn:volant:error:registry-not-allowed")
+
+
+@pytest.mark.programs
+@needs_registry
+async def test_a_registry_that_moves_after_the_check_is_for_administrators_alone(
+    served: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look_up, asked = socket.getaddrinfo, list[str]()
+
+    def moving(host: Any, port: Any, *args: Any, **kwargs: Any) -> Any:
+        if host != "registry.test":
+            return look_up(host, port, *args, **kwargs)
+        asked.append(host)
+        address = "127.0.0.1" if len(asked) > 1 else "93.184.215.14"
+        return [(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP, "", (address, port))]
+
+    with WebServer() as inside:
+        monkeypatch.setattr(socket, "getaddrinfo", moving)
+        body, administrators = {"reference": f"registry.test:{inside.port}/app:1"}, dict(served.client.headers)
+        await act_as(served)
+        answer = await served.client.post("/api/v1/images/pull", json=body)
+        assert (answer.status_code, answer.json()["type"]) == (403, "urn:volant:error:registry-not-allowed")
+        assert len(asked) == 2
+        served.client.headers.update(administrators)
+        answer = await served.client.post("/api/v1/images/pull", json=body)
+        # It has no TLS.
+        assert (answer.status_code, answer.json()["type"]) == (503, "urn:volant:error:registry-unreachable")
 
 
 REST_S = 30.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import stat
 import subprocess
 import sys
@@ -110,7 +111,8 @@ def test_a_place_that_is_missing_is_an_error_with_advice(tmp_path: Path) -> None
 HOSTILE = """
 import os, signal, socket, sys
 from pathlib import Path
-secret, auth, other, port = *map(Path, sys.argv[1:4]), int(sys.argv[4])
+secret, auth, other = map(Path, sys.argv[1:4])
+port, elsewhere = map(int, sys.argv[4:6])
 def tries(name, act):
     try:
         act()
@@ -128,6 +130,13 @@ tries("build", build)
 tries("auth", auth.read_bytes)
 tries("hosts", Path("/etc/hosts").read_bytes)
 tries("registry", lambda: socket.create_connection(("127.0.0.1", port), 5).close())
+tries("elsewhere", lambda: socket.create_connection(("127.0.0.1", elsewhere), 5).close())
+tries("multipath", lambda: socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262).connect(("127.0.0.1", elsewhere)))
+tries("fast open", lambda: socket.socket().sendto(b"x", 0x20000000, ("127.0.0.1", elsewhere)))
+tries("listen", lambda: socket.create_server(("127.0.0.1", 0)))
+for family in socket.AF_INET, socket.AF_INET6:
+    tries(f"datagram {family}", lambda: socket.socket(family, socket.SOCK_DGRAM))
+tries("unix", lambda: socket.socket(socket.AF_UNIX).connect(str(secret.parent.parent / "api")))
 tries("read", secret.read_bytes)
 tries("open", (secret.parent / "readable").read_bytes)
 tries("list", lambda: os.listdir(secret.parent))
@@ -164,10 +173,15 @@ async def test_a_hostile_skopeo_has_its_own_files_and_the_network_alone(
         path.chmod(0o600)
         await isolation.let_read(host, path)
     await isolation.share(host, work)
-    with WebServer() as server:
+    with WebServer() as server, WebServer() as elsewhere, socket.socket(socket.AF_UNIX) as api:
+        api.bind(str(place / "api"))
+        api.listen()
+        (place / "api").chmod(0o777)
+        ports = [server.port] if transport == "docker" else []
         status, output = await host.processes.run(
-            [str(SYSTEM_PYTHON), "-c", HOSTILE, str(state / "keys"), str(auth), str(other), str(server.port)],
-            env={"PATH": "/usr/bin"}, cwd=work, timeout_s=60, sandbox=isolation.skopeo(work, transport, [auth]),
+            [str(SYSTEM_PYTHON), "-c", HOSTILE, str(state / "keys"), str(auth), str(other),
+             str(server.port), str(elsewhere.port)],
+            env={"PATH": "/usr/bin"}, cwd=work, timeout_s=60, sandbox=isolation.skopeo(work, transport, [auth], ports),
         )  # fmt: skip
     said = dict(line.split(" ", 1) for line in output.decode().splitlines())
     assert status == 0, output

@@ -61,6 +61,7 @@ async def opened(tmp_path: Path, *plain_http: str, **limits: Any) -> AsyncIterat
         stalled_s=limits.pop("stalled_s", 60.0),
         retries=limits.pop("retries", 0),
         isolation=limits.pop("isolation", Isolation()),
+        **limits.pop("skopeo", {}),
     )
     options = limits.pop("options", {})
     async with open_images(Host(), tmp_path / "cache/oci", skopeo, limits=FetchLimits(**limits), **options) as images:

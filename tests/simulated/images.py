@@ -53,7 +53,7 @@ class SimImages:
         self._directory = cache_dir / "oci"
 
     async def resolve(
-        self, reference: str, project: str, *, auth: bytes | None = None, refresh: bool = False
+        self, reference: str, project: str, *, auth: bytes | None = None, refresh: bool = False, is_admin: bool = False
     ) -> Resolved:
         name = str(parse_reference(reference))
 
@@ -100,7 +100,7 @@ class SimImages:
         return await self._calls.run(commit)
 
     async def pull(
-        self, reference: str, project: str, *, auth: bytes | None = None, refresh: bool = False
+        self, reference: str, project: str, *, auth: bytes | None = None, refresh: bool = False, is_admin: bool = False
     ) -> CachedImage:
         found = await self.resolve(reference, project, auth=auth, refresh=refresh)
         return await self.obtain_digest(found.digest, reference, project)

@@ -154,7 +154,7 @@ class Daemon:
         self._image_events = ImageEvents(self._journal.ref)
         self._images = ImageService(
             self.host,
-            image_settings(settings, os.environ, sandbox),
+            image_settings(settings, os.environ, sandbox, artifacts),
             users=partial(image_users, projection),
             observe=self._image_events.observe,
         )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import msgspec
 
 from volant.hypervisor.qemu import SandboxPlan
+from volant.images import ArtifactCache
 from volant.oci import ImageSettings, Isolation
-from volant.transfer import TransferSettings
+from volant.transfer import TransferSettings, registries
 from volant.vm import VmSettings
 
 from ._directories import vm_directories
@@ -48,7 +50,9 @@ def transfer_settings(settings: Settings, environ: Mapping[str, str]) -> Transfe
     )
 
 
-def image_settings(settings: Settings, environ: Mapping[str, str], sandbox: SandboxPlan | None) -> ImageSettings:
+def image_settings(
+    settings: Settings, environ: Mapping[str, str], sandbox: SandboxPlan | None, artifacts: ArtifactCache
+) -> ImageSettings:
     """Returns what images depend on. The proxies of the daemon's environment are those of its fetches."""
     isolation = None
     if sandbox is not None:
@@ -66,6 +70,7 @@ def image_settings(settings: Settings, environ: Mapping[str, str], sandbox: Sand
         certificates=settings.oci_ca_dir,
         auth_file=settings.oci_auth_file,
         environment=_proxies(environ),
+        registries=partial(registries, artifacts),
     )
 
 

@@ -72,8 +72,8 @@ class Sandbox(msgspec.Struct, frozen=True, kw_only=True):
     modes: bool = False
     """Whether it may change the mode of all files that its user owns. A change of owner does nothing then, and does not
     fail: programs that unpack archives want to give directories to root."""
-    tcp: bool = False
-    """Whether it may use TCP."""
+    tcp: tuple[int, ...] = ()
+    """The ports to which it may connect by TCP; if there are some, it may use no other sockets."""
     no_connect: bool = False
     """Whether it may use no sockets but those it is given, and streams over Unix sockets, to which others connect."""
     no_reservation: bool = False
@@ -92,7 +92,8 @@ TREES_SINCE = 2
 _FS_BITS = {1: 13, 2: 14, 3: 15, 4: 15}
 _FS_BITS_NOW = 16
 _OF_FILES = _FS_EXECUTE | _FS_WRITE_FILE | _FS_READ_FILE | _FS_TRUNCATE | _FS_IOCTL_DEV
-_NO_TCP, _TCP_SINCE = 0b11, 4
+_OF_PATH, _OF_PORT = 1, 2
+_TCP, _TCP_CONNECT, _TCP_SINCE = 0b11, 0b10, 4
 _SCOPED, _SCOPED_SINCE = 0b11, 6
 _SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/nix/store", "/gnu/store", "/etc/ld.so.cache")
 """Installed programs and their libraries."""
@@ -254,8 +255,9 @@ def _rules(sandbox: Sandbox) -> list[_seccomp.Rule]:
         denied += _seccomp.CHOWN
     if sandbox.no_connect:
         rules += _seccomp.NO_CONNECT
-    if not sandbox.tcp:
-        rules += _seccomp.NO_FAST_OPEN
+    if sandbox.tcp:
+        rules += _seccomp.ONLY_TCP
+    rules += _seccomp.NO_FAST_OPEN
     if sandbox.no_reservation:
         rules += _seccomp.NO_RESERVATION
     return [_seccomp.Rule(denied), *rules]
@@ -277,15 +279,14 @@ def opened_ruleset(sandbox: Sandbox, place: int, open_files: ExitStack) -> int:
     if not version:
         raise OSError(errno.EOPNOTSUPP, "the kernel has no Landlock")
     known = (1 << _FS_BITS.get(version, _FS_BITS_NOW)) - 1
-    no_tcp = 0 if sandbox.tcp or version < _TCP_SINCE else _NO_TCP
-    attributes = struct.pack("=QQQ", known, no_tcp, _SCOPED if version >= _SCOPED_SINCE else 0)
+    attributes = struct.pack("=QQQ", known, _TCP, _SCOPED if version >= _SCOPED_SINCE else 0)
     attributes = attributes[: 24 if version >= _SCOPED_SINCE else 16 if version >= _TCP_SINCE else 8]
     rules = _syscall(_CREATE_RULESET, attributes, len(attributes), 0)
     open_files.callback(os.close, rules)
 
     def allow(fd: int, rights: int) -> None:
         rule = struct.pack("=Qi", rights & known, fd)
-        _syscall(_ADD_RULE, rules, 1, rule, 0)
+        _syscall(_ADD_RULE, rules, _OF_PATH, rule, 0)
 
     def allow_path(path: Path | str, rights: int, *, must_be: bool) -> None:
         try:
@@ -319,6 +320,9 @@ def opened_ruleset(sandbox: Sandbox, place: int, open_files: ExitStack) -> int:
     everything = make | _FS_MAKE_DIR | _FS_REMOVE_DIR | _FS_REFER | _FS_MAKE_SYM | _FS_MAKE_FIFO | _FS_MAKE_SOCK
     for path in sandbox.shared:
         allow_path(path, everything, must_be=True)
+    if version >= _TCP_SINCE:
+        for port in sandbox.tcp:
+            _syscall(_ADD_RULE, rules, _OF_PORT, struct.pack("=QQ", _TCP_CONNECT, port), 0)
     return rules
 
 

@@ -54,6 +54,7 @@ MODES = {
 MSG_FASTOPEN = 0x20000000
 _SOCK_TYPE_MASK = 0xF
 _PUNCH_HOLE = 0x02
+_IP = (socket.AF_INET, socket.AF_INET6)
 _ALL = 0xFFFFFFFF
 
 
@@ -85,13 +86,22 @@ NO_FAST_OPEN = [
     Rule(("sendmsg",), conditions=(Condition(2, MSG_FASTOPEN, MSG_FASTOPEN),)),
 ]
 """Sending connects then, and Landlock is not asked (Linux 6.12)."""
+_OTHER_TYPE = Condition(1, _SOCK_TYPE_MASK, socket.SOCK_STREAM, equal=False)
 NO_CONNECT = [
     Rule(("connect",)),
     # Datagrams need no connection. A Unix socket of the type SOCK_RAW sends datagrams, too.
     Rule(("socket", "socketpair"), conditions=(Condition(0, _ALL, socket.AF_UNIX, equal=False),)),
-    Rule(("socket", "socketpair"), conditions=(Condition(1, _SOCK_TYPE_MASK, socket.SOCK_STREAM, equal=False),)),
+    Rule(("socket", "socketpair"), conditions=(_OTHER_TYPE,)),
 ]
 """Only streams over Unix sockets, to which others connect."""
+_OTHER_PROTOCOL = tuple(Condition(2, _ALL, each, equal=False) for each in (0, socket.IPPROTO_TCP))
+ONLY_TCP = [
+    # Programs ask by netlink which addresses the host has.
+    Rule(("socket",), conditions=tuple(Condition(0, _ALL, each, equal=False) for each in (*_IP, socket.AF_NETLINK))),
+    *(Rule(("socket",), conditions=(Condition(0, _ALL, each), _OTHER_TYPE)) for each in _IP),
+    *(Rule(("socket",), conditions=(Condition(0, _ALL, each), *_OTHER_PROTOCOL)) for each in _IP),
+]
+"""No Unix sockets, no datagrams, and no other streams: Landlock does not see those of Multipath TCP."""
 NO_RESERVATION = [Rule(("fallocate",), errno.EOPNOTSUPP, (Condition(1, _PUNCH_HOLE, _PUNCH_HOLE, equal=False),))]
 """Files may lose space and not get it beyond their ends, where nobody sees it. Programs then write zeros instead."""
 

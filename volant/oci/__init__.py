@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ._disk import disk_path
     from ._distribution import RegistryAccess, Repository, open_repository
     from ._fetch import FetchLimits, Resolved
+    from ._gate import Resolve
     from ._images import OciImages, Pruned, Pull, open_images
     from ._manifest import AMD64, Descriptor, Index, IndexEntry, Manifest, Platform, digest_of, parse_manifest
     from ._reference import DEFAULT_REGISTRY, Reference, parse_reference
@@ -33,6 +34,7 @@ else:
         "read_auth_file": "_auth",
         **dict.fromkeys(("ImageConfig", "ImageHealthCheck", "Port", "parse_config"), "_config"),
         **dict.fromkeys(("FetchLimits", "Resolved"), "_fetch"),
+        "Resolve": "_gate",
         **dict.fromkeys(("OciImages", "Pruned", "Pull", "open_images"), "_images"),
         **dict.fromkeys(("AMD64", "Descriptor", "Index", "IndexEntry", "Manifest", "Platform"), "_manifest"),
         **dict.fromkeys(("digest_of", "parse_manifest"), "_manifest"),
@@ -77,6 +79,7 @@ __all__ = [
     "RegistryAccess",
     "Report",
     "Repository",
+    "Resolve",
     "Resolved",
     "Skopeo",
     "digest_of",

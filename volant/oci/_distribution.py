@@ -17,9 +17,8 @@ import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 from urllib.parse import quote, unquote, urlencode, urljoin, urlsplit
-from urllib.request import proxy_bypass
 
 import httpcore
 import msgspec
@@ -29,6 +28,7 @@ from volant.concurrency import Backoff
 
 from ._credentials import Credentials, find_credentials
 from ._errors import OciError
+from ._gate import Resolve, proxy_for
 from ._manifest import MAX_DOCUMENT_BYTES, digest_of
 from ._reference import DEFAULT_REGISTRY, Reference
 
@@ -55,16 +55,6 @@ _CONTROL = re.compile(r"[^\x20-\x7e]+")
 _PARAMETER = re.compile(r'([a-zA-Z]{1,32})="((?:[^"\\]|\\.)*)"')
 _TOKEN = re.compile(r"[!-~]{1,16384}\Z")
 _ACCEPT = "application/vnd.oci.image.manifest.v1+json"
-
-
-class Resolve(Protocol):
-    """Looks hosts up."""
-
-    async def __call__(self, host: str, port: int, *, must_exist: bool) -> list[str]:
-        """Returns the addresses of a host to connect to.
-
-        :raises OciError: one is not allowed, or there is none and `must_exist` :raises OSError: there is no answer
-        """
 
 
 class RegistryAccess(msgspec.Struct, frozen=True, kw_only=True):
@@ -339,7 +329,7 @@ class Repository:
         scope.deadline = deadline + trio.current_time() - since + count / _LEAST_BYTES_PER_S
 
     async def _pool(self, url: str, timeout_s: float) -> httpcore.AsyncConnectionPool:
-        proxy = self._proxy(url)
+        proxy = proxy_for(url, self._access.environment)
         if proxy is not None:
             # It connects where it is asked to, and may know names that this host does not.
             target = urlsplit(f"//{unquote(urlsplit(url).netloc)}")
@@ -358,14 +348,6 @@ class Repository:
                 user = (unquote(found.username), unquote(found.password or "")) if found.username else None
                 self._pools[proxy] = httpcore.AsyncHTTPProxy(proxy, proxy_auth=user, **options)
         return self._pools[proxy]
-
-    def _proxy(self, url: str) -> str | None:
-        proxies = _proxies(self._access.environment)
-        parts = urlsplit(url)
-        proxy = proxies.get(parts.scheme)
-        if proxy is None or proxy_bypass(parts.netloc, proxies):
-            return None
-        return proxy if "://" in proxy else f"http://{proxy}"
 
     def _is_own(self, url: str) -> bool:
         return urlsplit(url)[:2] == urlsplit(self._origin)[:2]
@@ -493,15 +475,6 @@ def _trust(registry: str, directory: Path | None) -> ssl.SSLContext:
                     "registry_unreachable", f"the certificates in {path} can't be read: {error}", "correct the file"
                 ) from error
     return context
-
-
-def _proxies(environment: Mapping[str, str]) -> dict[str, str]:
-    """Returns what the variables of proxies say, by scheme."""
-    return {
-        name.lower().removesuffix("_proxy"): value
-        for name, value in environment.items()
-        if name.lower().endswith("_proxy") and value
-    }
 
 
 def _headers(lines: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:

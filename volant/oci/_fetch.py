@@ -23,7 +23,7 @@ from ._layers import LayerJob
 from ._manifest import MAX_DOCUMENT_BYTES, Descriptor, Index, Manifest, Platform, digest_of, parse_manifest
 from ._reference import Reference
 from ._report import Report
-from ._skopeo import Skopeo
+from ._skopeo import Rights, Skopeo
 from ._store import Store, Work, disk_errors, first_numbers
 
 T = TypeVar("T")
@@ -74,7 +74,7 @@ class Fetcher(msgspec.Struct, frozen=True, kw_only=True):
     limits: FetchLimits
     platform: Platform
 
-    async def resolve(self, reference: Reference, auth: Path, work: Work, report: Report) -> Target:
+    async def resolve(self, reference: Reference, rights: Rights, work: Work, report: Report) -> Target:
         """Returns what a reference means, checked. Of a file it copies the layers, too, as it may contain several
         images, and skopeo chooses.
 
@@ -82,7 +82,7 @@ class Fetcher(msgspec.Struct, frozen=True, kw_only=True):
         """
         if reference.transport == "docker":
             report.phase = "resolving"
-            data, manifest = await _resolve(self.skopeo, reference, auth, work, self.platform)
+            data, manifest = await _resolve(self.skopeo, reference, rights, work, self.platform)
             source = reference.with_digest(digest_of(data))
             found = await trio.to_thread.run_sync(self.store.find, source.digest)
             if found is not None:
@@ -90,7 +90,7 @@ class Fetcher(msgspec.Struct, frozen=True, kw_only=True):
                     source=source, digest=source.digest, manifest=manifest, config=found.config, total_bytes=0,
                     is_cached=True,
                 )  # fmt: skip
-            document = await self.skopeo.inspect(source, work.scratch, auth, config=True)
+            document = await self.skopeo.inspect(source, work.scratch, rights, config=True)
             config = parse_config(_checked(document, manifest.config), manifest, self.platform)
             total = _missing(manifest, await trio.to_thread.run_sync(self.store.having, config.diff_ids))
             self._check_size(reference, total)
@@ -98,7 +98,7 @@ class Fetcher(msgspec.Struct, frozen=True, kw_only=True):
                 source=source, digest=source.digest, manifest=manifest, config=config, total_bytes=total,
                 is_cached=False,
             )  # fmt: skip
-        await self._copy(await self._readable(reference, work), auth, work, report, self.limits.max_bytes)
+        await self._copy(await self._readable(reference, work), rights, work, report, self.limits.max_bytes)
         digest, manifest, config = await self._as_skopeo(partial(_read_layout, work, self.platform))
         is_cached = await trio.to_thread.run_sync(self.store.find, digest) is not None
         total = sum(layer.size for layer in manifest.layers)
@@ -107,7 +107,7 @@ class Fetcher(msgspec.Struct, frozen=True, kw_only=True):
             is_cached=is_cached,
         )  # fmt: skip
 
-    async def fetch(self, target: Target, auth: Path, work: Work, report: Report) -> None:
+    async def fetch(self, target: Target, rights: Rights, work: Work, report: Report) -> None:
         """Puts an image with its layers into the cache. :raises OciError:"""
         manifest, config = target.manifest, target.config
         held = await trio.to_thread.run_sync(self.store.hold, work, config.diff_ids)
@@ -122,7 +122,7 @@ class Fetcher(msgspec.Struct, frozen=True, kw_only=True):
             report.begin(total, len(manifest.layers) - len(held))
 
             async def copy() -> None:
-                await self._copy(target.source, auth, work, report, total)
+                await self._copy(target.source, rights, work, report, total)
                 await trio.to_thread.run_sync(work.arrived.touch)
                 report.phase = "converting"
 
@@ -135,10 +135,10 @@ class Fetcher(msgspec.Struct, frozen=True, kw_only=True):
         await trio.to_thread.run_sync(self.store.commit, work, target.digest, config, made)
         report.is_done = True
 
-    async def _copy(self, source: Reference, auth: Path, work: Work, report: Report, max_bytes: int) -> None:
+    async def _copy(self, source: Reference, rights: Rights, work: Work, report: Report, max_bytes: int) -> None:
         report.phase = "fetching"
         await self.skopeo.copy(
-            source, work.layout, auth, platform=self.platform, max_bytes=max_bytes, progress=report.count
+            source, work.layout, rights, platform=self.platform, max_bytes=max_bytes, progress=report.count
         )
 
     async def _convert(
@@ -245,16 +245,16 @@ def _missing(manifest: Manifest, held: set[int]) -> int:
 
 
 async def _resolve(
-    skopeo: Skopeo, reference: Reference, auth: Path, work: Work, platform: Platform
+    skopeo: Skopeo, reference: Reference, rights: Rights, work: Work, platform: Platform
 ) -> tuple[bytes, Manifest]:
     """Returns the manifest for a platform that a registry has under a reference, as bytes and read."""
-    data = await skopeo.inspect(reference, work.scratch, auth)
+    data = await skopeo.inspect(reference, work.scratch, rights)
     if reference.digest and digest_of(data) != reference.digest:
         raise _mismatch(f"the manifest of {reference} has the digest {digest_of(data)}")
     document = parse_manifest(data)
     if isinstance(document, Index):
         entry = document.choose(platform)
-        data = _checked(await skopeo.inspect(reference.with_digest(entry.digest), work.scratch, auth), entry)
+        data = _checked(await skopeo.inspect(reference.with_digest(entry.digest), work.scratch, rights), entry)
         document = parse_manifest(data)
     if not isinstance(document, Manifest):
         raise OciError("image_unsupported", f"{reference} is an index of indexes", "name a manifest by its digest")

@@ -24,7 +24,7 @@ from ._prune import surplus
 from ._reference import Reference, parse_reference
 from ._report import Kind, Observe, PullEvent, Report
 from ._service import PRIVATE, ImageSettings, ImageUser
-from ._skopeo import Skopeo
+from ._skopeo import Rights, Skopeo
 from ._store import CachedImage, Store, Work, disk_errors
 from ._upload import ArchiveUpload, archive_kind
 
@@ -128,6 +128,7 @@ def load_images(
         certificates=settings.certificates,
         auth_file=settings.auth_file,
         isolation=settings.isolation,
+        registries=settings.registries,
     )
     limits = FetchLimits(timeout_s=settings.timeout_s, max_bytes=settings.max_bytes)
     store = Store(settings.cache_dir / "oci", skopeo.user)
@@ -182,7 +183,9 @@ class OciImages:
         await self._skopeo.forget_credentials()
         await trio.to_thread.run_sync(self._store.sweep)
 
-    async def obtain(self, reference: Reference, *, auth: bytes | None = None, refresh: bool = False) -> CachedImage:
+    async def obtain(
+        self, reference: Reference, *, auth: bytes | None = None, refresh: bool = False, is_admin: bool = False
+    ) -> CachedImage:
         """Returns an image, whole and in the cache; fetches it if the cache has no image under this reference. Files
         are read each time.
 
@@ -191,16 +194,19 @@ class OciImages:
 
         :param auth: the content of an auth file; a fetch with credentials is for this caller alone
         :param refresh: asks the registry again what the tag means
+        :param is_admin: whether the fetch may connect to hosts without a public address
         :raises OciError: see the list in `docs/explanation/oci.md`
         """
         if not refresh and (found := await self._recall(reference)) is not None:
             return found
-        fetch = self._begin(reference, auth)
+        fetch = self._begin(reference, auth, is_admin=is_admin)
         with _waiting(fetch):
             await fetch.done.wait()
         return fetch.result or fetch.raise_error()
 
-    async def resolve(self, reference: Reference, *, auth: bytes | None = None, refresh: bool = False) -> Resolved:
+    async def resolve(
+        self, reference: Reference, *, auth: bytes | None = None, refresh: bool = False, is_admin: bool = False
+    ) -> Resolved:
         """Returns what a reference means once manifest and configuration are known and checked, without the network
         if the cache has it.
 
@@ -211,7 +217,7 @@ class OciImages:
         """
         if not refresh and (found := await self._recall(reference)) is not None:
             return Resolved(reference=str(reference), digest=found.digest, config=found.config)
-        fetch = self._begin(reference, auth)
+        fetch = self._begin(reference, auth, is_admin=is_admin)
         with _waiting(fetch):
             await fetch.resolved.wait()
             if fetch.found is None:
@@ -253,10 +259,12 @@ class OciImages:
             await fetch.done.wait()
         return fetch.result or fetch.raise_error()
 
-    async def pull(self, reference: Reference, *, auth: bytes | None = None, refresh: bool = False) -> CachedImage:
+    async def pull(
+        self, reference: Reference, *, auth: bytes | None = None, refresh: bool = False, is_admin: bool = False
+    ) -> CachedImage:
         """Returns an image, whole and in the cache, as `obtain` does. The fetch goes on for a while if the caller is
         cancelled. :raises OciError:"""
-        found = await self.resolve(reference, auth=auth, refresh=refresh)
+        found = await self.resolve(reference, auth=auth, refresh=refresh, is_admin=is_admin)
         return await self.obtain_digest(found.digest, reference)
 
     @asynccontextmanager
@@ -420,9 +428,11 @@ class OciImages:
         # A file may have changed, and is at hand.
         return await trio.to_thread.run_sync(self._use, reference) if reference.registry else None
 
-    def _begin(self, reference: Reference, auth: bytes | None, *, name: Reference | None = None) -> _Fetch:
+    def _begin(
+        self, reference: Reference, auth: bytes | None, *, is_admin: bool = False, name: Reference | None = None
+    ) -> _Fetch:
         """Returns the fetch of a reference; starts it unless it is under way. :raises OciError: there are too many"""
-        key: object = reference if auth is None else object()
+        key: object = (reference, is_admin) if auth is None else object()
         fetch = self._under_way.get(key)
         # Nobody waits for a cancelled one any more.
         if fetch is None or fetch.scope.cancel_called:
@@ -431,7 +441,7 @@ class OciImages:
                     "too_many_fetches", f"{_MAX_FETCHES} images are being fetched already", "try again later"
                 )
             fetch = self._under_way[key] = _Fetch(reference, name or reference)
-            self._nursery.start_soon(self._run, key, fetch, auth)
+            self._nursery.start_soon(self._run, key, fetch, auth, is_admin)
         return fetch
 
     def _fetch_of(self, digest: str, *, first: bool = False) -> _Fetch | None:
@@ -442,12 +452,12 @@ class OciImages:
                 return fetch
         return None
 
-    async def _run(self, key: object, fetch: _Fetch, auth: bytes | None) -> None:
+    async def _run(self, key: object, fetch: _Fetch, auth: bytes | None, is_admin: bool) -> None:
         # Kept if this task is cancelled.
         fetch.error = OciError("fetch_interrupted", f"{fetch.name}: the fetch was given up", "try again")
         try:
             with fetch.scope:
-                fetch.result = await self._within_limits(fetch, auth)
+                fetch.result = await self._within_limits(fetch, auth, is_admin)
         except OciError as error:
             # A client does not know where its archive lies here.
             message = error.message.replace(str(fetch.reference), str(fetch.name))
@@ -460,12 +470,12 @@ class OciImages:
             fetch.resolved.set()
             fetch.done.set()
 
-    async def _within_limits(self, fetch: _Fetch, auth: bytes | None) -> CachedImage:
+    async def _within_limits(self, fetch: _Fetch, auth: bytes | None, is_admin: bool) -> CachedImage:
         with trio.move_on_after(self._limits.timeout_s):
-            async with self._skopeo.credentials(auth) as auth_file, self._working() as work:
+            async with self._skopeo.rights(auth, is_admin=is_admin) as rights, self._working() as work:
                 # A file is copied already when it is resolved.
                 async with self._resolving if fetch.reference.registry else self._slots:
-                    target = await self._fetcher.resolve(fetch.reference, auth_file, work, fetch.report)
+                    target = await self._fetcher.resolve(fetch.reference, rights, work, fetch.report)
                 fetch.report.total_bytes = target.total_bytes
                 fetch.found = Resolved(
                     reference=str(fetch.reference), digest=target.digest, config=target.config,
@@ -473,11 +483,11 @@ class OciImages:
                 )  # fmt: skip
                 fetch.resolved.set()
                 if not target.is_cached and not await self._wait_for_first(fetch, target):
-                    await self._fetch_layers(fetch, target, auth_file, work)
+                    await self._fetch_layers(fetch, target, rights, work)
             return await self._found(fetch.name, target.digest)
         raise OciError("timeout", f"{fetch.name} did not arrive within {self._limits.timeout_s:g} s", "allow more time")
 
-    async def _fetch_layers(self, fetch: _Fetch, target: Target, auth_file: Path, work: Work) -> None:
+    async def _fetch_layers(self, fetch: _Fetch, target: Target, rights: Rights, work: Work) -> None:
         report = fetch.report
 
         def notify(kind: Kind, code: str = "", message: str = "") -> None:
@@ -495,7 +505,7 @@ class OciImages:
         failure: OciError | None = OciError("fetch_interrupted", "the fetch was given up")
         try:
             async with self._slots:
-                await self._fetcher.fetch(target, auth_file, work, report)
+                await self._fetcher.fetch(target, rights, work, report)
         except OciError as error:
             failure = error
             raise

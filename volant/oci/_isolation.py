@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -37,8 +37,8 @@ class Isolation(msgspec.Struct, frozen=True, kw_only=True):
         """The user of the programs, and the group of that number."""
         return None if self.users is None else user_of_images(self.users)
 
-    def skopeo(self, work: Path, transport: str, read: Iterable[Path]) -> Sandbox:
-        """Returns the sandbox of skopeo, which writes below `work` and reads `read`."""
+    def skopeo(self, work: Path, transport: str, read: Iterable[Path], ports: Collection[int]) -> Sandbox:
+        """Returns the sandbox of skopeo, which writes below `work`, reads `read` and connects to TCP `ports`."""
         wanted = (*map(Path, _SKOPEO_READS), *read)
         return Sandbox(
             # A directory of the host is read with the daemon's rights.
@@ -49,7 +49,8 @@ class Isolation(msgspec.Struct, frozen=True, kw_only=True):
             trees=(work,),
             # It unpacks archives as they are.
             modes=transport.endswith("-archive"),
-            tcp=transport == "docker",
+            tcp=tuple(ports),
+            no_connect=not ports,
         )
 
     async def share(self, host: Host, directory: Path) -> None:

@@ -20,6 +20,7 @@ from ._isolation import Isolation
 
 if TYPE_CHECKING:
     from ._fetch import Resolved
+    from ._gate import Resolve
     from ._images import OciImages, Pruned, Pull
     from ._report import Observe
     from ._store import CachedImage
@@ -44,13 +45,15 @@ class ImageSource(Protocol):
     """Where VMs get OCI images. References are texts, as people write them."""
 
     async def resolve(
-        self, reference: str, project: str, *, auth: bytes | None = None, refresh: bool = False
+        self, reference: str, project: str, *, auth: bytes | None = None, refresh: bool = False, is_admin: bool = False
     ) -> Resolved:
         """Returns an image whose manifest and configuration are known and checked; its layers are being fetched.
 
         :param project: the project in which the reference is looked up
         :param auth: the content of an auth file
         :param refresh: asks the registry again what the tag means
+        :param is_admin: whether the fetch may connect to hosts without a public address. A later one of
+            `obtain_digest` may not
         :raises OciError:
         """
 
@@ -69,7 +72,7 @@ class ImageLibrary(ImageSource, Protocol):
     """The images of the cache, for clients. Whoever waits for nothing but an answer has a deadline of its own."""
 
     async def pull(
-        self, reference: str, project: str, *, auth: bytes | None = None, refresh: bool = False
+        self, reference: str, project: str, *, auth: bytes | None = None, refresh: bool = False, is_admin: bool = False
     ) -> CachedImage:
         """Returns an image, whole and in the cache. The fetch goes on for a while if the caller is cancelled. Its
         parameters are those of `resolve`. :raises OciError:"""
@@ -144,13 +147,15 @@ class ImageSettings(msgspec.Struct, frozen=True, kw_only=True):
     isolation: Isolation | None = None
     """Of the programs that fetch and convert; None: they have no sandbox."""
     plain_http: frozenset[str] = frozenset()
-    """Registries that may be used without TLS, with their ports."""
+    """Registries that may be used without TLS, with their ports, and named at any address."""
     certificates: Path | None = None
     """A directory of CA certificates for registries."""
     auth_file: Path | None = None
     """An auth file for clients that give no credentials."""
     environment: Mapping[str, str] = {}
-    """More variables for skopeo, such as those of proxies."""
+    """With the variables of the operator's proxies."""
+    registries: Callable[[bool], Resolve] | None = None
+    """Looks hosts up for administrators (True) and others; None: everybody may use all."""
 
 
 class ImageService(msgspec.Struct):
@@ -179,10 +184,10 @@ class ImageService(msgspec.Struct):
                 self._nursery = self._images = None
 
     async def resolve(
-        self, reference: str, project: str, *, auth: bytes | None = None, refresh: bool = False
+        self, reference: str, project: str, *, auth: bytes | None = None, refresh: bool = False, is_admin: bool = False
     ) -> Resolved:
         images = await self._open()
-        return await images.resolve(images.parse(reference, project), auth=auth, refresh=refresh)
+        return await images.resolve(images.parse(reference, project), auth=auth, refresh=refresh, is_admin=is_admin)
 
     async def obtain_digest(
         self, digest: str, reference: str, project: str, *, auth: Callable[[], Awaitable[bytes]] | None = None
@@ -191,10 +196,10 @@ class ImageService(msgspec.Struct):
         return await images.obtain_digest(digest, images.parse(reference, project), auth=auth)
 
     async def pull(
-        self, reference: str, project: str, *, auth: bytes | None = None, refresh: bool = False
+        self, reference: str, project: str, *, auth: bytes | None = None, refresh: bool = False, is_admin: bool = False
     ) -> CachedImage:
         images = await self._open()
-        return await images.pull(images.parse(reference, project), auth=auth, refresh=refresh)
+        return await images.pull(images.parse(reference, project), auth=auth, refresh=refresh, is_admin=is_admin)
 
     @asynccontextmanager
     async def receiving(self, project: str) -> AsyncIterator[ArchiveUpload]:

@@ -6,10 +6,11 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import trio
 
@@ -17,6 +18,7 @@ from volant.concurrency import Backoff, open_helpers
 from volant.host import PROGRAM_ENVIRONMENT, Host, as_user
 
 from ._errors import OciError
+from ._gate import Resolve, open_gate, resolve_anywhere
 from ._isolation import Isolation, open_theirs
 from ._layers import PROGRAM_MEMORY, check_space
 from ._manifest import MAX_DOCUMENT_BYTES, Platform
@@ -66,6 +68,12 @@ _REASONS: tuple[tuple[str, str, str, str], ...] = (
         "registry_busy",
         "the registry is busy (429)",
         "wait a while, or give credentials: registries allow more requests with them",
+    ),
+    (
+        r"dial tcp \S+ connect: (permission denied|operation not permitted)",
+        "registry_not_allowed",
+        "it leads to a service of this host",
+        "an administrator can name a registry of this host in oci_plain_http",
     ),
     (
         r"authentication required|unauthorized|denied|\b40[13]\b|invalid username/password|authorization",
@@ -120,6 +128,20 @@ _REASONS: tuple[tuple[str, str, str, str], ...] = (
 """What skopeo says, our code and words for it, and what to do. The first that matches counts."""
 
 
+class Rights(NamedTuple):
+    """What a fetch may use."""
+
+    auth: Path
+    """An auth file."""
+    resolve: Resolve
+    """Says where it may connect."""
+
+
+def _anywhere(is_admin: bool) -> Resolve:
+    del is_admin
+    return resolve_anywhere
+
+
 class Skopeo:
     """Runs skopeo for one daemon."""
 
@@ -135,22 +157,25 @@ class Skopeo:
         certificates: Path | None = None,
         auth_file: Path | None = None,
         isolation: Isolation | None = None,
+        registries: Callable[[bool], Resolve] | None = None,
     ) -> None:
         """
         :param private_dir: for credentials, on a file system in memory
-        :param plain_http: registries that may be used without TLS, with their ports
-        :param environment: more variables, such as those of proxies
+        :param plain_http: registries that may be used without TLS, with their ports, and named at any address
+        :param environment: with the variables of the operator's proxies
         :param stalled_s: a copy that does not grow for so long is ended
         :param retries: after broken connections and the like, with growing pauses
         :param certificates: a directory of CA certificates for registries, beside those of the host
         :param auth_file: an auth file for fetches without credentials of their own
         :param isolation: what keeps it, and the process that converts, from everything but its files; None: they have
             no sandbox
+        :param registries: looks hosts up for administrators (True) and others; None: everybody may use all
         """
         self._host = host
         self._private_dir = private_dir
         self._plain_http = plain_http
-        self._environment = {**PROGRAM_ENVIRONMENT, **(environment or {})}
+        self._environment = environment or {}
+        self._registries = registries or _anywhere
         self._stalled_s = stalled_s
         self._retries = retries
         self._certificates = certificates
@@ -169,8 +194,11 @@ class Skopeo:
             await self.isolation.share(self._host, work)
 
     @asynccontextmanager
-    async def credentials(self, auth: bytes | None) -> AsyncIterator[Path]:
-        """Keeps the content of an auth file in a file for the length of a block; None: the daemon's, if it has one."""
+    async def rights(self, auth: bytes | None, *, is_admin: bool) -> AsyncIterator[Rights]:
+        """Keeps the content of an auth file in a file for the length of a block; None: the daemon's, if it has one.
+
+        :param is_admin: whether the fetch may connect to hosts without a public address
+        """
         if auth is None and self._auth_file is not None:
             auth = await self._own_credentials(self._auth_file)
         directory = self._private_dir / secrets.token_hex(8)
@@ -180,7 +208,7 @@ class Skopeo:
             await self._host.files.write(path, _NO_CREDENTIALS if auth is None else auth)
             if self.isolation is not None:
                 await self.isolation.let_read(self._host, path)
-            yield path
+            yield Rights(path, self._registries(is_admin))
         finally:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLEAR_S):
                 await self._host.files.remove_tree(directory)
@@ -199,15 +227,15 @@ class Skopeo:
         """Removes what a killed daemon left. :raises OSError:"""
         await self._host.files.remove_tree(self._private_dir)
 
-    async def inspect(self, reference: Reference, work: Path, auth: Path, *, config: bool = False) -> bytes:
+    async def inspect(self, reference: Reference, work: Path, rights: Rights, *, config: bool = False) -> bytes:
         """Returns a manifest, an index or, with `config`, a configuration, as the registry has it. Not checked.
 
         :raises OciError:
         """
-        arguments = ["inspect", "--raw", *(["--config"] if config else []), "--authfile", str(auth)]
+        arguments = ["inspect", "--raw", *(["--config"] if config else []), "--authfile", str(rights.auth)]
         arguments += [self._retry_option, *self._tls("", reference), source(reference)]
         try:
-            return await self._run(arguments, reference, work, auth, _ANSWER_S, MAX_DOCUMENT_BYTES, 0)
+            return await self._run(arguments, reference, work, rights, _ANSWER_S, MAX_DOCUMENT_BYTES, 0)
         except trio.TooSlowError:
             raise OciError(
                 "registry_unreachable", f"{reference.registry or reference}: no answer within {_ANSWER_S:g} s",
@@ -218,7 +246,7 @@ class Skopeo:
         self,
         reference: Reference,
         layout: Path,
-        auth: Path,
+        rights: Rights,
         *,
         platform: Platform,
         max_bytes: int,
@@ -233,12 +261,12 @@ class Skopeo:
         :raises OciError:
         """
         arguments = [f"--override-os={platform.os}", f"--override-arch={platform.architecture}", "copy", "--quiet"]
-        arguments += ["--src-authfile", str(auth), self._retry_option, "--dest-oci-accept-uncompressed-layers"]
+        arguments += ["--src-authfile", str(rights.auth), self._retry_option, "--dest-oci-accept-uncompressed-layers"]
         arguments += [*self._tls("src-", reference), source(reference), f"oci:{layout}:image"]
         pauses = Backoff(_PAUSE_S, _LONGEST_PAUSE_S)
         for left in reversed(range(self._retries + 1)):
             try:
-                return await self._copy(arguments, reference, layout.parent, auth, max_bytes, progress)
+                return await self._copy(arguments, reference, layout.parent, rights, max_bytes, progress)
             except OciError as error:
                 # skopeo itself tries again when it was not connected yet.
                 if error.code != "fetch_interrupted" or not left:
@@ -250,7 +278,7 @@ class Skopeo:
         arguments: Sequence[str],
         reference: Reference,
         work: Path,
-        auth: Path,
+        rights: Rights,
         max_bytes: int,
         progress: Callable[[int], None],
     ) -> None:
@@ -262,7 +290,7 @@ class Skopeo:
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(watch)
-            await self._run(arguments, reference, work, auth, float("inf"), 65536, max_bytes)
+            await self._run(arguments, reference, work, rights, float("inf"), 65536, max_bytes)
         if failures:
             raise failures[0]
 
@@ -302,7 +330,7 @@ class Skopeo:
         arguments: Sequence[str],
         reference: Reference,
         work: Path,
-        auth: Path,
+        rights: Rights,
         timeout_s: float,
         limit: int,
         max_bytes: int,
@@ -311,20 +339,24 @@ class Skopeo:
         # Warnings must not end up in a document.
         shell = f'{_LIMITS} ulimit -f {(max_bytes + _MOST_OTHER_BYTES) // _BLOCK}; exec "$@" 2>errors'
         command = ["sh", "-c", shell, "sh", PROGRAM, "--tmpdir", str(work), *arguments]
-        sandbox = None
-        if self.isolation is not None:
-            files = [auth, *([self._certificates] if self._certificates else [])]
-            files += [] if reference.registry else [Path(reference.name)]
-            sandbox = self.isolation.skopeo(work, reference.transport, files)
-        try:
-            status, output = await self._host.processes.run(
-                command,
-                env={**self._environment, "HOME": str(work)},
-                cwd=work,
-                timeout_s=timeout_s,
-                output_limit=limit,
-                sandbox=sandbox,
+        files = [rights.auth, *([self._certificates] if self._certificates else [])]
+        env = {**PROGRAM_ENVIRONMENT, "HOME": str(work)}
+
+        async def run(env: Mapping[str, str], files: Sequence[Path], ports: Collection[int]) -> tuple[int, bytes]:
+            isolation = self.isolation
+            sandbox = None if isolation is None else isolation.skopeo(work, reference.transport, files, ports)
+            return await self._host.processes.run(
+                command, env=env, cwd=work, timeout_s=timeout_s, output_limit=limit, sandbox=sandbox
             )
+
+        refused = None
+        try:
+            if reference.registry:
+                async with open_gate(reference, self._plain_http, rights.resolve, self._environment) as gate:
+                    status, output = await run({**env, **gate.environment}, files, gate.ports)
+                    refused = gate.failure
+            else:
+                status, output = await run(env, [*files, Path(reference.name)], ())
         except OSError as error:
             raise OciError(
                 "sandbox_failed", f"{PROGRAM} can't be started in a sandbox: {error}",
@@ -338,7 +370,7 @@ class Skopeo:
             raise OciError("program_missing", f"{PROGRAM} is not installed", PROGRAM_HINT)
         if len(output) >= limit:
             raise OciError("image_invalid", f"{reference}: a document has more than {limit // 2**20} MiB")
-        raise failure(reference, said)
+        raise refused or failure(reference, said)
 
 
 def _read_end(path: Path) -> str:

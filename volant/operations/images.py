@@ -87,7 +87,8 @@ async def pull_image(context: Context, *, body: PullImage) -> ImageView:
     require_project(context.deps, project)
     await admit_image(context, body.reference)
     auth = await registry_auth(context, body.registry_secret)
-    pull = partial(oci.pull, body.reference, project, auth=auth, refresh=body.refresh)
+    is_admin = context.caller.may(Permission.ADMIN)
+    pull = partial(oci.pull, body.reference, project, auth=auth, refresh=body.refresh, is_admin=is_admin)
     with image_problems("reference"):
         image = await context.unless_stopping(pull)
         # With the references that it has now.

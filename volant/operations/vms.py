@@ -162,7 +162,8 @@ async def create_vm(context: Context, *, body: RestoreVm | CreateVm) -> VmCreate
         auth = await registry_auth(context, body.registry_secret)
         await admit_image(context, body.image, "image")
         with image_problems("image"):
-            image = await context.deps.oci.resolve(body.image, context.project, auth=auth)
+            is_admin = context.caller.may(Permission.ADMIN)
+            image = await context.deps.oci.resolve(body.image, context.project, auth=auth, is_admin=is_admin)
         manifest = image_manifest(body, image)
         if body.publish_all:
             taken = {port.host_port for row in context.deps.store.projection.rows() for port in row.ports}

@@ -4,7 +4,7 @@
 of a transfer that is this host; `Transfers` brings snapshots to registries and back, as OCI artifacts.
 """
 
-from ._bases import BaseFiles
+from ._bases import BaseFiles, registries
 from ._document import Bases, decode, encode
 from ._errors import TransferError
 from ._own_snapshots import Incoming, Outgoing, OwnSnapshots
@@ -24,4 +24,5 @@ __all__ = [
     "Transfers",
     "decode",
     "encode",
+    "registries",
 ]

@@ -153,3 +153,21 @@ async def _digest_of(path: Path) -> str:
     except OSError as error:
         raise TransferError("base_missing", f"{path} can't be read: {error.strerror}") from error
     return digest.hexdigest()
+
+
+def registries(artifacts: ArtifactCache, is_admin: bool) -> oci.Resolve:
+    """Returns what looks hosts up to which clients may have the daemon connect as registries, their token services and
+    their storage: those from which artifacts may be fetched, and for administrators all."""
+
+    async def resolve(host: str, port: int, *, must_exist: bool) -> list[str]:
+        try:
+            return await artifacts.addresses(host, port, anywhere=is_admin, must_exist=must_exist)
+        except ImageError as error:
+            if is_admin:
+                raise OSError(f"{host[:100]} has no address") from error
+            raise OciError(
+                "registry_not_allowed", f"{host[:100]} has no public address, and this client may use no other",
+                "an administrator can allow its network in artifact_allow_cidr",
+            ) from error  # fmt: skip
+
+    return resolve

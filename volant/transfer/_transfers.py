@@ -22,13 +22,12 @@ from volant import oci
 from volant.chunks import Source, Throttle
 from volant.concurrency import NoPlace, Places
 from volant.host import Host
-from volant.images import ImageError
 from volant.journal import IdempotencyKey, Store
 from volant.model import Key, RegistrySnapshot, Snapshot, TransferView, VmRow, check_name, invalid
 from volant.oci import OciError
 from volant.vm import Copies
 
-from ._bases import BaseFiles
+from ._bases import BaseFiles, registries
 from ._document import Bases, decode, encode
 from ._errors import TransferError
 from ._own_snapshots import Admit, Incoming, Outgoing, OwnSnapshots
@@ -276,17 +275,6 @@ class Transfers:
                     "check the setting oci_auth_file",
                 ) from error  # fmt: skip
 
-        async def resolve(host: str, port: int, *, must_exist: bool) -> list[str]:
-            try:
-                return await self._bases.artifacts.addresses(
-                    host, port, anywhere=client.is_admin, must_exist=must_exist
-                )
-            except ImageError as error:
-                raise OciError(
-                    "registry_not_allowed", f"{host[:100]} has no public address, and this client may use no other",
-                    "an administrator can allow its network in artifact_allow_cidr",
-                ) from error  # fmt: skip
-
         access = distribution.RegistryAccess(
             plain_http=settings.plain_http,
             certificates=settings.certificates,
@@ -294,7 +282,12 @@ class Transfers:
             stalled_s=settings.stalled_s,
         )
         async with distribution.open_repository(
-            reference, access, auth=auth, actions=actions, resolve=resolve, spend=self._throttle.spend
+            reference,
+            access,
+            auth=auth,
+            actions=actions,
+            resolve=registries(self._bases.artifacts, client.is_admin),
+            spend=self._throttle.spend,
         ) as repository:
             yield repository
 
