@@ -46,13 +46,16 @@ async def test_both_streams_and_the_code_are_the_commands_own() -> None:
         ({"error": "no such file", "code": "not_found"}, 127),
         ({"error": "no", "code": "not_executable"}, 126),
         ({"error": "no such user", "code": "no_such_user"}, 126),
+        ({"error": "no room", "code": "io_error"}, 125),
     ],
 )
 async def test_every_end_of_a_command_has_its_exit_code(end: dict[str, object], code: int) -> None:
     async with serving() as server:
         server.routes[PATH] = ndjson(wire(output("stdout", b"x"), end))
         done = await volar(server, "vms", "exec", "demo", "--", "x")
-    assert (done.code, done.out) == (code, b"x")
+        document = await volar(server, "vms", "exec", "-o", "json", "demo", "--", "x")
+    assert (done.code, done.out, document.code) == (code, b"x", code)
+    assert json.loads(document.out.splitlines()[-1]) == end
     assert (str(end.get("error", "")) in done.err) == ("error" in end or not done.err)
 
 

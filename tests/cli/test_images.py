@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -41,15 +42,26 @@ async def test_images_are_listed(words: list[str]) -> None:
     assert json.loads(document.out) == [image_view(used_by=["VM web"])]
 
 
+CHECK = {
+    "command": ["curl -f localhost"], "shell": True, "interval_s": 90.0, "timeout_s": 0.0, "start_period_s": 0.0,
+    "retries": 0,
+}  # fmt: skip
+VIEW = image_view(health_check=CHECK)
+
+
 async def test_an_image_is_found_by_its_reference_or_digest() -> None:
     async with serving() as server:
-        server.routes["GET /api/v1/images"] = [answer([image_view()]), answer([])]
-        server.routes[f"GET /api/v1/images/{SHORT}"] = answer(image_view())
+        server.routes["GET /api/v1/images"] = [answer([VIEW]), answer([])]
+        server.routes[f"GET /api/v1/images/{SHORT}"] = answer(VIEW)
         by_reference = await volar(server, "images", "get", "example/tool:1")
         missing = await volar(server, "images", "get", "example/none")
         by_digest = await volar(server, "images", "get", SHORT)
+        documents = [await volar(server, "images", "get", SHORT, *how) for how in (["--json"], ["-o", "json"])]
+    assert documents[0].out == documents[1].out
+    assert json.loads(documents[0].out) == VIEW
     assert by_reference.out == by_digest.out
-    assert "entrypoint: /bin/tool" in by_digest.out.decode()
+    shown = dict(re.split(r": +", line, maxsplit=1) for line in by_digest.out.decode().splitlines())
+    assert (shown["entrypoint"], shown["health check"]) == ("/bin/tool", "curl -f localhost, every 1m30s")
     assert missing.code == 1
     assert "volar images pull example/none" in missing.err
     assert server.requests[0].param("reference") == "example/tool:1"
@@ -100,7 +112,7 @@ async def test_unused_images_are_pruned() -> None:
     async with serving() as server:
         pruned = {"dry_run": True, "images": [image_view()], "references": [], "freed_bytes": 2**19}
         server.routes["POST /api/v1/images/prune"] = answer(pruned)
-        done = await volar(server, "images", "prune", "--unused-for", "12h", "--max", "100", "--dry-run")
+        done = await volar(server, "images", "prune", "--unused-for", "12h", "--max", "1.5G", "--dry-run")
     assert done.out.decode().splitlines()[-1] == "512.0 KiB would be freed"
     (asked,) = server.requests
-    assert dict(asked.query) == {"unused_for": "12h", "max_mb": "100", "dry_run": "true"}
+    assert dict(asked.query) == {"unused_for": "12h", "max_mb": "1536", "dry_run": "true"}

@@ -31,6 +31,7 @@ from ._lazy_group import LazyGroup
 from ._options import Options, common, listing, pass_options
 from ._output import Output
 from ._run import Failure, guarded
+from ._sizes import Size
 from ._text import safe, size
 
 cache_option = click.option(
@@ -136,7 +137,7 @@ def artifacts(out: Output, cache: Path) -> None:
 @_command("fetch")
 @click.argument("url")
 @click.argument("sha256")
-@click.option("--max-mb", type=click.IntRange(1, 2**24), default=16384, show_default=True, help="Maximum size in MiB.")
+@click.option("--max", "max_mb", type=Size(), metavar="SIZE", default="16G", show_default=True, help="Maximum size.")
 def fetch_(out: Output, cache: Path, url: str, sha256: str, max_mb: int) -> None:
     """Fetch a boot artifact into the cache, unless it is there.
 

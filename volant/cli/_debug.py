@@ -24,10 +24,10 @@ def group() -> None:
 
 
 @group.command("bundle")
+@common()
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: volant-debug-<time>.tar.gz here.")
 @click.option("--log", type=click.Path(path_type=Path), help="The daemon's log, if it is not in systemd's journal.")
 @click.option("--consoles", is_flag=True, help="Also the last output of crashed guests, which may contain secrets.")
-@common()
 @pass_options
 def bundle(options: Options, output: Path | None, log: Path | None, consoles: bool) -> int:
     """Write one file for a bug report: versions, the host, settings, log, VMs, events, what every task does.

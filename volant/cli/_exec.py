@@ -15,7 +15,7 @@ from volant.client import ConnectionLost, ExecEnd, ExecGap, ExecOutput, ExecSess
 from volant.model import LogRange
 
 from ._guest import START_S, once_running
-from ._run import FAILED, TIMED_OUT, Duration, Failure, Passing
+from ._run import NOT_RUN, TIMED_OUT, Duration, Failure, Passing
 from ._streaming import Session, command
 from ._terminal import ENDINGS, Escape, raw, read_input, write_output
 from ._text import safe
@@ -282,7 +282,7 @@ def exit_code(session: Session, end: ExecEnd) -> int:
         return 128 + end.signal
     codes = {"timeout": TIMED_OUT, "not_found": _NOT_FOUND_IN_GUEST}
     codes |= dict.fromkeys(("not_executable", "no_such_user", "no_such_directory"), _NOT_EXECUTABLE)
-    code = codes.get(end.code or "", FAILED)
+    code = codes.get(end.code or "", NOT_RUN)
     if session.out.json:
         return code
     raise Failure(f"in the guest: {end.error}", code=code)

@@ -20,6 +20,7 @@ from ._lazy_group import Lazy, LazyGroup
 from ._options import listing
 from ._registry_auth import registry_auth
 from ._run import Duration, Failure, Session, command
+from ._sizes import Size
 from ._text import safe, size, span
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ async def get(session: Session, image: str) -> None:
             ("workdir", found.workdir),
             ("ports", ", ".join(f"{each.port}/{each.protocol}" for each in found.exposed_ports)),
             ("volumes", ", ".join(found.volumes)),
+            ("health check", _health_check(found)),
             ("stop signal", found.stop_signal),
             ("env", found.env),
             ("labels", found.labels),
@@ -150,7 +152,7 @@ async def delete(session: Session, images: tuple[str, ...]) -> None:
 
 
 @command(group, "prune")
-@click.option("--max", "max_mb", type=int, metavar="MIB", help="Only until all images take at most so many MiB.")
+@click.option("--max", "max_mb", type=Size(0), metavar="SIZE", help="Only until all images take at most this: 20G.")
 @click.option("--unused-for", type=Duration(), help="Only images that were not used for so long: 12h.")
 @click.option("--dry-run", is_flag=True, help="Show what would be deleted; delete nothing.")
 async def prune(session: Session, max_mb: int | None, unused_for: float | None, dry_run: bool) -> None:
@@ -163,6 +165,15 @@ async def prune(session: Session, max_mb: int | None, unused_for: float | None, 
         rows = [(_short(each.digest), ", ".join(each.references), size(each.own_bytes)) for each in done.images]
         session.out.table(("IMAGE", "REFERENCES", "OWN"), rows)
     session.out.line(f"{size(done.freed_bytes)} {'would be' if dry_run else 'are'} freed")
+
+
+def _health_check(image: ImageView) -> str:
+    """Returns what a container's health is checked with, and how often."""
+    found = image.health_check
+    if found is None:
+        return ""
+    command = " ".join(found.command) if found.shell else _words(found.command)
+    return f"{command}, every {span(found.interval_s)}" if found.interval_s else command
 
 
 async def _find(session: Session, image: str) -> ImageView:

@@ -54,6 +54,9 @@ _HOST = partial(
     metavar="NAME",
     help="In a fleet: the host that answers, for itself alone; `volar hosts list` shows them.",
 )
+_OUTPUT = partial(
+    click.option, "-o", "--output", type=click.Choice(["text", "json"]), hidden=True, help="json is the same as --json."
+)
 
 
 def common(*, tls: bool = False, host: bool = True) -> Callable[[F], F]:
@@ -67,10 +70,18 @@ def common(*, tls: bool = False, host: bool = True) -> Callable[[F], F]:
         if value and parameter.name is not None:
             setattr(ctx.ensure_object(Options), parameter.name, value)
 
+    def keep_format(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:
+        if value == "json":
+            ctx.ensure_object(Options).json = True
+
     def decorate(function: F) -> F:
-        count = len(vars(function).get("__click_params__", ()))
+        own: list[click.Parameter] = vars(function).get("__click_params__", [])
+        count = len(own)
+        # Commands that list something have more formats, and some write to a file.
+        has_output = any("-o" in parameter.opts for parameter in own)
         for option in (
             click.option("--debug", is_flag=True, expose_value=False, callback=keep, help="Show stack traces."),
+            *(() if has_output else (_OUTPUT(expose_value=False, callback=keep_format),)),
             click.option("--json", is_flag=True, expose_value=False, callback=keep, help="Print JSON, for programs."),
             *(
                 click.option(name, metavar="FILE", expose_value=False, callback=keep, hidden=not tls, help=text)

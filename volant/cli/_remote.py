@@ -139,8 +139,8 @@ def _absolute(path: str | None) -> str | None:
 
 
 @group.command("list")
-@listing
 @common()
+@listing
 @pass_options
 def list_(options: Options) -> int:
     """List remotes; `*` marks the one that commands use."""

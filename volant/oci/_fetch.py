@@ -235,7 +235,7 @@ class Fetcher(msgspec.Struct, frozen=True, kw_only=True):
         if size > self.limits.max_bytes:
             raise OciError(
                 "image_too_large", f"{reference} has layers of {size // 2**20} MiB, at most "
-                f"{self.limits.max_bytes // 2**20} are allowed", "use a smaller image",
+                f"{self.limits.max_bytes // 2**20} are allowed", "an administrator can allow more: oci_max_mb",
             )  # fmt: skip
 
 

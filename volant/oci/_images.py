@@ -485,7 +485,10 @@ class OciImages:
                 if not target.is_cached and not await self._wait_for_first(fetch, target):
                     await self._fetch_layers(fetch, target, rights, work)
             return await self._found(fetch.name, target.digest)
-        raise OciError("timeout", f"{fetch.name} did not arrive within {self._limits.timeout_s:g} s", "allow more time")
+        raise OciError(
+            "timeout", f"{fetch.name} did not arrive within {self._limits.timeout_s:g} s",
+            "an administrator can allow more: oci_timeout_s",
+        )  # fmt: skip
 
     async def _fetch_layers(self, fetch: _Fetch, target: Target, rights: Rights, work: Work) -> None:
         report = fetch.report

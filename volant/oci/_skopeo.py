@@ -104,7 +104,7 @@ _REASONS: tuple[tuple[str, str, str, str], ...] = (
         r"x509|certificate|tls:",
         "registry_unreachable",
         "the registry's certificate is not trusted",
-        "put the registry's CA into /etc/containers/certs.d/REGISTRY/ca.crt",
+        "put the registry's CA into /etc/containers/certs.d/REGISTRY/ca.crt, or into the directory of oci_ca_dir",
     ),
     (
         r"no such host|connection refused|timeout|unreachable|server misbehaving|\b50[0-9]\b|pinging",
@@ -307,7 +307,7 @@ class Skopeo:
             if written > max_bytes + _OTHER_BYTES:
                 return OciError(
                     "image_too_large", f"{reference}: the registry sends more than {max_bytes // 2**20} MiB, as the "
-                    "manifest or the limit says", "use a smaller image",
+                    "manifest or the limit says", "an administrator can allow more: oci_max_mb",
                 )  # fmt: skip
             try:
                 check_space(work)

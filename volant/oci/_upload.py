@@ -38,7 +38,7 @@ class ArchiveUpload:
         if size > self._max_bytes:
             raise OciError(
                 "image_too_large", f"the archive has {size // 2**20} MiB, at most {self._max_bytes // 2**20} are "
-                "allowed", "use a smaller image",
+                "allowed", "an administrator can allow more: oci_max_mb",
             )  # fmt: skip
 
     async def write(self, data: bytes) -> None:
