@@ -36,7 +36,7 @@ FIRST, SECOND, THIRD = "45.0.0.1", "45.0.0.2", "45.0.0.3"
 """Public addresses of the world."""
 _S = 30.0
 SERVE = """
-import json, socket, sys, threading
+import contextlib, json, socket, sys, threading
 
 accepted = {}
 
@@ -55,8 +55,13 @@ def serve(kind, address, port):
         while True:
             connection, _ = sock.accept()
             accepted[f"{address}:{port}"] += 1
-            with connection:
+            with connection, contextlib.suppress(OSError):
                 connection.sendall(address.encode())
+                # To close a connection that has bytes left resets it, and the client may lose the answer.
+                connection.shutdown(socket.SHUT_WR)
+                connection.settimeout(5)
+                while connection.recv(100):
+                    pass
 
 ready = threading.Semaphore(0)
 for address in sys.argv[1:]:
