@@ -12,7 +12,7 @@ import msgspec
 from ._problem import Problem, contradictory, invalid
 from ._project import DEFAULT_PROJECT, Key
 from ._text import NAME_PATTERN, Name, Time, check_name, is_name
-from ._volume import DirectoryMount, VolumeMount, is_short_path
+from ._volume import SHORT_PATH, DirectoryMount, VolumeMount, is_short_path
 
 MAX_SECRET_BYTES = 64 * 1024
 """The longest value. What is longer is a file, and belongs into a volume."""
@@ -27,7 +27,7 @@ _AGENTS = "/run/volant"
 """What begins so belongs to the agent."""
 
 SecretText = Annotated[
-    str, msgspec.Meta(extra_json_schema={"pattern": rf"^{NAME_PATTERN.strip('^$')}(:{_IN_MEMORY}[^:]+)?$"})
+    str, msgspec.Meta(extra_json_schema={"pattern": rf"^{NAME_PATTERN.strip('^$')}(:/run{SHORT_PATH})?$"})
 ]
 """Only for the schema; `parse_secrets` decides."""
 
