@@ -180,7 +180,7 @@ class BareClone(Bare):
         async with await _connect(spec.control_path) as stream, trio.open_nursery() as nursery:
             qmp = QmpClient(stream, migration.on_event, Host().random)
             await nursery.start(qmp.start)
-            await migration.load(qmp, spec.template.state)
+            await migration.load(Host(), spec, qmp)
             await qmp.execute("cont")
             nursery.cancel_scope.cancel()
         await ask_agent(spec.agent_path)

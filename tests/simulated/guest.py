@@ -97,6 +97,7 @@ class SimGuest:
         """Its hosts entries."""
         self.network: dict[str, Any] | None = None
         """The settings of its NIC that it has received."""
+        self._asked_to_stop = trio.Event()
         self.when_asked_to_stop: Callable[[_Stream], Awaitable[None]] = self._shut_down
         """Answers a request to shut down. Tests set other behaviour."""
         self._rng = rng
@@ -260,9 +261,14 @@ class SimGuest:
         await answer(stream, 202, {})
         if not fault("guest.ignores_shutdown"):
             self._going_down = True
-            await trio.sleep(self._rng.uniform(0.05, 3.0))
-            await self.wait_running()
-            self._power_off()
+            self._asked_to_stop.set()
+
+    async def go_down(self) -> None:
+        """Powers the guest off once it was asked to, whether or not the client stays."""
+        await self._asked_to_stop.wait()
+        await trio.sleep(self._rng.uniform(0.05, 3.0))
+        await self.wait_running()
+        self._power_off()
 
     async def _follow(self, target: str, stream: _Stream) -> None:
         query = dict(pair.partition("=")[::2] for pair in target.partition("?")[2].split("&"))

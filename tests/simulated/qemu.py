@@ -75,6 +75,8 @@ class SimQemu:
         """Backends of network interfaces, by id, each with the id of the backend that a hub's port leads to, if any."""
         self.resized: dict[str, int] = {}
         """New sizes of disks in bytes, by their block nodes."""
+        self._is_stuck = False
+        """Whether the agent's port passes nothing on for good, see `_listening` of the driver for QEMU."""
         self._runs_once_loaded = False
         """`cont` came before the state was loaded."""
         self.guest = SimGuest(self._rng, machine.wall_clock_ns, self._guest_powers_off)
@@ -122,6 +124,7 @@ class SimQemu:
                 nursery.start_soon(self._serve_control, control)
                 nursery.start_soon(self._serve_agent, agent)
                 nursery.start_soon(self._run_guest)
+                nursery.start_soon(self.guest.go_down)
                 nursery.start_soon(self._misbehave)
         finally:
             control.close()
@@ -220,9 +223,17 @@ class SimQemu:
         while True:
             stream = await listener.accept()
             self._clients.append(stream)
-            await SimPort(self.guest, stream).run()
+            if self._is_stuck:
+                await self._wait_for_end(stream)
+            else:
+                await SimPort(self.guest, stream).run()
             hang_up(stream)
             self._clients.remove(stream)
+
+    async def _wait_for_end(self, stream: trio.abc.Stream) -> None:
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            while await stream.receive_some(65536):
+                pass
 
     async def _serve_control(self, listener: SimListener) -> None:
         while True:
@@ -361,8 +372,11 @@ class SimQemu:
         await self._send_event({"event": "RESUME"})
 
     def _agent_chardev(self) -> str:
-        connected = any(stream is not self._control for stream in self._clients)
-        return "unix:agent.sock,server=on" if connected else "disconnected:unix:agent.sock,server=on"
+        return "unix:agent.sock,server=on" if self._has_peer() else "disconnected:unix:agent.sock,server=on"
+
+    def _has_peer(self) -> bool:
+        """Whether somebody is connected to the agent's port."""
+        return any(stream is not self._control for stream in self._clients)
 
     async def _save_devices(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Saves the devices of a paused machine, for a checkpoint."""
@@ -378,7 +392,9 @@ class SimQemu:
         return {"return": {}}
 
     def _write_state(self, path: Path, head: bytes = b"") -> None:
-        state = head + json.dumps({name: getattr(self.guest, name) for name in _OF_GUEST}).encode()
+        saved = {name: getattr(self.guest, name) for name in _OF_GUEST}
+        is_full = self._has_peer() and fault("qemu.agent_port_is_full")
+        state = head + json.dumps({**saved, "port_is_full": is_full}).encode()
         self._machine.files.put(path, File(bytearray(state), len(state)))
 
     async def _save(self, path: Path) -> None:
@@ -410,6 +426,7 @@ class SimQemu:
         saved, _ = json.JSONDecoder().raw_decode(text, text.index("{"))
         for name in _OF_GUEST:
             setattr(self.guest, name, saved[name])
+        self._is_stuck = saved["port_is_full"] and not self._has_peer()
         self.guest.is_copy = True
         self.status = "paused"
         self.migration = {"status": "completed"}

@@ -77,6 +77,7 @@ FAULTS: dict[str, float] = {
     "oci.wrong_digest": 0.05,
     "process.does_not_start": 0.03,
     "process.is_stubborn": 0.05,
+    "qemu.agent_port_is_full": 0.2,
     "qemu.dies": 0.03,
     "qemu.dies_as_it_goes_on": 0.1,
     "qemu.exits_at_start": 0.05,
@@ -116,6 +117,8 @@ REACHABLE = TRANSITIONS - {
 _JSON = {"content-type": "application/json"}
 _LINE = re.compile(r"line (\d+)\Z")
 _ATTEMPTS = 400
+_REST_S = 120.0
+"""Until nothing is under way any more."""
 
 
 @dataclass
@@ -614,6 +617,8 @@ class Scenario:
             answer = await self.world.request("DELETE", f"{VOLUMES}/{name}")
             assert answer.status == 204, answer
         assert not files(self.world), "files of volumes are left"
+        # A template may be being built, and a process be on its way into the pool.
+        await trio.sleep(_REST_S)
         pool = self.world.daemon.vms.warm_pool.tags
         assert {qemu.tag for qemu in self.world.machine.running()} == pool
         self._check_files(set(), set())

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import trio
 
 from actors.testing import Simulation, simulate
@@ -26,7 +27,7 @@ class Watched:
         self.most = 0
 
     def make(self, qemu: SimQemu, kind: str) -> None:
-        """`polite`; `paused`, and polite; `stubborn`: says that it will, and does not; `mute`: says nothing;
+        """`polite`; `slow` and `paused`, and polite; `stubborn`: says that it will, and does not; `mute`: says nothing;
         `unkillable`: stubborn, and its hypervisor survives its SIGKILL for long."""
         if kind == "unkillable":
             qemu.process.stubborn_s = 1000.0
@@ -38,6 +39,8 @@ class Watched:
             self.most = max(self.most, sum(tag in self.asked for tag in self._living))
             if kind == "mute":
                 await trio.sleep_forever()
+            if kind == "slow":
+                await trio.sleep(10)
             if kind in ("stubborn", "unkillable"):
                 await answer(stream, 202, {})
             else:
@@ -111,9 +114,20 @@ def test_a_guest_that_ignores_its_shutdown_gets_its_grace_and_no_more(tmp_path: 
 def test_a_guest_without_an_agent_is_not_awaited(tmp_path: Path) -> None:
     async def then(watched: Watched, left: list[ProcessIdentity], took_s: float) -> None:
         assert left == []
-        assert took_s < 10
+        assert took_s < GRACE_S
 
     goes_down(tmp_path, (3, "mute"), then=then)
+
+
+def test_a_slow_guest_is_not_killed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def then(watched: Watched, left: list[ProcessIdentity], took_s: float) -> None:
+        assert left == []
+        assert took_s >= 10
+
+    with caplog.at_level("INFO", "volant.guests"):
+        goes_down(tmp_path, (2, "slow"), then=then)
+    assert caplog.text.count("the guest shut down") == 2
+    assert "is killed" not in caplog.text
 
 
 def test_a_paused_guest_is_shut_down_too(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import base64
 import random
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ for number in range(10**9):
     if number % 50 == 0:
         time.sleep(0.02)
 """
+FLOOD = "import sys; [sys.stdout.write('y' * 2**20) for _ in range(10**9)]"
+Unread = Callable[[], tuple[int, int]]
 WHO_RUNS = """
 import glob, time
 def left_over():
@@ -56,7 +59,7 @@ def left_over():
             command = open(path, "rb").read()
         except OSError:
             continue
-        if b"number * 37" in command or b"create_server" in command:
+        if b"number * 37" in command or b"create_server" in command or b"'y' *" in command:
             yield command
 ends_at = time.monotonic() + 20
 while list(left_over()) and time.monotonic() < ends_at:
@@ -171,6 +174,7 @@ class Traffic:
     def __init__(self, guest: Guest) -> None:
         self.lines = 0
         self.echoed = 0
+        self.flooded = 0
         self._guest = guest
 
     async def chatter(self) -> None:
@@ -181,6 +185,12 @@ class Traffic:
                 assert line == b"%d %s" % (self.lines, b"x" * (self.lines * 37 % 900))
                 self.lines += 1
         raise AssertionError("the chatter has ended")
+
+    async def flood(self) -> None:
+        async for data in self._guest.output("python3.13", "-c", FLOOD):
+            assert not data.strip(b"y")
+            self.flooded += len(data)
+        raise AssertionError("the flood has ended")
 
     async def serve_echo(self, *, task_status: trio.TaskStatus[None]) -> None:
         async for _ in self._guest.output("python3.13", "-c", ECHO):
@@ -231,6 +241,33 @@ async def test_a_busy_guest_does_not_notice_that_it_is_copied(
             assert guest.channel.statistics().links == 1
             print(f"{traffic.lines} lines, {traffic.echoed} bytes there and back")
             nursery.cancel_scope.cancel()
+
+
+async def test_a_guest_whose_port_is_full_can_be_copied(host: Host, qemu: QemuHypervisor, spec: MachineSpec) -> None:
+    with trio.fail_after(2 * BOOT_S):
+        async with running(host, qemu, spec) as guest, trio.open_nursery() as nursery:
+            traffic = Traffic(guest)
+            for _ in range(6):
+                nursery.start_soon(traffic.flood)
+            while traffic.flooded < 2**20:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+            guest.channel.hold = partial(filled, guest.channel.hold)  # type: ignore[method-assign]
+            async with guest.fork("copy") as copy:
+                assert (await copy.ask("GET", INFO))["hostname"] == "copy"
+                assert await copy.run("python3.13", "-c", WHO_RUNS) == b""
+            nursery.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def filled(hold: Callable[[], AbstractAsyncContextManager[Unread]]) -> AsyncIterator[Unread]:
+    """Holds a channel until the guest has filled its port."""
+    async with hold() as unread:
+        seen: list[int] = []
+        while len(seen) < 10 or len(set(seen[-10:])) > 1:
+            seen.append(unread()[1])
+            await trio.sleep(0.1)
+        assert seen[-1] > 0
+        yield unread
 
 
 @pytest.mark.full

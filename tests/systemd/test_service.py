@@ -105,12 +105,12 @@ async def test_vms_outlive_restarts_and_hangs_of_the_daemon_and_are_asked_before
     box.systemctl("poweroff", "--no-block")
     await trio.to_thread.run_sync(box.wait, 120.0)
     said = box.said("_PID=1", "+", "SYSLOG_IDENTIFIER=volant-guests")
+    assert not any("and is killed" in text or "systemd will kill it" in text for text in said), said
     tags = [scope.removesuffix(".scope") for scope in scopes]
     asked = [said.index(f"{tag}: the guest shut down") for tag in tags]
     stopped = [position for position, text in enumerate(said) if text.startswith("Stopped volantd.service")]
     assert stopped
     assert max(stopped) < min(asked)
-    assert not any("and is killed" in text or "systemd will kill it" in text for text in said)
 
 
 async def still_there(box: Box, before: dict[str, VmView], uptimes: dict[str, float]) -> None:

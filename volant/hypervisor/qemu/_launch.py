@@ -218,7 +218,7 @@ async def _complete_machine(host: Host, spec: MachineSpec) -> None:
             qmp = QmpClient(stream, migration.on_event, host.random)
             await nursery.start(qmp.start)
             if spec.template is not None:
-                await migration.load(qmp, spec.template.state)
+                await migration.load(host, spec, qmp)
             if spec.nic is not None and spec.nic.socket is not None:
                 await _connect_nic(host, qmp, spec.nic)
             if spec.template is not None and not spec.start_paused:

@@ -198,7 +198,7 @@ class QemuMachine(msgspec.Struct, eq=False):
     async def _resume(self, timeout_s: float) -> None:
         status = await self.status()
         if status == "inmigrate" and self._spec.template is not None and self._qmp is not None:
-            await finish_loading(self._qmp, self._spec.template.state)
+            await finish_loading(self._host, self._spec, self._qmp)
             status = await self.status()
         # `cont` makes QEMU report a false stop of a running machine, and has no effect before the state is loaded.
         if status in PAUSED or status in NOT_STARTED - {"inmigrate"}:

@@ -6,11 +6,15 @@ saved: 130 kB in about ten milliseconds. QEMU reports progress with events.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import trio
+
+from volant.host import Host
+from volant.hypervisor._interface import MachineSpec
 
 from ._qmp import QmpClient, QmpLost, QmpRefused
 
@@ -53,19 +57,41 @@ async def await_disconnect(qmp: QmpClient) -> None:
         raise QmpRefused("the machine can't be saved while a client is connected to the agent's port")
 
 
+@asynccontextmanager
+async def _listening(host: Host, spec: MachineSpec, qmp: QmpClient) -> AsyncIterator[None]:
+    """Keeps the agent's port connected while a machine loads its state in a block.
+
+    If the port was full when the machine was copied, QEMU writes what waited as soon as it is loaded. Without a peer
+    that fails, and QEMU 10.0 waits for a notice that never comes (`flush_buf` in its hw/char/virtio-console.c): no word
+    of the guest leaves it any more, not even when somebody connects.
+    """
+    if spec.vsock_cid is not None:
+        yield
+        return
+    try:
+        stream = await host.sockets.connect_unix(spec.agent_path, LOAD_S)
+    except (OSError, trio.TooSlowError) as error:
+        raise QmpLost(f"the hypervisor's agent socket: {str(error) or 'no answer'}") from error
+    async with stream:
+        yield
+        # Until this is answered, it has written.
+        await qmp.execute("query-status")
+
+
 async def _begin_loading(qmp: QmpClient, state: Path) -> None:
     await qmp.execute("migrate-set-capabilities", _CAPABILITIES)
     await qmp.execute("migrate-set-parameters", _NO_ANNOUNCEMENTS)
     await qmp.execute("migrate-incoming", {"uri": f"file:{state}"})
 
 
-async def finish_loading(qmp: QmpClient, state: Path) -> None:
-    """Finishes loading a state, for a machine whose daemon was killed before or while it loaded. The machine stays
+async def finish_loading(host: Host, spec: MachineSpec, qmp: QmpClient) -> None:
+    """Finishes loading a template, for a machine whose daemon was killed before or while it loaded. The machine stays
     paused.
 
     Polls, as events can't be turned on once loading has begun. Raises QmpRefused, QmpLost; QEMU may exit then.
     """
-    begun = False
+    assert spec.template is not None
+    state, begun = spec.template.state, False
 
     async def loaded() -> bool:
         nonlocal begun
@@ -81,8 +107,9 @@ async def finish_loading(qmp: QmpClient, state: Path) -> None:
             await _begin_loading(qmp, state)
         return False
 
-    if not await _poll_until(loaded, LOAD_S):
-        raise QmpLost(f"QEMU did not load its state within {LOAD_S:g} s")
+    async with _listening(host, spec, qmp):
+        if not await _poll_until(loaded, LOAD_S):
+            raise QmpLost(f"QEMU did not load its state within {LOAD_S:g} s")
 
 
 class Migration:
@@ -106,11 +133,13 @@ class Migration:
         await qmp.execute("migrate", {"uri": f"file:{state}"})
         await self._end(qmp, timeout_s, "the machine could not be saved")
 
-    async def load(self, qmp: QmpClient, state: Path) -> None:
-        """Loads a state into a machine that waits for one. The machine stays paused. Raises QmpRefused, QmpLost; QEMU
-        may exit then."""
-        await _begin_loading(qmp, state)
-        await self._end(qmp, LOAD_S, "the template does not fit")
+    async def load(self, host: Host, spec: MachineSpec, qmp: QmpClient) -> None:
+        """Loads a template into a machine that waits for one, which stays paused. Raises QmpRefused, QmpLost; QEMU may
+        exit then."""
+        assert spec.template is not None
+        async with _listening(host, spec, qmp):
+            await _begin_loading(qmp, spec.template.state)
+            await self._end(qmp, LOAD_S, "the template does not fit")
 
     async def _end(self, qmp: QmpClient, timeout_s: float, failure: str) -> None:
         async def watch(scope: trio.CancelScope) -> None:
