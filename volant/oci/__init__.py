@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from ._disk import disk_path
     from ._distribution import RegistryAccess, Repository, open_repository
     from ._fetch import FetchLimits, Resolved
-    from ._gate import Resolve
     from ._images import OciImages, Pruned, Pull, open_images
     from ._manifest import AMD64, Descriptor, Index, IndexEntry, Manifest, Platform, digest_of, parse_manifest
+    from ._proxy import Resolve
     from ._reference import DEFAULT_REGISTRY, Reference, parse_reference
     from ._report import PullEvent, Report
     from ._skopeo import Skopeo
@@ -34,7 +34,7 @@ else:
         "read_auth_file": "_auth",
         **dict.fromkeys(("ImageConfig", "ImageHealthCheck", "Port", "parse_config"), "_config"),
         **dict.fromkeys(("FetchLimits", "Resolved"), "_fetch"),
-        "Resolve": "_gate",
+        "Resolve": "_proxy",
         **dict.fromkeys(("OciImages", "Pruned", "Pull", "open_images"), "_images"),
         **dict.fromkeys(("AMD64", "Descriptor", "Index", "IndexEntry", "Manifest", "Platform"), "_manifest"),
         **dict.fromkeys(("digest_of", "parse_manifest"), "_manifest"),

@@ -28,8 +28,8 @@ from volant.concurrency import Backoff
 
 from ._credentials import Credentials, find_credentials
 from ._errors import OciError
-from ._gate import Resolve, proxy_for
 from ._manifest import MAX_DOCUMENT_BYTES, digest_of
+from ._proxy import Resolve, proxy_for
 from ._reference import DEFAULT_REGISTRY, Reference
 
 T = TypeVar("T")

@@ -20,8 +20,8 @@ from ._isolation import Isolation
 
 if TYPE_CHECKING:
     from ._fetch import Resolved
-    from ._gate import Resolve
     from ._images import OciImages, Pruned, Pull
+    from ._proxy import Resolve
     from ._report import Observe
     from ._store import CachedImage
     from ._upload import ArchiveUpload

@@ -18,10 +18,10 @@ from volant.concurrency import Backoff, open_helpers
 from volant.host import PROGRAM_ENVIRONMENT, Host, as_user
 
 from ._errors import OciError
-from ._gate import Resolve, open_gate, resolve_anywhere
 from ._isolation import Isolation, open_theirs
 from ._layers import PROGRAM_MEMORY, check_space
 from ._manifest import MAX_DOCUMENT_BYTES, Platform
+from ._proxy import Resolve, open_proxy, resolve_anywhere
 from ._reference import Reference
 
 _logger = logging.getLogger("volant.oci")
@@ -352,9 +352,9 @@ class Skopeo:
         refused = None
         try:
             if reference.registry:
-                async with open_gate(reference, self._plain_http, rights.resolve, self._environment) as gate:
-                    status, output = await run({**env, **gate.environment}, files, gate.ports)
-                    refused = gate.failure
+                async with open_proxy(reference, self._plain_http, rights.resolve, self._environment) as proxy:
+                    status, output = await run({**env, **proxy.environment}, files, proxy.ports)
+                    refused = proxy.failure
             else:
                 status, output = await run(env, [*files, Path(reference.name)], ())
         except OSError as error:

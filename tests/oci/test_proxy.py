@@ -21,7 +21,7 @@ from tests.oci.test_confinement import USERS, needs_landlock, needs_root, place
 from tests.oci.test_images import opened, refused
 from tests.web_server import WebServer, answer
 from volant.oci import Isolation, OciError, Reference, parse_reference
-from volant.oci._gate import Gate, open_gate
+from volant.oci._proxy import FetchProxy, open_proxy
 
 __all__ = ["place"]
 
@@ -89,7 +89,7 @@ def image(place: Path) -> BuiltImage:
 @needs_root
 @needs_landlock
 @needs_registry
-async def test_skopeo_fetches_with_tls_through_the_gate(place: Path, authority: Authority, image: BuiltImage) -> None:
+async def test_skopeo_fetches_with_tls_through_the_proxy(place: Path, authority: Authority, image: BuiltImage) -> None:
     isolation = Isolation(users=USERS, places=(place,))
     with Secure(authority, image.layout, lambda request: False) as server:
         options = {"certificates": place / "certificates", "registries": lambda is_admin: resolve}
@@ -146,21 +146,23 @@ async def test_a_registry_on_loopback_has_to_be_allowed(place: Path, service: Se
 
 
 @asynccontextmanager
-async def gate(registry: str = PUBLIC, *plain_http: str, proxies: dict[str, str] | None = None) -> AsyncIterator[Gate]:
+async def proxy_of(
+    registry: str = PUBLIC, *plain_http: str, proxies: dict[str, str] | None = None
+) -> AsyncIterator[FetchProxy]:
     reference = Reference("docker", f"{registry}/app", tag="t")
-    async with open_gate(reference, frozenset(plain_http), resolve, proxies or {}) as found:
+    async with open_proxy(reference, frozenset(plain_http), resolve, proxies or {}) as found:
         yield found
 
 
-def plain(service: WebServer) -> AbstractAsyncContextManager[Gate]:
-    """A gate for an image of a registry without TLS."""
+def plain(service: WebServer) -> AbstractAsyncContextManager[FetchProxy]:
+    """A proxy for an image of a registry without TLS."""
     address = f"127.0.0.1:{service.port}"
-    return gate(address, address)
+    return proxy_of(address, address)
 
 
-async def ask(gate: Gate, line: str, *fields: str, word: str | None = None) -> bytes:
-    """Sends a request to the gate, and returns all that comes back."""
-    user, _, place = gate.environment["HTTP_PROXY"].removeprefix("http://").rpartition("@")
+async def ask(proxy: FetchProxy, line: str, *fields: str, word: str | None = None) -> bytes:
+    """Sends a request to the proxy, and returns all that comes back."""
+    user, _, place = proxy.environment["HTTP_PROXY"].removeprefix("http://").rpartition("@")
     host, _, port = place.partition(":")
     user = base64.b64encode((word or user).encode()).decode()
     head = "\r\n".join([line, f"Proxy-Authorization: Basic {user}", *fields, "", ""])
@@ -170,13 +172,13 @@ async def ask(gate: Gate, line: str, *fields: str, word: str | None = None) -> b
             return b"".join([piece async for piece in stream])
 
 
-async def until(gate: Gate, line: str, expected: bytes) -> None:
-    """Returns once the gate answers a request so."""
-    while expected not in await ask(gate, line):
+async def until(proxy: FetchProxy, line: str, expected: bytes) -> None:
+    """Returns once the proxy answers a request so."""
+    while expected not in await ask(proxy, line):
         pass
 
 
-async def test_the_gate_is_for_skopeo_alone(service: Service) -> None:
+async def test_the_proxy_is_for_skopeo_alone(service: Service) -> None:
     async with plain(service) as found:
         assert b" 407 " in await ask(found, f"GET {service.origin}/ HTTP/1.1", word="volant:guess")
         assert b" 407 " in await ask(found, f"CONNECT 127.0.0.1:{service.port} HTTP/1.1", word="volant:")
@@ -204,10 +206,10 @@ async def test_the_gate_is_for_skopeo_alone(service: Service) -> None:
         ("CONNECT registry.test:1 HTTP/1.1", (), 502),
     ],
 )
-async def test_the_gate_refuses_what_it_does_not_understand_or_allow(
+async def test_the_proxy_refuses_what_it_does_not_understand_or_allow(
     line: str, fields: tuple[str, ...], status: int
 ) -> None:
-    async with gate() as found:
+    async with proxy_of() as found:
         assert f" {status} ".encode() in (await ask(found, line, *fields)).split(b"\r\n")[0]
         assert (found.failure is not None) == (status in (403, 502))
 
@@ -226,9 +228,9 @@ async def test_a_request_without_tls_is_passed_on_and_the_next_one_comes_anew(se
 
 async def test_credentials_go_to_no_other_host_without_tls(service: Service) -> None:
     # A registry with TLS does not lead to one without.
-    async with gate() as found:
+    async with proxy_of() as found:
         assert b" 502 " in await ask(found, f"GET http://{OTHER}:{service.port}/blob HTTP/1.1")
-    async with gate("127.0.0.1:9", "127.0.0.1:9") as found:
+    async with proxy_of("127.0.0.1:9", "127.0.0.1:9") as found:
         other = f"http://{OTHER}:{service.port}"
         assert b" 200 " in await ask(found, f"GET {other}/blob HTTP/1.1")
         assert b" 502 " in await ask(found, f"GET {other}/token HTTP/1.1", "Authorization: Basic x")
@@ -245,7 +247,7 @@ async def test_a_proxy_of_the_operator_gets_its_password_and_no_request_for_a_pr
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(authority.issue("127.0.0.1"))
 
-    async def proxy(stream: trio.abc.Stream) -> None:
+    async def other_proxy(stream: trio.abc.Stream) -> None:
         if scheme == "https":
             stream = trio.SSLStream(stream, context, server_side=True, https_compatible=True)
         head = b""
@@ -256,19 +258,19 @@ async def test_a_proxy_of_the_operator_gets_its_password_and_no_request_for_a_pr
         await stream.aclose()
 
     async with trio.open_nursery() as nursery:
-        (listener,) = await nursery.start(partial(trio.serve_tcp, host="127.0.0.1"), proxy, 0)
+        (listener,) = await nursery.start(partial(trio.serve_tcp, host="127.0.0.1"), other_proxy, 0)
         port = listener.socket.getsockname()[1]
         there = f"{scheme}://user:w%6frd@127.0.0.1:{port}"
         trusted = ssl.create_default_context(cafile=authority.path)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ssl, "create_default_context", lambda: trusted)
-            async with gate(PUBLIC, f"{PUBLIC}:80", proxies={"http_proxy": there, "HTTPS_PROXY": there}) as found:
+            async with proxy_of(PUBLIC, f"{PUBLIC}:80", proxies={"http_proxy": there, "HTTPS_PROXY": there}) as found:
                 answered = await ask(found, f"CONNECT {PUBLIC}:443 HTTP/1.1")
                 assert answered.split(b"\r\n\r\n", 1) == [b"HTTP/1.1 200 OK", b"hello"]
                 assert (await ask(found, f"GET http://{PUBLIC}/v2/ HTTP/1.1", "Host: h")).endswith(b"hello")
                 assert b" 403 " in await ask(found, f"CONNECT {INSIDE}:443 HTTP/1.1")
                 assert found.failure is not None
-            async with gate(proxies={"HTTPS_PROXY": there}) as found:
+            async with proxy_of(proxies={"HTTPS_PROXY": there}) as found:
                 assert b" 502 " in await ask(found, f"CONNECT {OTHER}:443 HTTP/1.1")
                 assert "403" in str(found.failure)
         nursery.cancel_scope.cancel()
@@ -285,15 +287,15 @@ async def test_a_proxy_of_the_operator_gets_its_password_and_no_request_for_a_pr
 
 async def test_registries_without_tls_have_a_private_address_only_if_the_image_is_theirs(service: Service) -> None:
     address = f"127.0.0.1:{service.port}"
-    async with gate(PUBLIC, address) as found:
+    async with proxy_of(PUBLIC, address) as found:
         assert b" 403 " in await ask(found, f"GET {service.origin}/blob HTTP/1.1")
         assert service.port not in found.ports
-    async with gate(address, address) as found:
+    async with proxy_of(address, address) as found:
         assert b" 200 " in await ask(found, f"GET {service.origin}/blob HTTP/1.1")
         assert service.port in found.ports
 
 
-async def test_the_gate_has_places_for_skopeo_and_no_more(service: Service) -> None:
+async def test_the_proxy_has_places_for_skopeo_and_no_more(service: Service) -> None:
     async with plain(service) as found:
         port = int(found.environment["HTTP_PROXY"].rpartition(":")[2])
         held = [await trio.open_tcp_stream("127.0.0.1", port) for _ in range(32)]

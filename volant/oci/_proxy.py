@@ -1,8 +1,8 @@
 """The only way from skopeo to the network: a proxy of the daemon's for one fetch, which decides where it leads.
 
 A registry may redirect to any address, and name any token service. skopeo follows, from inside this host's network. So
-the gate looks each host up, checks its addresses and connects to one that it has checked, which also defeats DNS
-rebinding. The sandbox keeps skopeo from all other ports. TLS is skopeo's: the gate passes bytes on.
+the proxy looks each host up, checks its addresses and connects to one that it has checked, which also defeats DNS
+rebinding. The sandbox keeps skopeo from all other ports. TLS is skopeo's: the proxy passes bytes on.
 
 Programs in Go use no proxy for loopback. So the sandbox leaves the ports of registries there open, too, as far as the
 operator has named them or the caller may use them.
@@ -83,8 +83,8 @@ class _Refused(Exception):
     """A request that does not pass. Its text is the status of the answer to skopeo."""
 
 
-class Gate:
-    """Get it from `open_gate`."""
+class FetchProxy:
+    """Get it from `open_proxy`."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class Gate:
         self._environment = environment
         self._port = port
         self.ports = {port}
-        """To which skopeo has to connect by itself: the gate's, and those of registries on loopback."""
+        """To which skopeo has to connect by itself: the proxy's, and those of registries on loopback."""
         self._user = f"volant:{secrets.token_hex(16)}"
         self._open = 0
         self._refused: OciError | None = None
@@ -278,10 +278,10 @@ class Gate:
 
 
 @asynccontextmanager
-async def open_gate(
+async def open_proxy(
     reference: Reference, plain_http: frozenset[str], resolve: Resolve, environment: Mapping[str, str]
-) -> AsyncIterator[Gate]:
-    """Opens the gate for what fetches an image, for a block.
+) -> AsyncIterator[FetchProxy]:
+    """Opens the proxy for what fetches an image, for a block.
 
     :param plain_http: registries that need no TLS. The one of the image may have any address then
     :param environment: with the variables of the operator's proxies
@@ -289,11 +289,11 @@ async def open_gate(
     """
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1", backlog=_CONNECTIONS)
     port = listeners[0].socket.getsockname()[1]
-    gate = Gate(reference, plain_http, resolve, environment, port)
+    found = FetchProxy(reference, plain_http, resolve, environment, port)
     async with open_helpers() as nursery:
-        await nursery.start(trio.serve_listeners, gate.serve, listeners)
-        await gate.open_ports()
-        yield gate
+        await nursery.start(trio.serve_listeners, found.serve, listeners)
+        await found.open_ports()
+        yield found
 
 
 def proxy_for(url: str, environment: Mapping[str, str]) -> str | None:
