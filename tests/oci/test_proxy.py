@@ -21,7 +21,7 @@ from tests.oci.test_confinement import USERS, needs_landlock, needs_root, place
 from tests.oci.test_images import opened, refused
 from tests.web_server import WebServer, answer
 from volant.oci import Isolation, OciError, Reference, parse_reference
-from volant.oci._proxy import FetchProxy, open_proxy
+from volant.oci._proxy import FetchProxy, mirrors_of, open_proxy
 
 __all__ = ["place"]
 
@@ -293,6 +293,42 @@ async def test_registries_without_tls_have_a_private_address_only_if_the_image_i
     async with proxy_of(address, address) as found:
         assert b" 200 " in await ask(found, f"GET {service.origin}/blob HTTP/1.1")
         assert service.port in found.ports
+
+
+async def test_mirrors_of_the_host_may_have_any_address(
+    place: Path, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = f"127.0.0.1:{service.port}"
+    (place / "registries.conf").write_text(
+        f"""
+        unqualified-search-registries = ["docker.io"]
+        [[registry]]
+        location = "{PUBLIC}"
+        [[registry.mirror]]
+        location = "{address}/cache"
+        insecure = true
+        [[registry]]
+        prefix = "*.other.test"
+        location = "mirror.test:5000"
+        """
+    )
+    (place / "registries.conf.d").mkdir()
+    (place / "registries.conf.d" / "half.conf").write_text("[[registry]")
+    (place / "registries.conf.d" / "more.conf").write_text(
+        '[[registry]]\nprefix = "a.test/team"\nlocation = "b.test"\n'
+    )
+    assert mirrors_of(f"{PUBLIC}/app", place) == {PUBLIC: False, address: True}
+    assert mirrors_of("x.other.test/app", place) == {"mirror.test:5000": False}
+    assert mirrors_of("a.test/team/app", place) == {"b.test": False}
+    assert mirrors_of("a.test/teams/app", place) == mirrors_of("other.test/app", place) == {}
+    monkeypatch.setattr("volant.oci._proxy.mirrors_of", partial(mirrors_of, directory=place))
+    async with proxy_of(PUBLIC) as found:
+        assert service.port in found.ports
+        assert b" 200 " in await ask(found, f"GET {service.origin}/v2/ HTTP/1.1", "Authorization: Basic x")
+        assert b" 403 " in await ask(found, f"CONNECT {INSIDE}:443 HTTP/1.1")
+    async with proxy_of(OTHER) as found:
+        assert service.port not in found.ports
+        assert b" 502 " in await ask(found, f"GET {service.origin}/v2/ HTTP/1.1")
 
 
 async def test_the_proxy_has_places_for_skopeo_and_no_more(service: Service) -> None:

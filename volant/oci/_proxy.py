@@ -17,10 +17,12 @@ import secrets
 import ssl
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
 from urllib.request import proxy_bypass
 
+import msgspec
 import trio
 
 from volant.concurrency import open_helpers
@@ -69,6 +71,22 @@ async def resolve_anywhere(host: str, port: int, *, must_exist: bool) -> list[st
     return [str(address[0]) for *_, address in found]
 
 
+class _Mirror(msgspec.Struct):
+    location: str = ""
+    insecure: bool = False
+
+
+class _Registry(_Mirror):
+    prefix: str = ""
+    mirror: list[_Mirror] = []
+
+
+class _RegistriesConf(msgspec.Struct):
+    """Of containers-registries.conf(5), what counts here."""
+
+    registry: list[_Registry] = []
+
+
 class _Head(NamedTuple):
     line: str
     fields: _Fields
@@ -90,13 +108,16 @@ class FetchProxy:
         self,
         reference: Reference,
         plain_http: frozenset[str],
+        mirrors: Mapping[str, bool],
         resolve: Resolve,
         environment: Mapping[str, str],
         port: int,
     ) -> None:
         self._reference = reference
-        self._plain_http = plain_http
-        self._plain_hosts = {_split(f"//{each}")[0] for each in plain_http}
+        self._named = {*mirrors, *({reference.registry} & plain_http)}
+        """With ports: where the operator lets this image come from, whatever address that has."""
+        self._plain_http = {*plain_http, *(name for name, is_plain in mirrors.items() if is_plain)}
+        self._plain_hosts = {_split(f"//{each}")[0] for each in self._plain_http}
         self._resolve = resolve
         self._environment = environment
         self._port = port
@@ -121,13 +142,13 @@ class FetchProxy:
     async def open_ports(self) -> None:
         """Opens the ports of registries on loopback. :raises OciError: the one of the image is not allowed"""
         registry = self._reference.registry
-        for name in {registry, *self._plain_http}:
+        for name in {registry, *self._named, *self._plain_http}:
             host, given = _split(f"//{name}")
             if not _is_loopback(host):
                 continue
             ports = tuple(_PORTS.values()) if given is None else (given,)
             try:
-                if name != registry or name not in self._plain_http:
+                if name not in self._named:
                     await self._resolve(host, ports[0], must_exist=False)
             except OciError:
                 if name == registry:
@@ -201,7 +222,8 @@ class FetchProxy:
         if not host or not target.startswith("http://") or not re.fullmatch("[0-9]{1,9}", length):
             raise _Refused("400 Bad Request")
         has_secret = head.field("authorization") or method not in ("GET", "HEAD")
-        if host not in self._plain_hosts and (has_secret or self._reference.registry not in self._plain_http):
+        leads = not self._plain_http.isdisjoint({self._reference.registry, *self._named})
+        if host not in self._plain_hosts and (has_secret or not leads):
             # Anybody on the way can read it, and can have named that host.
             raise self._failed(f"it leads to {host[:100]} without HTTPS")
         port = port or _PORTS["http"]
@@ -241,11 +263,8 @@ class FetchProxy:
 
     async def _addresses(self, host: str, port: int, *, must_exist: bool = True) -> list[str]:
         """:raises _Refused:"""
-        registry, names = self._reference.registry, [_joined(host, port)]
-        if port in _PORTS.values():
-            names.append(_joined(host, None))
-        is_named = registry in names and registry in self._plain_http
-        resolve = resolve_anywhere if is_named else self._resolve
+        names = {_joined(host, port), *([_joined(host, None)] if port in _PORTS.values() else [])}
+        resolve = self._resolve if names.isdisjoint(self._named) else resolve_anywhere
         with trio.move_on_after(_LOOK_UP_S):
             try:
                 return await resolve(host, port, must_exist=must_exist)
@@ -289,11 +308,35 @@ async def open_proxy(
     """
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1", backlog=_CONNECTIONS)
     port = listeners[0].socket.getsockname()[1]
-    found = FetchProxy(reference, plain_http, resolve, environment, port)
+    mirrors = await trio.to_thread.run_sync(mirrors_of, reference.name)
+    found = FetchProxy(reference, plain_http, mirrors, resolve, environment, port)
     async with open_helpers() as nursery:
         await nursery.start(trio.serve_listeners, found.serve, listeners)
         await found.open_ports()
         yield found
+
+
+def mirrors_of(name: str, directory: Path = Path("/etc/containers")) -> dict[str, bool]:
+    """Returns the hosts that containers-registries.conf(5) names in place of an image's registry, with their ports, and
+    whether they need no TLS. Blocks."""
+    found: dict[str, bool] = {}
+    for path in (directory / "registries.conf", *sorted(directory.glob("registries.conf.d/*.conf"))):
+        with suppress(OSError, ValueError):
+            settings = msgspec.toml.decode(path.read_bytes(), type=_RegistriesConf)
+            for registry in settings.registry:
+                if _has_prefix(name, registry.prefix or registry.location):
+                    for each in (registry, *registry.mirror):
+                        host = each.location.partition("/")[0]
+                        found[host] = found.get(host, False) or each.insecure
+    found.pop("", None)
+    return found
+
+
+def _has_prefix(name: str, prefix: str) -> bool:
+    """Whether an entry is for an image: its prefix is a registry, a part of an image's path, or `*.domain`."""
+    if prefix.startswith("*."):
+        return name.partition("/")[0].endswith(prefix[1:])
+    return bool(prefix) and f"{name}/".startswith(f"{prefix}/")
 
 
 def proxy_for(url: str, environment: Mapping[str, str]) -> str | None:
