@@ -301,7 +301,7 @@ async def test_mirrors_of_the_host_may_have_any_address(
     address = f"127.0.0.1:{service.port}"
     (place / "registries.conf").write_text(
         f"""
-        unqualified-search-registries = ["docker.io"]
+        short-name-mode = "enforcing"
         [[registry]]
         location = "{PUBLIC}"
         [[registry.mirror]]
