@@ -7,12 +7,14 @@ saved: 130 kB in about ten milliseconds. QEMU reports progress with events.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import trio
 
+from volant.concurrency import open_helpers
 from volant.host import Host
 from volant.hypervisor._interface import MachineSpec
 
@@ -21,6 +23,8 @@ from ._qmp import QmpClient, QmpLost, QmpRefused
 LOAD_S = 10.0
 _DISCONNECT_S = 5.0
 _POLL_S = 0.01
+_QUIET = 3
+"""So many answers without a byte in between mean that nothing waits any more."""
 
 CAPABILITY = "x-ignore-shared"
 """A stream that was saved with it can only be loaded with it."""
@@ -47,23 +51,24 @@ async def await_disconnect(qmp: QmpClient) -> None:
     seen with QEMU 10.0 in one of twenty templates on a busy host). Polls, as QEMU sends no event.
     """
 
-    async def disconnected() -> bool:
-        ports = await qmp.execute("query-chardev") or ()
-        return any(
-            port.get("label") == "agent" and str(port.get("filename")).startswith("disconnected:") for port in ports
-        )
-
-    if not await _poll_until(disconnected, _DISCONNECT_S):
+    if not await _poll_until(partial(_has_peer, qmp, False), _DISCONNECT_S):
         raise QmpRefused("the machine can't be saved while a client is connected to the agent's port")
+
+
+async def _has_peer(qmp: QmpClient, wanted: bool) -> bool:
+    """Returns whether QEMU knows that somebody is connected to the agent's port (`wanted`), or that nobody is."""
+    ports = await qmp.execute("query-chardev") or ()
+    names = [str(port.get("filename")) for port in ports if port.get("label") == "agent"]
+    return any(name.startswith("disconnected:") is not wanted for name in names)
 
 
 @asynccontextmanager
 async def _listening(host: Host, spec: MachineSpec, qmp: QmpClient) -> AsyncIterator[None]:
-    """Keeps the agent's port connected while a machine loads its state in a block.
+    """Reads the agent's port while a machine loads its state in a block, and until there is nothing left to read.
 
-    If the port was full when the machine was copied, QEMU writes what waited as soon as it is loaded. Without a peer
-    that fails, and QEMU 10.0 waits for a notice that never comes (`flush_buf` in its hw/char/virtio-console.c): no word
-    of the guest leaves it any more, not even when somebody connects.
+    If the port was full when the machine was copied, QEMU writes what waited as soon as it is loaded. Without a reader
+    it stops in the middle, and QEMU 10.0 then waits for a notice that never comes (`flush_buf` in its
+    hw/char/virtio-console.c): no word of the guest leaves it any more, not even when somebody connects.
     """
     if spec.vsock_cid is not None:
         yield
@@ -72,10 +77,26 @@ async def _listening(host: Host, spec: MachineSpec, qmp: QmpClient) -> AsyncIter
         stream = await host.sockets.connect_unix(spec.agent_path, LOAD_S)
     except (OSError, trio.TooSlowError) as error:
         raise QmpLost(f"the hypervisor's agent socket: {str(error) or 'no answer'}") from error
-    async with stream:
+    count = 0
+
+    async def read() -> None:
+        nonlocal count
+        with suppress(trio.BrokenResourceError):
+            while data := await stream.receive_some(65536):
+                count += len(data)
+
+    async with stream, open_helpers() as helpers:
+        if not await _poll_until(partial(_has_peer, qmp, True), LOAD_S):
+            raise QmpLost("the hypervisor accepts nobody at the agent's port")
+        helpers.start_soon(read)
         yield
-        # Until this is answered, it has written.
-        await qmp.execute("query-status")
+        quiet = 0
+        with trio.move_on_after(LOAD_S):
+            while quiet < _QUIET:
+                before = count
+                # QEMU writes more, if there is more, before it answers.
+                await qmp.execute("query-status")
+                quiet = quiet + 1 if count == before else 0
 
 
 async def _begin_loading(qmp: QmpClient, state: Path) -> None:
