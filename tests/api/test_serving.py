@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import socket
 import struct
+import weakref
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from tests.api.kit import (
     FAST,
     UPGRADE,
     Running,
+    api,
     bare,
     disconnected,
     read_answer,
@@ -31,7 +34,8 @@ from tests.api.kit import (
     until,
 )
 from tests.api.kit import request as http
-from volant.http import serve
+from volant.http import ApiSettings, _serving, serve
+from volant.http._connection import Connection
 
 
 def quart_app() -> QuartTrio:
@@ -777,3 +781,41 @@ async def test_an_app_that_fails_outside_of_its_handlers_is_a_500() -> None:
         answer = await server.get("/")
         assert answer.status == 500
         assert "broken" not in answer.body.decode()
+
+
+async def test_a_connection_that_has_ended_is_freed_at_once(tmp_path: Path) -> None:
+    """The collector would stop the event loop for half a second, once a flood has left it enough of them."""
+
+    left: list[weakref.ref[Connection]] = []
+
+    class Watched(Connection):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            left.append(weakref.ref(self, left.remove))
+
+    refused = http("POST", "/api/v1/vms", Content_Length="1000000")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(_serving, "Connection", Watched)
+        async with api(tmp_path, ApiSettings(api_keys=("k",))) as at:
+            for sent, resets in (
+                (b"", False),
+                (b"GET /", True),
+                (http("GET", "/healthz"), False),
+                (http("GET", "/healthz"), True),
+                (http("GET", "/api/v1/vms", X_Volant_API_Key="k"), True),
+                (refused, False),
+                (refused, True),
+                (b"GET / HTTP/1.1\r\n" + b"a:b\r\n" * 1000 + b"\r\n", False),
+            ):
+                gc.disable()
+                try:
+                    async with await at.server.connect() as stream:
+                        await stream.send_all(sent)
+                        if sent.endswith(b"\r\n\r\n"):
+                            await read_answer(stream)
+                        await until(lambda: bool(left))
+                        if resets:
+                            stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                    await until(lambda: not left)
+                finally:
+                    gc.enable()

@@ -137,7 +137,8 @@ class Call(msgspec.Struct):
 
     async def fail(self, problem: Problem, headers: Sequence[Header] = ()) -> None:
         """Answer with an error, over HTTP or instead of an upgrade. Only before anything else was sent."""
-        self.scope["state"]["problem"] = problem
+        # Its traceback refers to frames that refer to this call, which then only the garbage collector would free.
+        self.scope["state"]["problem"] = problem.with_traceback(None)
         body = problem_body(problem, self.request_id)
         await self.reject(problem.status, [*problem_headers(body, self.request_id), *headers], body)
 

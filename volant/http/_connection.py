@@ -152,6 +152,17 @@ class Connection(TCPServer):
             if self.tls is not None and self._server.tls is not None:
                 self._server.tls.forget(self.tls)
             self.abort()
+            self._release()
+
+    def _release(self) -> None:
+        """Ends the circle of references with the protocol, so that both are freed now.
+
+        A flood of connections would leave the garbage collector hundreds of thousands of objects, and it would stop the
+        event loop for half a second at a time.
+        """
+        self.inbox = None
+        if (http := vars(self).pop("http", None)) is not None:
+            vars(http).clear()
 
     @property
     def idle(self) -> bool:
@@ -253,7 +264,8 @@ class Connection(TCPServer):
                                 await self.stream.send_all(view[start : start + SLICE])
             finally:
                 self.send_lock.release()
-        except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError, ssl.SSLError):
+        except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError, ssl.SSLError) as error:
+            _free_frames(error)
             self.tear()
             await self.http.handle(Closed())
         except trio.Cancelled:
@@ -286,7 +298,8 @@ class Connection(TCPServer):
                     with trio.move_on_after(self.limits.linger_s):
                         await self.stream.send_all(self.tls.close())
                 await self.stream.send_eof()
-        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
+        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
+            _free_frames(error)
             self._reading.cancel()
         if self._input_ended:
             self._reading.cancel()
@@ -299,7 +312,8 @@ class Connection(TCPServer):
             while True:
                 try:
                     data = await self._receive()
-                except (trio.ClosedResourceError, trio.BrokenResourceError, ssl.SSLError):
+                except (trio.ClosedResourceError, trio.BrokenResourceError, ssl.SSLError) as error:
+                    _free_frames(error)
                     break
                 if not data:
                     await self._serve_half_closed()
@@ -403,6 +417,13 @@ class Connection(TCPServer):
         while not self.peer_left() and (self.is_unix or not is_abandoned(self._socket)):
             await trio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LEFT_POLL_S)
+
+
+def _free_frames(error: BaseException) -> None:
+    """Ends the circle in which the cause of an error of Trio's streams is: it refers to a frame that has it as a
+    variable, and so to all of a connection."""
+    if error.__cause__ is not None:
+        error.__cause__.__traceback__ = None
 
 
 def _address_of(sock: trio.socket.SocketType) -> str:

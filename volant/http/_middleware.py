@@ -157,6 +157,7 @@ class Middleware:
             await self._fail(call, answer, internal_error())
         finally:
             call.body.release()
+            answer.call = None  # Each refers to the other one; so both are freed now.
             caller = call.caller or self._access.client(scope)
             _log_request(scope, str(caller), request_id, answer.status, trio.current_time() - began)
 
