@@ -19,7 +19,7 @@ from ._clones import until_pool_is_quiet
 from ._figure import Figure, Pairs, percentile
 from ._first_exec import execute
 from ._template import first_template
-from ._world import ensure_image, volantd
+from ._world import current_image, volantd
 
 TARGET = 1.0
 _COUNT = 12
@@ -28,7 +28,7 @@ _STANDBY = ("auto", "0")
 
 async def back_to_back(rounds: int = 4) -> list[Figure]:
     """A series of creates with the warm pool, and one without, in turns."""
-    ensure_image()
+    current_image()
     series = Pairs()
     took: dict[str, list[float]] = {standby: [] for standby in _STANDBY}
     with ExitStack() as stack:

@@ -15,7 +15,7 @@ from ._boot import BOOT_S, WANTED
 from ._figure import Figure
 from ._first_exec import execute
 from ._template import first_template
-from ._world import ensure_image, scratch
+from ._world import current_image, scratch
 
 EXTRA_S = 2.0
 _AGAIN_S = 0.1
@@ -23,7 +23,7 @@ _AGAIN_S = 0.1
 
 async def failover(rounds: int = 3) -> list[Figure]:
     """With a template on the new host, and with a cold boot. The daemon that dies leaves its VM to the watchdog."""
-    ensure_image()
+    current_image()
     figures = []
     waits_s = TTL_S + SLACK_S
     for boot in ("template", "cold"):

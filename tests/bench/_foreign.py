@@ -20,7 +20,7 @@ from ._first_exec import execute
 from ._http import connect
 from ._relays import Connect, download_http, trip_s
 from ._template import first_template
-from ._world import Skipped, ensure_image, scratch
+from ._world import Skipped, current_image, scratch
 
 CREATE_MS, TIMES = 10.0, 1.5
 _SETTLE_S = 0.2
@@ -32,7 +32,7 @@ _Act = Callable[[httpx.AsyncClient, int], Awaitable[None]]
 
 async def foreign(creates: int = 30, requests: int = 100, idle_s: float = 60.0) -> list[Figure]:
     """Creates, commands and reads through a host that has to ask another one, beside the same at that one itself."""
-    ensure_image()
+    current_image()
     figures = []
     with scratch() as directory, fleet(directory, "h1", "h2", flags=("--templates", "auto")) as found:
         await found.cluster.ready()
@@ -67,7 +67,7 @@ async def foreign(creates: int = 30, requests: int = 100, idle_s: float = 60.0) 
 async def foreign_relays(rounds: int = 5) -> list[Figure]:
     """A round trip of a CDP command, and 16 MiB out of a guest, through a host that has to ask another one, beside the
     same at that one itself."""
-    ensure_image()
+    current_image()
     with scratch() as directory, fleet(directory, "h1", "h2") as found:
         await found.cluster.ready()
         await found.up()

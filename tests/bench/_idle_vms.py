@@ -21,7 +21,7 @@ from ._boot import BOOT_S, WANTED
 from ._clones import cpu_ns, create
 from ._figure import Figure
 from ._network import check_bridge
-from ._world import Skipped, ensure_image, volantd
+from ._world import Skipped, current_image, volantd
 
 EACH = 5
 """VMs of each kind."""
@@ -34,7 +34,7 @@ _IDLE_S = 60.0
 
 async def idle_vms() -> list[Figure]:
     """Processor time and wake-ups of an idle VM of each kind. :raises Skipped: without an image"""
-    ensure_image()
+    current_image()
     networks, namespace = ["none", "bridge"], [*IN_ITS_OWN]
     try:
         check_bridge()

@@ -14,7 +14,7 @@ from ._boot import BOOT_S, WANTED
 from ._figure import Figure, percentile
 from ._serving import probe
 from ._streams import _begun, _sockets
-from ._world import ensure_image, volantd
+from ._world import current_image, volantd
 
 VMS = 20
 LINES_PER_S = 100
@@ -34,7 +34,7 @@ _PRINT = (
 
 async def healthz_printing() -> list[Figure]:
     """The 99th percentile of `/healthz` while twenty guests print a hundred lines a second each."""
-    ensure_image()
+    current_image()
     names = [f"p{number}" for number in range(VMS)]
     with volantd("--templates", "auto") as daemon:
         async with daemon.http() as http:

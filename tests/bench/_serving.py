@@ -17,8 +17,8 @@ from tests.system.kit import Daemon
 
 from ._boot import BOOT_S, WANTED
 from ._figure import Figure, Pairs, percentile
-from ._http import LoadError, connect, latencies_s, requests_per_s, unverified
-from ._world import current_image, listening, volantd
+from ._http import LoadError, connect, get_once, latencies_s, requests_per_s, unverified
+from ._world import current_image, listening, scratch, volantd
 
 TARGET = 0.7
 TLS_TARGET = 0.6
@@ -29,6 +29,9 @@ ROUNDS = 15
 ROUND_S = 0.7
 PROBES = 300
 PROBE_INTERVAL_S = 0.02
+_FLOOD_S = 5.0
+"""A flood goes on for so long before the measurement: two thousand clients are no sooner there."""
+_PRINT = ["sh", "-c", "for n in $(seq 200000); do echo $n says this again and again and again; done >/dev/console"]
 
 _VM = f"/api/v1/vms/{WANTED.name}"
 
@@ -137,17 +140,44 @@ async def healthz() -> list[Figure]:
     ]  # fmt: skip
 
 
+async def healthz_floods() -> list[Figure]:
+    """The 99th percentile of `/healthz`, quiet and during each flood of hostile clients."""
+    async with beside_a_vm() as (daemon, quiet):
+        async with daemon.http() as http:
+            printed = await http.post(f"{_VM}/agent/v1/exec", json={"command": _PRINT}, timeout=BOOT_S)
+            printed.raise_for_status()
+        figures = [await _flooded(daemon, kind, quiet) for kind in ("heads", "searches")]
+    with scratch() as directory:
+        key = directory / "key"
+        key.write_text("a-key-of-the-bench")
+        key.chmod(0o600)
+        with volantd("--api-key-file", str(key)) as daemon:
+            return [*figures, await _flooded(daemon, "refused", await _settled(daemon))]
+
+
 async def healthz_handshakes() -> list[Figure]:
-    """The 99th percentile of `/healthz` over TLS, quiet and during hostile handshakes."""
+    """The 99th percentile of `/healthz` over TLS, quiet and during a flood of handshakes."""
     with volantd("--tls-self-signed") as daemon:
-        await probe(daemon)
-        quiet = await probe(daemon)
-        with listening("tests.bench._handshakes", daemon.base_url):
-            busy = await probe(daemon)
-    return [Figure(
-        "healthz_p99_handshakes", 1000 * percentile(busy, 99), "ms", percentile(busy, 99) / percentile(quiet, 99),
+        return [await _flooded(daemon, "handshakes", await _settled(daemon))]
+
+
+async def _flooded(daemon: Daemon, kind: str, quiet: list[float]) -> Figure:
+    with listening("tests.bench._hostile_clients", kind, daemon.base_url):
+        await trio.sleep(_FLOOD_S)
+        busy = await probe(daemon)
+    return Figure(
+        f"healthz_p99_{kind}", 1000 * percentile(busy, 99), "ms", percentile(busy, 99) / percentile(quiet, 99),
         f"the {1000 * percentile(quiet, 99):.3g} ms without; median {1000 * median(busy):.2g} ms", within=100,
-    )]  # fmt: skip
+    )  # fmt: skip
+
+
+async def _settled(daemon: Daemon) -> list[float]:
+    """Returns what `probe` returns of a daemon that has just started."""
+    with trio.fail_after(BOOT_S):
+        while await trio.to_thread.run_sync(get_once, daemon.base_url, "/healthz") != 200:  # noqa: ASYNC110
+            await trio.sleep(PROBE_INTERVAL_S)
+    await probe(daemon)
+    return await probe(daemon)
 
 
 @asynccontextmanager

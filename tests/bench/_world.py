@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import shutil
@@ -30,31 +31,22 @@ class Skipped(Exception):
 
 
 def current_image() -> images.Image:
-    """Returns the boot image of this code, and builds it if needed. :raises Skipped: without QEMU or an image"""
-    said = ensure_image()
-    image = images.find(cache_dir())
-    if image is None:
-        raise Skipped(f"there is no boot image: {said}")
-    return image
-
-
-def ensure_image() -> str:
-    """Builds the boot image of the measured daemon if needed, and returns the builder's last line.
-
-    :raises Skipped: without QEMU
-    """
+    """Returns the boot image of the measured daemon, and builds it if needed. :raises Skipped: without QEMU or image"""
     if shutil.which("qemu-system-x86_64") is None:
         raise Skipped("there is no qemu-system-x86_64")
     done = subprocess.run(
         [sys.executable, "-m", "volant.images", "build", "--cache", str(cache_dir())],
         cwd=CHECKOUT,
         env=os.environ | CODE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         timeout=_IMAGE_S,
         check=False,
     )
-    return (done.stderr.decode(errors="replace").strip().splitlines() or ["the builder said nothing"])[-1]
+    said = json.loads(done.stdout.splitlines()[-1]) if done.stdout else {}
+    image = images.load(cache_dir(), said["image"]["digest"]) if "image" in said else None
+    if image is None:
+        raise Skipped(f"there is no boot image: {said or done.stderr.decode(errors='replace')[-500:]}")
+    return image
 
 
 @contextmanager
