@@ -26,6 +26,7 @@ from .test_images import DIGEST, image_view
 IMAGE = {"reference": "example/tool:1", "digest": DIGEST, "command": ["/bin/tool", "x"]}
 CREATED = vm(name="demo", status="pending", image=IMAGE)
 RUNS = vm(name="demo", image=IMAGE)
+STOPPED = vm(name="demo", status="stopped", image=IMAGE)
 
 
 class Program:
@@ -43,14 +44,24 @@ class Program:
         self.start: dict[str, Any] = {}
         self.input = b""
         self.signals: list[int] = []
-        self.started = trio.Event()
+        self.attached: list[str | None] = []
+        """The ids that clients have attached to again."""
+        self.breaks = 0
+        """How often the connection breaks after the output."""
         self.left = trio.Event()
 
     async def __call__(self, request: Request, stream: trio.abc.Stream) -> None:
         socket = WSConnection(ConnectionType.SERVER)
+        again = request.param("attach")
         socket.receive_data(request.head)
         list(socket.events())
         await stream.send_all(socket.send(AcceptConnection()))
+        if again is not None:
+            self.attached.append(again)
+            await self._begin(socket, stream, int(request.param("from") or 0))
+            if self.breaks:
+                self.breaks -= 1
+                return
         try:
             while True:
                 data = await stream.receive_some()
@@ -61,6 +72,9 @@ class Program:
                     if isinstance(event, CloseConnection):
                         return
                     end = await self._take(event, socket, stream)
+                    if self.start and self.breaks:
+                        self.breaks -= 1
+                        return
                     if end is not None:
                         await stream.send_all(socket.send(TextMessage(json.dumps(end))))
                         await stream.send_all(socket.send(CloseConnection(1000)))
@@ -77,15 +91,19 @@ class Program:
         if not isinstance(event, TextMessage):
             return None
         message = json.loads(event.data)
-        if "command" in message:
+        if "tty" in message:
             self.start = message
-            for channel, data in self.output:
-                await stream.send_all(socket.send(BytesMessage(bytes([channel]) + data)))
-            self.started.set()
+            await self._begin(socket, stream, 0)
         if "signal" in message:
             self.signals.append(message["signal"])
             return self.on_signal.get(message["signal"])
         return None
+
+    async def _begin(self, socket: WSConnection, stream: trio.abc.Stream, position: int) -> None:
+        hello = {"id": "workload", "tty": self.start["tty"], "position": position}
+        await stream.send_all(socket.send(TextMessage(json.dumps(hello))))
+        for channel, data in self.output if not position else ():
+            await stream.send_all(socket.send(BytesMessage(bytes([channel]) + data)))
 
 
 def program(*output: tuple[int, bytes], end: dict[str, Any] | None = None, on_signal: Any = None) -> Program:
@@ -94,9 +112,19 @@ def program(*output: tuple[int, bytes], end: dict[str, Any] | None = None, on_si
 
 def prepare(server: Server, of: Handler) -> None:
     """Lets the server make a VM that runs `of`."""
+
+    async def shown(request: Request, stream: trio.abc.Stream) -> None:
+        wanted = request.param("wait") or ""
+        if "stopped" in wanted:
+            await answer(STOPPED, Volant_Wait="met")(request, stream)
+        elif "deleted" in wanted:
+            await problem(404, "vm-not-found", "there is no VM named 'demo'")(request, stream)
+        else:
+            await answer(RUNS, Volant_Wait="met")(request, stream)
+
     server.routes |= {
         "POST /api/v1/vms": answer(CREATED, 201),
-        "GET /api/v1/vms/demo": answer(RUNS, Volant_Wait="met"),
+        "GET /api/v1/vms/demo": shown,
         "GET /api/v1/images/pulls": answer([]),
         "GET /api/v1/vms/demo/agent/v1/exec": of,
         "DELETE /api/v1/vms/demo": answer(None, 204),
@@ -113,6 +141,11 @@ def body(server: Server) -> Any:
     return created.json()
 
 
+def last_wait(server: Server) -> str | None:
+    """The states that were waited for last."""
+    return [request.param("wait") for request in server.asked("/api/v1/vms/demo")][-1]
+
+
 async def test_the_program_runs_like_a_command_of_this_host() -> None:
     tool = program((1, b"out\0"), (2, b"\xff"), end={"exit_code": 7})
     async with serving() as server:
@@ -121,12 +154,14 @@ async def test_the_program_runs_like_a_command_of_this_host() -> None:
         done = await volar(server, "run", *words, "example/tool:1", "--flag", "-t", "last")
     assert (done.code, done.out, done.err) == (7, b"out\0", "\\xff")
     assert body(server) == {
-        "name": "demo", "image": "example/tool:1", "command": ["--flag", "-t", "last"], "start_workload": False,
+        "name": "demo", "image": "example/tool:1", "command": ["--flag", "-t", "last"], "attach": True,
         "env": {"A": "b"}, "memory_mb": 1024, "cpu_cores": 2, "labels": {"x": "y"}, "workdir": "/w", "user": "app",
     }  # fmt: skip
-    assert tool.start == {"command": ["/bin/tool", "x"], "env": {"A": "b"}, "tty": False, "rows": 24, "cols": 80}
-    assert sent(server, "POST")[-1] == "/api/v1/vms/demo/stop"
+    assert tool.start == {"env": {}, "tty": False, "rows": 24, "cols": 80}
+    # The daemon stops the VM when its workload has ended.
+    assert sent(server, "POST") == ["/api/v1/vms"]
     assert not sent(server, "DELETE")
+    assert last_wait(server) == "crashed,deleted,stopped"
 
 
 @pytest.mark.parametrize(
@@ -138,12 +173,16 @@ async def test_the_program_runs_like_a_command_of_this_host() -> None:
         ({"error": "no", "code": "not_executable"}, 126),
     ],
 )
-async def test_the_exit_code_is_the_programs_and_rm_deletes_the_vm(end: dict[str, Any], code: int) -> None:
+async def test_the_exit_code_is_the_programs_and_with_rm_the_daemon_deletes_the_vm(
+    end: dict[str, Any], code: int
+) -> None:
     async with serving() as server:
         prepare(server, program(end=end))
         done = await volar(server, "run", "--rm", "example/tool:1")
     assert done.code == code
-    assert sent(server, "DELETE") == ["/api/v1/vms/demo"]
+    assert body(server)["on_exit"] == "delete"
+    assert last_wait(server) == "crashed,deleted"
+    assert not sent(server, "DELETE")
     assert sent(server, "POST") == ["/api/v1/vms"]
 
 
@@ -172,6 +211,7 @@ async def test_without_a_name_two_words_are_it_and_a_taken_one_is_replaced() -> 
         (["-P"], {"publish_all": True}),
         (["-p", "8080:80", "-v", "data:/var/lib"], {"ports": ["8080:80"], "volumes": ["data:/var/lib"]}),
         (["--disk", "1G", "--network", "none"], {"disk_mb": 1024, "network": "none"}),
+        (["--rm"], {"on_exit": "delete"}),
     ],
 )
 async def test_in_the_background_the_workload_starts_with_the_vm(words: list[str], wanted: dict[str, Any]) -> None:
@@ -226,31 +266,29 @@ async def test_with_a_terminal_keys_are_the_programs_and_the_terminal_is_given_b
         os.close(fd)
         os.close(theirs)
     assert tool.input == b"ls\r\x03"
-    assert tool.start == {
-        "command": ["/bin/tool", "x"], "env": {"TERM": "xterm-test"}, "tty": True, "rows": 33, "cols": 99,
-    }  # fmt: skip
-    assert sent(server, "DELETE") == ["/api/v1/vms/demo"]
+    assert tool.start == {"env": {"TERM": "xterm-test"}, "tty": True, "rows": 33, "cols": 99}
+    assert not sent(server, "DELETE")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 async def test_signals_are_the_programs(number: int) -> None:
-    tool = program(on_signal={number: {"exit_code": 3}})
+    tool = program((1, b"up"), on_signal={number: {"exit_code": 3}})
     async with serving() as server:
         prepare(server, tool)
         async with running(server, ["run", "-i", "--rm", "example/tool:1"]) as process:
-            await tool.started.wait()
+            await until_shown(process, b"up")
             process.send_signal(number)
             assert await process.wait() == 3
     assert tool.signals == [number]
-    assert sent(server, "DELETE") == ["/api/v1/vms/demo"]
+    assert not sent(server, "DELETE")
 
 
 async def test_a_program_that_ignores_ctrl_c_is_ended_by_the_third() -> None:
-    tool = program()
+    tool = program((1, b"up"))
     async with serving() as server:
         prepare(server, tool)
         async with running(server, ["run", "-i", "--rm", "example/tool:1"]) as process:
-            await tool.started.wait()
+            await until_shown(process, b"up")
             for count in range(1, 4):
                 process.send_signal(signal.SIGINT)
                 if count < 3:
@@ -258,6 +296,68 @@ async def test_a_program_that_ignores_ctrl_c_is_ended_by_the_third() -> None:
             assert await process.wait() == 130
             await tool.left.wait()
     assert sent(server, "DELETE") == ["/api/v1/vms/demo"]
+
+
+async def test_a_program_outlives_the_daemon_and_volar_attaches_to_it_again() -> None:
+    tool = program((1, b"out"), end={"exit_code": 4})
+    tool.breaks = 2
+    async with serving() as server:
+        prepare(server, tool)
+        done = await volar(server, "run", "-i", "--rm", "example/tool:1")
+    assert (done.code, done.out, done.err) == (4, b"out", "")
+    assert tool.attached == ["workload", "workload"]
+    assert not sent(server, "DELETE")
+
+
+async def test_a_program_that_another_client_has_taken_is_left_alone() -> None:
+    async def taken(request: Request, stream: trio.abc.Stream) -> None:
+        socket = WSConnection(ConnectionType.SERVER)
+        socket.receive_data(request.head)
+        list(socket.events())
+        await stream.send_all(socket.send(AcceptConnection()))
+        await stream.receive_some()
+        await stream.send_all(socket.send(TextMessage('{"id":"workload","tty":false,"position":0}')))
+        await stream.send_all(socket.send(CloseConnection(4000, "somebody else has attached")))
+        while await stream.receive_some():
+            pass
+
+    async with serving() as server:
+        prepare(server, program())
+        server.routes["GET /api/v1/vms/demo/agent/v1/exec"] = taken
+        done = await volar(server, "run", "-i", "--rm", "example/tool:1")
+    assert done.code == 125
+    assert "somebody else has attached" in done.err
+    assert not sent(server, "DELETE")
+    assert sent(server, "POST") == ["/api/v1/vms"]
+
+
+async def test_a_vm_that_the_daemon_does_not_delete_is_deleted() -> None:
+    crashed = vm(name="demo", status="crashed", image=IMAGE)
+    async with serving() as server:
+        prepare(server, program(end={"exit_code": 0}))
+        server.routes["GET /api/v1/vms/demo"] = [answer(RUNS, Volant_Wait="met"), answer(crashed, Volant_Wait="met")]
+        done = await volar(server, "run", "--rm", "example/tool:1")
+    assert done.code == 0
+    assert sent(server, "DELETE") == ["/api/v1/vms/demo"]
+
+
+async def test_in_the_background_a_program_may_have_ended_already() -> None:
+    workload = {"state": "failed", "exit_code": 3}
+    async with serving() as server:
+        prepare(server, program())
+        ended = {**STOPPED, "workload": workload}
+        server.routes["GET /api/v1/vms/demo"] = answer(ended, Volant_Wait="failed")
+        done = await volar(server, "run", "-d", "--name", "demo", "example/tool:1")
+        ended["workload"] = {"state": "failed", "error": "there is no program x"}
+        missing = await volar(server, "run", "-d", "--name", "demo", "example/tool:1")
+    assert (done.code, done.out) == (0, b"demo\n")
+    assert missing.code == 125
+
+
+async def until_shown(process: trio.Process, text: bytes) -> None:
+    """Waits until volar has passed this output on."""
+    assert process.stdout is not None
+    assert await process.stdout.receive_some(len(text)) == text
 
 
 async def until_signals(tool: Program, count: int) -> None:
@@ -312,7 +412,6 @@ async def test_the_complete_form_takes_an_image_too() -> None:
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (["-d", "--rm"], "--rm does not work with -d"),
         (["-dit"], "-i and -t do not work with -d"),
         (["-it"], "-t with -i needs a terminal"),
         (["--restart", "always"], "--restart needs -d"),

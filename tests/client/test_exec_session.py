@@ -12,6 +12,7 @@ import trio
 from tests.guest.proxy import Behind, agent_behind
 from volant.client import Client, ClientProblem, ConnectionLost, ExecEnd, ExecGap, ExecOutput, ExecSession
 from volant.guest import _exec_session
+from volant.guest._workload import check_spec
 
 
 @pytest.fixture
@@ -139,3 +140,23 @@ async def test_leaving_the_block_ends_a_command_that_is_not_detached(agent: Behi
                 await trio.lowlevel.wait_readable(watched)
         finally:
             os.close(watched)
+
+
+async def test_a_workload_that_waits_for_its_client_is_started_by_it(agent: Behind) -> None:
+    workload = {
+        "entrypoint": ["sh", "-c", "echo $A; read line; echo $line; exit 5"],
+        "attach": True,
+        "restart": "never",
+    }
+    agent.server.workload.begin(check_spec(workload), agent.server.plugin)
+    async with Client(agent.base_url) as client:
+        async with client.vms.attach_workload("demo", env={"A": "one"}) as session:
+            assert (await read(session, until=b"one\n"))["stdout"] == b"one\n"
+            assert (session.id, session.tty) == ("workload", False)
+        async with client.vms.attach("demo", "workload", position=4) as session:
+            await session.send(b"two\n")
+            assert (await read(session))["stdout"] == b"two\n"
+            assert session.end == ExecEnd(exit_code=5)
+        async with client.vms.attach_workload("demo") as session:
+            assert session.end is not None
+            assert session.end.code == "invalid_request"

@@ -81,8 +81,9 @@ class Talk:
     def stdin(self, data: bytes) -> None:
         self.sock.sendall(self._ws.send(BytesMessage(data=b"\0" + data)))
 
-    def send(self, event: Any) -> None:
-        self.sock.sendall(self._ws.send(event))
+    def send(self, *events: Any) -> None:
+        """Sends them in one piece."""
+        self.sock.sendall(b"".join(self._ws.send(event) for event in events))
 
     def until(self, enough: Callable[[], object]) -> None:
         while not enough() and self.closed is None:

@@ -24,7 +24,9 @@ from volant.model import (
     EndKind,
     EventType,
     ImageReady,
+    Kill,
     Manifest,
+    Origin,
     Paused,
     Problem,
     Reason,
@@ -39,6 +41,8 @@ from volant.model import (
     Workload,
     WorkloadChanged,
     WorkloadView,
+    check_create,
+    copied_row,
     decide,
     effect_of,
     new_row,
@@ -47,6 +51,7 @@ from volant.model import (
     view,
     workload_events,
 )
+from volant.vm._guest_config import workload_spec
 
 RUNS = WorkloadView("healthy", pid=5)
 EXITED = WorkloadView("exited", exit_code=0)
@@ -129,6 +134,70 @@ def test_a_paused_vm_stays_paused_and_stops_when_it_is_resumed() -> None:
     assert (row.status, effect_of(row)) == (Status.PAUSED, None)
     row = see(row, CommandRequest(Command.RESUME), Resumed())
     assert (row.status, row.desired) == (Status.STOPPING, Desired.STOPPED)
+
+
+@pytest.mark.parametrize("workload", [EXITED, FAILED, MISSING])
+def test_a_vm_that_is_not_kept_is_deleted_with_its_workload(workload: WorkloadView) -> None:
+    row = see(running("delete"), WorkloadChanged(workload))
+    assert (row.status, row.reason is None) == (Status.DELETING, False)
+    assert readiness(row) == ("met" if workload is EXITED else "failed")
+    assert isinstance(effect_of(row), Kill), "nothing that its guest could still write is kept"
+    assert settle(row) is None
+
+
+def test_a_vm_that_is_not_kept_unmounts_what_outlives_it() -> None:
+    row = see(running("delete", volumes=["data:/data"]), WorkloadChanged(EXITED))
+    assert isinstance(effect_of(row), AskStop)
+    assert settle(row) is None
+
+
+@pytest.mark.parametrize("command", [Command.STOP, Command.DELETE])
+def test_a_vm_that_is_not_kept_is_deleted_when_it_is_stopped(command: Command) -> None:
+    row = see(running("delete"), CommandRequest(command))
+    assert settle(row) is None
+    steps = decide(see(row, SHUT_DOWN), Cleared(), NOW)
+    assert [step.row.status for step in steps if step.row] == [Status.DELETING], "nobody sees it stopped"
+    assert settle(see(create("delete"), CommandRequest(command))) is None
+    assert settle(see(running("delete"), SHUT_DOWN)) is None
+
+
+def test_a_vm_that_is_not_kept_stays_while_it_is_to_run_again_or_has_crashed() -> None:
+    row = see(running("delete", restart_policy="on-failure"), WorkloadChanged(FAILED), *GONE)
+    assert (row.status, isinstance(effect_of(row), RestartLater)) == (Status.STOPPED, True)
+    row = see(running("delete"), CommandRequest(Command.RESTART), *GONE)
+    assert row.status is Status.STARTING
+    row = see(running("delete"), Ended(EndKind.GONE, Reason("gone", "killed")), Cleared())
+    assert (row.status, effect_of(row)) == (Status.CRASHED, None)
+    assert settle(see(row, CommandRequest(Command.STOP))) is None
+
+
+def test_a_workload_waits_for_its_client_in_the_first_boot_only() -> None:
+    row = msgspec.structs.replace(running(), attach=True)
+    assert row.waits_for_client
+    assert workload_spec(row) == {**(workload_spec(running()) or {}), "attach": True}
+    copy = copied_row(row, vm_id=8, name="copy", origin=Origin("fork", "demo", 7), checkpoint="fork-1", now=NOW)
+    assert workload_spec(copy) == workload_spec(row), "the copy's agent refuses another one"
+    again = settle(see(row, CommandRequest(Command.RESTART)))
+    assert again is not None
+    assert not again.waits_for_client
+    copy = copied_row(again, vm_id=8, name="copy", origin=Origin("fork", "demo", 7), checkpoint="fork-1", now=NOW)
+    assert workload_spec(copy) == workload_spec(again)
+
+
+def test_a_copy_of_a_vm_whose_program_was_not_started_starts_none() -> None:
+    row = msgspec.structs.replace(running(), start_workload=False)
+    copy = copied_row(row, vm_id=8, name="copy", origin=Origin("fork", "demo", 7), checkpoint="fork-1", now=NOW)
+    assert workload_spec(copy) is None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"attach": True}, {"on_exit": "delete"}, {"image": "x", "attach": True, "start_workload": False}],
+)
+def test_what_is_only_for_the_program_of_an_image(fields: dict[str, object]) -> None:
+    with pytest.raises(Problem) as refused:
+        check_create(msgspec.convert({"name": "demo", **fields}, CreateVm))
+    assert (refused.value.status, refused.value.field) == (422, "on_exit" if "on_exit" in fields else "attach")
 
 
 @pytest.mark.parametrize(
@@ -274,10 +343,13 @@ WORKLOADS = st.sampled_from([None, STARTING, RUNS, UNHEALTHY, EXITED, FAILED, MI
         st.tuples(st.one_of(ANYTHING, st.none(), st.builds(WorkloadChanged, WORKLOADS)), st.booleans()), max_size=25
     ),
     st.sampled_from(["never", "on-failure", "always"]),
+    st.sampled_from(["stop", "delete"]),
 )
-def test_any_input_in_any_order_keeps_to_the_transitions(chain: list[tuple[Seen | None, bool]], policy: str) -> None:
+def test_any_input_in_any_order_keeps_to_the_transitions(
+    chain: list[tuple[Seen | None, bool]], policy: str, on_exit: str
+) -> None:
     """None in the chain stands for: the step under way goes well; true for: the daemon drains."""
-    row = create(restart_policy=policy)
+    row = create(on_exit, restart_policy=policy)
     for seen, held in chain:
         if seen is None:
             effect = effect_of(row)
@@ -297,4 +369,5 @@ def test_any_input_in_any_order_keeps_to_the_transitions(chain: list[tuple[Seen 
         # A finished VM at rest has one answer to whoever waits for it.
         if row.status is Status.STOPPED and row.is_finished and settled(row):
             assert readiness(row) is not None
+            assert not row.is_removed_at_rest
         assert not (row.status is Status.RUNNING and effect_of(row) is None and row.is_finished)

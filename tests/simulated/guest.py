@@ -53,6 +53,8 @@ MISSING_PROGRAM = "nosuch"
 """The one program that the guest's root does not have."""
 ENDS = {"ends": {"state": "exited", "exit_code": 0}, "fails": {"state": "failed", "exit_code": 3}}
 """Programs that end after some lines, and how. The others run for ever."""
+CLIENT_S = 60.0
+"""How long a workload waits for its client."""
 _LAST_LINE = 2
 _WINDOW = 2**24
 _PIECE = 8192
@@ -68,6 +70,9 @@ class SimGuest:
         self.up = trio.Event()
         """Set while the agent answers."""
         self.workload: Any = None
+        self.attached = False
+        """Whether a client has attached to a workload that waits for one."""
+        self._waits_since: float | None = None
         self.is_healthy = True
         """Whether the workload is healthy while it runs."""
         self.signals: list[str | None] = []
@@ -136,6 +141,9 @@ class SimGuest:
             if self.workload is None or self._going_down or self._end is not None:
                 continue
             program = self.workload["entrypoint"][0]
+            if self.workload.get("attach") and not self.attached:
+                self._await_client()
+                continue
             if program == MISSING_PROGRAM:
                 continue
             if program in ENDS and self.lines >= _LAST_LINE:
@@ -147,9 +155,22 @@ class SimGuest:
             self._written.set()
             self._written = trio.Event()
 
+    def _await_client(self) -> None:
+        """Has a client attach sooner or later, if one comes at all."""
+        if self._waits_since is None:
+            self._waits_since = trio.current_time()
+        if self._rng.random() < 0.5 and not fault("client.stays_away"):
+            self.attached = True
+        elif trio.current_time() - self._waits_since > CLIENT_S:
+            self._end = {"state": "failed", "error": "no client has attached to it"}
+        else:
+            return
+        self.workload_changes()
+
     def restart_agent(self) -> None:
         """Restarts the agent: its state is lost, and positions begin at 0."""
-        self.workload = self._end = None
+        self.workload = self._end = self._waits_since = None
+        self.attached = False
         self.secrets = {}
         self._log_id = f"{self._rng.getrandbits(64):016x}"
         self._stdout.clear()
@@ -247,6 +268,8 @@ class SimGuest:
             return status | self._end
         if self.workload is None:
             return status
+        if self.workload.get("attach") and not self.attached:
+            return status | {"state": "starting", "error": "it waits for a client"}
         if self.workload["entrypoint"][0] == MISSING_PROGRAM:
             return status | {"state": "failed", "error": f"there is no program {MISSING_PROGRAM}"}
         state = "healthy" if self.is_healthy else "starting"

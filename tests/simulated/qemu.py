@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _BOOT_S = (0.5, 6.0)
 _CLONE_S = (0.02, 0.3)
-_OF_GUEST = ("workload", "protocol", "secrets")
+_OF_GUEST = ("workload", "attached", "protocol", "secrets")
 """What a guest that is restored has of the one that was saved."""
 _VERSION = {"qemu": {"major": 10, "minor": 0, "micro": 13}, "package": "Debian"}
 

@@ -51,6 +51,7 @@ FAULTS: dict[str, float] = {
     "agent.slow": 0.03,
     "bridge.goes": 0.01,
     "channel.garbage": 0.002,
+    "client.stays_away": 0.3,
     "channel.is_cut": 0.05,
     "database.fails": 0.01,
     "directory.does_not_move": 0.6,
@@ -93,8 +94,9 @@ FAULTS: dict[str, float] = {
     "standby.dies": 0.5,
 }
 
-JOBS = {"job": "ends", "bad-job": "fails"}
-"""Plugins whose VMs stop with their workload, in every fifth run: the program of each."""
+BRIEF = "brief-job"
+JOBS = {"job": ("ends", "stop"), "bad-job": ("fails", "stop"), BRIEF: ("ends", "delete")}
+"""Plugins whose VMs stop with their workload, in every fifth run: the program of each, and what follows its end."""
 
 IMAGE = "app"
 """The OCI image of most VMs, in every fifth run."""
@@ -302,7 +304,8 @@ class Scenario:
         raise AssertionError("a network is never made")
 
     async def _install(self, plugin: str) -> None:
-        workload = {"entrypoint": [JOBS[plugin]], "on_exit": "stop"}
+        program, on_exit = JOBS[plugin]
+        workload = {"entrypoint": [program], "on_exit": on_exit}
         manifest = {"name": plugin, "resources": {"memory_mb": 64}, "workload": workload}
         for _ in range(_ATTEMPTS):
             answer = await self.world.request("POST", "/api/v1/plugins", manifest, _JSON)
@@ -433,6 +436,7 @@ class Scenario:
         assert max(waiting.values(), default=0) <= most, f"too many processes of one template: {waiting}"
         for row in rows.values():
             assert row.status not in (Status.STARTING, Status.STOPPING, Status.DELETING, Status.PENDING), row
+            assert row.status is not Status.STOPPED or not row.is_removed_at_rest, f"it is still there: {_short(row)}"
             if row.status in (Status.RUNNING, Status.PAUSED):
                 machine = running[row.tag]
                 assert row.process == machine.process.identity
@@ -811,7 +815,7 @@ class Operator:
         if self._network != "none":
             body["egress"] = self._rng.choice(EGRESS)
         if self._image is not None and self._rng.random() < 0.7:
-            body |= {"image": self._image, "start_workload": self._rng.choice([True, False])}
+            body |= {"image": self._image, **self._rng.choice([{}, {"start_workload": False}, {"attach": True}])}
         elif len(self._plugins) > 1:
             body["plugin"] = self._rng.choice(self._plugins)
         if self._volumes is not None and self._rng.random() < 0.6:
@@ -861,6 +865,8 @@ class Operator:
             assert before != {True}, f"{name} was made twice"
             made = answer.json()[0] if path.endswith("/fork") else answer.json()
             known.exists, known.vm_id, known.going = {True}, made["id"], False
+            if made["plugin"] == BRIEF:
+                known.exists, known.going = {True, False}, True
             self._seen.acknowledged += 1
         elif may_lack and answer.status in (404, 409):
             # What to copy or to mount is not there, or in no state for it; nothing says whether the name was taken.

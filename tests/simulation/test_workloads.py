@@ -68,6 +68,7 @@ async def event_types(world: World) -> list[str]:
 
 BOOT = ["VM_CREATED", "VM_STARTING", "VM_RUNNING"]
 STOP = ["VM_STOPPING", "VM_STOPPED"]
+DELETED = ["VM_STOPPING", "VM_DELETED"]
 
 
 def test_a_vm_stops_with_its_workload_and_keeps_its_state(tmp_path: Path) -> None:
@@ -93,6 +94,32 @@ def test_a_vm_stops_with_its_workload_and_keeps_its_state(tmp_path: Path) -> Non
         assert (await event_types(world)).count("WORKLOAD_EXITED") == 2
 
     run_story(tmp_path, story, seed=3)
+
+
+def test_a_vm_that_is_not_kept_is_deleted_with_its_workload(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        await create(world, "ends", on_exit="delete", wait="running")
+        late = await world.request("GET", f"{VMS}/demo?wait=deleted&timeout=60s")
+        assert late.status == 404 or late.headers["volant-wait"] == "met"
+        types = await event_types(world)
+        assert types == [*BOOT, "WORKLOAD_STARTED", "WORKLOAD_READY", "WORKLOAD_EXITED", *DELETED]
+        assert not world.machine.running()
+
+    run_story(tmp_path, story, seed=3)
+
+
+def test_a_workload_that_no_client_attaches_to_fails(tmp_path: Path) -> None:
+    async def story(world: World) -> None:
+        world.machine.registry.push("app")
+        body = {"name": "demo", "image": "app", "attach": True, "on_exit": "delete", "boot": "cold"}
+        answer = await world.request("POST", f"{VMS}?wait=running&timeout=60s", body, JSON)
+        assert (answer.status, answer.json()["workload"]["pid"]) == (201, None), answer.body
+        await world.request("GET", f"{VMS}/demo?wait=deleted&timeout=300s")
+        types = await event_types(world)
+        assert "WORKLOAD_STARTED" not in types
+        assert types[-3:] == ["WORKLOAD_FAILED", *DELETED]
+
+    run_story(tmp_path, story, seed=3, client__stays_away=1.0)
 
 
 def test_a_vm_whose_workload_fails_stops_with_the_reason(tmp_path: Path) -> None:

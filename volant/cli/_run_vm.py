@@ -1,11 +1,14 @@
 """`volar run`: a VM from an OCI image, which runs one program like a command on this host, or in the background.
 
-In the foreground the VM starts without its program. Volar runs it as a command, so that input, terminal, signals and
-exit code pass as those of `volar exec` do, and stops or deletes the VM however that ends.
+In the foreground the program waits in the VM until volar has attached to it. So it has volar's terminal, input and
+signals, and no output is lost. It is the VM's workload: it has a state, events, a health check and a log, and when it
+has ended, the daemon stops or deletes the VM. It goes on if volar is killed, and volar attaches again after a restart
+of the daemon.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -17,7 +20,7 @@ import click
 import msgspec
 import trio
 
-from volant.client import ClientError, ConnectionLost, ExecSession, Waited
+from volant.client import ClientError, ConnectionLost, ExecEnd, ExecSession, Waited
 from volant.concurrency import open_helpers
 from volant.model import CreateVm, Egress, Failover, Problem, PullImage, Replicate, Status, VmView
 
@@ -42,7 +45,10 @@ from ._vm_output import reason_lines, warn
 _START_S = 3600.0
 """How long to wait for a VM. Its image has half an hour of this, and the limits of the daemon end it earlier."""
 _CLEAN_S = 75.0
-"""How long the daemon may take to delete a VM."""
+"""How long the daemon may take to stop or delete a VM."""
+_ATTACH_AGAIN_S = 30.0
+"""How long to try to attach again when the connection broke: a daemon that is restarted is back by then."""
+_AGAIN_S = 0.5
 _GRACE_S = 10.0
 """How long the program may go on after SIGTERM or SIGHUP, as Docker's default for `docker stop`."""
 _INTERRUPTS = 3
@@ -66,7 +72,6 @@ class _Wanted(msgspec.Struct, frozen=True, kw_only=True):
     image: str
     named: bool
     """Whether the user has given the name."""
-    env: dict[str, str]
     auth: str | None
     pull: str
     interactive: bool
@@ -86,7 +91,7 @@ class _Wanted(msgspec.Struct, frozen=True, kw_only=True):
 @click.argument("words", metavar="[COMMAND]...", nargs=-1, type=click.UNPROCESSED)
 @click.option("-i", "--interactive", is_flag=True, help="Send standard input to the program.")
 @click.option("-t", "--tty", is_flag=True, help="Give the program a terminal.")
-@click.option("--rm", "remove", is_flag=True, help="Delete the VM when the program has ended, or volar is interrupted.")
+@click.option("--rm", "remove", is_flag=True, help="Delete the VM when the program has ended, or the VM was stopped.")
 @click.option("-d", "--detach", is_flag=True, help="Print the VM's name once it runs, and leave it running.")
 @click.option("--name", help="The VM's name.  [default: two words]")
 @click.option(
@@ -162,16 +167,12 @@ async def run(
 ) -> int:
     """Run a program of an OCI image in a new VM. Put options before IMAGE.
 
-    Without -d volar passes output, signals and the exit code on, and input with -i; use -it for a shell. Then the VM
-    is stopped, and with --rm deleted. `volar ps -a` shows VMs that are stopped.
+    Without -d volar passes output, signals and the exit code on, and input with -i; use -it for a shell. When the
+    program has ended the VM stops, and with --rm it is deleted. `volar ps -a` shows VMs that are stopped.
 
     The exit code is the program's, 128 + n if signal n ended it, 126 or 127 if it can't be executed or does not exist,
     125 if volar or the daemon failed.
     """
-    if detach and remove:
-        raise click.UsageError(
-            "--rm does not work with -d: nobody would delete the VM when its program has ended; use `volar rm` then"
-        )
     if detach and (interactive or tty):
         raise click.UsageError("-i and -t do not work with -d; `volar exec -it` opens a shell in a VM that runs")
     if restart != "no" and not detach:
@@ -185,7 +186,8 @@ async def run(
         name=name or generated_name(),
         image=image,
         registry_secret=registry_secret,
-        start_workload=detach,
+        attach=not detach,
+        on_exit="delete" if remove else "stop",
         **image_members(words, **program),
         env=with_secrets(environ, env_secrets),
         secrets=secrets,
@@ -203,7 +205,7 @@ async def run(
     )
     auth = await trio.to_thread.run_sync(registry_auth, image, authfile, registry_secret, abandon_on_cancel=True)
     wanted = _Wanted(
-        request=request, image=image, named=name is not None, env=environ, auth=auth, pull=pull,
+        request=request, image=image, named=name is not None, auth=auth, pull=pull,
         interactive=interactive, tty=tty, remove=remove,
     )  # fmt: skip
     if detach:
@@ -215,7 +217,7 @@ async def _detached(session: Session, wanted: _Wanted) -> int:
     await _prepare(session, wanted)
     vm = await _create(session, wanted)
     try:
-        vm = await _until_running(session, vm, wanted.image)
+        vm = await _until_running(session, vm, wanted.image) or vm
     except trio.Cancelled:
         session.out.note(f"volar: VM {vm.name} goes on starting; `volar rm -f {vm.name}` deletes it")
         raise
@@ -231,6 +233,8 @@ class _Foreground:
         self._wanted = wanted
         self._vm: VmView | None = None
         self._process: ExecSession | None = None
+        self._at_the_end: Literal["end", "wait", "leave"] = "end"
+        """What to do about the VM: end it; wait until the daemon has, as its program has ended; or leave it running."""
         self._scope = trio.CancelScope()
         self._ended_by: int | None = None
         self._interrupts = 0
@@ -254,31 +258,75 @@ class _Foreground:
         await _prepare(session, wanted)
         vm = self._vm = await _create(session, wanted)
         await trio.lowlevel.checkpoint_if_cancelled()
-        vm = await _until_running(session, vm, wanted.image, keep=not wanted.remove)
-        if vm.image is None or not vm.image.command:
-            raise Failure("the image names no program; give a command after its name")
-        command = vm.image.command
-        return await once_running(session, vm.name, lambda: self._execute(vm.name, command))
-
-    async def _execute(self, name: str, program: tuple[str, ...]) -> int:
-        wanted, environ = self._wanted, dict(self._wanted.env)
-        if wanted.tty and os.environ.get("TERM"):
-            environ.setdefault("TERM", os.environ["TERM"])
-        rows, cols = terminal_size() or (24, 80)
-        async with self._session.client.vms.exec_session(
-            name, program, tty=wanted.tty, rows=rows, cols=cols, env=environ
-        ) as process:
-            if not wanted.interactive and not wanted.tty:
-                await process.send_eof()
-            terminal = wanted.tty and wanted.interactive
-            self._process = process
+        name = vm.name
+        await _until_running(session, vm, wanted.image, keep=not wanted.remove)
+        terminal = wanted.tty and wanted.interactive
+        with raw(sys.stdin.fileno()) if terminal else nullcontext():
             try:
-                with raw(sys.stdin.fileno()) if terminal else nullcontext():
-                    await pass_on(self._session, process, wanted.interactive, terminal, endings=False)
-            finally:
-                self._process = None
-            assert process.end is not None
-            return exit_code(self._session, process.end)
+                end = await once_running(session, name, lambda: self._start(name))
+            except Problem as problem:
+                if problem.code == "taken-over":
+                    self._at_the_end = "leave"
+                raise
+        if end.code != "invalid_request":
+            self._at_the_end = "wait"
+        return exit_code(session, end)
+
+    async def _start(self, name: str) -> ExecEnd:
+        """Starts the program and stays attached to it; returns how it ended."""
+        wanted, environ = self._wanted, dict[str, str]()
+        if wanted.tty and "TERM" not in wanted.request.env and os.environ.get("TERM"):
+            environ["TERM"] = os.environ["TERM"]
+        rows, cols = terminal_size() or (24, 80)
+        vms = self._session.client.vms
+        async with vms.attach_workload(name, tty=wanted.tty, rows=rows, cols=cols, env=environ) as process:
+            if not wanted.interactive and not wanted.tty and process.end is None:
+                await process.send_eof()
+            lost = await self._talk(process)
+        if lost is not None:
+            process = await self._attach_again(name, process, lost)
+        assert process.end is not None
+        return process.end
+
+    async def _talk(self, process: ExecSession) -> ConnectionLost | None:
+        """Passes everything on until the program has ended; returns None, or why it is not known how it goes on."""
+        wanted = self._wanted
+        self._process = process
+        try:
+            await pass_on(
+                self._session, process, wanted.interactive, wanted.tty and wanted.interactive, endings=False
+            )  # fmt: skip
+        except ConnectionLost as lost:
+            return lost
+        finally:
+            self._process = None
+        return None
+
+    async def _attach_again(self, name: str, process: ExecSession, lost: ConnectionLost) -> ExecSession:
+        """Attaches to a program whose connection broke, as when the daemon is restarted; returns the session that saw
+        its end.
+
+        :raises ConnectionLost: it can't. The program goes on, if its VM does.
+        """
+        vms, identifier = self._session.client.vms, process.id
+        give_up_at = trio.current_time() + _ATTACH_AGAIN_S
+        while identifier is not None and trio.current_time() < give_up_at:
+            try:
+                with trio.fail_at(give_up_at) as opening:
+                    async with vms.attach(name, identifier, position=process.position) as process:
+                        opening.deadline = math.inf
+                        if await self._talk(process) is None:
+                            return process
+                        give_up_at = trio.current_time() + _ATTACH_AGAIN_S
+            except (ClientError, trio.TooSlowError):
+                pass
+            except Problem as problem:
+                if problem.status < 500:
+                    raise
+            await trio.sleep(_AGAIN_S)
+        self._at_the_end = "leave"
+        hint = f"if the VM runs, the program goes on: `volar exec --attach {identifier} {name}`"
+        raise ConnectionLost(lost.detail, hint=hint) from lost
 
     async def _watch_signals(
         self, helpers: trio.Nursery, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -312,14 +360,16 @@ class _Foreground:
         self._scope.cancel()
 
     async def _clean_up(self) -> None:
-        """Stops or deletes the VM. Errors are reported, and change nothing else."""
+        """Ends the VM, or waits until the daemon has. Errors are reported, and change nothing else."""
         vm = self._vm
-        if vm is None:
+        if vm is None or self._at_the_end == "leave":
             return
         remove = self._wanted.remove
         vms = self._session.client.vms
         try:
             with trio.fail_after(_CLEAN_S):
+                if self._at_the_end == "wait" and await self._is_over(vm):
+                    return
                 if remove:
                     await vms.delete(vm.name)
                 else:
@@ -331,6 +381,17 @@ class _Foreground:
             word = "deleted" if remove else "stopped"
             self._session.out.note(f"volar: VM {vm.name} is not {word}: {why}")
             self._session.out.note(f"  `volar {'rm -f' if remove else 'stop'} {vm.name}` does it later")
+
+    async def _is_over(self, vm: VmView) -> bool:
+        """Waits for the end of a VM whose program has ended; returns whether nothing is left to do."""
+        remove = self._wanted.remove
+        states = (Status.CRASHED, "deleted") if remove else (Status.CRASHED, "deleted", Status.STOPPED)
+        waited = await self._session.client.vms.wait(vm.name, states, timeout_s=_CLEAN_S / 2)
+        now = waited.vm
+        if now is None or now.id != vm.id:
+            return True
+        # A VM that is deleted during the wait is shown as it was before.
+        return waited.outcome == "met" and not (remove and now.status is Status.CRASHED)
 
 
 async def _prepare(session: Session, wanted: _Wanted) -> None:
@@ -370,8 +431,8 @@ async def _create(session: Session, wanted: _Wanted) -> VmView:
     raise AssertionError("unreachable")
 
 
-async def _until_running(session: Session, vm: VmView, image: str, keep: bool = True) -> VmView:
-    """Waits until a VM runs, and shows the fetch of its image meanwhile.
+async def _until_running(session: Session, vm: VmView, image: str, keep: bool = True) -> VmView | None:
+    """Waits until a VM runs, and shows the fetch of its image meanwhile. Returns None if it has run and was deleted.
 
     :param image: its reference, as the user has written it
     :param keep: whether the VM is there afterwards, so that its log can be read
@@ -382,6 +443,8 @@ async def _until_running(session: Session, vm: VmView, image: str, keep: bool = 
         waited: Waited = await session.client.vms.wait(vm.name, (Status.RUNNING,), timeout_s=_START_S)
     if waited.outcome == "met" and waited.vm is not None:
         return waited.vm
+    if _has_run(waited):
+        return waited.vm
     if waited.outcome == "timeout":
         raise Failure(f"VM {vm.name!r} does not run after {_START_S:g} s")
     state = "deleted" if waited.vm is None else str(waited.vm.status)
@@ -390,3 +453,11 @@ async def _until_running(session: Session, vm: VmView, image: str, keep: bool = 
         session.out.note(reason_lines(reason))
     why = f": {reason.message}" if reason is not None else ""
     raise Failure(f"VM {vm.name!r} is {state}{why}", hint=f"`volar logs {vm.name}` shows its console" if keep else None)
+
+
+def _has_run(waited: Waited) -> bool:
+    """Returns whether a VM that does not run has already done what it was there for."""
+    if waited.vm is None:
+        return False
+    workload = waited.vm.workload
+    return workload is not None and (workload.exit_code is not None or workload.signal is not None)

@@ -28,7 +28,7 @@ from volant.model import (
     check_name,
     format_duration,
 )
-from volant.model.agent_types import ExecStart
+from volant.model.agent_types import ExecStart, WorkloadStart
 
 from ._actions import ACTION_S, ActionAnswer, Pieces, is_from_guest
 from ._address import DEFAULT_BASE, Address
@@ -40,7 +40,7 @@ from ._console import Console, ConsoleState, pump_console
 from ._errors import ClientProblem, UnexpectedAnswer
 from ._events import pump_events
 from ._exec import Process, request_body
-from ._exec_session import ExecSession, attach_session, open_session
+from ._exec_session import ExecSession, attach_session, open_session, open_workload
 from ._feed import Backoff, Feed, OnRetry, feeding
 from ._files import SILENCE_S, TAR, FileInfo, FileReader, file_url, open_file, put_file, stat_file
 from ._http import Http, chunks_of
@@ -289,6 +289,25 @@ class _Vms(VmsRequests):
         body = request_body(list(command), dict(env or {}), cwd, user, timeout_s)
         start: ExecStart = {**body, "tty": tty, "rows": rows, "cols": cols}
         return open_session(self._http, f"{vm_path(name)}/agent/v1/exec", name, start, detach=detach)
+
+    def attach_workload(
+        self,
+        name: str,
+        *,
+        tty: bool = False,
+        rows: int = 24,
+        cols: int = 80,
+        env: Mapping[str, str] | None = None,
+    ) -> AbstractAsyncContextManager[ExecSession]:
+        """Starts the program of a VM that was created with `attach`, and attaches to it; it goes on when the block is
+        left, and `attach` connects to it again by its `id`.
+
+        :param tty: whether it gets a terminal of `rows` and `cols`
+        :param env: variables over the program's own, such as `TERM`
+        :raises ClientProblem: 409, the VM does not run
+        """
+        start: WorkloadStart = {"env": dict(env or {}), "tty": tty, "rows": rows, "cols": cols}
+        return open_workload(self._http, f"{vm_path(name)}/agent/v1/exec", name, start)
 
     def attach(
         self, name: str, identifier: str, *, position: int | None = None

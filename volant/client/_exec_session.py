@@ -10,7 +10,7 @@ import msgspec
 import trio
 
 from volant.model import LogRange
-from volant.model.agent_types import ExecStart
+from volant.model.agent_types import ExecStart, WorkloadStart
 
 from ._errors import ClientProblem, ConnectionLost, UnexpectedAnswer
 from ._exec import ExecEnd, ExecOutput, reported_end
@@ -128,7 +128,7 @@ class ExecSession:
             )
 
     async def begin(self) -> None:
-        """Waits for the first message of a detached command."""
+        """Waits for the first message of a command that goes on without its client."""
         with trio.move_on_after(_HELLO_S) as scope:
             message = await self._receive()
             if isinstance(message, bytes):
@@ -169,6 +169,16 @@ async def open_session(http: Http, path: str, vm: str, start: ExecStart, *, deta
         await socket.send(json.dumps(start))
         if detach:
             await session.begin()
+        yield session
+
+
+@asynccontextmanager
+async def open_workload(http: Http, path: str, vm: str, start: WorkloadStart) -> AsyncIterator[ExecSession]:
+    """Starts a workload that waits for its first client, for the length of a block."""
+    async with open_websocket(http, path, {"workload": "true"}, pings=False) as socket:
+        session = ExecSession(socket, vm, tty=bool(start.get("tty")))
+        await socket.send(json.dumps(start))
+        await session.begin()
         yield session
 
 

@@ -13,6 +13,7 @@ from ._watch import poll
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from ._websocket import WebSocket
@@ -32,7 +33,9 @@ class OutputHistory:
     A position counts the bytes of both channels since the start.
     """
 
-    def __init__(self, keep: int) -> None:
+    def __init__(self, keep: int, also: Callable[[int, bytes], None] | None = None) -> None:
+        """:param also: is called with all output too, channel by channel"""
+        self._also = also
         self.position = 0
         """How many bytes there were in all."""
         self.ends: dict[int, int] = {}
@@ -48,6 +51,8 @@ class OutputHistory:
 
     def add(self, channel: int, data: bytes) -> None:
         """Appends what was read from a channel."""
+        if self._also is not None:
+            self._also(channel, data)
         self.position += len(data)
         self._held += len(data)
         if self._pieces:

@@ -22,6 +22,7 @@ from ._watch import poll
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import subprocess
     from typing import Any
 
     from ._exec_output import OutputHistory
@@ -84,6 +85,8 @@ class Program:
         import subprocess
 
         self._output = output
+        self.process: subprocess.Popen[bytes]
+        """Leads a session of its own."""
         self._input = bytearray(command.stdin)
         self._input_ends = False
         self._in_a_line = False
@@ -94,7 +97,7 @@ class Program:
 
             self._terminal, theirs = open_terminal(command.rows, command.cols)
             try:
-                self._process = spawn(command.command, command.setting, theirs, theirs, theirs, terminal=True)
+                self.process = spawn(command.command, command.setting, theirs, theirs, theirs, terminal=True)
             except BaseException:
                 os.close(self._terminal)
                 raise
@@ -103,8 +106,8 @@ class Program:
             self._input_fd = self._terminal
             self._channels[self._terminal] = STDOUT
         else:
-            self._process = spawn(command.command, command.setting, *[subprocess.PIPE] * 3)
-            pipes = (self._process.stdin, self._process.stdout, self._process.stderr)
+            self.process = spawn(command.command, command.setting, *[subprocess.PIPE] * 3)
+            pipes = (self.process.stdin, self.process.stdout, self.process.stderr)
             self._input_fd, stdout, stderr = (pipe.fileno() for pipe in pipes if pipe is not None)
             self._channels |= {stdout: STDOUT, stderr: STDERR}
             for fd in (self._input_fd, *self._channels):
@@ -115,7 +118,7 @@ class Program:
     @property
     def pid(self) -> int:
         """The process. Its number is valid until the process is reaped."""
-        return self._process.pid
+        return self.process.pid
 
     @property
     def takes_input(self) -> bool:
@@ -196,8 +199,8 @@ class Program:
             self._close_input()
 
     def _close_input(self) -> None:
-        if self._process.stdin is not None and self._input_fd >= 0:
-            self._process.stdin.close()
+        if self.process.stdin is not None and self._input_fd >= 0:
+            self.process.stdin.close()
             self._input_fd = -1
 
     def resize(self, rows: int, cols: int) -> None:
@@ -211,13 +214,13 @@ class Program:
     def send_signal(self, number: int) -> None:
         """Sends a signal to the process group."""
         try:
-            signal_group(self._process, number)
+            signal_group(self.process, number)
         except OSError:
             pass
 
     def kill(self) -> None:
         """Sends SIGKILL to all processes of the session."""
-        kill_session(self._process)
+        kill_session(self.process)
 
     def hang_up(self) -> None:
         """Sends SIGHUP, as a terminal that closes does, and SIGKILL a second later."""
@@ -229,7 +232,7 @@ class Program:
 
     def kill_group(self) -> None:
         """Sends SIGKILL to the process group only."""
-        kill_group(self._process)
+        kill_group(self.process)
 
     def reap(self) -> dict[str, int] | dict[str, str]:
         """Waits at most 5 s for the process; returns how it ended."""
@@ -237,23 +240,23 @@ class Program:
 
         self._input.clear()
         try:
-            return how_it_ended(self._process.wait(REAP_S))
+            return how_it_ended(self.process.wait(REAP_S))
         except subprocess.TimeoutExpired:
             return {"error": "the command was killed, and does not end", "code": "agent_error"}
 
     @property
     def is_reaped(self) -> bool:
         """Whether the process was reaped."""
-        return self._process.returncode is not None
+        return self.process.returncode is not None
 
     @property
     def has_exited(self) -> bool:
         """Whether the process has ended."""
-        return has_exited(self._process)
+        return has_exited(self.process)
 
     def close(self) -> None:
         """Closes all descriptors."""
-        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+        for pipe in (self.process.stdin, self.process.stdout, self.process.stderr):
             if pipe is not None:
                 pipe.close()
         if self._terminal >= 0:

@@ -29,8 +29,11 @@ from ._watch import POLLRDHUP, Wakeup, poll
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Callable
     from typing import Any
 
+    from ._output import Output
 
 KEPT_BYTES = 512 * 1024
 """How much output of a detached command is kept."""
@@ -39,10 +42,19 @@ KEPT_BYTES = 512 * 1024
 class Session:
     """A command and whoever is attached to it. `run` is its loop."""
 
-    def __init__(self, command: Command, identifier: str | None) -> None:
+    def __init__(
+        self,
+        command: Command,
+        identifier: str | None,
+        *,
+        log: Output | None = None,
+        reap: Callable[[Program], dict[str, Any]] = Program.reap,
+    ) -> None:
         """Starts the command.
 
         :param identifier: the id of a detached command; None: it ends with its client
+        :param log: gets the output, too; then the session goes on until its client has read how the command ended
+        :param reap: waits for the process, which has ended or was killed, and returns how
         :raises SpawnError: the command does not start
         """
         self.identifier = identifier
@@ -51,7 +63,9 @@ class Session:
         self.ended: float | None = None
         self.end: dict[str, Any] | None = None
         """How it ended."""
-        self.output = OutputHistory(KEPT_BYTES if identifier is not None else 0)
+        self.output = OutputHistory(KEPT_BYTES if identifier is not None else 0, None if log is None else log.write)
+        self._lingers = log is not None
+        self._reap = reap
         self._deadline = None if command.timeout_s is None else self.started + command.timeout_s
         self._timed_out = False
         self._peer: Peer | None = None
@@ -68,6 +82,11 @@ class Session:
     def pid(self) -> int:
         """The process; its number is valid while the command runs."""
         return self._program.pid
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        """The process."""
+        return self._program.process
 
     # For other threads
 
@@ -257,7 +276,7 @@ class Session:
             return
         peer.send_output(self.output, self._hello())
         peer.send_end(self.output, self.end)
-        if peer.sent_end and not peer.socket.out:
+        if peer.sent_end and not peer.socket.out and (peer.socket.closed or not self._lingers):
             self._release_peer()
             return
         left_s = peer.stalls_in_s
@@ -269,7 +288,7 @@ class Session:
             return
         try:
             peer.flush()
-            if found.get(peer.socket.sock.fileno(), 0) & ~select.POLLOUT:
+            if found.get(peer.socket.sock.fileno(), 0) & ~select.POLLOUT or peer.socket.has_early:
                 peer.socket.receive()  # and drop it
             if peer.socket.closing and not peer.sent_end:
                 peer.socket.flush()
@@ -281,10 +300,10 @@ class Session:
 
     def _conclude(self) -> None:
         """Reaps the process and records how it ended."""
-        end = self._program.reap()
+        end = self._reap(self._program)
         self._record_end(self.command.timed_out() if self._timed_out else end)
 
-    def _record_end(self, end: dict[str, int] | dict[str, str]) -> None:
+    def _record_end(self, end: dict[str, Any]) -> None:
         self.ended = time.monotonic()
         self.end = end
         self._ended.set()

@@ -11,6 +11,8 @@ import select
 import threading
 import time
 
+from volant.model.agent import WORKLOAD_SESSION
+
 from . import _websocket
 from ._checks import decode_json
 from ._exec_output import Peer
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from ._http import Request
     from ._process import Setting
     from ._stream import Stream
+    from ._workload import Workload
 
 MAX_SESSIONS = 16
 """How many detached commands there may be, ended ones included."""
@@ -37,6 +40,7 @@ KEPT_S = 600.0
 """How long an ended command stays in the table."""
 
 _FIELDS = {"command", "env", "cwd", "user", "timeout_s", "stdin", "tty", "rows", "cols"}
+_FIELDS_OF_WORKLOAD = {"env", "tty", "rows", "cols"}
 _MAX_POSITION_DIGITS = 15
 _KILL_S = 10.0
 _LAST_FRAME_S = 10.0
@@ -44,9 +48,10 @@ _SHOWN_COMMAND = 200
 
 
 class Sessions:
-    """The detached commands of one agent."""
+    """The detached commands of one agent, and the workload if a client has started it."""
 
-    def __init__(self) -> None:
+    def __init__(self, workload: Workload) -> None:
+        self._workload = workload
         self._lock = threading.Lock()
         self._sessions: dict[str, Session | None] = {}
         """In the order of their starts. None: reserved for a command that has not started yet."""
@@ -59,12 +64,17 @@ class Sessions:
         :raises Problem: 400, 404, 426 or 503, instead of the upgrade
         :raises Gone: the client left
         """
-        query = parse_query(request.query, {"detach", "attach", "from"})
+        query = parse_query(request.query, {"detach", "attach", "from", "workload"})
         identifier = query.get("attach")
         detach = query.get("detach", "false")
         position = query.get("from")
         if detach not in ("true", "false"):
             raise Problem(400, "detach is neither true nor false", field="detach")
+        if (workload := query.get("workload")) is not None:
+            if workload != "true" or len(query) > 1:
+                raise Problem(400, "workload=true goes with nothing else", field="workload")
+            self._start_workload(stream, request, set_up)
+            return
         if identifier is None:
             if position is not None:
                 raise Problem(400, "from goes with attach", field="from")
@@ -93,9 +103,7 @@ class Sessions:
                 _send_last(socket, {"error": str(error), "code": error.code})
                 return
             except Problem as problem:
-                # The handshake is done, so it is too late for an HTTP status.
-                said: dict[str, Any] = {"error": problem.detail, "code": "invalid_request"}
-                _send_last(socket, said | ({"field": problem.field} if problem.field else {}))
+                _send_problem(socket, problem)
                 return
         finally:
             if identifier is not None:
@@ -110,6 +118,25 @@ class Sessions:
             return
         threading.Thread(target=session.run, name="exec", daemon=True).start()
         session.attach(peer)
+
+    def _start_workload(self, stream: Stream, request: Request, set_up: Callable[[], None]) -> None:
+        socket = _websocket.WebSocket(stream, request, MAX_INPUT + 1)
+        try:
+            message = decode_json(_first_message(socket), _FIELDS_OF_WORKLOAD)
+            set_up()
+            peer = Peer(socket, 0)
+            session = self._workload.start_attached(message, peer)
+        except SpawnError as error:
+            try:
+                _send_last(socket, {"error": str(error), "code": error.code})
+            finally:
+                self._workload.fail(str(error))
+        except Problem as problem:
+            _send_problem(socket, problem)
+        else:
+            with self._lock:
+                self._sessions[WORKLOAD_SESSION] = session
+            peer.released.wait()
 
     def list(self) -> list[dict[str, Any]]:
         """Returns `agent_types.ExecSession`s, the oldest first."""
@@ -208,12 +235,21 @@ def _first_message(socket: _websocket.WebSocket) -> bytes:
                 socket.close(_websocket.POLICY, "the first message is the command, as text")
 
 
+def _send_problem(socket: _websocket.WebSocket, problem: Problem) -> None:
+    """Sends a problem as the last message: after the handshake it is too late for an HTTP status."""
+    said: dict[str, Any] = {"error": problem.detail, "code": "invalid_request"}
+    _send_last(socket, said | ({"field": problem.field} if problem.field else {}))
+
+
 def _send_last(socket: _websocket.WebSocket, value: dict[str, Any]) -> None:
     import json
 
     socket.send(json.dumps(value))
     socket.close(_websocket.NORMAL)
     _flush(socket)
+    deadline = time.monotonic() + _LAST_FRAME_S
+    while not socket.closed and poll({socket.sock.fileno(): select.POLLIN}, deadline - time.monotonic()):
+        socket.receive()
 
 
 def _flush(socket: _websocket.WebSocket) -> None:

@@ -291,7 +291,7 @@ class Server:
             if self._sessions is None:
                 from ._exec_sessions import Sessions
 
-                self._sessions = Sessions()
+                self._sessions = Sessions(self.workload)
             return self._sessions
 
     def _forward(self, stream: Stream, request: Request, target: str) -> None:

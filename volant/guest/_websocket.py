@@ -41,6 +41,8 @@ class WebSocket:
         """Bytes that the socket has not taken yet."""
         self.closing = False
         """Whether either side has sent its closing frame: there are no messages after it."""
+        self.closed = False
+        """Whether both have: the client has read everything."""
         self._max = max_message
         self._parts: list[str] | list[bytes] = []
         self._size = 0
@@ -72,9 +74,19 @@ class WebSocket:
             if not data:
                 raise Gone
         if self.closing:
+            self._await_close(data)
             return []
         self._connection.receive_data(data)
         return self._messages()
+
+    def _await_close(self, data: bytes) -> None:
+        """Drops messages until the client answers our closing frame."""
+        from wsproto.connection import ConnectionState
+        from wsproto.events import CloseConnection
+
+        if not self.closed and self._connection.state is ConnectionState.LOCAL_CLOSING:
+            self._connection.receive_data(data)
+            self.closed = any(isinstance(event, CloseConnection) for event in self._connection.events())
 
     @property
     def has_early(self) -> bool:

@@ -2,6 +2,10 @@
 
 The two pipes that it writes to live as long as the agent, so all runs share them and two pump threads are enough. When
 a run has ended, the rest of its process group is killed before the next run: a child left behind would keep the port.
+
+A workload with `attach` waits for its first client instead, and its first run is a command that this client is attached
+to: with a terminal or standard input, and with its output in the log, too. It counts as ended once the client has read
+how it ended, because the daemon may stop the VM then.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from volant.model import agent
 from ._checks import (
     check_directory,
     check_environment,
+    check_flag,
     check_object,
     check_port,
     check_signal,
@@ -36,6 +41,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from ._exec_output import Peer
+    from ._exec_program import Program
+    from ._exec_session import Session
     from ._http import Request
     from ._output import Output
     from ._plugin import Plugin
@@ -49,7 +57,13 @@ _STARTING_CHECK_S = 0.5
 _COPIED_CHECK_S = 0.05
 _READ = 64 * 1024
 _MAX_WATCHERS = 8
-_FIELDS = {"entrypoint", "env", "workdir", "user", "stop_signal", "port", "restart", "health_check"}
+_CLIENT_S = 60.0
+"""How long a workload waits for its first client."""
+_CONFIGURED_S = 15.0
+"""How long that client waits for the workload: a VM may be `running` a moment before its agent has it."""
+_LAST_WORDS_S = 2.0
+"""How long a shutdown waits until the client has read how the workload ended."""
+_FIELDS = {"entrypoint", "env", "workdir", "user", "stop_signal", "port", "restart", "health_check", "attach"}
 _POLICIES = ("never", "on-failure", "always")
 
 
@@ -71,6 +85,7 @@ class Spec:
         self.restart = value.get("restart", "on-failure")
         if self.restart not in _POLICIES:
             raise Problem(400, f"restart is none of {', '.join(_POLICIES)}", field="restart")
+        self.attach = check_flag(value.get("attach", False), "attach")
         check = value.get("health_check")
         self.health_check = None if check is None else HealthCheck(check, self.port, self.setting)
 
@@ -90,6 +105,10 @@ class Workload:
         self._lock = threading.Condition()
         self._spec: Spec | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._waits = False
+        """Whether it waits for its first client."""
+        self._first: tuple[Session, Peer] | None = None
+        """Its first run and that client, if it has waited for one."""
         self._state = "none"
         self._restarts = 0
         self._last: dict[str, int] = {}
@@ -152,10 +171,44 @@ class Workload:
                 self._spec = spec
                 spec.setting.env = environment | spec.setting.env
                 spec.setting.secrets = plugin.secret_env
-                self._set("starting")
+                self._waits = spec.attach
+                self._set("starting", "it waits for a client that attaches to it" if spec.attach else "")
+                self._lock.notify_all()
                 threading.Thread(target=self._supervise, args=(spec,), name="workload", daemon=True).start()
             elif self._spec.raw != spec.raw:
                 raise Problem(409, "this guest has another workload already", hint="restart the VM to change it")
+
+    def start_attached(self, message: dict[str, Any], client: Peer) -> Session:
+        """Starts a workload that waits for its first client.
+
+        :param message: what the client wants of it: `tty`, `rows`, `cols` and `env`
+        :raises Problem: 400, the message is wrong; 409, the workload does not wait for a client
+        :raises SpawnError: it does not start. It goes on waiting until `fail` says that the client knows.
+        """
+        from ._exec_program import Command
+        from ._exec_session import Session
+
+        with self._lock:
+            self._lock.wait_for(lambda: self._spec is not None or self._stopping, _CONFIGURED_S)
+            spec = self._spec
+            if spec is None or not self._waits or self._stopping:
+                hint = f"attach={agent.WORKLOAD_SESSION} attaches to one that has had a client"
+                raise Problem(409, f"the workload waits for no client: its state is {self._state}", hint=hint)
+            command = Command({**message, "command": spec.entrypoint}, spec.setting)
+            session = Session(command, agent.WORKLOAD_SESSION, log=self._output, reap=self._reap)
+            self._waits = False
+            self._first = (session, client)
+            self._began(spec, session.process)
+            self._lock.notify_all()
+        return session
+
+    def fail(self, error: str) -> None:
+        """Ends a workload that waits for a client."""
+        with self._lock:
+            if self._waits:
+                self._waits = False
+                self._set("failed", error)
+                self._lock.notify_all()
 
     def serve_watch(self, stream: Stream, request: Request) -> None:
         """Answers `GET /v1/daemon/watch`.
@@ -227,11 +280,10 @@ class Workload:
                     # Only its program knows what another signal is for.
                     _signal(process, spec.stop_signal)
             self._lock.notify_all()
-        if spec is not None and not self._ended.wait(grace_s):
-            with self._lock:
-                if self._process is not None:
-                    kill_group(self._process)
-            self._ended.wait(1.0)
+            if not self._lock.wait_for(lambda: self._process is None, grace_s) and self._process is not None:
+                kill_group(self._process)
+        if spec is not None:
+            self._ended.wait(_LAST_WORDS_S)
         for pump in self._pumps:
             pump.join(1.0)
 
@@ -250,13 +302,14 @@ class Workload:
             watcher.wake()
 
     def _supervise(self, spec: Spec) -> None:
+        run = self._run_attached if spec.attach else self._run_in_background
         try:
-            self._open_pipes()
             backoff = _FIRST_BACKOFF_S
             while True:
                 began = time.monotonic()
-                if not self._run_once(spec):
+                if not run(spec):
                     return
+                run = self._run_in_background
                 if time.monotonic() - began >= _WELL_S:
                     backoff = _FIRST_BACKOFF_S
                 with self._lock:
@@ -286,10 +339,38 @@ class Workload:
             self._output.write(kind, data)
         os.close(fd)
 
-    def _run_once(self, spec: Spec) -> bool:
+    def _run_attached(self, spec: Spec) -> bool:
+        """Runs it once, for the first client; returns whether to start it again."""
+        with self._lock:
+            self._lock.wait_for(lambda: not self._waits or self._stopping, _CLIENT_S)
+            if self._waits:
+                self._waits = False
+                self._set("failed", f"no client has attached to it within {_CLIENT_S:g} s")
+        if self._first is None:
+            return False
+        session, client = self._first
+        session.run(client)
+        with self._lock:
+            return self._has_ended(spec)
+
+    def _reap(self, program: Program) -> dict[str, Any]:
+        """Ends the rest of the first run's process group; returns how its leader ended."""
+        with self._lock:
+            program.kill_group()
+            end = program.reap()
+            self._last = {key: int(value) for key, value in end.items() if key in ("exit_code", "signal")}
+            self._process = None
+            self.leader_changed(None)
+            self._run += 1
+            self._lock.notify_all()
+        return end
+
+    def _run_in_background(self, spec: Spec) -> bool:
         """Runs it once; returns whether to start it again."""
         import subprocess
 
+        if self._pipes is None:
+            self._open_pipes()
         assert self._pipes is not None
         with self._lock:
             if self._stopping:
@@ -300,29 +381,36 @@ class Workload:
             except SpawnError as error:
                 self._set("failed", str(error))
                 return False
-            self._process = process
-            self.leader_changed(process.pid)
-            if self._run:
-                self._restarts += 1
-            self._run += 1
-            run = self._run
-            self._set("starting" if spec.health_check else "healthy")
-        if spec.health_check is not None:
-            threading.Thread(target=self._check, args=(spec.health_check, run), name="check", daemon=True).start()
+            self._began(spec, process)
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         with self._lock:
             kill_group(process)
-            code = process.wait()
+            self._last = how_it_ended(process.wait())
             self._process = None
             self.leader_changed(None)
             self._run += 1
-            self._last = how_it_ended(code)
-            again = spec.restart == "always" or (spec.restart == "on-failure" and code != 0)
-            if again and not self._stopping:
-                self._set("starting", "it ended, and is started again soon")
-                return True
-            self._set("exited" if code == 0 or self._stopping else "failed")
-            return False
+            self._lock.notify_all()
+            return self._has_ended(spec)
+
+    def _began(self, spec: Spec, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+        self.leader_changed(process.pid)
+        if self._run:
+            self._restarts += 1
+        self._run += 1
+        self._set("starting" if spec.health_check else "healthy")
+        if spec.health_check is not None:
+            arguments = (spec.health_check, self._run)
+            threading.Thread(target=self._check, args=arguments, name="check", daemon=True).start()
+
+    def _has_ended(self, spec: Spec) -> bool:
+        """Says how a run has ended; returns whether to start it again."""
+        well = self._last.get("exit_code") == 0
+        if not self._stopping and (spec.restart == "always" or (spec.restart == "on-failure" and not well)):
+            self._set("starting", "it ended, and is started again soon")
+            return True
+        self._set("exited" if well or self._stopping else "failed")
+        return False
 
     def _check(self, check: HealthCheck, run: int) -> None:
         """Checks one run until it has ended."""

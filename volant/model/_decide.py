@@ -158,6 +158,7 @@ def decide(row: VmRow, seen: Seen, now: datetime, *, held: bool = False) -> tupl
         case Released():
             if is_held(row):
                 _boot(change, "started, as the daemon is not draining any more")
+    _remove_at_rest(change)
     return tuple(change.steps)
 
 
@@ -178,6 +179,10 @@ class _Change:
             self.steps.pop()
         self.steps.append(Step(after, message))
         self.row, self._silent = after, not message
+
+    def undo_message(self) -> None:
+        """Joins the last step to the next, as if it had no message."""
+        self._silent = bool(self.steps)
 
     def remove(self, message: str) -> None:
         check_transition(self.row.status, None)
@@ -360,9 +365,23 @@ def _stop_if_finished(change: _Change) -> None:
     else:
         reason = Reason(WORKLOAD_EXITED, "the workload has ended with exit code 0")
         goes_on = row.restart_policy == "always"
-    desired = row.desired if goes_on else Desired.STOPPED
-    change.to("", desired=desired, grace_s=_FINAL_GRACE_S, reason=reason)
-    _end_process(change, Status.STOPPING, reason.message)
+    status, desired = Status.STOPPING, row.desired if goes_on else Desired.STOPPED
+    if row.is_removed_at_rest and not goes_on:
+        status, desired = Status.DELETING, Desired.DELETED
+    # Nothing that a guest still has to write outlives a VM that is deleted now, but what it has mounted.
+    unmounts = bool(row.volumes or row.directories)
+    grace_s = 0.0 if status is Status.DELETING and not unmounts else _FINAL_GRACE_S
+    change.to("", desired=desired, grace_s=grace_s, reason=reason)
+    _end_process(change, status, reason.message)
+
+
+def _remove_at_rest(change: _Change) -> None:
+    """Deletes a VM that has stopped for good and is not kept then. Nobody sees it `stopped`, which would be its end to
+    whoever waits for that."""
+    row = change.row
+    if row.is_removed_at_rest and row.status is Status.STOPPED and row.leaving is None and is_at_rest(row):
+        change.undo_message()
+        change.to("deleted, as it has stopped", status=Status.DELETING, phase=Phase.REMOVE, desired=Desired.DELETED)
 
 
 def _end_process(change: _Change, status: Status, message: str) -> None:

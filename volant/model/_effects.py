@@ -121,7 +121,7 @@ def readiness(row: VmRow) -> Literal["met", "failed"] | None:
             if workload is None or workload.state in ("healthy", "exited"):
                 return "met"
             return "failed" if workload.state == "failed" else None
-        case Status.STOPPING | Status.STOPPED if workload is not None:
+        case Status.STOPPING | Status.STOPPED | Status.DELETING if workload is not None:
             if row.desired in UP and row.generation > row.booted:
                 return None
             if workload.state == "exited":

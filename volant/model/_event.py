@@ -260,7 +260,7 @@ def workload_events(before: VmRow | None, after: VmRow | None) -> list[tuple[Eve
     """Returns the types of the events about the workload that a change has, in order, and their texts.
 
     They follow from the two states that the agent has reported. What came in between is not known: a guest may change
-    its mind at any rate, and the daemon reads the newest report about once a second.
+    its mind at any rate, and the daemon reads the newest report at most ten times a second.
     """
     now = visible_workload(after) if after is not None and after.status in _UP else None
     if now is None:

@@ -99,6 +99,9 @@ class HealthCheck(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_
     """The rules of `check_manifest` as JSON Schema, as far as types can't say them."""
 
 
+OnExit = Literal["keep", "stop", "delete"]
+
+
 class Workload(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
     """The program that the agent runs and supervises inside the VM."""
 
@@ -124,8 +127,9 @@ class Workload(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_def
     """The port of the guest's loopback on which the workload serves HTTP. The agent relays unknown routes to it."""
     restart: Literal["never", "on-failure", "always"] = "on-failure"
     """When the agent restarts it."""
-    on_exit: Literal["keep", "stop"] = "keep"
-    """What happens to the VM when the workload has ended and is not restarted: it runs on, or it stops."""
+    on_exit: OnExit = "keep"
+    """What happens to the VM when the workload has ended and is not restarted. `keep`: it runs on. `stop`: it stops.
+    `delete`: it stops and is deleted, as it is whenever it has stopped for good. A VM that has crashed is kept."""
     health_check: HealthCheck | None = None
 
 

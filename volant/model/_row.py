@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from ._egress import EGRESS_ALL, Egress, EgressRequest
-from ._manifest import Arguments, Env, EnvWithSecrets, HealthCheck, Manifest
+from ._manifest import Arguments, Env, EnvWithSecrets, HealthCheck, Manifest, OnExit
 from ._network import MAX_PORTS, NONE, Lease, PortText, PublishedPort
 from ._project import DEFAULT_PROJECT, Key
 from ._secret import MAX_SECRETS_OF_VM, SecretFile, SecretText, secrets_of
@@ -206,7 +206,14 @@ class CreateVm(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     health_check: HealthCheck | Literal["none"] | None = None
     """How the agent checks the program; `none`: not at all."""
     start_workload: bool = True
-    """Whether the image's program starts with the VM. The VM stops when it has ended."""
+    """Whether the image's program starts with the VM."""
+    attach: bool = False
+    """Whether the program waits in the first boot until a client attaches to it
+    (`GET /api/v1/vms/{name}/agent/v1/exec?workload=true`), so that it gets a terminal or standard input and no output
+    is lost. It fails if no client has come after a minute. In later boots it starts with the VM."""
+    on_exit: OnExit = "stop"
+    """What happens to the VM when the program has ended. `keep`: it runs on. `stop`: it stops. `delete`: it stops and
+    is deleted, as it is whenever it has stopped for good. A VM that has crashed is kept."""
     publish_all: bool = False
     """Whether each port that the image exposes gets a free port of the host."""
     runtime: Name | None = None
@@ -363,6 +370,8 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
     """As it was when the VM was created; with an OCI image, what follows from the image and the request."""
     start_workload: bool = True
     """Whether the manifest's workload starts with the VM."""
+    attach: bool = False
+    """Whether the workload waits in the first boot for a client that attaches to it."""
     kernel_cmdline: str = ""
     labels: dict[str, str] = {}
     env: dict[str, str] = {}
@@ -490,8 +499,18 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
             self.workload is not None
             and self.workload.has_ended
             and self.manifest.workload is not None
-            and self.manifest.workload.on_exit == "stop"
+            and self.manifest.workload.on_exit != "keep"
         )
+
+    @property
+    def is_removed_at_rest(self) -> bool:
+        """Whether it is deleted once it has stopped for good."""
+        return self.manifest.workload is not None and self.manifest.workload.on_exit == "delete"
+
+    @property
+    def waits_for_client(self) -> bool:
+        """Whether its workload waits in this boot for a client that attaches to it."""
+        return self.attach and self.generation == 1
 
     @property
     def boot_key(self) -> str:
@@ -665,7 +684,8 @@ def visible_workload(row: VmRow) -> WorkloadView | None:
         return None
     if row.status in (Status.RUNNING, Status.PAUSED):
         return row.workload or WorkloadView("starting")
-    return row.workload if row.status in (Status.STOPPING, Status.STOPPED) and row.is_finished else None
+    ends = row.status in (Status.STOPPING, Status.STOPPED, Status.DELETING)
+    return row.workload if ends and row.is_finished else None
 
 
 def _booted_from(row: VmRow) -> Literal["cold", "template", "snapshot", "fork"] | None:

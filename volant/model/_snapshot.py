@@ -279,6 +279,9 @@ def copied_row(vm: VmRow, *, vm_id: int, name: str, origin: Origin, checkpoint: 
         plugin=vm.plugin,
         runtime=vm.runtime,
         manifest=vm.manifest,
+        start_workload=vm.start_workload,
+        # Its agent is asked for the same workload as that of its origin.
+        attach=vm.waits_for_client,
         kernel_cmdline=vm.kernel_cmdline,
         labels=vm.labels,
         env=vm.env,

@@ -36,6 +36,7 @@ _ONLY_FOR_IMAGES = (
     "stop_signal",
     "health_check",
     "publish_all",
+    "attach",
 )
 
 
@@ -106,6 +107,7 @@ def new_row(
         runtime=request.runtime if request.runtime is not None else manifest.runtime,
         manifest=manifest,
         start_workload=request.start_workload,
+        attach=request.attach,
         kernel_cmdline=request.kernel_cmdline,
         labels=labels,
         env=env,
@@ -143,10 +145,17 @@ def _check_image(request: CreateVm) -> None:
                 "image", f"image is {request.image!r} and plugin {request.plugin!r}: a VM has one of them",
                 hint="leave one out",
             )  # fmt: skip
+        if request.attach and not request.start_workload:
+            raise contradictory(
+                "attach", "attach is true and start_workload false: there is no program to attach to",
+                hint="leave one out",
+            )  # fmt: skip
         return
     given = [name for name in _ONLY_FOR_IMAGES if getattr(request, name) not in (None, False)]
     if not request.start_workload:
         given.append("start_workload")
+    if request.on_exit != "stop":
+        given.append("on_exit")
     if given:
         raise contradictory(
             given[0], f"{given[0]} is only for a VM of an OCI image",

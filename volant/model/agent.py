@@ -56,6 +56,9 @@ EXEC: Final = "/v1/exec"
 EXEC_SESSIONS: Final = "/v1/exec/sessions"
 """`GET`: the commands that were started by `GET /v1/exec?detach=true`. Below it each by its id: `GET`, `DELETE` to kill
 and remove it. `GET /v1/exec?attach=ID&from=POSITION` attaches to it."""
+WORKLOAD_SESSION: Final = "workload"
+"""The id under which a workload that waited for its first client is in that list. `GET /v1/exec?workload=true` is that
+client: its first message has no command, and the workload starts."""
 FILES: Final = "/v1/files/"
 """Below it, each file and directory of the guest: `GET`, `HEAD`, `PUT` and `DELETE`."""
 WORKLOAD_PREFIX: Final = "/v1/workload/"

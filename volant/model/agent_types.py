@@ -108,6 +108,17 @@ class ExecStart(ExecRequest):
     cols: NotRequired[int]
 
 
+class WorkloadStart(TypedDict):
+    """The first message of a WebSocket to `GET /v1/exec?workload=true`."""
+
+    env: NotRequired[dict[str, str]]
+    """Added to the workload's, such as `TERM`."""
+    tty: NotRequired[bool]
+    """As in `ExecStart`."""
+    rows: NotRequired[int]
+    cols: NotRequired[int]
+
+
 class ExecResize(TypedDict):
     """A message of a client."""
 
@@ -213,6 +224,8 @@ class WorkloadSpec(TypedDict):
     port: NotRequired[int | None]
     restart: NotRequired[Literal["never", "on-failure", "always"]]
     health_check: NotRequired[HealthCheckSpec | None]
+    attach: NotRequired[bool]
+    """Whether its first run waits for a client, who decides whether it has a terminal."""
 
 
 class GuestNetwork(TypedDict):

@@ -80,6 +80,11 @@ TABLE.declare(
         Described("detach", bool, "The command keeps running when the client leaves; the first message says its `id`"),
         Described("attach", str, "Attach to the detached command of this `id`; the previous client gets code 4000"),
         Described(
+            "workload",
+            bool,
+            "Start the program of a VM that was created with `attach`, and attach to it; its `id` is `workload`",
+        ),
+        Described(
             "from",
             Annotated[int, msgspec.Meta(ge=0, le=10**15 - 1)],
             "With `attach`: the `position` up to which the output is known; default: all that is kept",
@@ -91,7 +96,9 @@ TABLE.declare(
     "standard input, 1 and 2 are standard output and error, and a channel without bytes is its end. A client "
     'may send the texts `{"resize":[rows,cols]}` and `{"signal":n}`. A client that leaves ends the command '
     "unless it is detached. Closes with 1000 after the last text, 1002, 1007, 1008 or 1009 when a client "
-    "breaks the rules (a message has at most 1 MiB), 1001 when the daemon stops.",
+    "breaks the rules (a message has at most 1 MiB), 1001 when the daemon stops. With `workload` the first "
+    "message has only `env`, `tty`, `rows` and `cols`; output goes into the VM's log, too, and the program keeps "
+    "running when the client leaves.",
 )
 TABLE.declare(
     f"GET {_VM}/agent/v1/exec/sessions",

@@ -86,6 +86,8 @@ class VmOfSnapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     memory_mb: int
     disk_mb: int | None = None
     start_workload: bool = True
+    attach: bool = False
+    """Whether this boot's workload has waited for a client."""
     kernel_cmdline: _Text = ""
     labels: dict[str, str] = {}
     env: dict[str, str] = {}
@@ -151,6 +153,7 @@ def document_of(
             "take a snapshot with its volumes (`volar vms snapshot --volumes`) of a VM that mounts none read-only",
         )
     shared = {name: getattr(vm, name) for name in VmOfSnapshot.__struct_fields__ if name != "volumes"}
+    shared["attach"] = vm.waits_for_client
     volumes = tuple(VolumeOfVm(name=mount.name, path=mount.path, nocopy=mount.nocopy) for mount in copied)
     return SnapshotDocument(
         version=VERSION,

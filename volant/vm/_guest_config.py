@@ -31,6 +31,8 @@ def workload_spec(row: VmRow) -> dict[str, object] | None:
     # VM at the end of the workload is the daemon's to do.
     spec: dict[str, object] = msgspec.to_builtins(msgspec.structs.replace(workload, on_exit="keep"))
     spec["env"] = {**workload.env, **row.env}
+    if row.waits_for_client:
+        spec["attach"] = True
     return spec
 
 

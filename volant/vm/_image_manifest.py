@@ -64,7 +64,7 @@ def image_manifest(request: CreateVm, image: Resolved) -> Manifest:
         user=user,
         stop_signal=request.stop_signal or config.stop_signal or "SIGTERM",
         restart="never",
-        on_exit="stop",
+        on_exit=request.on_exit,
         health_check=_health_check(request, config),
     )
     manifest = msgspec.structs.replace(

@@ -14,7 +14,7 @@ from volant.model.agent import DAEMON_WATCH
 
 from ._agent_connection import ANSWER_S, DETAIL_CHARACTERS
 
-_PAUSE_S = 1.0
+_PAUSE_S = 0.1
 _BURST = 20
 _SUSTAINED_S = 10.0
 _MAX_STATUS_BYTES = 64 * 1024
@@ -23,7 +23,7 @@ _MAX_STATUS_BYTES = 64 * 1024
 class ReportLimit:
     """Limits the reports of one guest: each is a commit and may have events, and a guest may send as many as it likes.
 
-    One a second, at most 20 in a row, and one in 10 s after that.
+    Ten a second, at most 20 in a row, and one in 10 s after that.
     """
 
     def __init__(self) -> None:
