@@ -14,7 +14,7 @@ import trio
 
 from tests.oci.kit import BuiltImage, tar, write_layout
 from tests.oci.registry import needs_registry
-from tests.system.kit import Daemon, boot, until
+from tests.system.kit import Daemon, boot, run, until
 from tests.system.rootfs import busybox
 from volant.client import Client, LogLine
 from volant.model import CreateVolume
@@ -78,7 +78,7 @@ def image(image_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> BuiltI
         tmp_path_factory.mktemp("oci") / "layout", [lower, upper],
         Entrypoint=["/bin/sh", "-c", REPORT, "report"], Cmd=["one", "two words"],
         Env=["MODE=image", "PATH=/bin"], User="app", WorkingDir="/work", Volumes={"/data": {}, "/absent/data": {}},
-        Healthcheck={"Test": ["CMD", "/bin/grep", "-q", "upper", "/etc/upper"]},
+        Healthcheck={"Test": ["CMD", "/bin/grep", "-q", "upper", "/etc/upper"], "Interval": 10**9, "Retries": 2},
     )  # fmt: skip
 
 
@@ -171,12 +171,52 @@ async def test_an_empty_volume_receives_the_same(daemon: Daemon, image: BuiltIma
 
 
 @pytest.mark.full
-async def test_a_health_check_passes_in_both(daemon: Daemon, image: BuiltImage, podman: list[str]) -> None:
+async def test_a_health_check_says_the_same(
+    daemon: Daemon, image: BuiltImage, podman: list[str], tmp_path: Path
+) -> None:
+    # Podman knows health checks of Docker's format only.
+    archive = tmp_path / "image.tar"
+    reference = f"oci:{image.layout}:t"
+    await done("skopeo", "copy", "-q", "--format", "v2s2", reference, f"docker-archive:{archive}:app:t")
+    await done(
+        *podman, "run", "-d", "--name", "checked", "--network=none", "--cgroups=disabled", "--user", "0",
+        "--entrypoint", "/bin/sleep", f"docker-archive:{archive}", "1000",
+    )  # fmt: skip
     async with daemon.client() as client:
-        reference = f"oci:{image.layout}:t"
-        await boot(client, "demo", image=reference, entrypoint=["sleep", "1000"])
-        waited = await client.vms.wait("demo", ["ready"], timeout_s=60)
-        assert waited.outcome == "met"
-        assert waited.vm is not None
-        assert waited.vm.workload is not None
-        assert waited.vm.workload.state == "healthy"
+        try:
+            vm = await boot(client, "demo", image=reference, entrypoint=["sleep", "1000"], user="0")
+            assert await until(client, "demo", "ready") is not None
+            assert (await said(podman), await state(client)) == ("healthy", "healthy")
+            await done(*podman, "exec", "checked", "busybox", "rm", "/etc/upper")
+            await run(client, "demo", "busybox", "rm", "/etc/upper")
+            # The second failure in a row.
+            assert [await said(podman) for _ in range(2)] == ["healthy", "unhealthy"]
+            with trio.fail_after(PODMAN_S):
+                while await state(client) != "unhealthy":  # noqa: ASYNC110 - no event tells
+                    await trio.sleep(0.1)
+            assert (await client.vms.get("demo")).pid == vm.pid, "the VM runs on, as the container does"
+        finally:
+            await done(*podman, "rm", "-f", "-t", "0", "checked")
+
+
+async def done(*command: str) -> str:
+    finished = await trio.to_thread.run_sync(
+        lambda: subprocess.run(command, capture_output=True, text=True, timeout=PODMAN_S, check=False)
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+async def said(podman: list[str]) -> str:
+    """Lets Podman check its container, as its timer would under systemd; returns the state."""
+    await trio.to_thread.run_sync(
+        lambda: subprocess.run(
+            [*podman, "healthcheck", "run", "checked"], capture_output=True, timeout=PODMAN_S, check=False
+        )
+    )
+    return (await done(*podman, "inspect", "checked", "--format", "{{.State.Health.Status}}")).strip()
+
+
+async def state(client: Client) -> str | None:
+    workload = (await client.vms.get("demo")).workload
+    return None if workload is None else workload.state

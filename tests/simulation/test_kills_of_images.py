@@ -127,8 +127,8 @@ def test_a_hundred_kills_leave_nothing(tmp_path: Path) -> None:
         (tmp_path / str(seed)).mkdir()
         simulate(main, seed=seed, faults={}, limit_s=86_400.0, limit_steps=20_000_000)
     print(dict(killed))
-    # Nearly all are in the phase, not after it.
-    assert all(killed[phase] >= ROUNDS // len(PHASES) - 6 for phase in PHASES), killed
+    # Most are in the phase, not after it.
+    assert all(killed[phase] > ROUNDS // len(PHASES) // 2 for phase in PHASES), killed
 
 
 async def check(world: World, phase: str) -> None:
