@@ -278,6 +278,9 @@ async def test_events_tell_of_a_fetch_and_not_of_vms(served: Api, image: BuiltIm
         ]
     assert [one["type"] for one in blocks][:: len(blocks) - 1] == ["IMAGE_PULL_STARTED", "IMAGE_PULLED"]
     assert blocks[0]["image"]["reference"] == file(image)
+    done = blocks[-1]["image"]
+    assert done["layers_done"] == done["layers_total"] == len(image.blobs)
+    assert done["done_bytes"] == done["total_bytes"] > 0
     assert {(one["image"]["digest"], one["vm_id"], one["name"], one["status"]) for one in blocks} == {
         (image.digest, 0, "", None)
     }

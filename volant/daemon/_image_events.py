@@ -50,6 +50,9 @@ class ImageEvents:
                 digest=event.digest,
                 done_bytes=event.done_bytes,
                 total_bytes=event.total_bytes,
+                layers_done=event.layers_done,
+                layers_total=event.layers_total,
+                bytes_per_s=round(event.bytes_per_s),
                 code=event.code.replace("_", "-"),
             )
             try:
@@ -63,12 +66,13 @@ def _text(event: PullEvent) -> str:
         case "started":
             return f"fetching {_mb(event.total_bytes)}"
         case "progress":
-            return f"{_mb(event.done_bytes)} of {_mb(event.total_bytes)} have arrived"
+            layers = f"{event.layers_done} of {event.layers_total} layers are done"
+            return f"{_mb(event.done_bytes)} of {_mb(event.total_bytes)} at {_mb(event.bytes_per_s)}/s, {layers}"
         case "done":
             return "in the cache"
         case "failed":
             return event.message
 
 
-def _mb(size: int) -> str:
+def _mb(size: float) -> str:
     return f"{size / 2**20:.1f} MiB"

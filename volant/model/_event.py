@@ -96,6 +96,12 @@ class ImageFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     done_bytes: int = 0
     total_bytes: int = 0
     """Of the layers that the cache lacked, as the registry has them."""
+    layers_done: int = 0
+    """Fetched and converted."""
+    layers_total: int = 0
+    """Those that the cache lacked."""
+    bytes_per_s: int = 0
+    """With `IMAGE_PULL_PROGRESS`: during the last seconds."""
     code: str = ""
     """With `IMAGE_PULL_FAILED`: why, as of problems."""
 

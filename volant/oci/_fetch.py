@@ -133,7 +133,7 @@ class Fetcher(msgspec.Struct, frozen=True, kw_only=True):
             await trio.to_thread.run_sync(work.arrived.touch)
             await convert()
         await trio.to_thread.run_sync(self.store.commit, work, target.digest, config, made)
-        report.is_done = True
+        report.finish()
 
     async def _copy(self, source: Reference, rights: Rights, work: Work, report: Report, max_bytes: int) -> None:
         report.phase = "fetching"

@@ -498,6 +498,7 @@ class OciImages:
                 PullEvent(
                     kind=kind, project=fetch.name.project, reference=str(fetch.name), digest=target.digest,
                     code=code, message=message, done_bytes=report.done_bytes, total_bytes=report.total_bytes,
+                    layers_done=report.layers_done, layers_total=report.layers_total, bytes_per_s=report.bytes_per_s,
                 )
             )  # fmt: skip
 
@@ -505,7 +506,7 @@ class OciImages:
         report.phase = "waiting"
         report.on_step = partial(notify, "progress")
         notify("started")
-        failure: OciError | None = OciError("fetch_interrupted", "the fetch was given up")
+        failure: OciError | None = OciError("fetch_interrupted", "the fetch was given up", "try again")
         try:
             async with self._slots:
                 await self._fetcher.fetch(target, rights, work, report)

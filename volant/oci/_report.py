@@ -33,6 +33,9 @@ class PullEvent(msgspec.Struct, frozen=True, kw_only=True):
     digest: str
     done_bytes: int = 0
     total_bytes: int = 0
+    layers_done: int = 0
+    layers_total: int = 0
+    bytes_per_s: float = 0.0
     code: str = ""
     """Of the error."""
     message: str = ""
@@ -63,6 +66,10 @@ class Report(msgspec.Struct, kw_only=True):
     def begin(self, total_bytes: int, layers: int) -> None:
         """Notes how much is to come."""
         self.total_bytes, self.layers_total = total_bytes, layers
+
+    def finish(self) -> None:
+        """Notes that everything is in the cache."""
+        self.is_done, self.done_bytes = True, self.total_bytes
 
     def count(self, done_bytes: int) -> None:
         """Notes how much has arrived."""
