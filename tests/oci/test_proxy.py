@@ -36,7 +36,7 @@ async def resolve(host: str, port: int, *, must_exist: bool) -> list[str]:
     del port, must_exist
     if host in (PUBLIC, OTHER):
         return ["127.0.0.1"]
-    raise OciError("registry_not_allowed", f"{host} has no public address")
+    raise OciError("registry_not_allowed", f"{host} has no public address", "allow it")
 
 
 class Service(WebServer):

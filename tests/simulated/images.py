@@ -59,7 +59,9 @@ class SimImages:
 
         def ask() -> Resolved:
             if fault("oci.refuses"):
-                raise OciError("registry_unreachable", f"{name} can't be fetched: the simulated registry is down")
+                raise OciError(
+                    "registry_unreachable", f"{name} can't be fetched: the simulated registry is down", "try again"
+                )
             if (config := self._registry.images.get(name)) is None:
                 raise OciError("image_not_found", f"{name} can't be fetched: manifest unknown", "check name and tag")
             digest = digest_of_config(config)
@@ -106,10 +108,10 @@ class SimImages:
         return await self.obtain_digest(found.digest, reference, project)
 
     def receiving(self, project: str) -> AbstractAsyncContextManager[ArchiveUpload]:
-        raise OciError("images_stopped", "the simulated host takes no archives")
+        raise OciError("images_stopped", "the simulated host takes no archives", "use a registry")
 
     async def load(self, upload: ArchiveUpload, name: str, project: str) -> CachedImage:
-        raise OciError("images_stopped", "the simulated host takes no archives")
+        raise OciError("images_stopped", "the simulated host takes no archives", "use a registry")
 
     def pulls(self) -> list[Pull]:
         return []

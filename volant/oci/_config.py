@@ -220,4 +220,4 @@ def _whole(member: str, text: str) -> str:
 
 
 def _invalid(why: str) -> OciError:
-    return OciError("image_invalid", f"the image's configuration {why}")
+    return OciError("image_invalid", f"the image's configuration {why}", "build or push the image again")

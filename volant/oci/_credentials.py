@@ -26,7 +26,10 @@ def find_credentials(auth: bytes, name: str) -> Credentials:
     try:
         entries = msgspec.json.decode(auth, type=AuthFile).auths
     except (ValueError, RecursionError):
-        raise OciError("bad_credentials", "the credentials for registries can't be read") from None
+        raise OciError(
+            "bad_credentials", "the credentials for registries can't be read",
+            "send an auth file, such as ~/.docker/config.json, as `docker login` writes it",
+        ) from None  # fmt: skip
     # Docker writes URLs.
     known = {re.sub(r"^https?://|/v[12]/?\Z|/\Z", "", key): entry for key, entry in entries.items()}
     parts = name.split("/")

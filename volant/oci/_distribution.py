@@ -289,6 +289,7 @@ class Repository:
                             raise OciError(
                                 "image_invalid",
                                 f"{self._shown}: the registry sends more than {limit} bytes for {method}",
+                                "push the image again, or ask whoever runs the registry",
                             )
                         await self._moved(len(piece), scope, is_blob)
                     return _Answer(response.status, _headers(response.headers), bytes(received))

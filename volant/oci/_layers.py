@@ -231,7 +231,9 @@ def _finish(target: Path) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise OciError("io_error", f"the cache can't be written: {error.strerror or error}") from error
+        raise OciError(
+            "io_error", f"the cache can't be written: {error.strerror or error}", "check its disk"
+        ) from error
 
 
 class _Hashed:

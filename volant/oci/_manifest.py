@@ -23,6 +23,7 @@ MAX_LAYER_BYTES = 32 * 1024**3
 """Of one layer, compressed or not."""
 _MAX_ENTRIES = 1000
 _SHOWN_PLATFORMS = 12
+_REBUILD = "build or push the image again"
 
 _DOCKER = "application/vnd.docker.distribution.manifest"
 _OCI = "application/vnd.oci.image"
@@ -131,7 +132,7 @@ def parse_manifest(data: bytes) -> Manifest | Index:
     if manifest.config.media_type not in _CONFIGS:
         raise _unsupported(f"its configuration is of the type {manifest.config.media_type!r}")
     if manifest.config.size > MAX_DOCUMENT_BYTES:
-        raise OciError("image_invalid", f"the image's configuration has {manifest.config.size} bytes")
+        raise OciError("image_invalid", f"the image's configuration has {manifest.config.size} bytes", _REBUILD)
     if not manifest.layers:
         raise _unsupported("it has no layers")
     for layer in manifest.layers:
@@ -144,12 +145,12 @@ def parse_manifest(data: bytes) -> Manifest | Index:
 def decode(data: bytes, kind: type[T], what: str) -> T:
     """Returns a hostile document with its members checked. :raises OciError: `image_invalid`"""
     if len(data) > MAX_DOCUMENT_BYTES:
-        raise OciError("image_invalid", f"{what} has more than {MAX_DOCUMENT_BYTES // 2**20} MiB")
+        raise OciError("image_invalid", f"{what} has more than {MAX_DOCUMENT_BYTES // 2**20} MiB", _REBUILD)
     try:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise OciError("image_invalid", f"{what} of the image is wrong: {str(error)[:300]}") from error
+        raise OciError("image_invalid", f"{what} of the image is wrong: {str(error)[:300]}", _REBUILD) from error
 
 
-def _unsupported(why: str, hint: str = "") -> OciError:
+def _unsupported(why: str, hint: str = "build it as a container image for Linux") -> OciError:
     return OciError("image_unsupported", f"the image can't be used: {why}", hint)

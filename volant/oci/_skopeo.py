@@ -369,7 +369,9 @@ class Skopeo:
         if status == _NOT_INSTALLED:
             raise OciError("program_missing", f"{PROGRAM} is not installed", PROGRAM_HINT)
         if len(output) >= limit:
-            raise OciError("image_invalid", f"{reference}: a document has more than {limit // 2**20} MiB")
+            raise OciError(
+                "image_invalid", f"{reference}: a document has more than {limit // 2**20} MiB", "build the image again"
+            )
         raise refused or failure(reference, said)
 
 
