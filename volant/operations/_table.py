@@ -40,7 +40,10 @@ WAIT = Words(help="Answer once the VM is in, or since the request was in, one of
 TIMEOUT = Seconds(help="How long to wait: default `60s`, at most `10m`", maximum=MAX_WAIT_S)
 
 _IF_MATCH = Described(
-    "If-Match", Annotated[str, msgspec.Meta(min_length=1)], "Only if the VM's `ETag` is one of these", place="header"
+    "If-Match",
+    Annotated[str, msgspec.Meta(pattern=r"[^\s,]")],
+    "Only if the VM's `ETag` is one of these",
+    place="header",
 )
 _IF_NONE_MATCH = Described("If-None-Match", str, "The `ETag` of what the client has", place="header")
 _IDEMPOTENCY_KEY = Described(
