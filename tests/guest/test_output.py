@@ -173,6 +173,30 @@ def test_the_last_output_arrives_before_the_shutdown(agent: Asker) -> None:
     assert not done.is_alive()
 
 
+def test_the_shutdown_waits_for_a_reader_of_unread_output(agent: Asker) -> None:
+    write(agent, b"a short job")
+    done = threading.Thread(target=agent.server.output.finish, args=(60.0,))
+    done.start()
+    done.join(0.2)
+    assert done.is_alive()
+    reader = Reader(agent)
+    assert reader.read(1000) == b"a short job"
+    reader.sock.close()
+    done.join(10)
+    assert not done.is_alive()
+
+
+def test_the_shutdown_waits_for_nobody_when_all_is_read(agent: Asker) -> None:
+    write(agent, b"all")
+    reader = Reader(agent)
+    assert reader.read(3) == b"all"
+    reader.sock.close()
+    done = threading.Thread(target=agent.server.output.finish, args=(60.0,))
+    done.start()
+    done.join(10)
+    assert not done.is_alive()
+
+
 def test_output_byte_by_byte_needs_no_more_memory_than_the_ring() -> None:
     output = Output()
     for _ in range(200_000):

@@ -7,6 +7,9 @@ gets a gap instead.
 
 A position counts the bytes since the agent's start. A reader that reconnects names its positions, and gets either the
 rest or a gap.
+
+At the end of the guest the agent waits for its reader, and for one that has not come yet: the daemon begins to read a
+clone a moment after it has given it its identity, and a short job may have ended by then.
 """
 
 from __future__ import annotations
@@ -111,6 +114,8 @@ class Output:
         self._changed = threading.Condition()
         self._rings = {kind: _Ring() for kind in _NAMES.values()}
         self._reader: _Reader | None = None
+        self._sent = dict.fromkeys(_NAMES.values(), 0)
+        """Up to where the last reader has been sent each stream."""
         self._finished = False
         # Not os.urandom, which may wait for entropy early in a boot.
         self.id = f"{time.time_ns():x}-{os.getpid():x}"
@@ -137,15 +142,18 @@ class Output:
                 self._reader.wakeup.wake()
 
     def finish(self, timeout_s: float) -> None:
-        """Ends the output, and waits until the reader has all of it and has left."""
+        """Ends the output, and waits until a reader has all of it and has left."""
         end = time.monotonic() + timeout_s
         with self._changed:
             self._finished = True
             self._changed.notify_all()
             if self._reader is not None:
                 self._reader.wakeup.wake()
-            while self._reader is not None and (left := end - time.monotonic()) > 0:
+            while (self._reader is not None or self._is_unread()) and (left := end - time.monotonic()) > 0:
                 self._changed.wait(left)
+
+    def _is_unread(self) -> bool:
+        return any(ring.end > self._sent[kind] for kind, ring in self._rings.items())
 
     def statistics(self) -> dict[str, int]:
         """Returns for each stream how many bytes there were and how many are kept."""
@@ -196,6 +204,9 @@ class Output:
                 return
             if batch:
                 self._send(reader, client, memoryview(chunk(batch)))
+                with self._changed:
+                    if not reader.displaced:
+                        self._sent = dict(reader.positions)
             elif finished:
                 break
             else:

@@ -53,7 +53,8 @@ _VOLUMES_S = 60.0
 _SECRETS_S = 20.0
 _ENTROPY_BYTES = 64
 _CLONE_OUTPUT_S = 0.3
-"""The answer that somebody waits for goes before a clone's output."""
+"""The answer that somebody waits for goes before a clone's output, unless the workload has ended: then it is the output
+that is waited for."""
 
 
 class RootFailed(Exception):
@@ -115,6 +116,7 @@ class AgentSession:
         self._configured_link: int | None = None
         self._output_error: str | None = None
         self._identity_assigned = trio.Event()
+        self._workload_ended = trio.Event()
         if configured or not is_clone:
             self._identity_assigned.set()
         address = VirtioSerial(spec.agent_path) if spec.vsock_cid is None else Vsock(spec.vsock_cid)
@@ -304,6 +306,8 @@ class AgentSession:
         await self._identity_assigned.wait()
 
         async def report(workload: WorkloadView | None) -> None:
+            if workload is not None and workload.state in ("exited", "failed"):
+                self._workload_ended.set()
             await self._report(WorkloadChanged(workload))
 
         backoff = Backoff(_RETRY_S, _RETRY_MAX_S, steady_s=_RETRY_MAX_S)
@@ -322,7 +326,8 @@ class AgentSession:
         if not self._identity_assigned.is_set():
             # Until then the output has the id of the template's.
             await self._identity_assigned.wait()
-            await trio.sleep(_CLONE_OUTPUT_S)
+            with trio.move_on_after(_CLONE_OUTPUT_S):
+                await self._workload_ended.wait()
         backoff = Backoff(_RETRY_S, _RETRY_MAX_S, steady_s=_RETRY_MAX_S)
         while True:
             await connection.ready()
