@@ -36,7 +36,7 @@ async def host(path: Path, registry: str, **options: Any) -> AsyncIterator[Api]:
     path.mkdir()  # noqa: ASYNC240
     for name, content in KERNELS:
         (path / name).write_bytes(content)
-    options.setdefault("transfer", TransferSettings(plain_http=frozenset([registry]), stalled_s=1))
+    options.setdefault("transfer", TransferSettings(plain_http=frozenset([registry])))
     async with api(path, **options) as running:
         yield running
 
@@ -140,6 +140,9 @@ class Proxy:
         self.received: list[str] = []
         """Likewise blobs that were got."""
         self.requests: list[str] = []
+        self.under_way = 0
+        """How many requests are being passed on."""
+        self._counting = threading.Lock()
         self.released = threading.Event()
         """Set when the proxy ends, for those that stall."""
         proxy = self
@@ -179,6 +182,15 @@ class Proxy:
         self.requests.append(f"{request.command} {request.path}")
         if self.fails(request):
             return
+        with self._counting:
+            self.under_way += 1
+        try:
+            self._pass_on(request, registry)
+        finally:
+            with self._counting:
+                self.under_way -= 1
+
+    def _pass_on(self, request: BaseHTTPRequestHandler, registry: str) -> None:
         body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
         upstream = http.client.HTTPConnection(registry, timeout=30)
         try:

@@ -182,11 +182,12 @@ async def test_what_was_moved_is_not_moved_again(
         return False
 
     if direction == "pull":
-        await push(here, "warm", reference)
+        assert (await push(here, "warm", reference)).is_success
     proxy.fails = breaks
     answer = await (push(here, "warm", reference) if direction == "push" else pull(there, reference))
     assert (answer.status_code, code_of(answer)) == (503, "fetch-interrupted"), answer.text
     assert (await there.client.get("/api/v1/snapshots")).json() == []
+    await until(lambda: proxy.under_way == 0)
     proxy.fails = lambda request: False
     done = proxy.sent if direction == "push" else proxy.received
     chunks = set(done)
