@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import sys
 import traceback
@@ -132,6 +133,10 @@ def project_of(options: Options) -> str | None:
 
 def guarded(options: Options, work: Callable[[], int | None]) -> int:
     """Runs `work`; turns what it raises into a message and an exit code."""
+    if not gc.isenabled():
+        # As `main` has started, and all is imported.
+        gc.freeze()
+        gc.enable()
     try:
         return work() or 0
     except BaseException as raised:
