@@ -35,7 +35,7 @@ echo "environment MODE=$MODE PATH=$PATH HOME=$HOME"
 echo "umask $(umask)"
 echo "program $0"
 for word in "$@"; do echo "argument $word"; done
-for path in /etc /app /app/tool /app/link /data /data/kept /tmp /work; do
+for path in /etc /app /app/tool /app/link /data /data/kept /tmp /work /srv /srv/implied; do
     stat -c "file %n %F %a %u:%g" $path
 done
 # Docker makes it as root, and Podman as the user.
@@ -43,7 +43,7 @@ stat -c "made %n %F" /absent/data
 cd /data && for path in $(find . -type d | sort); do stat -c "data %n %a %u:%g" $path; done
 for path in $(find . ! -type d ! -name new | sort); do stat -c "data %N %F %a %u:%g %s %Y" $path; done
 echo "names $(stat -c %h /data/same)"
-echo "seen $(cat /etc/upper) $(ls /etc/removed /opaque 2>/dev/null | tr '\n' ' ')"
+echo "seen $(cat /etc/upper) $(ls /etc/removed /opaque /again 2>/dev/null | tr '\n' ' ')"
 echo written >> /data/new && echo "volume $(cat /data/new)"
 echo "standard error" >&2
 exit 3
@@ -68,14 +68,17 @@ def image(image_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> BuiltI
         ("data/same", {"same_as": "data/tool", "mode": 0o6755, "uid": 1002}),
         ("data/link", {"to": "/etc/passwd", "mode": 0o777}), ("data/gone", {"to": "../../gone", "mode": 0o777}),
         ("data/open", {"mode": 0o2775, "gid": 1002}), ("data/open/file", {"data": b"y" * 70_000, "uid": 1000}),
-        ("work", {"uid": 1000, "gid": 1001}),
+        ("work", {"uid": 1000, "gid": 1001}), ("srv", {"mode": 0o1770, "gid": 1001}),
+        ("again", {}), ("again/hidden", {"data": b"x"}),
     )  # fmt: skip
     upper = tar(
         ("etc", {}), ("etc/.wh.removed", {"data": b""}), ("etc/upper", {"data": b"upper"}),
         ("opaque", {}), ("opaque/.wh..wh..opq", {"data": b""}), ("opaque/shown", {"data": b"x"}),
+        ("srv/implied/file", {"data": b"x"}), (".wh.again", {"data": b""}), ("again/shown", {"data": b"x"}),
     )  # fmt: skip
+    last = tar(("opaque/last", {"data": b"x"}), ("again/last", {"data": b"x"}))
     return write_layout(
-        tmp_path_factory.mktemp("oci") / "layout", [lower, upper],
+        tmp_path_factory.mktemp("oci") / "layout", [lower, upper, last],
         Entrypoint=["/bin/sh", "-c", REPORT, "report"], Cmd=["one", "two words"],
         Env=["MODE=image", "PATH=/bin"], User="app", WorkingDir="/work", Volumes={"/data": {}, "/absent/data": {}},
         Healthcheck={"Test": ["CMD", "/bin/grep", "-q", "upper", "/etc/upper"], "Interval": 10**9, "Retries": 2},

@@ -129,7 +129,8 @@ def write_layout(
 
 def extract(file: Path, layers: Iterable[Path], target: Path) -> Path:
     """Extracts a file system by `fsck.erofs`, which checks all of it."""
-    command = ["fsck.erofs", *(f"--device={layer}" for layer in layers), f"--extract={target}", "--xattrs", str(file)]
+    devices = [*layers, file.with_name("correcting.erofs")]
+    command = ["fsck.erofs", *(f"--device={layer}" for layer in devices), f"--extract={target}", "--xattrs", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return target

@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 import trio.testing
@@ -194,6 +195,17 @@ async def test_a_layer_may_be_in_an_image_twice(tmp_path: Path) -> None:
         assert found.own_bytes == found.size_bytes
         tree = extract(found.metadata, found.layers, tmp_path / "tree")
         assert sorted(path.name for path in (tree / "etc").iterdir()) == ["base", "first"]
+
+
+@pytest.mark.parametrize("name", ["metadata.erofs", "correcting.erofs", "disk.vmdk", "0.erofs", "image.json"])
+async def test_an_image_that_has_lost_a_file_is_fetched_again(tmp_path: Path, image: BuiltImage, name: str) -> None:
+    reference = parse_reference(f"oci:{image.layout}:t")
+    async with opened(tmp_path) as images:
+        found = await images.obtain(reference)
+        found.metadata.with_name(name).unlink()
+        again = await images.obtain(reference)
+        assert again == msgspec.structs.replace(found, used_at=again.used_at)
+        assert extract(again.metadata, again.layers, tmp_path / "tree").is_dir()
 
 
 async def test_a_file_that_has_changed_is_another_image(tmp_path: Path, image: BuiltImage) -> None:

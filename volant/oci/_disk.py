@@ -7,21 +7,14 @@ machine has one disk for the image, whether it has one layer or a hundred.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from pathlib import Path
 
+from ._erofs import BLOCK, opened
 from ._errors import OciError
 
 DISK = "disk.vmdk"
-_BLOCK, _SECTOR = 4096, 512
-_SUPERBLOCK_AT = 1024
-_MAGIC = 0xE0F5E1E2
-_BLOCK_BITS_AT, _DEVICES_AT = 12, 86
-"""In the superblock: the size of a block; the number of devices, and the slot of the first."""
-_SLOT = 128
-_SIZES_AT = 64
-"""In a slot: the number of blocks, and the first block."""
+_SECTOR = 512
 _HEAD = """\
 # Disk DescriptorFile
 version=1
@@ -41,13 +34,14 @@ def descriptor(metadata: Path, layers: Sequence[Path]) -> str:
 
     :raises OciError: `image_invalid`, they don't belong together. :raises OSError:
     """
-    first = metadata.stat().st_size // _BLOCK
+    first = metadata.stat().st_size // BLOCK
     text = _HEAD + _extent(metadata, first)
-    devices = _devices(metadata)
+    with opened(metadata) as joined:
+        devices = joined.devices()
     if len(devices) != len(layers):
         raise _invalid(f"{len(devices)} layers are joined, and there are {len(layers)}")
     for (blocks, start), layer in zip(devices, layers, strict=True):
-        if start != first or layer.stat().st_size != blocks * _BLOCK:
+        if start != first or layer.stat().st_size != blocks * BLOCK:
             raise _invalid(f"{layer.name} is not where the joined file system expects it")
         text += _extent(layer, blocks)
         first += blocks
@@ -56,19 +50,7 @@ def descriptor(metadata: Path, layers: Sequence[Path]) -> str:
 
 def _extent(path: Path, blocks: int) -> str:
     # QEMU ignores an extent that is not RW; whoever opens the disk opens it read-only.
-    return f'RW {blocks * _BLOCK // _SECTOR} FLAT "{path.name}" 0\n'
-
-
-def _devices(metadata: Path) -> list[tuple[int, int]]:
-    """Returns the number of blocks and the first block of each device."""
-    data = metadata.read_bytes()
-    block = data[_SUPERBLOCK_AT : _SUPERBLOCK_AT + _SLOT]
-    if len(block) < _SLOT or int.from_bytes(block[:4], "little") != _MAGIC or 1 << block[_BLOCK_BITS_AT] != _BLOCK:
-        raise _invalid("the joined file system has no superblock")
-    count, slot = struct.unpack_from("<HH", block, _DEVICES_AT)
-    if (slot + count) * _SLOT > len(data):
-        raise _invalid("the joined file system is cut off")
-    return [struct.unpack_from("<II", data, (slot + number) * _SLOT + _SIZES_AT) for number in range(count)]
+    return f'RW {blocks * BLOCK // _SECTOR} FLAT "{path.name}" 0\n'
 
 
 def _invalid(why: str) -> OciError:

@@ -171,6 +171,7 @@ class Fetcher(msgspec.Struct, frozen=True, kw_only=True):
         job = ImageJob(
             tuple(todo),
             tuple(map(str, layers)),
+            str(work.correcting),
             str(work.metadata),
             str(work.arrived),
             await self._confine(work, made, [path for path in dict.fromkeys(layers) if path not in made]),

@@ -49,6 +49,8 @@ class ImageJob(msgspec.Struct, frozen=True):
     convert: tuple[LayerJob, ...]
     layers: tuple[str, ...]
     """Paths of the files of all layers, lowest first."""
+    correcting: str
+    """Path of the file of one more layer, which lies above them."""
     metadata: str
     """Path of the file that joins them."""
     arrived: str = "/"
@@ -133,7 +135,7 @@ def run(job: ImageJob) -> None:
         thread.join()
     if failures:
         raise failures[0]
-    join(job.layers, Path(job.metadata))
+    join(job.layers, Path(job.correcting), Path(job.metadata))
 
 
 def check_end(status: int, output: bytes) -> None:

@@ -23,9 +23,11 @@ from typing import IO
 import msgspec
 import zstandard
 
+from ._erofs import opened
 from ._errors import OciError
+from ._join import correction
 from ._manifest import MAX_LAYER_BYTES
-from ._tar import TarCheck
+from ._tar import END, TarCheck
 
 PROGRAM = "mkfs.erofs"
 PROGRAM_HINT = "on Debian: `sudo apt install erofs-utils`"
@@ -98,12 +100,18 @@ def convert(job: LayerJob) -> None:
         Path(job.done).touch()
 
 
-def join(layers: Sequence[str], target: Path) -> None:
+def join(layers: Sequence[str], correcting: Path, target: Path) -> None:
     """Makes the metadata that combine the files of layers, lowest first, to one file system.
 
+    :param correcting: the file of one more layer, which lies above them: `_join.py`
     :raises OciError: as `convert`
     """
-    with _Program([*_JOIN_OPTIONS, str(target), *layers]):
+    with contextlib.ExitStack() as stack:
+        entries = correction([stack.enter_context(opened(Path(layer))) for layer in layers])
+    with _Program([*_LAYER_OPTIONS, str(correcting)]) as program:
+        program.write(entries + END)
+    _finish(correcting)
+    with _Program([*_JOIN_OPTIONS, str(target), *layers, str(correcting)]):
         pass
     _finish(target)
 

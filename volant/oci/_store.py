@@ -37,6 +37,8 @@ _LEAST_DIGITS = 6
 """By which an image may be named."""
 _DIGITS = re.compile(rf"[0-9a-f]{{{_LEAST_DIGITS},64}}\Z")
 _MAX_PATH = 4096
+_CORRECTING = "correcting.erofs"
+"""The file of the layer that corrects the others: `_join.py`."""
 _PROGRAMS = (b"skopeo", b"volant.oci", b"mkfs.erofs")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -114,6 +116,10 @@ class Work(msgspec.Struct, frozen=True):
     def metadata(self) -> Path:
         return self.image / "metadata.erofs"
 
+    @property
+    def correcting(self) -> Path:
+        return self.image / _CORRECTING
+
     def layer(self, number: int) -> Path:
         return self.image / f"{number}.erofs"
 
@@ -189,7 +195,7 @@ class Store:
         """Makes empty files for layers, and for what joins all. They belong to the daemon, whoever writes them. Returns
         them. :raises OciError:"""
         with disk_errors():
-            files = [*map(work.layer, sorted(numbers)), work.metadata]
+            files = [*map(work.layer, sorted(numbers)), work.correcting, work.metadata]
             for path in files:
                 path.touch(mode=0o600, exist_ok=False)
             return files
@@ -212,10 +218,13 @@ class Store:
                 _share(work.layer(number), self._layer(diff_id))
                 sizes.append(work.layer(number).stat().st_size)
             _sync(self._layers)
-            layers = [work.layer(number) for number in range(len(sizes))]
+            layers = [*(work.layer(number) for number in range(len(sizes))), work.correcting]
             _write_new(work.image / DISK, descriptor(work.metadata, layers).encode())
             _write(work.image / "image.json", _Record(digest=digest, config=config, sizes=tuple(sizes)))
             _sync(work.image)
+            if self.find(digest) is None:
+                # What is there is damaged.
+                self._remove_files(digest)
             try:
                 work.image.rename(self._image(digest))
             except OSError as error:
@@ -283,7 +292,8 @@ class Store:
         metadata = directory / "metadata.erofs"
         try:
             figures = [path.stat() for path in (*layers, metadata)]
-            (directory / DISK).stat()
+            for name in (DISK, _CORRECTING):
+                (directory / name).stat()
             if use:
                 os.utime(directory / "image.json")
             used_at = (directory / "image.json").stat().st_mtime
@@ -422,14 +432,18 @@ class Store:
         for name in _entries(self._names):
             if (record := _read(self._names / name, _Name)) is not None and record.digest == digest:
                 (self._names / name).unlink(missing_ok=True)
+        return self._remove_files(digest)
+
+    def _remove_files(self, digest: str) -> bool:
         directory = self._image(digest)
         try:
             # Without this file there is no image.
             (directory / "image.json").unlink()
+            _sync(directory)
         except FileNotFoundError:
             return False
-        _sync(directory)
-        shutil.rmtree(directory, ignore_errors=True)
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
         return True
 
     def _remove_unlocked(self, work: Path) -> None:

@@ -1,8 +1,8 @@
 """Checks a tar while it streams to `mkfs.erofs`, which is written in C and should see only what is well-formed.
 
-All bytes pass unchanged up to the end of the archive. Two readers of one archive must not see different files in it, so
-whatever readers understand in different ways is refused: data behind links, mode bits that name another kind of file, a
-lone block of zeros.
+All bytes pass unchanged up to the end of the archive, but for what `mkfs.erofs` would misunderstand (`_tree.py`). Two
+readers of one archive must not see different files in it, so whatever readers understand in different ways is refused:
+data behind links, mode bits that name another kind of file, a lone block of zeros.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import re
 from collections.abc import Callable
 
 from ._errors import OciError
+from ._tree import MAX_ENTRIES, LayerTree
 
-MAX_ENTRIES = 1_000_000
-"""Of a layer. `mkfs.erofs` has each in memory."""
 _MAX_NAME = 4096
 _MAX_EXTENDED = 1024 * 1024
 """Of one extended header: all attributes of a file have at most 64 KiB on Linux."""
@@ -23,14 +22,14 @@ _ZEROS = bytes(_BLOCK)
 END = 2 * _ZEROS
 """Ends an archive."""
 
-_REGULAR, _OLD_REGULAR, _HARD_LINK = b"0", b"\0", b"1"
+_REGULAR, _OLD_REGULAR, _HARD_LINK, _DIRECTORY = b"0", b"\0", b"1", b"5"
 _PAX, _PAX_FOR_ALL, _LONG_NAME, _LONG_LINK = b"x", b"g", b"L", b"K"
 _KINDS = {
     _REGULAR: 0o100000,
     _OLD_REGULAR: 0o100000,
     _HARD_LINK: 0o100000,
     b"2": 0o120000,
-    b"5": 0o040000,
+    _DIRECTORY: 0o040000,
     b"6": 0o010000,
 }
 """Kinds of entries, and the bits of the mode that old archives have for them."""
@@ -50,6 +49,11 @@ class TarCheck:
 
     def __init__(self) -> None:
         self.entries = 0
+        self._tree = LayerTree()
+        self._head = bytearray()
+        """The headers of the next entry that have not passed yet."""
+        self._name = b""
+        """Of the next entry, if an extended header gives it."""
         self._rest = b""
         """The beginning of a header."""
         self._skip = 0
@@ -71,15 +75,18 @@ class TarCheck:
 
     def feed(self, piece: bytes) -> bytes:
         """Returns the part of a piece that belongs to the archive. :raises OciError: `image_invalid`"""
+        passed = list[bytes]()
         at, end = 0, len(piece)
         while at < end and not self.ended:
             if self._skip:
                 step = min(self._skip, end - at)
                 self._skip -= step
+                passed.append(piece[at : at + step])
                 at += step
             elif self._wanted:
                 step = min(self._wanted, end - at)
                 self._extended += piece[at : at + step]
+                self._head += piece[at : at + step]
                 self._wanted -= step
                 at += step
                 if not self._wanted:
@@ -91,19 +98,22 @@ class TarCheck:
                 at += step
                 if len(self._rest) == _BLOCK:
                     header, self._rest = self._rest, b""
-                    self._header(header)
-        return piece[:at] if at < end else piece
+                    if self._header(header):
+                        passed.append(bytes(self._head))
+                        self._head.clear()
+        return passed[0] if len(passed) == 1 else b"".join(passed)
 
     def finish(self) -> bytes:
-        """Returns what is missing at the end. :raises OciError: `image_invalid`: the archive is cut off"""
-        if self._skip or self._wanted or self._rest or self._size is not None:
+        """Returns the end. :raises OciError: `image_invalid`: the archive is cut off; `image_too_large`"""
+        if self._skip or self._wanted or self._rest or self._size is not None or self._name:
             raise _invalid("it is cut off")
-        return END[self._zeros * _BLOCK :]
+        return self._tree.closing() + END
 
-    def _header(self, header: bytes) -> None:
+    def _header(self, header: bytes) -> bool:
+        """Reads a header; returns whether the headers that were kept back may pass."""
         if header == _ZEROS:
             self._zeros += 1
-            return
+            return False
         if self._zeros:
             raise _invalid("it has a block of zeros between two entries")
         if _number(header[148:156], "checksum") != sum(header) - sum(header[148:156]) + 8 * 32:
@@ -111,16 +121,24 @@ class TarCheck:
         self.entries += 1
         if self.entries > MAX_ENTRIES:
             raise OciError("image_too_large", f"the layer has more than {MAX_ENTRIES} entries", "use another image")
+        self._head += header
         kind, size = header[156:157], _number(header[124:136], "size")
         if kind in (_PAX, _PAX_FOR_ALL, _LONG_NAME, _LONG_LINK):
             self._begin_extended(kind, size)
-            return
+            return False
         if self._size is not None:
             size, self._size = self._size, None
         self._check_kind(kind, header)
         if size and kind not in (_REGULAR, _OLD_REGULAR):
             raise _invalid(f"{_name(header)} has data and is no file")
         self._skip = _padded(size)
+        name, self._name = self._name or _full_name(header), b""
+        missing = self._tree.add(name, kind == _DIRECTORY)
+        if missing is not None:
+            self._head[:0] = missing
+        elif not size:
+            self._head.clear()
+        return True
 
     def _check_kind(self, kind: bytes, header: bytes) -> None:
         if kind in _DEVICES:
@@ -137,19 +155,24 @@ class TarCheck:
 
     def _begin_extended(self, kind: bytes, size: int) -> None:
         limit = _MAX_NAME + 1 if kind in (_LONG_NAME, _LONG_LINK) else _MAX_EXTENDED
-        if not 0 < size <= limit:
-            raise _invalid(f"an extended header has {size} bytes")
+        if not 0 < size <= limit or len(self._head) > 2 * _MAX_EXTENDED:
+            raise _invalid(f"an extended header has {size} bytes, or there are many of them")
         self._extended_size = size
         self._wanted = _padded(size)
-        self._read_extended = {_PAX: self._records, _PAX_FOR_ALL: self._records_for_all}.get(kind, self._long_name)
+        self._read_extended = {
+            _PAX: self._records, _PAX_FOR_ALL: self._records_for_all, _LONG_NAME: self._long_name
+        }.get(kind, self._long_link)  # fmt: skip
 
     def _long_name(self, data: bytes) -> None:
+        self._name = data.partition(b"\0")[0]
+
+    def _long_link(self, data: bytes) -> None:
         pass
 
     def _records_for_all(self, data: bytes) -> None:
         self._records(data)
-        if self._size is not None:
-            raise _invalid("a header for all entries has a size")
+        if self._size is not None or self._name:
+            raise _invalid("a header for all entries has a size or a name")
 
     def _records(self, data: bytes) -> None:
         at = 0
@@ -166,6 +189,8 @@ class TarCheck:
                 raise _invalid(f"it uses {key[:60].decode(errors='replace')!r}")
             if key in (b"path", b"linkpath") and (len(value) > _MAX_NAME or b"\0" in value):
                 raise _invalid(f"a name has {len(value)} bytes or a zero byte")
+            if key == b"path":
+                self._name = value
             if key == b"size":
                 if not value.isdigit() or len(value) > 19 or int(value) > _MAX_SIZE:
                     raise _invalid("an extended header has a wrong size")
@@ -188,6 +213,12 @@ def _number(field: bytes, what: str) -> int:
 
 def _padded(size: int) -> int:
     return -(-size // _BLOCK) * _BLOCK
+
+
+def _full_name(header: bytes) -> bytes:
+    name = header[:100].partition(b"\0")[0]
+    prefix = header[345:500].partition(b"\0")[0] if header[257:263] == b"ustar\0" else b""
+    return prefix + b"/" + name if prefix else name
 
 
 def _name(header: bytes) -> str:

@@ -1,0 +1,112 @@
+"""What has to lie above the layers of an image, so that `mkfs.erofs` joins them as a container would see them.
+
+`mkfs.erofs` 1.8 shows the union of all layers, and of each name the topmost. That is wrong in two cases, which are
+found here, and corrected by one more layer on top:
+
+- A layer hides what is below, by an opaque directory or by something that is no directory, and a higher layer has a
+  directory there again: what was hidden would be seen. Whiteouts hide it.
+- A directory that its layer only implies (`_tree.py`) would hide the attributes that a lower layer gives it. An entry
+  has them again.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from ._erofs import Entry, Erofs, Node, damaged
+from ._tree import IMPLIED, MAX_ENTRIES, WHITEOUT, Parts, entry
+
+_OPAQUE = b"trusted.overlay.opaque"
+_OURS = b"trusted."
+"""Attributes that steer overlayfs in the guest, and are not the image's own."""
+_MAX_DEPTH = 2048
+"""Of a name of 4,096 bytes. A damaged file may have a directory in itself."""
+
+
+class _Place(NamedTuple):
+    """A directory in one of the layers."""
+
+    layer: Erofs
+    node: Node
+    xattrs: Mapping[bytes, bytes]
+
+
+class _Directory(NamedTuple):
+    """A directory that several layers have, topmost first; `visible`: how many of them a container would see."""
+
+    path: Parts
+    places: Sequence[_Place]
+    visible: int
+
+
+def correction(layers: Sequence[Erofs]) -> bytes:
+    """Returns the entries of a tar that has to lie above layers, which are given lowest first.
+
+    :raises OciError: `image_invalid`
+    """
+    places = [_place(layer, layer.root()) for layer in reversed(layers)]
+    waiting = [_Directory((), places, len(places))]
+    directories: dict[Parts, _Place] = {}
+    wrong = set[Parts]()
+    hidden = list[Parts]()
+    while waiting:
+        directory = waiting.pop()
+        own = next((place for place in directory.places[: directory.visible] if IMPLIED not in place.xattrs), None)
+        directories[directory.path] = own or directory.places[0]
+        if own is not None and own is not directory.places[0]:
+            wrong.add(directory.path)
+        for name, found in _occurrences(directory).items():
+            path = (*directory.path, name)
+            if found[0][0] >= directory.visible:
+                hidden.append(path)
+            elif found[0][1].is_directory and len(found) > 1:
+                if len(path) > _MAX_DEPTH or len(directories) > MAX_ENTRIES:
+                    raise damaged()
+                below = _below(directory, path, found)
+                # If the topmost is opaque, nothing is joined.
+                if _OPAQUE not in below.places[0].xattrs:
+                    waiting.append(below)
+    needed = {path[:depth] for path in hidden for depth in range(1, len(path))}
+    needed |= {path[:depth] for path in wrong for depth in range(1, len(path) + 1)}
+    return b"".join(
+        [
+            *(_entry(path, directories[path]) for path in sorted(needed)),
+            *(entry(b"/".join((*path[:-1], WHITEOUT + path[-1])), stat.S_IFREG) for path in sorted(hidden)),
+        ]
+    )
+
+
+def _occurrences(directory: _Directory) -> dict[bytes, list[tuple[int, Entry]]]:
+    """Returns in which of the places each name is, by their numbers."""
+    found: dict[bytes, list[tuple[int, Entry]]] = {}
+    for number, place in enumerate(directory.places):
+        for name, each in place.layer.entries(place.node).items():
+            found.setdefault(name, []).append((number, each))
+    return found
+
+
+def _below(parent: _Directory, path: Parts, found: Sequence[tuple[int, Entry]]) -> _Directory:
+    """Returns a directory in a directory, which is the topmost of several things under one name."""
+    places = list[_Place]()
+    visible: int | None = None
+    for number, each in found:
+        if visible is None and (number >= parent.visible or not each.is_directory):
+            visible = len(places)
+        if each.is_directory:
+            layer = parent.places[number].layer
+            places.append(_place(layer, layer.node(each.nid)))
+            if visible is None and _OPAQUE in places[-1].xattrs:
+                visible = len(places)
+    return _Directory(path, places, len(places) if visible is None else visible)
+
+
+def _place(layer: Erofs, node: Node) -> _Place:
+    return _Place(layer, node, layer.xattrs(node))
+
+
+def _entry(path: Parts, place: _Place) -> bytes:
+    node = place.node
+    xattrs = {name: value for name, value in place.xattrs.items() if not name.startswith(_OURS)}
+    return entry(b"/".join(path) + b"/", node.mode, node.uid, node.gid, node.mtime, xattrs)
