@@ -19,7 +19,7 @@ import pytest
 import trio
 import trio.testing
 
-from tests.oci.kit import BuiltImage, extract, tar, write_layout
+from tests.oci.kit import BuiltImage, as_root, extract, small_disk, tar, write_layout
 from tests.oci.registry import PASSWORD, USER, FailingRegistry, Registry, auth_file, needs_registry
 from tests.web_server import answer
 from volant.host import Host
@@ -407,6 +407,26 @@ async def test_a_full_cache_says_so(tmp_path: Path, image: BuiltImage, monkeypat
     assert error.code == "cache_full"
     assert "make room" in error.hint
     assert not left(tmp_path)
+
+
+@as_root
+async def test_a_disk_that_fills_up_in_a_fetch_keeps_nothing_and_the_next_fetch_succeeds(
+    tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As if others filled it after the check.
+    monkeypatch.setattr("volant.oci._layers._RESERVE_BYTES", 0)
+    layer = os.urandom(12 * 2**20)
+    built = write_layout(tmp_path / "layout", [BASE, tar(("data", {"data": layer}))], kind="tar+zstd")
+    registry.push(built.layout, "full:t")
+    with small_disk(tmp_path / "cache", size_mb=8) as cache:
+        async with opened(tmp_path, registry.address) as images:
+            error = await refused(images, named(registry, "full:t"), registry.auth)
+            assert (error.code, "make room" in error.hint) == ("cache_full", True), error
+            assert not left(tmp_path)
+            assert not list(cache.rglob("*.erofs"))
+            await trio.run_process(["mount", "-o", "remount,size=600m", str(cache)])
+            found = await images.obtain(named(registry, "full:t"), auth=registry.auth)
+            assert (extract(found.metadata, found.layers, tmp_path / "tree") / "data").read_bytes() == layer
 
 
 async def test_a_missing_program_says_how_to_install_it(

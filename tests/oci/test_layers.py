@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.oci.kit import TIME, as_root, compress, extract, needs_erofs, sha256, tar
+from tests.oci.kit import TIME, as_root, compress, extract, needs_erofs, sha256, small_disk, tar
 from tests.system.kit import load
 from volant.oci import OciError, digest_of
 from volant.oci._job import ImageJob, check_end, run
@@ -103,6 +103,16 @@ def test_layers_join_to_the_tree_that_a_container_would_see(tmp_path: Path, kind
     # Names that would lead elsewhere are names in the image.
     assert (tree / "outside").read_bytes() == (tree / "absolute").read_bytes() == b"inside"
     assert not (tmp_path / "outside").exists()
+
+
+@as_root
+def test_a_disk_that_fills_up_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As if others filled it after the check.
+    monkeypatch.setattr("volant.oci._layers._RESERVE_BYTES", 0)
+    with small_disk(tmp_path / "small", size_mb=4) as directory:
+        job = jobs(directory, tar(("data", {"data": os.urandom(2**20) * 16})), kind="tar+zstd")
+        error = refused(directory, job)
+    assert (error.code, "make room" in error.hint) == ("cache_full", True), error
 
 
 def test_the_same_layer_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.system.kit import Daemon, adopted, boot, event_of, kill_hypervisor, run, spec, until
+from tests.oci.kit import write_layout
+from tests.oci.registry import needs_registry
+from tests.system.kit import Daemon, adopted, boot, event_of, kill_hypervisor, run, run_cut_off, spec, until
+from tests.system.rootfs import busybox_layer
 from volant.client import Client, ClientProblem, LogGap, LogLine
 from volant.model import Manifest
 
@@ -124,6 +127,26 @@ async def test_a_full_disk_stops_only_new_work_and_the_daemon_recovers(make_daem
         async with client.system.backup() as backup:
             assert sum([len(piece) async for piece in backup]) == backup.size
         assert daemon.log().count("Traceback") == 0, daemon.log()
+
+
+@needs_registry
+async def test_the_disk_of_an_image_on_a_full_host_is_an_error_in_the_guest_and_the_log_says_why(
+    make_daemon: Callable[..., Daemon], image_cache: Path, tmp_path: Path
+) -> None:
+    image = write_layout(tmp_path / "layout", [busybox_layer(image_cache)], Env=["PATH=/bin"])
+    # Of which 128 MiB are the daemon's own.
+    daemon = make_daemon(ephemeral=False, wrapper=small_state_disk(256))
+    async with daemon.client() as client:
+        demo = await boot(client, "demo", image=f"oci:{image.layout}:t", start_workload=False)
+        SmallDisk(daemon).fill()
+        async with client.vms.logs("demo", since=0, streams=["stderr"]) as log:
+            await run_cut_off(client, "demo", "cat /dev/zero >/fill; sync")
+            with trio.fail_after(30):
+                while not isinstance(line := await log.receive(), LogLine) or "No space left" not in line.line:
+                    pass
+        assert "the host can't write to its disk" in line.line
+        SmallDisk(daemon).make_room()
+        assert (await client.vms.get("demo")).pid == demo.pid
 
 
 @pytest.fixture

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.oci.kit import tar, write_layout
@@ -74,6 +76,29 @@ async def test_a_disk_keeps_what_was_written_when_its_vm_stops(daemon: Daemon, l
         listed = "cat /app/file; ls /etc | grep -v machine-id"
         assert await run(client, "demo", "sh", "-c", listed) == "kept\ngroup\nhosts\npasswd\n"
         assert await run(client, "demo", "cat", "/absent/data/file") == "kept\n"
+
+
+@pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed: .ci/system-packages network")
+async def test_exposed_ports_are_published_and_the_image_says_how_its_program_is_asked_to_end(
+    daemon: Daemon, layout: str
+) -> None:
+    async with daemon.client() as client:
+        vm = await boot(client, "demo", image=layout, network="user", publish_all=True, user="root", disk_mb=64)
+        [port] = vm.ports
+        address, guest = port.rsplit(":", 1)
+        assert guest == "80/tcp"
+        await run(client, "demo", "sh", "-c", "cd /etc; busybox httpd -p 80")
+        async with httpx.AsyncClient(trust_env=False, timeout=BOOT_S) as http:
+            assert (await http.get(f"http://{address}/second")).text == "2"
+        # A full disk is an error of who writes.
+        filled = await run(client, "demo", "sh", "-c", "cat /dev/zero 2>&1 >/app/fill; rm /app/fill; df /app | tail -1")
+        assert "No space left on device" in filled
+        await run(client, "demo", "sh", "-c", "echo more > /app/file")
+        await client.vms.stop("demo", grace_s=BOOT_S)
+        await until(client, "demo", "stopped")
+        async with client.vms.logs("demo", since=0, streams=["stdout"], follow=False) as log:
+            lines = [line.line async for line in log if isinstance(line, LogLine)]
+        assert lines == ["image as root in /work", "asked to end"]
 
 
 async def test_a_template_of_an_image_is_cloned(make_daemon: Callable[..., Daemon], layout: str) -> None:

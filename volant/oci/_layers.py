@@ -43,6 +43,8 @@ PROGRAM_MEMORY = 4 * 1024**3
 _RESERVE_BYTES = 256 * 1024 * 1024
 """Stays free on the cache's file system, which is often that of the database, too."""
 _CHECK_SPACE_BYTES = 32 * 1024 * 1024
+_FULL_BYTES = 1024 * 1024
+"""A file system with less is full: a program that failed may have removed what it wrote last."""
 _MAX_COMPLAINT = 300
 _PIECES_AHEAD = 4
 _JOIN_S = 0.01
@@ -84,7 +86,7 @@ def convert(job: LayerJob) -> None:
         compressed = _Hashed(blob)
         plain = hashlib.sha256()
         check = TarCheck()
-        with _Program([*_LAYER_OPTIONS, str(target)]) as program:
+        with _Program(_LAYER_OPTIONS, target) as program:
             for piece in ahead(_bounded(decompressed(compressed), job)):
                 plain.update(piece)
                 if not check.ended:
@@ -108,10 +110,10 @@ def join(layers: Sequence[str], correcting: Path, target: Path) -> None:
     """
     with contextlib.ExitStack() as stack:
         entries = correction([stack.enter_context(opened(Path(layer))) for layer in layers])
-    with _Program([*_LAYER_OPTIONS, str(correcting)]) as program:
+    with _Program(_LAYER_OPTIONS, correcting) as program:
         program.write(entries + END)
     _finish(correcting)
-    with _Program([*_JOIN_OPTIONS, str(target), *layers, str(correcting)]):
+    with _Program(_JOIN_OPTIONS, target, *layers, str(correcting)):
         pass
     _finish(target)
 
@@ -264,11 +266,12 @@ class _Hashed:
 class _Program:
     """Runs `mkfs.erofs` for a block. An error in the block ends it; else its own error is raised."""
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    def __init__(self, options: Sequence[str], target: Path, *layers: str) -> None:
+        self._target = target
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
         try:
             self._process = subprocess.Popen(
-                [PROGRAM, *arguments], stdin=subprocess.PIPE, stdout=self._log, stderr=self._log
+                [PROGRAM, *options, str(target), *layers], stdin=subprocess.PIPE, stdout=self._log, stderr=self._log
             )
         except FileNotFoundError:
             self._log.close()
@@ -305,7 +308,9 @@ class _Program:
         self._log.seek(0)
         lines = self._log.read(64 * 1024).decode(errors="replace").strip().splitlines()
         said = (lines[0] if lines else f"status {status}")[:_MAX_COMPLAINT]
-        if "No space left" in said or "quota" in said:
+        # Often it says something else: a write that failed confuses it.
+        figures = os.statvfs(self._target.parent)
+        if "No space left" in said or "quota" in said or figures.f_bavail * figures.f_frsize < _FULL_BYTES:
             return OciError("cache_full", "the cache is full", "make room on its file system")
         return OciError("image_invalid", f"{PROGRAM} can't convert the layer: {said}", "push the image again")
 

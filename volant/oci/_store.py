@@ -280,8 +280,8 @@ class Store:
 
     def used_bytes(self) -> int:
         """Returns the space that all layers and images take. Shared layers count once."""
-        files = [*self._layers.glob("*"), *self._images.glob("*/metadata.erofs")]
-        return sum(_blocks(path) for path in files)
+        own = [path for name in ("metadata.erofs", _CORRECTING) for path in self._images.glob(f"*/{name}")]
+        return sum(_blocks(path) for path in (*self._layers.glob("*"), *own))
 
     def _find(self, digest: str, named: dict[str, set[str]], *, use: bool = False) -> CachedImage | None:
         directory = self._image(digest)
@@ -291,15 +291,14 @@ class Store:
         layers = tuple(directory / f"{number}.erofs" for number in range(len(record.config.diff_ids)))
         metadata = directory / "metadata.erofs"
         try:
-            figures = [path.stat() for path in (*layers, metadata)]
-            for name in (DISK, _CORRECTING):
-                (directory / name).stat()
+            figures = [path.stat() for path in (*layers, metadata, directory / _CORRECTING)]
+            (directory / DISK).stat()
             if use:
                 os.utime(directory / "image.json")
             used_at = (directory / "image.json").stat().st_mtime
         except OSError:
             return None
-        if tuple(each.st_size for each in figures[:-1]) != record.sizes:
+        if tuple(each.st_size for each in figures[: len(layers)]) != record.sizes:
             return None
         # One link is that of `layers/`; the same layer may be in an image twice.
         times = {each.st_ino: sum(other.st_ino == each.st_ino for other in figures) for each in figures}
@@ -314,7 +313,7 @@ class Store:
             size_bytes=sum(each.st_blocks * 512 for each in by_file),
             own_bytes=sum(each.st_blocks * 512 for each in by_file if each.st_nlink <= times[each.st_ino] + 1),
             used_at=used_at,
-            layer_bytes=tuple(each.st_blocks * 512 for each in figures[:-1]),
+            layer_bytes=tuple(each.st_blocks * 512 for each in figures[: len(layers)]),
         )
 
     def _named(self, project: str | None = None) -> dict[str, set[str]]:
