@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from tests.oci.registry import needs_registry
 from tests.ports import free_port
 from tests.system.kit import Daemon, until
 from tests.system.rootfs import busybox_layer
+from tests.system.test_standby import filled
 from volant.client import Client, LogLine
 from volant.model import Event
 
@@ -122,6 +124,22 @@ async def test_it_goes_on_when_volar_is_killed_and_the_daemon_deletes_its_vm(dae
             assert session.end is not None
             assert session.end.exit_code == 0
         await until(client, "demo", "deleted")
+
+
+@pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed: .ci/system-packages network")
+async def test_with_default_settings_the_second_run_of_an_image_claims_a_warm_process(
+    make_daemon: Callable[..., Daemon], image: str
+) -> None:
+    daemon = make_daemon("--templates", "auto", "--standby", "auto", "--network", "user")
+    async with volar(daemon, "--rm", image, "echo", "first") as process:
+        assert await process.wait() == 0
+    waiting = await filled(daemon)
+    async with volar(daemon, "-d", "--name", "second", image, "sleep", "1000") as process:
+        assert await process.wait() == 0
+    async with daemon.client() as client:
+        vm = await client.vms.get("second")
+    assert (vm.booted_from, vm.fallback) == ("template", None)
+    assert vm.pid in waiting
 
 
 @pytest.mark.full

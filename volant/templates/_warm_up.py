@@ -45,6 +45,8 @@ _UPGRADE = [
     (b"sec-websocket-version", b"13"),
     (b"sec-websocket-key", base64.b64encode(bytes(16))),
 ]
+_LAST = (b'"exit_code"', b'"error"')
+"""The last message of a session has one of them."""
 _TEXT_FRAME, _MASKED = 0x81, 0x80
 _FILE = f"{FILES}etc/passwd"
 _PORT = "127.0.0.1:1"
@@ -143,10 +145,11 @@ async def _use(
 
 
 async def _say(stream: ChannelStream, text: bytes) -> None:
-    """Sends a short text over a WebSocket, and reads what comes until the command has ended. The mask is zero."""
+    """Sends a short text over a WebSocket, and reads what comes until the command has ended, or could not start. The
+    mask is zero."""
     await stream.send_all(bytes([_TEXT_FRAME, _MASKED | len(text), 0, 0, 0, 0]) + text)
     answer = b""
-    while len(answer) < _MAX_ANSWER_BYTES and b"exit_code" not in answer:
+    while len(answer) < _MAX_ANSWER_BYTES and not any(key in answer for key in _LAST):
         data = await stream.receive_some(_MAX_ANSWER_BYTES)
         if not data:
             return
