@@ -3,72 +3,20 @@
 from __future__ import annotations
 
 import os
-import pty
-import re
 import signal
 import subprocess
-import termios
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from pathlib import Path
 
-import pytest
 import trio
 
 from tests.api.test_console import Desk, at_desk
-from tests.cli.kit import ENVIRONMENT, ROOT, command
+from tests.cli.kit import ENVIRONMENT, ROOT, Terminal, at_terminal, command
 
 
-class Terminal:
-    """A `volar` at a terminal."""
-
-    def __init__(self, process: trio.Process, fd: int, theirs: int, before: list[object]) -> None:
-        self.process = process
-        self._fd = fd
-        self._theirs = theirs
-        self._before = before
-        self._seen = b""
-
-    async def expect(self, pattern: bytes) -> None:
-        with trio.move_on_after(15):
-            while not (found := re.search(pattern, self._seen)):
-                await trio.lowlevel.wait_readable(self._fd)
-                self._seen += os.read(self._fd, 4096)
-            self._seen = self._seen[found.end() :]
-            return
-        pytest.fail(f"no {pattern!r} in {self._seen!r}")
-
-    def type(self, data: bytes) -> None:
-        os.write(self._fd, data)
-
-    def is_as_before(self) -> bool:
-        return termios.tcgetattr(self._theirs) == self._before
-
-    async def end(self) -> int:
-        with trio.fail_after(15):
-            return await self.process.wait()
-
-
-@asynccontextmanager
-async def terminal(desk: Desk, *words: str) -> AsyncIterator[Terminal]:
-    fd, theirs = pty.openpty()
-    before = termios.tcgetattr(theirs)
-    environ = ENVIRONMENT | {"VOLANT_API_BASE": f"http://127.0.0.1:{desk.api.server.port}", "TERM": "xterm"}
-    run = partial(
-        trio.run_process, command("vms", "console", *words), stdin=theirs, stdout=theirs, stderr=theirs, check=False
-    )
-    try:
-        async with trio.open_nursery() as nursery:
-            process = await nursery.start(partial(run, env=environ, cwd=ROOT, start_new_session=True))
-            try:
-                yield Terminal(process, fd, theirs, before)
-            finally:
-                if process.returncode is None:
-                    process.kill()
-    finally:
-        os.close(fd)
-        os.close(theirs)
+def terminal(desk: Desk, *words: str) -> AbstractAsyncContextManager[Terminal]:
+    return at_terminal(f"http://127.0.0.1:{desk.api.server.port}", "vms", "console", *words)
 
 
 async def test_keys_reach_the_guest_and_one_leaves(tmp_path: Path) -> None:

@@ -58,7 +58,8 @@ def test_the_demo_succeeds(nothing_left: dict[str, str]) -> None:
         [sys.executable, DEMO], env=nothing_left, capture_output=True, text=True, check=False, timeout=LONG_S
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    for what in ("VM_RUNNING", "hello from the guest", "Linux demo", "supervisor", "VM_DELETED"):
+    shown = ("Debian GNU/Linux", "VM_RUNNING", "hello from the guest", "Linux demo", "supervisor", "VM_DELETED")
+    for what in shown:
         assert what in done.stdout
 
 

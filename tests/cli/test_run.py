@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import pty
 import signal
-import struct
-import termios
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +14,7 @@ from wsproto.events import AcceptConnection, BytesMessage, CloseConnection, Text
 
 from tests.client.kit import Handler, Request, Server, answer, problem, serving, vm
 
-from .kit import ENVIRONMENT, ROOT, command, running, volar
+from .kit import ENVIRONMENT, at_terminal, command, running, volar
 from .test_images import DIGEST, image_view
 
 IMAGE = {"reference": "example/tool:1", "digest": DIGEST, "command": ["/bin/tool", "x"]}
@@ -241,30 +235,14 @@ async def test_input_is_passed_on_only_with_i(tmp_path: Path) -> None:
 async def test_with_a_terminal_keys_are_the_programs_and_the_terminal_is_given_back() -> None:
     tool = program((1, b"ready\r\n"), on_signal={})
     tool.ends_with = b"\x03"
-    fd, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 33, 99, 0, 0))
-    before = termios.tcgetattr(theirs)
-    try:
-        async with serving() as server:
-            prepare(server, tool)
-            environ = ENVIRONMENT | {"VOLANT_API_BASE": server.base_url, "TERM": "xterm-test"}
-            run = partial(
-                trio.run_process, command("run", "-it", "--rm", "example/tool:1"), stdin=theirs, stdout=theirs,
-                stderr=theirs, check=False, env=environ, cwd=ROOT, start_new_session=True,
-            )  # fmt: skip
-            async with trio.open_nursery() as nursery:
-                process: trio.Process = await nursery.start(run)
-                with trio.fail_after(20):
-                    seen = b""
-                    while b"ready" not in seen:
-                        await trio.lowlevel.wait_readable(fd)
-                        seen += os.read(fd, 4096)
-                    os.write(fd, b"ls\r\x03")
-                    assert await process.wait() == 9
-        assert termios.tcgetattr(theirs) == before
-    finally:
-        os.close(fd)
-        os.close(theirs)
+    async with serving() as server:
+        prepare(server, tool)
+        async with at_terminal(server.base_url, "run", "-it", "--rm", "example/tool:1", rows=33, columns=99) as at:
+            await at.expect(b"ready")
+            assert not at.is_as_before()
+            at.type(b"ls\r\x03")
+            assert await at.end() == 9
+            assert at.is_as_before()
     assert tool.input == b"ls\r\x03"
     assert tool.start == {"env": {"TERM": "xterm-test"}, "tty": True, "rows": 33, "cols": 99}
     assert not sent(server, "DELETE")
@@ -469,32 +447,17 @@ async def test_without_a_registry_a_stock_image_is_named(image: str, images: lis
 async def test_on_a_terminal_the_stock_image_that_was_built_is_offered(key: bytes, code: int, asked: int) -> None:
     tool = program((1, b"ready\r\n"), on_signal={})
     tool.ends_with = b"\x03"
-    fd, theirs = pty.openpty()
-    try:
-        async with serving() as server:
-            prepare(server, tool)
-            server.routes["POST /api/v1/vms"] = [UNREACHABLE, answer(CREATED, 201)]
-            server.routes["GET /api/v1/images"] = answer([image_view(references=["localhost/debian:13"])])
-            run = partial(
-                trio.run_process, command("run", "-it", "--rm", "debian"), stdin=theirs, stdout=theirs, stderr=theirs,
-                check=False, env=ENVIRONMENT | {"VOLANT_API_BASE": server.base_url}, cwd=ROOT, start_new_session=True,
-            )  # fmt: skip
-            async with trio.open_nursery() as nursery:
-                process: trio.Process = await nursery.start(run)
-                with trio.fail_after(20):
-                    seen = b""
-                    answers = {b"[Y/n]": key, b"ready": b"\x03"}
-                    while answers and process.poll() is None:
-                        with trio.move_on_after(0.1):
-                            await trio.lowlevel.wait_readable(fd)
-                            seen += os.read(fd, 4096)
-                        for prompt in [each for each in answers if each in seen]:
-                            os.write(fd, answers.pop(prompt))
-                    assert await process.wait() == code
-    finally:
-        os.close(fd)
-        os.close(theirs)
-    assert b"Run localhost/debian:13" in seen
+    async with serving() as server:
+        prepare(server, tool)
+        server.routes["POST /api/v1/vms"] = [UNREACHABLE, answer(CREATED, 201)]
+        server.routes["GET /api/v1/images"] = answer([image_view(references=["localhost/debian:13"])])
+        async with at_terminal(server.base_url, "run", "-it", "--rm", "debian") as at:
+            await at.expect(rb"Run localhost/debian:13.*\[Y/n\]")
+            at.type(key)
+            if code == 9:
+                await at.expect(b"ready")
+                at.type(b"\x03")
+            assert await at.end() == code
     made = [request.json()["image"] for request in server.asked("/api/v1/vms") if request.method == "POST"]
     assert made == ["debian", "localhost/debian:13"][:asked]
 
@@ -526,14 +489,15 @@ async def test_pull_always_asks_the_registry_and_never_does_not() -> None:
     assert "is not in the cache, and --pull is never" in never.err
 
 
-async def test_a_fetch_is_mentioned_once() -> None:
-    pull = {
-        "reference": "example/tool:1", "digest": DIGEST, "phase": "fetching", "layers_done": 1, "layers_total": 3,
-        "done_bytes": 5, "total_bytes": 10, "bytes_per_s": 1.0, "waiting": 1,
-    }  # fmt: skip
+@pytest.mark.parametrize("is_terminal", [False, True])
+async def test_a_fetch_is_mentioned_once_and_has_a_bar_on_a_terminal(is_terminal: bool) -> None:
     asked = trio.Event()
 
     async def pulls(request: Request, stream: trio.abc.Stream) -> None:
+        pull = {
+            "reference": "example/tool:1", "digest": DIGEST, "phase": "fetching", "layers_done": 1, "layers_total": 3,
+            "done_bytes": 5 * 2**20, "total_bytes": 10 * 2**20, "bytes_per_s": 1.0, "waiting": 1,
+        }  # fmt: skip
         await answer([pull])(request, stream)
         if len(server.asked("/api/v1/images/pulls")) > 2:
             asked.set()
@@ -545,5 +509,10 @@ async def test_a_fetch_is_mentioned_once() -> None:
     async with serving() as server:
         prepare(server, program(end={"exit_code": 0}))
         server.routes |= {"GET /api/v1/images/pulls": pulls, "GET /api/v1/vms/demo": slow}
-        done = await volar(server, "run", "example/tool:1")
-    assert (done.code, done.err) == (0, "volar: fetching example/tool:1\n")
+        if is_terminal:
+            async with at_terminal(server.base_url, "run", "example/tool:1") as at:
+                await at.expect(rb"Fetching example/tool:1, layer 2 of 3 .*5\.0/10\.0 MiB")
+                assert await at.end() == 0
+        else:
+            done = await volar(server, "run", "example/tool:1")
+            assert (done.code, done.err) == (0, "volar: fetching example/tool:1\n")

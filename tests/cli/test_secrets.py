@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
-import os
-import pty
-from functools import partial
 from typing import Any
-
-import trio
 
 from tests.client.kit import answer, serving, vm
 
-from .kit import ENVIRONMENT, ROOT, command, volar
+from .kit import at_terminal, volar
 
 TOKEN: dict[str, Any] = {
     "name": "token", "version": 2, "readable": True, "used_by": ["web"], "project": "default",
@@ -75,29 +70,13 @@ async def test_a_vm_is_given_secrets_as_variables_and_files() -> None:
 
 
 async def test_at_a_terminal_a_secret_is_typed_twice_without_an_echo() -> None:
-    fd, theirs = pty.openpty()
-    try:
-        async with serving() as server:
-            server.routes["PUT /api/v1/secrets/token"] = answer(TOKEN)
-            run = partial(
-                trio.run_process, command("secrets", "set", "token"), stdin=theirs, stdout=theirs, stderr=theirs,
-                check=False, env=ENVIRONMENT | {"VOLANT_API_BASE": server.base_url}, cwd=ROOT, start_new_session=True,
-            )  # fmt: skip
-            async with trio.open_nursery() as nursery:
-                process: trio.Process = await nursery.start(run)
-                seen = b""
-                with trio.fail_after(30):
-                    for prompt in (b"Value of token: ", b"Repeat for confirmation: "):
-                        while prompt not in seen:
-                            await trio.lowlevel.wait_readable(fd)
-                            seen += os.read(fd, 4096)
-                        os.write(fd, b"correct horse\n")
-                    while b"is set" not in seen:
-                        await trio.lowlevel.wait_readable(fd)
-                        seen += os.read(fd, 4096)
-                    assert await process.wait() == 0
-    finally:
-        os.close(fd)
-        os.close(theirs)
-    assert b"horse" not in seen
+    async with serving() as server:
+        server.routes["PUT /api/v1/secrets/token"] = answer(TOKEN)
+        async with at_terminal(server.base_url, "secrets", "set", "token") as at:
+            for prompt in (b"Value of token: ", b"Repeat for confirmation: "):
+                await at.expect(prompt)
+                at.type(b"correct horse\n")
+            await at.expect(b"is set")
+            assert await at.end() == 0
+    assert b"horse" not in at.seen
     assert base64.b64decode(json.loads(server.requests[-1].body)["value"]) == b"correct horse"

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import signal
-from functools import partial
 
 import pytest
-import trio
 
 from tests.client.kit import answer, serving
 
-from .kit import ENVIRONMENT, ROOT, command, volar
+from .kit import at_terminal, volar
 
 
 def figures(name: str, clock_s: float, **more: object) -> dict[str, object]:
@@ -59,30 +55,10 @@ async def test_programs_get_the_totals_and_names(words: list[str], names: list[s
 async def test_a_terminal_is_redrawn_until_the_user_interrupts() -> None:
     async with serving() as server:
         server.routes["GET /api/v1/stats/vms"] = [answer(BEFORE), answer(AFTER), answer(AFTER), *[answer(AFTER)] * 600]
-        master, slave = pty.openpty()
-        environ = ENVIRONMENT | {"VOLANT_API_BASE": server.base_url, "TERM": "xterm", "COLUMNS": "150", "LINES": "40"}
-        run = partial(
-            trio.run_process,
-            command("top", "-d", "100ms"),
-            stdout=slave,
-            stderr=slave,
-            check=False,
-            env=environ,
-            cwd=ROOT,
-        )
-        try:
-            async with trio.open_nursery() as nursery:
-                process: trio.Process = await nursery.start(run)
-                text = b""
-                with trio.fail_after(20):
-                    while text.count(b"\x1b[H\x1b[J") < 3:
-                        await trio.lowlevel.wait_readable(master)
-                        text += os.read(master, 65536)
-                    process.send_signal(signal.SIGINT)
-                    code = await process.wait()
-        finally:
-            os.close(slave)
-            os.close(master)
-    assert code == 0
-    assert b"busy" in text
-    assert b"Traceback" not in text
+        async with at_terminal(server.base_url, "top", "-d", "100ms") as at:
+            for _ in range(3):
+                await at.expect(rb"\x1b\[H\x1b\[J")
+            at.process.send_signal(signal.SIGINT)
+            assert await at.end() == 0
+    assert b"busy" in at.seen
+    assert b"Traceback" not in at.seen

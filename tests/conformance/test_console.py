@@ -63,13 +63,15 @@ def test_a_person_creates_uses_and_deletes_a_vm_and_signs_in(node: Node, make_da
     def keys() -> dict[str, str]:
         made = {}
         for name, role in (("root", "admin"), ("watcher", "viewer")):
-            answer = httpx.post(f"{url}/api/v1/keys", json={"name": name, "role": role}, headers=daemon.headers)
+            fields = {"name": name, "role": role}
+            answer = httpx.post(f"{url}/api/v1/keys", json=fields, headers=daemon.headers, timeout=_PATIENCE_S)
             made[role] = answer.raise_for_status().json()["key"]
             daemon.use_key(made["admin"])
         return made
 
     def inspect() -> object:
-        found = httpx.get(f"{url}/api/v1/vms/walker/inspect").raise_for_status().json()
+        answer = httpx.get(f"{url}/api/v1/vms/walker/inspect", timeout=_PATIENCE_S)
+        found = answer.raise_for_status().json()
         return found["actor"]["actor"]["process"]["sandbox"]
 
     seen = play(node, "walk", url, {"inspect": inspect, "kill": daemon.kill, "start": daemon.start, "keys": keys})

@@ -34,7 +34,7 @@ from volant.model import CreateVolume, VmView
 
 pytestmark = [needs_registry, pytest.mark.cold]
 
-ROUNDS = load("VOLANT_TEST_IMAGE_KILLS", usual=4, full=30)
+ROUNDS = load("VOLANT_TEST_IMAGE_KILLS", usual=6, full=30)
 SEED = int(os.environ.get("VOLANT_TEST_SEED") or SystemRandom().randrange(10**6))
 WORD = base64.b64encode(f"{USER}:{PASSWORD}".encode())
 SMALL, LARGE = 200_000, 256 * 2**20
@@ -325,8 +325,8 @@ def check_images(oci: Path) -> None:
     for directory in oci.glob("images/*"):
         names = {path.name for path in directory.iterdir()}
         layers = sorted((name for name in names if name[0].isdigit()), key=lambda name: int(name.partition(".")[0]))
-        assert names == {"image.json", "metadata.erofs", "disk.vmdk", *layers}
-        devices = [f"--device={directory / name}" for name in layers]
+        assert names == {"image.json", "metadata.erofs", "correcting.erofs", "disk.vmdk", *layers}
+        devices = [f"--device={directory / name}" for name in (*layers, "correcting.erofs")]
         command = ["fsck.erofs", *devices, "--extract", str(directory / "metadata.erofs")]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
