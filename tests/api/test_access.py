@@ -19,7 +19,6 @@ from trio.testing import MockClock
 from tests.api.kit import FAST, UPGRADE, Answer, Api, api, request, streamed
 from volant.api import create_app
 from volant.http import Access, ApiSettings, parse_network, serve
-from volant.http._guesses import BURST, MOST, RATE
 from volant.http._keys import TICKET_S, Keys, Tickets
 from volant.http._networks import parse_client
 from volant.model import Problem
@@ -274,63 +273,6 @@ async def test_a_log_line_names_the_caller_and_its_key(tmp_path: Path, caplog: p
     assert KEY not in caplog.text
 
 
-# Guesses
-
-
-def shown(key: str, client: str = "192.0.2.1") -> dict[str, Any]:
-    return scope(client) | {"headers": [(b"x-volant-api-key", key.encode())]}
-
-
-def looks(access: Access, key: str, client: str = "192.0.2.1") -> bool:
-    """Whether a key is looked at: it is right, or called wrong."""
-    try:
-        access.authenticate(shown(key, client), in_query=False)
-    except Problem as refused:
-        return refused.code != "too-many-wrong-keys"
-    return True
-
-
-async def test_guesses_of_keys_are_slowed_down(autojump_clock: MockClock) -> None:
-    access = Access(ApiSettings(api_keys=(KEY,)))
-    guesses = 0
-    for number in range(10_000):
-        guesses += looks(access, f"guess-{number}")
-        await trio.sleep(0.001)
-    assert BURST + 9 * RATE <= guesses <= BURST + 11 * RATE
-
-
-async def test_guesses_do_not_lock_out_a_caller_with_the_key(autojump_clock: MockClock) -> None:
-    access = Access(ApiSettings(api_keys=(KEY, OLD)))
-    assert access.authenticate(shown(KEY), in_query=False)
-    for number in range(1000):
-        looks(access, f"guess-{number}")
-        # Of the same address, as behind a proxy; and of another one.
-        assert access.authenticate(shown(KEY), in_query=False)
-        assert access.authenticate(shown(KEY, "192.0.2.2"), in_query=False)
-    # One that was never seen there waits for as long as there are guesses, and a moment.
-    assert not looks(access, OLD)
-    await trio.sleep(1 / RATE)
-    assert access.authenticate(shown(OLD), in_query=False)
-
-
-async def test_an_ipv6_network_counts_as_one_address_and_the_table_is_bounded(autojump_clock: MockClock) -> None:
-    access = Access(ApiSettings(api_keys=(KEY,)))
-    looked = [looks(access, f"guess-{number}", f"2001:db8::{number:x}") for number in range(1, 200)]
-    assert sum(looked) == BURST
-    for number in range(3 * MOST):
-        looks(access, "wrong", f"10.0.{number // 256}.{number % 256}")
-        access.authenticate(shown(KEY, f"10.1.{number // 256}.{number % 256}"), in_query=False)
-    assert len(access._guesses._wrong) == len(access._guesses._right) == MOST
-
-
-async def test_too_many_wrong_keys_get_retry_after(tmp_path: Path) -> None:
-    async with api(tmp_path, ApiSettings(api_keys=(KEY,))) as served:
-        answers = [await served.server.get("/api/v1/vms", X_Volant_API_Key=f"guess-{n}") for n in range(3 * BURST)]
-        refused = [answer for answer in answers if b"too-many-wrong-keys" in answer.body]
-        assert {answer.status for answer in answers} == {401}
-        assert {answer.headers["retry-after"] for answer in refused} == {"1"}
-
-
 async def test_a_ticket_lasts_a_minute_and_unused_ones_are_limited(autojump_clock: MockClock) -> None:
     tickets = Tickets(limit=3)
     first, *_ = [tickets.issue() for _ in range(3)]
@@ -358,7 +300,9 @@ async def test_without_a_key_in_force_credentials_are_ignored(tmp_path: Path) ->
 
 async def test_other_settings_count_from_the_next_request_on(tmp_path: Path) -> None:
     access = Access(ApiSettings(api_keys=(OLD,)))
-    holder = access.authenticate(shown(OLD), in_query=False)
+    holder = access.authenticate(
+        scope("192.0.2.1") | {"headers": [(b"x-volant-api-key", OLD.encode())]}, in_query=False
+    )
     once = access.tickets.issue(caller=holder)
     access.replace(ApiSettings(api_keys=(OLD,), allowed_hosts=("x",)))
     asked = scope("127.0.0.1") | {"query_string": f"ticket={once}".encode()}

@@ -13,7 +13,6 @@ import trio.testing
 from tests.api.kit import api, streamed
 from tests.api.test_keys import desk
 from volant.http import ApiSettings, parse_network
-from volant.http._guesses import BURST
 from volant.http._sessions import MAX_SESSIONS_OF_ONE, SESSION_S, Sessions
 from volant.model import Caller, Problem, Role
 
@@ -149,15 +148,10 @@ async def test_a_session_ends_with_its_key(tmp_path: Path) -> None:
         assert (answer.status_code, answer.json()["type"]) == (401, "urn:volant:error:session-ended")
 
 
-async def test_wrong_keys_begin_no_session_and_are_slowed_down(tmp_path: Path) -> None:
+async def test_wrong_keys_begin_no_session(tmp_path: Path) -> None:
     async with api(tmp_path, ApiSettings(api_keys=(KEY,))) as served:
-        codes = []
-        for guess in range(BURST + 5):
-            answer = await served.client.post("/api/v1/session", json={"key": f"guess-{guess}"})
-            assert answer.status_code == 401
-            codes.append(answer.json()["type"].rpartition(":")[2])
-        assert codes[0] == "unauthenticated"
-        assert codes[-1] == "too-many-wrong-keys"
+        answer = await served.client.post("/api/v1/session", json={"key": "wrong"})
+        assert (answer.status_code, answer.json()["type"]) == (401, "urn:volant:error:unauthenticated")
         assert "set-cookie" not in answer.headers
 
 

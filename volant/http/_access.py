@@ -32,7 +32,6 @@ from volant.model import ANONYMOUS, Caller, Problem, SignIn
 
 from ._caller_limits import CallerLimits, CallerUse
 from ._ending import Running
-from ._guesses import Guesses
 from ._keys import (
     NOBODY,
     OF_ISSUER,
@@ -98,7 +97,6 @@ class Access:
         self.use = CallerUse()
         self.failures: Counter[str] = Counter()
         """How many requests were refused for their credentials, by the code of the problem."""
-        self._guesses = Guesses()
 
     @property
     def asks_for_key(self) -> bool:
@@ -443,43 +441,20 @@ class Access:
     def _caller(self, given: bytes, address: str) -> Caller | None:
         """Returns the caller with this key or token; None: no key is like it.
 
-        :raises Problem: 401 it has expired, or the address has sent too many wrong ones; for a token see
-            `Tokens.caller`.
+        :raises Problem: 401 it has expired; for a token see `Tokens.caller`.
         """
-        digest = digest_of(given)
-        wait_s = self._guesses.wait_s(address, digest)
-        if wait_s > 0:
-            raise Problem(
-                401,
-                "too-many-wrong-keys",
-                f"too many wrong API keys came from {address}; this one was not checked",
-                hint="send it again in a second",
-                retry_after_s=1,
-            )
         if self._tokens.accepted and is_token(given):
-            return self._of_token(given, digest, address)
+            return self._tokens.caller(given, address)
+        digest = digest_of(given)
         digits = digest.hex()
         named = self._named.caller(digits, address)
         if named is not None:
-            self._guesses.right(address, digest)
             return named
         if self._rules.keys.accept(digest):
-            self._guesses.right(address, digest)
             # With the whole digest, readers of the log could check guesses. 32 bits are enough to tell keys apart, and
             # too few to confirm a guess.
             return Caller(digits, f"key {digits[:8]}", address=address, credential=digits)
-        self._guesses.wrong(address)
         return None
-
-    def _of_token(self, token: bytes, digest: bytes, address: str) -> Caller:
-        try:
-            caller = self._tokens.caller(token, address)
-        except Problem as problem:
-            if problem.code == "invalid-token":
-                self._guesses.wrong(address)
-            raise
-        self._guesses.right(address, digest)
-        return caller
 
     def _subject(self, certificate: ClientCertificate | None, address: str) -> Caller:
         """Returns the caller with this certificate. :raises Problem: 401"""
