@@ -45,5 +45,5 @@ def files_with(top: Path, words: Iterable[bytes]) -> list[Path]:
         looked_at += 1
         if any(word in data for word in words):
             found.append(path)
-    assert looked_at > 2, f"almost nothing is in {top}"
+    assert looked_at > 1, f"almost nothing is in {top}"
     return found

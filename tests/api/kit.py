@@ -31,7 +31,7 @@ from volant.http import Access, ApiSettings, Limits, serve
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.identity import NamedKeys
 from volant.images import PUBLIC, ArtifactCache, Origins
-from volant.journal import Backups, Evidence, Journal, Recorder, Retention, Store, VmLogs
+from volant.journal import Backups, Journal, Recorder, Retention, Store, VmLogs
 from volant.model import DEFAULT_SUBNET, Key
 from volant.network import HostNetwork, Networks, NetworkSettings, Passt
 from volant.oci import ImageLibrary, ImageService, ImageSettings
@@ -52,11 +52,6 @@ UPGRADE = {
     "Sec_WebSocket_Key": "dGhlIHNhbXBsZSBub25jZQ==",
     "Sec_WebSocket_Version": "13",
 }
-
-
-async def no_evidence() -> Evidence:
-    """Nothing runs on this host."""
-    return Evidence()
 
 
 @dataclass
@@ -434,7 +429,7 @@ async def api(
             journal=journal.ref,
             store=store,
             logs=logs,
-            backups=Backups(host, store, journal.ref, no_evidence),
+            backups=Backups(host, store),
             host=host,
             oci=oci,
             transfers=transfers,

@@ -16,8 +16,9 @@ import trio
 from tests.api.kit import UPGRADE, Api, api, read_answer, request, streamed, until, web_vm
 from tests.api.test_mcp import call
 from tests.api.test_operations import Callers
+from volant.host import Host
 from volant.http import ApiSettings
-from volant.journal import Recorder, Retention
+from volant.journal import Evidence, Recorder, Retention, restore_offline
 from volant.model import Caller, Cause, Key, Permission, Role
 from volant.operations import TABLE, Recorded
 
@@ -504,21 +505,16 @@ async def test_a_restore_keeps_the_records_of_now(tmp_path: Path) -> None:
         await many(served, 10)
         answer, found = await of_request(served, "POST", "/api/v1/system/backup")
         assert [record["outcome"] for record in found] == ["done"]
-        backup = answer.content
         # Its end comes after the last byte.
         await until(lambda: not served.deps.backups._is_busy)
         await many(served, 10)
         before = stored(tmp_path)
-        headers = {"Content-Type": "application/vnd.sqlite3", "X-Request-Id": "restoring"}
-        answer = await served.client.post("/api/v1/system/restore", content=backup, headers=headers)
-        assert answer.status_code == 202, answer.text
-        connection = apsw.Connection(str(tmp_path / "volant-next.db"), flags=apsw.SQLITE_OPEN_READONLY)
-        after = [json.loads(data) for (data,) in connection.execute("SELECT record FROM audit ORDER BY seq")]
-        connection.close()
-        assert after[:-1] == before
-        assert (after[-1]["seq"], after[-1]["operation"], after[-1]["outcome"], after[-1]["request_id"]) == (
-            len(before) + 1,
-            "restore",
-            "done",
-            "restoring",
-        )
+    backup = tmp_path / "backup"
+    backup.write_bytes(answer.content)
+    cause = Cause(operation="restore", caller=Caller("uid 0", "uid 0"), request_id="restoring")
+    restore_offline(Host(), tmp_path / "volant.db", backup, Evidence(), "0" * 10, replace=False, cause=cause)
+    after = stored(tmp_path)
+    assert after[:-1] == before
+    last = after[-1]
+    assert (last["seq"], last["operation"], last["outcome"]) == (len(before) + 1, "restore", "done")
+    assert last["request_id"] == "restoring"

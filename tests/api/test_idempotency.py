@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from datetime import datetime
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import apsw
 import httpx
 import msgspec
 import pytest
 import trio
 
 from tests.api.kit import Api, api
-from tests.journal.kit import as_version
 from tests.names import named
-from volant.http import Access, ApiSettings
+from volant.http import ApiSettings
 from volant.journal import IdempotencyKey, Result, StoreRefusal
 from volant.model import CreateVm, Manifest, Problem, VmRow
 
@@ -224,54 +221,6 @@ async def test_idempotency_keys_belong_to_their_caller(tmp_path: Path) -> None:
         same(answers[0], answers[2])
 
 
-async def test_a_response_stored_by_an_earlier_version_is_replayed(tmp_path: Path) -> None:
-    requests: list[tuple[str, object]] = [
-        ("/api/v1/vms", GOOD),
-        ("/api/v1/vms/demo/restart", None),
-        ("/api/v1/vms/nobody/start", None),
-        ("/api/v1/plugins", {"name": "p", "version": "1"}),
-        ("/api/v1/plugins/p/enabled", {"enabled": False}),
-    ]
-    first: dict[bytes, httpx.Response] = {}
-    before, after = tmp_path / "before", tmp_path / "after"
-    before.mkdir()
-    after.mkdir()
-    async with api(before) as served:
-        for path, body in requests:
-            response = await post(served, path, body=body)
-            first[list(served.deps.store.responses._by_scope)[-1]] = response
-            await served.client.get("/api/v1/vms/demo?wait=crashed")
-    as_version_5((before / "volant.db").rename(after / "volant.db"), first)
-    async with api(after) as served:
-        for (path, body), response in zip(requests, first.values(), strict=True):
-            again = await post(served, path, body=body)
-            if response.status_code < 400:
-                same(response, again)
-            assert {**again.json(), "request_id": ""} == {**response.json(), "request_id": ""}
-
-
-def as_version_5(path: Path, responses: Mapping[bytes, httpx.Response]) -> None:
-    """Puts a database back to the version that stored rendered responses."""
-    connection = apsw.Connection(str(path))
-    stored = connection.execute("SELECT scope, request, at FROM responses").fetchall()
-    connection.close()
-    as_version(path, 5)
-    connection = apsw.Connection(str(path))
-    for scope, request, at in stored:
-        assert isinstance(scope, bytes)
-        response = responses[scope]
-        body = response.json()
-        kept: dict[str, object] = {"scope": scope, "asked": request, "at": at, "answer": None, "refusal": None}
-        if response.status_code < 400:
-            headers = {name: response.headers[name] for name in ("ETag", "Location") if name in response.headers}
-            kept["answer"] = {"status": response.status_code, "headers": headers, "body": response.text, "vm_id": 1}
-        else:
-            members = {name: body.get(name) for name in ("status", "detail", "field", "hint", "vm")}
-            kept["refusal"] = members | {"code": body["type"].rpartition(":")[2]}
-        connection.execute("INSERT INTO answers VALUES (?, ?)", (scope, msgspec.json.encode(kept)))
-    connection.close()
-
-
 async def test_a_refusal_that_can_not_be_stored_is_a_503(served: Api) -> None:
     ask = served.deps.journal.ask
 
@@ -283,17 +232,3 @@ async def test_a_refusal_that_can_not_be_stored_is_a_503(served: Api) -> None:
     msgspec.structs.force_setattr(served.deps, "journal", type("Ref", (), {"ask": staticmethod(failing)})())
     assert (await post(served, "/api/v1/vms/nobody/start")).status_code == 503
     assert (await served.client.post("/api/v1/vms/nobody/start")).status_code == 404
-
-
-def test_a_scope_is_bound_to_the_same_text_as_in_earlier_versions() -> None:
-    """Responses that an earlier version stored are found again."""
-    key = "0123456789abcdef"
-    access = Access(ApiSettings(api_keys=(key,)))
-    headers = [(b"x-volant-api-key", key.encode())]
-    scope = {"type": "http", "raw_path": b"/api/v1/vms", "headers": headers, "query_string": b""}
-    over_tcp = access.authenticate(scope | {"client": ("192.0.2.1", 1), "state": {}}, in_query=False)
-    assert over_tcp.id == sha256(key.encode()).hexdigest()
-    over_unix = access.authenticate(scope | {"state": {"unix": True, "peer": "uid 1000"}}, in_query=False)
-    assert over_unix.id == "uid 1000"
-    without = Access(ApiSettings()).authenticate(scope | {"client": ("192.0.2.1", 1), "state": {}}, in_query=False)
-    assert without.id == "anonymous"

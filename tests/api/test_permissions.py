@@ -50,7 +50,7 @@ _NAMES: Mapping[Role | None, str] = {
         audit create_project set_quota set_project_egress delete_project reencrypt_secrets
         prune_images delete_template list_keys create_key get_key delete_key rotate_key drain undrain
         drain_host host_moves undrain_host delete_host leave_fleet
-        system_info list_orphans adopt_orphan kill_orphan system_tree disk_usage prune system_tasks backup restore
+        system_info list_orphans adopt_orphan kill_orphan system_tree disk_usage prune system_tasks backup
     """,
 }
 LEAST: Mapping[str, Role | None] = {name: role for role, names in _NAMES.items() for name in names.split()}

@@ -151,20 +151,6 @@ HARMFUL = ("layer, relative", "layer, absolute", "layer, parent", "mark", "templ
 
 
 @pytest.mark.parametrize("how", HARMFUL)
-async def test_a_restore_through_the_api_harms_nobody(how: str, daemon: Daemon, victim: Victim, tmp_path: Path) -> None:
-    daemon.start()
-    data = make(tmp_path / "backup.db", how, victim).read_bytes()
-    async with httpx.AsyncClient(base_url=daemon.base_url, trust_env=False, timeout=30) as http:
-        answer = await http.post("/api/v1/system/restore", content=data)
-        if answer.status_code == 202:
-            await _delete_all(http)
-        assert answer.status_code == 400, answer.text
-        assert f"table {MEMBERS[how].stored_in}, row " in answer.json()["detail"]
-        assert (await http.get("/api/v1/vms")).json() == []
-    assert "Traceback" not in daemon.log()
-
-
-@pytest.mark.parametrize("how", HARMFUL)
 async def test_an_offline_restore_harms_nobody(how: str, daemon: Daemon, victim: Victim, tmp_path: Path) -> None:
     daemon.start()
     assert daemon.stop() == 0

@@ -18,7 +18,6 @@ from volant.host import Host
 from volant.host._clock import LinuxClock
 from volant.host._threads import LinuxThreads
 from volant.journal import CommitSteps, CreateRow, EventCursor, EventFrame, EventLog, Journal, Retention, Store
-from volant.journal import _migrations as migrations
 from volant.model import DEFAULT_PROJECT, CreateVm, EventId, Networking, Phase, Status, Step, VmRow
 
 T = TypeVar("T")
@@ -158,30 +157,6 @@ async def take(cursor: EventCursor) -> list[EventFrame]:
 
 def types(frames: list[EventFrame]) -> list[str]:
     return [str(frame.event.type) for frame in frames]
-
-
-def as_version(path: Path, version: int) -> None:
-    """Puts a database back to what a version before projects has written: its VMs, plugins and events."""
-    connection = apsw.Connection(str(path))
-    execute = connection.execute
-    kept = {table: execute(f"SELECT * FROM {table}").fetchall() for table in ("meta", "vms", "events", "named")}
-    for table in (*kept, "responses", "keys", "audit"):
-        execute(f"DROP TABLE {table}")
-    migrations.migrate(connection, 0, version)
-    for row in kept["meta"]:
-        execute("INSERT INTO meta VALUES (?, ?)", row)
-    for vm_id, _, name, revision, data in kept["vms"]:
-        execute("INSERT INTO vms VALUES (?, ?, ?, ?)", (vm_id, name, revision, data))
-    for row in kept["events"]:
-        execute("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)", row)
-    for kind, _, name, data in kept["named"]:
-        assert kind == "plugin", "only plugins are put back"
-        assert isinstance(data, bytes)
-        plugin = msgspec.json.decode(data)
-        manifest = msgspec.json.encode(plugin["manifest"])
-        execute("INSERT INTO plugins VALUES (?, ?, ?, ?)", (name, plugin["enabled"], plugin["created_at"], manifest))
-    connection.pragma("user_version", version)
-    connection.close()
 
 
 def executing(*statements: str) -> Callable[[Path], None]:

@@ -12,7 +12,7 @@ import trio
 import trio.testing
 
 from tests.journal.kit import Bench, ClockHost, running
-from tests.journal.test_backup import keeping
+from tests.journal.test_backup import keeping, restore
 from volant.host import Host
 from volant.journal import AddKey, AddProject, Evidence, NoteKeyUses, RemoveKey, RotateKey, restore_offline
 from volant.journal._api_keys import requires_keys
@@ -152,7 +152,7 @@ async def test_no_key_comes_back_from_a_backup(path: Path, tmp_path: Path) -> No
         await bench.backup(kept)
         await bench.ask(RemoveKey("stolen", False))
         newer = await add(bench, "newer")
-        await bench.restore(kept.read_bytes())
+    restore(path, kept)
     async with keeping(path) as bench:
         assert bench.store.keys.names() == ["newer", "ops"]
         assert bench.store.keys.find(digest("newer")) == newer
@@ -170,7 +170,7 @@ async def test_a_restore_does_not_open_tcp(path: Path, tmp_path: Path, closed_in
     async with keeping(path) as bench:
         if closed_in != "the backup":
             await add(bench, "ops")
-        await bench.restore(kept.read_bytes())
+    restore(path, kept)
     async with keeping(path) as bench:
         assert is_closed(bench)
         assert bench.store.keys.names() == ([] if closed_in == "the backup" else ["ops"])

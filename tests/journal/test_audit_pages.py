@@ -12,9 +12,10 @@ import apsw
 import msgspec
 import pytest
 
+from volant.host import Host
 from volant.journal import AuditFilter
 from volant.journal._audit import AuditPages
-from volant.journal._migrations import migrate
+from volant.journal._schema import open_writer
 from volant.model import AuditRecord
 
 RECORDS = 20_000
@@ -51,9 +52,8 @@ def at(seq: int) -> datetime:
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("audit") / "volant.db"
-    connection = apsw.Connection(str(path))
+    connection = open_writer(Host(), path)
     with connection:
-        migrate(connection, 0)
         for one in map(record, range(1, RECORDS + 1)):
             columns = (one.caller, one.caller_id, one.project, one.operation, one.target, one.request_id)
             connection.execute(

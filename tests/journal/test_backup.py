@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,26 +14,31 @@ import pytest
 import trio
 
 from actors import ONE_FOR_ONE, Child, Supervisor, open_system
-from actors.testing import kill
-from tests.journal.kit import TIMEOUT_S, Bench, ClockHost, as_version, events_after, executing, take
+from tests.journal.kit import Bench, ClockHost, events_after, executing, take
 from tests.names import named
 from volant.host import Host, Ownership
 from volant.host._files import LinuxFiles
-from volant.journal import Backups, EventGap, Evidence, Journal, Running, Store, take_over
-from volant.journal import _backups as backups_module
+from volant.journal import (
+    Backups,
+    DatabaseRefused,
+    EventGap,
+    Evidence,
+    Journal,
+    Running,
+    Store,
+    restore_offline,
+    take_over,
+)
 from volant.model import Networking, Problem, ProcessIdentity, Status
 
 IDENTITY = ProcessIdentity(pid=4242, start_time=1, boot_id="b", tag="volant-test-1.3")
+INSTANCE = "0" * 10
 
 
 class Kept(Bench):
     """A journal, and its backups."""
 
     backups: Backups
-    evidence = Evidence()
-
-    async def look(self) -> Evidence:
-        return self.evidence
 
     async def backup(self, to: Path) -> Path:
         async with self.backups.take() as taken:
@@ -46,28 +50,32 @@ class Kept(Bench):
         to.write_bytes(data)
         return to
 
-    async def restore(self, data: bytes, *, replace: bool = False) -> str:
-        async with self.backups.receiving() as upload:
-            upload.expect(len(data))
-            for start in range(0, len(data), 50_000):
-                await upload.write(data[start : start + 50_000])
-            return await self.backups.restore(upload, replace=replace)
-
 
 @asynccontextmanager
-async def keeping(
-    path: Path, host: Host | None = None, evidence: Evidence | None = None, networking: Networking | None = None
-) -> AsyncIterator[Kept]:
-    """As the daemon does it: what waits is taken over before the journal begins."""
+async def keeping(path: Path, *, host: Host | None = None, networking: Networking | None = None) -> AsyncIterator[Kept]:
+    """As the daemon does it: an unfinished restore is finished before the journal begins."""
     host = host or ClockHost()
     take_over(host, path)
     store = Store(host, path, networking=networking)
     child = Child("journal", lambda: Journal(store))
     async with open_system(Supervisor(ONE_FOR_ONE, intensity=5, period_s=60, children=[child])) as system:
         bench = Kept(system, store, system["journal"])
-        bench.evidence = evidence or Evidence()
-        bench.backups = Backups(host, store, bench.journal, bench.look)
+        bench.backups = Backups(host, store)
         yield bench
+
+
+def restore(
+    path: Path,
+    file: Path,
+    *,
+    replace: bool = False,
+    host: Host | None = None,
+    evidence: Evidence | None = None,
+    instance: str = INSTANCE,
+) -> str:
+    """Restores a backup; returns the new epoch."""
+    done = restore_offline(host or ClockHost(), path, file, evidence or Evidence(), instance, replace=replace)
+    return done.epoch
 
 
 @pytest.fixture
@@ -136,12 +144,7 @@ async def test_a_restore_brings_rows_plugins_and_history_back_with_a_new_epoch(p
         for name in ("three", "four"):
             row = await bench.to(await bench.create(name), Status.STARTING, Status.STOPPING, Status.STOPPED)
             await bench.delete(row)
-        epoch = await bench.restore(kept.read_bytes())
-        assert bench.store.replaced.is_set()
-        # What would be lost with the old database is refused from now on.
-        with pytest.raises(Problem) as refused:
-            await bench.create("lost")
-        assert (refused.value.status, refused.value.code) == (503, "journal-restoring")
+    epoch = restore(path, kept)
     async with keeping(path) as bench:
         assert [row.name for row in bench.store.projection.rows()] == ["one"]
         assert bench.store.projection.get(named("one")) == one
@@ -166,7 +169,7 @@ async def test_vms_in_backup_and_database_stay_as_they_are(path: Path, kept: Pat
         row = await bench.create("one")
         await bench.backup(kept)
         row = await bench.to(row, Status.STARTING, Status.RUNNING)
-        epoch = await bench.restore(kept.read_bytes())
+    epoch = restore(path, kept)
     async with keeping(path) as bench:
         assert bench.store.projection.get(named("one")) == row
         # The change of its status since the backup is an event, so that events and rows tell the same.
@@ -179,12 +182,12 @@ async def test_vms_missing_in_the_backup_lose_their_rows_only_with_replace(path:
         await bench.create("old")
         await bench.backup(kept)
         await bench.create("new")
-        with pytest.raises(Problem, match="does not know these VMs: new") as refused:
-            await bench.restore(kept.read_bytes())
-        assert refused.value.status == 409
-        assert not bench.store.replaced.is_set()
+    with pytest.raises(Problem, match="does not know these VMs: new") as refused:
+        restore(path, kept)
+    assert refused.value.status == 409
+    async with keeping(path) as bench:
         await bench.create("newer")
-        await bench.restore(kept.read_bytes(), replace=True)
+    restore(path, kept, replace=True)
     async with keeping(path) as bench:
         assert [row.name for row in bench.store.projection.rows()] == ["old"]
         assert (await bench.create("next")).id == 4
@@ -198,9 +201,9 @@ async def test_a_backup_of_another_daemon_with_the_same_ids_is_refused(path: Pat
         await bench.backup(kept)
     async with keeping(path) as bench:
         await bench.create("ours")
-        with pytest.raises(Problem, match="1 \\('ours' here, 'theirs' in the backup\\)") as refused:
-            await bench.restore(kept.read_bytes(), replace=True)
-        assert refused.value.status == 409
+    with pytest.raises(Problem, match="1 \\('ours' here, 'theirs' in the backup\\)") as refused:
+        restore(path, kept, replace=True)
+    assert refused.value.status == 409
 
 
 async def test_a_process_of_a_later_boot_is_the_vm(path: Path, kept: Path, tmp_path: Path) -> None:
@@ -212,8 +215,7 @@ async def test_a_process_of_a_later_boot_is_the_vm(path: Path, kept: Path, tmp_p
     fresh = tmp_path / "fresh" / "volant.db"
     fresh.parent.mkdir()
     evidence = Evidence(newest_id=9, running={1: Running(3, IDENTITY), 9: Running(1, IDENTITY)})
-    async with keeping(fresh, evidence=evidence) as bench:
-        await bench.restore(kept.read_bytes())
+    restore(fresh, kept, evidence=evidence)
     async with keeping(fresh) as bench:
         row = bench.store.projection.get(named("one"))
         assert row is not None
@@ -242,22 +244,23 @@ async def test_a_damaged_backup_is_refused_and_leaves_no_file(path: Path, kept: 
     async with keeping(path) as bench:
         for number in range(50):
             await bench.create(f"vm-{number}")
-        data = bytearray((await bench.backup(kept)).read_bytes())
-        damage(data)
-        with pytest.raises(Problem, match=words) as refused:
-            await bench.restore(bytes(data))
-        assert (refused.value.status, refused.value.code) == (400, "no-backup")
-        assert str(path.parent) not in refused.value.detail or "upload" in refused.value.detail
-        assert names(path) == ["volant.db"]
+        await bench.backup(kept)
+    data = bytearray(kept.read_bytes())
+    damage(data)
+    kept.write_bytes(data)
+    with pytest.raises(DatabaseRefused, match=words):
+        restore(path, kept)
+    assert names(path) == ["volant.db"]
+    async with keeping(path) as bench:
         assert await bench.create("still-works")
 
 
 FOREIGN: dict[str, tuple[Callable[[Path], None], str]] = {
-    "newer": (executing("PRAGMA user_version = 1000"), "newer Volant"),
+    "another version's": (executing("PRAGMA user_version = 1000"), "another version of Volant"),
     "another program's": (executing("PRAGMA application_id = 7"), "another program"),
     "with a trigger": (
         executing("CREATE TRIGGER t AFTER INSERT ON vms BEGIN DELETE FROM vms; END"),
-        "not those of a database of version",
+        "not those of volantd",
     ),
     "with a row that is none": (executing("INSERT INTO vms VALUES (99, 'default', 'x', 1, x'7b7d')"), "can't be read"),
     "with an event that is none": (
@@ -273,10 +276,9 @@ async def test_content_that_this_version_would_not_write_is_refused(path: Path, 
     async with keeping(path) as bench:
         await bench.create("one")
         await bench.backup(kept)
-        change(kept)
-        with pytest.raises(Problem, match=words) as refused:
-            await bench.restore(kept.read_bytes())
-        assert refused.value.status == 400
+    change(kept)
+    with pytest.raises(DatabaseRefused, match=words):
+        restore(path, kept)
 
 
 async def test_one_backup_at_a_time_and_none_that_fills_the_disk(
@@ -285,23 +287,17 @@ async def test_one_backup_at_a_time_and_none_that_fills_the_disk(
     host = ClockHost()
     free = 2**40
     monkeypatch.setattr(host.disk, "free", lambda path: free)
-    async with keeping(path, host) as bench:
+    async with keeping(path, host=host) as bench:
         await bench.create("one")
         async with bench.backups.take():
             with pytest.raises(Problem, match="another backup") as refused:
                 await bench.backup(kept)
             assert refused.value.status == 409
-        data = (await bench.backup(kept)).read_bytes()
+        await bench.backup(kept)
         free = 2**20
-        for attempt in (bench.backup(kept), bench.restore(data)):
-            with pytest.raises(Problem, match="no room") as refused:
-                await attempt
-            assert (refused.value.status, refused.value.code) == (503, "no-space")
-        free = 2**40
-        monkeypatch.setattr(backups_module, "MAX_UPLOAD_BYTES", 1000)
-        with pytest.raises(Problem) as refused:
-            await bench.restore(data)
-        assert refused.value.status == 413
+        with pytest.raises(Problem, match="no room") as refused:
+            await bench.backup(kept)
+        assert (refused.value.status, refused.value.code) == (503, "no-space")
         assert names(path) == ["volant.db"]
 
 
@@ -350,35 +346,38 @@ async def test_a_kill_during_a_restore_leaves_the_old_or_the_new_database(
     async with keeping(path) as bench:
         await bench.create("old")
         await bench.backup(kept)
-        row = await bench.create("not-in-it")
+        await bench.create("not-in-it")
         if not clean:
             # As after `kill -9`: what was committed last is in the log alone.
             for name in ("volant.db", "volant.db-wal"):
                 (tmp_path / name).write_bytes((path.parent / name).read_bytes())
-        epoch = await bench.restore(kept.read_bytes(), replace=True)
     if not clean:
         for name in ("volant.db", "volant.db-wal"):
             (path.parent / name).write_bytes((tmp_path / name).read_bytes())
     before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
-    dies_at = 0
-    while True:
+    found = []
+    for dies_at in range(20):
         for file in path.parent.iterdir():
             file.unlink()
         for name, data in before.items():
             (path.parent / name).write_bytes(data)
+        host = ClockHost()
+        host.files = MortalFiles(dies_at)
+        whole = True
         try:
-            host = ClockHost()
-            host.files = MortalFiles(dies_at)
-            take_over(host, path)
+            restore(path, kept, replace=True, host=host)
         except Died:
-            dies_at += 1
-        else:
-            break
+            whole = False
         async with keeping(path) as bench:
-            assert bench.store.events.epoch == epoch
-            assert [row.name for row in bench.store.projection.rows()] == ["old"]
-        assert check(path.with_name(f"volant-before-{epoch}.db")) == ["old", row.name]
-    assert dies_at >= 4
+            found.append([row.name for row in bench.store.projection.rows()])
+        (aside,) = path.parent.glob("volant-before-*.db") if found[-1] == ["old"] else [path]
+        assert check(aside) == ["old", "not-in-it"]
+        if whole:
+            break
+    assert whole
+    decided = found.index(["old"])
+    assert 0 < decided < len(found) - 1
+    assert found == [["old", "not-in-it"]] * decided + [["old"]] * (len(found) - decided)
 
 
 async def test_a_disk_that_fails_at_the_last_step_leaves_the_old_database(path: Path, kept: Path) -> None:
@@ -389,49 +388,25 @@ async def test_a_disk_that_fails_at_the_last_step_leaves_the_old_database(path: 
 
     host = ClockHost()
     host.files = FailingFiles(Ownership())
-    async with keeping(path, host) as bench:
+    async with keeping(path) as bench:
         await bench.create("old")
         await bench.backup(kept)
-        with pytest.raises(Problem) as refused:
-            await bench.restore(kept.read_bytes())
-        assert refused.value.status == 503
-        assert not bench.store.replaced.is_set()
+    with pytest.raises(OSError, match="Input/output error"):
+        restore(path, kept, host=host)
+    async with keeping(path) as bench:
         await bench.create("new")
     async with keeping(path) as bench:
         assert [row.name for row in bench.store.projection.rows()] == ["old", "new"]
 
 
-async def test_the_next_start_removes_files_of_killed_copies_and_uploads(path: Path) -> None:
+async def test_the_next_start_removes_files_of_killed_backups_and_restores(path: Path) -> None:
     async with keeping(path):
         pass
-    for name in ("volant-copy-0f.db", "volant-copy-0f.db-journal", "volant-upload-1a.db"):
+    for name in ("volant-copy-0f.db", "volant-copy-0f.db-journal"):
         (path.parent / name).write_bytes(b"x")
     (path.parent / "volant-copy-of-mine.db").write_bytes(b"x")
     async with keeping(path):
         assert names(path) == ["volant-copy-of-mine.db", "volant.db"]
-
-
-async def test_a_crash_right_after_the_decision_does_not_undo_a_restore(path: Path, kept: Path) -> None:
-    async with keeping(path) as bench:
-        await bench.create("one")
-        await bench.backup(kept)
-        os.link(kept, path.with_name("volant-next.db"))
-        kill(bench.system, "journal")
-        with trio.fail_after(TIMEOUT_S):
-            await bench.store.replaced.wait()
-
-
-async def test_a_backup_of_an_older_version_is_migrated(path: Path, kept: Path) -> None:
-    async with keeping(path) as bench:
-        await bench.create("one")
-        await bench.backup(kept)
-        as_version(kept, 1)
-        await bench.restore(kept.read_bytes())
-    async with keeping(path) as bench:
-        assert [row.name for row in bench.store.projection.rows()] == ["one"]
-        connection = apsw.Connection(str(path))
-        assert connection.execute("SELECT count(*) FROM responses").get == 0
-        connection.close()
 
 
 def _cut_off(path: Path) -> None:
@@ -453,16 +428,16 @@ def _cut_off(path: Path) -> None:
         file.write_bytes(content)
 
 
-async def test_an_unfinished_transaction_is_no_damage_and_moves_with_its_database(path: Path, kept: Path) -> None:
+async def test_an_unfinished_transaction_is_no_damage(path: Path, kept: Path) -> None:
     async with keeping(path) as bench:
         await bench.create("old")
         await bench.backup(kept)
     _cut_off(path)
     async with keeping(path) as bench:
         assert [row.name for row in bench.store.projection.rows()] == ["old"]
-        epoch = await bench.restore(kept.read_bytes())
     _cut_off(path)
+    epoch = restore(path, kept)
     async with keeping(path) as bench:
         assert bench.store.events.epoch == epoch
         assert [row.name for row in bench.store.projection.rows()] == ["old"]
-    assert path.with_name(f"volant-before-{epoch}.db-journal").exists()
+    assert check(path.with_name(f"volant-before-{epoch}.db")) == ["old"]

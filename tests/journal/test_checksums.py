@@ -1,4 +1,4 @@
-"""A changed byte on the disk is detected: at the start, while the daemon runs, in a backup and in a restore."""
+"""A changed byte on the disk is detected: at the start, in a backup and in a restore."""
 
 from __future__ import annotations
 
@@ -8,17 +8,12 @@ from pathlib import Path
 
 import apsw
 import pytest
-import trio
 
 from tests.attackers.crafted_backup import make
-from tests.journal.kit import TIMEOUT_S, running
+from tests.journal.kit import running
 from volant.host import Host
 from volant.journal import Backups, DatabaseRefused, Evidence, restore_offline
-from volant.journal import _journal as journal_module
-from volant.journal._checksums import has_checksums
 from volant.model import Problem
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -50,52 +45,21 @@ async def test_a_changed_byte_keeps_the_daemon_from_starting(path: Path) -> None
             pass
 
 
-async def test_a_changed_byte_is_found_while_the_daemon_works(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal_module, "_SCRUB_EVERY_S", 0.02)
+async def test_a_changed_byte_is_found_by_a_backup(path: Path) -> None:
     async with running(path) as bench:
         await bench.create("one", labels={"word": "original"})
         with apsw.Connection(str(path)) as connection:
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").get  # noqa: B018 - runs it
         connection.close()
-        await trio.sleep(0.1)
-        assert bench.store.damage is None
         change_a_byte(path, b"original")
-        with trio.fail_after(TIMEOUT_S):
-            while not (damage := bench.store.damage):  # noqa: ASYNC110 - nothing tells of it
-                await trio.sleep(0.01)
-        assert "its checksum differs" in damage  # type: ignore[unreachable]
-        backups = Backups(Host(), bench.store, bench.journal, _nothing)
         with pytest.raises(Problem) as refused:
-            async with backups.take():
+            async with Backups(Host(), bench.store).take():
                 pass
         assert (refused.value.status, refused.value.code) == (503, "journal-damaged")
 
 
-async def _nothing() -> Evidence:
-    return Evidence()
-
-
-async def test_a_database_without_checksums_goes_on_working(path: Path) -> None:
-    """As earlier versions have made it."""
-    connection = apsw.Connection(str(path), vfs="unix")
-    connection.pragma("auto_vacuum", "incremental")
-    connection.pragma("journal_mode", "wal")
-    connection.close()
-    for name in ("one", "two"):
-        async with running(path) as bench:
-            await bench.create(name)
-    with apsw.Connection(str(path)) as connection:
-        assert not has_checksums(connection)
-        assert connection.pragma("integrity_check") == "ok"
-    connection.close()
-
-
-def test_a_restored_database_has_checksums_and_a_changed_backup_is_refused(path: Path, tmp_path: Path) -> None:
-    restore_offline(Host(), path, make(tmp_path / "backup.db"), Evidence(), "0" * 10, replace=False)
-    with apsw.Connection(str(path)) as connection:
-        assert has_checksums(connection)
-        assert connection.pragma("integrity_check") == "ok"
-    connection.close()
-    change_a_byte(tmp_path / "backup.db", b"crafted")
+def test_a_changed_byte_in_a_backup_is_refused(tmp_path: Path) -> None:
+    file = make(tmp_path / "backup.db")
+    change_a_byte(file, b"crafted")
     with pytest.raises(DatabaseRefused, match="its checksum differs"):
-        restore_offline(Host(), tmp_path / "other.db", tmp_path / "backup.db", Evidence(), "0" * 10, replace=False)
+        restore_offline(Host(), tmp_path / "other.db", file, Evidence(), "0" * 10, replace=False)

@@ -398,14 +398,14 @@ async def test_an_error_that_is_not_the_disks_crashes_the_actor_which_loads_agai
 # Whose database it is
 
 
-async def test_a_newer_database_is_refused_and_not_touched(path: Path) -> None:
+async def test_a_database_of_another_version_is_refused_and_not_touched(path: Path) -> None:
     async with running(path):
         pass
     connection = apsw.Connection(str(path))
     connection.pragma("user_version", 1000)
     connection.close()
     before = content(path)
-    with pytest.raises(DatabaseRefused, match="newer Volant"):
+    with pytest.raises(DatabaseRefused, match="another version of Volant"):
         async with running(path):
             pass
     assert content(path) == before

@@ -15,7 +15,7 @@ import trio
 
 from actors import ActorDown, Request
 from actors.testing import kill
-from tests.journal.kit import Bench, ClockHost, GatedHost, as_version, full_error, running
+from tests.journal.kit import Bench, ClockHost, GatedHost, full_error, running
 from tests.names import named
 from volant.journal import (
     CommitSteps,
@@ -252,16 +252,6 @@ def results_on_disk(path: Path) -> list[bytes]:
 
 def on_disk(path: Path) -> int:
     return len(results_on_disk(path))
-
-
-async def test_an_older_database_can_store_responses(path: Path) -> None:
-    async with running(path) as bench:
-        row = await bench.create("demo")
-    as_version(path, 1)
-    async with running(path) as bench:
-        assert bench.store.projection.rows() == [row]
-        await bench.ask(create("other", "k"))
-        await repeat(bench, create("other", "k"))
 
 
 CHILD = """

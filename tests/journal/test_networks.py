@@ -1,7 +1,5 @@
 """Leases are given in the transaction that creates the VM, and returned with its row."""
 
-# ruff: noqa: ASYNC240 - small files of the test's own
-
 from __future__ import annotations
 
 from ipaddress import IPv4Network
@@ -13,7 +11,7 @@ import pytest
 import trio
 
 from tests.journal.kit import Bench, events_after, running
-from tests.journal.test_backup import keeping
+from tests.journal.test_backup import keeping, restore
 from tests.names import named
 from volant.journal import (
     AddNetwork,
@@ -291,8 +289,7 @@ async def test_restored_leases_get_the_names_of_this_daemon(path: Path, kept: Pa
         await bench.backup(kept)
     other = Networking(default=BRIDGE_BY_DEFAULT, instance="fedcba9876")
     elsewhere = path.with_name("elsewhere.db")
-    async with keeping(elsewhere, networking=other) as bench:
-        await bench.restore(kept.read_bytes())
+    restore(elsewhere, kept, instance=other.instance)
     async with keeping(elsewhere, networking=other) as bench:
         again = bench.store.projection.get(named("demo"))
         assert again is not None

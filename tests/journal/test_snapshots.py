@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from tests.journal.kit import Bench, ClockHost, events_after, running, types
-from tests.journal.test_backup import keeping
+from tests.journal.test_backup import keeping, restore
 from tests.names import named
 from volant.journal import BeginSnapshot, CommitSteps, FinishSnapshot, ForkRow, RemoveSnapshot, RestoreRow
 from volant.model import (
@@ -163,7 +163,7 @@ async def test_a_restore_keeps_present_snapshots(path: Path, tmp_path: Path) -> 
         row = await running_vm(bench)
         await snapshot_of(bench, row)
         await bench.delete(await bench.to(row, Status.STOPPING))
-        await bench.restore((tmp_path / "kept.db").read_bytes())
+    restore(path, tmp_path / "kept.db")
     async with keeping(path) as bench:
         assert list(bench.store.projection.snapshots) == [named("warm")]
         assert len(bench.store.projection) == 0

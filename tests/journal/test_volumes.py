@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from tests.journal.kit import Bench, running
-from tests.journal.test_backup import keeping
+from tests.journal.test_backup import keeping, restore
 from tests.names import named
 from volant.journal import (
     AbandonVolume,
@@ -259,10 +259,10 @@ async def test_the_copies_of_volumes_become_ready_with_the_vm_that_they_are_for(
 async def test_a_restore_keeps_volumes_that_the_backup_lacks(path: Path, tmp_path: Path) -> None:
     async with keeping(path) as bench:
         old = await made(bench)
-        data = (await bench.backup(tmp_path / "kept.db")).read_bytes()
+        kept = await bench.backup(tmp_path / "kept.db")
         await bench.ask(ResizeRow(named("data"), old.id, 512))
         late = await made(bench, "late", 2)
-        await bench.restore(data)
+    restore(path, kept)
     async with keeping(path) as bench:
         grown = msgspec.structs.replace(old, size_mb=512)
         assert bench.store.projection.volumes == {named("data"): grown, named("late"): late}

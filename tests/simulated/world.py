@@ -17,6 +17,9 @@ import trio
 
 from actors.testing import Simulation, allow_real, kill
 from volant.daemon import Daemon, Settings
+from volant.daemon._leftovers import evidence_of
+from volant.journal import VmLogs, restore_offline
+from volant.vm import instance_of
 
 from .calls import DaemonDied
 from .databases import Databases
@@ -159,6 +162,23 @@ class World:
         scope.cancel()
         await self._ended.wait()
         host.die()
+
+    async def restore(self, backup: Path) -> str:
+        """Restores a backup while no daemon runs, as `volantd restore` does. Returns the new epoch of events.
+
+        :raises Problem: see `restore_offline`. :raises OSError: the disk fails.
+        """
+        assert self._daemon is None
+        host, state_dir = SimHost(self.machine), self.settings.state_dir
+        try:
+            evidence = await evidence_of(host, self.settings, VmLogs(host, state_dir / "logs"))
+            with allow_real("files", "randomness", "time"):
+                done = restore_offline(
+                    host, state_dir / "volant.db", backup, evidence, instance_of(state_dir), replace=False
+                )
+        finally:
+            host.die()
+        return done.epoch
 
     async def power_cut(self) -> None:
         """Cuts the power of the machine and restores it. The daemon does not start by itself."""

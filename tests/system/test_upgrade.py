@@ -29,7 +29,7 @@ from tests.system.kit import (
     until,
 )
 from volant.client import Client, ClientProblem, LogLine
-from volant.journal._migrations import VERSION
+from volant.journal._schema import VERSION
 from volant.model import ForkVm, RestoreVm, TakeSnapshot
 
 PREVIOUS = os.environ.get("VOLANT_TEST_PREVIOUS") or "HEAD~1"

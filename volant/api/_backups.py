@@ -1,14 +1,11 @@
-"""`/api/v1/system/backup` and `/api/v1/system/restore`: the journal as one file."""
+"""`/api/v1/system/backup`: the database as one file."""
 
 from __future__ import annotations
 
 import re
 from base64 import b64encode
 
-import msgspec
-
-from volant.http import Call, Limits, Nothing, StreamRoute, read_call_body, receive_into
-from volant.model import Restored
+from volant.http import Call, Limits, Nothing, StreamRoute, read_call_body
 from volant.operations import ApiDeps
 
 MEDIA = "application/vnd.sqlite3"
@@ -39,18 +36,4 @@ def routes(deps: ApiDeps, limits: Limits) -> list[StreamRoute]:
 
             await call.while_connected(send)
 
-    async def restore(call: Call) -> None:
-        query = call.query(credentials=False)
-        replace = query.flag("replace", default=False)
-        query.done()
-        async with deps.backups.receiving() as upload:
-            await receive_into(call, upload)
-            epoch = await deps.backups.restore(upload, replace=replace)
-            body = msgspec.json.encode(Restored(event_epoch=epoch))
-            fields = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-            await call.reject(202, fields, body)
-
-    return [
-        StreamRoute(re.compile(r"/api/v1/system/backup\Z"), backup, methods=frozenset({"POST"})),
-        StreamRoute(re.compile(r"/api/v1/system/restore\Z"), restore, methods=frozenset({"POST"})),
-    ]
+    return [StreamRoute(re.compile(r"/api/v1/system/backup\Z"), backup, methods=frozenset({"POST"}))]

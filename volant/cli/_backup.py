@@ -5,18 +5,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
-from contextlib import suppress
 from pathlib import Path
 
 import click
-import trio
-
-from volant.client import ClientError
 
 from ._downloads import download
 from ._progress import progress
-from ._run import CONFLICT, TIMED_OUT, Failure
+from ._run import CONFLICT, Failure
 from ._streaming import Session, command
 from ._text import safe
 
@@ -68,46 +63,3 @@ def _sync_directory(path: Path) -> None:
             os.close(descriptor)
     except OSError as error:
         raise Failure(f"{safe(path)} can't be written: {error.strerror}") from None
-
-
-@command(None, "restore")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option(
-    "--replace", is_flag=True, help="Restore although there are VMs that the backup lacks; running ones keep running."
-)
-async def restore(session: Session, file: Path, replace: bool) -> None:
-    """Restore the daemon's database from FILE.
-
-    Running VMs keep running. A VM that both the daemon and the backup have keeps its current row. The daemon checks
-    the file first; then it closes all connections and restarts, with a new epoch of events. It keeps the old database
-    beside the new one. For a daemon that does not start, use `volantd restore FILE`.
-    """
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as source, progress(session.out) as bar:
-            bar.total = size
-
-            async def pieces() -> AsyncIterator[bytes]:
-                while piece := source.read(_PIECE):
-                    yield piece
-                    bar.add(len(piece))
-
-            restored = await session.client.system.restore(pieces(), size, replace=replace)
-    except OSError as error:
-        raise Failure(f"{file} can't be read: {error.strerror}") from None
-    vms = None
-    with trio.move_on_after(_RESTARTS_S):
-        while vms is None:
-            with suppress(ClientError):
-                info = await session.client.system.info()
-                if info.get("event_epoch") == restored.event_epoch:
-                    vms = (await session.client.system.status()).vm_count
-                    break
-            await trio.sleep(_POLL_S)
-    if vms is None:
-        raise Failure(
-            f"the backup is restored, but the daemon did not restart within {_RESTARTS_S:g} s",
-            code=TIMED_OUT,
-            hint="see its log; `volantd` starts with the restored database",
-        )
-    session.out.result({"event_epoch": restored.event_epoch, "vm_count": vms}, f"restored; there are {vms} VMs")

@@ -11,7 +11,6 @@ _LAZY = {
         "_backup:backup",
         "Back up the database of a running daemon to FILE: VMs, plugins, events, stored responses.",
     ),
-    "restore": Lazy("_backup:restore", "Restore the daemon's database from FILE."),
 }
 
 

@@ -1,4 +1,4 @@
-"""Sends and receives backups of the daemon's database."""
+"""Receives backups of the daemon's database."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ import binascii
 import hashlib
 import re
 from base64 import b64decode
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-
-from volant.model import Restored
 
 from ._errors import UnexpectedAnswer
 from ._http import Http, chunks_of
 from ._transport import Request
-from ._upload import Sent, send
 
 _SILENCE_S = 660.0
-"""Longer than the daemon's limit to copy the database, or to check a backup: ten minutes."""
+"""Longer than the daemon's limit to copy the database: ten minutes."""
 _DIGEST = re.compile(r"sha-256=:([A-Za-z0-9+/=]{44}):")
 _NAME = re.compile(r'filename="([A-Za-z0-9._-]{1,200})"')
 
@@ -66,9 +63,3 @@ async def open_backup(http: Http) -> AsyncIterator[Backup]:
             raise UnexpectedAnswer("the digest of the backup is malformed") from None
         async with chunks_of(response) as chunks:
             yield Backup(int(length), name[1], sha256, chunks)
-
-
-async def send_backup(http: Http, content: AsyncIterable[bytes], size: int, *, replace: bool) -> Restored:
-    """Sends a backup for the daemon to restore."""
-    sent = Sent(content, size, "application/vnd.sqlite3", _SILENCE_S, {"replace": "true" if replace else None})
-    return await send(http, "POST", "/api/v1/system/restore", sent, Restored)

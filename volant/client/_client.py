@@ -20,7 +20,6 @@ from volant.model import (
     ImageView,
     LogGap,
     LogLine,
-    Restored,
     RestoreVm,
     Status,
     StreamGap,
@@ -34,7 +33,7 @@ from ._actions import ACTION_S, ActionAnswer, Pieces, is_from_guest
 from ._address import DEFAULT_BASE, Address
 from ._artifacts import send_artifact, send_image
 from ._audit import pump_audit
-from ._backups import Backup, open_backup, send_backup
+from ._backups import Backup, open_backup
 from ._calls import duration, pairs
 from ._console import Console, ConsoleState, pump_console
 from ._errors import ClientProblem, UnexpectedAnswer
@@ -504,11 +503,3 @@ class _System(SystemRequests):
         """Takes a backup of the daemon's database, as one file in pieces: VMs, plugins, events; no disks and no
         logs."""
         return open_backup(self._http)
-
-    async def restore(self, content: AsyncIterable[bytes], size: int, *, replace: bool = False) -> Restored:
-        """Restores a backup of `size` bytes. The daemon closes all connections and restarts; then `info()` shows the
-        new epoch.
-
-        :param replace: whether to restore although there are VMs that the backup lacks; those that run keep running
-        """
-        return await send_backup(self._http, content, size, replace=replace)

@@ -95,7 +95,6 @@ class Daemon:
         as_service = self._notifier.is_there
         given = checked(settings, as_service=as_service)
         self._sockets = sockets
-        self._signalled = False
         self.stopping = trio.Event()
         self._served = trio.Event()
         instance = instance_of(settings.state_dir)
@@ -112,7 +111,6 @@ class Daemon:
         projection = self.store.projection
         self._journal = Child("journal", partial(Journal, self.store), shutdown_s=10)
         self.logs = VmLogs(self.host, log_dir(settings))
-        self._evidence = partial(evidence_of, self.host, settings, self.logs)
         self._leftovers = Leftovers(self.host, settings, self.store)
         key_file = KeyFile(self.host, secrets_key_file(settings))
 
@@ -210,7 +208,7 @@ class Daemon:
                 journal=journal,
                 store=self.store,
                 logs=self.logs,
-                backups=Backups(self.host, self.store, self._journal.ref, self._evidence),
+                backups=Backups(self.host, self.store),
                 host=self.host,
                 oci=self.oci,
                 transfers=self._transfers,
@@ -277,55 +275,31 @@ class Daemon:
         """The supervisor tree; None: it does not run yet."""
         return self.status.system
 
-    @property
-    def restarts(self) -> bool:
-        """Whether the daemon stops for a restored database, and another daemon must follow."""
-        return self.store.replaced.is_set() and not self._signalled
-
-    async def run(self, signals: AsyncIterator[int], *, first: bool = True) -> list[str]:
-        """Runs until a signal or a restored database, then stops. Returns the names of the VMs that exist then.
-
-        :param first: whether it is the first daemon of this process
-        """
+    async def run(self, signals: AsyncIterator[int]) -> list[str]:
+        """Runs until a signal, then stops. Returns the names of the VMs that exist then."""
         async with self.running() as nursery:
-            if first:
-                lines = [f"volantd: listening on {address}" for address in self._admission.addresses]
-                if self._admission.certificate is not None:
-                    fingerprint = self._admission.certificate.fingerprint
-                    lines.append(f"volantd: the certificate's SHA-256 fingerprint is {fingerprint}")
-                _say(lines)
+            lines = [f"volantd: listening on {address}" for address in self._admission.addresses]
+            if self._admission.certificate is not None:
+                fingerprint = self._admission.certificate.fingerprint
+                lines.append(f"volantd: the certificate's SHA-256 fingerprint is {fingerprint}")
+            _say(lines)
             status = self.status
             nursery.start_soon(self._notifier.keep, status.is_ready, status.find_problem, status.summary)
             nursery.start_soon(dump_on_signal)
             await self._until_stopped(signals)
-            if self.restarts:
-                _logger.info("restarting with the restored database")
-            else:
-                self._notifier.stopping(
-                    "Stopping, VMs too" if self.settings.ephemeral else "Stopping; VMs keep running"
-                )
+            self._notifier.stopping("Stopping, VMs too" if self.settings.ephemeral else "Stopping; VMs keep running")
             nursery.start_soon(self._hurry, signals, nursery.cancel_scope)
             await self.drain()
         _logger.info("stopped")
         return [row.name for row in self.store.projection.rows()]
 
     async def _until_stopped(self, signals: AsyncIterator[int]) -> None:
-        async with trio.open_nursery() as nursery:
-
-            async def replaced() -> None:
-                await self.store.replaced.wait()
-                nursery.cancel_scope.cancel()
-
-            nursery.start_soon(replaced)
-            async for signum in signals:
-                if signum == signal.SIGHUP:
-                    with self._notifier.reloading():
-                        await self._admission.reload(self._changed_access)
-                    continue
-                self._signalled = True
+        async for signum in signals:
+            if signum != signal.SIGHUP:
                 _logger.info("stopping: %s", signal.Signals(signum).name)
-                nursery.cancel_scope.cancel()
-                break
+                return
+            with self._notifier.reloading():
+                await self._admission.reload(self._changed_access)
 
     @asynccontextmanager
     async def running(self, rng: Random | None = None) -> AsyncIterator[trio.Nursery]:
@@ -340,7 +314,8 @@ class Daemon:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._networks.find_obstacles)
             # A database that was lost or replaced by hand does not know which ids are used.
-            self.store.ids_taken = max(self.store.ids_taken, (await self._evidence()).newest_id)
+            evidence = await evidence_of(self.host, self.settings, self.logs)
+            self.store.ids_taken = max(self.store.ids_taken, evidence.newest_id)
         self._networks.choose()
         root = Supervisor(ONE_FOR_ONE, intensity=5, period_s=60, children=self._children())
         try:
@@ -359,7 +334,7 @@ class Daemon:
 
     async def drain(self) -> None:
         """Deletes an ephemeral daemon's VMs and ends all streams, before the tree stops."""
-        if self.settings.ephemeral and not self.restarts:
+        if self.settings.ephemeral:
             left = await self.vms.delete_all(_EPHEMERAL_STOP_S)
             if left:
                 _logger.error("these VMs could not be deleted: %s", ", ".join(left))
@@ -381,10 +356,6 @@ class Daemon:
         """Stops at once on a second signal."""
         async for signum in signals:
             if signum == signal.SIGHUP:
-                continue
-            if self.restarts:
-                self._signalled = True
-                self._notifier.stopping("Stopping; VMs keep running")
                 continue
             _logger.warning("stopping at once")
             scope.cancel()

@@ -1,7 +1,7 @@
 """Runs `volantd` in a process: claims its directories, binds its sockets and runs the daemon until a signal.
 
 Both come first, so that a daemon that can't have them ends at once with an error. The sockets outlive the daemon's
-parts: a part that restarts loses no client's connection, and neither does a restored database.
+parts: a part that restarts loses no client's connection.
 """
 
 from __future__ import annotations
@@ -68,9 +68,6 @@ async def run(
             make_private(settings.cache_dir)
             daemon = Daemon(settings, sockets, reload, notifier, fleet_sockets=fleet_sockets)
             left = await daemon.run(signals)
-            while daemon.restarts:
-                daemon = Daemon(daemon.settings, sockets, reload, notifier, fleet_sockets=fleet_sockets)
-                left = await daemon.run(signals, first=False)
             if settings.ephemeral and left:
                 _logger.error("the state is kept, as these VMs still exist: %s", ", ".join(left))
             elif settings.ephemeral:

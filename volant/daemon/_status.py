@@ -62,14 +62,13 @@ class DaemonStatus:
     # For the API
 
     def health(self) -> Health:
-        """Returns `ok` when the tree is complete, changes can be made and the database is intact. A failed VM or a
-        missing hypervisor does not count."""
+        """Returns `ok` when the tree is complete and changes can be made. A failed VM or a missing hypervisor does not
+        count."""
         if self._stopping.is_set():
             return "stopping"
         if self.adoption_s is None or self.system is None:
             return "starting"
-        store = self._store
-        return "ok" if self.system.all_running() and store.trouble is None and store.damage is None else "degraded"
+        return "ok" if self.system.all_running() and self._store.trouble is None else "degraded"
 
     def tree(self) -> Mapping[str, object]:
         """Returns the supervisor tree, ready for JSON."""
@@ -95,7 +94,7 @@ class DaemonStatus:
             "runtime_dir": str(settings.runtime_dir),
             "cache_dir": str(settings.cache_dir),
             "settings": shown(settings),
-            "journal": {"trouble": store.trouble, "lost": store.lost, "damage": store.damage},
+            "journal": {"trouble": store.trouble},
             "event_epoch": store.projection.last_event.epoch,
             "orphans": self._leftovers.view(),
             "started_at": self.started_at,

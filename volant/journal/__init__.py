@@ -2,9 +2,8 @@
 
 from ._api_keys import ApiKeys, requires_keys
 from ._audit import AuditFilter, AuditFrame, AuditLog, AuditPage
-from ._backups import MAX_UPLOAD_BYTES, Backup, Backups, Upload
+from ._backups import Backup, Backups
 from ._client import JournalRef, ask_journal, journal_down
-from ._copies import replaced_databases
 from ._definitions import (
     KEYS_REQUIRED,
     Changes,
@@ -28,7 +27,7 @@ from ._projection import Projection
 from ._quotas import used_by
 from ._recorder import Recorder
 from ._responses import IdempotencyKey, StoredResponse, StoredResponses
-from ._restore import restore_offline, take_over
+from ._restore import replaced_databases, restore_offline, take_over
 from ._results import (
     NetworkCreated,
     PluginChanged,
@@ -97,7 +96,6 @@ from .messages import (
 __all__ = [
     "KEYS_REQUIRED",
     "MAX_LINE_BYTES",
-    "MAX_UPLOAD_BYTES",
     "OWN_NAMES",
     "SHARED",
     "VERSION_CHANGED",
@@ -188,7 +186,6 @@ __all__ = [
     "StoredResponse",
     "StoredResponses",
     "TakeDefinitions",
-    "Upload",
     "VmChanged",
     "VmCreated",
     "VmForked",

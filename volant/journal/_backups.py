@@ -1,124 +1,94 @@
-"""Backups and restores of the database while the daemon runs."""
+"""Backups: consistent copies of the database while the daemon works.
+
+`VACUUM INTO` makes a copy through a connection that can't write: it reads one snapshot, and neither commits nor readers
+wait for it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+import hashlib
+import os
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import apsw
-import msgspec
 import trio
 
-from actors import Ref
 from volant.host import Host
 from volant.model import Problem
 
-from ._checksums import is_changed_page
-from ._client import ask_journal
-from ._copies import Copied, append, copy_path, make_copy, read, upload_path
 from ._errors import DatabaseRefused, no_room
-from ._journal import Journal
-from ._merge import Evidence
-from ._restore import examine
-from ._schema import CHANGED_PAGE
+from ._schema import CHANGED_PAGE, is_changed_page, open_reader
 from ._store import Store
-from .messages import Restore
 
-MAX_UPLOAD_BYTES = 8 * 2**30
-"""The limit for an upload. A million events take less than one GiB."""
 _COPY_S = 600.0
-_EXAMINE_S = 600.0
-_ASK_S = 60.0
 _CLEAN_S = 10.0
 _RESERVE_BYTES = 64 * 2**20
-"""Space that copies and uploads leave free for commits."""
-_SPACE_EVERY_BYTES = 16 * 2**20
+"""Space that copies leave free for commits."""
+_READ_BYTES = 1024 * 1024
 
 
 class Backup:
     """A consistent copy of the database, to be read once."""
 
-    def __init__(self, host: Host, copied: Copied, name: str) -> None:
+    def __init__(self, host: Host, path: Path, name: str, size: int, sha256: bytes) -> None:
         self._host = host
-        self._copied = copied
+        self._path = path
         self._offset = 0
-        self.size = copied.size
-        self.sha256 = copied.sha256
         self.name = name
         """A name for the file."""
+        self.size = size
+        """In bytes."""
+        self.sha256 = sha256
 
     async def read(self) -> bytes:
         """Returns the next piece, empty at the end. :raises OSError: the disk fails."""
-        data = await self._host.threads.run(read, self._copied.path, self._offset)
+        data = await self._host.threads.run(self._read)
         self._offset += len(data)
         return data
 
+    def _read(self) -> bytes:
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            return file.read(_READ_BYTES)
 
-class Upload:
-    """A database that a client sends."""
 
-    def __init__(self, host: Host, path: Path) -> None:
+class Backups:
+    """Takes backups, one at a time."""
+
+    def __init__(self, host: Host, store: Store) -> None:
         self._host = host
-        self._unchecked = _SPACE_EVERY_BYTES
-        self.path = path
-        self.size = 0
-
-    def expect(self, size: int) -> None:
-        """Check a size that the client announces. :raises Problem: 413, 503."""
-        if size > MAX_UPLOAD_BYTES:
-            raise _too_large()
-        _check_space(self._host, self.path.parent, size)
-
-    async def write(self, data: bytes) -> None:
-        """Write the next piece. :raises Problem: 413, 503."""
-        self.size += len(data)
-        self._unchecked += len(data)
-        if self.size > MAX_UPLOAD_BYTES:
-            raise _too_large()
-        if self._unchecked >= _SPACE_EVERY_BYTES:
-            self._unchecked = 0
-            _check_space(self._host, self.path.parent, len(data))
-        try:
-            await self._host.threads.run(append, self.path, data)
-        except OSError as error:
-            raise no_room(error) from error
-
-
-class Backups(msgspec.Struct):
-    """Takes and restores backups, one at a time."""
-
-    _host: Host
-    _store: Store
-    _journal: Ref[Journal]
-    _evidence: Callable[[], Awaitable[Evidence]]
-    """Scans the host for VMs that the database may not know."""
-    _is_busy: bool = False
+        self._store = store
+        self._is_busy = False
 
     @asynccontextmanager
     async def take(self) -> AsyncIterator[Backup]:
         """Makes a backup, which exists for the length of the block. Commits and readers go on meanwhile.
 
-        :raises Problem: 409 another backup is taken or restored; 503 the disk has no space.
+        :raises Problem: 409 another backup is being taken; 503 the disk has no space.
         """
-        with _Alone(self):
-            host, store = self._host, self._store
-            path = copy_path(store.path, host.random.new_id())
-            name = f"volant-{store.events.newest}.db"
-            try:
-                _check_space(host, path.parent, await host.threads.run(_size, store.path))
-                copied = await self._copy(path)
-                yield Backup(host, copied, name)
-            finally:
-                await self._remove(path)
+        if self._is_busy:
+            raise Problem(409, "backup-under-way", "another backup is being taken", hint="retry when it is done")
+        host, store = self._host, self._store
+        path = store.path.with_name(f"{store.path.stem}-copy-{host.random.new_id()}{store.path.suffix}")
+        name = f"volant-{store.events.newest}.db"
+        self._is_busy = True
+        try:
+            _check_space(host, path.parent, await host.threads.run(_size, store.path))
+            size, sha256 = await self._copy(path)
+            yield Backup(host, path, name, size, sha256)
+        finally:
+            self._is_busy = False
+            with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLEAN_S):
+                for suffix in ("", "-journal"):
+                    await host.threads.run(host.files.unlink, path.with_name(path.name + suffix))
 
-    async def _copy(self, path: Path) -> Copied:
-        host = self._host
-        connections: list[apsw.Connection] = []
+    async def _copy(self, path: Path) -> tuple[int, bytes]:
+        """Returns size and digest of the copy. :raises Problem: 503."""
         over = False
 
         def opened(connection: apsw.Connection) -> None:
-            connections[:] = [connection]
             connection.set_progress_handler(lambda: over, 1000)
 
         async def interrupt() -> None:
@@ -133,7 +103,7 @@ class Backups(msgspec.Struct):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(interrupt)
             try:
-                return await host.threads.run(make_copy, host, self._store.path, path, opened)
+                return await self._host.threads.run(_make_copy, self._host, self._store.path, path, opened)
             except (DatabaseRefused, OSError, apsw.Error) as error:
                 failure = error
             finally:
@@ -147,67 +117,32 @@ class Backups(msgspec.Struct):
             raise Problem(503, "backup-slow", f"the copy took more than {_COPY_S:g} s", hint="check the disk")
         raise no_room(failure) from failure
 
-    @asynccontextmanager
-    async def receiving(self) -> AsyncIterator[Upload]:
-        """Receives a database. It is removed at the end of the block unless it is restored.
 
-        :raises Problem: 409 another backup is taken or restored.
-        """
-        with _Alone(self):
-            upload = Upload(self._host, upload_path(self._store.path, self._host.random.new_id()))
-            try:
-                yield upload
-            finally:
-                await self._remove(upload.path)
+def _make_copy(host: Host, path: Path, to: Path, opened: Callable[[apsw.Connection], None]) -> tuple[int, bytes]:
+    """Copies the database and checks the copy. Returns its size and digest. `opened` gets each connection, to interrupt
+    it.
 
-    async def restore(self, upload: Upload, *, replace: bool) -> str:
-        """Has the daemon continue with an upload. Returns the new epoch of the events. The restore is decided then:
-        even a daemon that is killed right after it starts with it.
-
-        :param replace: VMs that the backup does not know may lose their rows
-        :raises Problem: 400 it is no backup; 409 see `merge`; 503.
-        """
-        host = self._host
-        if not upload.size:
-            raise no_backup(DatabaseRefused("it is empty"))
-        try:
-            backup = await host.threads.run(examine, host, upload.path)
-        except DatabaseRefused as refused:
-            raise no_backup(refused) from None
-        except (OSError, apsw.Error) as error:
-            raise no_room(error) from error
-        evidence = await self._evidence()
-        return await ask_journal(self._journal, Restore(upload.path, backup, evidence, replace), _ASK_S)
-
-    async def _remove(self, path: Path) -> None:
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLEAN_S):
-            for suffix in ("", "-journal"):
-                await self._host.threads.run(self._host.files.unlink, path.with_name(path.name + suffix))
-
-
-class _Alone:
-    def __init__(self, backups: Backups) -> None:
-        self._backups = backups
-
-    def __enter__(self) -> None:
-        if self._backups._is_busy:
-            raise Problem(
-                409, "backup-under-way", "another backup is being taken or restored", hint="retry when it is done"
-            )
-        self._backups._is_busy = True
-
-    def __exit__(self, *exc: object) -> None:
-        self._backups._is_busy = False
-
-
-def no_backup(refused: DatabaseRefused) -> Problem:
-    """Returns the 400 for an upload that can't be restored."""
-    text = str(refused).partition("; it has not been touched")[0]
-    return Problem(400, "no-backup", f"this can't be restored: {text}", hint="send a file from `volar system backup`")
-
-
-def _too_large() -> Problem:
-    return Problem(413, "body-too-large", f"a backup has at most {MAX_UPLOAD_BYTES // 2**20} MiB")
+    :raises apsw.InterruptError: it was interrupted.
+    :raises apsw.Error: the disk fails.
+    :raises DatabaseRefused: the database is damaged.
+    """
+    host.descriptors.close(host.descriptors.open(to, os.O_RDWR | os.O_CREAT, 0o600))
+    connection = open_reader(path)
+    try:
+        opened(connection)
+        connection.execute("VACUUM INTO ?", (str(to),))
+    finally:
+        connection.close()
+    copy = open_reader(to)
+    try:
+        opened(copy)
+        found = copy.execute("PRAGMA quick_check(1)").get
+    finally:
+        copy.close()
+    if found != "ok":
+        raise DatabaseRefused(f"{path} is damaged: {found}")
+    with to.open("rb") as file:
+        return to.stat().st_size, hashlib.file_digest(file, "sha256").digest()
 
 
 def _check_space(host: Host, directory: Path, size: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,7 +17,6 @@ from volant.model.stored import (
 )
 
 from . import _operations as op
-from ._acknowledged import Acknowledged, AcknowledgedFile
 from ._audit import AuditFrame
 from ._errors import BadRow, DatabaseRefused, JournalBroken, naming
 from ._frames import EventFrame
@@ -28,7 +26,6 @@ from ._responses import StoredResponse
 from ._rows import (
     check_ids_differ,
     check_tags_differ,
-    read_changes,
     read_drain,
     read_epoch,
     read_key,
@@ -39,8 +36,6 @@ from ._rows import (
 from ._schema import BUSY_TIMEOUT_MS, open_writer, transaction
 
 _encode = msgspec.json.Encoder().encode
-
-_logger = logging.getLogger("volant.journal")
 
 _VACUUM_PAGES = 128
 """Half a megabyte: a commit waits for one such piece at most."""
@@ -105,10 +100,6 @@ class Database:
     def __init__(self, connection: apsw.Connection, reserve: Reserve | None = None) -> None:
         self._connection = connection
         self._reserve = reserve
-        self._file: AcknowledgedFile | None = None
-        self._at: Acknowledged | None = None
-        """Which changes are acknowledged, once it is known."""
-        self._changes = 0
         self._is_shorter = False
         """The log has a shorter version of the file."""
 
@@ -135,66 +126,6 @@ class Database:
 
     def close(self) -> None:
         self._connection.close()
-        if self._file is not None:
-            self._file.close()
-
-    def compare(self, host: Host, loaded: Loaded, new_epoch: str) -> tuple[str, str | None]:
-        """Compares it with what was acknowledged. Returns its epoch and what is lost.
-
-        The epoch is a new one if something is lost. From now on each transaction notes what it acknowledges.
-
-        :raises OSError, apsw.Error: the disk fails.
-        """
-        file = AcknowledgedFile(host, Path(self._connection.filename))
-        before = file.open()
-        self._file = file
-        found = Acknowledged(loaded.epoch, loaded.newest_seq, self._changes, loaded.last_vm_id)
-        lost = None
-        if before is not None and before.epoch != found.epoch:
-            lost = f"events up to {before.epoch}-{before.seq} were acknowledged, and it has others, of {found.epoch}"
-        elif before is not None and (missing := before.missing(found)) is not None:
-            lost = f"it lacks {missing} that were acknowledged, and ends with event {found.epoch}-{found.seq}"
-            with self.transaction():
-                self._connection.execute("UPDATE meta SET value = ? WHERE key = 'epoch'", (new_epoch,))
-            found = msgspec.structs.replace(found, epoch=new_epoch)
-        if before is not None:
-            # Ids of lost VMs are not used again.
-            found = msgspec.structs.replace(found, last_vm_id=max(found.last_vm_id, before.last_vm_id))
-        self._at = found
-        if before != found:
-            file.write(found)
-        return found.epoch, lost
-
-    @property
-    def last_vm_id(self) -> int:
-        """The highest known id that was given out."""
-        return self._at.last_vm_id if self._at is not None else 0
-
-    @property
-    def is_acknowledged(self) -> bool:
-        """Whether the disk has the newest note of what is acknowledged."""
-        return self._file is None or self._file.is_synced
-
-    def sync_acknowledged(self) -> None:
-        """Can run beside `write`. :raises OSError: the disk fails."""
-        if self._file is not None:
-            self._file.sync()
-
-    def _acknowledge(self, operations: Sequence[op.Operation]) -> None:
-        if self._at is None or self._file is None:
-            return
-        seq, last_vm_id = self._at.seq, self._at.last_vm_id
-        for operation in operations:
-            if isinstance(operation, op.AddEvent):
-                seq = operation.frame.seq
-            elif isinstance(operation, op.PutRow):
-                last_vm_id = max(last_vm_id, operation.row.id)
-        self._at = Acknowledged(self._at.epoch, seq, self._changes, last_vm_id)
-        try:
-            self._file.write(self._at)
-        except OSError as error:
-            # The change itself is durable. Only a loss of it would not show.
-            _logger.warning("can't write which changes were acknowledged: %s", error)
 
     def load(self, published_seq: int | None, published_record: int | None = None) -> Loaded:
         """Reads the state. `published_seq` and `published_record` are the last event and record that readers have got,
@@ -207,7 +138,6 @@ class Database:
             get = self._connection.execute
             epoch = read_epoch(get("SELECT value FROM meta WHERE key = 'epoch'").get)
             drained = get("SELECT value FROM meta WHERE key = 'drain'").get
-            self._changes = read_changes(get("SELECT value FROM meta WHERE key = 'changes'").get)
             sequence = get("SELECT seq FROM sqlite_sequence WHERE name = 'vms'").get
             oldest, newest = get("SELECT min(seq), max(seq) FROM events").get
             newest = newest or 0
@@ -278,11 +208,6 @@ class Database:
         with self.transaction():
             for operation in operations:
                 self.execute(operation)
-            if not any(isinstance(operation, op.AddEvent) for operation in operations):
-                # Events have numbers. Changes without an event are counted, so that their loss shows.
-                self._changes += 1
-                self._connection.execute("INSERT OR REPLACE INTO meta VALUES ('changes', ?)", (str(self._changes),))
-        self._acknowledge(operations)
 
     def trim(self, table: Numbered, cutoff_at: int, below_seq: int, limit: int) -> Trimmed:
         """Deletes up to `limit` of the oldest events or records: those from before `cutoff_at` and those below

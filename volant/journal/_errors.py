@@ -131,13 +131,3 @@ def no_room(error: Exception) -> Problem:
         else f"a copy of the database can't be written to the disk that holds the daemon's state: {error}",
         hint="free space on that disk, then retry" if full else "check that disk, then retry",
     )
-
-
-def restoring() -> Problem:
-    """Returns the 503 for a change that would be lost, as a restored database is about to replace this one."""
-    return Problem(
-        503,
-        "journal-restoring",
-        "a backup is being restored; VMs go on running",
-        hint="retry in a second",
-    )

@@ -22,7 +22,6 @@ import logging
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import apsw
@@ -37,31 +36,24 @@ from . import _project_changes as _project_changes  # likewise
 from . import _secret_changes as _secret_changes
 from ._audit import AUDIT_EPOCH
 from ._changes import DECISIONS, decide
-from ._checksums import is_changed_page
-from ._copies import next_path
-from ._database import Database, Loaded, Numbered
+from ._database import Database, Numbered
 from ._definitions import changes_in
 from ._errors import (
     BadRow,
-    DatabaseRefused,
     DuplicateRequest,
     StaleRow,
     full,
-    no_room,
     overloaded,
-    restoring,
     slow,
     unwritable,
 )
 from ._events import FrameLog
-from ._merge import merge, named_after
 from ._operations import Operation
 from ._reserve import RESERVE_BYTES
-from ._restore import finish
-from ._schema import CHANGED_PAGE, damaged, scan_for_damage, untrusted
+from ._schema import CHANGED_PAGE, damaged, is_changed_page, untrusted
 from ._stage import Stage
 from ._store import Store
-from .messages import Draft, Drafted, Restore, StillThere
+from .messages import Draft, Drafted, StillThere
 
 _GROUP = 128
 _MAX_WAITING = 4096
@@ -70,9 +62,6 @@ _TRIM_SLACK = 1000
 _COMPACT_EVERY = 1000
 """Commits between checks for unused space that retention has not left, and for a large write-ahead log."""
 _PROBE_S = 1.0
-_SCRUB_EVERY_S = 3600.0
-_SCRUB_S = 60.0
-_SYNC_S = 1.0
 _PROBE_AT_LEAST_S = 30.0
 _TRIM_AT_LEAST_S = 1.0
 _TRIM_AT_MOST_S = 3600.0
@@ -129,12 +118,10 @@ class Journal(Actor):
         )
         # A previous incarnation may have left space.
         self._compact_due = True
-        self._restore: tuple[Restore, Deferred[Any]] | None = None
         self._stalled = False
         self._has_reserve = True
         self._probe_due = False
         self._troubled = trio.Event()
-        self._committed = trio.Event()
         self._commits = self._answered = self._failures = self._largest = 0
         self._last_s = self._slowest_s = 0.0
         self._last_error = ""
@@ -158,14 +145,10 @@ class Journal(Actor):
                 raise damaged(store.path, CHANGED_PAGE) from error
             raise
         check_fence()
-        loaded = await self._compare(loaded)
         store.trouble = None
         self._has_reserve = await store.host.threads.run(self._database.keep_reserve)
         if not self._has_reserve:
             self._set_trouble(full().detail)
-        if store.host.files.exists(next_path(store.path)):
-            # A previous incarnation was killed before it could do this.
-            store.replaced.set()
         store.events.attach(loaded.epoch, loaded.oldest_seq, loaded.newest_seq, loaded.unpublished)
         audit = loaded.audit
         store.audit.attach(AUDIT_EPOCH, audit.oldest_seq, audit.newest_seq, audit.unpublished)
@@ -177,30 +160,12 @@ class Journal(Actor):
         )
         store.responses.replace(loaded.responses)
         store.keys.replace(loaded.keys, loaded.keys_required)
-        self._last_vm_id = max(loaded.last_vm_id, store.ids_taken, self._database.last_vm_id)
+        self._last_vm_id = max(loaded.last_vm_id, store.ids_taken)
         for kept, oldest_at in zip(self._kept, (loaded.oldest_at, audit.oldest_at), strict=True):
             kept.oldest_at = oldest_at
         self.ctx.spawn(self._write, name="writer")
         self.ctx.spawn(self._watch_age, name="retention")
-        self.ctx.spawn(self._sync_acknowledged, name="acknowledged")
         self.ctx.spawn(self._probe_again, name="probe")
-        self.ctx.spawn(self._scan_for_damage, name="damage")
-
-    async def _compare(self, loaded: Loaded) -> Loaded:
-        """Reports changes that were acknowledged and are lost. The epoch of the events is a new one then."""
-        store = self._store
-        try:
-            epoch, lost = await store.host.threads.run(
-                self._database.compare, store.host, loaded, store.host.random.new_id()[:12]
-            )
-        except (OSError, apsw.Error) as error:
-            _logger.warning("can't check whether the database has all acknowledged changes: %s", error)
-            return loaded
-        check_fence()
-        if lost is not None:
-            store.lost = lost
-            _logger.error("%s lacks changes that volantd has acknowledged: %s", store.path, lost)
-        return msgspec.structs.replace(loaded, epoch=epoch)
 
     @handles(*DECISIONS)  # type: ignore[untyped-decorator]  # checkers know up to three types
     async def change(self, message: Request[Any]) -> Deferred[Any]:
@@ -227,23 +192,9 @@ class Journal(Actor):
         """Returns why no change can be made now; None: it can."""
         if self._stalled:
             return slow(self._deadline_s)
-        if self._store.replaced.is_set():
-            return restoring()
         if not self._has_reserve:
             return full()
         return overloaded(len(self._waiting)) if len(self._waiting) >= _MAX_WAITING else None
-
-    @handles(Restore)
-    async def restore(self, message: Restore) -> Deferred[str]:
-        deferred = self.ctx.defer(message)
-        if self._stalled:
-            deferred.fail(slow(self._deadline_s))
-        elif self._restore is not None or self._store.replaced.is_set():
-            deferred.fail(restoring())
-        else:
-            self._restore = message, deferred
-            self._wake.set()
-        return deferred
 
     @handles(StillThere)
     async def still_there(self, message: StillThere) -> None:
@@ -269,9 +220,6 @@ class Journal(Actor):
             await self._wake.wait()
             if self._waiting:
                 await self._commit_group()
-            if self._restore is not None:
-                await self._decide_restore(*self._restore)
-                self._restore = None
             if self._probe_due:
                 await self._probe()
             due = next((kept for kept in self._kept if kept.due), None)
@@ -279,45 +227,11 @@ class Journal(Actor):
                 await self._trim(due)
             elif self._compact_due:
                 await self._compact()
-            if not (self._waiting or self._restore or self._compact_due or self._probe_due or self._is_trim_due()):
+            if not (self._waiting or self._compact_due or self._probe_due or self._is_trim_due()):
                 self._wake = trio.Event()
 
     def _is_trim_due(self) -> bool:
         return any(kept.due for kept in self._kept)
-
-    async def _decide_restore(self, message: Restore, deferred: Deferred[Any]) -> None:
-        """Between two commits, so that the projection is complete."""
-        store = self._store
-        try:
-            rows = store.projection.rows()
-            instance = store.networking.instance
-            changes = merge(message.backup, rows, message.evidence.running, instance, replace=message.replace)
-            last_vm_id = max(message.backup.last_vm_id, self._last_vm_id, message.evidence.newest_id)
-            check_fence()
-            decide = partial(
-                finish,
-                last_vm_id=last_vm_id,
-                drain=store.projection.drain,
-                named=named_after(message.backup, store.projection.all_named()),
-                keys=store.keys.by_digest.values(),
-                keys_required=store.keys.required,
-                present=store.path,
-                cause=message.cause,
-                now=store.host.clock.now(),
-            )
-            epoch = await store.host.threads.run(decide, store.host, message.upload, store.path, changes)
-        except Problem as problem:
-            deferred.fail(problem)
-            return
-        except (OSError, apsw.Error) as error:
-            _logger.error("a restore failed and changed nothing: %s", error)
-            deferred.fail(no_room(error))
-            return
-        check_fence()
-        store.replaced.set()
-        while self._waiting:
-            self._waiting.popleft()[1].fail(restoring())
-        deferred.reply(epoch)
 
     def _new_stage(self) -> Stage:
         """Returns a stage on top of what is committed."""
@@ -403,7 +317,6 @@ class Journal(Actor):
                 _logger.warning("changes are accepted again")
                 self._store.trouble = None
             self._commits += 1
-            self._committed.set()
             if self._commits % _COMPACT_EVERY == 0:
                 self._compact_due = True
             return None
@@ -421,40 +334,6 @@ class Journal(Actor):
     def _set_trouble(self, why: str) -> None:
         self._store.trouble = why
         self._troubled.set()
-
-    async def _scan_for_damage(self) -> None:
-        """Reads the pages while the state is still in memory: at the next start it would be too late."""
-        store = self._store
-        while True:
-            await trio.sleep(_SCRUB_EVERY_S)
-            check_fence()
-            try:
-                await store.host.threads.run(scan_for_damage, store.path, store.host, _SCRUB_S)
-            except DatabaseRefused as refused:
-                damage = str(refused).partition("; it has not been touched")[0]
-                if store.damage is None:
-                    _logger.error(
-                        "%s; the state in memory is intact: `volar system restore BACKUP` keeps the VMs as they are",
-                        damage,
-                    )
-                store.damage = damage
-            except apsw.Error as error:
-                _logger.warning("the database can't be checked for damage: %s", error)
-            else:
-                store.damage = None
-
-    async def _sync_acknowledged(self) -> None:
-        """Beside the commits, so that no commit waits."""
-        while True:
-            await self._committed.wait()
-            self._committed = trio.Event()
-            if not self._database.is_acknowledged:
-                check_fence()
-                try:
-                    await self._store.host.threads.run(self._database.sync_acknowledged)
-                except OSError as error:
-                    _logger.warning("can't write which changes were acknowledged: %s", error)
-            await trio.sleep(_SYNC_S)
 
     async def _probe_again(self) -> None:
         """Probes the disk while changes are refused or space is low, as there may be no change that would try."""

@@ -8,7 +8,6 @@ import msgspec
 
 from volant.model import ApiKey, Drain, Snapshot, VmRow, Volume
 from volant.model.stored import (
-    MAX_ID,
     BadMember,
     check_stored_epoch,
     check_stored_key,
@@ -73,14 +72,6 @@ def read_drain(data: str) -> Drain:
         drain = _decode_drain(data)
         check_stored_time("since", drain.since)
         return drain
-
-
-def read_changes(value: str | None) -> int:
-    with naming("meta", "changes"):
-        count = int(value or 0)
-        if not 0 <= count <= MAX_ID:
-            raise BadMember("value", value, "which is no number of changes")
-        return count
 
 
 def read_epoch(value: object) -> str:

@@ -1,4 +1,9 @@
-"""Opens, creates and checks the database."""
+"""The tables of the database, and how it is opened, created and checked.
+
+Pages have checksums: SQLite's own extension for them (`cksumvfs`), which comes with apsw. SQLite notices a damaged
+structure, but not a changed byte of the content. With eight bytes at the end of each page, reading a changed page is an
+error. The extension is a layer beneath all databases of the process, and leaves those without checksums alone.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +14,85 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import apsw
+import apsw.sqlite_extra
 
 from volant.host import Host
 
-from ._checksums import AVAILABLE, RESERVED_BYTES, has_checksums, is_changed_page
 from ._errors import DatabaseRefused
-from ._migrations import VERSION, migrate
 
 _logger = logging.getLogger("volant.journal")
 
+
+def _load_checksums() -> bool:
+    if "cksmvfs" not in apsw.vfs_names():
+        try:
+            with closing(apsw.Connection(":memory:")) as connection:
+                apsw.sqlite_extra.load(connection, "cksumvfs")
+        except (apsw.sqlite_extra.NotAvailable, apsw.Error, LookupError):
+            return False
+    return True
+
+
+_HAS_CHECKSUMS = _load_checksums()
+
+VERSION = 1
+"""Changes with the tables: a database of another version is not used."""
+_TABLES = """
+    CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID;
+    CREATE TABLE vms (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        project TEXT NOT NULL,
+        name TEXT NOT NULL,
+        revision INTEGER NOT NULL,
+        row BLOB NOT NULL,
+        UNIQUE (project, name)
+    ) STRICT;
+    CREATE TABLE named (
+        kind TEXT NOT NULL,
+        project TEXT NOT NULL,
+        name TEXT NOT NULL,
+        value BLOB NOT NULL,
+        PRIMARY KEY (kind, project, name)
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE keys (digest TEXT PRIMARY KEY, key BLOB NOT NULL) STRICT, WITHOUT ROWID;
+    CREATE TABLE events (
+        seq INTEGER PRIMARY KEY,
+        at INTEGER NOT NULL,
+        vm_id INTEGER NOT NULL,
+        name TEXT NOT NULL,
+        type TEXT NOT NULL,
+        frame BLOB NOT NULL
+    ) STRICT;
+    CREATE TABLE responses (
+        scope BLOB PRIMARY KEY,
+        request BLOB NOT NULL,
+        at INTEGER NOT NULL,
+        result BLOB NOT NULL,
+        project TEXT NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE audit (
+        seq INTEGER PRIMARY KEY,
+        at INTEGER NOT NULL,
+        caller TEXT NOT NULL,
+        caller_id TEXT NOT NULL,
+        project TEXT,
+        operation TEXT NOT NULL,
+        target TEXT NOT NULL,
+        request_id TEXT NOT NULL,
+        record BLOB NOT NULL
+    ) STRICT;
+    CREATE INDEX audit_by_at ON audit (at);
+    CREATE INDEX audit_by_caller ON audit (caller);
+    CREATE INDEX audit_by_caller_id ON audit (caller_id);
+    CREATE INDEX audit_by_project ON audit (project);
+    CREATE INDEX audit_by_operation ON audit (operation);
+    CREATE INDEX audit_by_target ON audit (target);
+    CREATE INDEX audit_by_request_id ON audit (request_id);
+"""
+"""`row`, `value`, `key`, `frame`, `result` and `record` are JSON. `at` is in seconds since 1970."""
+
+_CHECKSUM_BYTES = 8
+"""At the end of each page. The extension recognises its databases by this number."""
 CHANGED_PAGE = "a page is not what was written to it: its checksum differs"
 APPLICATION_ID = 0x566F_6C61
 """`Vola`: in the file's header, so that nobody's other database is taken for ours."""
@@ -37,9 +112,9 @@ _WHAT_TO_DO = (
 
 
 def open_writer(host: Host, path: Path) -> apsw.Connection:
-    """Opens the database for writing. Creates it if it is missing, migrates it if it is old. Blocks on the disk.
+    """Opens the database for writing, and creates it if it is missing. Blocks on the disk.
 
-    :raises DatabaseRefused: it is damaged, or a newer version or another program wrote it. It is unchanged.
+    :raises DatabaseRefused: it is damaged, or another version or another program wrote it. It is unchanged.
     :raises apsw.Error: the disk fails.
     """
     if host.files.exists(path):
@@ -58,41 +133,34 @@ def open_writer(host: Host, path: Path) -> apsw.Connection:
     connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
     try:
         connection.set_busy_timeout(BUSY_TIMEOUT_MS)
-        _prepare(connection)
-        _migrate(connection, host)
+        _prepare(connection, host)
     except BaseException:
         connection.close()
         raise
     return connection
 
 
-def migrated(host: Host, path: Path, check_s: float, *, check: bool = True) -> apsw.Connection:
-    """Opens a database that nobody else uses, as one file, and migrates it.
+def open_backup(host: Host, path: Path, check_s: float) -> apsw.Connection:
+    """Opens a copy of a backup that nobody else uses, as one file, and checks all of it: an attacker may have written
+    it. Everything that is done with the connection must end within `check_s`.
 
-    :param check: check all of it, as another program may have written it. Everything that is done with the
-        connection must end within `check_s`
-    :raises DatabaseRefused: it is damaged, or a newer version or another program wrote it.
+    :raises DatabaseRefused: it is damaged, or another version or another program wrote it.
     :raises apsw.Error: the disk fails.
     """
     connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
     try:
         _distrust(connection)
         connection.pragma("temp_store", "memory")
-        if check:
-            if _check(connection, path):
-                raise DatabaseRefused(f"{path.name} is empty")
-            # Before anything is read through it: checks, defaults and generated columns are programs.
-            _check_schema(connection, path)
-            if not _scan(connection, path, host, check_s, "integrity_check"):
-                raise DatabaseRefused(f"checking it took more than {check_s:g} s")
-            deadline = host.clock.monotonic() + check_s
-            connection.set_progress_handler(lambda: host.clock.monotonic() > deadline, _CHECK_STEPS)
+        if _check(connection, path):
+            raise DatabaseRefused(f"{path.name} is empty")
+        # Before anything is read through it: checks, defaults and generated columns are programs.
+        _check_schema(connection, path)
+        if not _scan(connection, path, host, check_s, "integrity_check"):
+            raise DatabaseRefused(f"checking it took more than {check_s:g} s")
+        deadline = host.clock.monotonic() + check_s
+        connection.set_progress_handler(lambda: host.clock.monotonic() > deadline, _CHECK_STEPS)
         connection.pragma("journal_mode", "delete")
         connection.pragma("synchronous", "extra")
-        if check and AVAILABLE and not has_checksums(connection):
-            connection.reserve_bytes(reserve=RESERVED_BYTES)
-            connection.execute("VACUUM")
-        _migrate(connection, host)
     except BaseException:
         connection.close()
         raise
@@ -117,29 +185,19 @@ def _distrust(connection: apsw.Connection) -> None:
 
 
 def _check_schema(connection: apsw.Connection, path: Path) -> None:
-    """:raises DatabaseRefused: it has other tables than a database of its version, or anything else besides."""
-    version = connection.pragma("user_version")
-    if version < 1:
-        raise damaged(path, f"its version is {version}")
+    """:raises DatabaseRefused: it has other tables than volantd creates, or anything else besides."""
     try:
         found = _schema_of(connection)
     except (apsw.CorruptError, apsw.NotADBError, apsw.SQLError) as error:
         raise damaged(path, error) from error
-    own = _own_schema(version)
+    with closing(apsw.Connection(":memory:")) as empty:
+        empty.execute(_TABLES)
+        own = _schema_of(empty)
     strange = [f"{each[0]} {each[1]!r}" for each in found if each not in own]
     missing = [f"{each[0]} {each[1]!r}" for each in own if each not in found]
     if strange or missing:
         what = f"it has {strange[0]}" if strange else f"it lacks {missing[0]}"
-        raise DatabaseRefused(f"its tables are not those of a database of version {version}: {what[:200]}")
-
-
-def scan_for_damage(path: Path, host: Host, within_s: float) -> bool:
-    """Reads the pages of a database that is in use. Returns whether all were read within `within_s`.
-
-    :raises DatabaseRefused: it is damaged. :raises apsw.Error: the disk fails.
-    """
-    with closing(open_reader(path)) as reader:
-        return _scan(reader, path, host, within_s)
+        raise DatabaseRefused(f"its tables are not those of volantd: {what[:200]}")
 
 
 def open_reader(path: Path) -> apsw.Connection:
@@ -167,24 +225,25 @@ def _check(connection: apsw.Connection, path: Path) -> bool:
         if is_changed_page(error):
             raise damaged(path, CHANGED_PAGE) from error
         raise
-    if application_id == 0 and tables == 0:
+    if not _HAS_CHECKSUMS:
+        raise DatabaseRefused(
+            "this build of apsw has no checksums for the pages of a database (cksumvfs): install the one from PyPI"
+        )
+    is_empty: bool = application_id == 0 and tables == 0
+    if is_empty:
         wal = path.with_name(f"{path.name}-wal")
         if wal.exists() and wal.stat().st_size:
             raise damaged(path, "it is empty, and its write-ahead log is not")
-        return True
-    if application_id != APPLICATION_ID:
+    elif application_id != APPLICATION_ID:
         raise DatabaseRefused(f"{path} is a database of another program; Volant does not touch it")
-    if version > VERSION:
+    elif version != VERSION:
         raise DatabaseRefused(
-            f"{path} was written by a newer Volant (database version {version}, this one knows up to {VERSION}): "
-            "run that version, or restore a backup that this one made"
+            f"{path} was written by another version of Volant (its database has version {version}, this one uses "
+            f"{VERSION}): run that version, or restore a backup that this one made"
         )
-    if has_checksums(connection) and not AVAILABLE:
-        raise DatabaseRefused(
-            f"the pages of {path} have checksums, and this build of apsw has no extension for them (cksumvfs): "
-            "install the one from PyPI"
-        )
-    return False
+    if connection.pragma("page_count") and connection.reserve_bytes() != _CHECKSUM_BYTES:
+        raise damaged(path, "its pages have no checksums")
+    return is_empty
 
 
 def _had_vms(host: Host, path: Path) -> bool:
@@ -230,19 +289,12 @@ def _schema_of(connection: apsw.Connection) -> list[tuple[object, ...]]:
     return list(connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_schema ORDER BY name"))
 
 
-def _own_schema(version: int = VERSION) -> list[tuple[object, ...]]:
-    with closing(apsw.Connection(":memory:")) as connection:
-        migrate(connection, 0, version)
-        return _schema_of(connection)
-
-
-def _prepare(connection: apsw.Connection) -> None:
+def _prepare(connection: apsw.Connection, host: Host) -> None:
     connection.pragma("trusted_schema", False)
     connection.pragma("temp_store", "memory")
     if not connection.pragma("page_count"):
-        if AVAILABLE:
-            connection.reserve_bytes(reserve=RESERVED_BYTES)
-        # Only has an effect while the file is empty. Space of removed events is returned in small pieces.
+        # These two have an effect only while the file is empty. Space of removed events is returned in small pieces.
+        connection.reserve_bytes(reserve=_CHECKSUM_BYTES)
         connection.pragma("auto_vacuum", "incremental")
     mode = connection.pragma("journal_mode", "wal")
     if mode != "wal":
@@ -250,16 +302,17 @@ def _prepare(connection: apsw.Connection) -> None:
     # In WAL mode anything less does not sync each commit, and a power cut takes back acknowledged changes.
     connection.pragma("synchronous", "full")
     connection.pragma("journal_size_limit", _WAL_LIMIT_BYTES)
-
-
-def _migrate(connection: apsw.Connection, host: Host) -> None:
-    with transaction(connection):
-        version = connection.pragma("user_version")
-        migrate(connection, version)
-        if version < VERSION:
+    if connection.pragma("user_version") != VERSION:
+        with transaction(connection):
+            connection.execute(_TABLES)
             connection.pragma("application_id", APPLICATION_ID)
             connection.pragma("user_version", VERSION)
-            connection.execute("INSERT OR IGNORE INTO meta VALUES ('epoch', ?)", (host.random.new_id()[:12],))
+            connection.execute("INSERT INTO meta VALUES ('epoch', ?)", (host.random.new_id()[:12],))
+
+
+def is_changed_page(error: BaseException) -> bool:
+    """Returns whether the error is a wrong checksum."""
+    return isinstance(error, apsw.IOError) and getattr(error, "extendedresult", None) == apsw.SQLITE_IOERR_DATA
 
 
 @contextmanager

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
-import trio
 
 from volant.host import Host
 from volant.model import NOTHING_USED, Networking, Used
@@ -55,11 +54,5 @@ class Store:
         """What a project has on the other hosts of the fleet, which counts for its limits."""
         self.trouble: str | None = None
         """Why changes are refused at present; None: they are not."""
-        self.damage: str | None = None
-        """Damage that was found in the database while it is in use."""
-        self.lost: str | None = None
-        """What was acknowledged and was missing in the database when it was opened."""
         self.ids_taken = 0
         """New ids are higher: the host has traces of VMs that the database may not know, or these are other hosts'."""
-        self.replaced = trio.Event()
-        """Set once a restored database is to replace this one: the daemon ends its tree and starts another."""

@@ -12,7 +12,6 @@ A message with a `cause` adds a record to the audit log in the same transaction.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -53,10 +52,8 @@ from volant.model import (
 )
 
 from . import _results
-from ._database import Loaded
 from ._definitions import Changes
 from ._errors import DuplicateRequest
-from ._merge import Evidence
 from ._named import Plugin
 from ._responses import IdempotencyKey
 
@@ -504,21 +501,6 @@ class WriteRecord(Request[None], msgspec.Struct, frozen=True):
 
     cause: Cause
     outcome: str
-
-
-class Restore(Request[str], msgspec.Struct, frozen=True):
-    """Has the next daemon continue with the database at `upload`, which `examine` has read as `backup` -> its epoch.
-
-    After the reply the journal refuses changes, and `Store.replaced` is set.
-
-    :raises Problem: 409 see `merge`; 503.
-    """
-
-    upload: Path
-    backup: Loaded
-    evidence: Evidence
-    replace: bool
-    cause: Cause | None = None
 
 
 class StillThere(Request[None], msgspec.Struct, frozen=True):

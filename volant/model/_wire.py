@@ -40,13 +40,6 @@ class SystemStatus(msgspec.Struct, frozen=True):
     """The start of the maintenance in effect; null: VMs may start."""
 
 
-class Restored(msgspec.Struct, frozen=True):
-    """The answer of `POST /api/v1/system/restore`."""
-
-    event_epoch: str
-    """The new epoch of events. `system/info` shows it once the database is restored."""
-
-
 class OrphanView(msgspec.Struct, frozen=True, kw_only=True):
     """A running hypervisor of this daemon that no VM owns."""
 

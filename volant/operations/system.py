@@ -22,7 +22,6 @@ from volant.model import (
     Permission,
     Problem,
     Pruned,
-    Restored,
     Status,
     StoredKind,
     SystemStatus,
@@ -34,7 +33,7 @@ from volant.model import (
 from volant.model.agent import DEFAULT_GRACE_S, MAX_GRACE_S
 
 from ._context import Context
-from ._parameters import Described, Flag, Seconds, Text, Words
+from ._parameters import Flag, Seconds, Text, Words
 from ._table import ANY, OCTETS, SQLITE, TABLE, Answer, Anything
 
 _ORPHAN = "/api/v1/system/orphans/{mark}"
@@ -298,20 +297,6 @@ TABLE.declare(
     body=Nothing,
     errors=(409, 503),
     details="Commits and readers continue meanwhile. `Content-Length` and `Repr-Digest` show whether it came whole.",
-)
-TABLE.declare(
-    "POST /api/v1/system/restore",
-    "restore",
-    Permission.ADMIN,
-    "Restore a backup",
-    answers={
-        202: Answer("It is checked and decided: the daemon ends all connections and begins anew", Restored),
-    },
-    body=bytes,
-    body_media=SQLITE,
-    described=(Described("replace", bool, "Also when there are VMs that the backup does not know"),),
-    errors=(408, 409, 413, 503),
-    details="VMs keep running. What the daemon knows of a VM that both know stays as it is.",
 )
 TABLE.declare(
     "GET /metrics",

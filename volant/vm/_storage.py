@@ -201,7 +201,7 @@ class Storage(msgspec.Struct):
 
     def _scan(self) -> list[_Item]:
         host, settings, database = self.host, self.settings, self.store.path
-        suffixes = ("", "-wal", "-shm", "-reserve", "-acknowledged")
+        suffixes = ("", "-wal", "-shm", "-reserve")
         beside = [database.with_name(database.name + suffix) for suffix in suffixes]
         found = [_Item("journal", database.name, sum(map(host.disk.used, beside)))]
 
