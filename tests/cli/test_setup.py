@@ -22,10 +22,10 @@ def nothing_is_touched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(_setup, "DIRECTORY", tmp_path / "units")
     monkeypatch.setattr(_setup, "ENVIRONMENT", tmp_path / "volantd")
 
-    def no_systemctl(*arguments: str) -> None:
-        raise AssertionError(f"systemctl {arguments}")
+    def no_program(*command: str) -> None:
+        raise AssertionError(command)
 
-    monkeypatch.setattr(_setup, "_systemctl", no_systemctl)
+    monkeypatch.setattr(_setup, "_run", no_program)
 
 
 def setup(*words: str) -> Result:
@@ -60,7 +60,7 @@ def test_a_dry_run_needs_nothing_prints_everything_and_does_nothing(
     for name, text in _setup.rendered().items():
         assert f"# write {tmp_path / 'units' / name}\n{text}" in done.stdout
     ran = [line for line in done.stdout.splitlines() if line.startswith("# run systemctl ")]
-    assert [line.split()[3] for line in ran] == ["daemon-reload", "enable", "stop", "restart", "start", "restart"]
+    assert [line.split()[4] for line in ran] == ["daemon-reload", "enable", "stop", "restart", "start", "restart"]
     assert list((tmp_path / "units").iterdir()) == []
 
     done = setup("--uninstall", "--purge", "--dry-run")

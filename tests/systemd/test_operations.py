@@ -1,8 +1,6 @@
-"""What an operator does under a real systemd: maintenance with a guest, a dump into the journal, a bundle."""
+"""What an operator does under a real systemd: maintenance with a guest, a dump into the journal."""
 
 from __future__ import annotations
-
-import tarfile
 
 import trio
 
@@ -44,7 +42,7 @@ async def test_maintenance_sets_guests_aside_and_brings_them_back(box: Box) -> N
     box.volar("vms", "delete", "demo")
 
 
-def test_a_signal_dumps_into_the_journal_and_a_bundle_has_it(box: Box) -> None:
+def test_a_signal_dumps_into_the_journal(box: Box) -> None:
     box.volar("setup")
     pid = box.show("volantd.service", "MainPID")
     box.systemctl("kill", "--signal=SIGUSR1", "--kill-whom=main", "volantd.service")
@@ -53,11 +51,3 @@ def test_a_signal_dumps_into_the_journal_and_a_bundle_has_it(box: Box) -> None:
     assert "volant/daemon/_daemon.py" in tasks
     assert any("Current thread" in text for text in box.said("_SYSTEMD_UNIT=volantd.service"))
     assert box.show("volantd.service", "MainPID") == pid
-
-    box.volar("debug", "bundle", "--output", "/run/bundle.tar.gz")
-    with tarfile.open(f"/proc/{box.init}/root/run/bundle.tar.gz") as tar:
-        found = {member.name.partition("/")[2]: tar.extractfile(member) for member in tar.getmembers()}
-        texts = {name: file.read().decode() for name, file in found.items() if file is not None}
-    assert "Id=volantd.service" in texts["systemd.txt"]
-    assert "all tasks:" in texts["log.txt"]
-    assert "volant/daemon/_daemon.py" in texts["daemon/tasks.txt"]

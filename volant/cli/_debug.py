@@ -1,21 +1,32 @@
-"""`volar debug`: data for bug reports."""
+"""`volar debug bundle`: answers of the API in one file, for a bug report."""
 
 from __future__ import annotations
 
+import io
+import json
 import os
+import tarfile
+import time
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
 import click
+import msgspec
 import trio
 
-from ._bundle import Bundle, gather
+from volant.client import Client, ClientError
+from volant.model import Problem, StreamGap
+
 from ._lazy_group import LazyGroup
-from ._options import Options, common, pass_options
-from ._output import Output
-from ._run import CONFLICT, Failure, guarded
-from ._streaming import client_of
-from ._target import target_of
+from ._run import CONFLICT, Failure
+from ._streaming import Session, command
+
+_ANSWER_S = 15.0
+_EVENTS = 1000
+_EVENTS_S = 5.0
+_INSPECTED = 50
+"""VMs whose `inspect` is included: those with a reason first, then those that don't run."""
 
 
 @click.group(name="debug", cls=LazyGroup)
@@ -23,43 +34,84 @@ def group() -> None:
     """Collect information for a bug report."""
 
 
-@group.command("bundle")
-@common()
+@command(group, "bundle")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: volant-debug-<time>.tar.gz here.")
-@click.option("--log", type=click.Path(path_type=Path), help="The daemon's log, if it is not in systemd's journal.")
-@click.option("--consoles", is_flag=True, help="Also the last output of crashed guests, which may contain secrets.")
-@pass_options
-def bundle(options: Options, output: Path | None, log: Path | None, consoles: bool) -> int:
-    """Write one file for a bug report: versions, the host, settings, log, VMs, events, what every task does.
+async def bundle(session: Session, output: Path | None) -> None:
+    """Write one file for a bug report: the daemon's answers about itself, its VMs, events and tasks.
 
-    Without a running daemon it contains only data of the host. As root it finds more. Keys, tokens, queries,
-    environments, kernel command lines and values of labels are left out. Check it before you share it.
+    It contains no keys, no secrets, no environments of workloads and no output of guests, but names, labels, paths and
+    addresses. Check it before you share it, and add the daemon's log.
     """
+    name = f"volant-debug-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    path = output if output is not None else Path(f"{name}.tar.gz")
+    members, missing = await _gather(session.client)
+    _write(path, _archive(name, members))
+    for what, why in missing.items():
+        session.out.note(f"missing: {what}: {why}")
+    session.out.note("check it before you share it")
+    session.out.result({"path": str(path), "members": list(members), "missing": missing}, str(path))
 
-    def work() -> int:
-        name = f"volant-debug-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
-        path = output if output is not None else Path(f"{name}.tar.gz")
-        if log is not None and not log.is_file():
-            raise click.UsageError(f"--log: there is no file {log}")
-        out = Output(options.json)
-        key = target_of(options).api_key
 
-        async def run() -> Bundle:
-            async with client_of(options) as client:
-                return await gather(client, [key] if key else [], log, consoles)
+async def _gather(client: Client) -> tuple[dict[str, bytes], dict[str, str]]:
+    """Returns the answers by file name, and why others are missing. :raises ClientError: the daemon does not answer."""
+    members = {"healthz.json": _json(await client.healthz())}
+    missing: dict[str, str] = {}
 
-        gathered = trio.run(run)
-        _write(path, gathered.archive(name))
-        if options.json:
-            out.document({"path": str(path), "members": list(gathered.members), "missing": gathered.missing})
-            return 0
-        for what, why in gathered.missing.items():
-            out.note(f"missing: {what}: {why}")
-        out.note("check it before you share it")
-        out.line(str(path))
-        return 0
+    async def add(name: str, ask: Callable[[], Awaitable[object]]) -> None:
+        try:
+            with trio.fail_after(_ANSWER_S):
+                answer = await ask()
+            members[name] = answer.encode() if isinstance(answer, str) else _json(answer)
+        except trio.TooSlowError:
+            missing[name] = f"it took more than {_ANSWER_S:g} s"
+        except (ClientError, Problem) as error:
+            missing[name] = str(error)
 
-    return guarded(options, work)
+    await add("info.json", client.system.info)
+    await add("status.json", client.system.status)
+    await add("tree.json", client.system.tree)
+    await add("tasks.txt", client.system.tasks)
+    await add("metrics.txt", client.system.metrics)
+    await add("orphans.json", client.system.orphans)
+    await add("plugins.json", client.plugins.list)
+    await add("events.json", lambda: _events(client))
+    await add("vms.json", client.vms.list)
+    if "vms.json" in members:
+        vms = sorted(await client.vms.list(), key=lambda vm: (vm.reason is None, vm.status == "running", vm.id))
+        for vm in vms[:_INSPECTED]:
+            await add(f"inspect/{vm.name}.json", lambda name=vm.name: client.vms.inspect(name))  # type: ignore[misc]
+    return members, missing
+
+
+async def _events(client: Client) -> list[object]:
+    """Returns the newest events."""
+    newest = await client.newest_event()
+    epoch, _, number = newest.rpartition("-")
+    # An event's number is no contract with clients; `volar` comes with its daemon.
+    before = f"{epoch}-{max(0, int(number) - _EVENTS)}" if number.isdecimal() else "0"
+    events: list[object] = []
+    async with client.events(after=before) as feed:
+        with trio.move_on_after(_EVENTS_S):
+            while before != newest and len(events) < _EVENTS:
+                event = await feed.receive()
+                events.append(event)
+                before = event.oldest if isinstance(event, StreamGap) else event.id
+    return events
+
+
+def _json(answer: object) -> bytes:
+    plain = msgspec.to_builtins(answer, str_keys=True)
+    return (json.dumps(plain, indent=2, ensure_ascii=False) + "\n").encode(errors="replace")
+
+
+def _archive(prefix: str, members: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(f"{prefix}/{name}")
+            info.size, info.mode, info.mtime = len(data), 0o600, int(time.time())
+            tar.addfile(info, io.BytesIO(data))
+    return buffer.getvalue()
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import grp
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
@@ -37,6 +37,7 @@ HIDDEN = tuple(map(Path, ("/home", "/root", "/run/user", "/tmp", "/var/tmp")))
 """Directories that the sandbox of the units hides."""
 _PLAIN = re.compile(r"[A-Za-z0-9/._+@-]+")
 _TIMEOUT_S = 300.0
+_WITHOUT = "volantd does not need systemd: run it in a terminal, or under another service manager"
 
 
 def rendered() -> dict[str, str]:
@@ -89,90 +90,111 @@ def _hidden_paths() -> list[Path]:
     return sorted(path for path in hidden if not any(other != path and path.is_relative_to(other) for other in hidden))
 
 
-class _Work:
-    """Makes the changes, or with `dry` only prints them."""
+@dataclass(frozen=True)
+class _Write:
+    path: Path
+    text: str
 
-    def __init__(self, out: Output, dry: bool) -> None:
-        self._out = out
-        self.dry = dry
+    def __str__(self) -> str:
+        return f"write {self.path}\n{self.text}"
 
-    def warn(self, text: str) -> None:
-        self._out.note(text)
-
-    def write(self, path: Path, text: str) -> bool:
-        """Writes a file; returns whether its text changed."""
-        if self.dry:
-            self._out.line(f"# write {path}")
-            for line in text.splitlines():
-                self._out.line(line)
-            self._out.line("")
-            return True
-        if path.is_file() and path.read_text() == text:
-            return False
-        fresh = path.with_name(f".{path.name}.new")
-        fresh.write_text(text)
+    def do(self) -> str | None:
+        if self.path.is_file() and self.path.read_text() == self.text:
+            return None
+        fresh = self.path.with_name(f".{self.path.name}.new")
+        fresh.write_text(self.text)
         fresh.chmod(0o644)
-        fresh.replace(path)
-        self._out.note(f"wrote {path}")
-        return True
+        fresh.replace(self.path)
+        return f"wrote {self.path}"
 
-    def remove(self, path: Path) -> None:
-        if self.dry:
-            self._out.line(f"# remove {path}")
-        elif path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-            self._out.note(f"removed {path}")
-        elif path.exists() or path.is_symlink():
-            path.unlink()
-            self._out.note(f"removed {path}")
 
-    def group(self, name: str) -> None:
-        """Creates a system group unless it exists."""
-        with suppress(KeyError):
-            grp.getgrnam(name)
-            return
-        if self.dry:
-            self._out.line(f"# run groupadd --system {name}")
-            return
-        try:
-            done = subprocess.run(
-                ["groupadd", "--system", name], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
-            )
-            failure = None if done.returncode == 0 else done.stderr.strip()[-1000:]
-        except (OSError, subprocess.TimeoutExpired) as error:
-            failure = str(error)
-        if failure is not None:
-            raise Failure(f"groupadd --system {name} failed: {failure}", hint=f"create the group {name} yourself")
-        self._out.note(f"created the group {name}; its members can use the daemon")
+@dataclass(frozen=True)
+class _Remove:
+    path: Path
 
-    def systemctl(self, *arguments: str, hint: str | None = None, may_fail: bool = False) -> None:
-        if self.dry:
-            self._out.line(f"# run systemctl {' '.join(arguments)}")
-            return
-        done = _systemctl(*arguments)
-        if done.returncode != 0 and not may_fail:
+    def __str__(self) -> str:
+        return f"remove {self.path}"
+
+    def do(self) -> str | None:
+        if self.path.is_dir() and not self.path.is_symlink():
+            shutil.rmtree(self.path)
+        elif self.path.exists() or self.path.is_symlink():
+            self.path.unlink()
+        else:
+            return None
+        return f"removed {self.path}"
+
+
+@dataclass(frozen=True)
+class _Run:
+    command: tuple[str, ...]
+    hint: str | None = None
+    may_fail: bool = False
+
+    def __str__(self) -> str:
+        return f"run {shlex.join(self.command)}"
+
+    def do(self) -> str | None:
+        done = _run(*self.command)
+        if done.returncode != 0 and not self.may_fail:
             message = (done.stderr or done.stdout).strip()
-            raise Failure(f"systemctl {' '.join(arguments)} failed: {message[-1000:]}", hint=hint)
+            raise Failure(f"{shlex.join(self.command)} failed: {message[-1000:]}", hint=self.hint)
+        return None
 
 
-def _systemctl(*arguments: str) -> subprocess.CompletedProcess[str]:
+_Step = _Write | _Remove | _Run
+
+
+def _systemctl(*arguments: str, hint: str | None = None, may_fail: bool = False) -> _Run:
+    return _Run(("systemctl", "--no-pager", *arguments), hint, may_fail)
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(
-            ["systemctl", "--no-pager", *arguments],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_TIMEOUT_S,
-            check=False,
-        )
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+            timeout=_TIMEOUT_S, check=False,
+        )  # fmt: skip
     except FileNotFoundError:
-        raise Failure("there is no systemctl on this host", hint=_WITHOUT) from None
+        raise Failure(f"there is no {command[0]} on this host", hint=_WITHOUT) from None
     except subprocess.TimeoutExpired:
-        raise Failure(f"systemctl {' '.join(arguments)} takes longer than {_TIMEOUT_S:g} s") from None
+        raise Failure(f"{shlex.join(command)} takes longer than {_TIMEOUT_S:g} s") from None
 
 
-_WITHOUT = "volantd does not need systemd: run it in a terminal, or under another service manager"
+def _installation() -> Iterator[_Step]:
+    """Yields what installs the service, or brings it up to date; running VMs keep running."""
+    units = rendered()
+    socket = DIRECTORY / "volantd.socket"
+    # The daemon gets its sockets from it, and its addresses may change.
+    is_new = not socket.is_file() or socket.read_text() != units[socket.name]
+    look = "`journalctl -u volantd.service -u volantd.socket -n 50` shows why"
+    yield _Run(("systemd-sysusers", "--inline", f"g {_GROUP} -"))
+    for name, text in units.items():
+        yield _Write(DIRECTORY / name, text)
+    yield _systemctl("daemon-reload")
+    yield _systemctl("enable", *_ENABLED)
+    if is_new:
+        yield _systemctl("stop", "volantd.service", may_fail=True)
+        yield _systemctl("restart", "volantd.socket", hint=look)
+    yield _systemctl("start", *_ENABLED[:2], hint=look)
+    # The installed version may be another.
+    yield _systemctl("restart", "volantd.service", hint=look)
+
+
+def _removal(purge: bool) -> Iterator[_Step]:
+    """Yields what removes the service."""
+    yield _systemctl("disable", "--now", "volantd.service", "volantd.socket", may_fail=True)
+    # The first shuts guests down, the second kills those that are left.
+    yield _systemctl("disable", "--now", "volant-guests.service", may_fail=True)
+    yield _systemctl("stop", "volant.slice", may_fail=True)
+    for name in reversed(UNITS):
+        yield _Remove(DIRECTORY / name)
+    yield _systemctl("daemon-reload")
+    yield _systemctl("reset-failed", *UNITS, may_fail=True)
+    for path in (_RUNTIME, *(_KEPT if purge else ())):
+        yield _Remove(path)
+    # Another daemon may have its own there.
+    yield _Run(("find", "/dev/shm", "-maxdepth", "1", "-name", "volant-*", "-empty", "-delete"), may_fail=True)
 
 
 def _check(what: str) -> None:
@@ -180,6 +202,16 @@ def _check(what: str) -> None:
         raise Failure("this host does not run systemd", hint=_WITHOUT)
     if os.geteuid() != 0:
         raise Failure(f"only root can {what} services", hint="try it with sudo; --dry-run shows what it would do")
+
+
+def _check_no_vms() -> None:
+    listed = _run("systemctl", "list-units", "--plain", "--no-legend", "--state=running", "volant-*.scope").stdout
+    running = [line.split()[0] for line in listed.splitlines() if line.strip()]
+    if running:
+        raise Failure(
+            f"{len(running)} VMs run: {', '.join(running[:10])}",
+            hint="stop them (`volar system drain --stop-vms --wait`), or add --stop-vms",
+        )
 
 
 def settings() -> dict[str, str]:
@@ -202,60 +234,6 @@ def _unquoted(value: str) -> str:
     if len(value) > 1 and value[0] == value[-1] == '"':
         return re.sub(r'\\([\\"$`])', r"\1", value[1:-1])
     return value.strip("\"' ")
-
-
-def _install(work: _Work) -> None:
-    units = rendered()
-    # The socket unit decides the addresses.
-    if addresses := settings().get("VOLANT_API_LISTEN_ADDR"):
-        work.warn(
-            f"VOLANT_API_LISTEN_ADDR={addresses} in {ENVIRONMENT} does nothing here: systemd opens the sockets; "
-            "set the addresses with `systemctl edit volantd.socket`"
-        )
-    if not work.dry:
-        _check("install")
-    work.group(_GROUP)
-    changed = {name for name, text in units.items() if work.write(DIRECTORY / name, text)}
-    if changed:
-        work.systemctl("daemon-reload")
-    work.systemctl("enable", *_ENABLED)
-    look = "`journalctl -u volantd.service -u volantd.socket -n 50` shows why"
-    if "volantd.socket" in changed:
-        # Its addresses may have changed, and the daemon gets its sockets from it.
-        work.systemctl("stop", "volantd.service", may_fail=True)
-        work.systemctl("restart", "volantd.socket", hint=look)
-    work.systemctl("start", *_ENABLED[:2], hint=look)
-    # The installed version may be another; VMs keep running.
-    work.systemctl("restart", "volantd.service", hint=look)
-
-
-def _uninstall(work: _Work, stop_vms: bool, purge: bool) -> None:
-    if not work.dry:
-        _check("remove")
-        if not stop_vms and (running := _scopes()):
-            raise Failure(
-                f"{len(running)} VMs run: {', '.join(running[:10])}",
-                hint="stop them (`volar system drain --stop-vms --wait`), or add --stop-vms",
-            )
-    work.systemctl("disable", "--now", "volantd.service", "volantd.socket", may_fail=True)
-    # The first shuts guests down, the second kills those that are left.
-    work.systemctl("disable", "--now", "volant-guests.service", may_fail=True)
-    work.systemctl("stop", "volant.slice", may_fail=True)
-    for name in reversed(UNITS):
-        work.remove(DIRECTORY / name)
-    work.systemctl("daemon-reload")
-    work.systemctl("reset-failed", *UNITS, may_fail=True)
-    for path in (_RUNTIME, *(_KEPT if purge else ())):
-        work.remove(path)
-    for path in Path("/dev/shm").glob("volant-*"):
-        if not work.dry:
-            with suppress(OSError):
-                path.rmdir()
-
-
-def _scopes() -> Sequence[str]:
-    lines = _systemctl("list-units", "--plain", "--no-legend", "--state=running", "volant-*.scope").stdout.splitlines()
-    return [line.split()[0] for line in lines if line.strip()]
 
 
 @click.command(name="setup")
@@ -283,17 +261,29 @@ def group(options: Options, check: bool, dry_run: bool, uninstall: bool, stop_vm
             if dry_run or uninstall:
                 raise click.UsageError("--check can't be combined with other options")
             return _doctor.check(out, command_of("volantd", "volant.daemon.main"), settings())
-        doing = _Work(out, dry_run)
+        # The socket unit decides the addresses.
+        if not uninstall and (addresses := settings().get("VOLANT_API_LISTEN_ADDR")):
+            out.note(
+                f"VOLANT_API_LISTEN_ADDR={addresses} in {ENVIRONMENT} does nothing here: systemd opens the sockets; "
+                "set the addresses with `systemctl edit volantd.socket`"
+            )
+        steps = _removal(purge) if uninstall else _installation()
+        if dry_run:
+            for step in steps:
+                out.line(f"# {step}")
+            return 0
+        _check("remove" if uninstall else "install")
+        if uninstall and not stop_vms:
+            _check_no_vms()
         try:
-            if uninstall:
-                _uninstall(doing, stop_vms, purge)
-            else:
-                _install(doing)
+            for step in steps:
+                if (done := step.do()) is not None:
+                    out.note(done)
         except OSError as error:
             raise Failure(f"{error.filename}: {error.strerror}") from error
-        if options.json and not dry_run:
+        if options.json:
             out.document({"installed": not uninstall, "units": list(UNITS)})
-        elif not dry_run:
+        else:
             out.line("volantd is removed" if uninstall else "volantd runs; `volar system status` shows its state")
         return 0
 
