@@ -41,7 +41,7 @@ def sample(operation: Operation) -> str:
     """A path that the operation is for."""
     return operation.path.format(
         name="base" if "/plugins/" in operation.path else "demo", port=8080, path="x/y", target="x",
-        plugin="base", action="x", id="x", mark="volant-x-1.1", digest="0" * 32, snapshot="x", sha256="0" * 64,
+        plugin="base", action="x", id="x", tag="volant-x-1.1", digest="0" * 32, snapshot="x", sha256="0" * 64,
     )  # fmt: skip
 
 

@@ -94,7 +94,7 @@ async def test_a_snapshot_is_shown_used_and_removed(served: Api) -> None:
         "kind": "snapshot", "vm": "demo", "vm_id": row.id, "snapshot": "warm", "snapshot_id": "abc", "paused_ms": 12.5,
     }  # fmt: skip
     # Its files never were: no cold boot is made of what was to be a copy.
-    assert vm["reason"]["code"] == "capture_gone"
+    assert vm["reason"]["code"] == "checkpoint_gone"
     assert (await served.client.delete("/api/v1/snapshots/warm")).status_code == 204
     for method in ("GET", "DELETE"):
         gone = await served.client.request(method, "/api/v1/snapshots/warm")
@@ -210,7 +210,7 @@ async def test_tools_copy_vms_and_report_failures(served: Api) -> None:
     assert ([one["name"] for one in found["snapshots"]], found["left_out"]) == (["warm"], 0)
     assert await tool(served, "vms_fork", vm="demo", names=["one", "two"]) is None
     restored = await tool(served, "vms_restore", name="three", from_snapshot="warm")
-    assert (restored["outcome"], restored["vm"]["reason"]["code"]) == ("failed", "capture_gone")
+    assert (restored["outcome"], restored["vm"]["reason"]["code"]) == ("failed", "checkpoint_gone")
     # Its actor has looked by now: nothing runs.
     assert await tool(served, "vms_snapshot", vm="demo") is None
     assert (await tool(served, "snapshots_delete", snapshot="warm"))["deleted"] is True

@@ -81,10 +81,10 @@ async def test_files_that_a_vm_or_a_plugin_uses_stay_and_others_are_removed(serv
         place(tmp_path / "cache", letter * 64)
     _store.make_current(tmp_path / "cache", "a" * 64)
     found = await items(served)
-    assert found["medium", of_plugin[1]]["used_by"] == ["plugin keeper"]
-    assert found["medium", of_vm[1]]["used_by"] == ["VM demo", "plugin user"]
-    assert found["medium", of_nobody[1]] == {
-        "kind": "medium", "name": of_nobody[1], "bytes": 4096, "used_by": [], "reclaimable": True,
+    assert found["artifact", of_plugin[1]]["used_by"] == ["plugin keeper"]
+    assert found["artifact", of_vm[1]]["used_by"] == ["VM demo", "plugin user"]
+    assert found["artifact", of_nobody[1]] == {
+        "kind": "artifact", "name": of_nobody[1], "bytes": 4096, "used_by": [], "reclaimable": True,
     }  # fmt: skip
     assert {key[1]: item["reclaimable"] for key, item in found.items() if key[0] == "image"} == {
         "a" * 64: False,
@@ -94,7 +94,7 @@ async def test_files_that_a_vm_or_a_plugin_uses_stay_and_others_are_removed(serv
     assert not found["journal", "volant.db"]["reclaimable"]
 
     dry = await prune(served, "?dry_run=true")
-    expected = {("medium", of_nobody[1]), ("image", "b" * 64)}
+    expected = {("artifact", of_nobody[1]), ("image", "b" * 64)}
     assert {(item["kind"], item["name"]) for item in dry["items"]} == expected
     assert set(await items(served)) == set(found)
     done = await prune(served)
@@ -210,7 +210,7 @@ async def test_what_another_daemon_with_the_same_cache_uses_stays_for_as_long_as
         await artifact_cache(tmp_path, state_dir).obtain(artifact)
     await artifacts.obtain(artifact)
     found = await items(served)
-    for key in (("medium", digest), ("image", "b" * 64)):
+    for key in (("artifact", digest), ("image", "b" * 64)):
         assert (found[key]["used_by"], found[key]["reclaimable"]) == ([f"the daemon of {other}"], False)
     assert (await prune(served))["items"] == []
     # Whoever asks for it finds it, without another fetch.

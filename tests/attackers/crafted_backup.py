@@ -35,7 +35,7 @@ class Victim:
     process: Json
 
 
-NOBODY = Victim(Path("/srv/somebody"), {"pid": 4242, "start_time": 1, "boot_id": "b", "mark": "some-argument"})
+NOBODY = Victim(Path("/srv/somebody"), {"pid": 4242, "start_time": 1, "boot_id": "b", "tag": "some-argument"})
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,13 @@ MEMBERS: Mapping[str, Member] = {
     "layer, parent": _vm("layer", "..", manifest=ROOTFS),
     "layer of another VM": _vm("layer", "6-20250924T123456.000000", manifest=ROOTFS),
     "layer with a line break": _vm("layer", "7-x\n", manifest=ROOTFS),
-    "mark": _vm("mark", lambda victim: victim.process["mark"], status="running", desired="running"),
-    "mark of another VM": _vm("mark", "volant-0000000000-6.1", status="running"),
-    "process": _vm("process", lambda victim: victim.process | {"mark": "volant-0000000000-8.1"}, status="running"),
+    "tag": _vm("tag", lambda victim: victim.process["tag"], status="running", desired="running"),
+    "tag of another VM": _vm("tag", "volant-0000000000-6.1", status="running"),
+    "process": _vm("process", lambda victim: victim.process | {"tag": "volant-0000000000-8.1"}, status="running"),
     "image": _vm("image", _outside),
     "template": _vm("template", _outside),
     "template of a checkpoint": _vm("template", "fork-../../x"),
-    "capture": _vm("capture", lambda victim: f"snapshot-/../{_outside(victim)}"),
+    "checkpoint": _vm("checkpoint", lambda victim: f"snapshot-/../{_outside(victim)}"),
     "serial socket": _vm("serial_socket", "/run/docker.sock"),
     "name": _vm("name", "../x"),
     "project": _vm("project", "../x"),

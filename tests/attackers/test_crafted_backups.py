@@ -81,8 +81,8 @@ def test_a_database_that_is_crafted_as_a_file_is_refused(how: str, tmp_path: Pat
 def test_processes_in_a_backup_are_dropped(tmp_path: Path) -> None:
     """Also processes that look like the daemon's: of another daemon on this host, or of another VM."""
     tag = "volant-1111111111-7.1"
-    row = crafted_backup.vm_row() | {"status": "running", "mark": tag, "serial_socket": "/run/x/vms/7/console.sock"}
-    row["process"] = {"pid": 4242, "start_time": 1, "boot_id": "b", "mark": tag}
+    row = crafted_backup.vm_row() | {"status": "running", "tag": tag, "serial_socket": "/run/x/vms/7/console.sock"}
+    row["process"] = {"pid": 4242, "start_time": 1, "boot_id": "b", "tag": tag}
     path = tmp_path / "volant.db"
     file = make(tmp_path / "backup.db")
     with apsw.Connection(str(file)) as connection:
@@ -129,7 +129,7 @@ def victim(tmp_path: Path) -> Iterator[Victim]:
         try:
             fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
             boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-            identity = {"pid": process.pid, "start_time": int(fields[19]), "boot_id": boot_id, "mark": word}
+            identity = {"pid": process.pid, "start_time": int(fields[19]), "boot_id": boot_id, "tag": word}
             yield Victim(directory, identity)
             assert process.poll() is None, "somebody's process was ended"
             assert (directory / "work").read_text() == "of years"
@@ -147,7 +147,7 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
         made.discard()
 
 
-HARMFUL = ("layer, relative", "layer, absolute", "layer, parent", "mark", "template", "capture", "snapshot's id")
+HARMFUL = ("layer, relative", "layer, absolute", "layer, parent", "tag", "template", "checkpoint", "snapshot's id")
 
 
 @pytest.mark.parametrize("how", HARMFUL)

@@ -23,7 +23,7 @@ async def test_a_fork_names_its_copies_and_fails_with_the_one_that_failed() -> N
     async with serving() as server:
         server.routes["POST /api/v1/vms/demo/fork"] = answer([vm(name="one"), vm(name="two")], 201)
         server.routes["GET /api/v1/vms/one"] = answer(vm(name="one"), **{"Volant-Wait": "met"})
-        crashed = vm(name="two", status="crashed", reason={"code": "capture_gone", "message": "it is gone"})
+        crashed = vm(name="two", status="crashed", reason={"code": "checkpoint_gone", "message": "it is gone"})
         server.routes["GET /api/v1/vms/two"] = answer(crashed, **{"Volant-Wait": "failed"})
         done = await volar(server, "vms", "fork", "demo", "-n", "2", "--wait")
     assert (done.code, done.out.decode().splitlines()) == (1, ["one is running", "two is crashed: it is gone"])

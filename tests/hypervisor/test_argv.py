@@ -125,14 +125,14 @@ def test_a_guest_gets_vsock_where_the_spec_says_so() -> None:
 
 
 def test_a_disk_is_a_layer_over_a_read_only_base() -> None:
-    disk = Disk(Path("/cache/media/a,b"), Path("/state/disks/7/root.qcow2"))
+    disk = Disk(Path("/cache/artifacts/a,b"), Path("/state/disks/7/root.qcow2"))
     for accelerator, device in (("tcg", "virtio-blk-pci"), ("kvm", "virtio-blk-device")):
         spec = msgspec.structs.replace(SPEC, root=disk, accelerator=accelerator)
         found = options(build_argv(spec, (10, 0)))
         nodes = {node.split("node-name=")[1].split(",")[0]: node for node in found["-blockdev"]}
         assert list(nodes) == ["root-base-file", "root-base", "root-layer-file", "root"]
         assert all("read-only=on" in nodes[name] for name in ("root-base-file", "root-base"))
-        assert "filename=/cache/media/a,,b," in nodes["root-base-file"]
+        assert "filename=/cache/artifacts/a,,b," in nodes["root-base-file"]
         assert "backing=root-base," in nodes["root"]
         assert any(value.startswith(f"{device},id=root0,drive=root,serial=volant-root") for value in found["-device"])
         assert "volant.root=volant-root debug" in found["-append"][0]
@@ -181,7 +181,7 @@ def test_a_machine_with_its_own_memory_can_have_a_balloon_which_its_copy_keeps()
     assert options(copy)["-device"] == options(balloon)["-device"]
 
 
-DISK = Disk(Path("/cache/media/ab,12"), Path("/state/disks/7-now/root.qcow2"))
+DISK = Disk(Path("/cache/artifacts/ab,12"), Path("/state/disks/7-now/root.qcow2"))
 NIC = Nic(
     mac="02:00:00:00:00:07",
     tap="v12345678000007",

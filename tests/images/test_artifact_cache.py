@@ -151,7 +151,7 @@ def code(cache: Path, url: str | Path, digest: str = DIGEST) -> str:
     with pytest.raises(ImageError) as caught:
         get(cache, url, digest)
     print(caught.value)
-    folder = cache / "media"
+    folder = cache / "artifacts"
     assert not folder.exists() or list(folder.iterdir()) == []
     return caught.value.code
 
@@ -177,13 +177,13 @@ def test_a_broken_transfer_is_continued(cache: Path, server: Server) -> None:
 @pytest.mark.parametrize(
     ("way", "expected", "requests"),
     [
-        ("gone", "media_missing", 1),
-        ("sick", "media_unreachable", 5),
-        ("cut", "media_unreachable", 2),
-        ("huge", "media_too_large", 1),
-        ("endless", "media_too_large", 1),
-        ("circle", "media_unreachable", 5),
-        ("elsewhere", "media_unreachable", 1),
+        ("gone", "artifact_missing", 1),
+        ("sick", "artifact_unreachable", 5),
+        ("cut", "artifact_unreachable", 2),
+        ("huge", "artifact_too_large", 1),
+        ("endless", "artifact_too_large", 1),
+        ("circle", "artifact_unreachable", 5),
+        ("elsewhere", "artifact_unreachable", 1),
     ],
 )
 def test_errors_of_servers_have_codes(cache: Path, server: Server, way: str, expected: str, requests: int) -> None:
@@ -194,14 +194,14 @@ def test_errors_of_servers_have_codes(cache: Path, server: Server, way: str, exp
 @pytest.mark.parametrize("way", ["silent", "stalls"])
 def test_a_silent_server_is_unreachable(cache: Path, server: Server, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(downloading, "_STALL_S", 0.1)
-    assert code(cache, f"{server.origin}/{way}") == "media_unreachable"
+    assert code(cache, f"{server.origin}/{way}") == "artifact_unreachable"
     assert len(server.requests) == 5
 
 
 def test_a_closed_port_is_unreachable(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(downloading, "_FIRST_PAUSE_S", 0.0)
     port = free_port()
-    assert code(cache, f"http://127.0.0.1:{port}/") == "media_unreachable"
+    assert code(cache, f"http://127.0.0.1:{port}/") == "artifact_unreachable"
 
 
 async def test_a_local_file_that_opens_too_late_is_closed(
@@ -270,7 +270,7 @@ def is_open(path: Path) -> bool:
 
 
 def test_a_different_file_is_refused_without_its_digest(cache: Path, server: Server, local: Path) -> None:
-    for url, name in ((f"{server.origin}/whole", "media_mismatch"), (str(local), "media_missing")):
+    for url, name in ((f"{server.origin}/whole", "artifact_mismatch"), (str(local), "artifact_missing")):
         with pytest.raises(ImageError) as caught:
             get(cache, url, "0" * 64)
         assert caught.value.code == name
@@ -309,13 +309,13 @@ def test_a_local_file_is_copied_with_its_holes(cache: Path, tmp_path: Path, form
 def test_special_files_are_refused_at_once(cache: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "none", tmp_path / "pipe", tmp_path, Path("/dev/zero")):
-        assert code(cache, path) == "media_missing"
+        assert code(cache, path) == "artifact_missing"
 
 
 def test_a_local_file_may_be_too_large(cache: Path, tmp_path: Path) -> None:
     with (tmp_path / "large").open("wb") as handle:
         handle.truncate(LIMIT + 1)
-    assert code(cache, tmp_path / "large") == "media_too_large"
+    assert code(cache, tmp_path / "large") == "artifact_too_large"
 
 
 def test_a_nearly_full_disk_is_refused(
@@ -336,7 +336,7 @@ def test_a_full_disk_leaves_nothing(cache: Path, local: Path) -> None:
     ended = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=False)
     assert ended.returncode == 1
     assert "the cache can't be written: File too large" in ended.stderr
-    assert list((cache / "media").iterdir()) == []
+    assert list((cache / "artifacts").iterdir()) == []
 
 
 def test_a_touched_artifact_is_verified_again_and_replaced_if_changed(cache: Path, local: Path) -> None:
@@ -368,7 +368,7 @@ def test_an_artifact_can_be_removed(cache: Path, local: Path) -> None:
     get(cache, local)
     assert remove_artifact(cache, DIGEST)
     assert not remove_artifact(cache, DIGEST)
-    assert list((cache / "media").iterdir()) == []
+    assert list((cache / "artifacts").iterdir()) == []
 
 
 async def test_ten_callers_share_one_fetch(cache: Path, server: Server) -> None:
@@ -405,7 +405,7 @@ async def test_ten_callers_share_one_failure(cache: Path, server: Server) -> Non
         async with trio.open_nursery() as nursery:
             for _ in range(10):
                 nursery.start_soon(want)
-    assert {error.code for error in said} == {"media_missing"}
+    assert {error.code for error in said} == {"artifact_missing"}
     assert all(artifact.url in error.message and DIGEST in error.message for error in said)
     assert len(server.requests) == 1
 
@@ -438,7 +438,7 @@ async def test_cancelling_ends_the_fetch_and_a_waiting_caller_restarts_it(cache:
     assert leaving.cancelled_caught
     assert len(server.requests) == 2
     # The second fetch has removed the part of the first one.
-    assert {path.name for path in (cache / "media").iterdir()} == {DIGEST, f"{DIGEST}.json"}
+    assert {path.name for path in (cache / "artifacts").iterdir()} == {DIGEST, f"{DIGEST}.json"}
 
 
 async def test_an_upload_has_a_deadline_while_the_same_artifact_is_fetched(cache: Path) -> None:

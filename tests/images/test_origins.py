@@ -101,7 +101,7 @@ def refused(cache: Path, url: str, allowed: Origins = PUBLIC) -> str:
     """Returns the message of a refused fetch."""
     with pytest.raises(ImageError) as caught:
         fetch(cache, url, DIGEST, max_bytes=2**20, origins=allowed)
-    assert caught.value.code == "media_refused"
+    assert caught.value.code == "artifact_refused"
     return str(caught.value)
 
 

@@ -79,11 +79,11 @@ def test_a_snapshot_that_does_not_fit_is_refused_until_it_fits(
     tmp_path: Path, kind: dict[str, object], why: str
 ) -> None:
     async def story(world: World) -> None:
-        record = await snapshot(world) / "capture.json"
+        record = await snapshot(world) / "checkpoint.json"
         before = bytes(world.machine.files.file(record).data)
         rewrite(world, record, **kind)
         vm = await restore(world, "no")
-        assert (vm["status"], vm["reason"]["code"]) == ("crashed", "capture_unfit")
+        assert (vm["status"], vm["reason"]["code"]) == ("crashed", "checkpoint_unfit")
         assert why in vm["reason"]["message"]
         world.machine.files.file(record).data[:] = before
         assert (await restore(world, "yes"))["status"] == "running"
@@ -93,14 +93,15 @@ def test_a_snapshot_that_does_not_fit_is_refused_until_it_fits(
 
 def test_a_snapshot_of_an_older_qemu_is_restored(tmp_path: Path) -> None:
     async def story(world: World) -> None:
-        rewrite(world, await snapshot(world) / "capture.json", version="9.2.4", machine="pc-q35-9.2")
+        rewrite(world, await snapshot(world) / "checkpoint.json", version="9.2.4", machine="pc-q35-9.2")
         assert (await restore(world, "copy"))["status"] == "running"
 
     run(tmp_path, story)
 
 
 @pytest.mark.parametrize(
-    ("name", "why"), [("memory", "touched its memory"), ("state", "touched its state"), ("capture.json", "is damaged")]
+    ("name", "why"),
+    [("memory", "touched its memory"), ("state", "touched its state"), ("checkpoint.json", "is damaged")],
 )
 def test_a_changed_file_is_refused(tmp_path: Path, name: str, why: str) -> None:
     async def story(world: World) -> None:
@@ -108,7 +109,7 @@ def test_a_changed_file_is_refused(tmp_path: Path, name: str, why: str) -> None:
         node = world.machine.files.file(directory / name)
         node.data[:] = b"X" + node.data[1:]
         vm = await restore(world, "no")
-        assert (vm["status"], vm["reason"]["code"]) == ("crashed", "capture_damaged")
+        assert (vm["status"], vm["reason"]["code"]) == ("crashed", "checkpoint_damaged")
         assert why in vm["reason"]["message"]
 
     run(tmp_path, story)
@@ -116,10 +117,10 @@ def test_a_changed_file_is_refused(tmp_path: Path, name: str, why: str) -> None:
 
 def test_a_record_that_is_no_utf8_is_refused(tmp_path: Path) -> None:
     async def story(world: World) -> None:
-        record = world.machine.files.file(await snapshot(world) / "capture.json").data
+        record = world.machine.files.file(await snapshot(world) / "checkpoint.json").data
         record[:] = re.sub(rb'("state_sha256": ?").', b"\\1\xff", bytes(record))
         vm = await restore(world, "no")
-        assert (vm["status"], vm["reason"]["code"]) == ("crashed", "capture_damaged")
+        assert (vm["status"], vm["reason"]["code"]) == ("crashed", "checkpoint_damaged")
 
     run(tmp_path, story)
 
@@ -129,12 +130,12 @@ def test_a_changed_state_is_refused_even_with_unchanged_times(tmp_path: Path) ->
         directory = await snapshot(world)
         files = world.machine.files
         files.file(directory / "state").data[-1:] = b" "
-        record = files.file(directory / "capture.json").data
+        record = files.file(directory / "checkpoint.json").data
         said = json.loads(bytes(record))
         said["fingerprints"]["state"] = world.daemon.host.files.fingerprint(directory / "state")
         record[:] = json.dumps(said).encode()
         vm = await restore(world, "no")
-        assert (vm["status"], vm["reason"]["code"]) == ("crashed", "capture_damaged")
+        assert (vm["status"], vm["reason"]["code"]) == ("crashed", "checkpoint_damaged")
         assert "its state has other bytes" in vm["reason"]["message"]
 
     run(tmp_path, story)
@@ -144,7 +145,7 @@ def test_missing_files_are_reported(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         world.machine.files.remove_tree(await snapshot(world))
         vm = await restore(world, "no")
-        assert (vm["status"], vm["reason"]["code"]) == ("crashed", "capture_gone")
+        assert (vm["status"], vm["reason"]["code"]) == ("crashed", "checkpoint_gone")
 
     run(tmp_path, story)
 

@@ -50,10 +50,10 @@ def test_a_lost_database_costs_no_vm(tmp_path: Path) -> None:
         assert [qemu.process.identity.pid for qemu in world.machine.running()] == [vm["pid"], other["pid"]]
         info = (await world.request("GET", "/api/v1/system/info")).json()
         found = await orphans(world)
-        assert info["orphans"] == [{"pid": one["pid"], "mark": one["mark"]} for one in found]
+        assert info["orphans"] == [{"pid": one["pid"], "tag": one["tag"]} for one in found]
         first = found[0]
         assert first == {
-            "mark": first["mark"], "pid": vm["pid"], "vm_id": vm["id"], "name": "demo", "cpu_cores": 2,
+            "tag": first["tag"], "pid": vm["pid"], "vm_id": vm["id"], "name": "demo", "cpu_cores": 2,
             "memory_mb": 128, "adoptable": True, "obstacle": None,
         }  # fmt: skip
 
@@ -61,14 +61,14 @@ def test_a_lost_database_costs_no_vm(tmp_path: Path) -> None:
         new = await boot(world, "new")
         assert new["id"] > other["id"]
 
-        answer = await world.request("POST", f"{ORPHANS}/{first['mark']}/adopt")
+        answer = await world.request("POST", f"{ORPHANS}/{first['tag']}/adopt")
         assert answer.status == 201, answer
         adopted = answer.json()
         kept = ("id", "name", "pid", "cpu_cores", "memory_mb", "kernel_cmdline", "accelerator", "serial_socket")
         assert {key: adopted[key] for key in kept} == {key: vm[key] for key in kept}
         assert (adopted["status"], adopted["boots"], adopted["plugin"]) == ("running", 1, "base")
         assert [one["name"] for one in await orphans(world)] == ["other"]
-        assert (await world.request("POST", f"{ORPHANS}/{first['mark']}/adopt")).status == 404
+        assert (await world.request("POST", f"{ORPHANS}/{first['tag']}/adopt")).status == 404
 
         # From now on it is a VM like any other: held over kills, asked to stop, booted again.
         await world.kill_daemon()
@@ -86,7 +86,7 @@ def test_an_adopted_orphan_is_reported_as_a_new_vm(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         await boot(world, "demo")
         await lose_the_database(world)
-        tag = (await orphans(world))[0]["mark"]
+        tag = (await orphans(world))[0]["tag"]
         assert (await world.request("POST", f"{ORPHANS}/{tag}/adopt")).status == 201
         async with world.stream("GET", "/api/v1/events/vms?since=0") as stream:
             told = b""
@@ -103,7 +103,7 @@ def test_an_adopted_orphan_gets_another_name_if_its_own_is_taken(tmp_path: Path)
         vm = await boot(world, "demo")
         await lose_the_database(world)
         await boot(world, "demo")
-        tag = (await orphans(world))[0]["mark"]
+        tag = (await orphans(world))[0]["tag"]
         refused = await world.request("POST", f"{ORPHANS}/{tag}/adopt")
         assert (refused.status, refused.json()["field"]) == (409, "name")
         assert (await world.request("POST", f"{ORPHANS}/{tag}/adopt?name=No.")).status == 400
@@ -118,7 +118,7 @@ def test_a_killed_orphan_leaves_only_its_disk(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         vm = await boot(world, "demo")
         await lose_the_database(world)
-        tag = (await orphans(world))[0]["mark"]
+        tag = (await orphans(world))[0]["tag"]
         assert (await world.request("POST", f"{ORPHANS}/{tag}/kill")).status == 204
         assert not world.machine.running()
         assert world.machine.files.names(world.settings.runtime_dir / "vms") == []

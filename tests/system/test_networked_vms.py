@@ -239,7 +239,7 @@ async def test_an_orphaned_guest_keeps_its_address_when_it_is_adopted(daemon: Da
     daemon.lose_database()
     async with daemon.started() as client:
         assert lab.host.links() == with_all, "what a guest has that may be found again is not taken away"
-        tags = {orphan["name"]: orphan["mark"] for orphan in volar(daemon, "vms", "orphans")}
+        tags = {orphan["name"]: orphan["tag"] for orphan in volar(daemon, "vms", "orphans")}
         volar(daemon, "vms", "kill", tags["victim"])
         assert len(with_all - lab.host.links()) == 1
         for vm in vms:

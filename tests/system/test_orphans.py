@@ -40,7 +40,7 @@ async def test_guests_outlive_the_loss_of_the_database(make_daemon: Callable[...
         }
         assert "volar vms adopt" in daemon.log()
 
-        again = volar(daemon, "vms", "adopt", found["demo"]["mark"])
+        again = volar(daemon, "vms", "adopt", found["demo"]["tag"])
         assert (again["id"], again["pid"], again["status"]) == (vm.id, vm.pid, "running")
         await reachable(client, "demo")
         assert await run(client, "demo", "cat", "/run/kept") == "here before\n"
@@ -55,7 +55,7 @@ async def test_guests_outlive_the_loss_of_the_database(make_daemon: Callable[...
                     told.append(line.line)
         assert told.count("before the loss") == 1
 
-        volar(daemon, "vms", "kill", found["victim"]["mark"])
+        volar(daemon, "vms", "kill", found["victim"]["tag"])
         assert victim.pid is not None
         assert not is_alive(victim.pid)
         assert volar(daemon, "vms", "orphans") == []

@@ -145,7 +145,7 @@ async def test_an_intruder_in_the_place_of_a_hypervisor_reaches_neither_the_daem
         assert (status.capabilities, status.no_new_privileges) == (0, True)
         # The other VM has noticed nothing.
         assert await run(client, "victim", "echo", "well") == "well\n"
-        record = json.loads((its / "walls.json").read_text())
+        record = json.loads((its / "sandbox.json").read_text())
         assert record["landlock"] == info["landlock"]
 
 

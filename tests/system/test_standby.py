@@ -130,7 +130,7 @@ async def test_after_kill_nine_the_next_daemon_ends_them(daemon: Daemon) -> None
         assert list(daemon.hypervisors()) == [vm.pid]
         (orphan,) = await client.system.orphans()
         assert (orphan.name, orphan.vm_id, orphan.pid, orphan.adoptable) == ("kept", vm.id, vm.pid, True)
-        again = await client.system.adopt_orphan(orphan.mark)
+        again = await client.system.adopt_orphan(orphan.tag)
         assert (again.id, again.pid, again.status) == (vm.id, vm.pid, "running")
         await reachable(client, "kept")
         assert (await run(client, "kept", "hostname")).strip() == "kept"

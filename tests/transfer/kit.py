@@ -97,7 +97,7 @@ def files_of(running: Api, snapshot: str) -> dict[str, bytes]:
     return {
         f"volume-{0}" if path.suffix == ".img" else path.name: path.read_bytes()
         for path in sorted(directory.iterdir())
-        if path.name != "capture.json"
+        if path.name != "checkpoint.json"
     }
 
 

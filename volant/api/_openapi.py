@@ -53,7 +53,7 @@ _IN_PATH = {
     "snapshot": (Name, "Its name", "prepared"),
     "action": (Name, "One that the plugin's manifest names", "screenshot"),
     "id": (Annotated[str, msgspec.Meta(pattern="^[^/]+$")], "The `id` in the first message of its WebSocket", "1"),
-    "mark": (
+    "tag": (
         Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9._:@-]{1,100}$")],
         "The hypervisor's process tag",
         "volant-x-1.1",

@@ -105,7 +105,7 @@ async def orphans(session: Session) -> None:
     found = await session.client.system.orphans()
     rows = (
         (
-            one.mark,
+            one.tag,
             one.pid,
             one.name or "",
             one.cpu_cores or "",

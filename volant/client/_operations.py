@@ -842,7 +842,7 @@ class SystemOperations(Operations):
         """
         return await self._transport.get("/api/v1/system/orphans", list[OrphanView])
 
-    async def adopt_orphan(self, mark: str, *, name: str | None = None) -> VmView:
+    async def adopt_orphan(self, tag: str, *, name: str | None = None) -> VmView:
         """Make a VM of an orphaned hypervisor, in the project of the request.
 
         Name, size and disk are as its command line says; plugin `base`, no labels, no restart policy.
@@ -851,14 +851,14 @@ class SystemOperations(Operations):
         """
         return decode(
             await self._transport.send(
-                Request("POST", f"/api/v1/system/orphans/{part(mark, 'mark')}/adopt", query={"name": name})
+                Request("POST", f"/api/v1/system/orphans/{part(tag, 'tag')}/adopt", query={"name": name})
             ),
             VmView,
         )
 
-    async def kill_orphan(self, mark: str) -> None:
+    async def kill_orphan(self, tag: str) -> None:
         """Kill an orphaned hypervisor; its disk stays."""
-        await self._transport.send(Request("POST", f"/api/v1/system/orphans/{part(mark, 'mark')}/kill"))
+        await self._transport.send(Request("POST", f"/api/v1/system/orphans/{part(tag, 'tag')}/kill"))
 
     async def tree(self) -> dict[str, Any]:
         """Show the supervisor tree."""
@@ -881,7 +881,7 @@ class SystemOperations(Operations):
         What a VM, a plugin or a process uses stays, also when that begins meanwhile.
 
         :param dry_run: say what would go, and remove nothing
-        :param kinds: only these; default `log`, `image`, `medium`, `template`, `leftover`; `disk`, `snapshot`,
+        :param kinds: only these; default `log`, `image`, `artifact`, `template`, `leftover`; `disk`, `snapshot`,
             `database` only when named
         :param unused_for_s: of templates only those from which no VM began for so long: `12h`
         :param timeout_s: how long to wait for the answer

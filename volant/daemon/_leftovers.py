@@ -64,6 +64,6 @@ class Leftovers:
         for identity in self._processes:
             with suppress(ProcessGone), self._host.processes.open(identity) as process:
                 if identity.tag not in tags and not process.exited:
-                    found.append({"pid": identity.pid, "mark": identity.tag})
+                    found.append({"pid": identity.pid, "tag": identity.tag})
         found += [{"disk": str(self._directory / name)} for name in self._disks if name not in layers]
         return found

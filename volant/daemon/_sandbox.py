@@ -44,5 +44,5 @@ def sandbox_plan(host: Host, settings: Settings) -> SandboxPlan | None:
         no_connect=support.no_connect,
         users=parse_uids(settings.vm_uids) if support.no_users is None else None,
         no_users=support.no_users,
-        private=(settings.cache_dir / "media", settings.cache_dir / "oci"),
+        private=(settings.cache_dir / "artifacts", settings.cache_dir / "oci"),
     )

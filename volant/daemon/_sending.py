@@ -118,7 +118,7 @@ class Sending:
             try:
                 return await self._vms().copies.take_snapshot(row.key, take, move=move)
             except Problem as problem:
-                if problem.code != "captures-busy" or trio.current_time() > ends_at:
+                if problem.code != "checkpoints-busy" or trio.current_time() > ends_at:
                     raise
             await backoff.pause()
 

@@ -240,7 +240,7 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
     def sandbox_path(self) -> Path:
         """A JSON record of the sandbox, of what the kernel does not show. The name is older than the word sandbox, and
         running VMs have it."""
-        return self.directory / "walls.json"
+        return self.directory / "sandbox.json"
 
     @property
     def log_path(self) -> Path:

@@ -125,7 +125,7 @@ class ArtifactCache:
         """Returns the addresses of a host to which clients may have the daemon connect; `anywhere`: all.
 
         :param must_exist: False: a host without an address is no error
-        :raises ImageError: `media_refused` :raises OSError: the name can't be looked up at present
+        :raises ImageError: `artifact_refused` :raises OSError: the name can't be looked up at present
         """
         look_up = partial(checked, host, port, ANYWHERE if anywhere else self._origins, must_exist=must_exist)
         found = await trio.to_thread.run_sync(look_up, abandon_on_cancel=True)
@@ -138,7 +138,7 @@ class ArtifactCache:
     async def take(self, artifact: Artifact, credentials: Credentials) -> CachedArtifact:
         """Returns an artifact that is a file of this host, as `obtain` does. Opens it now, with the rights of a client.
 
-        :raises ImageError: as `obtain`; `media_missing` for all files that the reader can't open or that differ
+        :raises ImageError: as `obtain`; `artifact_missing` for all files that the reader can't open or that differ
         """
         path = local_path(artifact.url)
         assert path is not None
@@ -280,11 +280,11 @@ class Upload:
         self.part: Part
 
     def expect(self, size: int) -> None:
-        """Announces the size. :raises ImageError: `media_too_large`."""
+        """Announces the size. :raises ImageError: `artifact_too_large`."""
         self.part.expect(size)
 
     async def write(self, data: bytes) -> None:
-        """Writes the next bytes. :raises ImageError: `media_too_large`, `cache_full`, `io_error`."""
+        """Writes the next bytes. :raises ImageError: `artifact_too_large`, `cache_full`, `io_error`."""
         self._pending += data
         if len(self._pending) >= _PIECE:
             await self._flush()
@@ -292,14 +292,14 @@ class Upload:
     async def finish(self) -> CachedArtifact:
         """Returns the artifact, verified and in the cache.
 
-        :raises ImageError: `media_mismatch`: it has another digest; and as `write`
+        :raises ImageError: `artifact_mismatch`: it has another digest; and as `write`
         """
         await self._flush()
         with disk_errors():
             actual = await trio.to_thread.run_sync(self.part.finish)
         if actual != self._digest:
             raise ImageError(
-                "media_mismatch",
+                "artifact_mismatch",
                 f"what was sent has another SHA-256 than {self._digest}",
                 "correct the manifest, or the file",
             )

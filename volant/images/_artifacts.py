@@ -1,9 +1,9 @@
 """Artifacts of manifests in the cache: kernels, initramfs and root filesystems, named by their SHA-256.
 
-    media/<sha256>         the file; never written to under that name
-    media/<sha256>.json    its origin, and inode, size and time when it was verified
-    media/<sha256>.part    a fetch in progress; locked by the process that fetches
-    media/<random>.part    an upload in progress; locked by the daemon
+    artifacts/<sha256>         the file; never written to under that name
+    artifacts/<sha256>.json    its origin, and inode, size and time when it was verified
+    artifacts/<sha256>.part    a fetch in progress; locked by the process that fetches
+    artifacts/<random>.part    an upload in progress; locked by the daemon
 
 All files are for the daemon's user alone (0400, 0600). Hypervisors with users of their own are granted what they boot.
 
@@ -50,7 +50,7 @@ class CachedArtifact(_store.JsonFields, frozen=True):
 
 def artifact_path(cache_dir: Path, digest: str) -> Path:
     """Returns the path of an artifact, whether it is there or not."""
-    return cache_dir / "media" / digest
+    return cache_dir / "artifacts" / digest
 
 
 def find_artifact(cache_dir: Path, digest: str) -> CachedArtifact | None:
@@ -68,7 +68,7 @@ def find_artifact(cache_dir: Path, digest: str) -> CachedArtifact | None:
 
 def list_artifacts(cache_dir: Path) -> list[CachedArtifact]:
     """Returns all artifacts that `find_artifact` finds."""
-    folder = cache_dir / "media"
+    folder = cache_dir / "artifacts"
     names = sorted(path.stem for path in folder.glob("*.json")) if folder.is_dir() else []
     return [artifact for name in names if (artifact := find_artifact(cache_dir, name))]
 
@@ -137,7 +137,7 @@ def locked_part(cache_dir: Path, digest: str) -> Iterator[Path]:
 
     :raises ImageError: the cache can't be written to
     """
-    folder = cache_dir / "media"
+    folder = cache_dir / "artifacts"
     path = folder / f"{digest}.part"
     try:
         _make_folder(folder)
@@ -168,7 +168,7 @@ def _removed(descriptor: int, path: Path) -> Iterator[None]:
 
 def make_private(cache_dir: Path) -> None:
     """Removes the permissions of other users that earlier versions gave. Running VMs go on."""
-    folder = cache_dir / "media"
+    folder = cache_dir / "artifacts"
     if not folder.is_dir():
         return
     for path in (folder, *folder.iterdir()):
@@ -197,7 +197,7 @@ def new_part(cache_dir: Path) -> Iterator[Path]:
 
     :raises ImageError: the cache can't be written to
     """
-    path = cache_dir / "media" / f"{secrets.token_hex(16)}.part"
+    path = cache_dir / "artifacts" / f"{secrets.token_hex(16)}.part"
     try:
         _make_folder(path.parent)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -223,7 +223,7 @@ def place_received(cache_dir: Path, part: Path, digest: str) -> CachedArtifact:
 
 def sweep(cache_dir: Path) -> None:
     """Removes the parts of killed fetches."""
-    for path in (cache_dir / "media").glob("*.part"):
+    for path in (cache_dir / "artifacts").glob("*.part"):
         with contextlib.suppress(OSError):
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             try:

@@ -83,7 +83,7 @@ class Download:
                 # A transfer that makes progress gets all its tries back.
                 tries = _TRIES if self._part.size > before + _READ else tries - 1
                 if not tries:
-                    raise ImageError("media_unreachable", str(broken)) from None
+                    raise ImageError("artifact_unreachable", str(broken)) from None
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _MAX_PAUSE_S)
 
@@ -99,23 +99,23 @@ class Download:
             with error:
                 text = f"the server answers {error.code} {error.reason}"
             if begin and error.code == 416:
-                raise ImageError("media_unreachable", f"{text} to the request for the rest") from None
+                raise ImageError("artifact_unreachable", f"{text} to the request for the rest") from None
             if error.code >= 500 or error.code in (408, 429):
                 raise _Broken(text) from None
-            code = "media_missing" if error.code in (404, 410) else "media_unreachable"
+            code = "artifact_missing" if error.code in (404, 410) else "artifact_unreachable"
             raise ImageError(code, text) from None
         except TimeoutError:
             raise _Broken(f"the server did not answer within {_STALL_S:g} s") from None
         except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
             raise _Broken(f"the server can't be reached: {getattr(error, 'reason', error)}") from None
         except ValueError as error:
-            raise ImageError("media_unreachable", f"that is not an address: {error}") from None
+            raise ImageError("artifact_unreachable", f"that is not an address: {error}") from None
         assert answer is not None
         with answer:
             if begin and (answer.status != 206 or not _begins_at(answer.headers.get("Content-Range"), begin)):
-                raise ImageError("media_unreachable", "the transfer broke, and the server can't take it up again")
+                raise ImageError("artifact_unreachable", "the transfer broke, and the server can't take it up again")
             if answer.status not in (200, 206):
-                raise ImageError("media_unreachable", f"the server answers {answer.status}")
+                raise ImageError("artifact_unreachable", f"the server answers {answer.status}")
             self._read_body(answer, begin)
 
     def _read_body(self, answer: http.client.HTTPResponse, begin: int) -> None:
@@ -206,7 +206,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> urllib.request.Request | None:
         if not newurl.startswith(("http://", "https://")):
-            raise ImageError("media_unreachable", "the server redirects to something that is not HTTP")
+            raise ImageError("artifact_unreachable", "the server redirects to something that is not HTTP")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 

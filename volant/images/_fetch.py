@@ -38,9 +38,9 @@ def fetch(
     :param origins: from where it may be fetched
     :param source: a descriptor of the local file, opened with the rights of the client; it stays open
     :param tell: called with the bytes that have arrived and their total, 0 if unknown
-    :raises ImageError: `media_missing`: no such file, or none on this host that may be read and has that digest;
-        `media_refused`: this origin is not allowed; `media_unreachable`: the server fails; `media_mismatch`: the server
-        has another file; `media_too_large`, `cache_full`, `cache_unwritable`, `io_error`
+    :raises ImageError: `artifact_missing`: no such file, or none on this host that may be read and has that digest;
+        `artifact_refused`: this origin is not allowed; `artifact_unreachable`: the server fails; `artifact_mismatch`:
+        the server has another file; `artifact_too_large`, `cache_full`, `cache_unwritable`, `io_error`
     """
     found = _artifacts.find_artifact(cache_dir, digest)
     if found is not None:
@@ -62,14 +62,16 @@ def fetch(
                 if local is not None:
                     raise _no_such_file()
                 # Without the actual digest: whoever knows it can get the file from a cache.
-                raise ImageError("media_mismatch", f"its SHA-256 is not {digest}", "correct the manifest, or the file")
+                raise ImageError(
+                    "artifact_mismatch", f"its SHA-256 is not {digest}", "correct the manifest, or the file"
+                )
             return _artifacts.place(cache_dir, path, digest, shown(url))
 
 
 def _no_such_file() -> ImageError:
     """Returns one error for all files of this host that are missing, unreadable or different."""
     return ImageError(
-        "media_missing",
+        "artifact_missing",
         "there is no file that may be read and has this SHA-256",
         "correct the manifest or the file, or upload it with `volar plugins upload`",
     )

@@ -49,7 +49,7 @@ def parse_networks(members: Sequence[str]) -> tuple[Network, ...]:
 def connect(host: str, port: int, timeout_s: float, origins: Origins) -> socket.socket:
     """Connects to the first address of a name that answers.
 
-    :raises ImageError: `media_refused`: an address of the name is not allowed
+    :raises ImageError: `artifact_refused`: an address of the name is not allowed
     :raises OSError: no address answers
     """
     failure = OSError("it has no address")
@@ -71,7 +71,7 @@ def checked(
 ) -> list[tuple[socket.AddressFamily, Any]]:
     """Returns the addresses of a name, all of which are allowed.
 
-    :raises ImageError: `media_refused`: an address is not allowed, or there is no such name. One error for both, so
+    :raises ImageError: `artifact_refused`: an address is not allowed, or there is no such name. One error for both, so
         that clients can't find out which names a private network has
     :raises OSError: the name can't be looked up at present
     """
@@ -85,7 +85,7 @@ def checked(
         found = []
     if (must_exist and not found) or not all(is_allowed(str(address[0]), origins) for *_, address in found):
         raise ImageError(
-            "media_refused",
+            "artifact_refused",
             f"{host[:100]} has no public address",
             "upload the file with `volar plugins upload`, or name the network of its server in artifact_allow_cidr",
         )

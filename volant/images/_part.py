@@ -38,14 +38,14 @@ class Part:
         self._handle.close()
 
     def expect(self, size: int) -> None:
-        """Announces the size. :raises ImageError: `media_too_large`."""
+        """Announces the size. :raises ImageError: `artifact_too_large`."""
         if size > self._max_bytes:
             raise too_large(self._max_bytes)
 
     def write(self, data: bytes) -> None:
         """Writes the next bytes.
 
-        :raises ImageError: `media_too_large`, `cache_full`
+        :raises ImageError: `artifact_too_large`, `cache_full`
         :raises OSError: the disk fails
         """
         self.size += len(data)
@@ -110,7 +110,7 @@ def check_space(path: Path, needed: int) -> None:
 def too_large(max_bytes: int) -> ImageError:
     """Returns the error for an artifact with more bytes than allowed."""
     return ImageError(
-        "media_too_large",
+        "artifact_too_large",
         f"it has more than {max_bytes // 2**20} MiB",
         "raise VOLANT_ARTIFACT_MAX_MB if it should have",
     )

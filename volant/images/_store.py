@@ -4,7 +4,7 @@
     current.json                                      which image fits the present recipe and guest code
     debs/, packages.json                              the packages of the last build, to build without a network
     apt/                                              the private apt's state
-    media/                                            artifacts of manifests; see `_artifacts.py`
+    artifacts/                                            artifacts of manifests; see `_artifacts.py`
     lock                                              held by the one builder
     build-*/                                          a build in progress, or the rest of a killed one
 

@@ -93,4 +93,4 @@ def check_tags_differ(rows: Sequence[VmRow]) -> None:
     owners: dict[str, int] = {}
     for row in rows:
         if row.tag and (other := owners.setdefault(row.tag, row.id)) != row.id:
-            raise BadRow(f"table vms, row {row.id}: mark is {row.tag!r}, which is that of row {other}")
+            raise BadRow(f"table vms, row {row.id}: tag is {row.tag!r}, which is that of row {other}")

@@ -77,9 +77,8 @@ class ProcessIdentity(msgspec.Struct, frozen=True):
     start_time: int
     """Clock ticks after boot, field 22 of `/proc/<pid>/stat`."""
     boot_id: str
-    tag: str = msgspec.field(name="mark")
-    """The process tag: a word on its command line by which the daemon finds it. No secret. `mark` is its name in stored
-    rows and in JSON."""
+    tag: str
+    """The process tag: a word on its command line by which the daemon finds it. No secret."""
 
 
 class Reason(msgspec.Struct, frozen=True):
@@ -449,12 +448,12 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
     one too."""
     origin: Origin | None = None
     """The guest that it is a copy of; None: it is no copy."""
-    checkpoint: str | None = msgspec.field(default=None, name="capture")
+    checkpoint: str | None = None
     """The name of the checkpoint that its first boot continues from; None once it has run."""
     disk_from: str | None = None
     """The name of the checkpoint that has its disk, with which it came from another host; None once it has booted
     here."""
-    tag: str = msgspec.field(default="", name="mark")
+    tag: str = ""
     """The process tag of the last boot, committed before the launch. Empty once nothing of the process is left."""
     process: ProcessIdentity | None = None
     serial_socket: str | None = None

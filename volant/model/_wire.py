@@ -43,7 +43,7 @@ class SystemStatus(msgspec.Struct, frozen=True):
 class OrphanView(msgspec.Struct, frozen=True, kw_only=True):
     """A running hypervisor of this daemon that no VM owns."""
 
-    mark: str
+    tag: str
     """Its process tag, which identifies it in requests."""
     pid: int
     vm_id: int
@@ -58,9 +58,9 @@ class OrphanView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 StoredKind = Literal[
-    "journal", "database", "log", "disk", "snapshot", "volume", "image", "medium", "template", "leftover", "cache"
+    "journal", "database", "log", "disk", "snapshot", "volume", "image", "artifact", "template", "leftover", "cache"
 ]
-PRUNED_KINDS: tuple[StoredKind, ...] = ("log", "image", "medium", "template", "leftover")
+PRUNED_KINDS: tuple[StoredKind, ...] = ("log", "image", "artifact", "template", "leftover")
 """What `prune` removes by default: it can be fetched or built again, or its VM is deleted."""
 
 

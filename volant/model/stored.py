@@ -80,14 +80,14 @@ def check_stored_vm(row: VmRow) -> None:
     if row.tag:
         found = _TAG.match(row.tag)
         if found is None or (found[1] is not None and int(found[1]) != row.id):
-            raise BadMember("mark", row.tag, "which is no process tag of this VM")
+            raise BadMember("tag", row.tag, "which is no process tag of this VM")
     _process(row)
     _text("serial_socket", row.serial_socket, _SOCKET, "which is no absolute path")
     if row.serial_socket is not None and not row.serial_socket.endswith(f"/vms/{row.id}/console.sock"):
         raise BadMember("serial_socket", row.serial_socket, "which is not the console of this VM")
     _text("image", row.image, _IMAGE, "which is no digest of an image")
     _text("template", row.template, _TEMPLATE, "which is no digest of a template and no name of a checkpoint")
-    _text("capture", row.checkpoint, _CHECKPOINT, "which is no name of a checkpoint")
+    _text("checkpoint", row.checkpoint, _CHECKPOINT, "which is no name of a checkpoint")
     _text("disk_from", row.disk_from, _CHECKPOINT, "which is no name of a checkpoint")
     if row.hypervisor is not None:
         _name("hypervisor", row.hypervisor)
@@ -244,7 +244,7 @@ def _process(row: VmRow) -> None:
     if process is None:
         return
     if process.tag != row.tag or not row.tag:
-        raise BadMember("process.mark", process.tag, "which is not the process tag of the VM")
+        raise BadMember("process.tag", process.tag, "which is not the process tag of the VM")
     if process.pid <= 1 or process.start_time < 0:
         raise BadMember("process.pid", process.pid, "which is no process of a VM")
     _text("process.boot_id", process.boot_id, _BOOT_ID, "which is no boot of a host")

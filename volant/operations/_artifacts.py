@@ -26,9 +26,9 @@ from ._context import Context
 
 _FORWARDED = frozenset({b"forwarded", b"via", b"x-forwarded-for", b"x-real-ip"})
 _STATUS = {
-    "media_too_large": 413,
-    "media_missing": 400,
-    "media_mismatch": 400,
+    "artifact_too_large": 413,
+    "artifact_missing": 400,
+    "artifact_mismatch": 400,
     "timeout": 408,
     "cache_full": 507,
 }
@@ -107,7 +107,7 @@ def artifact_problems(field: str | None) -> Iterator[None]:
         yield
     except ImageError as error:
         status = _STATUS.get(error.code, 503)
-        names = {"media_missing": "artifact-unavailable", "media_mismatch": "artifact-mismatch"}
+        names = {"artifact_missing": "artifact-unavailable", "artifact_mismatch": "artifact-mismatch"}
         code = names.get(error.code) or error.code.replace("_", "-")
         raise Problem(
             status, code, error.message if field is None else f"{field}: {error.message}",

@@ -36,7 +36,7 @@ from ._context import Context
 from ._parameters import Flag, Seconds, Text, Words
 from ._table import ANY, OCTETS, SQLITE, TABLE, Answer, Anything
 
-_ORPHAN = "/api/v1/system/orphans/{mark}"
+_ORPHAN = "/api/v1/system/orphans/{tag}"
 
 
 @TABLE.operation("GET /api/v1/system/status", permission=Permission.VIEW, answer="Measured now")
@@ -136,7 +136,7 @@ async def list_orphans(context: Context) -> list[OrphanView]:
 )
 async def adopt_orphan(
     context: Context,
-    mark: str,
+    tag: str,
     *,
     name: Annotated[str | None, Text(help="Instead of its own name", of=Name)] = None,
 ) -> VmCreated:
@@ -145,7 +145,7 @@ async def adopt_orphan(
     Name, size and disk are as its command line says; plugin `base`, no labels, no restart policy.
     """
     name = None if name is None else check_name(name, "name")
-    return VmCreated.of(await context.deps.vms.orphans.adopt(mark, context.project, name))
+    return VmCreated.of(await context.deps.vms.orphans.adopt(tag, context.project, name))
 
 
 @TABLE.operation(
@@ -155,9 +155,9 @@ async def adopt_orphan(
     errors=(404, 503),
     client="system.kill_orphan",
 )
-async def kill_orphan(context: Context, mark: str) -> None:
+async def kill_orphan(context: Context, tag: str) -> None:
     """Kill an orphaned hypervisor; its disk stays."""
-    await context.deps.vms.orphans.kill(mark)
+    await context.deps.vms.orphans.kill(tag)
 
 
 @TABLE.operation("GET /api/v1/system/tree", permission=Permission.ADMIN, answer="Its shape is no contract")
@@ -195,8 +195,8 @@ async def prune(
         Collection[str],
         Words(
             name="kind",
-            help="Only these; default `log`, `image`, `medium`, `template`, `leftover`; `disk`, `snapshot`, `database` "
-            "only when named",
+            help="Only these; default `log`, `image`, `artifact`, `template`, `leftover`; `disk`, `snapshot`, "
+            "`database` only when named",
             of=StoredKind,
         ),
     ] = (),
@@ -263,8 +263,8 @@ TABLE.declare(
     body=bytes,
     body_media=OCTETS,
     errors=(408, 413, 503, 507),
-    details="400 `artifact-mismatch` when what comes has another SHA-256. At most `media_max_mb`; four at a time, for "
-    "one more it is 503.",
+    details="400 `artifact-mismatch` when what comes has another SHA-256. At most `artifact_max_mb`; four at a time, "
+    "for one more it is 503.",
 )
 TABLE.declare(
     "GET /healthz",

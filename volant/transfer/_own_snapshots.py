@@ -187,7 +187,7 @@ class OwnSnapshots:
         if there is not None and there.status != "ready":
             # 409 would be stored for the request's key; a daemon that was killed may have left this by the same one.
             raise Problem(
-                503, "captures-busy", f"snapshot {key.name!r} is being made, or removed", field="name",
+                503, "checkpoints-busy", f"snapshot {key.name!r} is being made, or removed", field="name",
                 hint="try again in a moment", retry_after_s=1,
             )  # fmt: skip
         if there is not None:

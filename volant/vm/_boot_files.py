@@ -77,13 +77,13 @@ class BootFiles(msgspec.Struct):
     async def fetch_artifact(self, artifact: Artifact) -> None:
         """Fetches an artifact that is not in the cache.
 
-        :raises StepError: `media_missing`, `media_unreachable`, `media_mismatch`, `media_too_large`, `media_timeout`,
-            `cache_full`, `cache_unwritable`, `io_error`.
+        :raises StepError: `artifact_missing`, `artifact_unreachable`, `artifact_mismatch`, `artifact_too_large`,
+            `artifact_timeout`, `cache_full`, `cache_unwritable`, `io_error`.
         """
         try:
             await self.artifacts.obtain(artifact)
         except images.ImageError as error:
-            code = "media_timeout" if error.code == "timeout" else error.code
+            code = "artifact_timeout" if error.code == "timeout" else error.code
             raise StepError(code, f"the VM can't boot from {error}") from error
 
     def inspect(self) -> object:

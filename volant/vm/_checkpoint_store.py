@@ -34,13 +34,13 @@ class CheckpointLost(Exception):
     """There is no checkpoint to go on from. The text is for people."""
 
     def __init__(self, code: str, message: str) -> None:
-        """`code`: `capture_failed`, `capture_gone`, `capture_damaged`, `capture_unfit`."""
+        """`code`: `checkpoint_failed`, `checkpoint_gone`, `checkpoint_damaged`, `checkpoint_unfit`."""
         super().__init__(message)
         self.code = code
 
 
 class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """The content of `capture.json`."""
+    """The content of `checkpoint.json`."""
 
     version: int = 1
     kind: MachineKind | None
@@ -85,10 +85,10 @@ class CheckpointStore(msgspec.Struct):
         """Returns a checkpoint that a VM is to go on from, after a check of its files. :raises CheckpointLost:"""
         record = await self.record(checkpoint)
         if record.kind is None:
-            raise CheckpointLost("capture_damaged", f"{_shown(checkpoint)} has no memory")
+            raise CheckpointLost("checkpoint_damaged", f"{_shown(checkpoint)} has no memory")
         incompatibility = await self.hypervisor.incompatibility(record.kind)
         if incompatibility is not None:
-            raise CheckpointLost("capture_unfit", f"{_shown(checkpoint)} can't go on here: {incompatibility}")
+            raise CheckpointLost("checkpoint_unfit", f"{_shown(checkpoint)} can't go on here: {incompatibility}")
         layer = self.at(checkpoint) / LAYER if LAYER in record.fingerprints else None
         return ReadyCheckpoint(layer, record.paused_ms)
 
@@ -97,19 +97,19 @@ class CheckpointStore(msgspec.Struct):
         directory, what = self.at(checkpoint), _shown(checkpoint)
         if not self.host.files.exists(directory / RECORD):
             why = "its files are gone" if checkpoint.startswith(SNAPSHOT) else "it was not made, or is gone again"
-            raise CheckpointLost("capture_gone", f"the VM can't go on from {what}: {why}")
+            raise CheckpointLost("checkpoint_gone", f"the VM can't go on from {what}: {why}")
         try:
             data = await self.host.files.read(directory / RECORD, _MAX_RECORD_BYTES)
             record = msgspec.json.decode(data, type=CheckpointRecord)
             for name, fingerprint in record.fingerprints.items():
                 if self.host.files.fingerprint(directory / name) != fingerprint:
-                    raise CheckpointLost("capture_damaged", f"{what} is damaged: somebody has touched its {name}")
+                    raise CheckpointLost("checkpoint_damaged", f"{what} is damaged: somebody has touched its {name}")
             if directory not in self._known and record.kind is not None:
                 state = await self.host.files.read(directory / STATE, _MAX_STATE_BYTES)
                 if hashlib.sha256(state).hexdigest() != record.state_sha256:
-                    raise CheckpointLost("capture_damaged", f"{what} is damaged: its {STATE} has other bytes")
+                    raise CheckpointLost("checkpoint_damaged", f"{what} is damaged: its {STATE} has other bytes")
         except (OSError, ValueError) as error:
-            raise CheckpointLost("capture_damaged", f"{what} is damaged: {error}") from error
+            raise CheckpointLost("checkpoint_damaged", f"{what} is damaged: {error}") from error
         self._known[directory] = record
         return record
 
@@ -168,14 +168,14 @@ class CheckpointStore(msgspec.Struct):
     def _check_room(self, size: int) -> None:
         """:raises CheckpointLost:"""
         if self.host.disk.free(self.snapshot_dir) < size + RESERVE_MB * 2**20:
-            raise CheckpointLost("capture_failed", f"the disk has no room for {size // 2**20} MiB more")
+            raise CheckpointLost("checkpoint_failed", f"the disk has no room for {size // 2**20} MiB more")
 
     async def _copy(self, source: Path, target: Path) -> None:
         """:raises CheckpointLost: :raises OSError:"""
         try:
             await copy_sparsely(self.host, source, target, _COPY_S)
         except CopyFailed as error:
-            raise CheckpointLost("capture_failed", f"the copy can't be written: {error}") from error
+            raise CheckpointLost("checkpoint_failed", f"the copy can't be written: {error}") from error
 
     async def move_in(
         self,
@@ -202,7 +202,9 @@ class CheckpointStore(msgspec.Struct):
         path = fresh(self.at(checkpoint))
         await self.host.files.mkdir(path)
         if self.host.disk.free(path) < needed_bytes + RESERVE_MB * 2**20:
-            raise CheckpointLost("capture_failed", f"the disk has no room for {needed_bytes // 2**20} MiB of volumes")
+            raise CheckpointLost(
+                "checkpoint_failed", f"the disk has no room for {needed_bytes // 2**20} MiB of volumes"
+            )
         return path
 
     async def mark_removed(self, checkpoint: str) -> bool:

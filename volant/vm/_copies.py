@@ -390,7 +390,7 @@ class Copies(msgspec.Struct):
 
     def _start(self, job: _Job, work: Callable[[], Awaitable[None]]) -> None:
         if self._nursery is None:
-            job.fail(CheckpointLost("capture_failed", "no copies are made at present"))
+            job.fail(CheckpointLost("checkpoint_failed", "no copies are made at present"))
             self._end(job)
             return
         self._nursery.start_soon(self._run, job, work)
@@ -399,7 +399,7 @@ class Copies(msgspec.Struct):
         try:
             await work()
         except trio.Cancelled:
-            job.fail(CheckpointLost("capture_failed", "the daemon stopped before the copy was made"))
+            job.fail(CheckpointLost("checkpoint_failed", "the daemon stopped before the copy was made"))
             raise
         finally:
             self._end(job)
@@ -463,24 +463,24 @@ class Copies(msgspec.Struct):
             return await self.checkpoints.disk(vm.disk_from)
         disk = root_disk(self.settings, vm)
         if disk is None or not self.host.files.exists(disk.layer):
-            raise CheckpointLost("capture_failed", f"the disk of VM {vm.name!r} is gone")
+            raise CheckpointLost("checkpoint_failed", f"the disk of VM {vm.name!r} is gone")
         return disk.layer
 
     async def _take(self, job: _Job, into: Path, volumes: Path | None) -> CheckpointTaken:
         """Has the VM's actor copy the guest. :raises CheckpointLost: :raises OSError:"""
         now = self.store.projection.by_id(job.vm.id)
         if now is None or not is_copyable(now) or now.process != job.vm.process:
-            raise CheckpointLost("capture_failed", f"VM {job.vm.name!r} has changed before it was copied")
+            raise CheckpointLost("checkpoint_failed", f"VM {job.vm.name!r} has changed before it was copied")
         await self.host.files.mkdir(into)
         try:
             ref = await self.actors.get(job.vm)
             return await ref.ask(TakeCheckpoint(into, volumes), timeout_s=3 * CHECKPOINT_S)
         except CheckpointFailed as error:
-            raise CheckpointLost("capture_failed", f"VM {job.vm.name!r} was not copied: {error.message}") from error
+            raise CheckpointLost("checkpoint_failed", f"VM {job.vm.name!r} was not copied: {error.message}") from error
         except Problem as error:
-            raise CheckpointLost("capture_failed", error.detail) from error
+            raise CheckpointLost("checkpoint_failed", error.detail) from error
         except (ActorDown, AskTimeout) as error:
-            raise CheckpointLost("capture_failed", f"VM {job.vm.name!r} was not copied: {error}") from error
+            raise CheckpointLost("checkpoint_failed", f"VM {job.vm.name!r} was not copied: {error}") from error
 
     async def _remove_once_used(self, checkpoint: str) -> None:
         """Removes a fork's checkpoint once no VM has yet to go on from it. Those that run keep what they map."""
@@ -525,9 +525,9 @@ class Copies(msgspec.Struct):
 
 def _failure(error: Exception) -> Exception:
     if isinstance(error, OSError):
-        return CheckpointLost("capture_failed", f"the copy can't be written: {error.strerror or error}")
+        return CheckpointLost("checkpoint_failed", f"the copy can't be written: {error.strerror or error}")
     return error
 
 
 def _busy(detail: str, vm: VmRow) -> Problem:
-    return Problem(503, "captures-busy", detail, vm=vm.name, hint="try again in a moment")
+    return Problem(503, "checkpoints-busy", detail, vm=vm.name, hint="try again in a moment")

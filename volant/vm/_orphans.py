@@ -73,7 +73,7 @@ class Orphan(msgspec.Struct, frozen=True):
         """Returns what clients see of it."""
         machine = self.machine
         return OrphanView(
-            mark=self.identity.tag,
+            tag=self.identity.tag,
             pid=self.identity.pid,
             vm_id=self.vm_id,
             name=machine.name if machine else None,

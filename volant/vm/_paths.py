@@ -11,7 +11,7 @@ from volant.model import SNAPSHOT, VmRow
 
 from ._settings import VmSettings
 
-MEMORY, STATE, LAYER, RECORD = "memory", "state", "root.qcow2", "capture.json"
+MEMORY, STATE, LAYER, RECORD = "memory", "state", "root.qcow2", "checkpoint.json"
 """The files of a checkpoint."""
 
 

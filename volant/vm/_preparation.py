@@ -55,7 +55,7 @@ class BootPreparation(msgspec.Struct):
 
         :raises StepError: as `BootFiles` and `VmTemplates.find`, `check_volumes` and `check_secrets`; `disk_missing`,
             `disk_failed`, `disk_too_small`;
-            `capture_failed`, `capture_gone`, `capture_damaged`, `capture_unfit`.
+            `checkpoint_failed`, `checkpoint_gone`, `checkpoint_damaged`, `checkpoint_unfit`.
         """
         await check_volumes(self.host, self.settings, row)
         await check_secrets(self.secrets, row)

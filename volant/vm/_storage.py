@@ -84,7 +84,7 @@ class _Users(msgspec.Struct):
             case "image":
                 users = [f"VM {row.name}" for row in self.rows.values() if row.image == found.name]
                 return users + [f"snapshot {one.name}" for one in self.snapshots if one.vm.image == found.name]
-            case "medium":
+            case "artifact":
                 users = [f"VM {row.name}" for row in self.rows.values() if found.name in _artifacts_of(row.manifest)]
                 users += [f"plugin {key.name}" for key, has in self.plugins.items() if found.name in _artifacts_of(has)]
                 has_it = [one.name for one in self.snapshots if found.name in _artifacts_of(one.vm.manifest)]
@@ -227,11 +227,11 @@ class Storage(msgspec.Struct):
             found.append(_Item("image", image.digest, image.size_bytes, current=image.current, others=others))
         for artifact in images.list_artifacts(settings.cache_dir):
             others = self._other_daemons(artifact.digest)
-            found.append(_Item("medium", artifact.digest, artifact.disk_bytes, others=others))
+            found.append(_Item("artifact", artifact.digest, artifact.disk_bytes, others=others))
         # Images only have links to the layers, and some KiB of their own.
         layers = host.disk.used(settings.cache_dir / "oci" / "layers")
         found.append(_Item("cache", "layers of OCI images", layers))
-        rest = [path for path in _in(host, settings.cache_dir) if path.name not in ("images", "media", "oci")]
+        rest = [path for path in _in(host, settings.cache_dir) if path.name not in ("images", "artifacts", "oci")]
         found.append(_Item("cache", "packages and indexes", sum(map(host.disk.used, rest))))
         return found
 
@@ -247,7 +247,7 @@ class Storage(msgspec.Struct):
             return bool(self._users(running).of(item))
 
         match item.kind:
-            case "medium":
+            case "artifact":
                 return await self.artifacts.remove(item.name, in_use=in_use)
             case "image":
                 return await self.host.threads.run(self._prune_images, item.name)

@@ -105,7 +105,7 @@ class Streams(msgspec.Struct):
             "generation": row.generation,
             "revision": row.revision,
             "image": row.image,
-            "mark": row.tag,
+            "tag": row.tag,
             "process": row.process,
             "actor": ref.inspect() if ref is not None else None,
         }
