@@ -18,9 +18,9 @@ from trio_websocket import WebSocketConnection, open_websocket_url
 
 from actors import ONE_FOR_ONE, AskTimeout, Child, DynamicSupervisor, Request, Supervisor, open_system
 from tests.api import conformance
-from tests.channel.kit import Hypervisor
+from tests.channel.kit import Hypervisor, Way
 from volant.api import create_app
-from volant.channel import Address, AgentClient, HybridVsock, open_channel
+from volant.channel import AgentClient, open_channel
 from volant.daemon._image_events import ImageEvents
 from volant.directories import AllowedDirectory, Virtiofsd
 from volant.egress import EgressActivity, HostDns, VmResolvers
@@ -276,10 +276,9 @@ class Api:
         self.deps.vms.streams = kind(streams.host, streams.projection, streams.processes, streams.actors)
 
     @asynccontextmanager
-    async def reaching(self, at: Path | Address) -> AsyncIterator[AgentClient]:
-        """The agent of each VM is the one behind this socket, by default a hybrid vsock; at the end of the block the
-        daemon stops."""
-        async with open_channel(self.deps.host, HybridVsock(at) if isinstance(at, Path) else at) as channel:
+    async def reaching(self, way: Way) -> AsyncIterator[AgentClient]:
+        """The agent of each VM is the one that this leads to; at the end of the block the daemon stops."""
+        async with open_channel(way.host, way.address) as channel:
             client = AgentClient(channel)
             self.reach(client)
             yield client
@@ -464,11 +463,11 @@ async def web_vm(path: Path, app: Any, limits: Limits = FAST, **members: Any) ->
 
     :param members: of the plugin's manifest
     """
-    async with agent_behind(path / "vsock"), running(bare(app)) as inner, api(path, limits=limits) as served:
+    async with agent_behind(path / "vsock") as way, running(bare(app)) as inner, api(path, limits=limits) as served:
         manifest = {"name": "web", "workload": {"entrypoint": ["serve"], "port": inner.port}, **members}
         assert (await served.client.post("/api/v1/plugins", json=manifest)).status_code == 201
         await served.crashed("demo", plugin="web")
-        async with served.reaching(path / "vsock"):
+        async with served.reaching(way):
             yield served
 
 
@@ -479,14 +478,14 @@ async def disconnected(receive: Callable[[], Awaitable[Any]]) -> None:
 
 
 @asynccontextmanager
-async def agent_behind(path: Path) -> AsyncIterator[None]:
-    """The guest's real agent, in this process, behind a socket at `path` that speaks as a hybrid vsock does."""
+async def agent_behind(path: Path) -> AsyncIterator[Hypervisor]:
+    """The guest's real agent, in this process, behind a vsock that is a socket at `path`."""
     agent = Server(lambda _: None)
     hypervisor = Hypervisor(path)
     hypervisor.take = agent.serve
     with hypervisor.listening():
         try:
-            yield
+            yield hypervisor
         finally:
             await trio.to_thread.run_sync(agent.workload.stop, 0.0)
             agent.output.finish(0.0)

@@ -87,7 +87,7 @@ async def place(path: Path) -> AsyncIterator[Place]:
         found = Place(served, etcd, tcp_port, web.port, hypervisor.cut)
         await found.claimed(MINE)
         with ended(hypervisor.begin_real()):
-            async with served.reaching(hypervisor.address):
+            async with served.reaching(hypervisor):
                 yield found
         nursery.cancel_scope.cancel()
 

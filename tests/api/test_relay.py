@@ -1,6 +1,6 @@
 """A client reaches what runs in a VM, byte for byte, both ways; and a guest's answers never run as ours.
 
-The agent is the real one, in this process, behind a socket that speaks as a hypervisor's hybrid vsock does; what
+The agent is the real one, in this process, behind a socket in the place of a vsock; what
 listens on the "guest's" loopback is a server of the test's.
 """
 
@@ -85,12 +85,12 @@ async def guest(path: Path, limits: Limits = FAST) -> AsyncIterator[Guest]:
         await (_loopback_socket if scope["type"] == "websocket" else _loopback_http)(scope, receive, send, gone)
 
     async with (
-        agent_behind(path / "vsock"),
+        agent_behind(path / "vsock") as way,
         running(bare(loopback), ROOMY) as inner,
         api(path, limits=limits) as served,
     ):
         await served.create("demo")
-        async with served.reaching(path / "vsock") as client:
+        async with served.reaching(way) as client:
             await client.request_json(
                 "PUT",
                 "/v1/daemon/workload",

@@ -17,8 +17,8 @@ from pathlib import Path
 import trio
 
 from tests.api.kit import api
-from tests.channel.kit import Hypervisor
-from volant.channel import AgentClient, HybridVsock, open_channel
+from tests.channel.kit import Hypervisor, VsockHost
+from volant.channel import AgentClient, Vsock, open_channel
 from volant.guest._server import Server
 from volant.http import Limits
 
@@ -44,7 +44,7 @@ async def daemon(path: str, port: int) -> None:
     ):
         async with (
             api(Path(state), limits=Limits()) as served,
-            open_channel(served.deps.host, HybridVsock(Path(path))) as channel,
+            open_channel(VsockHost(Path(path)), Vsock(3)) as channel,
         ):
             client = AgentClient(channel)
             await served.client.post("/api/v1/plugins", json={"name": "browser", "devtools": {"port": port}})

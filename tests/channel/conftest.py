@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from volant.channel import Channel, open_channel
-from volant.host import Host
 
 from .kit import WAYS, Agent, Port, Way
 
@@ -28,5 +27,5 @@ async def port(tmp_path: Path) -> AsyncIterator[Port]:
 @pytest.fixture
 async def channel(way: Way, guest: Agent) -> AsyncIterator[Channel]:
     """A channel to the agent that the module's fixture `guest` begins."""
-    async with open_channel(Host(), way.address) as channel:
+    async with open_channel(way.host, way.address) as channel:
         yield channel

@@ -1,4 +1,4 @@
-"""Guests for the channel's tests, behind a virtio-serial port that behaves as QEMU's, or behind a hybrid vsock.
+"""Guests for the channel's tests, behind a virtio-serial port that behaves as QEMU's, or behind a vsock.
 
 `way.begin(handler)` is an agent of the tests: on the port with the real multiplexer, and a thread a stream that runs
 `handler`. `way.begin_real()` is the agent itself, in a process of its own.
@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import select
 import socket
@@ -20,8 +21,10 @@ from pathlib import Path
 import trio
 
 from tests.threaded_server import serve_in_threads
-from volant.channel import Address, HybridVsock, VirtioSerial
+from volant.channel import Address, VirtioSerial, Vsock
 from volant.guest import _mux
+from volant.host import Host
+from volant.host._sockets import LinuxSockets
 from volant.model.agent import AGENT_PORT
 
 Handler = Callable[[socket.socket], None]
@@ -66,6 +69,8 @@ class Way(ABC):
     """A transport into a guest: the hypervisor's side on the host, with or without an agent."""
 
     address: Address
+    host: Host
+    """What connects to it."""
 
     @abstractmethod
     def begin(self, handler: Handler) -> Agent:
@@ -141,6 +146,7 @@ class Port(Way):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.address = VirtioSerial(path)
+        self.host = Host()
         self.clients = 0
         self._outer = trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM)
         self._inner: trio.SocketStream | None = None
@@ -254,12 +260,39 @@ def _until(left: int | None, data: bytes) -> tuple[bytes, int | None, bool]:
     return data, left - len(data), False
 
 
+class VsockHost(Host):
+    """A host whose vsock is a Unix socket: a connection begins with the port that it is for."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.sockets = _UnixVsock(path)
+
+
+class _UnixVsock(LinuxSockets):
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    async def connect_vsock(self, cid: int, port: int, timeout_s: float) -> trio.SocketStream:
+        del cid
+        with trio.fail_after(timeout_s):
+            stream = await self.connect_unix(self._path, timeout_s)
+            try:
+                await stream.send_all(b"%d\n" % port)
+                if await stream.receive_some(1) != b"+":
+                    raise ConnectionRefusedError(errno.ECONNREFUSED, f"the guest refused port {port}")
+            except BaseException:
+                await trio.aclose_forcefully(stream)
+                raise
+            return stream
+
+
 class Hypervisor(Way):
-    """Maps connections on a Unix socket to the guest's vsock, as Firecracker and Cloud Hypervisor do."""
+    """Maps connections on a Unix socket to the guest's vsock; see `VsockHost`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.address = HybridVsock(path)
+        self.address = Vsock(3)
+        self.host = VsockHost(path)
         self.take: Handler | None = None
         """Takes connections to the agent's port; None: they are refused."""
         self._listener = socket.socket(socket.AF_UNIX)
@@ -307,9 +340,9 @@ class Hypervisor(Way):
                     raise ConnectionAbortedError
                 line += byte
             take = self.take
-            if line != b"CONNECT %d\n" % AGENT_PORT or take is None:
+            if line != b"%d\n" % AGENT_PORT or take is None:
                 raise ConnectionRefusedError
-            sock.sendall(b"OK 1073741824\n")
+            sock.sendall(b"+")
             take(sock)
         except OSError:
             sock.close()
@@ -342,7 +375,7 @@ class _VsockAgent(Agent):
         self._join()
 
 
-WAYS: dict[str, type[Port] | type[Hypervisor]] = {"virtio-serial": Port, "hybrid-vsock": Hypervisor}
+WAYS: dict[str, type[Port] | type[Hypervisor]] = {"virtio-serial": Port, "vsock": Hypervisor}
 
 
 @contextmanager

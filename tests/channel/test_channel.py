@@ -190,7 +190,7 @@ async def test_another_port_is_refused(channel: Channel) -> None:
 
 async def test_a_channel_that_is_closed_breaks_its_streams(way: Way, guest: Agent) -> None:
     """A stream must not outlive the actor that it was opened for."""
-    async with open_channel(Host(), way.address) as channel:
+    async with open_channel(way.host, way.address) as channel:
         stream = await channel.open_stream(timeout_s=5)
         await stream.send_all(b"echo\nhello")
         assert await stream.receive_some() == b"hello"
@@ -201,7 +201,7 @@ async def test_a_channel_that_is_closed_breaks_its_streams(way: Way, guest: Agen
             with pytest.raises(trio.BrokenResourceError, match="closed"):
                 await stream.send_all(b"more")
         assert channel.statistics().streams == 0
-        async with open_channel(Host(), way.address) as successor:
+        async with open_channel(way.host, way.address) as successor:
             assert await echoes(successor, b"hello")
             await guest.idle()
 
@@ -216,7 +216,7 @@ async def test_statistics_count_the_bytes_of_streams(channel: Channel) -> None:
 
 
 async def test_an_agent_that_does_not_start_is_unreachable_in_time(way: Way) -> None:
-    async with open_channel(Host(), way.address) as channel:
+    async with open_channel(way.host, way.address) as channel:
         with pytest.raises(AgentUnreachable, match="could not be reached within 0"):
             await channel.open_stream(timeout_s=0.05)
         assert channel.statistics().streams == 0
@@ -233,7 +233,7 @@ async def test_an_agent_that_starts_late_is_found(way: Way) -> None:
         agents.append(way.begin(handle))
 
     try:
-        async with open_channel(Host(), way.address) as channel, trio.open_nursery() as nursery:
+        async with open_channel(way.host, way.address) as channel, trio.open_nursery() as nursery:
             nursery.start_soon(come)
             with trio.fail_after(20):
                 assert await echoes(channel, b"hello")
@@ -245,7 +245,7 @@ async def test_an_agent_that_starts_late_is_found(way: Way) -> None:
 async def test_an_agent_that_is_restarted_is_found_again(way: Way) -> None:
     agent = way.begin(handle)
     try:
-        async with open_channel(Host(), way.address) as channel:
+        async with open_channel(way.host, way.address) as channel:
             with trio.fail_after(20):
                 for _ in range(3):
                     async with await channel.open_stream(timeout_s=5) as stream:
@@ -273,7 +273,7 @@ async def test_a_socket_that_appears_late_is_found(tmp_path: Path, kind: str) ->
             await answered.wait()
             agent.stop()
 
-    async with open_channel(Host(), way.address) as channel, trio.open_nursery() as nursery:
+    async with open_channel(way.host, way.address) as channel, trio.open_nursery() as nursery:
         nursery.start_soon(come)
         with trio.fail_after(20):
             assert await echoes(channel, b"hello")
@@ -401,5 +401,5 @@ async def test_a_parked_link_whose_hypervisor_has_ended_is_lost(port: Port) -> N
 
 async def test_errors_of_the_block_pass_through(way: Way) -> None:
     with pytest.raises(KeyError):
-        async with open_channel(Host(), way.address):
+        async with open_channel(way.host, way.address):
             raise KeyError

@@ -17,7 +17,6 @@ import trio
 
 from tests.threaded_server import serve_in_threads
 from volant.channel import AgentClient, AgentUnreachable, Channel, ChannelStream, open_channel
-from volant.host import Host
 from volant.model.agent import EXEC, FILES, HEALTHZ, INFO, MAX_STREAMS
 
 from .kit import Way, handle, running, settled
@@ -35,7 +34,7 @@ def process(way: Way) -> Iterator[subprocess.Popen[bytes]]:
 
 @pytest.fixture
 async def channel(way: Way, process: subprocess.Popen[bytes]) -> AsyncIterator[Channel]:
-    async with open_channel(Host(), way.address) as channel:
+    async with open_channel(way.host, way.address) as channel:
         yield channel
 
 
@@ -179,7 +178,7 @@ async def test_a_killed_agent_is_found_again_and_truncated_answers_are_noticed(w
     # It ends with its client or its agent, as nobody reads its output.
     source = [sys.executable, "-c", "import sys; [sys.stdout.write('x' * 100000) for _ in range(200)]"]
     body = msgspec.json.encode({"command": source})
-    async with open_channel(Host(), way.address) as channel:
+    async with open_channel(way.host, way.address) as channel:
         client = AgentClient(channel)
         with trio.fail_after(90), ExitStack() as ends:
             process = ends.enter_context(running(way.begin_real()))

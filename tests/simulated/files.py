@@ -199,15 +199,6 @@ class SimDescriptors(Descriptors):
             data = data[: self._calls.rng.randrange(1, len(data))]
         return self._files.write(fd, data)
 
-    def write_at(self, fd: int, data: bytes, offset: int) -> int:
-        self._calls.check()
-        self._files.seek(fd, offset)
-        return self.write(fd, data)
-
-    def sync(self, fd: int) -> None:
-        self._calls.check()
-        self._files.sync_file(fd)
-
     def punch_hole(self, fd: int, start: int, length: int) -> bool:
         self._calls.check()
         self._files.punch(fd, start, length)

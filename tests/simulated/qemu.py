@@ -281,7 +281,6 @@ class SimQemu:
             "query-status": {"status": self.status, "running": self.status == "running"},
             "query-name": {"name": self.tag},
             "query-version": _VERSION,
-            "system_powerdown": {},
             "quit": {},
             "stop": {},
             "cont": {},

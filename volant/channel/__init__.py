@@ -1,6 +1,6 @@
 """Byte streams into a guest, and HTTP to its agent on them."""
 
-from ._address import Address, HybridVsock, VirtioSerial, Vsock
+from ._address import Address, VirtioSerial, Vsock
 from ._agent import AgentAnswer, AgentClient, AgentResponse
 from ._channel import Channel, ChannelStatistics, ParkedLink, open_channel, run_channel
 from ._errors import AgentProtocolError, AgentUnreachable
@@ -16,7 +16,6 @@ __all__ = [
     "Channel",
     "ChannelStatistics",
     "ChannelStream",
-    "HybridVsock",
     "ParkedLink",
     "VirtioSerial",
     "Vsock",

@@ -1,4 +1,4 @@
-"""The addresses of guests: the three ways to reach one."""
+"""The addresses of guests: the two ways to reach one."""
 
 from __future__ import annotations
 
@@ -19,10 +19,4 @@ class Vsock(msgspec.Struct, frozen=True):
     cid: int
 
 
-class HybridVsock(msgspec.Struct, frozen=True):
-    """The Unix socket of a hypervisor that maps connections to vsock ports by a line `CONNECT <port>`."""
-
-    path: Path
-
-
-Address = VirtioSerial | Vsock | HybridVsock
+Address = VirtioSerial | Vsock

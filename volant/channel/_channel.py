@@ -14,10 +14,9 @@ from volant.concurrency import Backoff, open_helpers
 from volant.host import Host
 from volant.model.agent import AGENT_PORT
 
-from ._address import Address, HybridVsock, VirtioSerial, Vsock
+from ._address import Address, VirtioSerial, Vsock
 from ._errors import AgentUnreachable, LinkLost
 from ._hold import HoldablePort, PortHold
-from ._hybrid import connect_hybrid
 from ._link import Link
 from ._slots import Slot, Slots
 from ._stream import ChannelStream, SocketChannelStream, Sockets
@@ -175,7 +174,7 @@ class Channel:
     def statistics(self) -> ChannelStatistics:
         link = self._link
         return ChannelStatistics(
-            transport={VirtioSerial: "virtio-serial", Vsock: "vsock", HybridVsock: "hybrid-vsock"}[type(self.address)],
+            transport="vsock" if isinstance(self.address, Vsock) else "virtio-serial",
             connected=self.connected,
             links=self._links,
             streams=self._slots.taken,
@@ -195,11 +194,9 @@ class Channel:
 
     async def _open(self, slot: Slot, port: int, timeout_s: float) -> ChannelStream:
         await self.ready()
-        match self.address:
-            case Vsock(cid):
-                return await self._connect(slot, partial(self._host.sockets.connect_vsock, cid, port, timeout_s))
-            case HybridVsock(path):
-                return await self._connect(slot, partial(connect_hybrid, self._host, path, port, timeout_s))
+        if isinstance(self.address, Vsock):
+            connect = partial(self._host.sockets.connect_vsock, self.address.cid, port, timeout_s)
+            return await self._connect(slot, connect)
         while True:
             await self.ready()
             if self._link is not None:

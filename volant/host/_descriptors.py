@@ -46,12 +46,6 @@ class Descriptors(Protocol):
     def write(self, fd: int, data: bytes) -> int:
         """Writes at the descriptor's position, and returns how many bytes were taken."""
 
-    def write_at(self, fd: int, data: bytes, offset: int) -> int:
-        """Writes at an offset of a file, and returns how many bytes were taken."""
-
-    def sync(self, fd: int) -> None:
-        """Returns once the file's data is on the disk."""
-
     def punch_hole(self, fd: int, start: int, length: int) -> bool:
         """Frees the space of a range, which then reads as zeros; the file keeps its size. Returns whether the file
         system supports that."""
@@ -95,12 +89,6 @@ class LinuxDescriptors(Descriptors):
 
     def write(self, fd: int, data: bytes) -> int:
         return os.write(fd, data)
-
-    def write_at(self, fd: int, data: bytes, offset: int) -> int:
-        return os.pwrite(fd, data, offset)
-
-    def sync(self, fd: int) -> None:
-        os.fdatasync(fd)
 
     def punch_hole(self, fd: int, start: int, length: int) -> bool:
         flags = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE

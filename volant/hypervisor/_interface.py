@@ -316,9 +316,6 @@ class Machine(Protocol):
     async def status(self) -> str:
         """Returns QEMU's status: `running`, `paused`, `shutdown`, … Raises HypervisorError."""
 
-    async def powerdown(self) -> None:
-        """Presses the power button, which the guest may ignore. Raises HypervisorError."""
-
     async def pause(self, timeout_s: float = 30.0) -> None:
         """Pauses the guest until `resume`. Its memory, devices and connections stay. Does nothing if it is paused.
 

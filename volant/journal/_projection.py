@@ -103,10 +103,6 @@ class Projection:
         """Returns all of one kind. A live view."""
         return MappingProxyType(self._named[kind])
 
-    def all_named(self) -> list[Named]:
-        """Returns what has a name and is no VM."""
-        return [one for kept in self._named.values() for one in kept.values()]
-
     def plugins_of(self, project: str | None) -> list[Plugin]:
         """Returns the plugins of a project, the built-in one first; None: of all projects."""
         own = [plugin for key, plugin in self._named[Plugin].items() if project in (None, key.project)]

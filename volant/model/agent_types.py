@@ -5,7 +5,7 @@ Not in that module, as `typing` is slow to import in a guest.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from ._workload_state import WorkloadState
 
@@ -117,19 +117,6 @@ class WorkloadStart(TypedDict):
     """As in `ExecStart`."""
     rows: NotRequired[int]
     cols: NotRequired[int]
-
-
-class ExecResize(TypedDict):
-    """A message of a client."""
-
-    resize: tuple[int, int]
-    """Rows and columns."""
-
-
-class ExecSignal(TypedDict):
-    """A message of a client: the command's process group gets it."""
-
-    signal: int
 
 
 class ExecHello(TypedDict):
@@ -314,32 +301,3 @@ class Identity(TypedDict):
     """New settings of the NIC; missing: the NIC stays as it is. Since `IDENTITY_NETWORK_SINCE`."""
     as_it_is: NotRequired[bool]
     """Do not check the health of the workload. Since `IDENTITY_AS_IT_IS_SINCE`."""
-
-
-class Identified(TypedDict):
-    """The answer of `PUT /v1/daemon/identity`."""
-
-    instance_id: str
-    protocol: ProtocolRange
-    time_ns: int
-    """The guest's clock, in nanoseconds since 1970."""
-
-
-class ShutdownRequest(TypedDict):
-    """The body of `POST /v1/daemon/shutdown`. Answered with 202 before anything is stopped."""
-
-    grace_s: NotRequired[float]
-    """How long processes have between SIGTERM and SIGKILL. At most `MAX_GRACE_S`; default `DEFAULT_GRACE_S`."""
-
-
-class LogFrame(NamedTuple):
-    """A piece of the workload's output, or a gap."""
-
-    kind: int
-    """One of the `FRAME_` constants."""
-    position: int
-    """How many bytes of its stream came before it."""
-    time_ns: int
-    """The guest's wall clock when the agent read it, in nanoseconds since 1970."""
-    data: bytes
-    """The output. In a gap: see `gap_length`."""

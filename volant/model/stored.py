@@ -11,8 +11,6 @@ from collections.abc import Iterable
 from datetime import datetime
 from ipaddress import AddressValueError, IPv4Address, IPv6Address
 
-import msgspec
-
 from ._api_key import ApiKey
 from ._caller import Role
 from ._egress import Egress, parse_egress
@@ -222,11 +220,6 @@ def check_stored_time(member: str, at: datetime | None) -> None:
     """:raises BadMember: it has no time zone."""
     if at is not None and at.tzinfo is None:
         raise BadMember(member, at.isoformat(), "which has no time zone")
-
-
-def sanitized(row: VmRow) -> VmRow:
-    """Returns the row of a foreign database without the processes of its host."""
-    return msgspec.structs.replace(row, process=None, serial_socket=None)
 
 
 def check_addresses_differ(rows: Iterable[VmRow]) -> None:

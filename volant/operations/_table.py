@@ -211,10 +211,6 @@ class Operation(msgspec.Struct, frozen=True, eq=False, kw_only=True, dict=True):
             shown.append(_IDEMPOTENCY_KEY)
         return tuple(shown)
 
-    def query_name(self, name: str) -> str:
-        """Returns the name of a parameter in the query."""
-        return self.query[name].name or name
-
 
 class Table:
     """Operations in the order in which documents show them."""

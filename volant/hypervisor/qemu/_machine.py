@@ -180,9 +180,6 @@ class QemuMachine(msgspec.Struct, eq=False):
         answer = await self._execute("query-status")
         return str(answer.get("status")) if isinstance(answer, dict) else "unknown"
 
-    async def powerdown(self) -> None:
-        await self._execute("system_powerdown")
-
     async def pause(self, timeout_s: float = 30.0) -> None:
         async with self._alone(timeout_s):
             self._cancel_undo()
