@@ -23,7 +23,6 @@ from ._errors import (
     Unhandled,
 )
 from ._exit import Exit, ExitKind
-from ._fault import fault
 from ._fence import check_fence
 from ._log import Cursor, Gap, Log, LogStatistics
 from ._mailbox import Deferred
@@ -40,7 +39,7 @@ from ._supervisor import (
     Supervisor,
 )
 from ._system import System, open_system
-from ._tap import Tap, TapEvent, TapKind
+from ._tap import Tap, TapEvent, TapKind, fault
 from ._timer import Timer
 
 __version__ = "0.1.0"

@@ -1,4 +1,6 @@
-"""A tap is called with everything that happens in a system: for traces of tests, and for debugging.
+"""Hooks for tests and debugging: taps, and places where a simulation injects faults.
+
+A tap is called with everything that happens in a system.
 
 The runtime calls it synchronously, so it sees events in the order in which they happen. Without a tap each place costs
 one comparison with None.
@@ -10,6 +12,25 @@ import enum
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import NamedTuple, TypeAlias
+
+# Named places where a simulation may inject a fault.
+#
+# A program names the place (`fault("journal.commit")`), and a simulation decides whether it fails. Elsewhere the call
+# costs the look-up of a context variable, so production code may contain it.
+
+
+current_faults: ContextVar[Callable[[str], bool] | None] = ContextVar("actors.faults", default=None)
+"""Decides for this task and for all that it starts; None outside of a simulation."""
+
+
+def fault(site: str) -> bool:
+    """Raises what the simulation has planned for `site`, or returns whether it fires. Call it before the action.
+
+    True means: behave as if the action had failed, came late or stopped half-way. Outside of a simulation it is always
+    False.
+    """
+    decide = current_faults.get()
+    return decide is not None and decide(site)
 
 
 class TapKind(enum.StrEnum):

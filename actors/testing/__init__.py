@@ -3,9 +3,8 @@
 from ._errors import NotDeterministic, RealWorld, SimulationError, Stuck
 from ._faults import Effect, FaultReport, Faults, Plan, SiteReport
 from ._guard import Kind, allow_real
-from ._kill import kill
 from ._probe import Probe, open_probe
-from ._simulate import Simulation, check_deterministic, simulate
+from ._simulate import Simulation, check_deterministic, kill, simulate
 
 __all__ = [
     "Effect",

@@ -11,7 +11,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from actors.testing._switches import seeded_scheduling
+from actors.testing._clock import seeded_scheduling
 
 T = TypeVar("T")
 Simulate = Callable[[Callable[[Random], Awaitable[T]], int], T]

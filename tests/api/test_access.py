@@ -19,8 +19,8 @@ from trio.testing import MockClock
 from tests.api.kit import FAST, UPGRADE, Answer, Api, api, request, streamed
 from volant.api import create_app
 from volant.http import Access, ApiSettings, parse_network, serve
+from volant.http._addresses import parse_client
 from volant.http._keys import TICKET_S, Keys, Tickets
-from volant.http._networks import parse_client
 from volant.model import Problem
 from volant.relay._headers import from_guest, to_guest
 

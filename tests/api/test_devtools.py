@@ -25,8 +25,8 @@ from tests.api.test_relay import guest
 from volant.api import _devtools
 from volant.api._devtools import Place, rewritten
 from volant.http import ApiSettings
+from volant.http._addresses import parse_network
 from volant.http._keys import MAX_TICKETS_OF_ONE, Tickets
-from volant.http._networks import parse_network
 from volant.model import Desired, Problem, Status, VmRow
 
 PREFIX = "/ws/v1/vms/tab/devtools"

@@ -13,7 +13,7 @@ import pytest
 from tests.api.kit import UPGRADE, Answer, Api, read_head, request, web_vm
 from tests.api.test_sessions import browser_of
 from volant.http import ApiSettings
-from volant.http._origins import domains_of, parse_port_origin
+from volant.http._addresses import domains_of, parse_port_origin
 from volant.http._sessions import MAX_SESSIONS_OF_ONE
 from volant.model import Caller
 

@@ -20,7 +20,7 @@ from tests.api.test_mcp import call as tool_call
 from tests.api.test_snapshots import kept
 from tests.oci.registry import needs_registry
 from tests.web_server import WebServer
-from volant.host._threads import LinuxThreads
+from volant.host._host import LinuxThreads
 from volant.http import ApiSettings
 from volant.http._keys import MAX_TICKETS_OF_ONE
 from volant.journal import RemoveProject, _changes, _secret_changes, ask_journal

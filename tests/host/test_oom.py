@@ -9,7 +9,7 @@ import pytest
 
 from tests.host.kit import SLEEP, spawn, until_output
 from volant.host import Host, Sandbox
-from volant.host._oom import SPARE
+from volant.host._priorities import SPARE
 from volant.model import ProcessIdentity
 
 

@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from volant.host import Host
-from volant.host._priority import LOWERED, OWN
+from volant.host._priorities import LOWERED, OWN
 
 AUTOGROUP = Path("/proc/self/autogroup")
 

@@ -225,7 +225,7 @@ async def test_qemus_own_log_is_limited(host: Host, qemu: QemuHypervisor, spec: 
 async def test_a_qemu_that_logs_all_the_time_is_trimmed_now_and_then(
     host: Host, qemu: QemuHypervisor, spec: MachineSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("volant.host._logs.LOG_PAUSE_S", 0.5)
+    monkeypatch.setattr("volant.host._programs.LOG_PAUSE_S", 0.5)
     real, looks = host.files.empty_if_larger, 0
 
     async def empty_if_larger(path: Path, limit: int) -> bool:

@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 
-from volant.host._random import LinuxRandom
+from volant.host._host import LinuxRandom
 from volant.hypervisor.qemu._qmp import LINE_LIMIT, QmpClient, QmpLost, QmpRefused
 
 GREETING = b'{"QMP": {"version": {}, "capabilities": []}}\r\n'

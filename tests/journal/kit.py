@@ -15,8 +15,7 @@ import trio
 
 from actors import ONE_FOR_ONE, Child, Ref, Request, Supervisor, System, open_system
 from volant.host import Host
-from volant.host._clock import LinuxClock
-from volant.host._threads import LinuxThreads
+from volant.host._host import LinuxClock, LinuxThreads
 from volant.journal import CommitSteps, CreateRow, EventCursor, EventFrame, EventLog, Journal, Retention, Store
 from volant.model import DEFAULT_PROJECT, CreateVm, EventId, Networking, Phase, Status, Step, VmRow
 

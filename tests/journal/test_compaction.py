@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from tests.journal.kit import TIMEOUT_S, Bench, ClockHost, running
-from volant.host._threads import LinuxThreads
+from volant.host._host import LinuxThreads
 from volant.journal import EventGap, Retention
 from volant.journal import _database as database_module
 from volant.journal import _journal as journal_module

@@ -12,7 +12,7 @@ import trio
 
 from tests.journal.kit import TIMEOUT_S, Bench, ClockHost, events_after, running, take
 from volant.host import Host
-from volant.host._threads import LinuxThreads
+from volant.host._host import LinuxThreads
 from volant.journal import EventGap, EventLog, Retention, Store
 from volant.model import EventId
 

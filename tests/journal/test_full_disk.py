@@ -14,7 +14,7 @@ import trio
 
 from tests.journal.kit import ClockHost, running
 from volant.host._disk import LinuxDisk
-from volant.host._threads import LinuxThreads
+from volant.host._host import LinuxThreads
 from volant.journal import AddNetwork, Store, _schema
 from volant.journal import _database as database_module
 from volant.journal import _journal as journal_module

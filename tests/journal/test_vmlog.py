@@ -14,7 +14,7 @@ import trio
 
 from tests.journal.kit import ClockHost
 from tests.names import named
-from volant.host._threads import LinuxThreads
+from volant.host._host import LinuxThreads
 from volant.journal import LogCursor, LogEntry, LogGap, LogStream, VmLog, VmLogs
 
 SOURCE = "1.1/console"

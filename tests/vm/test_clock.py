@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from volant.host import Host
-from volant.host._clock import LinuxClock
+from volant.host._host import LinuxClock
 from volant.vm._agent_connection import AgentConnection
 from volant.vm._clock import GuestClock
 

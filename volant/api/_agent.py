@@ -1,4 +1,10 @@
-"""`/api/v1/vms/{name}/agent/*` and `/api/v1/vms/{name}/ports/{port}/*`: relays to servers inside a VM."""
+"""Relays to servers inside a VM: `/api/v1/vms/{name}/agent/*`, `ports/{port}/*` and `actions/{plugin}/{action}`.
+
+An action is a name for a request to the workload's port, so it is a relay with the manifest's method and path. The
+manifest is the VM's own, from when the VM was created: a plugin that was removed and installed again changes nothing
+for existing VMs. Unlike other relays an action has a deadline, which the manifest sets: it is a call, and its caller
+waits for the end. It covers the whole exchange, with the client's body, as it is not visible what a workload waits for.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +15,15 @@ from typing import Any
 from urllib.parse import unquote
 
 import msgspec
+import trio
 
 from volant.http import Call, StreamRoute, without_credentials
 from volant.model import Problem, VmRow
 from volant.model.agent import DAEMON_PREFIX, EXEC, EXEC_SESSIONS, FILES
-from volant.operations import ApiDeps, enter, find_vm
+from volant.operations import ApiDeps, enter, find_action, find_vm
 from volant.relay import GuestServer, OwnOrigin, Relay, parse_port, to_port
 
-from ._moved import moved
+from ._session import moved
 
 _AGENT = re.compile(r"/api/v1/vms/([^/]*)/agent(?:/.*)?\Z")
 _NO_ROUTE = "the agent has no "
@@ -24,6 +31,7 @@ _NO_ROUTE = "the agent has no "
 _NO_WEBSOCKET = "not with GET"
 """How the first agents began the 405 of exec for a WebSocket."""
 _ENCODED_SLASH = re.compile("%2f", re.IGNORECASE)
+_ACTIONS = re.compile(r"/api/v1/vms/([^/]*)/actions/([^/]*)/([^/]*)\Z")
 _PORTS = re.compile(r"/api/v1/vms/([^/]*)/ports/([^/]*)(?:/.*)?\Z")
 
 
@@ -46,7 +54,25 @@ def routes(deps: ApiDeps, relay: Relay) -> list[StreamRoute]:
         async with to_port(client, row.name, port) as inner:
             await relay.run(call, inner, _server(deps, call, row, port), share=row.id)
 
+    async def act(call: Call) -> None:
+        name, plugin, wanted = call.args
+        vm = call.named(name)
+        action, port = find_action(find_vm(deps, vm), plugin, wanted)
+        row, client = await enter(deps, vm, f"{plugin}/{wanted}")
+        query = without_credentials(call.scope["query_string"]).decode("ascii")
+        target = f"{action.path}?{query}" if query else action.path
+        with trio.move_on_after(action.timeout_s) as deadline:
+            async with to_port(client, name, port) as inner:
+                server = GuestServer(name, b"localhost:%d" % port, target)
+                await relay.run(call, inner, server, share=row.id, method=action.method)
+        if deadline.cancelled_caught:
+            text = f"action {wanted!r} of VM {name!r} took longer than the {action.timeout_s:g} s that it has"
+            if call.started:
+                raise trio.BrokenResourceError(text)
+            raise Problem(502, "action-timeout", text, vm=name)
+
     return [
+        StreamRoute(_ACTIONS, act, methods=frozenset({"POST"}), query_is_guests=True),
         StreamRoute(_AGENT, agent, methods=None, websocket=True, query_is_guests=True),
         StreamRoute(_PORTS, ports, methods=None, websocket=True, query_is_guests=True),
     ]

@@ -2,34 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+import msgspec
 import trio
 
 from volant import agui, mcp, web
-from volant.concurrency import Backoff, FairShare, open_helpers
+from volant.concurrency import Backoff, FairShare, dump_tasks, open_helpers
 from volant.host import Host
-from volant.http import AsgiApp, Limits, Middleware
-from volant.model import Problem
+from volant.http import JSON, AsgiApp, Call, Limits, Middleware, StreamRoute
+from volant.model import Health, Problem
 from volant.operations import TABLE, Admission, ApiDeps, Table
 from volant.relay import Relay
 
 from . import (
-    _actions,
     _agent,
-    _artifacts,
     _audit,
-    _backups,
     _console,
     _devtools,
     _events,
-    _images,
+    _files,
     _logs,
     _port_origins,
     _sign_in,
-    _system,
     _tcp,
 )
 
@@ -45,18 +43,15 @@ def create_app(deps: ApiDeps, limits: Limits | None = None, table: Table = TABLE
     share = FairShare()
     relay = Relay(share)
     streams = [
-        *_system.routes(deps),
+        *_probes(deps),
         *_agent.routes(deps, relay),
-        *_actions.routes(deps, relay),
         *_devtools.routes(deps, relay, share),
         *_events.routes(deps),
         *_audit.routes(deps),
         *_logs.routes(deps, share),
         *_console.routes(deps, share),
         *_tcp.routes(deps, share),
-        *_backups.routes(deps, limits),
-        *_artifacts.routes(deps),
-        *_images.routes(deps),
+        *_files.routes(deps, limits),
         *_sign_in.routes(deps, limits),
         *web.routes(deps),
         *agui.routes(deps, limits),
@@ -78,6 +73,28 @@ def create_app(deps: ApiDeps, limits: Limits | None = None, table: Table = TABLE
         deps.access.join(deps.fleet.host, TicketsOfOthers(deps.fleet.peers))
         router = Router(deps.fleet, deps.access, relay, limits, {"mcp": mcp.Subjects(table).of})
     return Middleware(_Late(deps.host, single), streams, deps.access, limits, admission, ports, router)
+
+
+def _probes(deps: ApiDeps) -> list[StreamRoute]:
+    """Returns `/healthz` and `/api/v1/system/tasks`, which answer without Quart: a supervisor waits for them."""
+
+    async def healthz(call: Call) -> None:
+        health = deps.system.health()
+        await _answer(call, 200 if health == "ok" else 503, JSON, msgspec.json.encode(Health(health)))
+
+    async def tasks(call: Call) -> None:
+        call.query(credentials=False).done()
+        await _answer(call, 200, "text/plain; charset=utf-8", f"{dump_tasks()}\n".encode())
+
+    return [
+        StreamRoute(re.compile(r"/healthz\Z"), healthz),
+        StreamRoute(re.compile(r"/api/v1/system/tasks\Z"), tasks),
+    ]
+
+
+async def _answer(call: Call, status: int, content_type: str, body: bytes) -> None:
+    headers = [(b"content-type", content_type.encode()), (b"content-length", b"%d" % len(body))]
+    await call.reject(status, headers, body)
 
 
 class _Late:

@@ -20,8 +20,7 @@ from volant.model import Problem, Status, VmRow
 from volant.operations import ApiDeps, record_access
 from volant.vm import Keyboard, KeyboardTaken, Missed, NotTyped, Reader
 
-from ._moved import moved
-from ._session import Session
+from ._session import Session, moved
 
 NOT_ALLOWED = 1008
 COME_AGAIN = 1012

@@ -30,7 +30,7 @@ from volant.model import DEVTOOLS_PORT, Desired, Key, Problem, Status, VmRow
 from volant.operations import ApiDeps, find_vm, record_access
 from volant.relay import SANDBOX, GuestServer, Relay, first_text, to_port
 
-from ._moved import moved
+from ._session import moved
 
 WAIT_S = 60.0
 """How long a request waits for a VM and its browser, and how long a browser may take after its VM runs."""

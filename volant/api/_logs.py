@@ -17,7 +17,7 @@ from volant.journal import LogCursor, LogGap, LogStream, VmLog
 from volant.model import Problem, invalid, is_name, no_such_vm
 from volant.operations import ApiDeps, open_log, unreadable
 
-from ._moved import moved
+from ._session import moved
 
 _WEBSOCKET = re.compile(r"/ws/v1/vms/([^/]*)/logs/?\Z")
 _HTTP = re.compile(r"/api/v1/vms/([^/]*)/logs/?\Z")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+import msgspec
 from quart import Response, request
 from quart.routing import QuartRule
 from quart_trio import QuartTrio
@@ -17,7 +18,9 @@ from volant.http import Limits, internal_error, problem_body, too_large
 from volant.model import Problem
 from volant.operations import ApiDeps, Table
 
-from . import _docs, _metrics, _rest, _workload_api
+from . import _metrics, _rest, _workload_api
+from ._json import no_query
+from ._openapi import document
 
 _log = logging.getLogger("volant.api")
 
@@ -33,8 +36,21 @@ def quart_app(deps: ApiDeps, limits: Limits, table: Table) -> QuartTrio:
     _rest.add_routes(app, deps, table)
     for resource in (_metrics, _workload_api):
         resource.add_routes(app, deps)
-    _docs.add_routes(app, deps, table)
+    _add_document(app, deps, table)
     return app
+
+
+def _add_document(app: QuartTrio, deps: ApiDeps, table: Table) -> None:
+    """Adds `/openapi.json`. The page `/docs` shows it to people (`volant.web`)."""
+    encoded = b""
+
+    @app.get("/openapi.json")
+    async def openapi() -> Response:
+        nonlocal encoded
+        no_query()
+        # Built at the first request, in a thread, as it reads source files.
+        encoded = encoded or await deps.host.threads.run(lambda: msgspec.json.encode(document(table)))
+        return Response(encoded, content_type="application/json")
 
 
 class _Rule(QuartRule):

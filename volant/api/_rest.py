@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Collection
 from functools import partial
 from typing import Any
@@ -11,9 +12,9 @@ import msgspec
 from quart import Response, request
 from quart_trio import QuartTrio
 
-from volant.http import Nothing, Query, project_of_link
+from volant.http import Nothing, Query, has_etag, project_of_link
 from volant.journal import IdempotencyKey
-from volant.model import current_cause
+from volant.model import current_cause, invalid
 from volant.operations import (
     DEFAULT_WAIT_S,
     TIMEOUT,
@@ -29,10 +30,37 @@ from volant.operations import (
     show,
     wait_for,
 )
+from volant.vm import Version
 
-from ._conditions import if_match, if_none_match
 from ._idempotency import Outcome, Repeats
 from ._json import empty_response, json_response, read_body, read_body_or, read_one_of
+
+_ETAG = re.compile(r'"(\d{1,18})-(\d{1,18})"\Z', re.ASCII)
+
+
+def if_match() -> Collection[Version] | None:
+    """Returns the versions of a VM in `If-Match`, one of which must be the present one; None: any version.
+
+    An `ETag` that is not ours, weak ones too (RFC 9110, 13.1.1), matches no version.
+
+    :raises Problem: 400 the header is empty
+    """
+    given = request.headers.getlist("If-Match")
+    if not given:
+        return None
+    tags = [tag.strip() for line in given for tag in line.split(",")]
+    if not any(tags):
+        raise invalid(
+            "If-Match", "the header If-Match is empty", hint="send the ETag of the VM, or leave the header out"
+        )
+    if "*" in tags:
+        return None
+    return [Version(int(found[1]), int(found[2])) for tag in tags if (found := _ETAG.match(tag))]
+
+
+def if_none_match(etag: str) -> bool:
+    """Returns whether the client already has this version."""
+    return has_etag(request.headers.getlist("If-None-Match"), etag)
 
 
 def add_routes(app: QuartTrio, deps: ApiDeps, table: Table) -> None:

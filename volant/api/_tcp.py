@@ -23,8 +23,7 @@ from volant.http import NORMAL, Call, StreamRoute, interruptible
 from volant.operations import ApiDeps, enter
 from volant.relay import open_port, parse_port
 
-from ._moved import moved
-from ._session import Session
+from ._session import Session, moved
 
 PROTOCOL_ERROR = 1002
 UNSUPPORTED = 1003

@@ -9,15 +9,14 @@ from ._description import (
     MAX_PIECES,
     ZEROS,
     ChunkedFile,
+    ChunkError,
     Description,
     Place,
     check,
     chunk_bytes_for,
 )
-from ._errors import ChunkError
 from ._files import Assembly, ChunkReader, LocalChunks, check_chunk, open_files
-from ._throttle import Throttle
-from ._transfer import Progress, Received, Sink, Source, receive, send
+from ._transfer import Progress, Received, Sink, Source, Throttle, receive, send
 
 __all__ = [
     "MAX_CHUNK_BYTES",

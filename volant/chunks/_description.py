@@ -12,7 +12,12 @@ from typing import Annotated, NamedTuple
 
 import msgspec
 
-from ._errors import ChunkError
+from volant.model import CodedError
+
+
+class ChunkError(CodedError):
+    """Files can't be described, sent or assembled: `description_invalid`, `chunk_mismatch`, `too_large`."""
+
 
 MIN_CHUNK_BYTES = 256 * 1024
 """Guests touch pages all over their memory: of two clones of a template with 84 MiB each, the second adds 20 MiB in

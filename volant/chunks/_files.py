@@ -16,8 +16,7 @@ from typing import Self
 
 import trio
 
-from ._description import ZEROS, ChunkedFile, Description, Place, chunk_bytes_for
-from ._errors import ChunkError
+from ._description import ZEROS, ChunkedFile, ChunkError, Description, Place, chunk_bytes_for
 
 _TURN = 32 * 1024 * 1024
 """How much a thread reads before it asks whether it is still wanted."""

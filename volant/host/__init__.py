@@ -7,33 +7,38 @@ on its own. Nothing here is a global.
 
 from ._access_lists import Grant
 from ._cgroups import Cgroups, ResourceLimits, own_cgroups
-from ._clock import Clock
 from ._credentials import Credentials, is_below, loopback_peer_uid, open_as, open_below, peer_credentials
 from ._descriptors import Descriptors, OpenDirectory
 from ._directories import UnsafeDirectory, check_way_to, make_own_directory
 from ._disk import Disk
-from ._errors import ProcessGone
 from ._files import Files
 from ._freezer import Freezer, FreezerFailed, watchdog_tag
-from ._host import Host
+from ._host import Clock, Host, Random, Threads
 from ._limits import Limits
-from ._logs import LOG_LIMIT, bound_log
 from ._machine import HostFigures, Machine
 from ._own import Ownership, inside
-from ._priority import raise_own
+from ._priorities import raise_own
 from ._proc import Proc, ProcessStatus, ProcessUsage
 from ._process_memory import MemoryUsage, ProcessMemory
 from ._processes import Process, Processes
-from ._procfs import own_capabilities
-from ._programs import PROGRAM_ENVIRONMENT, CopyFailed, copy_sparsely
-from ._random import Random
+from ._procfs import ProcessGone, own_capabilities
+from ._programs import (
+    LOG_LIMIT,
+    PROGRAM_ENVIRONMENT,
+    CopyFailed,
+    bound_log,
+    copy_sparsely,
+    number_of,
+    numbered,
+    user_of_images,
+    user_of_passt,
+    users_of_restricted_passt,
+    users_without_vm,
+)
 from ._sandbox import TREES_SINCE, Sandbox, as_user, confine_self, landlock_version
 from ._sandbox_access import SandboxAccess, SandboxSupport
 from ._scopes import Scopes
-from ._sockets import Sockets
-from ._tap import TUN, make_permanent, open_tap
-from ._threads import Threads
-from ._users import number_of, numbered, user_of_images, user_of_passt, users_of_restricted_passt, users_without_vm
+from ._sockets import TUN, Sockets, make_permanent, open_tap
 from ._watches import FileWatch, Watches
 
 __all__ = [

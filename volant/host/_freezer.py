@@ -26,11 +26,11 @@ import trio
 from volant.concurrency import Backoff
 from volant.model import ProcessIdentity
 
-from . import _cgroups, _oom, _watchdog
+from . import _cgroups, _priorities, _watchdog
 from ._cgroups import Cgroups, ResourceLimits
 from ._directories import make_own_directory
-from ._errors import ProcessGone
 from ._host import Host
+from ._procfs import ProcessGone
 from ._programs import PROGRAM_ENVIRONMENT
 from ._scopes import ScopeError, Scopes
 from ._watchdog import Deadline, boottime
@@ -443,7 +443,7 @@ class Freezer:
                 if not _cgroups.is_in(top / _WATCHDOG, process.pid):
                     await trio.to_thread.run_sync(_cgroups.move, process.pid, top / _WATCHDOG)
                 with suppress(OSError):
-                    _oom.end_last(process.pid)
+                    _priorities.end_last(process.pid)
                 if not process.exited:
                     return found
         raise FreezerFailed(f"the watchdog can't be started: {said or 'it ends at once'}")

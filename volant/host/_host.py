@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol, TypeVar
+
+import trio
 
 from ._cgroups import Cgroups
-from ._clock import Clock, LinuxClock
 from ._descriptors import Descriptors, LinuxDescriptors
 from ._disk import Disk, LinuxDisk
 from ._files import Files, LinuxFiles
@@ -17,12 +22,60 @@ from ._own import Ownership
 from ._proc import LinuxProc, Proc
 from ._process_memory import LinuxProcessMemory, ProcessMemory
 from ._processes import LinuxProcesses, Processes
-from ._random import LinuxRandom, Random
 from ._sandbox_access import LinuxSandboxAccess, SandboxAccess
 from ._scopes import Scopes
 from ._sockets import LinuxSockets, Sockets
-from ._threads import LinuxThreads, Threads
 from ._watches import LinuxWatches, Watches
+
+T = TypeVar("T")
+
+
+class Threads(Protocol):
+    async def run(self, call: Callable[..., T], *args: object) -> T:
+        """Runs a call that blocks on the disk in a worker thread. It is not cancelled half-way."""
+
+
+class LinuxThreads(Threads):
+    async def run(self, call: Callable[..., T], *args: object) -> T:
+        return await trio.to_thread.run_sync(call, *args)
+
+
+class Random(Protocol):
+    def new_id(self) -> str:
+        """Returns 32 hexadecimal digits that were never returned before."""
+
+    def token_bytes(self, size: int) -> bytes:
+        """Returns `size` random bytes, good enough for keys."""
+
+
+class LinuxRandom(Random):
+    def new_id(self) -> str:
+        return uuid.uuid4().hex
+
+    def token_bytes(self, size: int) -> bytes:
+        return os.urandom(size)
+
+
+class Clock(Protocol):
+    def now(self) -> datetime:
+        """Returns the time of day in UTC. It may jump."""
+
+    def monotonic(self) -> float:
+        """Returns seconds on a clock that does not jump, to measure with."""
+
+    def boottime(self) -> float:
+        """Returns seconds since the host was booted. Nobody sets this clock, and it goes on while the host sleeps."""
+
+
+class LinuxClock(Clock):
+    def now(self) -> datetime:
+        return datetime.now(UTC)
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+    def boottime(self) -> float:
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class Host:

@@ -12,10 +12,10 @@ import trio
 
 from volant.model import ProcessIdentity
 
-from . import _cgroups, _oom, _priority
+from . import _cgroups, _priorities
 from ._cgroups import Cgroups, ResourceLimits
-from ._errors import ProcessGone
 from ._processes import Processes
+from ._procfs import ProcessGone
 from ._scopes import ScopeError, Scopes
 
 _logger = logging.getLogger("volant.host")
@@ -130,7 +130,7 @@ class LinuxLimits(Limits):
         """Returns whether the process is still there."""
         try:
             with self._processes.open(identity) as process:
-                _oom.end_by_size(process.pid)
+                _priorities.end_by_size(process.pid)
         except ProcessGone:
             return False
         except (OSError, ValueError) as error:
@@ -141,7 +141,7 @@ class LinuxLimits(Limits):
         for _ in range(_LOWER_TRIES):
             try:
                 with self._processes.open(identity) as process:
-                    _priority.lower(process.pid)
+                    _priorities.lower(process.pid)
                 return
             except BlockingIOError:
                 await trio.sleep(_LOWER_AGAIN_S)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from volant.model import ProcessIdentity
 
-from ._errors import ProcessGone
+from ._procfs import ProcessGone
 
 _COMPONENT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\Z")
 

@@ -18,8 +18,8 @@ import trio
 from volant.model import ProcessIdentity
 
 from . import _procfs
-from ._errors import ProcessGone
 from ._processes import Processes, runs_as_ours
+from ._procfs import ProcessGone
 from ._sandbox import as_user
 
 

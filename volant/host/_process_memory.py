@@ -14,9 +14,9 @@ import trio
 from volant.model import ProcessIdentity
 
 from . import _mappings
-from ._errors import ProcessGone
 from ._files import copy_in_pieces, open_descriptor
 from ._processes import Process, Processes
+from ._procfs import ProcessGone
 
 _PROC = Path("/proc")
 _READERS = 2

@@ -31,9 +31,9 @@ import trio
 
 from volant.model import ProcessIdentity
 
-from . import _oom, _procfs
-from ._errors import ProcessGone
+from . import _priorities, _procfs
 from ._own import Ownership
+from ._procfs import ProcessGone
 from ._sandbox import Sandbox, start_sandboxed
 
 _TAG = re.compile(r"[A-Za-z0-9._:@-]{4,100}")
@@ -438,7 +438,7 @@ def _start(start: Callable[[int], subprocess.Popen[bytes]], stdout_path: Path) -
     popen.returncode = 0
     # It may have ended, and works without.
     with suppress(OSError):
-        _oom.end_first(popen.pid)
+        _priorities.end_first(popen.pid)
     _wait_for_command_line(popen.pid)
     return popen.pid
 

@@ -11,6 +11,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+
+class ProcessGone(Exception):
+    """There is no process with this identity (any more)."""
+
+
 PROC = Path("/proc")
 _TOKENS = re.compile(rb"[\0,=]")
 _SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)

@@ -1,26 +1,22 @@
 """From sockets to requests: connections and their limits, access control, and the middleware of every request."""
 
 from ._access import Access, for_ticket, without_credentials
+from ._addresses import Network, PortOrigin, parse_network
 from ._body import BODY_S, JSON, Nothing, Upload, decode, decode_body, read_call_body, read_call_bytes, receive_into
-from ._call import NORMAL, Call, Header, Message, Piece
+from ._call import NORMAL, Call, Header, Message, Piece, has_etag
 from ._caller_limits import CallerLimits
-from ._conditions import has_etag
-from ._ending import GOING_AWAY, UNAUTHORIZED, Ending, Stopping
+from ._ending import GOING_AWAY, UNAUTHORIZED, Ending, Stopping, interruptible
 from ._keys import OF_ISSUER, TICKET_S, CodeRequest, NamedKeys, Tokens
-from ._limits import Limits
 from ._middleware import Admission, Middleware, Router, StreamRoute, first_problem, internal_error
-from ._networks import Network, parse_network
-from ._origins import PortOrigin
 from ._problems import new_request_id, not_json, problem_body, too_large
 from ._project import listed_project, names_project, one_project, project_of_link, seen_project
 from ._query import MAX_INTEGER, Query, parse_time
 from ._serving import AsgiApp, serve
 from ._sessions import NewSession
-from ._settings import ApiSettings
+from ._settings import ApiSettings, Limits
 from ._sign_ins import ATTEMPT_S
 from ._subjects import Subject, parse_subject
 from ._tls import ClientCertificate, Credentials, Tls, server_context
-from ._waits import interruptible
 
 __all__ = [
     "ATTEMPT_S",

@@ -30,6 +30,7 @@ import msgspec
 
 from volant.model import ANONYMOUS, Caller, Problem, SignIn
 
+from ._addresses import LOCAL, PortOrigin, domains_of, is_in, parse_client, parse_port_origin
 from ._caller_limits import CallerLimits, CallerUse
 from ._ending import Running
 from ._keys import (
@@ -45,8 +46,6 @@ from ._keys import (
     digest_of,
     is_token,
 )
-from ._networks import is_in, parse_client
-from ._origins import LOCAL, PortOrigin, domains_of, parse_port_origin
 from ._sessions import OF_SESSION, SESSION_S, NewSession, Sessions
 from ._settings import ApiSettings
 from ._sign_ins import NewAttempt, SignIns

@@ -11,7 +11,7 @@ from __future__ import annotations
 from volant.model import Caller, Problem
 
 from ._caller_limits import CallerLimits, CallerUse
-from ._limits import Limits
+from ._settings import Limits
 
 
 class Bodies:

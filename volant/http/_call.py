@@ -7,7 +7,7 @@ coroutine on ASGI's own `receive` and `send`, with these helpers.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -15,12 +15,18 @@ import trio
 
 from volant.model import Caller, Cause, Key, Problem
 
+from ._addresses import PortOrigin
 from ._bodies import Share
 from ._ending import Ending
-from ._origins import PortOrigin
 from ._problems import problem_body, problem_headers
 from ._project import listed_project, one_project
 from ._query import Query
+
+
+def has_etag(given: Iterable[str], etag: str) -> bool:
+    """Returns whether the lines of `If-None-Match` have an `ETag`: the client has this version already."""
+    return any(tag.strip().removeprefix("W/") in ("*", etag) for line in given for tag in line.split(","))
+
 
 Message = dict[str, Any]
 Header = tuple[bytes, bytes]

@@ -59,8 +59,8 @@ from volant.host import peer_credentials
 from volant.model import Problem
 from volant.model.heads import MAX_FIELDS, head_of
 
+from ._addresses import is_abandoned
 from ._inbox import Inbox, Message
-from ._peer import is_abandoned
 from ._problems import new_request_id, problem_body, problem_headers
 from ._tls import PLAIN_HTTP, Session, looks_like_http
 

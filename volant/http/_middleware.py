@@ -18,12 +18,12 @@ import trio
 from volant.model import ANONYMOUS, Caller, CallerEnded, Cause, Problem, current_cause
 
 from ._access import Access
+from ._addresses import PortOrigin
 from ._bodies import Bodies
 from ._call import Call, Header, Message
-from ._limits import Limits
-from ._origins import PortOrigin
 from ._problems import new_request_id, too_large
 from ._project import choose_project
+from ._settings import Limits
 
 _requests = logging.getLogger("volant.api.request")
 _log = logging.getLogger("volant.api")

@@ -34,8 +34,8 @@ from volant.concurrency import FairShare
 from volant.model import Problem
 
 from ._connection import Connection
-from ._limits import Limits
 from ._problems import new_request_id, problem_body, problem_headers
+from ._settings import Limits
 from ._tls import Tls
 
 _log = logging.getLogger("volant.api.serving")

@@ -1,8 +1,7 @@
 """Relays between clients and servers inside guests: HTTP, WebSockets and plain TCP, with a fair share for each VM."""
 
 from ._headers import SANDBOX, end_to_end
-from ._problems import unreachable
-from ._redirect import GuestServer, OwnOrigin
+from ._redirect import GuestServer, OwnOrigin, unreachable
 from ._relay import Relay, first_text, open_port, parse_port, to_port
 
 __all__ = [

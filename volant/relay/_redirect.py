@@ -19,7 +19,12 @@ import msgspec
 from volant.model import Problem
 
 from ._headers import from_guest, from_own_origin, to_guest, to_own_origin
-from ._problems import unreachable
+
+
+def unreachable(vm: str, why: str) -> Problem:
+    """Returns the 502 for a guest that does not answer."""
+    return Problem(502, "agent-unreachable", f"VM {vm!r} does not answer: {why}", vm=vm)
+
 
 Header = tuple[bytes, bytes]
 

@@ -29,7 +29,7 @@ from volant.http import Call, interruptible
 from volant.model import Problem, invalid
 
 from ._headers import Header
-from ._problems import unreachable
+from ._redirect import unreachable
 
 HEAD_S = 600.0
 """How long a server in a guest may take to begin its answer."""

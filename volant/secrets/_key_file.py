@@ -13,8 +13,12 @@ from pathlib import Path
 import msgspec
 
 from volant.host import Host
+from volant.model import CodedError
 
-from ._failed import SecretFailed
+
+class SecretFailed(CodedError):
+    """The value of a secret can't be had. `code`: `secret_missing`, `secret_unreadable`, or `secret_unusable`."""
+
 
 KEY_BYTES = 32
 _MAX_FILE = 64 * 1024

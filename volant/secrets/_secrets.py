@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 import trio
@@ -23,10 +24,65 @@ from volant.model import (
     value_of,
 )
 
-from ._failed import SecretFailed
-from ._key_file import EncryptionKey, KeyFile
-from ._seal import NONCE_BYTES, Changed, seal, unseal
-from ._values import SecretValues
+from ._key_file import EncryptionKey, KeyFile, SecretFailed
+
+
+class SecretValues(msgspec.Struct, frozen=True):
+    """The values of a VM's secrets."""
+
+    env: Mapping[str, bytes]
+    """By environment variable."""
+    files: Mapping[str, bytes]
+    """By path in the guest."""
+
+    def __repr__(self) -> str:
+        return "SecretValues(…)"
+
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
+NONCE_BYTES = 12
+"""Random. Two of 2**32 values are encrypted with the same one by a chance of 2**-33, and there are a thousand."""
+_INSTALL = "pip install 'cryptography>=46'"
+
+
+class Changed(Exception):
+    """An encrypted value is not what was encrypted with this key, for this project, name and version."""
+
+
+def seal(key: EncryptionKey, named: Key, version: int, value: bytes, nonce: bytes) -> bytes:
+    """Returns the nonce and the encrypted value. :raises Problem: 503 a package is missing."""
+    return nonce + _cipher(key).encrypt(nonce, value, _bound_to(named, version))
+
+
+def unseal(key: EncryptionKey, named: Key, version: int, sealed: bytes) -> bytes:
+    """Returns the value. :raises Changed: :raises Problem: 503 a package is missing."""
+    cipher = _cipher(key)
+    from cryptography.exceptions import InvalidTag
+
+    try:
+        return cipher.decrypt(sealed[:NONCE_BYTES], sealed[NONCE_BYTES:], _bound_to(named, version))
+    except (InvalidTag, ValueError):
+        # Too short for a nonce and a tag.
+        raise Changed from None
+
+
+def _bound_to(named: Key, version: int) -> bytes:
+    return "\0".join(("volant secret 1", named.project, named.name, str(version))).encode()
+
+
+def _cipher(key: EncryptionKey) -> ChaCha20Poly1305:
+    try:
+        # It takes 20 ms, and most daemons have no secrets.
+        from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+    except ImportError as error:
+        raise Problem(
+            503, "secrets-unavailable", f"secrets need the package cryptography, which can't be imported: {error}",
+            hint=f"install it for the daemon and start that again: {_INSTALL}",
+        ) from None  # fmt: skip
+    return ChaCha20Poly1305(key.data)
+
 
 MAX_TOTAL_BYTES = 512 * 1024
 """Of all values of one VM: they are one request to its agent, which takes at most 1 MiB of JSON."""

@@ -6,9 +6,8 @@ of a transfer that is this host; `Transfers` brings snapshots to registries and 
 
 from ._bases import BaseFiles, registries
 from ._document import Bases, decode, encode
-from ._errors import TransferError
 from ._own_snapshots import Incoming, Outgoing, OwnSnapshots
-from ._transfer import Transfer
+from ._transfer import Transfer, TransferError
 from ._transfers import Client, Transfers, TransferSettings
 
 __all__ = [

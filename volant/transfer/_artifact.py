@@ -19,7 +19,7 @@ from volant.chunks import MAX_PIECES, ChunkError, Received, check_chunk
 from volant.oci import Descriptor, Repository
 
 from ._document import MAX_DOCUMENT_BYTES
-from ._errors import TransferError
+from ._transfer import TransferError
 
 ARTIFACT = "application/vnd.volant.snapshot.v1"
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"

@@ -19,7 +19,7 @@ from volant.oci import ImageLibrary, OciError
 from volant.vm import CUSTOM_IMAGE, VmSettings
 
 from ._document import Bases
-from ._errors import TransferError
+from ._transfer import TransferError
 
 _PIECE = 1024 * 1024
 

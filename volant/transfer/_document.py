@@ -38,7 +38,7 @@ from volant.model import (
 )
 from volant.model.stored import BadMember, check_stored_snapshot
 
-from ._errors import TransferError
+from ._transfer import TransferError
 
 MAX_DOCUMENT_BYTES = 4 * 1024 * 1024
 MAX_STATE_BYTES = 16 * 1024 * 1024

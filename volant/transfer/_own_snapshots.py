@@ -29,8 +29,7 @@ from volant.volumes import volume_path
 
 from ._bases import BaseFiles
 from ._document import LAYER, MEMORY, STATE, SnapshotDocument, document_of, file_names, own_names, snapshot_of
-from ._errors import TransferError
-from ._transfer import Transfer
+from ._transfer import Transfer, TransferError
 
 _MAX_LEFT = 8
 """Transfers that ended early, whose files are kept."""

@@ -7,7 +7,16 @@ from typing import Literal
 import msgspec
 
 from volant.chunks import Progress
-from volant.model import TransferView
+from volant.model import CodedError, TransferView
+
+
+class TransferError(CodedError):
+    """A snapshot can't be sent, received or used here.
+
+    `snapshot_unsupported`, `snapshot_invalid`, `snapshot_too_large`, `snapshot_unfit`, `snapshot_elsewhere`,
+    `base_missing`, `base_mismatch`, `snapshot_damaged`, `disk_full`, `transfer_failed`, `transfer_timeout`,
+    `too_many_transfers`.
+    """
 
 
 class Transfer(msgspec.Struct, eq=False):

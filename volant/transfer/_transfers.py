@@ -29,9 +29,8 @@ from volant.vm import Copies
 
 from ._bases import BaseFiles, registries
 from ._document import Bases, decode, encode
-from ._errors import TransferError
 from ._own_snapshots import Admit, Incoming, Outgoing, OwnSnapshots
-from ._transfer import Transfer
+from ._transfer import Transfer, TransferError
 
 if TYPE_CHECKING:
     from volant.oci import Reference, Repository
