@@ -23,7 +23,7 @@ from tests.web_server import WebServer
 from volant.host._host import LinuxThreads
 from volant.http import ApiSettings
 from volant.http._keys import MAX_TICKETS_OF_ONE
-from volant.journal import RemoveProject, _changes, _secret_changes, ask_journal
+from volant.journal import RemoveProject, _changes, _definition_changes, ask_journal
 from volant.model import Role, current_cause
 from volant.operations import TABLE, Operation
 
@@ -481,7 +481,7 @@ async def test_a_project_begins_empty_although_the_daemon_was_killed_while_one_w
 
 
 async def test_a_project_has_its_share_of_secrets(served: Api, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_secret_changes, "MAX_SECRETS_OF_PROJECT", 1)
+    monkeypatch.setattr(_definition_changes, "MAX_SECRETS_OF_PROJECT", 1)
     for name, status in (("a", 200), ("a", 200), ("b", 409)):
         answer = await served.client.put(f"/api/v1/secrets/{name}", json={"value": "v"}, headers=IN_WEB)
         assert answer.status_code == status, answer.text

@@ -20,7 +20,7 @@ from typing import Any
 
 from volant.host import PROGRAM_ENVIRONMENT
 from volant.hypervisor import MachineSpec
-from volant.hypervisor.qemu._devices import complete
+from volant.hypervisor.qemu._migration import complete
 
 from ._world import start_program
 

@@ -45,8 +45,8 @@ from volant.model import (
     decide,
 )
 from volant.vm import VmSettings, instance_of
+from volant.vm._layout import tag_of
 from volant.vm._machine_spec import CUSTOM_IMAGE, machine_spec
-from volant.vm._tags import tag_of
 
 from ._world import listening, start_program
 

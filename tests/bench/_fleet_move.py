@@ -19,8 +19,7 @@ from tests.fleet.hosts import fleet
 from tests.ports import free_port
 from volant.host import PROGRAM_ENVIRONMENT, Host
 from volant.hypervisor import MachineSpec
-from volant.hypervisor.qemu._control import connect_control
-from volant.hypervisor.qemu._qmp import QmpClient
+from volant.hypervisor.qemu._qmp import QmpClient, connect_control
 from volant.model import CreateVm
 
 from ._boot import BOOT_S, Bare, _accelerator, _argv, _spec, scratch_of

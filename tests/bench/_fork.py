@@ -26,7 +26,7 @@ from volant.host import Host
 from volant.hypervisor import Disk, MachineSpec, Template
 from volant.model import CreateVm, Manifest
 from volant.model.agent import DAEMON_MANIFEST, DAEMON_WORKLOAD
-from volant.vm._guest_config import guest_manifest, workload_spec
+from volant.vm._machine_spec import guest_manifest, workload_spec
 
 from ._bare_fork import fork
 from ._boot import BOOT_S, _accelerator, _argv, _spec, row_of, scratch_of

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from volant.channel._budget import FRAME_LIMIT, FrameCounter, frame_budget
-from volant.channel._errors import LinkLost
+from volant.channel._stream import LinkLost
 
 
 def frame(size: int, kind: int = 0) -> bytes:

@@ -16,8 +16,8 @@ import trio
 import trio.testing
 
 from volant.channel import AgentUnreachable, Channel, VirtioSerial, _channel, open_channel
-from volant.channel._errors import LinkLost
 from volant.channel._link import CONNECTION_WINDOW, OUTPUT_LIMIT, RESYNC_ZEROS, STALL_S, Link
+from volant.channel._stream import LinkLost
 from volant.host import Host
 from volant.model.agent import RESYNC_MAGIC
 

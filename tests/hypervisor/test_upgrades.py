@@ -15,7 +15,7 @@ from volant.hypervisor import MachineKind, MachineSpec
 from volant.hypervisor.qemu import QemuHypervisor, _launch
 from volant.hypervisor.qemu._argv import FORMAT, WITH_HPET, format_of
 from volant.hypervisor.qemu._compatibility import HEAD_BYTES, incompatibility, machine_of, parse_machines
-from volant.hypervisor.qemu._devices import complete
+from volant.hypervisor.qemu._migration import complete
 
 HERE = MachineKind(version="10.0.13", accelerator="tcg", machine="pc-q35-10.0", devices=FORMAT, tsc_khz=2_600_000)
 KVM = msgspec.structs.replace(HERE, accelerator="kvm", machine="microvm")

@@ -18,7 +18,7 @@ from volant.host._host import LinuxThreads
 from volant.journal import AddNetwork, Store, _schema
 from volant.journal import _database as database_module
 from volant.journal import _journal as journal_module
-from volant.journal._reserve import RESERVE_BYTES, Reserve
+from volant.journal._database import RESERVE_BYTES, Reserve
 from volant.model import DEFAULT_PROJECT, CreateNetwork, Problem
 
 T = TypeVar("T")

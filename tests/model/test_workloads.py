@@ -51,7 +51,7 @@ from volant.model import (
     view,
     workload_events,
 )
-from volant.vm._guest_config import workload_spec
+from volant.vm._machine_spec import workload_spec
 
 RUNS = WorkloadView("healthy", pid=5)
 EXITED = WorkloadView("exited", exit_code=0)

@@ -11,7 +11,7 @@ import pytest
 
 from tests.oci.kit import needs_erofs
 from volant.oci import OciError
-from volant.oci._disk import descriptor
+from volant.oci._join import descriptor
 
 pytestmark = [pytest.mark.programs, needs_erofs]
 

@@ -297,7 +297,7 @@ async def test_without_the_package_the_error_names_it_and_nothing_else_fails(
 
 
 async def test_there_is_a_limit(path: Path, key_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("volant.journal._secret_changes.MAX_SECRETS", 2)
+    monkeypatch.setattr("volant.journal._definition_changes.MAX_SECRETS", 2)
     async with keeping(path, key_file) as (secrets, _):
         for name in ("a", "b"):
             await secrets.set(Key(DEFAULT_PROJECT, name), text())

@@ -20,7 +20,7 @@ import h11
 import trio
 
 from actors import fault
-from volant.guest._resync import HELLO, Hunt
+from volant.guest._mux import HELLO, Hunt
 from volant.model.agent import (
     DAEMON_CLOCK,
     DAEMON_HOSTS,

@@ -15,7 +15,7 @@ from tests.simulated.machine import Machine
 from tests.simulated.qemu import SimQemu
 from volant.hypervisor.qemu._parse_argv import parse_argv
 from volant.model import Key, VmRow, Volume
-from volant.vm._volume_disks import volume_id_of
+from volant.vm._machine_spec import volume_id_of
 
 VOLUMES = "/api/v1/volumes"
 Insist = Callable[..., Awaitable[Answer]]

@@ -32,9 +32,9 @@ from volant.model import (
     user_lease,
 )
 from volant.vm import VmSettings
+from volant.vm._layout import tag_of
 from volant.vm._machine_spec import CUSTOM_IMAGE, machine_spec
 from volant.vm._orphans import Orphan, adopted_row
-from volant.vm._tags import tag_of
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 DIGEST = "5" * 64

@@ -13,8 +13,8 @@ from msgspec.structs import replace
 from tests.vm.kit import vm_settings
 from volant.host import Host
 from volant.model import CreateVm, Manifest, VmRow, Volume, new_row
-from volant.vm._errors import StepError
-from volant.vm._volume_disks import check_volumes
+from volant.vm._machine_spec import check_volumes
+from volant.vm.messages import StepError
 from volant.volumes import VolumeFiles
 
 pytestmark = [

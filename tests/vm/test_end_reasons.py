@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from volant.model import EndKind
-from volant.vm._end_reasons import reason_of_end
+from volant.vm._process import reason_of_end
 
 _CONSOLE = ("[    2.5] Kernel panic - not syncing: VFS: Unable to mount root fs", "[    2.6] Call Trace:")
 

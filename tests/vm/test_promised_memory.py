@@ -13,7 +13,7 @@ import pytest
 
 from volant.model import BASE, CreateVm, Problem, Status, VmRow, new_row
 from volant.vm._capacity import IDLE_MB, OVERHEAD_MB, Capacity, memory_need, promised_mb
-from volant.vm._settings import VmSettings
+from volant.vm._layout import VmSettings
 
 HOST_MB = 512
 UP: dict[str, Any] = {"status": Status.RUNNING, "tag": "volant-test", "process": object()}

@@ -10,7 +10,7 @@ import msgspec
 
 from volant.host import Host, ProcessGone, ProcessUsage
 from volant.model import BASE, CreateVm, Lease, ProcessIdentity, VmRow, VmStats, new_row
-from volant.vm._stats import measure_stats
+from volant.vm._memory import measure_stats
 
 LEASE = Lease(address="10.0.0.2", prefix=16, gateway="10.0.0.1", mac="02:00:00:00:00:01", tap="vt-one")
 

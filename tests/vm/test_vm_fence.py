@@ -12,9 +12,9 @@ import trio
 
 from volant.hypervisor import LaunchFailed
 from volant.model import AwaitAgent, CreateVm, Effect, Launch, Manifest, Movable, StepFailed, VmRow, new_row
-from volant.vm._errors import StepError
 from volant.vm._fence import NoFence
 from volant.vm._steps import Steps
+from volant.vm.messages import StepError
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 REQUEST = CreateVm(name="demo", cpu_cores=1, memory_mb=128)

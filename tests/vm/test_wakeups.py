@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from volant.host import Host, ProcessGone
 from volant.model import ProcessIdentity
-from volant.vm._wakeups import Wakeups
+from volant.vm._process import Wakeups
 
 IDENTITY = ProcessIdentity(pid=7, start_time=1, boot_id="boot", tag="volant-ab12-7.1")
 

@@ -1,10 +1,8 @@
 """Byte streams into a guest, and HTTP to its agent on them."""
 
-from ._address import Address, VirtioSerial, Vsock
 from ._agent import AgentAnswer, AgentClient, AgentResponse
 from ._channel import Channel, ChannelStatistics, ParkedLink, open_channel, run_channel
-from ._errors import AgentProtocolError, AgentUnreachable
-from ._stream import ChannelStream
+from ._stream import Address, AgentProtocolError, AgentUnreachable, ChannelStream, VirtioSerial, Vsock
 
 __all__ = [
     "Address",

@@ -21,8 +21,7 @@ from volant.model.agent import MAX_HEAD_BYTES, MAX_JSON_BYTES
 from volant.model.heads import MAX_FIELDS, head_of
 
 from ._channel import Channel
-from ._errors import WHY_CHARACTERS, AgentProtocolError, AgentUnreachable
-from ._stream import ChannelStream, PrefixedStream
+from ._stream import WHY_CHARACTERS, AgentProtocolError, AgentUnreachable, ChannelStream, PrefixedStream
 
 Header = tuple[bytes, bytes]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from volant.concurrency import TokenBucket
 
-from ._errors import LinkLost
+from ._stream import LinkLost
 
 FRAME_LIMIT = 16384
 """HTTP/2's default for the longest frame, which neither side raises."""

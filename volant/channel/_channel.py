@@ -14,12 +14,20 @@ from volant.concurrency import Backoff, open_helpers
 from volant.host import Host
 from volant.model.agent import AGENT_PORT
 
-from ._address import Address, VirtioSerial, Vsock
-from ._errors import AgentUnreachable, LinkLost
 from ._hold import HoldablePort, PortHold
 from ._link import Link
-from ._slots import Slot, Slots
-from ._stream import ChannelStream, SocketChannelStream, Sockets
+from ._stream import (
+    Address,
+    AgentUnreachable,
+    ChannelStream,
+    LinkLost,
+    Slot,
+    Slots,
+    SocketChannelStream,
+    Sockets,
+    VirtioSerial,
+    Vsock,
+)
 
 CONNECT_S = 5.0
 TAKE_S = 0.1

@@ -38,10 +38,8 @@ from hyperframe.frame import Frame
 from volant.model.agent import MAX_STREAMS, RESERVED_STREAMS, RESYNC_MAGIC, RESYNC_NONCE_BYTES
 
 from ._budget import FRAME_LIMIT, FrameCounter, frame_budget
-from ._errors import WHY_CHARACTERS, LinkLost
 from ._mux_stream import MuxStream
-from ._slots import Slot
-from ._stream import Bytes
+from ._stream import WHY_CHARACTERS, Bytes, LinkLost, Slot
 
 STREAM_WINDOW = 128 * 1024
 CONNECTION_WINDOW = STREAM_WINDOW * (MAX_STREAMS + RESERVED_STREAMS)

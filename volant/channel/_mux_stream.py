@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import trio
 from h2.errors import ErrorCodes
 
-from ._slots import Slot
-from ._stream import Bytes, ChannelStream
+from ._stream import Bytes, ChannelStream, Slot
 
 if TYPE_CHECKING:
     from ._link import Link

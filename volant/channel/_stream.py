@@ -1,13 +1,83 @@
-"""Byte streams into a guest."""
+"""Byte streams into a guest: addresses of guests, errors, and a limit for open streams."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from contextlib import suppress
+from pathlib import Path
 
+import msgspec
 import trio
 
-from ._slots import Slot
+from volant.model.agent import MAX_STREAMS, RESERVED_STREAMS
+
+
+class Slot:
+    """The right to one stream. `release` may be called more than once."""
+
+    __slots__ = ("_limiter",)
+
+    def __init__(self, limiter: trio.CapacityLimiter) -> None:
+        self._limiter: trio.CapacityLimiter | None = limiter
+
+    def release(self) -> None:
+        limiter, self._limiter = self._limiter, None
+        if limiter is not None:
+            limiter.release_on_behalf_of(self)
+
+
+class Slots:
+    """Slots for clients' streams, and a few for the daemon's own, so that clients can't lock it out."""
+
+    def __init__(self) -> None:
+        self._common = trio.CapacityLimiter(MAX_STREAMS)
+        self._reserved = trio.CapacityLimiter(RESERVED_STREAMS)
+
+    @property
+    def taken(self) -> int:
+        return int(self._common.borrowed_tokens + self._reserved.borrowed_tokens)
+
+    async def acquire(self, *, reserved: bool) -> Slot:
+        """Waits for a slot, in the order of the calls."""
+        limiter = self._reserved if reserved else self._common
+        slot = Slot(limiter)
+        await limiter.acquire_on_behalf_of(slot)
+        return slot
+
+
+class VirtioSerial(msgspec.Struct, frozen=True):
+    """The Unix socket of a virtio-serial port. It carries one connection, so streams are multiplexed over it."""
+
+    path: Path
+
+
+class Vsock(msgspec.Struct, frozen=True):
+    """A guest with a vhost-vsock device: a stream is a connection of its own."""
+
+    cid: int
+
+
+Address = VirtioSerial | Vsock
+
+
+WHY_CHARACTERS = 300
+"""The longest text of a parser's error. It may quote a whole head of the guest, and gets into rows and events."""
+
+
+class AgentUnreachable(Exception):
+    """No byte stream into the guest could be opened, or it broke before the answer was whole.
+
+    The guest may be booting, hung or gone. A request that was sent may have had an effect.
+    """
+
+
+class AgentProtocolError(Exception):
+    """The agent's answer is malformed. Not our bug, as a guest is not trusted."""
+
+
+class LinkLost(Exception):
+    """A link has ended, and its streams are broken. The channel makes the next one."""
+
 
 Bytes = bytes | bytearray | memoryview
 

@@ -1,23 +1,27 @@
 """Many hosts as one: what they share is in etcd. See docs/explanation/fleet.md."""
 
 from ._alive import PAUSE_AFTER, SignOfLife, pause_at
-from ._claims import Claim, Claims, NameTaken, ReplicaRecord, claim_of, replica_of
+from ._claims import Claim, Claims, Departures, NameTaken, ReplicaRecord, claim_of, replica_of
 from ._definitions import Definitions
-from ._departures import Departures
-from ._errors import Compacted, EtcdError, EtcdRefused, EtcdUnavailable, LeaseGone, OutcomeUnknown
 from ._etcd import Etcd, EtcdSettings, make_etcd, open_etcd
 from ._events import EVENT_ID, FleetCursor, Followed, follow
 from ._fence import Fence, Successor, Vms
 from ._fleet import SLACK_S, Fleet, FleetSettings
-from ._forwarded import CALLER, HOST, Forwarded, forwarded_in, request_headers
+from ._forwarded import CALLER, HOST, REDEEM, Forwarded, TicketsOfOthers, WantRedeemed, forwarded_in, request_headers
 from ._interface import (
     Change,
     Changes,
+    Compacted,
     Compare,
     Entry,
+    EtcdError,
+    EtcdRefused,
+    EtcdUnavailable,
     Following,
     KeyValues,
     Lease,
+    LeaseGone,
+    OutcomeUnknown,
     Step,
     Transaction,
     absent,
@@ -34,7 +38,6 @@ from ._namespace import Namespace
 from ._peers import Keep, PeerAnswer, Peers
 from ._placement import Wanted, obstacle_on, place
 from ._replicas import Replicas
-from ._tickets import REDEEM, TicketsOfOthers, WantRedeemed
 from ._vector import position_text, positions_in
 
 __all__ = [

@@ -1,13 +1,137 @@
-"""Changes that follow each other: each is made on top of the one that its host has seen last, or not at all."""
+"""How hosts agree on definitions: changes that follow each other, hosts that join, and what each host uses of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 
+import msgspec
 import trio
 
-from ._errors import EtcdError, OutcomeUnknown
-from ._interface import Entry, KeyValues, Step, absent, put, unchanged
+from volant.journal import BadRow, Definition, encode_definition, read_definition
+from volant.model import ApiKey, Problem, first_few
+
+from ._interface import Entry, EtcdError, KeyValues, OutcomeUnknown, Step, absent, put, unchanged
+from ._mirror import Mirror
+
+# What each host uses of the definitions, and which keys of secrets it has: what others have to know before they remove
+# a definition or encrypt a secret.
+
+
+USAGE = "usage/"
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """What a host says of itself."""
+
+    uses: tuple[str, ...] = ()
+    """The places of definitions."""
+    secret_keys: tuple[str, ...] = ()
+    """What identifies the keys that it has. It says nothing of the keys."""
+
+
+class Usages:
+    """The usage of all hosts, and that of this one.
+
+    :param uses: returns the places of the definitions that this host uses
+    :param secret_keys: returns what identifies the keys of secrets that it has
+    """
+
+    def __init__(
+        self,
+        etcd: KeyValues,
+        mirror: Mirror,
+        host: str,
+        *,
+        uses: Callable[[], Collection[str]],
+        secret_keys: Callable[[], Awaitable[Collection[str]]],
+    ) -> None:
+        self._etcd = etcd
+        self._mirror = mirror
+        self._host = host
+        self._uses = uses
+        self._secret_keys = secret_keys
+
+    async def here(self) -> Usage:
+        """Returns that of this host."""
+        return Usage(tuple(sorted(self._uses())), tuple(sorted(await self._secret_keys())))
+
+    async def report(self) -> Usage:
+        """Lets the others know it; returns it. :raises EtcdError:"""
+        usage = await self.here()
+        if _usage_of(self._mirror.section("usage").get(self._host)) != usage:
+            await self._etcd.transact([], [put(USAGE + self._host, msgspec.json.encode(usage))])
+        return usage
+
+    def elsewhere(self) -> Mapping[str, Usage]:
+        """Returns that of the other hosts, by name. Hosts that were never heard of use nothing and have no key."""
+        entries = self._mirror.section("usage")
+        others = [name for name in self._mirror.section("hosts") if name != self._host]
+        return {name: _usage_of(entries.get(name)) or Usage() for name in sorted(others)}
+
+
+def _usage_of(entry: Entry | None) -> Usage | None:
+    try:
+        return None if entry is None else msgspec.json.decode(entry.value, type=Usage)
+    except (msgspec.MsgspecError, ValueError):
+        return None
+
+
+_MOST, _MOST_BYTES = 100, 1_000_000
+"""Of one transaction: etcd takes 128 operations and 1.5 MiB."""
+
+
+def obstacle(here: Mapping[str, Definition], there: Mapping[str, Entry]) -> Problem | None:
+    """Returns why the definitions of a host and of the fleet can't be put together; None: they can.
+
+    Two of the same name have to be the same, but for the times at which they were made.
+    """
+    fleets: dict[str, Definition] = {}
+    for place, entry in there.items():
+        try:
+            fleets[place] = read_definition(place, entry.value)
+        except BadRow:
+            continue
+    clashing = [place for place, own in here.items() if place in fleets and _differ(own, fleets[place])]
+    holders = {key.name: key.id for key in fleets.values() if isinstance(key, ApiKey)}
+    own_keys = {key.name: key.id for key in here.values() if isinstance(key, ApiKey)}
+    names = [_shown(place) for place in clashing]
+    names += [f"key {name}" for name, id in own_keys.items() if holders.get(name, id) != id]
+    if not names:
+        return None
+    return Problem(
+        409, "definitions-clash",
+        f"this host can't join: it and the fleet have different things of the same names ({first_few(sorted(names))}); "
+        "nothing of either was changed. Rename or delete them in the fleet, or on this host, run without fleet_etcd",
+    )  # fmt: skip
+
+
+def first_part(missing: Mapping[str, Definition]) -> dict[str, Definition]:
+    """Returns as many as fit into one transaction."""
+    part: dict[str, Definition] = {}
+    size = 0
+    for place, definition in missing.items():
+        size += len(place) + len(encode_definition(definition))
+        if part and (len(part) >= _MOST or size > _MOST_BYTES):
+            break
+        part[place] = definition
+    return part
+
+
+def _differ(own: Definition, other: Definition) -> bool:
+    return type(own) is not type(other) or _essence(own) != _essence(other)
+
+
+def _essence(definition: Definition) -> Mapping[str, object]:
+    times = ("created_at", "updated_at", "used")
+    return {name: value for name, value in msgspec.structs.asdict(definition).items() if name not in times}
+
+
+def _shown(place: str) -> str:
+    """Returns a place for people; that of a key is a digest."""
+    kind, _, rest = place.partition("/")
+    project, _, name = rest.partition("/")
+    return f"{kind} {name}" if kind == "project" else f"{kind} {project}/{name}" if name else place
+
 
 AGREED = "agreed"
 """The key that each change writes: the id of the change."""

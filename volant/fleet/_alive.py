@@ -8,8 +8,7 @@ import trio
 
 from volant.concurrency import Backoff
 
-from ._errors import EtcdError, EtcdUnavailable, LeaseGone
-from ._interface import KeyValues, Lease, absent, put, unchanged
+from ._interface import EtcdError, EtcdUnavailable, KeyValues, Lease, LeaseGone, absent, put, unchanged
 
 _BEATS_IN_A_TTL = 5
 _FIRST_PAUSE_S = 0.2

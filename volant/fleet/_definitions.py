@@ -35,13 +35,10 @@ from volant.journal import (
 )
 from volant.model import BEGUN, Problem, Project, Secret, first_few
 
-from ._agreement import AGREED, Agreement
-from ._errors import EtcdError, EtcdUnavailable, OutcomeUnknown
-from ._interface import Entry, KeyValues, Step, delete, put
-from ._joining import first_part, obstacle
+from ._agreement import AGREED, Agreement, Usages, first_part, obstacle
+from ._interface import Entry, EtcdError, EtcdUnavailable, KeyValues, OutcomeUnknown, Step, delete, put
 from ._mirror import Mirror
 from ._names import unavailable
-from ._usage import Usages
 
 R = TypeVar("R")
 

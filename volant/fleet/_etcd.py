@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 import trio
 
-from ._errors import Compacted, EtcdError, EtcdRefused, EtcdUnavailable, LeaseGone, OutcomeUnknown
 from ._gateway import (
     MAX_ANSWER,
     Failure,
@@ -24,7 +23,19 @@ from ._gateway import (
     operation,
     range_of,
 )
-from ._interface import Compare, Entry, Lease, Step, Transaction
+from ._interface import (
+    Compacted,
+    Compare,
+    Entry,
+    EtcdError,
+    EtcdRefused,
+    EtcdUnavailable,
+    Lease,
+    LeaseGone,
+    OutcomeUnknown,
+    Step,
+    Transaction,
+)
 from ._watch import Watch, watching
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from volant.model import Problem
 
 from ._alive import SignOfLife, pause_at
 from ._claims import Claim, Claims, NameTaken, ReplicaRecord, claim_of, replica_of
-from ._errors import EtcdError
+from ._interface import EtcdError
 from ._mirror import Mirror
 
 _RETRY_S, _RETRY_MAX_S = 1.0, 30.0

@@ -26,22 +26,19 @@ from volant.model import (
     unreachable_view,
 )
 
-from ._agreement import CHANGED
+from ._agreement import CHANGED, USAGE
 from ._alive import SignOfLife
 from ._claims import REPLICAS, SPECS, Claims, ReplicaRecord, claim_of, replica_of
 from ._definitions import JOINED, SEEN, Definitions
-from ._errors import EtcdError, EtcdUnavailable
 from ._fence import Fence, Successor, Vms
 from ._forwarded import is_for_one_host
-from ._gate import Gate
-from ._interface import Compare, Entry, KeyValues, Step, absent, delete, put, unchanged
-from ._membership import HOSTS, LOADS, Member, Membership, load_of, member_of, record_of
+from ._interface import Compare, Entry, EtcdError, EtcdUnavailable, KeyValues, Step, absent, delete, put, unchanged
+from ._membership import HOSTS, LOADS, Gate, Member, Membership, load_of, member_of, record_of
 from ._mirror import Mirror
 from ._names import KINDS, Names, key_of, text_of, unavailable
 from ._peers import Peers
 from ._records import RECORDS, Records
 from ._replicas import Replicas
-from ._usage import USAGE
 
 _ALIVE, _DRAINING = "alive/", "draining/"
 _HAS_MOVES = "while VMs move to other hosts, it is not known which of them are this host's"

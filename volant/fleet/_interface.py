@@ -1,4 +1,6 @@
-"""What the fleet wants from etcd. `Etcd` implements it, and so does the simulated etcd of `tests/simulated`."""
+"""What the fleet wants from etcd, and what can go wrong with it. `Etcd` implements it, and so does the simulated etcd
+of `tests/simulated`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,36 @@ from contextlib import AbstractAsyncContextManager
 from typing import Literal, Protocol
 
 import msgspec
+
+
+class EtcdError(Exception):
+    """Something is wrong with etcd; the text says what, for people."""
+
+
+class EtcdUnavailable(EtcdError):
+    """No member has answered. The request has changed nothing."""
+
+
+class OutcomeUnknown(EtcdError):
+    """The request was sent and has no answer: it may have changed something, now or soon. Read again before you
+    decide."""
+
+
+class EtcdRefused(EtcdError):
+    """etcd has refused the request, which has changed nothing: wrong credentials, no space, a request that is too
+    large."""
+
+
+class LeaseGone(EtcdError):
+    """The lease has expired or was revoked, and its keys are deleted."""
+
+
+class Compacted(EtcdError):
+    """The revisions that are asked for are not kept any more, or were never there: etcd was restored from a backup.
+    List again, and say that changes were missed."""
+
+    def __init__(self) -> None:
+        super().__init__("etcd does not keep the changes since the last one that is known")
 
 
 class Entry(msgspec.Struct, frozen=True):

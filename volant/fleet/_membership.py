@@ -7,7 +7,7 @@ sign of life is there already.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -16,9 +16,57 @@ import trio
 from volant.concurrency import Backoff
 from volant.model import EventId, HostFacts, HostLoad
 
-from ._errors import EtcdError, EtcdRefused
-from ._interface import Entry, KeyValues, absent, put, unchanged
+from ._interface import (
+    Compare,
+    Entry,
+    EtcdError,
+    EtcdRefused,
+    KeyValues,
+    Step,
+    Transaction,
+    Wrapper,
+    absent,
+    put,
+    unchanged,
+)
 from ._mirror import Mirror
+
+
+class Gate(Wrapper):
+    """Refuses changes while it is closed."""
+
+    def __init__(self, etcd: KeyValues) -> None:
+        super().__init__(etcd)
+        self._under_way = 0
+        self._idle = trio.Event()
+        self._refusal: str | None = None
+
+    async def close(self, refusal: str) -> None:
+        """Refuses changes from now on, and waits for the end of those that are under way.
+
+        :param refusal: why they are refused, for people
+        """
+        self._refusal = refusal
+        while self._under_way:
+            await self._idle.wait()
+
+    def open(self) -> None:
+        """Accepts changes again."""
+        self._refusal = None
+
+    async def transact(
+        self, conditions: Sequence[Compare], steps: Sequence[Step], otherwise: Sequence[Step] = ()
+    ) -> Transaction:
+        if self._refusal is not None:
+            raise EtcdRefused(self._refusal)
+        self._under_way += 1
+        try:
+            return await self._etcd.transact(conditions, steps, otherwise)
+        finally:
+            self._under_way -= 1
+            self._idle.set()
+            self._idle = trio.Event()
+
 
 T = TypeVar("T")
 

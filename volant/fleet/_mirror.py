@@ -8,8 +8,7 @@ import trio
 
 from volant.concurrency import Backoff
 
-from ._errors import Compacted, EtcdError
-from ._interface import Change, Entry, KeyValues
+from ._interface import Change, Compacted, Entry, EtcdError, KeyValues
 
 _SILENCE_S = 15.0
 """After so long without a change, the watch is begun anew: a connection that the network has forgotten says nothing."""

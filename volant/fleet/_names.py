@@ -17,8 +17,7 @@ from volant.concurrency import Backoff
 from volant.model import MOVED, Failover, Key, Movable, Problem, already_exists, name_taken
 
 from ._claims import Claim, Claims, NameTaken, claim_of
-from ._errors import EtcdError
-from ._interface import KeyValues
+from ._interface import EtcdError, KeyValues
 from ._mirror import Mirror
 
 _LOOK_S = 5.0

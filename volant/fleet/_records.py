@@ -13,8 +13,7 @@ from volant.concurrency import Backoff
 from volant.model import Key, VmRecord
 
 from ._claims import claim_of
-from ._errors import EtcdError
-from ._interface import KeyValues, Step, delete, put
+from ._interface import EtcdError, KeyValues, Step, delete, put
 from ._mirror import Mirror
 
 RECORDS = "records"

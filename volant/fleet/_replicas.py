@@ -15,8 +15,7 @@ import msgspec
 import trio
 
 from ._claims import ARRIVALS, REPLICAS, Claim, Claims, ReplicaRecord, claim_of, replica_of
-from ._errors import OutcomeUnknown
-from ._interface import Entry, KeyValues, absent, delete, put, unchanged
+from ._interface import Entry, KeyValues, OutcomeUnknown, absent, delete, put, unchanged
 
 _PREFIX = f"{REPLICAS}vms/"
 _ATTEMPTS = 5

@@ -9,9 +9,8 @@ from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanage
 import msgspec
 import trio
 
-from ._errors import Compacted, EtcdRefused, EtcdUnavailable, OutcomeUnknown
 from ._gateway import MAX_ANSWER, Line, range_of, read_line
-from ._interface import Changes
+from ._interface import Changes, Compacted, EtcdRefused, EtcdUnavailable, OutcomeUnknown
 
 _Stream = Callable[[str, bytes], AbstractAsyncContextManager[AsyncIterable[bytes]]]
 """Sends a request to a member and gives the body of its answer."""

@@ -6,7 +6,7 @@ import errno
 import os
 
 from ._http import Problem
-from ._memory import memory
+from ._system import memory
 
 _SPARE_MB = 12
 """Stays free of the guest's memory: a file system in RAM would take the last of it, and the kernel kill the agent."""

@@ -23,9 +23,9 @@ import stat
 import time
 
 from . import _file_io, _root
+from ._checks import parse_query, unquote
 from ._file_io import problem_of, show
 from ._http import Problem
-from ._query import parse_query, unquote
 from ._stream import LAST_CHUNK, chunk
 
 TYPE_CHECKING = False

@@ -17,11 +17,10 @@ from volant.model import agent
 
 from . import _root
 from ._http import Gone, Problem, parse_request
-from ._memory import memory
 from ._output import Output
 from ._plugin import Plugin
 from ._stream import Stream
-from ._system import read_text
+from ._system import memory, read_text
 from ._workload import Workload
 
 TYPE_CHECKING = False

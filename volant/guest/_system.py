@@ -6,6 +6,23 @@ from __future__ import annotations
 
 import os
 
+
+def memory() -> dict[str, int]:
+    """Returns `total_mb` and `available_mb`; zeros if unknown."""
+    found = {"total_mb": 0, "available_mb": 0}
+    try:
+        with open("/proc/meminfo") as handle:
+            for line in handle:
+                name, _, rest = line.partition(":")
+                if name == "MemTotal":
+                    found["total_mb"] = int(rest.split()[0]) // 1024
+                elif name == "MemAvailable":
+                    found["available_mb"] = int(rest.split()[0]) // 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return found
+
+
 GRACE_FILE = "/run/volant/grace"
 """The agent writes the grace period of a shutdown there, in seconds, before it signals PID 1."""
 WORKLOAD_FILE = "/run/volant/workload"

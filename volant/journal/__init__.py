@@ -3,7 +3,7 @@
 from ._api_keys import ApiKeys, requires_keys
 from ._audit import AuditFilter, AuditFrame, AuditLog, AuditPage
 from ._backups import Backup, Backups
-from ._client import JournalRef, ask_journal, journal_down
+from ._client import JournalRef, Recorder, ask_journal, journal_down
 from ._definitions import (
     KEYS_REQUIRED,
     Changes,
@@ -21,11 +21,9 @@ from ._frames import EventFrame
 from ._journal import Journal
 from ._log_cursor import LogCursor, LogGap
 from ._merge import Evidence, Running
-from ._named import Plugin, plugin_view
-from ._names import OWN_NAMES, Names
+from ._named import OWN_NAMES, Names, Plugin, plugin_view
 from ._projection import Projection
 from ._quotas import used_by
-from ._recorder import Recorder
 from ._responses import IdempotencyKey, StoredResponse, StoredResponses
 from ._restore import replaced_databases, restore_offline, take_over
 from ._results import (

@@ -12,8 +12,8 @@ from volant.host import Host
 from volant.model import AuditRecord
 from volant.model.stored import MAX_ID
 
-from ._event_pages import Readers
 from ._events import FrameLog
+from ._frames import Readers
 
 AUDIT_EPOCH = "audit"
 """Stands for the epoch of records, which have none: their numbers go on over a restore."""

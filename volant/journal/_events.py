@@ -26,8 +26,7 @@ from volant.host import Host
 from volant.model import Event, EventId, EventType, Problem
 
 from ._errors import JournalBroken
-from ._event_pages import EventPages
-from ._frames import EventFrame
+from ._frames import EventFrame, EventPages
 
 _PAGE = 256
 _KEPT_PAGES = 16

@@ -31,12 +31,10 @@ import trio
 from actors import Actor, Deferred, Request, check_fence, handles
 from volant.model import EventId, IllegalTransition, Problem
 
-from . import _key_changes as _key_changes  # registers its decisions
-from . import _project_changes as _project_changes  # likewise
-from . import _secret_changes as _secret_changes
+from . import _definition_changes as _definition_changes  # registers its decisions
 from ._audit import AUDIT_EPOCH
 from ._changes import DECISIONS, decide
-from ._database import Database, Numbered
+from ._database import RESERVE_BYTES, Database, Numbered
 from ._definitions import changes_in
 from ._errors import (
     BadRow,
@@ -49,7 +47,6 @@ from ._errors import (
 )
 from ._events import FrameLog
 from ._operations import Operation
-from ._reserve import RESERVE_BYTES
 from ._schema import CHANGED_PAGE, damaged, is_changed_page, untrusted
 from ._stage import Stage
 from ._store import Store

@@ -43,13 +43,13 @@ from volant.model import (
 from . import _operations as op
 from ._api_keys import ApiKeys
 from ._audit import AuditFrame
-from ._creates import RecentCreates
 from ._errors import DuplicateRequest
 from ._frames import EventFrame
 from ._named import KINDS, Named, Plugin, built_in, default_project
 from ._projection import Projection
 from ._responses import IdempotencyKey, StoredResponse, StoredResponses
 from ._results import Result
+from ._store import RecentCreates
 
 K = TypeVar("K")
 V = TypeVar("V")

@@ -25,9 +25,8 @@ from volant.http import Call, Limits, Message, StreamRoute, not_json, read_call_
 from volant.model import Permission, Problem, invalid
 from volant.operations import TABLE, Answer, ApiDeps, OneOf, Table
 
-from ._commands import answer_command
+from ._commands import Command, CommandAnswer, RpcAnswer, RpcMessage, answer_command
 from ._tool import ToolCall
-from ._wire import Command, CommandAnswer, RpcAnswer, RpcMessage
 
 if TYPE_CHECKING:
     from ._server import McpServer

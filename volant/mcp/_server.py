@@ -46,10 +46,9 @@ from volant.model import Caller, Key, LogLine, Problem, VmRow, is_name, view
 from volant.operations import TABLE, ApiDeps, Table, acting, find_vm, name_target, open_log, standalone, vms
 
 from . import _guest
-from ._resources import READ_BY, RESOURCE
 from ._text import MAX_TEXT, clip
 from ._tool import Result, Tool, ToolCall, log_link, vm_uri
-from ._tools import tools
+from ._tools import READ_BY, RESOURCE, tools
 
 Context = ServerRequestContext[Any, Any]
 

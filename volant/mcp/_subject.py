@@ -11,8 +11,7 @@ import msgspec
 from volant.operations import Operation, Table
 
 from ._commands import COMMANDS
-from ._resources import READ_BY, RESOURCE
-from ._tools import tools
+from ._tools import READ_BY, RESOURCE, tools
 
 
 class _Params(msgspec.Struct, frozen=True):

@@ -6,13 +6,19 @@ what is too long for a model, or filter.
 
 from __future__ import annotations
 
+import re
+
 from volant.operations import Table
 
 from ._derived import derived_tools
+from ._guest_tools import call_action, execute, read_file, write_file
 from ._history import read_logs, see_events
-from ._inside import call_action, execute, read_file, write_file
 from ._lists import list_networks, list_plugins, list_secrets, list_snapshots
 from ._tool import Tool
+
+RESOURCE = re.compile(r"volant://vms/([^/]+)(?:/(logs|files)(/.*)?)?\Z", re.DOTALL)
+READ_BY = {"": "get_vm", "logs": "vm_logs", "files": "read_file"}
+"""The operation that reads each kind of resource, and whose permission it needs."""
 
 
 def tools(table: Table) -> tuple[Tool, ...]:

@@ -1,5 +1,40 @@
 """Data and decisions: no I/O, no clock, no Trio."""
 
+from ._answers import (
+    PRUNED_KINDS,
+    ArtifactView,
+    ConsoleGap,
+    Drain,
+    FinishSignIn,
+    GuestMemory,
+    Health,
+    HostMemory,
+    Kept,
+    LogGap,
+    LogLine,
+    LogRange,
+    NewSessionView,
+    NewSignInView,
+    OpenPort,
+    OrphanView,
+    PluginView,
+    PortOriginView,
+    ProblemDetails,
+    Pruned,
+    SessionView,
+    SignInWithKey,
+    StoredItem,
+    StoredKind,
+    StreamGap,
+    SystemStatus,
+    TemplateView,
+    Ticket,
+    Usage,
+    VmMemory,
+    VmStats,
+    WantTicket,
+    draining,
+)
 from ._api_key import (
     KEY_PREFIX,
     MAX_API_KEYS,
@@ -38,9 +73,7 @@ from ._caller import (
     is_safe_url,
     parse_role_grant,
 )
-from ._coded_error import CodedError
 from ._decide import GUEST_SHUTDOWN, WORKLOAD_EXITED, WORKLOAD_FAILED, Step, decide
-from ._drain import Drain, draining
 from ._effects import (
     MAX_RESTARTS,
     AskStop,
@@ -76,11 +109,14 @@ from ._egress import (
 )
 from ._event import (
     IMAGE_EVENTS,
+    TRANSITIONS,
     VM_EVENTS,
     Event,
     EventId,
     EventType,
+    IllegalTransition,
     ImageFacts,
+    check_transition,
     event_for,
     forked_event,
     image_event,
@@ -125,7 +161,6 @@ from ._manifest import (
     is_openapi,
     is_too_deep,
 )
-from ._memory import GuestMemory, HostMemory, VmMemory, VmStats
 from ._mounts import mounts_of, parse_mounts
 from ._moves import HostMoves, MoveState, MoveView, arrived_row, can_move_now, check_leaves, moving, obstacle_to_move
 from ._network import (
@@ -160,7 +195,7 @@ from ._network import (
     unavailable,
     user_lease,
 )
-from ._problem import Problem, already_exists, events_gone, invalid, name_taken, no_such_plugin, no_such_vm
+from ._problem import CodedError, Problem, already_exists, events_gone, invalid, name_taken, no_such_plugin, no_such_vm
 from ._project import (
     DEFAULT_PROJECT,
     NOTHING_USED,
@@ -293,7 +328,6 @@ from ._text import (
     parse_duration,
     utf8_boundary,
 )
-from ._transitions import TRANSITIONS, IllegalTransition, check_transition
 from ._volume import (
     MAX_ALL_VOLUMES,
     CloneVolume,
@@ -310,35 +344,6 @@ from ._volume import (
     volume_view,
 )
 from ._volume_use import VOLUME_REFUSALS, check_unchanged, check_volumes_free, mount_of, users_of, writer_of
-from ._wire import (
-    PRUNED_KINDS,
-    ArtifactView,
-    ConsoleGap,
-    FinishSignIn,
-    Health,
-    Kept,
-    LogGap,
-    LogLine,
-    LogRange,
-    NewSessionView,
-    NewSignInView,
-    OpenPort,
-    OrphanView,
-    PluginView,
-    PortOriginView,
-    ProblemDetails,
-    Pruned,
-    SessionView,
-    SignInWithKey,
-    StoredItem,
-    StoredKind,
-    StreamGap,
-    SystemStatus,
-    TemplateView,
-    Ticket,
-    Usage,
-    WantTicket,
-)
 from ._workload_state import WorkloadState
 
 __all__ = [

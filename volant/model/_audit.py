@@ -8,9 +8,9 @@ from datetime import datetime
 
 import msgspec
 
+from ._answers import LogRange
 from ._caller import Caller
 from ._text import Time
-from ._wire import LogRange
 
 BEGUN = "begun"
 """The outcome of what is about to be done."""

@@ -8,7 +8,7 @@ The step is a function of the row, not a list that `decide` returns. So an actor
 crash of the actor, the daemon or the host, does what the one before would have done next, without code of its own.
 Rejected: a table of (state, message) -> (state, actions), as the current action would be lost with the actor's memory.
 
-Each change of the public status is in the table of `_transitions`.
+Each change of the public status is in the table `TRANSITIONS` of `_event`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from datetime import datetime
 import msgspec
 
 from ._effects import MAX_RESTARTS, UP, has_failed, is_at_rest, is_held, restarts_by_itself
+from ._event import check_transition
 from ._moves import check_leaves, moving
 from ._problem import Problem
 from ._row import Desired, Leaving, Phase, ProcessIdentity, Reason, Status, VmRow
@@ -44,7 +45,6 @@ from ._seen import (
     Woke,
     WorkloadChanged,
 )
-from ._transitions import check_transition
 
 GUEST_SHUTDOWN = "guest_shutdown"
 """The reason code of a VM whose guest has powered itself off. Public."""

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 
 from volant import lazy_exports
 
-from ._errors import OciError
 from ._isolation import Isolation
+from ._reference import OciError
 from ._service import ImageLibrary, ImageService, ImageSettings, ImageSource, ImageUser
 
 if TYPE_CHECKING:
     from ._auth import read_auth, read_auth_file
     from ._config import ImageConfig, ImageHealthCheck, Port, parse_config
-    from ._disk import disk_path
     from ._distribution import RegistryAccess, Repository, open_repository
     from ._fetch import FetchLimits, Resolved
     from ._images import OciImages, Pruned, Pull, open_images
+    from ._join import disk_path
     from ._manifest import AMD64, Descriptor, Index, IndexEntry, Manifest, Platform, digest_of, parse_manifest
     from ._proxy import Resolve
     from ._reference import DEFAULT_REGISTRY, Reference, parse_reference

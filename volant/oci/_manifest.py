@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from ._errors import OciError
+from ._reference import OciError
 
 T = TypeVar("T")
 

@@ -28,8 +28,7 @@ import trio
 from volant.concurrency import open_helpers
 from volant.model.heads import MAX_FIELDS, head_of
 
-from ._errors import OciError
-from ._reference import Reference
+from ._reference import OciError, Reference
 
 _CONNECTIONS = 32
 """At once. skopeo fetches six layers at a time."""

@@ -1,4 +1,4 @@
-"""References: the names by which people ask for images, with Docker's defaults.
+"""References: the names by which people ask for images, with Docker's defaults; and the error of this package.
 
 The grammar of names in registries is that of the distribution project (`reference/reference.go`).
 """
@@ -9,9 +9,15 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from volant.model import DEFAULT_PROJECT
+from volant.model import DEFAULT_PROJECT, CodedError
 
-from ._errors import OciError
+
+class OciError(CodedError):
+    """A reference, an image or one of its layers can't be used. Each says what to do."""
+
+    def __init__(self, code: str, message: str, hint: str) -> None:
+        super().__init__(code, message, hint)
+
 
 Transport = Literal["docker", "oci", "oci-archive", "docker-archive"]
 """From where an image comes, in skopeo's words: a registry, a directory or a file."""

@@ -26,9 +26,8 @@ from volant.host import as_user
 from volant.model import DEFAULT_PROJECT
 
 from ._config import ImageConfig
-from ._disk import DISK, descriptor
-from ._errors import OciError
-from ._reference import Reference
+from ._join import DISK, descriptor
+from ._reference import OciError, Reference
 
 T = TypeVar("T")
 
@@ -72,7 +71,7 @@ class CachedImage(msgspec.Struct, frozen=True, kw_only=True):
     metadata: Path
     """The layers as one EROFS file system; the layers are its devices, in order."""
     disk: Path
-    """A disk of both for a hypervisor: `_disk.py`."""
+    """A disk of both for a hypervisor: `_join.py`."""
     layers: tuple[Path, ...]
     """One EROFS file system each, lowest first."""
     names: tuple[str, ...]

@@ -5,16 +5,13 @@ from ._checkpoint_store import PULLED, PULLED_S, RESERVE_MB, CheckpointLost
 from ._copies import Copies
 from ._drain import keep_drained
 from ._fence import FenceFailed, VmFence
-from ._image_manifest import image_manifest, with_exposed_ports
-from ._images import image_users
+from ._image_manifest import image_manifest, image_users, with_exposed_ports
+from ._layout import VmSettings, instance_of, memory_file, processes_of_vms, vm_directory
 from ._lifecycle import DELETED, Lifecycle, Version, Wait
 from ._machine_spec import CUSTOM_IMAGE
-from ._paths import memory_file, vm_directory
 from ._process import bounds_of
 from ._serial import Keyboard, KeyboardTaken, Missed, NotTyped, Reader, SerialConsole
-from ._settings import VmSettings
 from ._streams import Streams
-from ._tags import instance_of, processes_of_vms
 from ._vms import Vms
 
 __all__ = [

@@ -50,13 +50,11 @@ from volant.model import (
 
 from ._agent_session import AgentSession
 from ._deps import VmDeps
-from ._guest_config import guest_manifest, workload_spec
-from ._machine_spec import machine_spec, nameservers_of, uses_passt
+from ._machine_spec import guest_manifest, guest_volumes, machine_spec, nameservers_of, uses_passt, workload_spec
 from ._peers import Peers
 from ._process import VmProcess
 from ._secrets import guest_secrets
 from ._steps import Steps, VmState
-from ._volume_disks import guest_volumes
 from .messages import CHECKPOINT_S, Ask, CheckpointTaken, Report, TakeCheckpoint
 
 _COMMIT_S = 30.0

@@ -14,7 +14,7 @@ from volant.journal import CommitSteps, Journal, Projection, StaleRow, ask_journ
 from volant.model import DEFAULT_PROJECT, Key, Problem, Reason, Step, VmRow
 
 from ._actor import VmActor
-from ._settings import VmSettings
+from ._layout import VmSettings
 
 _START_S = 60.0
 _SHUTDOWN_S = 10.0

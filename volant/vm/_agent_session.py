@@ -37,9 +37,8 @@ from volant.model.agent import (
 
 from ._agent_connection import AgentConnection, WorkloadNotHealthy, detail_of
 from ._clock import GuestClock
-from ._hosts_entries import HOSTS_AT_ONCE, HostsEntries
 from ._output import pump_output
-from ._peers import Peers
+from ._peers import HOSTS_AT_ONCE, HostsEntries, Peers
 from ._secrets import GuestSecrets, SecretsFailed
 from ._workload import ReportLimit, follow_workload
 

@@ -14,9 +14,9 @@ from volant.model import Artifact, Boot, Key, Problem, VmRow
 from volant.oci import ImageSource, OciError, read_auth_file
 from volant.secrets import Secrets
 
-from ._errors import StepError
+from ._layout import VmSettings
 from ._machine_spec import CUSTOM_IMAGE, uses_image
-from ._settings import VmSettings
+from .messages import StepError
 
 
 class BootFiles(msgspec.Struct):

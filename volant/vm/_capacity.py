@@ -21,8 +21,8 @@ from volant.journal import Projection
 from volant.model import FORK, BootMode, CreateVm, Manifest, Problem, Status, VmRow, invalid, mounts_of, size_of
 from volant.templates import TemplateStore, WarmPool
 
+from ._layout import VmSettings
 from ._machine_spec import uses_image
-from ._settings import VmSettings
 
 OVERHEAD_MB = 192
 """What a hypervisor's process needs beside its guest's memory."""

@@ -18,7 +18,7 @@ from volant.host import CopyFailed, Host, copy_sparsely
 from volant.hypervisor import Checkpoint, Hypervisor, MachineKind
 from volant.model import FORK, SNAPSHOT
 
-from ._paths import LAYER, MEMORY, RECORD, STATE, checkpoint_at
+from ._layout import LAYER, MEMORY, RECORD, STATE, checkpoint_at
 from .messages import CheckpointTaken
 
 _NEW = ".new"

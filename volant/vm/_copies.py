@@ -68,8 +68,7 @@ from volant.volumes import Volumes, volume_path
 from ._actors import VmActors
 from ._capacity import Capacity, memory_need
 from ._checkpoint_store import RESERVE_MB, CheckpointLost, CheckpointStore, fresh
-from ._paths import root_disk
-from ._settings import VmSettings
+from ._layout import VmSettings, root_disk
 from .messages import CHECKPOINT_S, CheckpointTaken, TakeCheckpoint
 
 R = TypeVar("R")

@@ -17,10 +17,10 @@ from ._agent_session import GuestLimits
 from ._boot_limiter import BootSlots
 from ._checkpoint_store import CheckpointStore
 from ._fence import VmFence
+from ._layout import VmSettings
 from ._network import VmNetworks
 from ._preparation import BootPreparation
 from ._process import VmProcess
-from ._settings import VmSettings
 from ._templates import VmTemplates
 
 

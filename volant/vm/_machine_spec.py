@@ -6,17 +6,139 @@ plugin as it was when the VM was created, the operator's settings, the built ima
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
+import msgspec
+
 from volant import images
-from volant.hypervisor import AcceleratorName, MachineSpec, Nic, Template
-from volant.model import USER, Artifact, Boot, Manifest, VmRow, is_checkpoint, is_restricted, kind_of
+from volant.directories import directory_socket, directory_tag
+from volant.host import Host
+from volant.hypervisor import AcceleratorName, DiskLimits, MachineSpec, Nic, SharedDirectory, Template, VolumeDisk
+from volant.model import (
+    USER,
+    Artifact,
+    Boot,
+    Manifest,
+    VmRow,
+    VolumeMount,
+    is_checkpoint,
+    is_restricted,
+    kind_of,
+    mounts_of,
+)
 from volant.network import passt_socket
 from volant.templates import template_at
+from volant.volumes import needs_replay, volume_path
 
-from ._paths import MEMORY, STATE, checkpoint_at, memory_file, root_disk, vm_directory
-from ._settings import VmSettings
-from ._volume_disks import disk_limits, shared_directories, volume_disks
+from ._layout import MEMORY, STATE, VmSettings, checkpoint_at, memory_file, root_disk, vm_directory
+from .messages import StepError
+
+_SERIAL = "vol-"
+
+
+def serial_of(volume_id: str) -> str:
+    """Returns the serial number of a volume's disk."""
+    return f"{_SERIAL}{volume_id}"
+
+
+def volume_id_of(serial: str) -> str:
+    """Returns the id of the volume whose disk has this serial number."""
+    return serial.removeprefix(_SERIAL)
+
+
+def volume_disks(settings: VmSettings, row: VmRow) -> tuple[VolumeDisk, ...]:
+    """Returns the disks of a VM's volumes."""
+    return tuple(
+        VolumeDisk(volume_path(settings.volume_dir, mount.id), serial_of(mount.id), mount.read_only)
+        for mount in row.volumes
+    )
+
+
+def shared_directories(settings: VmSettings, row: VmRow) -> tuple[SharedDirectory, ...]:
+    """Returns the devices of a VM's directories of the host."""
+    return tuple(
+        SharedDirectory(directory_tag(number), directory_socket(settings.runtime_dir, row.id, number))
+        for number in range(len(row.directories))
+    )
+
+
+def disk_limits(row: VmRow) -> DiskLimits | None:
+    """Returns what a VM's disks may do; None: there is no limit."""
+    if row.disk_iops is None and row.disk_mbps is None:
+        return None
+    return DiskLimits(row.disk_iops, None if row.disk_mbps is None else row.disk_mbps * 2**20)
+
+
+def guest_volumes(row: VmRow) -> list[dict[str, object]]:
+    """Returns the volumes and directories that a guest mounts, in that order, for its agent."""
+    found: list[dict[str, object]] = []
+    for mount in mounts_of(row):
+        entry: dict[str, object] = {"path": mount.path, "read_only": mount.read_only}
+        if isinstance(mount, VolumeMount):
+            entry["serial"] = serial_of(mount.id)
+            if mount.nocopy:
+                # Agents that copy nothing don't know the member.
+                entry["nocopy"] = True
+        else:
+            entry["tag"] = directory_tag(row.directories.index(mount))
+        found.append(entry)
+    return found
+
+
+async def check_volumes(host: Host, settings: VmSettings, row: VmRow) -> None:
+    """:raises StepError: `volume_missing`; `volume_not_clean`; `volume_failed`, the disk fails."""
+    for mount in row.volumes:
+        path = volume_path(settings.volume_dir, mount.id)
+        try:
+            if mount.read_only and await needs_replay(host, path):
+                raise StepError(
+                    "volume_not_clean",
+                    f"the volume {mount.name} was not unmounted by the last VM that wrote to it, and a reader "
+                    f"can't replay its journal; run 'volar volumes repair {mount.name}', or start a VM that writes",
+                )
+            exists = host.files.exists(path)
+        except FileNotFoundError:
+            exists = False
+        except OSError as error:
+            raise StepError("volume_failed", f"the volume {mount.name} can't be read: {error}") from error
+        if not exists:
+            raise StepError(
+                "volume_missing", f"the volume {mount.name} has no file {path}; put it back, or create the VM anew"
+            )
+
+
+def guest_manifest(row: VmRow) -> dict[str, object]:
+    """Returns the body of `PUT /v1/daemon/manifest`: the manifest, with the VM's own environment over that of `exec`.
+
+    It lacks `boot`: the host's paths are no business of a guest's.
+    """
+    defaults = row.manifest.exec
+    if defaults is not None:
+        defaults = msgspec.structs.replace(defaults, env={**defaults.env, **row.env})
+    manifest: dict[str, object] = msgspec.to_builtins(msgspec.structs.replace(row.manifest, boot=None, exec=defaults))
+    return manifest
+
+
+def workload_spec(row: VmRow) -> dict[str, object] | None:
+    """Returns the body of `PUT /v1/daemon/workload`: the manifest's workload with the VM's own environment over it,
+    without secrets."""
+    workload = row.manifest.workload
+    if workload is None or not row.start_workload:
+        return None
+    # Members with their default values are left out, so agents that do not know them take the rest. What happens to the
+    # VM at the end of the workload is the daemon's to do.
+    spec: dict[str, object] = msgspec.to_builtins(msgspec.structs.replace(workload, on_exit="keep"))
+    spec["env"] = {**workload.env, **row.env}
+    if row.waits_for_client:
+        spec["attach"] = True
+    return spec
+
+
+def machine_id(instance: str, row: VmRow) -> str:
+    """Returns a clone's machine id: unlike that of any other VM, and the same in each boot."""
+    return hashlib.sha256(f"{instance} {row.id} {row.created_at.isoformat()}".encode()).hexdigest()[:32]
+
 
 CUSTOM_IMAGE = "custom"
 """Replaces the image's digest if a boot uses nothing of the built image."""

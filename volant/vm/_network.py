@@ -15,8 +15,8 @@ from volant.model import BRIDGE, USER, Lease, VmRow, is_restricted
 from volant.network import NetworkFailed, NetworkKeeper, Passt
 from volant.network.messages import Attach, Confine, Detach, Release
 
-from ._errors import StepError
 from ._machine_spec import uses_passt
+from .messages import StepError
 
 _ASK_S = 25.0
 _RETRY_S, _RETRY_MAX_S = 1.0, 60.0

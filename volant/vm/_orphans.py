@@ -47,12 +47,9 @@ from volant.volumes import volume_path
 
 from ._actors import VmActors
 from ._image_manifest import image_at
-from ._machine_spec import CUSTOM_IMAGE, machine_spec
+from ._layout import VmSettings, memory_file, processes_of_vms, vm_directory
+from ._machine_spec import CUSTOM_IMAGE, machine_spec, volume_id_of
 from ._network import VmNetworks, kind_behind, lease_of
-from ._paths import memory_file, vm_directory
-from ._settings import VmSettings
-from ._tags import processes_of_vms
-from ._volume_disks import volume_id_of
 
 _ATTACH_S = 15.0
 _ADOPT_S = 60.0

@@ -16,13 +16,11 @@ from volant.templates import TemplateSpec, WarmPool, WarmProcess
 
 from ._boot_files import BootFiles
 from ._checkpoint_store import CheckpointLost, CheckpointStore
-from ._errors import StepError
-from ._machine_spec import CUSTOM_IMAGE
-from ._paths import root_disk
+from ._layout import VmSettings, root_disk
+from ._machine_spec import CUSTOM_IMAGE, check_volumes
 from ._secrets import check_secrets
-from ._settings import VmSettings
 from ._templates import VmTemplates
-from ._volume_disks import check_volumes
+from .messages import StepError
 
 
 class Prepared(NamedTuple):

@@ -33,15 +33,87 @@ from volant.hypervisor import (
     ParkedControl,
 )
 from volant.journal import LogEntry, VmLog
-from volant.model import Ended, EndKind, ProcessIdentity, Reason, Seen
+from volant.model import GUEST_SHUTDOWN, Ended, EndKind, ProcessIdentity, Reason, Seen
 
 from ._agent_session import AgentSession
 from ._capacity import CEILING_MB
 from ._console import ConsolePump, console_source
-from ._end_reasons import reason_of_end
 from ._fence import VmFence
 from ._serial import SerialConsole
-from ._wakeups import Wakeups
+
+# Counts how often a VM's process wakes up, which is what an idle VM costs.
+#
+# Each timer of the guest and each byte of its devices wakes threads of QEMU, for some 40 microseconds of a CPU each. So
+# the rate shows whether a guest is idle, and which workload keeps it awake.
+
+
+_AT_LEAST_S = 1.0
+"""Rates over less time are noise."""
+
+
+class Wakeups:
+    """The wake-ups of one process, over all its threads."""
+
+    def __init__(self, host: Host, identity: ProcessIdentity) -> None:
+        self._host = host
+        self._identity = identity
+        self._before: tuple[float, int] | None = None
+
+    def inspect(self) -> dict[str, object] | None:
+        """Returns the total, and the rate since the last inspection, if there was one. None: the process has ended."""
+        try:
+            total = self._host.proc.wakeups(self._identity)
+        except ProcessGone:
+            return None
+        now = self._host.clock.monotonic()
+        if self._before is None:
+            self._before = now, total
+        then, before = self._before
+        if now - then < _AT_LEAST_S:
+            return {"total": total, "per_s": None, "over_s": None}
+        self._before = now, total
+        return {
+            "total": total,
+            "per_s": round(max(0, total - before) / (now - then), 1),
+            "over_s": round(now - then, 1),
+        }
+
+
+_PANIC = "Kernel panic - not syncing"
+_OUT_OF_MEMORY = (
+    "the kernel killed the hypervisor's process, because the host or the VM's share of it is short of memory"
+)
+
+_CODES = {
+    EndKind.SHUTDOWN: GUEST_SHUTDOWN,
+    EndKind.RESET: "guest_reset",
+    EndKind.PANICKED: "guest_panicked",
+    EndKind.KILLED: "hypervisor_killed",
+    EndKind.EXITED: "hypervisor_exited",
+    EndKind.INTERNAL_ERROR: "hypervisor_error",
+    EndKind.GONE: "hypervisor_gone",
+}
+"""Public."""
+
+
+def reason_of_end(
+    kind: EndKind, message: str, console: tuple[str, ...], *, short_of_memory: bool = False
+) -> tuple[EndKind, Reason]:
+    """Returns how it really ended, and why.
+
+    A kernel that panics before it has the device to report that reboots, as its command line tells it to. Then only its
+    last words on the console tell a panic from a reboot. `short_of_memory`: the kernel killed a process of the VM.
+    """
+    if kind in (EndKind.PANICKED, EndKind.RESET):
+        for line in reversed(console):
+            _, panic, why = line.partition(_PANIC)
+            if panic:
+                kind = EndKind.PANICKED
+                return kind, Reason(_CODES[kind], f"the guest's kernel panicked{why}", console)
+    if short_of_memory and kind in (EndKind.KILLED, EndKind.EXITED):
+        return EndKind.KILLED, Reason("out_of_memory", f"{_OUT_OF_MEMORY}: {message}", console)
+    return kind, Reason(_CODES[kind], message, console)
+
 
 _RETRY_S, _RETRY_MAX_S = 0.1, 10.0
 _ATTACHED_S = 15.0

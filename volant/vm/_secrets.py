@@ -10,7 +10,7 @@ from volant.channel import AgentProtocolError
 from volant.model import VmRow
 from volant.secrets import SecretFailed, Secrets
 
-from ._errors import StepError
+from .messages import StepError
 
 
 class SecretsFailed(AgentProtocolError):

@@ -55,14 +55,12 @@ from ._agent_session import RootFailed, VolumesFailed
 from ._boot_limiter import SLOT_S
 from ._console import ConsolePump
 from ._deps import VmDeps
-from ._errors import StepError
 from ._fence import FenceFailed
-from ._guest_config import machine_id
-from ._machine_spec import machine_spec
-from ._paths import LAYER, layer_directory
+from ._layout import LAYER, layer_directory, tag_of
+from ._machine_spec import machine_id, machine_spec
 from ._process import VmProcess, bounds_of
 from ._secrets import SecretsFailed
-from ._tags import tag_of
+from .messages import StepError
 
 _AGENT_RETRY_S = 0.05
 _PAUSE_S = 45.0

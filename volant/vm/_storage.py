@@ -41,8 +41,7 @@ from volant.model import (
 )
 from volant.templates import TemplateStore
 
-from ._settings import VmSettings
-from ._tags import processes_of_vms
+from ._layout import VmSettings, processes_of_vms
 
 _MAX_ITEMS = 10_000
 _LONG_S = 100 * 366 * 86400.0

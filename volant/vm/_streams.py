@@ -12,10 +12,9 @@ from volant.journal import Projection
 from volant.model import Key, Problem, Status, VmMemory, VmRow, VmStats, moving, view
 
 from ._actors import VmActors
-from ._memory import measure
+from ._memory import measure, measure_stats
 from ._process import VmProcess
 from ._serial import SerialConsole
-from ._stats import measure_stats
 
 _WITH_CONSOLE = frozenset({Status.STARTING, Status.RUNNING, Status.PAUSED, Status.STOPPING})
 

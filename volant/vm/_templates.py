@@ -33,10 +33,9 @@ from volant.templates import GuestConfig, ReadyTemplate, TemplateKey, Templates,
 from volant.templates.messages import Build, GiveWay, ListTemplates, RemoveTemplate, Suspect, Wanted
 
 from ._boot_files import BootFiles
-from ._errors import StepError
-from ._guest_config import guest_manifest, workload_spec
-from ._machine_spec import machine_spec
-from ._settings import VmSettings
+from ._layout import VmSettings
+from ._machine_spec import guest_manifest, machine_spec, workload_spec
+from .messages import StepError
 
 R = TypeVar("R")
 _ASK_S = 60.0

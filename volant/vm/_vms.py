@@ -1,16 +1,20 @@
-"""Assembles all that can be done with the VMs of one daemon."""
+"""Assembles all that can be done with the VMs of one daemon, and their volumes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
 
+import msgspec
+
 from actors import DynamicSupervisor, Ref
+from volant.channel import AgentProtocolError, AgentUnreachable
 from volant.directories import Virtiofsd
 from volant.host import Host
-from volant.hypervisor import Hypervisor
+from volant.hypervisor import Hypervisor, HypervisorError
 from volant.images import ArtifactCache
-from volant.journal import OWN_NAMES, Journal, Names, Store, VmLogs
+from volant.journal import OWN_NAMES, Journal, Names, Projection, Store, VmLogs
+from volant.model import Problem, Volume, writer_of
 from volant.network import NetworkKeeper, Passt
 from volant.oci import ImageSource
 from volant.secrets import Secrets
@@ -26,15 +30,44 @@ from ._checkpoint_store import CheckpointStore
 from ._copies import Copies
 from ._deps import VmDeps
 from ._fence import NoFence, VmFence
+from ._layout import VmSettings
 from ._lifecycle import Lifecycle
+from ._machine_spec import serial_of
 from ._network import VmNetworks
 from ._orphans import Orphans
 from ._preparation import BootPreparation
-from ._settings import VmSettings
+from ._process import VmProcess
 from ._storage import Storage
 from ._streams import Streams
 from ._templates import VmTemplates
-from ._volumes import GuestVolumes
+
+
+class GuestVolumes(msgspec.Struct, frozen=True):
+    """Changes volumes in the guests that have them."""
+
+    projection: Projection
+    processes: Mapping[int, VmProcess]
+
+    async def grow(self, volume: Volume) -> None:
+        """Has the guest that writes to a volume use its new size. :raises Problem: 503 it can't."""
+        row = writer_of(volume.id, self.projection.rows())
+        process = None if row is None else self.processes.get(row.id)
+        if row is None or process is None or not row.agent_seen:
+            # One that is booting looks at the size when it mounts.
+            return
+        serial, size = serial_of(volume.id), volume.size_mb * 2**20
+        try:
+            machine = await process.machine()
+            await machine.grow_volume(serial, size)
+            if process.paused:
+                raise AgentUnreachable("its guest is paused")
+            await process.agent.mount_volumes({serial: size})
+        except (AgentProtocolError, AgentUnreachable, HypervisorError) as error:
+            raise Problem(
+                503, "volume-not-grown",
+                f"volume {volume.name!r} has its new size, and the filesystem in VM {row.name!r} has not yet: {error}",
+                vm=row.name, hint="resize it again, to the same size; or restart the VM",
+            ) from error  # fmt: skip
 
 
 class Vms(Lifecycle):

@@ -1,4 +1,4 @@
-"""The messages that a VM's actor takes."""
+"""The messages that a VM's actor takes, and the failure of a step."""
 
 from __future__ import annotations
 
@@ -10,6 +10,15 @@ from actors import Request
 from volant.hypervisor import Checkpoint, CheckpointFailed
 from volant.journal import DuplicateRequest, IdempotencyKey
 from volant.model import CommandRequest, Effect, Leaves, Left, Problem, Replicated, Seen, Stays, VmRow
+
+
+class StepError(Exception):
+    """A step of a VM failed. `code` becomes the reason's code, the text its message."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
 
 CHECKPOINT_S = 60.0
 """How long the hypervisor may take for a checkpoint."""

@@ -47,8 +47,7 @@ from volant.model.agent import (
     SERIAL_PORT_NAME,
 )
 
-from ._directories import directory_argv
-from ._volume_disks import volume_argv
+from ._volume_disks import directory_argv, volume_argv
 
 PROGRAM = "qemu-system-x86_64"
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny"

@@ -30,7 +30,7 @@ from volant.model import ProcessIdentity
 
 from ._argv import format_of, tsc_khz_of
 from ._compatibility import STATE_LIMIT
-from ._devices import SAVE_S, complete, machine_type, save_devices
+from ._migration import SAVE_S, complete, machine_type, save_devices
 from ._qmp import QmpClient, QmpLost, QmpRefused
 from ._sandbox import make_state_file
 

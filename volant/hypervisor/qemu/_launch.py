@@ -14,14 +14,13 @@ from volant.model import ProcessIdentity
 
 from ._argv import FORMAT, build_argv
 from ._compatibility import HEAD_BYTES, STATE_LIMIT, format_in, machine_of
-from ._control import connect_control
-from ._directories import LEAST_QEMU
 from ._layers import check_layer
 from ._machine import log_tail
 from ._migration import Migration
 from ._netdev import open_tap, plug_in
-from ._qmp import QmpClient, QmpLost, QmpRefused
+from ._qmp import QmpClient, QmpLost, QmpRefused, connect_control
 from ._sandbox import QemuSandbox
+from ._volume_disks import LEAST_QEMU
 
 LAUNCH_S = 15.0
 SPARE_MEMORY_MB = 192

@@ -39,11 +39,9 @@ from volant.model import EndKind, ProcessIdentity
 
 from ._checkpoint import Checkpointer
 from ._compatibility import STATE_LIMIT
-from ._control import connect_control
-from ._devices import complete, machine_type, save_devices
-from ._migration import Migration, await_disconnect, finish_loading
+from ._migration import Migration, await_disconnect, complete, finish_loading, machine_type, save_devices
 from ._netdev import connects_itself, plug_in
-from ._qmp import QmpClient, QmpLost
+from ._qmp import QmpClient, QmpLost, connect_control
 from ._sandbox import make_state_file
 from ._volume_disks import disk_error, resize_arguments, throttle_arguments
 

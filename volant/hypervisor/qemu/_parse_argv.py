@@ -10,8 +10,7 @@ from volant.hypervisor._interface import Disk, Nic, ParsedMachine
 from volant.model.agent import IMAGE_PARAMETER, NAMESERVERS_PARAMETER, NETWORK_PARAMETER, ROOT_PARAMETER
 
 from ._argv import CMDLINE, HOSTNAME_PARAMETER, TRUST_TSC, TSC_RATE
-from ._directories import count_directories
-from ._volume_disks import parse_volumes
+from ._volume_disks import count_directories, parse_volumes
 
 _PARAMETERS = (HOSTNAME_PARAMETER, ROOT_PARAMETER, IMAGE_PARAMETER, NETWORK_PARAMETER, NAMESERVERS_PARAMETER)
 _DAEMONS_WORDS = frozenset((*CMDLINE.split(), TRUST_TSC))
