@@ -13,8 +13,8 @@ import pytest
 import trio
 
 from tests.attackers.local_user import NOBODY, PYTHON, needs_root, running, running_code
-from volant.daemon._guests import stop_guests
 from volant.daemon._settings import Settings
+from volant.daemon.guests import stop_guests
 from volant.host import Host, ProcessGone, Sandbox
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.model import ProcessIdentity

@@ -6,7 +6,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from volant.cli._replicate import replicate_option
+from volant.cli._create import replicate_option
 from volant.model import Replicate
 
 

@@ -30,9 +30,8 @@ from volant.daemon._doctor._directories import (
 )
 from volant.daemon._doctor._examine import CHECKS, Check, examine, in_thread
 from volant.daemon._doctor._hypervisor import judge_kvm, judge_machine, judge_mke2fs, judge_qemu, judge_qemu_img
-from volant.daemon._doctor._image import judge_own, judge_unbuilt
 from volant.daemon._doctor._network import judge_forwarding, judge_network, judge_passt, judge_rights
-from volant.daemon._doctor._oci import judge_erofs, judge_skopeo
+from volant.daemon._doctor._oci import judge_erofs, judge_own, judge_skopeo, judge_unbuilt
 from volant.daemon._doctor._sandbox import judge_landlock, judge_sandbox
 from volant.daemon._doctor._service import judge_cgroups, judge_descriptors, judge_systemd
 from volant.host import Host, SandboxSupport

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from volant.daemon._given_files import UnreadableFile, read_given
+from volant.daemon._protection import UnreadableFile, read_given
 
 
 def test_a_file_is_read_up_to_its_limit(tmp_path: Path) -> None:

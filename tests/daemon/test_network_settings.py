@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from volant.daemon._command_line import load
-from volant.daemon._nameservers import nameservers_of_daemon, nameservers_of_host
+from volant.daemon._part_settings import nameservers_of_daemon, nameservers_of_host
 from volant.daemon._settings import SettingsError
 
 

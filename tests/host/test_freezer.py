@@ -16,8 +16,8 @@ import trio
 import trio.testing
 
 from tests.processes import read_line
-from volant.daemon._guests import stop_guests
 from volant.daemon._settings import Settings
+from volant.daemon.guests import stop_guests
 from volant.host import Freezer, FreezerFailed, Host, ResourceLimits, own_cgroups, watchdog_tag
 from volant.host._cgroups import group_of, mount_of
 from volant.host._watchdog import boottime

@@ -14,7 +14,7 @@ from tests.simulated import World, simulated_world
 from tests.simulated.guest import answer
 from tests.simulated.host import SimHost
 from tests.simulated.qemu import SimQemu
-from volant.daemon._guests import AT_ONCE, GRACE_S, TOTAL_S, stop_guests
+from volant.daemon.guests import AT_ONCE, GRACE_S, TOTAL_S, stop_guests
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.model import ProcessIdentity
 

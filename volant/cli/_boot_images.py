@@ -28,10 +28,9 @@ from volant.images import (
 )
 
 from ._lazy_group import LazyGroup
-from ._options import Options, common, listing, pass_options
+from ._options import Options, Size, common, listing, pass_options
 from ._output import Output
 from ._run import Failure, guarded
-from ._sizes import Size
 from ._text import safe, size
 
 cache_option = click.option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -9,17 +10,62 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import click
 
 from volant.client import Waited
-from volant.model import BASE, READY, CreateVm, Egress, Failover, Placement, Replicate, RestoreVm
+from volant.model import BASE, MAX_REPLICAS, READY, CreateVm, Egress, Failover, Placement, Replicate, RestoreVm
 
 from ._complete import network_choices, plugin_names, snapshot_names
 from ._image_options import image_members, image_options, registry_options
-from ._options import egress_option, volume_option
-from ._replicate import replicate_option
+from ._options import Size, egress_option, volume_option
 from ._run import Pair, Session, command
-from ._sizes import Size
 from ._variables import env_file_option, env_option, env_secret_option, secret_option, variables, with_secrets
 from ._vm_output import done, warn
 from ._vms_group import name_argument, timeout_option, wait_for_outcome, wait_option
+
+
+class _Text(click.ParamType[Replicate]):
+    """`5m`, or `5m:2` for two hosts. The daemon knows what a duration is."""
+
+    name = "every[:hosts]"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Replicate:
+        if isinstance(value, Replicate):
+            return value
+        every, colon, hosts = str(value).partition(":")
+        if colon and not (hosts.isascii() and hosts.isdecimal() and 1 <= int(hosts) <= MAX_REPLICAS):
+            self.fail(f"{hosts!r} is no number of hosts from 1 to {MAX_REPLICAS}; write it like 5m or 5m:2", param, ctx)
+        return Replicate(every=every, to=int(hosts) if colon else 1)
+
+
+def replicate_option(function: F) -> F:
+    """Gives a command the option `--replicate`, as the parameter `replicate`."""
+    return click.option(
+        "--replicate",
+        type=_Text(),
+        metavar="EVERY[:HOSTS]",
+        help="For --failover restore: copy it every 5m, say, to another host; 5m:2 for two hosts.",
+    )(function)
+
+
+_ADJECTIVES = """
+able agile amber brave brief bright brisk broad calm clever cosy crisp curious deft eager early easy even fair fast
+fine firm fond fresh gentle glad golden grand green happy hardy honest humble jolly keen kind light lively lucky
+mellow merry mild modest neat nimble noble open patient plain polite prompt proud quick quiet rapid ready royal shy
+silent silver simple sleek smart smooth snug sober solid steady still stout sunny swift tidy tiny vivid warm wise
+witty young
+"""
+_NOUNS = """
+acorn alder ant badger bay beaver bee birch bison brook canyon cedar cliff clover comet coral crane creek cricket
+delta dune eagle elm falcon fern finch fjord forest fox garden gecko glade grove gull harbor hare hawk hazel heron
+hill ibis island ivy jay koala lagoon lake lark lemur lily linden lotus lynx magpie maple marten meadow mole moose
+moss newt oak ocean olive orchid osprey otter owl panda pebble pine plover pond poplar puffin quail rabbit raven reef
+ridge river robin rook sage seal shore sparrow spruce stone stork swan swift thrush tiger toad trout tulip valley
+walrus willow wolf wren
+"""
+
+
+def generated_name() -> str:
+    """Returns a name of two words."""
+    return f"{random.choice(_ADJECTIVES.split())}-{random.choice(_NOUNS.split())}"
+
 
 if TYPE_CHECKING:
     from volant.client import Client

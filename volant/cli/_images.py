@@ -17,10 +17,9 @@ from volant.model import ImageView, PullImage
 from ._derived import add_commands
 from ._image_options import registry_options
 from ._lazy_group import Lazy, LazyGroup
-from ._options import listing
+from ._options import Size, listing
 from ._registry_auth import registry_auth
 from ._run import Duration, Failure, Session, command
-from ._sizes import Size
 from ._text import safe, size, span
 
 if TYPE_CHECKING:

@@ -14,10 +14,9 @@ from volant.model import EGRESS_ALL, CreateProject, Egress, ProjectView, Quota, 
 from ._complete import project_names
 from ._derived import add_commands
 from ._lazy_group import LazyGroup
-from ._options import egress_option, listing
+from ._options import Size, egress_option, listing
 from ._output import Output
 from ._run import Session, command
-from ._sizes import Size
 from ._text import safe
 
 F = TypeVar("F", bound=Callable[..., Any])

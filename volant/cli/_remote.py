@@ -11,7 +11,7 @@ import click
 import msgspec
 
 from volant.client import Address, Tls, Unreachable
-from volant.client._peek import shown_fingerprint
+from volant.client._pinning import shown_fingerprint
 from volant.client._plain import PlainClient, run_plain
 from volant.client._tls import normal_fingerprint
 

@@ -25,16 +25,14 @@ from volant.concurrency import open_helpers
 from volant.model import CreateVm, Egress, Failover, Problem, PullImage, Replicate, Status, VmView
 
 from ._complete import network_choices
+from ._create import generated_name, replicate_option
 from ._exec import exit_code, need_terminal, pass_on, terminal_size
 from ._guest import once_running
 from ._image_options import image_members, image_options, registry_options
-from ._names import generated_name
-from ._options import egress_option, volume_option
+from ._options import Size, egress_option, volume_option
 from ._pulls import showing_pull
 from ._registry_auth import registry_auth
-from ._replicate import replicate_option
 from ._run import NOT_RUN, Failure, Pair, Passing
-from ._sizes import Size
 from ._stock_offer import stock_instead
 from ._streaming import Session, command
 from ._terminal import raw

@@ -10,9 +10,8 @@ from volant.model import BuildTemplate
 from ._complete import network_choices, plugin_names
 from ._derived import add_commands
 from ._lazy_group import LazyGroup
-from ._options import listing
+from ._options import Size, listing
 from ._run import Session, command
-from ._sizes import Size
 from ._text import safe
 
 

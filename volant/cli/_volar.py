@@ -56,7 +56,7 @@ _SECTIONS = {
         "remote": Lazy("_remote:group", "Manage the daemons that you use by name."),
         "mcp": Lazy("_mcp:group", "Print the configuration that MCP clients need."),
         "completion": Lazy(
-            "_completion:group",
+            "_complete:group",
             "Print the completion script for a shell.",
         ),
     },

@@ -10,10 +10,9 @@ from volant.model import CloneVolume, CreateVolume, VolumeView
 from ._complete import volume_names
 from ._derived import add_commands
 from ._lazy_group import Lazy, LazyGroup
-from ._options import listing
+from ._options import Size, listing
 from ._output import Output
 from ._run import Session, command
-from ._sizes import Size
 from ._text import safe
 
 _LAZY = {"repair": Lazy("_volumes_repair:repair", "Make a volume readable whose last writer was killed.")}

@@ -20,7 +20,17 @@ from volant.model import (
 
 from ._address import Address
 from ._browser import Browser, BrowserPage
-from ._errors import ClientError, ClientProblem, ConnectionLost, DeadlineExceeded, UnexpectedAnswer, Unreachable
+from ._errors import (
+    ClientError,
+    ClientProblem,
+    Command,
+    ConnectionLost,
+    DeadlineExceeded,
+    Reconnected,
+    UnexpectedAnswer,
+    Unreachable,
+    Waited,
+)
 from ._exec import ExecEnd, ExecOutput, Process, RemoteSession
 from ._operations import (
     AuthOperations,
@@ -40,7 +50,6 @@ from ._operations import (
     VolumesOperations,
 )
 from ._tls import Tls
-from ._types import Command, Reconnected, Waited
 
 if TYPE_CHECKING:
     from ._actions import ActionAnswer

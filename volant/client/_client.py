@@ -31,12 +31,11 @@ from volant.model.agent_types import ExecStart, WorkloadStart
 
 from ._actions import ACTION_S, ActionAnswer, Pieces, is_from_guest
 from ._address import DEFAULT_BASE, Address
-from ._artifacts import send_artifact, send_image
 from ._audit import pump_audit
 from ._backups import Backup, open_backup
 from ._calls import duration, pairs
 from ._console import Console, ConsoleState, pump_console
-from ._errors import ClientProblem, UnexpectedAnswer
+from ._errors import ClientProblem, Command, Reconnected, UnexpectedAnswer, Waited
 from ._events import pump_events
 from ._exec import Process, request_body
 from ._exec_session import ExecSession, attach_session, open_session, open_workload
@@ -49,7 +48,7 @@ from ._requests import Requests, SystemRequests, VmsRequests, checked, vm_path
 from ._tcp import TcpStream
 from ._tls import Tls
 from ._transport import ANSWER_S, Query, Request, decode
-from ._types import Command, Reconnected, Waited
+from ._upload import send_artifact, send_image
 from ._websocket import open_websocket
 
 _PATIENCE_S = 60.0

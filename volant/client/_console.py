@@ -9,11 +9,10 @@ import trio
 
 from volant.model import ConsoleGap, Problem
 
-from ._errors import ClientProblem, ConnectionLost, UnexpectedAnswer
+from ._errors import ClientProblem, ConnectionLost, Reconnected, UnexpectedAnswer
 from ._feed import Backoff, Feed, is_passing, keep_connected
 from ._http import Http
 from ._transport import Query, decode_json
-from ._types import Reconnected
 from ._websocket import Closed, Socket, open_websocket
 
 _MAX_MESSAGE = 64 * 1024

@@ -9,7 +9,7 @@ from volant.model import Health, VmView, check_name
 
 from ._browser import Browser, find_browser
 from ._calls import duration, part
-from ._errors import UnexpectedAnswer
+from ._errors import Command, UnexpectedAnswer
 from ._exec import RemoteSession, RemoteSessions
 from ._operations import (
     AuthOperations,
@@ -29,7 +29,6 @@ from ._operations import (
     VolumesOperations,
 )
 from ._transport import Operations, Request, Transport, decode
-from ._types import Command
 
 
 class Requests(Operations):

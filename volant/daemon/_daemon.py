@@ -48,15 +48,14 @@ from volant.transfer import BaseFiles, Transfers
 from volant.vm import Vms, image_users, instance_of, keep_drained
 
 from ._admission import Admission, Reload, checked
-from ._boots import Boots
+from ._boots import Boots, directory_obstacle, own_places, sandbox_plan
 from ._directories import confine, log_dir, secrets_key_file
 from ._dump import dump_on_signal
+from ._fleet import end_former_fleet, freezer_of
 from ._guest_networks import GuestNetworks
 from ._image_events import ImageEvents
 from ._leftovers import Leftovers, evidence_of
-from ._movable import end_former_fleet, freezer_of
 from ._part_settings import image_settings, transfer_settings, vm_settings
-from ._sandbox import directory_obstacle, own_places, sandbox_plan
 from ._settings import Settings, host_dirs_of, origins_of, parse_uids
 from ._status import DaemonStatus
 from ._systemd import Notifier

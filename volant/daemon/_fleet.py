@@ -5,6 +5,7 @@ Only a daemon with `fleet_etcd` imports this module.
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import re
@@ -28,14 +29,14 @@ from volant.fleet import (
     Namespace,
     make_etcd,
 )
-from volant.host import Freezer, Host
+from volant.host import Freezer, FreezerFailed, Host, Scopes
 from volant.http import AsgiApp, Tls, serve
 from volant.journal import Journal, Store
 from volant.model import Caller, HostFacts, record_of_vm
 from volant.routing import FromHosts
 from volant.secrets import KeyFile, SecretFailed
 from volant.transfer import Transfers
-from volant.vm import Vms
+from volant.vm import Vms, instance_of
 
 from ._arrivals import Arrivals
 from ._evacuation import Evacuation
@@ -45,6 +46,26 @@ from ._replication import Replication
 from ._sending import Sending
 from ._sent_snapshots import SentSnapshots
 from ._settings import Settings, SettingsError
+
+_logger = logging.getLogger("volant.daemon")
+_DIRECTORY = "movable"
+
+
+def freezer_of(host: Host, settings: Settings, scopes: Scopes | None) -> Freezer:
+    """Returns the group. `scopes`: those of systemd, None: it runs no daemon."""
+    directory = settings.runtime_dir / _DIRECTORY
+    return Freezer(host, directory, instance=instance_of(settings.state_dir), scopes=scopes)
+
+
+async def end_former_fleet(host: Host, settings: Settings, scopes: Scopes | None, store: Store) -> None:
+    """Removes what held movable VMs back while this host was in a fleet, unless it has not left that."""
+    if not host.files.exists(settings.runtime_dir / _DIRECTORY) or any(row.movable for row in store.projection.rows()):
+        return
+    try:
+        await freezer_of(host, settings, scopes).close()
+    except FreezerFailed as error:
+        _logger.warning("%s", error)
+
 
 _CLOSE_S = 2.0
 _ID_FILE = "host-id"

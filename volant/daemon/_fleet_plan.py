@@ -18,7 +18,7 @@ from volant.fleet import EtcdSettings
 from volant.http import Credentials
 from volant.model import Problem, check_labels, is_name
 
-from ._given_files import UnreadableFile, read_given
+from ._protection import UnreadableFile, read_given
 from ._settings import Settings, SettingsError, parse_address, split
 from ._tls import hosts_client_context, load_hosts_certificate
 

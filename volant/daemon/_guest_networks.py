@@ -29,7 +29,7 @@ from volant.network import (
 )
 
 from ._admission import Admission
-from ._nameservers import nameservers_of_daemon
+from ._part_settings import nameservers_of_daemon
 from ._settings import Settings, parse_uids, split
 
 _USER_REFUSED = (

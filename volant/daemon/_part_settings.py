@@ -1,9 +1,11 @@
-"""The daemon's settings as its parts take them: VMs, OCI images, snapshots in registries."""
+"""The daemon's settings as its parts take them: VMs, OCI images, snapshots in registries, DNS servers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from ipaddress import ip_address
+from pathlib import Path
 
 import msgspec
 
@@ -14,8 +16,44 @@ from volant.transfer import TransferSettings, registries
 from volant.vm import VmSettings
 
 from ._directories import vm_directories
-from ._nameservers import nameservers_of_host
-from ._settings import Settings, memory_overcommit, split
+from ._settings import MAX_NAMESERVERS, Settings, is_nameserver, memory_overcommit, split
+
+_FILES = (Path("/etc/resolv.conf"), Path("/run/systemd/resolve/resolv.conf"))
+"""The second lists the servers of systemd-resolved, if the first only names systemd-resolved itself."""
+_MAX_BYTES = 64 * 1024
+
+
+def nameservers_of_host(files: Iterable[Path] = _FILES) -> tuple[str, ...]:
+    """Returns the servers of the first file that lists some that guests can use. Blocks briefly."""
+    return _first(files, is_nameserver)
+
+
+def nameservers_of_daemon(files: Iterable[Path] = _FILES) -> tuple[str, ...]:
+    """Returns the servers that the daemon itself can ask, which may be on loopback or have IPv6. Blocks briefly."""
+    return _first(files, _is_address)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ip_address(text)
+    except ValueError:
+        return False
+    return "%" not in text
+
+
+def _first(files: Iterable[Path], is_usable: Callable[[str], bool]) -> tuple[str, ...]:
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                text = file.read(_MAX_BYTES).decode(errors="replace")
+        except OSError:
+            continue
+        words = (line.split() for line in text.splitlines())
+        found = [line[1] for line in words if len(line) > 1 and line[0] == "nameserver" and is_usable(line[1])]
+        if found:
+            return tuple(dict.fromkeys(found))[:MAX_NAMESERVERS]
+    return ()
+
 
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 

@@ -5,6 +5,7 @@ An invalid value is an error: a daemon must not run without a protection that th
 
 from __future__ import annotations
 
+import os
 import re
 import stat
 from pathlib import Path
@@ -15,7 +16,25 @@ import msgspec
 
 from volant.http import Network, parse_network
 
-from ._given_files import UnreadableFile, read_given
+
+class UnreadableFile(Exception):
+    """A file can't be used. The text says why, and begins after the name of the file."""
+
+
+def read_given(path: Path, max_bytes: int) -> bytes:
+    """Returns the content of a regular file. :raises UnreadableFile: it can't be read, is no such file, or is larger"""
+    try:
+        # Non-blocking, because opening a pipe without a writer would block forever.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise UnreadableFile("is not a regular file")
+            data = file.read(max_bytes + 1)
+    except OSError as error:
+        raise UnreadableFile(f"can't be read: {error.strerror}") from None
+    if len(data) > max_bytes:
+        raise UnreadableFile(f"is larger than {max_bytes} bytes")
+    return data
+
 
 _MAX_FILE = 64 * 1024
 _MAX_KEYS = 100

@@ -18,8 +18,7 @@ import msgspec
 
 from volant.http import Credentials, server_context
 
-from ._given_files import UnreadableFile, read_given
-from ._protection import others_may_read
+from ._protection import UnreadableFile, others_may_read, read_given
 from ._settings import Settings, SettingsError, parse_address, split
 
 if TYPE_CHECKING:

@@ -8,7 +8,18 @@ from ._artifacts import artifact_problems
 from ._context import Context
 from ._deps import ApiDeps, DaemonInfo, Health
 from ._images import REGISTRY_AUTH, admit_image, image_problem, image_problems, image_view, registry_auth
-from ._lookup import enter, find_action, find_vm, open_log, record_access, require_project, select_vms, unreadable
+from ._lookup import (
+    Waited,
+    enter,
+    find_action,
+    find_vm,
+    open_log,
+    record_access,
+    require_project,
+    select_vms,
+    unreadable,
+    wait_for,
+)
 from ._parameters import TEN_MINUTES, Described, QueryParameter
 from ._results import Page, Shown, etag, show, view_type
 from ._schema import Schema, describe, owners, standalone
@@ -28,7 +39,6 @@ from ._table import (
     Table,
     Tool,
 )
-from ._waiting import Waited, wait_for
 
 # In the order in which documents show them.
 from . import vms, snapshots, forks, streams, guests, plugins, networks, images  # isort: skip  # noqa: F401

@@ -20,12 +20,10 @@ from .._settings import Settings
 from ._context import Context, user
 from ._directories import directories, memory, virtiofsd
 from ._hypervisor import hypervisor, machine, mke2fs, qemu_img
-from ._image import image
 from ._network import forwarding, network
-from ._oci import erofs, skopeo
+from ._oci import erofs, image, skopeo
 from ._sandbox import sandbox
-from ._service import cgroups, descriptors, systemd
-from ._tls import tls
+from ._service import cgroups, descriptors, systemd, tls
 
 Check = Callable[[Context], Awaitable[Sequence[Finding]]]
 
