@@ -8,15 +8,19 @@ With `demo` it first runs `examples/demo.py` and records it as `docs/demo.cast`,
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import click
+import pdoc
+import pdoc.render
 import recording
 import yaml
 
@@ -44,8 +48,14 @@ def main() -> int:
     for path, text in kept.items():
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
-    command = [sys.executable, "-m", "pdoc", "--docformat", "restructuredtext", "-o", str(DOCS / "site"), *MODULES]
-    return subprocess.run(command, check=False, cwd=DOCS.parent).returncode
+    for module in map(importlib.import_module, MODULES):
+        if not hasattr(module, "__all__"):
+            # The face of a package says what it exports by `A as A`, of which nothing is left here.
+            found = (name for name, value in vars(module).items() if not isinstance(value, ModuleType))
+            vars(module)["__all__"] = [name for name in found if not name.startswith("_")]
+    pdoc.render.configure(docformat="restructuredtext")
+    pdoc.pdoc(*MODULES, output_directory=DOCS / "site")
+    return 0
 
 
 def openapi() -> str:

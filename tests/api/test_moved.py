@@ -19,8 +19,7 @@ from trio_websocket import ConnectionClosed, WebSocketConnection
 
 from tests.api.kit import Api, api, bare, running, until, websocket
 from tests.api.test_tcp import listening, silent
-from tests.channel.kit import Port
-from tests.channel.kit import running as ended
+from tests.channel.kit import Port, running as ended
 from tests.fleet.test_member import member_of
 from tests.names import named
 from tests.simulated.etcd import SimulatedEtcd

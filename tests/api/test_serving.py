@@ -30,10 +30,10 @@ from tests.api.kit import (
     read_answer,
     read_head,
     read_to_end,
+    request as http,
     running,
     until,
 )
-from tests.api.kit import request as http
 from volant.http import ApiSettings, _serving, serve
 from volant.http._connection import Connection
 

@@ -13,8 +13,7 @@ import dns.rcode
 import dns.rrset
 import pytest
 import trio
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from volant.egress._messages import (
     Answer,

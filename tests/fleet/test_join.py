@@ -16,8 +16,7 @@ import trio
 from tests.fleet.cluster import Cluster, cluster, needs_etcd
 from tests.ports import free_port
 from tests.system.kit import Daemon, adopted, cache_dir
-from volant.fleet import delete, open_etcd
-from volant.fleet import put as step
+from volant.fleet import delete, open_etcd, put as step
 
 pytestmark = [pytest.mark.system, needs_etcd]
 _S = 60.0

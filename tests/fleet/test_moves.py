@@ -18,8 +18,7 @@ import pytest
 import trio
 
 from actors.testing import Simulation, simulate
-from tests.fleet.test_fence import SLACK_S, TTL_S, Recorder, SimHost, Way, claims_of, settled
-from tests.fleet.test_fence import runs as fence_runs
+from tests.fleet.test_fence import SLACK_S, TTL_S, Recorder, SimHost, Way, claims_of, runs as fence_runs, settled
 from tests.simulated.etcd import FAULTS, SimulatedEtcd
 from volant.fleet import (
     Claim,

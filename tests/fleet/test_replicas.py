@@ -15,8 +15,7 @@ import pytest
 import trio
 
 from actors.testing import Simulation, simulate
-from tests.fleet.test_fence import NAME, SLACK_S, TTL_S, SimHost, Steps, found, started
-from tests.fleet.test_fence import runs as fence_runs
+from tests.fleet.test_fence import NAME, SLACK_S, TTL_S, SimHost, Steps, found, runs as fence_runs, started
 from tests.fleet.test_moves import MovingHost
 from tests.simulated.etcd import SimulatedEtcd
 from volant.fleet import (

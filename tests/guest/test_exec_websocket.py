@@ -24,9 +24,9 @@ from wsproto.events import (
     Ping,
     Pong,
     RejectConnection,
+    Request as Asked,
     TextMessage,
 )
-from wsproto.events import Request as Asked
 
 from tests.guest.conftest import TIMEOUT_S, Asker
 from tests.guest.test_exec_http import gone

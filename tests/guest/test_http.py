@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from tests.guest.conftest import Answer, Asker
 from volant.guest._http import BodyFilter, Framing, Problem, framing_of, parse_request

@@ -22,8 +22,7 @@ from volant.host._files import LinuxFiles
 from volant.hypervisor import CheckpointFailed, Disk, Machine, MachineSpec, Template, VolumeDisk
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.hypervisor.qemu._machine import QemuMachine
-from volant.model import EndKind
-from volant.model import ProcessIdentity as Identity
+from volant.model import EndKind, ProcessIdentity as Identity
 
 pytestmark = pytest.mark.programs
 

@@ -22,8 +22,7 @@ from tests.hypervisor.kit import passable_directory, real_qemu, tiny_spec
 from tests.hypervisor.test_checkpoint import COUNTS, clone, nobody
 from volant.host import Host, ProcessStatus, _procfs
 from volant.hypervisor import Disk, MachineSpec, Nic, Template
-from volant.hypervisor.qemu import QemuHypervisor, SandboxPlan, user_of
-from volant.hypervisor.qemu import _sandbox as qemu_sandbox
+from volant.hypervisor.qemu import QemuHypervisor, SandboxPlan, _sandbox as qemu_sandbox, user_of
 from volant.hypervisor.qemu._launch import prepare_files
 from volant.hypervisor.qemu._sandbox import QemuSandbox
 from volant.model import ProcessIdentity

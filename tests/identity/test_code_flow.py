@@ -14,8 +14,7 @@ import trio
 from tests.api.kit import bare, running
 from tests.identity.kit import CLIENT, ISSUER, Issuer, ec
 from volant.daemon._protection import Secret
-from volant.identity import IssuerTokens
-from volant.identity import _fetch as fetching
+from volant.identity import IssuerTokens, _fetch as fetching
 from volant.identity._fetch import post_form
 from volant.identity._issuer import MAX_BYTES, IssuerError
 from volant.model import Problem, Role

@@ -14,8 +14,7 @@ from joserfc.jwk import OctKey, OKPKey, RSAKey
 
 from tests.identity.kit import AUDIENCE, Issuer, ec
 from volant.http import Access, ApiSettings
-from volant.identity import IssuerTokens
-from volant.identity import _tokens as module
+from volant.identity import IssuerTokens, _tokens as module
 from volant.identity._issuer import GAP_S, KEEP_S, MAX_WAITING
 from volant.identity._tokens import MAX_TOKEN
 from volant.model import Caller, Problem, Role, is_safe_url

@@ -25,16 +25,16 @@ from volant.images import (
     ImageError,
     Origins,
     Progress,
+    _artifact_cache as artifact_cache,
+    _artifacts as artifacts,
+    _download as downloading,
+    _part as part,
     artifact_path,
     fetch,
     list_artifacts,
     parse_networks,
     remove_artifact,
 )
-from volant.images import _artifact_cache as artifact_cache
-from volant.images import _artifacts as artifacts
-from volant.images import _download as downloading
-from volant.images import _part as part
 from volant.images._child import run_child
 from volant.model import Artifact
 

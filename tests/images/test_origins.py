@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 
 from tests.web_server import WebServer, answer
-from volant.images import PUBLIC, ImageError, Origins, fetch, parse_networks
-from volant.images import _origins as origins
+from volant.images import PUBLIC, ImageError, Origins, _origins as origins, fetch, parse_networks
 
 DATA = b"what an internal service says"
 DIGEST = hashlib.sha256(DATA).hexdigest()

@@ -14,9 +14,7 @@ import trio
 
 from tests.journal.kit import TIMEOUT_S, Bench, ClockHost, running
 from volant.host._host import LinuxThreads
-from volant.journal import EventGap, Retention
-from volant.journal import _database as database_module
-from volant.journal import _journal as journal_module
+from volant.journal import EventGap, Retention, _database as database_module, _journal as journal_module
 
 T = TypeVar("T")
 OLD_EVENTS = 12_000

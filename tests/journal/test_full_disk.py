@@ -15,9 +15,7 @@ import trio
 from tests.journal.kit import ClockHost, running
 from volant.host._disk import LinuxDisk
 from volant.host._host import LinuxThreads
-from volant.journal import AddNetwork, Store, _schema
-from volant.journal import _database as database_module
-from volant.journal import _journal as journal_module
+from volant.journal import AddNetwork, Store, _database as database_module, _journal as journal_module, _schema
 from volant.journal._database import RESERVE_BYTES, Reserve
 from volant.model import DEFAULT_PROJECT, CreateNetwork, Problem
 

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from volant.model import Problem
 from volant.model._secret import SecretText, parse_secrets

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from tests.oci.kit import TIME, as_root, compress, extract, needs_erofs, sha256, small_disk, tar
 from tests.system.kit import load

@@ -8,8 +8,7 @@ from pathlib import Path
 import trio
 
 from actors import fault
-from volant.host import Disk, HostFigures, MemoryUsage, Processes, ProcessGone, ProcessMemory
-from volant.host import Machine as MachineFacet
+from volant.host import Disk, HostFigures, Machine as MachineFacet, MemoryUsage, Processes, ProcessGone, ProcessMemory
 from volant.model import ProcessIdentity
 
 from .calls import Calls

@@ -13,8 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 import trio
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from tests.templates.test_store import KEY, add, spec_of
 from volant.host import Host, Process

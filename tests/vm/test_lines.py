@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from volant.journal import MAX_LINE_BYTES
 from volant.vm._lines import Line, LineSplitter

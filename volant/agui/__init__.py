@@ -1,6 +1,4 @@
 """Events of VMs as AG-UI events."""
 
-from ._events import AguiEvent, RunAgentInput
-from ._route import routes
-
-__all__ = ["AguiEvent", "RunAgentInput", "routes"]
+from ._events import AguiEvent as AguiEvent, RunAgentInput as RunAgentInput
+from ._route import routes as routes

@@ -1,5 +1,3 @@
 """The HTTP API: REST, streams, and their documents."""
 
-from ._app import create_app
-
-__all__ = ["create_app"]
+from ._app import create_app as create_app

@@ -1,22 +1,18 @@
 """Byte streams into a guest, and HTTP to its agent on them."""
 
-from ._agent import AgentAnswer, AgentClient, AgentResponse
-from ._channel import Channel, ChannelStatistics, ParkedLink, open_channel, run_channel
-from ._stream import Address, AgentProtocolError, AgentUnreachable, ChannelStream, VirtioSerial, Vsock
-
-__all__ = [
-    "Address",
-    "AgentAnswer",
-    "AgentClient",
-    "AgentProtocolError",
-    "AgentResponse",
-    "AgentUnreachable",
-    "Channel",
-    "ChannelStatistics",
-    "ChannelStream",
-    "ParkedLink",
-    "VirtioSerial",
-    "Vsock",
-    "open_channel",
-    "run_channel",
-]
+from ._agent import AgentAnswer as AgentAnswer, AgentClient as AgentClient, AgentResponse as AgentResponse
+from ._channel import (
+    Channel as Channel,
+    ChannelStatistics as ChannelStatistics,
+    ParkedLink as ParkedLink,
+    open_channel as open_channel,
+    run_channel as run_channel,
+)
+from ._stream import (
+    Address as Address,
+    AgentProtocolError as AgentProtocolError,
+    AgentUnreachable as AgentUnreachable,
+    ChannelStream as ChannelStream,
+    VirtioSerial as VirtioSerial,
+    Vsock as Vsock,
+)

@@ -5,39 +5,29 @@ files, and moves the chunks that the other end lacks.
 """
 
 from ._description import (
-    MAX_CHUNK_BYTES,
-    MAX_PIECES,
-    ZEROS,
-    ChunkedFile,
-    ChunkError,
-    Description,
-    Place,
-    check,
-    chunk_bytes_for,
+    MAX_CHUNK_BYTES as MAX_CHUNK_BYTES,
+    MAX_PIECES as MAX_PIECES,
+    ZEROS as ZEROS,
+    ChunkedFile as ChunkedFile,
+    ChunkError as ChunkError,
+    Description as Description,
+    Place as Place,
+    check as check,
+    chunk_bytes_for as chunk_bytes_for,
 )
-from ._files import Assembly, ChunkReader, LocalChunks, check_chunk, open_files
-from ._transfer import Progress, Received, Sink, Source, Throttle, receive, send
-
-__all__ = [
-    "MAX_CHUNK_BYTES",
-    "MAX_PIECES",
-    "ZEROS",
-    "Assembly",
-    "ChunkError",
-    "ChunkReader",
-    "ChunkedFile",
-    "Description",
-    "LocalChunks",
-    "Place",
-    "Progress",
-    "Received",
-    "Sink",
-    "Source",
-    "Throttle",
-    "check",
-    "check_chunk",
-    "chunk_bytes_for",
-    "open_files",
-    "receive",
-    "send",
-]
+from ._files import (
+    Assembly as Assembly,
+    ChunkReader as ChunkReader,
+    LocalChunks as LocalChunks,
+    check_chunk as check_chunk,
+    open_files as open_files,
+)
+from ._transfer import (
+    Progress as Progress,
+    Received as Received,
+    Sink as Sink,
+    Source as Source,
+    Throttle as Throttle,
+    receive as receive,
+    send as send,
+)

@@ -16,8 +16,7 @@ from . import _dump
 from ._command_line import parse_command
 from ._descriptors import ADVICE, most_vms, raise_limit, shortage, suffices
 from ._journald import JournalHandler, is_journal
-from ._run import DaemonError
-from ._run import run as run_daemon
+from ._run import DaemonError, run as run_daemon
 from ._settings import SettingsError, resolve
 from ._sockets import ListenError, inherited_sockets
 from ._systemd import Notifier

@@ -1,16 +1,15 @@
 """Directories of the host in VMs: which a VM may have, and a virtiofsd for each."""
 
-from ._allowed import AllowedDirectory, check_allowed, parse_allowed
-from ._virtiofsd import PROGRAM, DirectoryFailed, Virtiofsd, directory_socket, directory_tag, find_program
-
-__all__ = [
-    "PROGRAM",
-    "AllowedDirectory",
-    "DirectoryFailed",
-    "Virtiofsd",
-    "check_allowed",
-    "directory_socket",
-    "directory_tag",
-    "find_program",
-    "parse_allowed",
-]
+from ._allowed import (
+    AllowedDirectory as AllowedDirectory,
+    check_allowed as check_allowed,
+    parse_allowed as parse_allowed,
+)
+from ._virtiofsd import (
+    PROGRAM as PROGRAM,
+    DirectoryFailed as DirectoryFailed,
+    Virtiofsd as Virtiofsd,
+    directory_socket as directory_socket,
+    directory_tag as directory_tag,
+    find_program as find_program,
+)

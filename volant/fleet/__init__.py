@@ -1,120 +1,66 @@
 """Many hosts as one: what they share is in etcd. See docs/explanation/fleet.md."""
 
-from ._alive import PAUSE_AFTER, SignOfLife, pause_at
-from ._claims import Claim, Claims, Departures, NameTaken, ReplicaRecord, claim_of, replica_of
-from ._definitions import Definitions
-from ._etcd import Etcd, EtcdSettings, make_etcd, open_etcd
-from ._events import EVENT_ID, FleetCursor, Followed, follow
-from ._fence import Fence, Successor, Vms
-from ._fleet import SLACK_S, Fleet, FleetSettings
-from ._forwarded import CALLER, HOST, REDEEM, Forwarded, TicketsOfOthers, WantRedeemed, forwarded_in, request_headers
-from ._interface import (
-    Change,
-    Changes,
-    Compacted,
-    Compare,
-    Entry,
-    EtcdError,
-    EtcdRefused,
-    EtcdUnavailable,
-    Following,
-    KeyValues,
-    Lease,
-    LeaseGone,
-    OutcomeUnknown,
-    Step,
-    Transaction,
-    absent,
-    delete,
-    equal,
-    fetch,
-    put,
-    unchanged,
+from ._alive import PAUSE_AFTER as PAUSE_AFTER, SignOfLife as SignOfLife, pause_at as pause_at
+from ._claims import (
+    Claim as Claim,
+    Claims as Claims,
+    Departures as Departures,
+    NameTaken as NameTaken,
+    ReplicaRecord as ReplicaRecord,
+    claim_of as claim_of,
+    replica_of as replica_of,
 )
-from ._membership import IDS_OF_ONE, OLDEST, HostRecord, Member, NameInUse, check_id, known_hosts
-from ._mirror import Mirror
-from ._names import Names, key_of, text_of, unavailable
-from ._namespace import Namespace
-from ._peers import Keep, PeerAnswer, Peers
-from ._placement import Wanted, obstacle_on, place
-from ._replicas import Replicas
-from ._vector import position_text, positions_in
-
-__all__ = [
-    "CALLER",
-    "EVENT_ID",
-    "HOST",
-    "IDS_OF_ONE",
-    "OLDEST",
-    "PAUSE_AFTER",
-    "REDEEM",
-    "SLACK_S",
-    "Change",
-    "Changes",
-    "Claim",
-    "Claims",
-    "Compacted",
-    "Compare",
-    "Definitions",
-    "Departures",
-    "Entry",
-    "Etcd",
-    "EtcdError",
-    "EtcdRefused",
-    "EtcdSettings",
-    "EtcdUnavailable",
-    "Fence",
-    "Fleet",
-    "FleetCursor",
-    "FleetSettings",
-    "Followed",
-    "Following",
-    "Forwarded",
-    "HostRecord",
-    "Keep",
-    "KeyValues",
-    "Lease",
-    "LeaseGone",
-    "Member",
-    "Mirror",
-    "NameInUse",
-    "NameTaken",
-    "Names",
-    "Namespace",
-    "OutcomeUnknown",
-    "PeerAnswer",
-    "Peers",
-    "ReplicaRecord",
-    "Replicas",
-    "SignOfLife",
-    "Step",
-    "Successor",
-    "TicketsOfOthers",
-    "Transaction",
-    "Vms",
-    "WantRedeemed",
-    "Wanted",
-    "absent",
-    "check_id",
-    "claim_of",
-    "delete",
-    "equal",
-    "fetch",
-    "follow",
-    "forwarded_in",
-    "key_of",
-    "known_hosts",
-    "make_etcd",
-    "obstacle_on",
-    "open_etcd",
-    "pause_at",
-    "place",
-    "position_text",
-    "positions_in",
-    "put",
-    "replica_of",
-    "request_headers",
-    "text_of",
-    "unavailable",
-    "unchanged",
-]
+from ._definitions import Definitions as Definitions
+from ._etcd import Etcd as Etcd, EtcdSettings as EtcdSettings, make_etcd as make_etcd, open_etcd as open_etcd
+from ._events import EVENT_ID as EVENT_ID, FleetCursor as FleetCursor, Followed as Followed, follow as follow
+from ._fence import Fence as Fence, Successor as Successor, Vms as Vms
+from ._fleet import SLACK_S as SLACK_S, Fleet as Fleet, FleetSettings as FleetSettings
+from ._forwarded import (
+    CALLER as CALLER,
+    HOST as HOST,
+    REDEEM as REDEEM,
+    Forwarded as Forwarded,
+    TicketsOfOthers as TicketsOfOthers,
+    WantRedeemed as WantRedeemed,
+    forwarded_in as forwarded_in,
+    request_headers as request_headers,
+)
+from ._interface import (
+    Change as Change,
+    Changes as Changes,
+    Compacted as Compacted,
+    Compare as Compare,
+    Entry as Entry,
+    EtcdError as EtcdError,
+    EtcdRefused as EtcdRefused,
+    EtcdUnavailable as EtcdUnavailable,
+    Following as Following,
+    KeyValues as KeyValues,
+    Lease as Lease,
+    LeaseGone as LeaseGone,
+    OutcomeUnknown as OutcomeUnknown,
+    Step as Step,
+    Transaction as Transaction,
+    absent as absent,
+    delete as delete,
+    equal as equal,
+    fetch as fetch,
+    put as put,
+    unchanged as unchanged,
+)
+from ._membership import (
+    IDS_OF_ONE as IDS_OF_ONE,
+    OLDEST as OLDEST,
+    HostRecord as HostRecord,
+    Member as Member,
+    NameInUse as NameInUse,
+    check_id as check_id,
+    known_hosts as known_hosts,
+)
+from ._mirror import Mirror as Mirror
+from ._names import Names as Names, key_of as key_of, text_of as text_of, unavailable as unavailable
+from ._namespace import Namespace as Namespace
+from ._peers import Keep as Keep, PeerAnswer as PeerAnswer, Peers as Peers
+from ._placement import Wanted as Wanted, obstacle_on as obstacle_on, place as place
+from ._replicas import Replicas as Replicas
+from ._vector import position_text as position_text, positions_in as positions_in

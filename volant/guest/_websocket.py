@@ -164,8 +164,7 @@ def _accept(request: Request, out: bytearray) -> WSConnection:
     import binascii
 
     from wsproto import ConnectionType, WSConnection
-    from wsproto.events import AcceptConnection
-    from wsproto.events import Request as Asked
+    from wsproto.events import AcceptConnection, Request as Asked
     from wsproto.utilities import ProtocolError
 
     if not request.framing.empty:

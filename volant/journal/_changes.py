@@ -47,6 +47,7 @@ from volant.model import (
     check_unchanged,
     check_volumes_free,
     copied_row,
+    decide as decide_steps,
     draining,
     egress_unavailable,
     first_few,
@@ -76,7 +77,6 @@ from volant.model import (
     waits_for,
     writer_of,
 )
-from volant.model import decide as decide_steps
 from volant.model.stored import BadMember, check_stored_vm
 
 from . import messages

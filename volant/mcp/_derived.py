@@ -18,8 +18,7 @@ from msgspec import UNSET
 from volant.http import Nothing
 from volant.journal import EventGap, VmChanged, VmCreated, VmForked
 from volant.model import Name, Problem, VmView
-from volant.operations import Operation, Page, Table, begin, name_target, show, wait_for
-from volant.operations import Tool as Declared
+from volant.operations import Operation, Page, Table, Tool as Declared, begin, name_target, show, wait_for
 
 from ._text import fitting
 from ._tool import DEFAULT_S, Link, MissingHosts, Result, Seconds, Tool, ToolCall, log_link

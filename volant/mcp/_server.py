@@ -35,9 +35,9 @@ from mcp_types import (
     ResourceTemplate,
     TextContent,
     TextResourceContents,
+    Tool as ToolEntry,
     ToolAnnotations,
 )
-from mcp_types import Tool as ToolEntry
 
 from volant import __version__
 from volant.http import Limits, decode, first_problem, internal_error

@@ -14,8 +14,7 @@ import msgspec
 
 from ._audit import Cause
 from ._project import DEFAULT_PROJECT
-from ._row import Origin, Reason, Status, VmRow, WorkloadView, visible_workload
-from ._row import Status as S
+from ._row import Origin, Reason, Status, Status as S, VmRow, WorkloadView, visible_workload
 from ._snapshot import Snapshot
 from ._text import Time, first_few
 

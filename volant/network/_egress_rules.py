@@ -23,8 +23,7 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from volant.model import Egress as Policy
-from volant.model import EgressRule, port_ranges, rules_of_egress
+from volant.model import Egress as Policy, EgressRule, port_ranges, rules_of_egress
 
 from ._plan import NetworkSettings
 from ._rules import delete_tables

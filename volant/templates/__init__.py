@@ -1,31 +1,22 @@
 """Templates: guests that have booted, for VMs to go on from."""
 
-from ._actor import Templates
-from ._builder import TemplateBuilder, template_tag_prefix
-from ._demand import WarmPoolLimits
-from ._guest import TemplateFailed
-from ._key import GuestConfig, TemplateKey, TemplateSpec
-from ._store import ReadyTemplate, TemplateRecord, TemplateStore, template_at, template_layer
-from ._warm_pool import Claim, WarmPool, WarmProcess, claim_in, standby_directory, standby_tag_prefix
-
-__all__ = [
-    "Claim",
-    "GuestConfig",
-    "ReadyTemplate",
-    "TemplateBuilder",
-    "TemplateFailed",
-    "TemplateKey",
-    "TemplateRecord",
-    "TemplateSpec",
-    "TemplateStore",
-    "Templates",
-    "WarmPool",
-    "WarmPoolLimits",
-    "WarmProcess",
-    "claim_in",
-    "standby_directory",
-    "standby_tag_prefix",
-    "template_at",
-    "template_layer",
-    "template_tag_prefix",
-]
+from ._actor import Templates as Templates
+from ._builder import TemplateBuilder as TemplateBuilder, template_tag_prefix as template_tag_prefix
+from ._demand import WarmPoolLimits as WarmPoolLimits
+from ._guest import TemplateFailed as TemplateFailed
+from ._key import GuestConfig as GuestConfig, TemplateKey as TemplateKey, TemplateSpec as TemplateSpec
+from ._store import (
+    ReadyTemplate as ReadyTemplate,
+    TemplateRecord as TemplateRecord,
+    TemplateStore as TemplateStore,
+    template_at as template_at,
+    template_layer as template_layer,
+)
+from ._warm_pool import (
+    Claim as Claim,
+    WarmPool as WarmPool,
+    WarmProcess as WarmProcess,
+    claim_in as claim_in,
+    standby_directory as standby_directory,
+    standby_tag_prefix as standby_tag_prefix,
+)

@@ -4,24 +4,8 @@
 of a transfer that is this host; `Transfers` brings snapshots to registries and back, as OCI artifacts.
 """
 
-from ._bases import BaseFiles, registries
-from ._document import Bases, decode, encode
-from ._own_snapshots import Incoming, Outgoing, OwnSnapshots
-from ._transfer import Transfer, TransferError
-from ._transfers import Client, Transfers, TransferSettings
-
-__all__ = [
-    "BaseFiles",
-    "Bases",
-    "Client",
-    "Incoming",
-    "Outgoing",
-    "OwnSnapshots",
-    "Transfer",
-    "TransferError",
-    "TransferSettings",
-    "Transfers",
-    "decode",
-    "encode",
-    "registries",
-]
+from ._bases import BaseFiles as BaseFiles, registries as registries
+from ._document import Bases as Bases, decode as decode, encode as encode
+from ._own_snapshots import Incoming as Incoming, Outgoing as Outgoing, OwnSnapshots as OwnSnapshots
+from ._transfer import Transfer as Transfer, TransferError as TransferError
+from ._transfers import Client as Client, Transfers as Transfers, TransferSettings as TransferSettings

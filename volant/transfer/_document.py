@@ -15,8 +15,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from volant.chunks import Description
-from volant.chunks import check as check_description
+from volant.chunks import Description, check as check_description
 from volant.hypervisor import MachineKind
 from volant.model import (
     FIRST_FOREIGN_ID,

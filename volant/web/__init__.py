@@ -1,5 +1,3 @@
 """The console: a page that shows what the daemon does, live. See docs/explanation/console.md."""
 
-from ._route import routes
-
-__all__ = ["routes"]
+from ._route import routes as routes

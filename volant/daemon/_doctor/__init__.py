@@ -1,5 +1,3 @@
 """`volantd check`: checks whether VMs can run on this host, using the daemon's own code."""
 
-from ._examine import examine
-
-__all__ = ["examine"]
+from ._examine import examine as examine

@@ -1,7 +1,5 @@
 """The QEMU driver."""
 
-from ._argv import PROGRAM
-from ._driver import QemuHypervisor
-from ._sandbox import SandboxPlan, user_of
-
-__all__ = ["PROGRAM", "QemuHypervisor", "SandboxPlan", "user_of"]
+from ._argv import PROGRAM as PROGRAM
+from ._driver import QemuHypervisor as QemuHypervisor
+from ._sandbox import SandboxPlan as SandboxPlan, user_of as user_of
