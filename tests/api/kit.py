@@ -31,7 +31,8 @@ from volant.http import Access, ApiSettings, Limits, serve
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.identity import NamedKeys
 from volant.images import PUBLIC, ArtifactCache, Origins
-from volant.journal import Backups, Journal, Recorder, Retention, Store, VmLogs
+from volant.journal import Backups, Journal, Recorder, Retention, Store
+from volant.logs import VmLogs
 from volant.model import DEFAULT_SUBNET, Key
 from volant.network import HostNetwork, Networks, NetworkSettings, Passt
 from volant.oci import ImageLibrary, ImageService, ImageSettings

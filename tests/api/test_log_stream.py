@@ -13,7 +13,7 @@ from trio_websocket import ConnectionClosed, WebSocketConnection
 
 from tests.api.kit import UPGRADE, Api, api, read_head, request, streamed, until, websocket
 from tests.names import named
-from volant.journal import LogEntry, LogStream, VmLog
+from volant.logs import LogEntry, LogStream, VmLog
 
 
 @pytest.fixture

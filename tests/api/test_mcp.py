@@ -21,7 +21,7 @@ from tests.api.kit import FAST, Api, api, request, until, web_vm
 from tests.names import named
 from volant.host import Host
 from volant.http import Limits
-from volant.journal import LogEntry
+from volant.logs import LogEntry
 from volant.mcp._server import hint_for_a_model
 from volant.mcp._text import BUDGET, MAX_TEXT, Window, clip, fitting, weight
 from volant.mcp._tools import tools

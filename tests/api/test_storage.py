@@ -21,7 +21,7 @@ from tests.images.test_image_store import place
 from tests.names import named
 from tests.templates.test_store import KEY, add
 from volant.images import ANYWHERE, ArtifactCache, Origins, _artifacts, _store, _users, artifact_path, fetch
-from volant.journal import LogEntry
+from volant.logs import LogEntry
 from volant.model import Artifact
 from volant.templates import TemplateBuilder
 

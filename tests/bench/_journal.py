@@ -19,8 +19,9 @@ import trio
 from actors import ONE_FOR_ONE, Child, Ref, Supervisor, open_system
 from tests.names import named
 from volant.host import Host
-from volant.journal import CommitSteps, CreateRow, Journal, JournalRef, LogEntry, Store, VmLogs
+from volant.journal import CommitSteps, CreateRow, Journal, JournalRef, Store
 from volant.journal._schema import open_writer
+from volant.logs import LogEntry, VmLogs
 from volant.model import DEFAULT_PROJECT, CreateVm, Status, Step, VmRow
 
 from ._figure import Figure, Pairs

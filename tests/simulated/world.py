@@ -18,7 +18,8 @@ import trio
 from actors.testing import Simulation, allow_real, kill
 from volant.daemon import Daemon, Settings
 from volant.daemon._leftovers import evidence_of
-from volant.journal import VmLogs, restore_offline
+from volant.journal import restore_offline
+from volant.logs import VmLogs
 from volant.vm import instance_of
 
 from .calls import DaemonDied

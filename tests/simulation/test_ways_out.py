@@ -14,7 +14,7 @@ import trio
 from tests.simulated import World
 from tests.simulation.kit import JSON, run_story
 from volant.hypervisor.qemu._machine import PULSE_ANSWER_S, PULSE_S, PULSE_TOGETHER_S, PULSES_MISSED
-from volant.journal import VmLogs
+from volant.logs import VmLogs
 from volant.model import MAX_RESTARTS, ProcessIdentity
 
 run = partial(run_story, seed=5, limit_s=7200)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given, strategies as st
 
-from volant.journal import MAX_LINE_BYTES
+from volant.logs import MAX_LINE_BYTES
 from volant.vm._lines import Line, LineSplitter
 
 

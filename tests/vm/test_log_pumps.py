@@ -17,7 +17,7 @@ import trio.testing
 from tests.names import named
 from volant.channel import AgentClient, AgentResponse
 from volant.host import Host
-from volant.journal import LogGap, VmLog, VmLogs
+from volant.logs import LogGap, VmLog, VmLogs
 from volant.model.agent import FRAME_STDOUT, LOG_ID_HEADER, encode_log_frame
 from volant.vm import _console
 from volant.vm._console import ConsolePump

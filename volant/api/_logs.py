@@ -13,7 +13,7 @@ import msgspec
 
 from volant.concurrency import FairShare
 from volant.http import NORMAL, Call, Query, StreamRoute, interruptible, parse_time
-from volant.journal import LogCursor, LogGap, LogStream, VmLog
+from volant.logs import LogCursor, LogGap, LogStream, VmLog
 from volant.model import Problem, invalid, is_name, no_such_vm
 from volant.operations import ApiDeps, open_log, unreadable
 

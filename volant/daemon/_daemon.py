@@ -27,17 +27,8 @@ from volant.http import serve
 from volant.hypervisor import Hypervisor
 from volant.hypervisor.qemu import QemuHypervisor, SandboxPlan
 from volant.images import ArtifactCache
-from volant.journal import (
-    OWN_NAMES,
-    Backups,
-    Journal,
-    JournalRef,
-    Recorder,
-    Retention,
-    Store,
-    VmLogs,
-    take_over,
-)
+from volant.journal import OWN_NAMES, Backups, Journal, JournalRef, Recorder, Retention, Store, take_over
+from volant.logs import VmLogs
 from volant.model import Networking, parse_subnet
 from volant.network import NetworkBackend
 from volant.oci import ImageLibrary, ImageService

@@ -6,7 +6,8 @@ import logging
 from contextlib import suppress
 
 from volant.host import Host, ProcessGone
-from volant.journal import Evidence, Running, Store, VmLogs
+from volant.journal import Evidence, Running, Store
+from volant.logs import VmLogs
 from volant.model import ProcessIdentity
 from volant.vm import Vms, instance_of, processes_of_vms
 

@@ -10,7 +10,8 @@ import apsw
 import trio
 
 from volant.host import Host
-from volant.journal import DatabaseRefused, VmLogs, restore_offline
+from volant.journal import DatabaseRefused, restore_offline
+from volant.logs import VmLogs
 from volant.model import Caller, Cause, Problem
 from volant.vm import instance_of
 

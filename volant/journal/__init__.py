@@ -1,4 +1,4 @@
-"""The journal: durable state, events in order, and the logs of VMs."""
+"""The journal: durable state, and events in order."""
 
 from ._api_keys import ApiKeys as ApiKeys, requires_keys as requires_keys
 from ._audit import AuditFilter as AuditFilter, AuditFrame as AuditFrame, AuditLog as AuditLog, AuditPage as AuditPage
@@ -36,7 +36,6 @@ from ._events import (
 )
 from ._frames import EventFrame as EventFrame
 from ._journal import Journal as Journal
-from ._log_cursor import LogCursor as LogCursor, LogGap as LogGap
 from ._merge import Evidence as Evidence, Running as Running
 from ._named import OWN_NAMES as OWN_NAMES, Names as Names, Plugin as Plugin, plugin_view as plugin_view
 from ._projection import Projection as Projection
@@ -66,14 +65,6 @@ from ._results import (
     VolumeCreated as VolumeCreated,
 )
 from ._store import Retention as Retention, Store as Store
-from ._vmlog import (
-    MAX_LINE_BYTES as MAX_LINE_BYTES,
-    LogEntry as LogEntry,
-    LogStatistics as LogStatistics,
-    LogStream as LogStream,
-    VmLog as VmLog,
-)
-from ._vmlogs import VmLogs as VmLogs
 from .messages import (
     SHARED as SHARED,
     VERSION_CHANGED as VERSION_CHANGED,

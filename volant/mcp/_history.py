@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import msgspec
 import trio
 
-from volant.journal import EventGap, LogGap
+from volant.journal import EventGap
+from volant.logs import LogGap
 from volant.model import Event, EventId, EventType, LogLine, Name, StreamGap
 from volant.operations import find_vm, open_log
 

@@ -41,7 +41,7 @@ from mcp_types import (
 
 from volant import __version__
 from volant.http import Limits, decode, first_problem, internal_error
-from volant.journal import LogGap
+from volant.logs import LogGap
 from volant.model import Caller, Key, LogLine, Problem, VmRow, is_name, view
 from volant.operations import TABLE, ApiDeps, Table, acting, find_vm, name_target, open_log, standalone, vms
 

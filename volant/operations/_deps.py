@@ -12,7 +12,8 @@ from volant.egress import EgressActivity
 from volant.host import Host
 from volant.http import Access
 from volant.identity import NamedKeys
-from volant.journal import Backups, JournalRef, Recorder, Store, VmLogs
+from volant.journal import Backups, JournalRef, Recorder, Store
+from volant.logs import VmLogs
 from volant.oci import ImageLibrary
 from volant.transfer import Transfers
 from volant.vm import Vms

@@ -10,7 +10,8 @@ import trio
 
 from volant.channel import AgentClient
 from volant.http import interruptible
-from volant.journal import VmChanged, VmCreated, VmForked, VmLog
+from volant.journal import VmChanged, VmCreated, VmForked
+from volant.logs import VmLog
 from volant.model import Action, Key, Problem, VmRow, current_cause, no_such_project
 
 from ._context import Context

@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-from volant.journal import (
-    AddProject,
-    ProjectCreated,
-    RemoveProject,
-    SetProjectEgress,
-    SetQuota,
-    VmLogs,
-    ask_journal,
-    used_by,
-)
+from volant.journal import AddProject, ProjectCreated, RemoveProject, SetProjectEgress, SetQuota, ask_journal, used_by
+from volant.logs import VmLogs
 from volant.model import CreateProject, Permission, Problem, Project, ProjectView, Quota, SetEgress, no_such_project
 from volant.oci import ImageLibrary, OciError
 

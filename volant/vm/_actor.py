@@ -19,7 +19,8 @@ from volant.channel import AgentProtocolError, AgentUnreachable
 from volant.concurrency import Backoff
 from volant.host import ProcessGone
 from volant.hypervisor import CheckpointFailed, HypervisorError
-from volant.journal import CommitSteps, DuplicateRequest, IdempotencyKey, LogEntry, StaleRow, journal_down
+from volant.journal import CommitSteps, DuplicateRequest, IdempotencyKey, StaleRow, journal_down
+from volant.logs import LogEntry
 from volant.model import (
     MAX_RESTARTS,
     VOLUME_REFUSALS,

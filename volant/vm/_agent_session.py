@@ -18,7 +18,7 @@ from volant.channel import AgentProtocolError, AgentUnreachable, ParkedLink, Vir
 from volant.concurrency import Backoff
 from volant.host import Host
 from volant.hypervisor import MachineSpec
-from volant.journal import VmLog
+from volant.logs import VmLog
 from volant.model import Seen, WorkloadChanged, WorkloadView
 from volant.model.agent import (
     DAEMON_IDENTITY,

@@ -17,7 +17,7 @@ from pathlib import Path
 import trio
 
 from volant.host import Host
-from volant.journal import LogEntry, VmLog
+from volant.logs import LogEntry, VmLog
 
 from ._lines import PIECE_BYTES, Line, LineSplitter, piece_of
 

@@ -9,7 +9,8 @@ from actors import Ref
 from volant.directories import Virtiofsd
 from volant.host import Host
 from volant.hypervisor import Hypervisor
-from volant.journal import Journal, Store, VmLogs
+from volant.journal import Journal, Store
+from volant.logs import VmLogs
 from volant.secrets import Secrets
 from volant.templates import WarmPool
 

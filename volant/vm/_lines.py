@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from volant.journal import MAX_LINE_BYTES
+from volant.logs import MAX_LINE_BYTES
 from volant.model import utf8_boundary
 
 PIECE_BYTES = 64 * 1024

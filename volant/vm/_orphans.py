@@ -23,7 +23,8 @@ from volant import images
 from volant.directories import DirectoryFailed, Virtiofsd
 from volant.host import Host, ProcessGone, inside
 from volant.hypervisor import Hypervisor, HypervisorError, Nic, ParsedMachine, VolumeDisk
-from volant.journal import AdoptRow, Journal, Names, Store, VmLogs, ask_journal
+from volant.journal import AdoptRow, Journal, Names, Store, ask_journal
+from volant.logs import VmLogs
 from volant.model import (
     BASE,
     EGRESS_ALL,

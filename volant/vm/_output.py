@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from volant.channel import AgentClient, AgentProtocolError, AgentResponse
-from volant.journal import LogEntry, VmLog
+from volant.logs import LogEntry, VmLog
 from volant.model.agent import (
     DAEMON_LOGS,
     FRAME_STDERR,

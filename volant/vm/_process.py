@@ -32,7 +32,7 @@ from volant.hypervisor import (
     MachineSpec,
     ParkedControl,
 )
-from volant.journal import LogEntry, VmLog
+from volant.logs import LogEntry, VmLog
 from volant.model import GUEST_SHUTDOWN, Ended, EndKind, ProcessIdentity, Reason, Seen
 
 from ._agent_session import AgentSession

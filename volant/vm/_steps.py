@@ -18,7 +18,7 @@ from volant.channel import AgentProtocolError, AgentUnreachable
 from volant.directories import DirectoryFailed
 from volant.host import ProcessGone
 from volant.hypervisor import HypervisorError, LaunchFailed, MachineSpec
-from volant.journal import VmLog
+from volant.logs import VmLog
 from volant.model import (
     AgentAnswered,
     AskStop,

@@ -22,7 +22,8 @@ import msgspec
 from volant import images
 from volant.host import Host
 from volant.images import ArtifactCache
-from volant.journal import Store, VmLogs, replaced_databases
+from volant.journal import Store, replaced_databases
+from volant.logs import VmLogs
 from volant.model import (
     PRUNED_KINDS,
     Artifact,

@@ -13,7 +13,8 @@ from volant.directories import Virtiofsd
 from volant.host import Host
 from volant.hypervisor import Hypervisor, HypervisorError
 from volant.images import ArtifactCache
-from volant.journal import OWN_NAMES, Journal, Names, Projection, Store, VmLogs
+from volant.journal import OWN_NAMES, Journal, Names, Projection, Store
+from volant.logs import VmLogs
 from volant.model import Problem, Volume, writer_of
 from volant.network import NetworkKeeper, Passt
 from volant.oci import ImageSource

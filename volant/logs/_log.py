@@ -32,7 +32,7 @@ from volant.concurrency import FairShare
 from volant.host import Host
 from volant.model import Key, utf8_boundary
 
-from ._log_cursor import LogCursor
+from ._cursor import LogCursor
 from ._segments import (
     CHECKPOINT_BYTES,
     MAX_SOURCES,

@@ -15,7 +15,7 @@ import trio
 from tests.journal.kit import ClockHost
 from tests.names import named
 from volant.host._host import LinuxThreads
-from volant.journal import LogCursor, LogEntry, LogGap, LogStream, VmLog, VmLogs
+from volant.logs import LogCursor, LogEntry, LogGap, LogStream, VmLog, VmLogs
 
 SOURCE = "1.1/console"
 SMALL = {"segment_bytes": 16 * 1024, "max_bytes": 64 * 1024}

@@ -13,7 +13,7 @@ from actors import Gap, Log
 from ._segments import Place, Segment, read
 
 if TYPE_CHECKING:
-    from ._vmlog import VmLog
+    from ._log import VmLog
 
 _BEFORE = Place(0, 0)
 """Before the first line of a segment."""

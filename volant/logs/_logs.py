@@ -11,9 +11,9 @@ import trio
 from volant.host import Host
 from volant.model import Key
 
+from ._log import LogStatistics, VmLog
 from ._segments import Segment, segment_of
 from ._throttle import log_share
-from ._vmlog import LogStatistics, VmLog
 
 _SWEEP_S = 600.0
 _IDLE_S = 600.0
