@@ -20,8 +20,8 @@ from trio_websocket import ConnectionClosed, WebSocketConnection
 from tests.api.kit import UPGRADE, Api, api, read_head, request, until, websocket
 from tests.names import named
 from volant.model import Key, VmRow
-from volant.vm import SerialConsole, _serial
-from volant.vm._console import ConsolePump
+from volant.session import SerialConsole, _serial
+from volant.session._console import ConsolePump
 from volant.vm._streams import Streams
 
 BOOT = "1.1"

@@ -12,7 +12,7 @@ from tests.simulated import World, simulated_world
 from tests.simulated.guest import SimGuest
 from tests.simulated.qemu import SimQemu
 from tests.simulation.kit import JSON, VMS, run_story
-from volant.vm._peers import HOSTS_AT_ONCE
+from volant.session._peers import HOSTS_AT_ONCE
 
 SOON_S = 6.0
 

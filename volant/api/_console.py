@@ -18,7 +18,7 @@ from volant.concurrency import FairShare
 from volant.http import NORMAL, Call, StreamRoute, interruptible
 from volant.model import Problem, Status, VmRow
 from volant.operations import ApiDeps, record_access
-from volant.vm import Keyboard, KeyboardTaken, Missed, NotTyped, Reader
+from volant.session import Keyboard, KeyboardTaken, Missed, NotTyped, Reader
 
 from ._session import Session, moved
 

@@ -25,13 +25,5 @@ from ._layout import (
 from ._lifecycle import DELETED as DELETED, Lifecycle as Lifecycle, Version as Version, Wait as Wait
 from ._machine_spec import CUSTOM_IMAGE as CUSTOM_IMAGE
 from ._process import bounds_of as bounds_of
-from ._serial import (
-    Keyboard as Keyboard,
-    KeyboardTaken as KeyboardTaken,
-    Missed as Missed,
-    NotTyped as NotTyped,
-    Reader as Reader,
-    SerialConsole as SerialConsole,
-)
 from ._streams import Streams as Streams
 from ._vms import Vms as Vms

@@ -48,13 +48,11 @@ from volant.model import (
     effect_of,
     is_copyable,
 )
+from volant.session import AgentSession, Peers, guest_secrets
 
-from ._agent_session import AgentSession
 from ._deps import VmDeps
 from ._machine_spec import guest_manifest, guest_volumes, machine_spec, nameservers_of, uses_passt, workload_spec
-from ._peers import Peers
 from ._process import VmProcess
-from ._secrets import guest_secrets
 from ._steps import Steps, VmState
 from .messages import CHECKPOINT_S, Ask, CheckpointTaken, Report, TakeCheckpoint
 

@@ -12,9 +12,9 @@ from volant.hypervisor import Hypervisor
 from volant.journal import Journal, Store
 from volant.logs import VmLogs
 from volant.secrets import Secrets
+from volant.session import GuestLimits
 from volant.templates import WarmPool
 
-from ._agent_session import GuestLimits
 from ._boot_limiter import BootSlots
 from ._checkpoint_store import CheckpointStore
 from ._fence import VmFence

@@ -11,14 +11,13 @@ from volant import images
 from volant.host import Host
 from volant.hypervisor import Disk, Hypervisor, LaunchFailed
 from volant.model import Origin, VmRow, has_failed_as_clone
-from volant.secrets import Secrets
+from volant.secrets import SecretFailed, Secrets
 from volant.templates import TemplateSpec, WarmPool, WarmProcess
 
 from ._boot_files import BootFiles
 from ._checkpoint_store import CheckpointLost, CheckpointStore
 from ._layout import VmSettings, root_disk
 from ._machine_spec import CUSTOM_IMAGE, check_volumes
-from ._secrets import check_secrets
 from ._templates import VmTemplates
 from .messages import StepError
 
@@ -51,12 +50,12 @@ class BootPreparation(msgspec.Struct):
     async def prepare(self, row: VmRow) -> Prepared:
         """Returns what the boot begins with, once its files are in the cache and the VM's layer is made.
 
-        :raises StepError: as `BootFiles` and `VmTemplates.find`, `check_volumes` and `check_secrets`; `disk_missing`,
+        :raises StepError: as `BootFiles` and `VmTemplates.find`, `check_volumes` and `_check_secrets`; `disk_missing`,
             `disk_failed`, `disk_too_small`;
             `checkpoint_failed`, `checkpoint_gone`, `checkpoint_damaged`, `checkpoint_unfit`.
         """
         await check_volumes(self.host, self.settings, row)
-        await check_secrets(self.secrets, row)
+        await _check_secrets(self.secrets, row)
         if row.checkpoint is not None:
             return await self._prepare_copy(row, row.checkpoint)
         image = await self.files.fetch(row)
@@ -156,3 +155,11 @@ class BootPreparation(msgspec.Struct):
             raise StepError("disk_failed", str(error)) from error
         except OSError as error:
             raise StepError("disk_failed", f"the directory of the VM's disk can't be made: {error}") from error
+
+
+async def _check_secrets(secrets: Secrets, row: VmRow) -> None:
+    """:raises StepError: `secret_missing`, `secret_unreadable`, `secret_unusable`."""
+    try:
+        await secrets.values_for(row)
+    except SecretFailed as error:
+        raise StepError(error.code, str(error)) from None

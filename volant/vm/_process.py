@@ -34,12 +34,10 @@ from volant.hypervisor import (
 )
 from volant.logs import LogEntry, VmLog
 from volant.model import GUEST_SHUTDOWN, Ended, EndKind, ProcessIdentity, Reason, Seen
+from volant.session import AgentSession, ConsolePump, SerialConsole, console_source
 
-from ._agent_session import AgentSession
 from ._capacity import CEILING_MB
-from ._console import ConsolePump, console_source
 from ._fence import VmFence
-from ._serial import SerialConsole
 
 # Counts how often a VM's process wakes up, which is what an idle VM costs.
 #

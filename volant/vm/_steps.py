@@ -49,17 +49,15 @@ from volant.model import (
     is_checkpoint,
 )
 from volant.model.agent import DAEMON_SHUTDOWN, HEALTHZ
+from volant.session import ConsolePump, RootFailed, SecretsFailed, VolumesFailed
 from volant.templates import Claim, WarmProcess, standby_directory, template_layer
 
-from ._agent_session import RootFailed, VolumesFailed
 from ._boot_limiter import SLOT_S
-from ._console import ConsolePump
 from ._deps import VmDeps
 from ._fence import FenceFailed
 from ._layout import LAYER, layer_directory, tag_of
 from ._machine_spec import machine_id, machine_spec
 from ._process import VmProcess, bounds_of
-from ._secrets import SecretsFailed
 from .messages import StepError
 
 _AGENT_RETRY_S = 0.05

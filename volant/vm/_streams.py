@@ -10,11 +10,11 @@ from volant.channel import AgentClient
 from volant.host import Host
 from volant.journal import Projection
 from volant.model import Key, Problem, Status, VmMemory, VmRow, VmStats, moving, view
+from volant.session import SerialConsole
 
 from ._actors import VmActors
 from ._memory import measure, measure_stats
 from ._process import VmProcess
-from ._serial import SerialConsole
 
 _WITH_CONSOLE = frozenset({Status.STARTING, Status.RUNNING, Status.PAUSED, Status.STOPPING})
 

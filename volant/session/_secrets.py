@@ -10,8 +10,6 @@ from volant.channel import AgentProtocolError
 from volant.model import VmRow
 from volant.secrets import SecretFailed, Secrets
 
-from .messages import StepError
-
 
 class SecretsFailed(AgentProtocolError):
     """The guest can't have its secrets. The text is for people, and has no part of a value."""
@@ -50,14 +48,6 @@ def guest_secrets(secrets: Secrets, row: VmRow, instance: str) -> GuestSecrets |
     if not row.secret_env and not row.secrets:
         return None
     return GuestSecrets(secrets, row, f"{instance}.{row.boot_key}")
-
-
-async def check_secrets(secrets: Secrets, row: VmRow) -> None:
-    """:raises StepError: `secret_missing`, `secret_unreadable`, `secret_unusable`."""
-    try:
-        await secrets.values_for(row)
-    except SecretFailed as error:
-        raise StepError(error.code, str(error)) from None
 
 
 def _encoded(value: bytes) -> str:

@@ -14,8 +14,8 @@ import trio
 
 from volant.host import Host
 from volant.host._host import LinuxClock
-from volant.vm._agent_connection import AgentConnection
-from volant.vm._clock import GuestClock
+from volant.session._clock import GuestClock
+from volant.session._connection import AgentConnection
 
 EXACT_S = 0.026
 

@@ -35,8 +35,8 @@ from volant.model.agent import (
     VOLUMES_SINCE,
 )
 
-from ._agent_connection import AgentConnection, WorkloadNotHealthy, detail_of
 from ._clock import GuestClock
+from ._connection import AgentConnection, WorkloadNotHealthy, detail_of
 from ._output import pump_output
 from ._peers import HOSTS_AT_ONCE, HostsEntries, Peers
 from ._secrets import GuestSecrets, SecretsFailed

@@ -18,7 +18,7 @@ from volant.concurrency import Backoff
 from volant.host import Host
 from volant.model.agent import DAEMON_CLOCK
 
-from ._agent_connection import AgentConnection, NoSuchRoute
+from ._connection import AgentConnection, NoSuchRoute
 
 _EXACT_NS = 25_000_000
 """A clock that is off by less is exact."""

@@ -12,7 +12,7 @@ from volant.channel import AgentClient, AgentProtocolError
 from volant.model import WorkloadState, WorkloadView
 from volant.model.agent import DAEMON_WATCH
 
-from ._agent_connection import ANSWER_S, DETAIL_CHARACTERS
+from ._connection import ANSWER_S, DETAIL_CHARACTERS
 
 _PAUSE_S = 0.1
 _AT_ONCE = 5

@@ -19,10 +19,10 @@ from volant.channel import AgentClient, AgentResponse
 from volant.host import Host
 from volant.logs import LogGap, VmLog, VmLogs
 from volant.model.agent import FRAME_STDOUT, LOG_ID_HEADER, encode_log_frame
-from volant.vm import _console
-from volant.vm._console import ConsolePump
-from volant.vm._lines import piece_of
-from volant.vm._output import pump_output
+from volant.session import _console
+from volant.session._console import ConsolePump
+from volant.session._lines import piece_of
+from volant.session._output import pump_output
 
 LONGEST_S = 0.1
 """How long the event loop may be blocked; a piece takes some milliseconds of an idle machine."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, strategies as st
 
 from volant.logs import MAX_LINE_BYTES
-from volant.vm._lines import Line, LineSplitter
+from volant.session._lines import Line, LineSplitter
 
 
 def test_lf_and_crlf_end_lines_and_the_rest_waits() -> None:

@@ -13,7 +13,7 @@ from volant.journal import Projection
 from volant.model import VmRow, is_named
 from volant.model.agent import DAEMON_HOSTS
 
-from ._agent_connection import AgentConnection
+from ._connection import AgentConnection
 
 HOSTS_AT_ONCE = 8
 """So many guests at a time get new hosts entries."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import trio
 
-from volant.vm._workload import ReportLimit
+from volant.session._workload import ReportLimit
 
 
 async def test_few_reports_are_not_late_and_many_are_bounded(autojump_clock: trio.abc.Clock) -> None:
