@@ -101,7 +101,7 @@ def test_a_snapshot_of_an_older_qemu_is_restored(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "why"),
-    [("memory", "touched its memory"), ("state", "touched its state"), ("checkpoint.json", "is damaged")],
+    [("memory", "its memory was changed"), ("state", "its state was changed"), ("checkpoint.json", "is damaged")],
 )
 def test_a_changed_file_is_refused(tmp_path: Path, name: str, why: str) -> None:
     async def story(world: World) -> None:

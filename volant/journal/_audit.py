@@ -54,7 +54,7 @@ class AuditFrame(msgspec.Struct, frozen=True):
 
 
 class AuditFilter(msgspec.Struct, frozen=True, kw_only=True):
-    """Which records a reader wants; None: any. Times count to the second."""
+    """A reader's filter for records; None matches any. Times count to the second."""
 
     caller: str | None = None
     """The name or the id of the caller."""

@@ -93,7 +93,7 @@ Decision = Callable[[Stage, Q], object]
 MAX_PLUGINS = 200
 MAX_NETWORKS_OF_PROJECT = 200
 MAX_VOLUMES_OF_PROJECT = 2000
-"""Of each project, so that none takes what all have together."""
+"""Maximum per project, so that none uses up what all share."""
 
 DECISIONS: dict[type[Request[Any]], Decision[Any]] = {}
 """By the type of the message."""
@@ -125,7 +125,7 @@ def decide(stage: Stage, message: Request[Any]) -> object:
 
 
 def _vm_id_of(message: Request[Any], reply: object) -> int | None:
-    """Returns the VM that a change is about; None: that is not said."""
+    """Returns the VM that a change is about, None if it names none."""
     return reply.id if isinstance(reply, VmRow) else getattr(message, "vm_id", None)
 
 
@@ -396,7 +396,7 @@ def _check_free(stage: Stage, row: VmRow) -> None:
 
 def _check_secrets(stage: Stage, row: VmRow, field_of: Callable[[str | None], str]) -> None:
     """:raises Problem: 404 the VM refers to a secret that is not there. `field_of`: the member that names it, by the
-    variable; None: it is a file."""
+    variable, None for a file."""
     wanted = [*row.secret_env.items(), *((None, file.name) for file in row.secrets)]
     for variable, name in wanted:
         if stage.secrets.get(Key(row.project, name)) is None:

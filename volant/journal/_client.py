@@ -25,7 +25,7 @@ _MOST_PLACES = 10_000
 
 
 class _Place(msgspec.Struct, eq=False):
-    """What one caller reaches: it has one record a minute."""
+    """One target of one caller, which gets one record a minute."""
 
     began: float
     done: trio.Event
@@ -56,7 +56,7 @@ class Recorder:
         await self._write(cause, BEGUN)
 
     async def answer(self, cause: Cause, problem: Problem | None) -> None:
-        """Records how an operation ends, unless that is recorded. `problem`: what it is refused with; None: nothing.
+        """Records how an operation ends, unless that is recorded. `problem`: the refusal, None if there is none.
 
         :raises Problem: 503 there would be no record of it: it must not be answered.
         """
@@ -117,8 +117,8 @@ R = TypeVar("R")
 
 
 class JournalRef(Protocol):
-    """What takes messages to the journal: the reference to its actor, or, in a fleet, what has the other hosts agree
-    before."""
+    """Takes messages to the journal: the reference to its actor, or in a fleet the object that has the other hosts
+    agree before."""
 
     async def ask(self, message: Request[R], /, *, timeout_s: float) -> R:
         """Returns the journal's answer."""

@@ -88,7 +88,7 @@ _SLACK_PAGES = 256
 _LOG_BYTES = 32 * 1024 * 1024
 _LOG_PATIENCE_MS = 250
 _MAX_STATE_BYTES = 2**30
-"""Of each table, as JSON. A thousand VMs with the largest manifests have a quarter of it."""
+"""Maximum of each table, as JSON. A thousand VMs with the largest manifests have a quarter of it."""
 _COLUMNS = (
     ("vms", "row"),
     ("named", "value"),
@@ -109,7 +109,7 @@ class Loaded(msgspec.Struct, frozen=True):
     drain: Drain | None
     last_vm_id: int
     oldest_seq: int
-    """Of the stored events; one more than `newest_seq` when there is none."""
+    """The number of the oldest stored event; one more than `newest_seq` if there is none."""
     newest_seq: int
     oldest_at: int | None
     """The time of the oldest event in seconds since 1970; None when no event can expire."""
@@ -119,7 +119,7 @@ class Loaded(msgspec.Struct, frozen=True):
 
 
 class LoadedAudit(msgspec.Struct, frozen=True):
-    """What is loaded of the audit log; see the same members of `Loaded`."""
+    """The loaded part of the audit log; see the same members of `Loaded`."""
 
     oldest_seq: int
     newest_seq: int

@@ -34,7 +34,7 @@ from ._quotas import require_project
 from ._stage import Stage
 
 MAX_SECRETS_OF_PROJECT = 200
-"""So that no project takes what all have together."""
+"""Maximum per project, so that none uses up what all share."""
 
 
 @decides
@@ -115,7 +115,7 @@ def _add_project(stage: Stage, message: messages.AddProject) -> Project:
 
 @decides
 def _set_quota(stage: Stage, message: messages.SetQuota) -> Project:
-    """What a project has already may be more than the limit; then it can't have more."""
+    """A project may have more than the new limit already; then it can't create more."""
     return _changed(stage, message.project, quota=message.quota)
 
 

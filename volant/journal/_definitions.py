@@ -33,7 +33,7 @@ class KeysRequired(msgspec.Struct, frozen=True):
 
 Definition = Plugin | Network | Project | Secret | ApiKey | KeysRequired
 Changes = Mapping[str, Definition | None]
-"""By place; None: it is removed."""
+"""Definitions by place; None removes one."""
 
 
 def place_of(definition: Definition) -> str:

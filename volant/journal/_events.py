@@ -113,7 +113,7 @@ class FrameLog(Generic[F]):
         self._recent: dict[int, F] = {}
         self._recent_oldest = 1
         self._shared: tuple[tuple[int, int, int], list[F]] = (0, 0, 0), []
-        """What a reader took last, with its place, the newest event then, and its limit."""
+        """The last event that a reader took, its place, the newest event at that time, and the reader's limit."""
         self._kept: OrderedDict[int, list[F]] = OrderedDict()
         self._reading = trio.Lock()
         self._cursors: dict[FrameCursor[F], None] = {}
@@ -144,7 +144,7 @@ class FrameLog(Generic[F]):
 
     @asynccontextmanager
     async def cursor(self, after: EventId | str | Literal["oldest"] | None) -> AsyncIterator[FrameCursor[F]]:
-        """Reads from after an event; None: new events; `"oldest"`: from the oldest stored one.
+        """Reads from after an event, with None new events alone, with `"oldest"` from the oldest stored one.
 
         For an id that is malformed, of another epoch, not given out yet, or no longer stored, the reader gets an
         `EventGap` first and then the oldest events.

@@ -1,7 +1,7 @@
 """The journal: the only writer of the database.
 
 **Commit, then publish.** Once the disk has confirmed a transaction, the replies, the projection and the events change,
-all three at once. So nobody sees one without the others.
+all three at once. So no reader sees one without the others.
 
 **Group commit.** A commit costs a sync of the disk, however much is in the transaction. So one task makes one
 transaction of all waiting changes (`_stage`) and writes it in a worker thread, while the next group gathers. No timer
@@ -70,14 +70,14 @@ _audit_logger = logging.getLogger("volant.audit")
 
 
 class _Retained(msgspec.Struct):
-    """What retention removes: events, or records of the audit log."""
+    """Events or audit records, which retention removes."""
 
     table: Numbered
     log: FrameLog[Any]
     most: int
     max_age_s: float
     oldest_at: int | None = None
-    """The time of the oldest one in seconds since 1970; None: none can expire."""
+    """The time of the oldest one in seconds since 1970, None if none can expire."""
     due: bool = False
     """Whether some may have expired."""
 
@@ -124,7 +124,7 @@ class Journal(Actor):
         self._last_error = ""
 
     async def on_start(self) -> None:
-        """:raises DatabaseRefused: the database is a newer version's, somebody else's, or damaged."""
+        """:raises DatabaseRefused: another version or another program wrote the database, or it is damaged."""
         store = self._store
         check_fence()
         try:
@@ -186,7 +186,7 @@ class Journal(Actor):
         return Drafted(reply, changes_in(stage.operations))
 
     def _refusal(self) -> Problem | None:
-        """Returns why no change can be made now; None: it can."""
+        """Returns why no change can be made now, None if changes can be made."""
         if self._stalled:
             return slow(self._deadline_s)
         if not self._has_reserve:

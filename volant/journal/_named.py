@@ -42,7 +42,7 @@ class Names(Protocol):
     def claimed(self, keys: Sequence[Key], movable: Movable | None = None) -> AbstractAsyncContextManager[None]:
         """Holds names for what the block makes, and frees those of what is not there at its end.
 
-        :param movable: how another host may start it, if this one dies; None: none ever does
+        :param movable: how another host may start it if this one dies, None if none ever does
         :raises Problem: 409 another host has one; 503 that can't be found out.
         """
 
@@ -50,7 +50,7 @@ class Names(Protocol):
         """Frees the name of something that is gone."""
 
     def elsewhere(self, project: str) -> Collection[str] | None:
-        """Returns the names in a project that other hosts have; None: there are no other hosts."""
+        """Returns the names in a project that other hosts have, None if there are no other hosts."""
 
 
 class OwnNames(Names):
@@ -69,7 +69,7 @@ class OwnNames(Names):
 
 
 OWN_NAMES: Mapping[str, Names] = dict.fromkeys(("vms", "snapshots", "volumes"), OwnNames())
-"""Those of a host that is in no fleet, by how paths name what has them."""
+"""The names of a host that is in no fleet, by the collection in paths of the API."""
 
 
 class Plugin(msgspec.Struct, frozen=True):

@@ -1,4 +1,4 @@
-"""What a transaction writes, one operation after the other."""
+"""The operations of a transaction, in their order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ._responses import StoredResponse
 class PutRow(msgspec.Struct, frozen=True):
     row: VmRow
     after: int | None
-    """The revision that it replaces; None: a new row."""
+    """The revision that it replaces, None for a new row."""
 
 
 class DropRow(msgspec.Struct, frozen=True):

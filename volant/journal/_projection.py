@@ -57,7 +57,7 @@ class Projection:
 
     @property
     def plugins(self) -> Mapping[Key, Plugin]:
-        """Those that are installed; `plugin` also finds the built-in one. A live view."""
+        """The installed plugins; `plugin` also finds the built-in one. A live view."""
         return MappingProxyType(self._named[Plugin])
 
     @property
@@ -77,7 +77,7 @@ class Projection:
 
     @property
     def projects(self) -> Mapping[Key, Project]:
-        """Those that were made or limited; `project` also finds `default`. A live view."""
+        """The projects that were created or limited; `project` also finds `default`. A live view."""
         return MappingProxyType(self._named[Project])
 
     def project(self, name: str) -> Project | None:
@@ -114,7 +114,7 @@ class Projection:
 
     @property
     def drain(self) -> Drain | None:
-        """The maintenance that is in effect; None: VMs may start."""
+        """The maintenance in effect, None while VMs may start."""
         return self._drain
 
     async def drain_is_not(self, drain: Drain | None) -> None:

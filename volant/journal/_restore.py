@@ -36,7 +36,7 @@ from ._schema import MAX_BLOB_BYTES, open_backup, open_reader
 
 EXAMINE_S = 300.0
 _MAX_EVENT_BYTES = 1024 * 1024
-"""Of one event. Labels, a reason and its last lines have some 200 kB."""
+"""Maximum of one event. Labels, a reason and its last lines have some 200 kB."""
 _LEFT_BEHIND = re.compile(r"-copy-[0-9a-f]+\.db(-journal|-wal|-shm)?\Z")
 
 
@@ -46,7 +46,7 @@ class Done(msgspec.Struct, frozen=True):
     epoch: str
     vms: int
     aside: str | None
-    """The path of the old database; None: there was none."""
+    """The path of the old database, None if there was none."""
     refused: str | None
     """Why the old database can't be read."""
     locked: bool

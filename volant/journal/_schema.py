@@ -95,10 +95,10 @@ _CHECKSUM_BYTES = 8
 """At the end of each page. The extension recognises its databases by this number."""
 CHANGED_PAGE = "a page is not what was written to it: its checksum differs"
 APPLICATION_ID = 0x566F_6C61
-"""`Vola`: in the file's header, so that nobody's other database is taken for ours."""
+"""`Vola`, in the file's header: other programs' databases are not taken for ours."""
 
 MAX_BLOB_BYTES = 16 * 1024 * 1024
-"""Of one row. The largest that volantd writes have less than one: a manifest and an environment."""
+"""Maximum of one row. The largest that volantd writes, with a manifest and an environment, have less than one MiB."""
 BUSY_TIMEOUT_MS = 5000
 _WAL_LIMIT_BYTES = 16 * 1024 * 1024
 _CHECK_S = 10.0

@@ -98,7 +98,7 @@ class Stage:
         self.now = now
         self.networking = networking
         self.cause: Cause | None = None
-        """Who requests the change that is staged, with what."""
+        """The caller and the request of the staged change."""
         self.records: list[tuple[Cause, AuditFrame]] = []
         self._newest_record = newest_record
         self.last_vm_id = last_vm_id
@@ -129,7 +129,7 @@ class Stage:
         self._taken: set[str] | None = None
         """The addresses on the bridge that are taken, once they were needed."""
         self.taken_up_to: str | None = None
-        """All addresses up to this one are taken; None: that is not known."""
+        """All addresses up to this one are taken; None if that is not known."""
 
     # Rows
 
@@ -186,7 +186,7 @@ class Stage:
 
     @property
     def changed(self) -> dict[type[Named], dict[Key, Any]]:
-        """What has changed of it, by kind; None for what is removed."""
+        """The changed objects by kind; None for removed ones."""
         return {kind: overlay.changed for kind, overlay in self._named.items() if overlay.changed}
 
     def named(self, kind: type[Named]) -> Overlay[Key, Any]:

@@ -71,7 +71,7 @@ class Figures:
 
 _WITHIN = timedelta(minutes=1)
 _MOST = 10_000
-"""Of one project; more are not created within a minute."""
+"""Maximum number of VMs that a project creates within a minute."""
 
 
 class RecentCreates:
@@ -131,8 +131,8 @@ class Store:
         self.creates = RecentCreates()
         self.figures = Figures()
         self.used_elsewhere: Callable[[str], Used] = lambda project: NOTHING_USED
-        """What a project has on the other hosts of the fleet, which counts for its limits."""
+        """Returns the usage of a project on the other hosts of the fleet, which counts for its limits."""
         self.trouble: str | None = None
-        """Why changes are refused at present; None: they are not."""
+        """Why changes are refused at present, None while they are accepted."""
         self.ids_taken = 0
         """New ids are higher: the host has traces of VMs that the database may not know, or these are other hosts'."""

@@ -74,10 +74,10 @@ class CreateRow(Request[VmRow], msgspec.Struct, frozen=True):
     key: IdempotencyKey | None = None
     cause: Cause | None = None
     manifest: Manifest | None = None
-    """What follows from the request's OCI image; None: the plugin's counts."""
+    """The manifest made from the request's OCI image, None for the plugin's."""
     starts: bool = False
     movable: Movable | None = None
-    """None: no other host may start it."""
+    """None if no other host may start it."""
 
 
 class RestoreRow(Request[VmRow], msgspec.Struct, frozen=True):
@@ -106,9 +106,9 @@ class ArriveRow(Request[VmRow], msgspec.Struct, frozen=True):
     """
 
     named: Key
-    """Of the snapshot."""
+    """The snapshot's id."""
     epoch: int
-    """How many hosts the VM has had."""
+    """The number of hosts that the VM has had."""
     cause: Cause | None = None
 
 
@@ -125,7 +125,7 @@ class ForkRow(Request[tuple[VmRow, ...]], msgspec.Struct, frozen=True):
     key: IdempotencyKey | None = None
     cause: Cause | None = None
     paused_ms: float | None = None
-    """How long the VM was paused for the checkpoint; None: that is not known."""
+    """The pause of the VM for the checkpoint, None if that is not known."""
 
 
 class BeginSnapshot(Request[Snapshot], msgspec.Struct, frozen=True):
@@ -300,7 +300,7 @@ class BeginRemovalOfVolume(Request[Volume], msgspec.Struct, frozen=True):
 
 
 class AbandonVolume(Request[Volume | None], msgspec.Struct, frozen=True):
-    """Makes a volume `deleting` that was not finished -> its row; None: it is gone. One that is `ready` stays so."""
+    """Makes a volume `deleting` that was not finished -> its row, None if it is gone. One that is `ready` stays so."""
 
     named: Key
     volume_id: str
@@ -431,11 +431,11 @@ class RemoveProject(Request[None], msgspec.Struct, frozen=True):
 
 
 class Drafted(msgspec.Struct, frozen=True):
-    """What a change would do."""
+    """The outcome that a change would have."""
 
     reply: Any
     changes: Changes
-    """Of definitions. It changes nothing else but the record of it and its stored response."""
+    """The changed definitions. Besides them the change has only its record and its stored response."""
 
 
 class Draft(Request[Drafted], msgspec.Struct, frozen=True):

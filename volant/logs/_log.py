@@ -111,8 +111,8 @@ class VmLog:
         self.vm_id = vm_id
         self._throttle = Throttle(share, vm_id)
         self._reading = reading
-        """Of all logs. Readers search the history one after the other: each in a thread, they would leave the event
-        loop a fraction of the interpreter's time."""
+        """Shared by all logs. Readers search the history one after the other: each in a thread, they would leave the
+        event loop a fraction of the interpreter's time."""
         self._key = Key("", "")
         self._newest = 0
         self._resume: dict[str, int] = {}

@@ -84,7 +84,7 @@ class Recovered(msgspec.Struct, frozen=True):
 
 
 def recover(host: Host, segment: Segment) -> Recovered | None:
-    """Finds the end of a segment. None: it has no checkpoint. :raises OSError:"""
+    """Finds the end of a segment. Returns None if it has no checkpoint. :raises OSError:"""
     fd = host.descriptors.open(segment.path, os.O_RDONLY)
     try:
         start = segment.size

@@ -13,7 +13,7 @@ import trio
 from volant.concurrency import FairShare, TokenBucket
 
 BYTES_PER_LINE = 128
-"""So many bytes cost as much as a line."""
+"""The number of bytes that cost as much as a line."""
 LINES_PER_PASS = 2000
 _LINES_PER_S = 100_000.0
 _BURST = 100_000.0

@@ -27,11 +27,11 @@ _MAX_LEAD_NS = 20_000_000
 _TRIES = 5
 """On a busy host one way in some is short enough."""
 FIRST_TRIES = 2
-"""For a clone, which somebody waits for. If they are not enough, `repair` follows."""
+"""Attempts for a clone, which a client waits for. `repair` follows if they are not enough."""
 _REPAIR_S, _REPAIR_MAX_S = 1.0, 60.0
 _REPAIRS = 12
 _REACHABLE_S = 20.0
-"""How long the agent of a guest that was paused may take to be there again and to set its clock."""
+"""Deadline for the agent of a guest that was paused to answer again and to set its clock."""
 
 
 class GuestClock:
@@ -134,7 +134,7 @@ class GuestClock:
             if abs(ahead_ns) + unsure_ns <= _EXACT_NS:
                 self._unsure_ns = abs(ahead_ns) + unsure_ns
                 return True
-            # Somebody in the guest may have set it, too.
+            # A program in the guest may have set it, too.
             if unsure_ns < self._unsure_ns or abs(ahead_ns) > unsure_ns + self._unsure_ns:
                 request, after_ns = {"step_ns": -ahead_ns}, unsure_ns
             else:

@@ -64,7 +64,7 @@ class AgentConnection:
 
     @property
     def link(self) -> int | None:
-        """The number of the channel's link: while it is the same, so is the agent. None: there is none."""
+        """The number of the channel's link: while it is the same, so is the agent. None if there is no link."""
         return None if self._channel is None else self._channel.link
 
     @property

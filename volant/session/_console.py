@@ -22,7 +22,7 @@ from volant.logs import LogEntry, VmLog
 from ._lines import PIECE_BYTES, Line, LineSplitter, piece_of
 
 BEHIND_BYTES = 64 * 1024 * 1024
-"""How far a guest may be ahead of the pump: about what its log keeps. It bounds what the console takes of the disk, and
+"""Maximum lead of a guest over the pump: about what its log keeps. It bounds what the console takes of the disk, and
 how long the next daemon needs to catch up."""
 FINISH_S = 3.0
 _FINISH_BYTES = 64 * 1024
@@ -89,7 +89,7 @@ class ConsolePump:
         self._append(self._splitter.flush())
 
     def _carry(self) -> tuple[int, int] | None:
-        """Carries a piece, and returns how many lines and bytes it has. None: there is no more."""
+        """Carries a piece, and returns its numbers of lines and bytes, None if there is no more."""
         data = self._host.descriptors.read_at(self._fd, PIECE_BYTES, self._splitter.position)
         if not data:
             return None

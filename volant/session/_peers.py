@@ -1,4 +1,4 @@
-"""What a guest knows of its network: its own addresses, and its peers by name, which are kept up to date."""
+"""A guest's view of its network: its own addresses, and its peers by name, which are kept up to date."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from volant.model.agent import DAEMON_HOSTS
 from ._connection import AgentConnection
 
 HOSTS_AT_ONCE = 8
-"""So many guests at a time get new hosts entries."""
+"""Maximum number of guests that get new hosts entries at a time."""
 _PAUSE_S = 0.5
 """Many VMs that join a network at once cost their peers one request."""
 _MAX_PAUSE_S = 60.0
@@ -30,7 +30,7 @@ class HostsEntries:
         self._peers = peers
         self._lock = trio.Lock()
         self.sent: Mapping[str, str] | None = None
-        """What the guest has; None: that is not known."""
+        """The entries that the guest has, None if that is not known."""
 
     async def send(self) -> None:
         """Sends the entries, unless the guest has them or its agent is too old. Raises as `AgentConnection.ask`."""
@@ -79,7 +79,7 @@ class Peers(msgspec.Struct):
         await self.projection.members_are_not(self.row.network_key, hosts)
 
     def interface(self) -> dict[str, object] | None:
-        """Returns what a clone configures its network interface with (`GuestNetwork`); None: it has none."""
+        """Returns the configuration of a clone's network interface (`GuestNetwork`), None if it has none."""
         lease = self.row.lease
         if lease is None:
             return None

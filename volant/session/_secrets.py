@@ -44,7 +44,7 @@ class GuestSecrets(msgspec.Struct, frozen=True):
 
 
 def guest_secrets(secrets: Secrets, row: VmRow, instance: str) -> GuestSecrets | None:
-    """Returns the secrets of a VM's present boot; None: it has none. `instance`: names this daemon."""
+    """Returns the secrets of a VM's present boot, None if it has none. `instance`: names this daemon."""
     if not row.secret_env and not row.secrets:
         return None
     return GuestSecrets(secrets, row, f"{instance}.{row.boot_key}")

@@ -32,7 +32,7 @@ from volant.host import Host
 from ._console import ConsolePump
 
 TYPE_S = 10.0
-"""How long a guest may take to read its input, once the pipe is full."""
+"""Deadline for a guest to read its input, once the pipe is full."""
 _RING_BYTES = 256 * 1024
 _RING_FRAMES = 4096
 _TAKE_BYTES = 64 * 1024

@@ -52,7 +52,7 @@ _VOLUMES_S = 60.0
 _SECRETS_S = 20.0
 _ENTROPY_BYTES = 64
 _CLONE_OUTPUT_S = 0.3
-"""The answer that somebody waits for goes before a clone's output, unless the workload has ended: then it is the output
+"""The answer that a client waits for goes before a clone's output, unless the workload has ended: then it is the output
 that is waited for."""
 
 
@@ -65,7 +65,7 @@ class VolumesFailed(AgentProtocolError):
 
 
 class GuestLimits(msgspec.Struct, frozen=True):
-    """How many guests the daemon updates at a time."""
+    """Maximum number of guests that the daemon updates at a time."""
 
     clocks: trio.CapacityLimiter = msgspec.field(default_factory=lambda: trio.CapacityLimiter(1))
     """To set a clock takes processor time that other guests lack, and that keeps their clocks wrong."""
@@ -221,7 +221,7 @@ class AgentSession:
         :raises AgentUnreachable: it can't be reached. :raises AgentProtocolError: it refuses, and says why.
         """
         connection = self.connection
-        # The identity has the time in it, so it is not sent before somebody can receive it.
+        # The identity has the time in it, so it is not sent before the agent can receive it.
         await connection.ready()
         await self.give_secrets(protocol)
         link = connection.link

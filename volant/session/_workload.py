@@ -83,7 +83,7 @@ class _Status(msgspec.Struct):
 
 
 def workload_of(line: bytes) -> WorkloadView | None:
-    """Returns the state that a line of the agent's gives; None: there is no workload. :raises ValueError: nonsense."""
+    """Returns the state in a line of the agent, None if there is no workload. :raises ValueError: nonsense."""
     status = msgspec.json.decode(line, type=_Status)
     if status.state == "none":
         return None

@@ -356,7 +356,7 @@ class VmActor(Actor):
         return await host.processes.find(row.tag) if row.tag else None
 
     def _watch(self, row: VmRow | None) -> None:
-        """Watches the row's process, and no other; None: none."""
+        """Watches the row's process and no other, or none if the row has none."""
         vm, deps = self._vm, self._deps
         identity = row.process if row is not None else None
         if vm.process is not None and vm.process.identity != identity:

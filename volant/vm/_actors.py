@@ -20,7 +20,7 @@ _START_S = 60.0
 _SHUTDOWN_S = 10.0
 _RETRY_S = 1.0
 _NOTE_S = 5.0
-"""How long a request whose actor does not start waits until the row says so."""
+"""How long a request waits for the row to say why its actor does not start."""
 _STARTS_AT_ONCE = 8
 _logger = logging.getLogger("volant.vm")
 

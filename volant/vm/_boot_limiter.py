@@ -37,7 +37,7 @@ class BootLimiter:
     """Hands out boot slots."""
 
     def __init__(self, limit: int, projection: Projection | None = None) -> None:
-        """`projection`: knows whether the daemon drains; None: it never does."""
+        """`projection`: knows whether the daemon drains, None if it never does."""
         self.limit = limit
         self._projection = projection
         self._holders: set[BootId] = set()
@@ -98,7 +98,7 @@ class BootLimiter:
         return bool(self._holders)
 
     def inspect(self, boot: BootId) -> dict[str, object] | None:
-        """Returns the state of one boot, ready for JSON; None: it holds no slot and waits for none."""
+        """Returns the state of one boot, ready for JSON, None if it neither holds a slot nor waits for one."""
         if boot in self._holders:
             return {"state": "booting", "limit": self.limit}
         if boot in self._drained:

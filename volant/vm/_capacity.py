@@ -25,11 +25,11 @@ from ._layout import VmSettings
 from ._machine_spec import uses_image
 
 OVERHEAD_MB = 192
-"""What a hypervisor's process needs beside its guest's memory."""
+"""Memory of a hypervisor's process besides its guest's memory."""
 CEILING_MB = 2 * OVERHEAD_MB
 """What it may take at most."""
 IDLE_MB = 48
-"""What a hypervisor's process takes once its guest is idle, with the pages that a clone's guest has written. Measured
+"""Memory of a hypervisor's process once its guest is idle, with the pages that a clone's guest has written. Measured
 under TCG: 44."""
 _HOST_RESERVE_MB = 512
 """Kept for the host itself."""
@@ -45,7 +45,7 @@ class MemoryNeed(NamedTuple):
     """The memory that one VM takes of the host, in MiB."""
 
     at_start: int
-    """What it takes as soon as it runs. A VM that boots cold takes all of its guest's memory."""
+    """Memory that it takes as soon as it runs. A VM that boots cold takes all of its guest's memory."""
     promised: int
     """What it may take at most."""
 
@@ -61,22 +61,22 @@ def memory_need(memory_mb: int, *, clone: bool) -> MemoryNeed:
 
 
 class _Room(NamedTuple):
-    """What a host has for one more VM, and what was counted, in MiB."""
+    """The memory that a host has for one more VM, and how it was counted, in MiB."""
 
     total: int
     available: int
     returned: int
-    """What guests gave back, and may take again."""
+    """Memory that guests gave back and may take again."""
     promised: int
     unpromised: int
     spare_in_full: int
-    """What is left once VMs that are about to start have taken all that they may."""
+    """Memory left once VMs that are about to start have taken all that they may."""
     to_start: int
-    """What VMs that are about to start take at once."""
+    """Memory that VMs take as soon as they start, of those that are about to start."""
     spare: int
-    """What is left after that and what is kept for the host. Negative: too little is there already."""
+    """Memory left after that and after what is kept for the host. Negative if there is too little already."""
     growths: list[int]
-    """What each VM that is up, or about to be, may take later."""
+    """Memory that VMs that are up, or about to be, may take later."""
 
     @property
     def in_full(self) -> int:
@@ -108,7 +108,7 @@ class Capacity(msgspec.Struct):
         self._closed = True
 
     def need_of_request(self, request: CreateVm, manifest: Manifest | None) -> MemoryNeed:
-        """Returns what a new VM will take. `manifest`: None: there is no such plugin."""
+        """Returns the memory that a new VM will take. `manifest`: None if there is no such plugin."""
         if manifest is None:
             # The journal refuses the request.
             return memory_need(request.memory_mb or 0, clone=False)

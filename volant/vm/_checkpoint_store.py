@@ -44,7 +44,7 @@ class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     version: int = 1
     kind: MachineKind | None
-    """See `Hypervisor.incompatibility`. None: it has no memory and no devices, only the disk of a VM at rest, if that
+    """See `Hypervisor.incompatibility`. None if it has no memory and no devices, only the disk of a VM at rest, if that
     has one."""
     state_sha256: str
     fingerprints: dict[str, str]
@@ -71,7 +71,7 @@ class CheckpointStore(msgspec.Struct):
     memory_dir: Path
     snapshot_dir: Path
     _known: dict[Path, CheckpointRecord] = msgspec.field(default_factory=dict)
-    """Those whose `state` was read and matched its digest."""
+    """The checkpoints whose `state` was read and matched its digest."""
 
     def at(self, checkpoint: str) -> Path:
         """Returns the directory of a checkpoint, whether or not it exists."""
@@ -103,7 +103,7 @@ class CheckpointStore(msgspec.Struct):
             record = msgspec.json.decode(data, type=CheckpointRecord)
             for name, fingerprint in record.fingerprints.items():
                 if self.host.files.fingerprint(directory / name) != fingerprint:
-                    raise CheckpointLost("checkpoint_damaged", f"{what} is damaged: somebody has touched its {name}")
+                    raise CheckpointLost("checkpoint_damaged", f"{what} is damaged: its {name} was changed")
             if directory not in self._known and record.kind is not None:
                 state = await self.host.files.read(directory / STATE, _MAX_STATE_BYTES)
                 if hashlib.sha256(state).hexdigest() != record.state_sha256:
@@ -294,9 +294,9 @@ class CheckpointStore(msgspec.Struct):
 
 
 PULLED = "pull-"
-"""How the directory of a snapshot begins that is being pulled."""
+"""The prefix of the directory of a snapshot that is being pulled."""
 PULLED_S = 86400.0
-"""How long what has arrived is kept for a pull that goes on with it."""
+"""How long a partial pull is kept, so that another pull can go on with it."""
 RESERVE_MB = 256
 """Left free beside a copy of a guest, in memory and on the disk."""
 

@@ -73,7 +73,7 @@ from .messages import CHECKPOINT_S, CheckpointTaken, TakeCheckpoint
 
 R = TypeVar("R")
 _AT_ONCE = 2
-"""So many copies are made at a time."""
+"""Maximum number of copies made at a time."""
 _ASK_S = 60.0
 _UNDO_S = 10.0
 _RETRY_S, _RETRY_MAX_S = 1.0, 60.0
@@ -88,9 +88,9 @@ class _Job(msgspec.Struct, eq=False):
     done: trio.Event = msgspec.field(default_factory=trio.Event)
     failure: Exception | None = None
     copies: tuple[VmRow, ...] = ()
-    """Of a fork, once they are committed."""
+    """The rows of a fork's copies, once they are committed."""
     reserved: ExitStack = msgspec.field(default_factory=ExitStack)
-    """Room for the copies, until the job is over, whoever waits for it."""
+    """Room for the copies, until the job is over, even if its client has left."""
 
     @property
     def id(self) -> str:
@@ -446,7 +446,7 @@ class Copies(msgspec.Struct):
                 await self._undo(snapshot)
 
     async def _volume_directory(self, job: _Job, snapshot: Snapshot) -> Path | None:
-        """Returns where to copy the VM's volumes; None: nowhere. :raises CheckpointLost: :raises OSError:"""
+        """Returns the directory for copies of volumes, None if none is written to. :raises CheckpointLost, OSError:"""
         written = {mount.id for mount in copied_volumes(snapshot)}
         if not written:
             return None

@@ -1,4 +1,4 @@
-"""What a VM's actor uses of the rest of the daemon."""
+"""The dependencies of a VM's actor on the rest of the daemon."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from ._lifecycle import DELETED, Lifecycle
 AT_ONCE = 8
 _RETRY_S, _RETRY_MAX_S = 1.0, 30.0
 _END_S = 60.0
-"""What a stop may take besides its grace before the next VM is stopped."""
+"""Time for a stop, besides its grace, before the next VM is stopped."""
 _logger = logging.getLogger("volant.vm")
 
 

@@ -1,4 +1,4 @@
-"""Where VMs may run that another host may start: a host of a fleet has a fence around them."""
+"""The fence around VMs that another host may start, which says whether they may run here."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class VmFence(Protocol):
 
     @property
     def times_closed(self) -> int:
-        """How often it was closed: what has failed meanwhile was frozen, even if they may run again."""
+        """The number of times that it was closed. A guest that fails meanwhile was frozen, even if it may run again."""
 
     async def opened(self) -> None:
         """Waits until they may run."""

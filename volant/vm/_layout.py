@@ -27,7 +27,7 @@ def tag_of(instance: str, row: VmRow) -> str:
 
 
 def parse_tag(instance: str, tag: str) -> tuple[int, int] | None:
-    """Returns the id and the boot of the VM with this process tag; None: it is no VM's of this instance."""
+    """Returns the id and the boot of the VM with this process tag, None if it is of no VM of this instance."""
     found = re.fullmatch(rf"volant-{re.escape(instance)}-([1-9][0-9]{{0,17}})\.([1-9][0-9]{{0,17}})", tag)
     return (int(found[1]), int(found[2])) if found else None
 
@@ -84,7 +84,7 @@ class VmSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Replaces the built image's where a plugin brings none, as `kernel` does."""
     max_vms: int | None = None
     memory_overcommit: float = 1.0
-    """How many times the host's memory may be promised to VMs."""
+    """The factor by which VMs may be promised more than the host's memory."""
     return_memory: bool = True
     """Whether memory that a guest frees goes back to the host, where the guest's memory is its own."""
     nameservers: tuple[str, ...] = ()
@@ -122,7 +122,7 @@ def layer_directory(settings: VmSettings, row: VmRow) -> Path:
 
 
 def root_disk(settings: VmSettings, row: VmRow) -> Disk | None:
-    """Returns the disk with a VM's root filesystem; None: it has none."""
+    """Returns the disk with a VM's root filesystem, None if it has none."""
     boot = row.manifest.boot
     if boot is None or not row.layer:
         return None

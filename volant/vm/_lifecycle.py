@@ -118,7 +118,7 @@ class Lifecycle:
     ) -> VmRow:
         """Makes a VM in a project; durable when this returns. A cancelled caller cancels nothing.
 
-        :param manifest: what follows from the request's OCI image; None: the plugin's counts
+        :param manifest: the manifest made from the request's OCI image, None for the plugin's
         :param taken_over: this host has taken it over from another one, and has its name
 
         :raises Problem: 400 the request, 404 no such plugin, 409 name taken or plugin disabled, 503 no capacity or
@@ -383,7 +383,7 @@ class Lifecycle:
 
 
 async def _take_before(cursor: EventCursor, changed: trio.Event) -> list[EventFrame] | EventGap | None:
-    """Returns what the cursor takes next; None: `changed` came first."""
+    """Returns the next item of the cursor, None if `changed` came first."""
     taken: list[EventFrame] | EventGap | None = None
     async with trio.open_nursery() as nursery:
 

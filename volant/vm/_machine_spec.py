@@ -64,7 +64,7 @@ def shared_directories(settings: VmSettings, row: VmRow) -> tuple[SharedDirector
 
 
 def disk_limits(row: VmRow) -> DiskLimits | None:
-    """Returns what a VM's disks may do; None: there is no limit."""
+    """Returns the limits of a VM's disks, None if there are none."""
     if row.disk_iops is None and row.disk_mbps is None:
         return None
     return DiskLimits(row.disk_iops, None if row.disk_mbps is None else row.disk_mbps * 2**20)
@@ -175,7 +175,7 @@ def machine_spec(settings: VmSettings, row: VmRow, accelerator: AcceleratorName)
 
 
 def nic_of(settings: VmSettings, row: VmRow) -> Nic | None:
-    """Returns the network interface of a VM's machine; None: it has none."""
+    """Returns the network interface of a VM's machine, None if it has none."""
     lease = row.lease
     if lease is None:
         return None

@@ -31,7 +31,7 @@ class VmNetworks(msgspec.Struct):
     hypervisor: Hypervisor
     passt: Passt
     keeper: Ref[NetworkKeeper] | None = None
-    """The actor that manages taps and firewall rules; None: no VM gets a tap."""
+    """The actor that manages taps and firewall rules, None if no VM gets a tap."""
 
     async def attach(self, row: VmRow) -> None:
         """Connects a VM before its launch, once its row has the tag of the process to come.
@@ -162,7 +162,7 @@ def kind_behind(nic: Nic) -> str:
 
 
 def lease_of(nic: Nic) -> Lease | None:
-    """Returns the lease of a VM whose machine has this NIC; None: it has no address."""
+    """Returns the lease of a VM whose machine has this NIC, None if it has no address."""
     if not nic.address:
         return None
     address, _, prefix = nic.address.partition("/")

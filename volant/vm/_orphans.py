@@ -1,7 +1,7 @@
 """Orphaned hypervisors: processes with this daemon's tags that no VM's row knows.
 
 A database that was lost, or put back from a copy, does not know of them. A person decides what becomes of one, as it
-may hold somebody's work: the daemon lists it, and adopts or kills it on request.
+may hold a user's work: the daemon lists it, and adopts or kills it on request.
 
 Adopted, it becomes a running VM under its old id, with its log, its console and its agent. Its row is what its command
 line says: name, size, kernel, disk. The rest is lost: labels, environment, restart policy, plugin. It is a VM of

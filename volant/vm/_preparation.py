@@ -23,14 +23,14 @@ from .messages import StepError
 
 
 class Prepared(NamedTuple):
-    """What a boot begins with."""
+    """The start of a boot."""
 
     image: str
     """The digest of the built image; `CUSTOM_IMAGE` where it is not used."""
     template: str | None
     """The digest of the template, or the name of the checkpoint, that the boot goes on from."""
     origin: Origin | None = None
-    """What is known now of the VM that it is a copy of."""
+    """The present row of the VM that it is a copy of."""
     warm_process: WarmProcess | None = None
     """Taken from the warm pool for the boot."""
 

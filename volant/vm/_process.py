@@ -58,7 +58,7 @@ class Wakeups:
         self._before: tuple[float, int] | None = None
 
     def inspect(self) -> dict[str, object] | None:
-        """Returns the total, and the rate since the last inspection, if there was one. None: the process has ended."""
+        """Returns the total, and the rate since the last inspection if there was one; None if the process has ended."""
         try:
             total = self._host.proc.wakeups(self._identity)
         except ProcessGone:
@@ -296,7 +296,7 @@ class VmProcess:
         await self._report(Ended(kind, reason))
 
     async def _attend(self) -> tuple[EndKind, str] | None:
-        """Returns how the guest has ended; None: it is being frozen."""
+        """Returns how the guest has ended, None if it is being frozen."""
         ended: list[tuple[EndKind, str]] = []
         if self._fence is not None:
             await self._fence.opened()

@@ -71,7 +71,7 @@ _logger = logging.getLogger("volant.vm")
 
 
 class VmState(msgspec.Struct):
-    """What one incarnation of the actor knows of its VM. The actor changes it, and its steps read it."""
+    """The knowledge of one incarnation of the actor about its VM. The actor changes it, and its steps read it."""
 
     row: VmRow
     log: VmLog
@@ -97,7 +97,7 @@ class Steps:
         self._vm = vm
 
     def limit_s(self, effect: Effect) -> float | None:
-        """Returns the deadline of a step, in seconds. None: its parts have their own, or it waits for somebody."""
+        """Returns the deadline of a step, in seconds. None if its parts have their own, or it waits for others."""
         settings = self._deps.settings
         match effect:
             case Launch():
@@ -208,7 +208,7 @@ class Steps:
         return Launched(identity, deps.hypervisor.name, accelerator)
 
     async def _claim(self, row: VmRow, spec: MachineSpec) -> ProcessIdentity | None:
-        """Claims the warm process that the row names; None: it can't go on, and is ended."""
+        """Claims the warm process that the row names. Returns None if it can't go on; it is ended then."""
         deps, mine = self._deps, self._vm.warm_process
         is_mine = mine is not None and mine.tag == spec.tag
         identity = mine.identity if mine is not None and is_mine else await deps.host.processes.find(spec.tag)
@@ -229,7 +229,7 @@ class Steps:
     async def _finish_launch(self, row: VmRow, spec: MachineSpec) -> ProcessIdentity | None:
         """Finds a machine that an earlier incarnation launched, however far it came, and lets it run.
 
-        None: there is none, or it can't run and is ended.
+        None if there is none, or if it can't run and is ended.
         """
         host = self._deps.host
         identity = await host.processes.find(spec.tag)

@@ -7,7 +7,7 @@ one stays, and the others are named in rows. A process with this daemon's tag co
 says. A VM whose template goes between the lookup and the launch boots cold, as it does when the template is damaged.
 
 Disks, snapshots and databases without a row are removed only when they are named: they may be all that is left of
-somebody's work, and a restored database may not know of them. A snapshot with a row has its own route. Volumes are
+a user's work, and a restored database may not know of them. A snapshot with a row has its own route. Volumes are
 never removed here, with or without a row.
 """
 
@@ -47,7 +47,7 @@ from ._layout import VmSettings, processes_of_vms
 _MAX_ITEMS = 10_000
 _LONG_S = 100 * 366 * 86400.0
 _VOLUME_ID = 16
-"""So many characters of a file's name are the id of its volume."""
+"""The length of a volume's id, with which the name of its file begins."""
 _A_BUILD = "a build of a template"
 
 
@@ -279,7 +279,7 @@ class Storage(msgspec.Struct):
 
 def _shown(found: _Item, users: _Users) -> StoredItem:
     used_by = users.of(found)
-    # The file of a volume without a row is all that is left of somebody's work, after a restore of an old backup.
+    # The file of a volume without a row is all that is left of a user's work, after a restore of an old backup.
     fixed = found.kind in ("journal", "cache", "volume") or found.current
     return StoredItem(
         kind=found.kind,

@@ -25,7 +25,7 @@ class Streams(msgspec.Struct):
     host: Host
     projection: Projection
     processes: Mapping[int, VmProcess]
-    """Those under watch, by the VM's id."""
+    """The watched processes, by the VM's id."""
     actors: VmActors
 
     def agent(self, vm: Key) -> AgentClient:

@@ -40,7 +40,7 @@ from .messages import StepError
 R = TypeVar("R")
 _ASK_S = 60.0
 _BUILD_S = 300.0
-"""What building a template may take besides its guest's boot: others may wait before it."""
+"""Time for building a template besides its guest's boot, as other builds may come first."""
 _GIVE_WAY_S = 10.0
 _SUSPECT = frozenset(
     {"template_refused", "clone_refused", "clone_timeout", "guest_panicked", "guest_reset", "hypervisor_exited"}
@@ -74,7 +74,7 @@ class VmTemplates(msgspec.Struct):
     # For boots
 
     async def find(self, row: VmRow, image: str) -> tuple[ReadyTemplate, TemplateSpec] | None:
-        """Returns the template that a VM goes on from; None: it boots cold.
+        """Returns the template that a VM goes on from, None if it boots cold.
 
         :raises StepError: `template_failed` the VM must be a clone, and there is no template.
         """

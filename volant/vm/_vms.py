@@ -98,9 +98,9 @@ class Vms(Lifecycle):
         names: Mapping[str, Names] = OWN_NAMES,
         fence: VmFence | None = None,
     ) -> None:
-        """`builder`: the actor that builds templates; `network`: the one that manages taps, None: no VM gets one;
+        """`builder`: the actor that builds templates; `network`: the one that manages taps, None if no VM gets one;
         `supervisor`: of VMs' actors; `names`: of VMs, snapshots and volumes, by how paths name these;
-        `fence`: around VMs that other hosts may start, None: there are no other hosts."""
+        `fence`: around VMs that other hosts may start, None if there are no other hosts."""
         fence = fence or NoFence()
         self.artifacts = artifacts
         self.oci = oci

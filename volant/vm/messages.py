@@ -21,7 +21,7 @@ class StepError(Exception):
 
 
 CHECKPOINT_S = 60.0
-"""How long the hypervisor may take for a checkpoint."""
+"""Deadline of the hypervisor for a checkpoint."""
 
 
 class Ask(Request[VmRow], msgspec.Struct, frozen=True):
@@ -57,12 +57,12 @@ class TakeCheckpoint(Request[CheckpointTaken], msgspec.Struct, frozen=True):
 
     into: Path
     volumes: Path | None = None
-    """Where to copy the volumes that the VM writes to; None: it writes to none."""
+    """The directory for copies of the volumes that the VM writes to, None if it writes to none."""
     raises = (Problem, CheckpointFailed)
 
 
 class Report(Request[None], msgspec.Struct, frozen=True):
-    """What a task of the actor has seen.
+    """An observation of a task of the actor.
 
     `effect`: the step that reports. A late report, of a step that is no longer the wanted one, is dropped. None: the
     process with the process tag `tag` reports.
