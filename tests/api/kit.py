@@ -40,8 +40,7 @@ from volant.operations import TABLE, ApiDeps, Health, Table
 from volant.secrets import KeyFile, Secrets
 from volant.templates import TemplateBuilder, Templates, TemplateStore, WarmPool, WarmPoolLimits
 from volant.transfer import BaseFiles, Transfers, TransferSettings, registries
-from volant.vm import BootSlots, Vms, VmSettings, bounds_of, image_users
-from volant.vm._streams import Streams
+from volant.vm import BootSlots, GuestAccess, Vms, VmSettings, bounds_of, image_users
 
 FAST = Limits(
     keep_alive_s=30.0, header_s=5.0, send_s=20.0, finish_s=3.0, drop_s=2.0, linger_s=0.5, grace_s=0.3, lifespan_s=2.0
@@ -265,16 +264,16 @@ class Api:
     def reach(self, agent: AgentClient | Callable[[str], AgentClient]) -> None:
         """From now on this is the way to the agent of each VM, or whatever `agent` does when it is asked for one."""
 
-        class Reaching(Streams):
+        class Reaching(GuestAccess):
             def agent(self, vm: Key) -> AgentClient:
                 return agent(vm.name) if callable(agent) else agent
 
-        self.replace_streams(Reaching)
+        self.replace_guest_access(Reaching)
 
-    def replace_streams(self, kind: type[Streams]) -> None:
-        """Lets a subclass take the place of the streams of VMs: the instances of `Streams` take no other methods."""
-        streams = self.deps.vms.streams
-        self.deps.vms.streams = kind(streams.host, streams.projection, streams.processes, streams.actors)
+    def replace_guest_access(self, kind: type[GuestAccess]) -> None:
+        """Lets a subclass take the place of `GuestAccess`, whose instances take no other methods."""
+        guests = self.deps.vms.guests
+        self.deps.vms.guests = kind(guests.host, guests.projection, guests.processes, guests.actors)
 
     @asynccontextmanager
     async def reaching(self, way: Way) -> AsyncIterator[AgentClient]:

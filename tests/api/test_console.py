@@ -22,7 +22,7 @@ from tests.names import named
 from volant.model import Key, VmRow
 from volant.session import SerialConsole, _serial
 from volant.session._console import ConsolePump
-from volant.vm._streams import Streams
+from volant.vm import GuestAccess
 
 BOOT = "1.1"
 
@@ -78,11 +78,11 @@ async def at_desk(tmp_path: Path) -> AsyncIterator[Desk]:
         reading = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
         serial = SerialConsole(host, fifo, sock)
 
-        class AtDesk(Streams):
+        class AtDesk(GuestAccess):
             def console(self, vm: Key) -> tuple[VmRow, SerialConsole]:
                 return row, serial
 
-        served.replace_streams(AtDesk)
+        served.replace_guest_access(AtDesk)
         shut = trio.CancelScope()
 
         async def boot(task_status: trio.TaskStatus[None]) -> None:

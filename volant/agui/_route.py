@@ -31,7 +31,7 @@ from volant.http import (
 )
 from volant.journal import EventCursor, EventGap
 from volant.model import EventType, Name, Permission, VmRow, check_plain, invalid
-from volant.operations import TABLE, TEN_MINUTES, Answer, ApiDeps, Described, find_vm
+from volant.operations import TABLE, TEN_MINUTES, Answer, ApiDeps, Parameter, find_vm
 
 from ._events import AguiEvent, Boots, Overview, RunAgentInput
 from ._sources import Source, is_behind, watching
@@ -66,9 +66,9 @@ TABLE.declare(
     },
     body=RunAgentInput,
     examples={"A run": {"threadId": "vms", "runId": "1"}},
-    described=(
-        Described("vm", Name, "Only this VM: the run is its boot, and ends with it"),
-        Described("duration", _DURATION, "When the run ends: by default `60s` without `vm`, at most `10m`"),
+    documented=(
+        Parameter("vm", Name, "Only this VM: the run is its boot, and ends with it"),
+        Parameter("duration", _DURATION, "When the run ends: by default `60s` without `vm`, at most `10m`"),
     ),
     errors=(404,),
     vm_in_query=True,
@@ -79,12 +79,12 @@ TABLE.declare(
     Permission.VIEW,
     "The same as a WebSocket",
     answers={101: Answer("One AG-UI event a text message", items=get_args(AguiEvent))},
-    described=(
-        Described("vm", Name, "Only this VM: each of its boots is a run"),
-        Described("thread_id", str, "The thread of the runs; at most 200 characters"),
-        Described("run_id", str, "The id of the first run; at most 200 characters"),
-        Described("resume", bool, "Continue that run, which began on an earlier connection"),
-        Described("step", str, "With `resume` and `vm`: the step that the client has open, empty for none"),
+    documented=(
+        Parameter("vm", Name, "Only this VM: each of its boots is a run"),
+        Parameter("thread_id", str, "The thread of the runs; at most 200 characters"),
+        Parameter("run_id", str, "The id of the first run; at most 200 characters"),
+        Parameter("resume", bool, "Continue that run, which began on an earlier connection"),
+        Parameter("step", str, "With `resume` and `vm`: the step that the client has open, empty for none"),
     ),
     errors=(404, 426),
     credentials_in_query=True,

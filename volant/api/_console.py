@@ -45,7 +45,7 @@ def routes(deps: ApiDeps, share: FairShare) -> list[StreamRoute]:
         tail = query.integer("tail", maximum=_MAX_TAIL)
         write, take = query.flag("write", False), query.flag("take", False)
         query.done()
-        row, serial = deps.vms.streams.console(call.named(name))
+        row, serial = deps.vms.guests.console(call.named(name))
         async with AsyncExitStack() as stack:
             keyboard = None
             if write or take:

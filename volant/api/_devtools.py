@@ -156,7 +156,7 @@ class _Browsers:
     async def _connected(self, browser: _Browser) -> AsyncIterator[AgentClient]:
         """Opens a connection to the browser, for one request. :raises Problem: 404, 409 and 502."""
         try:
-            async with to_port(self._deps.vms.streams.agent(browser.key), browser.vm, browser.port) as client:
+            async with to_port(self._deps.vms.guests.agent(browser.key), browser.vm, browser.port) as client:
                 yield client
         except Problem as problem:
             if problem.code != "port-unreachable":

@@ -17,9 +17,9 @@ from volant.operations import (
     OCTETS,
     TABLE,
     Answer,
-    Described,
     OneOf,
     Operation,
+    Parameter,
     Table,
     describe,
     owners,
@@ -299,7 +299,7 @@ def _failures(operation: Operation, in_path: Sequence[str]) -> set[int]:
     return failures
 
 
-def _parameter(parameter: Described, kinds: _Kinds) -> Schema:
+def _parameter(parameter: Parameter, kinds: _Kinds) -> Schema:
     schema = kinds.schema(parameter.schema)
     shown: Schema = {"name": parameter.name, "in": parameter.place, "description": parameter.help}
     if parameter.repeated:

@@ -27,7 +27,11 @@ from ._lookup import (
     unreadable as unreadable,
     wait_for as wait_for,
 )
-from ._parameters import TEN_MINUTES as TEN_MINUTES, Described as Described, QueryParameter as QueryParameter
+from ._parameters import (
+    TEN_MINUTES as TEN_MINUTES,
+    Parameter as Parameter,
+    QueryParameter as QueryParameter,
+)
 from ._results import Page as Page, Shown as Shown, etag as etag, show as show, view_type as view_type
 from ._schema import Schema as Schema, describe as describe, owners as owners, standalone as standalone
 from ._table import (
@@ -39,7 +43,7 @@ from ._table import (
     TIMEOUT as TIMEOUT,
     WAIT as WAIT,
     Answer as Answer,
-    Anything as Anything,
+    JsonObject as JsonObject,
     OneOf as OneOf,
     Operation as Operation,
     Recorded as Recorded,

@@ -19,7 +19,7 @@ from msgspec.structs import FieldInfo
 from volant.http import Nothing
 
 from ._parameters import QueryParameter
-from ._table import Anything, OneOf, Operation, Table
+from ._table import JsonObject, OneOf, Operation, Table
 
 _HEAD = '''"""Methods of the client, one for each operation that is a request and an answer.
 
@@ -182,7 +182,7 @@ def _client_default(parameter: QueryParameter) -> str:
 
 
 def _type(of: Any) -> str:
-    if of == Anything:
+    if of == JsonObject:
         return "dict[str, Any]"
     origin = get_origin(of)
     if origin is list:

@@ -71,7 +71,7 @@ async def enter(deps: ApiDeps, vm: Key, detail: str = "") -> tuple[VmRow, AgentC
     :raises Problem: 404; 409 it does not run; 503 the access can't be recorded.
     """
     row = find_vm(deps, vm)
-    client = deps.vms.streams.agent(vm)
+    client = deps.vms.guests.agent(vm)
     await record_access(deps, row, detail)
     return row, client
 

@@ -200,7 +200,7 @@ class LabelPairs(QueryParameter, frozen=True, kw_only=True):
         return [f"{key}={text}" for key, text in value.items()]
 
 
-class Described(msgspec.Struct, frozen=True):
+class Parameter(msgspec.Struct, frozen=True):
     """A parameter as the OpenAPI document shows it."""
 
     name: str

@@ -20,7 +20,7 @@ from volant.http import JSON, Nothing
 from volant.journal import Result, VmChanged, VmCreated, VmForked
 from volant.model import WAIT_STATES, Permission, Status, VmView
 
-from ._parameters import Described, QueryParameter, Seconds, Words
+from ._parameters import Parameter, QueryParameter, Seconds, Words
 from ._results import has_etag, has_location, view_type
 from ._spans import Spans, spanning
 
@@ -30,7 +30,7 @@ ANY = "*/*"
 OCTETS = "application/octet-stream"
 SQLITE = "application/vnd.sqlite3"
 
-Anything = Mapping[str, Any]
+JsonObject = Mapping[str, Any]
 """A JSON object whose shape is no contract."""
 
 MAX_WAIT_S = 600.0
@@ -39,21 +39,21 @@ DEFAULT_WAIT_S = 60.0
 WAIT = Words(help="Answer once the VM is in, or since the request was in, one of these states", of=WAIT_STATES)
 TIMEOUT = Seconds(help="How long to wait: default `60s`, at most `10m`", maximum=MAX_WAIT_S)
 
-_IF_MATCH = Described(
+_IF_MATCH = Parameter(
     "If-Match",
     Annotated[str, msgspec.Meta(pattern=r"[^\s,]")],
     "Only if the VM's `ETag` is one of these",
     place="header",
 )
-_IF_NONE_MATCH = Described("If-None-Match", str, "The `ETag` of what the client has", place="header")
-_IDEMPOTENCY_KEY = Described(
+_IF_NONE_MATCH = Parameter("If-None-Match", str, "The `ETag` of what the client has", place="header")
+_IDEMPOTENCY_KEY = Parameter(
     "Idempotency-Key",
     Annotated[str, msgspec.Meta(pattern="^[!-~]{1,255}$")],
     "With the same key the request can be sent again and is done once; the first answer counts for 24 h",
     place="header",
 )
 
-_REGISTRY_AUTH = Described(
+_REGISTRY_AUTH = Parameter(
     "Volant-Registry-Auth",
     str,
     "Credentials for registries: the base64 of a file as `skopeo login --authfile` writes it. Used for this image "
@@ -125,11 +125,11 @@ class Operation(msgspec.Struct, frozen=True, eq=False, kw_only=True, dict=True):
     body_media: str | None = None
     """The only type of content that is taken; the body must be there then."""
     body_optional: bool = False
-    examples: Mapping[str, Anything] = msgspec.field(default_factory=dict)
+    examples: Mapping[str, JsonObject] = msgspec.field(default_factory=dict)
     """Bodies to begin with, by what they are for."""
     query: Mapping[str, QueryParameter] = msgspec.field(default_factory=dict)
     """By the name in Python."""
-    described: tuple[Described, ...] = ()
+    documented: tuple[Parameter, ...] = ()
     """Parameters of one that is served by hand."""
     errors: tuple[int, ...] = ()
     """Statuses beside those that follow from the rest."""
@@ -194,13 +194,13 @@ class Operation(msgspec.Struct, frozen=True, eq=False, kw_only=True, dict=True):
         return any("ETag" in answer.headers for answer in self.answers.values())
 
     @cached_property
-    def parameters(self) -> tuple[Described, ...]:
+    def parameters(self) -> tuple[Parameter, ...]:
         """Those of the query and of headers, as the document shows them."""
         shown = []
         if self.waits_for is not None:
             shown += [_described("wait", WAIT), _described("timeout", TIMEOUT)]
         shown += [_described(name, parameter) for name, parameter in self.query.items()]
-        shown += self.described
+        shown += self.documented
         if self.if_match:
             shown.append(_IF_MATCH)
         if self.registry_auth:
@@ -278,7 +278,7 @@ class Table:
         secret: bool = False,
         journaled: bool = False,
         spans: Spans[Any] | None = None,
-        examples: Mapping[str, Anything] | None = None,
+        examples: Mapping[str, JsonObject] | None = None,
         tool: Tool | tuple[Tool, ...] | bool = False,
         client: str | None = None,
         client_timeout_s: float | None = None,
@@ -397,8 +397,8 @@ def _end(method: str) -> str:
     return f"/{'GET' if method == 'HEAD' else method}"
 
 
-def _described(name: str, parameter: QueryParameter) -> Described:
-    return Described(parameter.name or name, parameter.schema, parameter.help, parameter.repeated)
+def _described(name: str, parameter: QueryParameter) -> Parameter:
+    return Parameter(parameter.name or name, parameter.schema, parameter.help, parameter.repeated)
 
 
 def _body_of(hints: Mapping[str, Any], method: str) -> Any:

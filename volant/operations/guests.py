@@ -23,8 +23,8 @@ from volant.model.agent_types import (
 
 from ._context import Context
 from ._lookup import find_vm
-from ._parameters import Described
-from ._table import ANY, TABLE, Answer, Anything
+from ._parameters import Parameter
+from ._table import ANY, TABLE, Answer, JsonObject
 
 _VM = "/api/v1/vms/{name}"
 _USE = Permission.USE
@@ -76,15 +76,15 @@ TABLE.declare(
             items=(ExecHello, ExecGap, ExecEnd),
         )
     },
-    described=(
-        Described("detach", bool, "The command keeps running when the client leaves; the first message says its `id`"),
-        Described("attach", str, "Attach to the detached command of this `id`; the previous client gets code 4000"),
-        Described(
+    documented=(
+        Parameter("detach", bool, "The command keeps running when the client leaves; the first message says its `id`"),
+        Parameter("attach", str, "Attach to the detached command of this `id`; the previous client gets code 4000"),
+        Parameter(
             "workload",
             bool,
             "Start the program of a VM that was created with `attach`, and attach to it; its `id` is `workload`",
         ),
-        Described(
+        Parameter(
             "from",
             Annotated[int, msgspec.Meta(ge=0, le=10**15 - 1)],
             "With `attach`: the `position` up to which the output is known; default: all that is kept",
@@ -141,10 +141,10 @@ TABLE.declare(
         206: Answer("The part that `Range` asks for", bytes, ANY, headers=_FILE_HEADERS),
         304: Answer("The client has it already", headers=_FILE_HEADERS),
     },
-    described=(
-        Described("Range", str, "`bytes=FIRST-LAST`, one range of a file", place="header"),
-        Described("If-Range", str, "The range only if the file still has this `ETag`", place="header"),
-        Described("If-None-Match", str, "The `ETag` of what the client has", place="header"),
+    documented=(
+        Parameter("Range", str, "`bytes=FIRST-LAST`, one range of a file", place="header"),
+        Parameter("If-Range", str, "The range only if the file still has this `ETag`", place="header"),
+        Parameter("If-None-Match", str, "The `ETag` of what the client has", place="header"),
     ),
     errors=(403, 409, 416, 502, 503),
     details="HEAD too. The path is absolute, without its first slash.",
@@ -156,13 +156,13 @@ TABLE.declare(
     "Write a file, or unpack a tar into a directory",
     answers={201: Answer("It is new", headers=("ETag",)), 204: Answer("It was there", headers=("ETag",))},
     body=bytes,
-    described=(
-        Described(
+    documented=(
+        Parameter(
             "mode",
             Annotated[str, msgspec.Meta(pattern="^[0-7]{1,5}$")],
             "Of a file, octal: default that of the file before, else `0644`",
         ),
-        Described(
+        Parameter(
             "user", str, "The owner, perhaps with `:GROUP`: default the owner before, or that of a tar's entry, or root"
         ),
     ),
@@ -176,7 +176,7 @@ TABLE.declare(
     _USE,
     "Delete a file or a directory",
     answers={204: Answer("It is removed")},
-    described=(Described("recursive", bool, "A directory with all that is in it"),),
+    documented=(Parameter("recursive", bool, "A directory with all that is in it"),),
     errors=(403, 409, 502, 503),
 )
 TABLE.declare(
@@ -185,10 +185,10 @@ TABLE.declare(
     _USE,
     "Use the serial console, as a WebSocket",
     answers={101: Answer("Binary messages are the console's bytes, both ways", items=(ConsoleGap,))},
-    described=(
-        Described("tail", Annotated[int, msgspec.Meta(ge=0, le=1000)], "First the last so many lines: default 25"),
-        Described("write", bool, "To type: 409 while another client does"),
-        Described("take", bool, "To type, and take the keyboard from the client that has it"),
+    documented=(
+        Parameter("tail", Annotated[int, msgspec.Meta(ge=0, le=1000)], "First the last so many lines: default 25"),
+        Parameter("write", bool, "To type: 409 while another client does"),
+        Parameter("take", bool, "To type, and take the keyboard from the client that has it"),
     ),
     errors=(409, 426, 503),
     credentials_in_query=True,
@@ -254,21 +254,23 @@ _devtools(
     "GET json/version",
     "version",
     "Show the browser in a VM, and where it is controlled",
-    Answer("Its `webSocketDebuggerUrl` leads through this daemon", Anything),
+    Answer("Its `webSocketDebuggerUrl` leads through this daemon", JsonObject),
 )
 _devtools(
     "GET json/list",
     "list",
     "List the pages of the browser",
-    Answer("Each with its `webSocketDebuggerUrl` and `devtoolsFrontendUrl`", list[Anything]),
+    Answer("Each with its `webSocketDebuggerUrl` and `devtoolsFrontendUrl`", list[JsonObject]),
 )
-_devtools("GET json", "json", "The same", Answer("As of `json/list`", list[Anything]))
-_devtools("PUT json/new", "new", "Open a page; the query is its address, percent-encoded", Answer("The page", Anything))
+_devtools("GET json", "json", "The same", Answer("As of `json/list`", list[JsonObject]))
+_devtools(
+    "PUT json/new", "new", "Open a page; the query is its address, percent-encoded", Answer("The page", JsonObject)
+)
 _devtools(
     "GET json/protocol",
     "protocol",
     "Show the protocol that the browser speaks",
-    Answer("Its domains, commands and types, as the browser has them", Anything),
+    Answer("Its domains, commands and types, as the browser has them", JsonObject),
 )
 _devtools("GET json/activate/{target}", "activate", "Bring a page to the front", _DONE)
 _devtools("GET json/close/{target}", "close", "Close a page", _DONE)
@@ -328,7 +330,7 @@ TABLE.declare(
     "workload_openapi",
     _USE,
     "Get the workload's own OpenAPI document",
-    answers={200: Answer("With its servers reached through the daemon", Anything)},
+    answers={200: Answer("With its servers reached through the daemon", JsonObject)},
     errors=(502,),
     details="A running workload is asked first, at the path of the manifest or at `/openapi.json`; if it has no valid "
     "one, the manifest's own counts.",

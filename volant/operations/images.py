@@ -11,7 +11,7 @@ from volant.model import ImageReference, ImageView, Permission, Problem, PrunedI
 from ._context import Context
 from ._images import admit_image, image_problems, image_view, pull_view, registry_auth
 from ._lookup import require_project
-from ._parameters import Described, Flag, Integer, Seconds, Text
+from ._parameters import Flag, Integer, Parameter, Seconds, Text
 from ._table import OCTETS, TABLE, Answer, Tool
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ TABLE.declare(
     answers={201: Answer("It is in the cache", ImageView)},
     body=bytes,
     body_media=OCTETS,
-    described=(Described("reference", ImageReference, "Its name from now on, with a tag: `team/app:1.2`"),),
+    documented=(Parameter("reference", ImageReference, "Its name from now on, with a tag: `team/app:1.2`"),),
     errors=(404, 408, 422, 503, 507),
     details="An archive as `docker save`, `podman save` or `skopeo copy … oci-archive:FILE` makes it, with one image. "
     "At most `oci_max_mb`; four at a time, for one more it is 503. The name is that of a registry, and counts instead "

@@ -23,20 +23,20 @@ from volant.model import (
     Time,
 )
 
-from ._parameters import Described
+from ._parameters import Parameter
 from ._table import TABLE, Answer
 
 
-def _types(kinds: tuple[EventType, ...]) -> Described:
+def _types(kinds: tuple[EventType, ...]) -> Parameter:
     """Returns the parameter by which a stream has only events of some types."""
     names: Any = tuple(str(kind) for kind in kinds)
-    return Described(
+    return Parameter(
         "types", Annotated[GenericAlias(list, Literal[names]), msgspec.Meta(min_length=1)], "Of these types"
     )
 
 
 _SEQ = Annotated[int, msgspec.Meta(ge=0, le=MAX_INTEGER)]
-_LABEL = Described(
+_LABEL = Parameter(
     "label", Annotated[str, msgspec.Meta(pattern="^[^=]+=")], "`key=value`; all of them must hold", repeated=True
 )
 
@@ -46,14 +46,14 @@ TABLE.declare(
     Permission.VIEW,
     "Follow what happens to VMs",
     answers={200: Answer("Server-sent events", str, "text/event-stream", items=(Event, StreamGap))},
-    described=(
-        Described("since", str, "After this event; `0` for the oldest kept"),
-        Described("last_event_id", str, "After this event; wins over `since`"),
-        Described("Last-Event-ID", str, "After this event; wins over both", place="header"),
-        Described("vm", Name, "Of this VM"),
+    documented=(
+        Parameter("since", str, "After this event; `0` for the oldest kept"),
+        Parameter("last_event_id", str, "After this event; wins over `since`"),
+        Parameter("Last-Event-ID", str, "After this event; wins over both", place="header"),
+        Parameter("vm", Name, "Of this VM"),
         _types(VM_EVENTS),
         _LABEL,
-        Described("on_gap", Literal["410"], "410 instead of a `STREAM_GAP` when events are not kept"),
+        Parameter("on_gap", Literal["410"], "410 instead of a `STREAM_GAP` when events are not kept"),
     ),
     errors=(410,),
     credentials_in_query=True,
@@ -65,12 +65,12 @@ TABLE.declare(
     Permission.VIEW,
     "Follow what happens to OCI images",
     answers={200: Answer("Server-sent events", str, "text/event-stream", items=(Event, StreamGap))},
-    described=(
-        Described("since", str, "After this event; `0` for the oldest kept"),
-        Described("last_event_id", str, "After this event; wins over `since`"),
-        Described("Last-Event-ID", str, "After this event; wins over both", place="header"),
+    documented=(
+        Parameter("since", str, "After this event; `0` for the oldest kept"),
+        Parameter("last_event_id", str, "After this event; wins over `since`"),
+        Parameter("Last-Event-ID", str, "After this event; wins over both", place="header"),
         _types(IMAGE_EVENTS),
-        Described("on_gap", Literal["410"], "410 instead of a `STREAM_GAP` when events are not kept"),
+        Parameter("on_gap", Literal["410"], "410 instead of a `STREAM_GAP` when events are not kept"),
     ),
     errors=(410,),
     credentials_in_query=True,
@@ -86,18 +86,18 @@ TABLE.declare(
             "The oldest first", list[AuditRecord], headers=("Link",), items=(AuditGap,), streams=True, lines=True
         )
     },
-    described=(
-        Described("caller", str, "By this caller: its name or its id"),
-        Described("operation", str, "Calls of this operation"),
-        Described("target", str, "About the object with this name"),
-        Described("request_id", str, "Of this request"),
-        Described("since", Time, "From this time on, to the second"),
-        Described("until", Time, "Before this time, to the second"),
-        Described("cursor", _SEQ, "After the record with this `seq`; as in the `Link` before"),
-        Described("tail", Annotated[int, msgspec.Meta(ge=0, le=1000)], "The newest N records, instead of `cursor`"),
-        Described("limit", Annotated[int, msgspec.Meta(ge=1, le=1000)], "Maximum records in a page; default 1000"),
-        Described("follow", bool, "With `application/x-ndjson`: whether to continue with new records"),
-        Described("Last-Event-ID", str, "Of a stream: after this record; wins over `cursor`", place="header"),
+    documented=(
+        Parameter("caller", str, "By this caller: its name or its id"),
+        Parameter("operation", str, "Calls of this operation"),
+        Parameter("target", str, "About the object with this name"),
+        Parameter("request_id", str, "Of this request"),
+        Parameter("since", Time, "From this time on, to the second"),
+        Parameter("until", Time, "Before this time, to the second"),
+        Parameter("cursor", _SEQ, "After the record with this `seq`; as in the `Link` before"),
+        Parameter("tail", Annotated[int, msgspec.Meta(ge=0, le=1000)], "The newest N records, instead of `cursor`"),
+        Parameter("limit", Annotated[int, msgspec.Meta(ge=1, le=1000)], "Maximum records in a page; default 1000"),
+        Parameter("follow", bool, "With `application/x-ndjson`: whether to continue with new records"),
+        Parameter("Last-Event-ID", str, "Of a stream: after this record; wins over `cursor`", place="header"),
     ),
     errors=(503,),
     credentials_in_query=True,
@@ -107,17 +107,17 @@ TABLE.declare(
 )
 
 _LOG_PARAMETERS = (
-    Described("tail", Annotated[int, msgspec.Meta(ge=0, le=1_000_000)], "The last so many lines of the chosen streams"),
-    Described(
+    Parameter("tail", Annotated[int, msgspec.Meta(ge=0, le=1_000_000)], "The last so many lines of the chosen streams"),
+    Parameter(
         "since",
         Annotated[int, msgspec.Meta(ge=0, le=MAX_INTEGER)] | Time,
         "After this `seq`, or from this time on; wins over `tail`",
     ),
-    Described("follow", bool, "Whether to continue with new lines"),
-    Described(
+    Parameter("follow", bool, "Whether to continue with new lines"),
+    Parameter(
         "stream", Annotated[list[Literal["stdout", "stderr", "console"]], msgspec.Meta(min_length=1)], "Default: all"
     ),
-    Described(
+    Parameter(
         "vm_id",
         Annotated[int, msgspec.Meta(ge=1, le=MAX_INTEGER)],
         "Of a VM of that name, deleted within the last 24 h",
@@ -130,7 +130,7 @@ TABLE.declare(
     Permission.USE,
     "Read the log of a VM: its console and its workload",
     answers={200: Answer("One JSON object a line", str, "application/x-ndjson", items=(LogLine, LogGap))},
-    described=_LOG_PARAMETERS,
+    documented=_LOG_PARAMETERS,
     errors=(503,),
     details="By default everything that is kept, without following.",
     only_reads=True,
@@ -141,7 +141,7 @@ TABLE.declare(
     Permission.USE,
     "The same as a WebSocket",
     answers={101: Answer("One JSON object a text message", items=(LogLine, LogGap))},
-    described=_LOG_PARAMETERS,
+    documented=_LOG_PARAMETERS,
     errors=(426, 503),
     credentials_in_query=True,
     details="By default the last 100 lines, and following. Closes with 1000 when the VM is deleted or the wanted part "

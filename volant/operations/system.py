@@ -34,7 +34,7 @@ from volant.model.agent import DEFAULT_GRACE_S, MAX_GRACE_S
 
 from ._context import Context
 from ._parameters import Flag, Seconds, Text, Words
-from ._table import ANY, OCTETS, SQLITE, TABLE, Answer, Anything
+from ._table import ANY, OCTETS, SQLITE, TABLE, Answer, JsonObject
 
 _ORPHAN = "/api/v1/system/orphans/{tag}"
 
@@ -106,7 +106,7 @@ async def undrain(context: Context) -> SystemStatus:
 
 
 @TABLE.operation("GET /api/v1/system/info", permission=Permission.ADMIN, answer="Its shape is no contract")
-async def system_info(context: Context) -> Anything:
+async def system_info(context: Context) -> JsonObject:
     """Show versions, addresses, the accelerator and the reason for it."""
     return context.deps.system.info()
 
@@ -161,7 +161,7 @@ async def kill_orphan(context: Context, tag: str) -> None:
 
 
 @TABLE.operation("GET /api/v1/system/tree", permission=Permission.ADMIN, answer="Its shape is no contract")
-async def system_tree(context: Context) -> Anything:
+async def system_tree(context: Context) -> JsonObject:
     """Show the supervisor tree."""
     return context.deps.system.tree()
 
@@ -310,7 +310,7 @@ TABLE.declare(
     "openapi",
     Permission.VIEW,
     "Get this document",
-    answers={200: Answer("OpenAPI 3.1", Anything)},
+    answers={200: Answer("OpenAPI 3.1", JsonObject)},
 )
 TABLE.declare(
     "GET /docs",

@@ -34,7 +34,7 @@ from ._lookup import find_vm, select_vms
 from ._parameters import Integer, LabelPairs, Names, Seconds, Words
 from ._results import Page
 from ._spans import PageSpans, Spans
-from ._table import TABLE, Anything, F, Tool
+from ._table import TABLE, F, JsonObject, Tool
 
 if TYPE_CHECKING:
     from volant.fleet import Fleet
@@ -336,10 +336,10 @@ async def fork_vm(context: Context, name: str, *, body: ForkVm) -> VmForked:
 
 
 @TABLE.operation(f"GET {_VM}/inspect", permission=Permission.VIEW, answer="What is known")
-async def inspect_vm(context: Context, name: str) -> Anything:
+async def inspect_vm(context: Context, name: str) -> JsonObject:
     """Show what the daemon does with a VM, to find a fault; its shape is no contract."""
     key = context.named(name)
-    found = context.deps.vms.streams.inspect(key)
+    found = context.deps.vms.guests.inspect(key)
     return {**found, "egress": await context.deps.egress.describe(find_vm(context.deps, key))}
 
 
@@ -361,7 +361,7 @@ async def vm_memory(context: Context, name: str) -> VmMemory:
 
     Costs the kernel some milliseconds for each GiB, so it is not for every second. 409: there is no process.
     """
-    return await context.deps.vms.streams.memory(context.named(name))
+    return await context.deps.vms.guests.memory(context.named(name))
 
 
 @TABLE.operation(
@@ -377,7 +377,7 @@ async def vm_stats(context: Context) -> list[VmStats]:
 
     The figures count from the start of the VM's process: two measurements give the use between them.
     """
-    return await context.deps.vms.streams.stats(select_vms(context.deps, context.listed))
+    return await context.deps.vms.guests.stats(select_vms(context.deps, context.listed))
 
 
 def _check_directories(context: Context, request: CreateVm) -> None:

@@ -10,6 +10,7 @@ from ._checkpoint_store import (
 from ._copies import Copies as Copies
 from ._drain import keep_drained as keep_drained
 from ._fence import FenceFailed as FenceFailed, VmFence as VmFence
+from ._guest_access import GuestAccess as GuestAccess
 from ._image_manifest import (
     image_manifest as image_manifest,
     image_users as image_users,
@@ -25,5 +26,4 @@ from ._layout import (
 from ._lifecycle import DELETED as DELETED, Lifecycle as Lifecycle, Version as Version, Wait as Wait
 from ._machine_spec import CUSTOM_IMAGE as CUSTOM_IMAGE
 from ._process import bounds_of as bounds_of
-from ._streams import Streams as Streams
 from ._vms import Vms as Vms

@@ -31,6 +31,7 @@ from ._checkpoint_store import CheckpointStore
 from ._copies import Copies
 from ._deps import VmDeps
 from ._fence import NoFence, VmFence
+from ._guest_access import GuestAccess
 from ._layout import VmSettings
 from ._lifecycle import Lifecycle
 from ._machine_spec import serial_of
@@ -39,7 +40,6 @@ from ._orphans import Orphans
 from ._preparation import BootPreparation
 from ._process import VmProcess
 from ._storage import Storage
-from ._streams import Streams
 from ._templates import VmTemplates
 
 
@@ -137,7 +137,7 @@ class Vms(Lifecycle):
         capacity = Capacity(host, store.projection, templates, warm_pool, settings)
         self.actors = VmActors(supervisor, journal, store.projection, partial(VmActor, deps=deps), settings)
         super().__init__(store, journal, self.actors, capacity, virtiofsd, names["vms"], deps.workload_changed, fence)
-        self.streams = Streams(host, store.projection, deps.processes, self.actors)
+        self.guests = GuestAccess(host, store.projection, deps.processes, self.actors)
         self.orphans = Orphans(
             host, hypervisor, store, journal, logs, self.actors, networks, virtiofsd, names["vms"], settings, instance
         )

@@ -1,4 +1,4 @@
-"""Finds the live ends of VMs' streams: the agent's connection, the serial console, and figures measured now."""
+"""Access to guests that run: their agents, their serial consoles, and figures measured now."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ._process import VmProcess
 _WITH_CONSOLE = frozenset({Status.STARTING, Status.RUNNING, Status.PAUSED, Status.STOPPING})
 
 
-class Streams(msgspec.Struct):
-    """The streams of one daemon's VMs."""
+class GuestAccess(msgspec.Struct):
+    """Access to the running guests of one daemon."""
 
     host: Host
     projection: Projection
