@@ -19,7 +19,7 @@ from tests.attackers.local_user import NOBODY, needs_root, run_code
 from tests.cli.kit import volar
 from volant.host import loopback_peer_uid, peer_credentials
 from volant.http import ApiSettings
-from volant.images import PUBLIC, ImageError, Origins, artifact_path, make_private
+from volant.images import PUBLIC, ImageError, Origins, artifact_path
 from volant.model import Artifact
 
 pytestmark = needs_root
@@ -225,7 +225,7 @@ async def test_an_upload_is_refused_from_foreign_pages_and_without_a_key(root: P
         assert (await ask(port, "PUT", place, "x", Host="evil.example", **keyed))[0] == 421
         for site in ("cross-site", "same-site"):
             assert (await ask(port, "PUT", place, "x", Sec_Fetch_Site=site, **keyed))[0] == 403
-        assert not (root / "state/cache/media").exists()
+        assert not (root / "state/cache/artifacts").exists()
         assert (await ask(port, "PUT", place, SECRET.decode(), **keyed))[0] == 201
 
 
@@ -262,7 +262,7 @@ async def test_too_many_uploads_are_refused(root: Path) -> None:
         streams = [await running.server.connect() for _ in range(4)]
         for stream in streams:
             await stream.send_all(head)
-        folder = root / "state/cache/media"
+        folder = root / "state/cache/artifacts"
         with trio.fail_after(10):
             while not folder.is_dir() or len(list(folder.iterdir())) < 4:  # noqa: ASYNC110 - the daemon's
                 await trio.sleep(0.01)
@@ -274,20 +274,6 @@ async def test_too_many_uploads_are_refused(root: Path) -> None:
             while list(folder.iterdir()):  # noqa: ASYNC110 - the daemon's
                 await trio.sleep(0.01)
         assert (await ask(running.server.port, "PUT", f"/api/v1/artifacts/{DIGEST}", SECRET.decode()))[0] == 201
-
-
-def test_world_readable_files_of_an_earlier_version_become_private(root: Path) -> None:
-    folder = root / "cache/media"
-    folder.mkdir(parents=True)
-    folder.chmod(0o755)
-    for name, mode in ((DIGEST, 0o444), (f"{DIGEST}.json", 0o644)):
-        (folder / name).write_bytes(SECRET)
-        (folder / name).chmod(mode)
-    assert run_code(_TRY, folder / DIGEST) == "yes\n"
-    make_private(root / "cache")
-    assert run_code(_TRY, folder / DIGEST) == "no\n"
-    assert run_code(_TRY, folder / f"{DIGEST}.json") == "no\n"
-    assert run_code("import os, sys\ntry: os.listdir(sys.argv[1])\nexcept OSError: print('no')", folder) == "no\n"
 
 
 def test_the_kernel_identifies_the_peer() -> None:

@@ -36,7 +36,7 @@ async def test_an_artifact_is_fetched_listed_and_removed(environ: dict[str, str]
 
 async def test_an_artifact_that_a_vm_uses_stays_and_that_is_reported(environ: dict[str, str], tmp_path: Path) -> None:
     assert (await volar(None, "boot-images", "fetch", str(tmp_path / "kernel"), DIGEST, environ=environ)).code == 0
-    with (tmp_path / "cache/media" / DIGEST).open("rb") as file:
+    with (tmp_path / "cache/artifacts" / DIGEST).open("rb") as file:
         # As QEMU does: a shared lock on some byte, of the open file.
         fcntl.fcntl(file, 37, struct.pack("hhqqi4x", fcntl.F_RDLCK, 0, 100, 1, 0))
         kept = await volar(None, "boot-images", "delete", DIGEST[:8], environ=environ)

@@ -18,7 +18,7 @@ from tests.transfer.kit import Proxy, code_of, host, pull, push, refuse, take
 from tests.web_server import WebServer, answer
 from volant.images import Origins
 from volant.model import Role
-from volant.oci._auth import Credentials, find_credentials
+from volant.oci._credentials import Credentials, find_credentials
 from volant.transfer import TransferSettings
 
 pytestmark = [pytest.mark.programs, needs_registry]

@@ -16,7 +16,6 @@ import apsw
 import msgspec
 import trio
 
-from volant.images import make_private
 from volant.journal import DatabaseRefused
 
 from ._admission import Reload
@@ -65,7 +64,6 @@ async def run(
             listening_for_hosts(settings) as fleet_sockets,
             trio.open_signal_receiver(*_SIGNALS) as signals,
         ):
-            make_private(settings.cache_dir)
             daemon = Daemon(settings, sockets, reload, notifier, fleet_sockets=fleet_sockets)
             left = await daemon.run(signals)
             if settings.ephemeral and left:

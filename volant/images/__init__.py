@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from volant import lazy_exports
 
 from ._artifact_cache import ArtifactCache, Upload
-from ._artifacts import CachedArtifact, artifact_path, list_artifacts, make_private, remove_artifact
+from ._artifacts import CachedArtifact, artifact_path, list_artifacts, remove_artifact
 from ._ensure import ensure
 from ._errors import ImageError
 from ._origins import ANYWHERE, PUBLIC, Origins, parse_networks
@@ -67,7 +67,6 @@ __all__ = [
     "list_images",
     "load",
     "local_path",
-    "make_private",
     "obstacle",
     "parse_networks",
     "prune",

@@ -166,16 +166,6 @@ def _removed(descriptor: int, path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def make_private(cache_dir: Path) -> None:
-    """Removes the permissions of other users that earlier versions gave. Running VMs go on."""
-    folder = cache_dir / "artifacts"
-    if not folder.is_dir():
-        return
-    for path in (folder, *folder.iterdir()):
-        with contextlib.suppress(OSError):
-            _remove_others(path)
-
-
 def _remove_others(path: Path) -> None:
     """Keeps what groups of hypervisors were granted, and search permission on directories."""
     mode = stat.S_IMODE(path.lstat().st_mode)

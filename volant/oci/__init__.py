@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from volant import lazy_exports
 
+from ._errors import OciError
 from ._isolation import Isolation
-from ._reference import OciError
 from ._service import ImageLibrary, ImageService, ImageSettings, ImageSource, ImageUser
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ else:
         "Skopeo": "_skopeo",
         "CachedImage": "_store",
         "ArchiveUpload": "_upload",
-        "disk_path": "_disk",
+        "disk_path": "_join",
         **dict.fromkeys(("RegistryAccess", "Repository", "open_repository"), "_distribution"),
     }
 

@@ -10,8 +10,8 @@ import sys
 
 import msgspec
 
+from ._errors import OciError
 from ._job import Failure, ImageJob, confine, run
-from ._reference import OciError
 
 
 def main() -> int:

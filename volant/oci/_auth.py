@@ -8,44 +8,11 @@ from __future__ import annotations
 
 import base64
 import binascii
-import re
 from typing import Annotated
 
 import msgspec
 
-from ._reference import DEFAULT_REGISTRY, OciError
-
-
-class Credentials(msgspec.Struct, frozen=True):
-    """What an auth file has for one repository. Never shown or logged."""
-
-    basic: str = ""
-    """The base64 of user and password; empty: there are none."""
-    identity_token: str = ""
-    """Of a token service, in place of a password."""
-
-
-def find_credentials(auth: bytes, name: str) -> Credentials:
-    """Returns what an auth file has for `registry/repository`: the entry with the longest name, as containers-auth.json
-    (5) says. :raises OciError: `bad_credentials`"""
-    try:
-        entries = msgspec.json.decode(auth, type=AuthFile).auths
-    except (ValueError, RecursionError):
-        raise OciError(
-            "bad_credentials", "the credentials for registries can't be read",
-            "send an auth file, such as ~/.docker/config.json, as `docker login` writes it",
-        ) from None  # fmt: skip
-    # Docker writes URLs.
-    known = {re.sub(r"^https?://|/v[12]/?\Z|/\Z", "", key): entry for key, entry in entries.items()}
-    parts = name.split("/")
-    names = ["/".join(parts[:count]) for count in range(len(parts), 0, -1)]
-    if parts[0] == DEFAULT_REGISTRY:
-        names.append(f"index.{DEFAULT_REGISTRY}")
-    for each in names:
-        if (entry := known.get(each)) is not None:
-            return Credentials(entry.auth, entry.identitytoken)
-    return Credentials()
-
+from ._errors import OciError
 
 _MAX_BYTES = 64 * 1024
 _MAX_REGISTRIES = 256

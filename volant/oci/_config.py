@@ -12,8 +12,8 @@ from typing import Annotated, Any
 
 import msgspec
 
+from ._errors import OciError
 from ._manifest import MAX_LAYERS, Digest, Manifest, Platform, decode
-from ._reference import OciError
 
 _MAX_ITEMS = 1024
 _MAX_TEXT = 128 * 1024

@@ -26,10 +26,11 @@ import trio
 
 from volant.concurrency import Backoff
 
-from ._auth import Credentials, find_credentials
+from ._credentials import Credentials, find_credentials
+from ._errors import OciError
 from ._manifest import MAX_DOCUMENT_BYTES, digest_of
 from ._proxy import Resolve, proxy_for
-from ._reference import DEFAULT_REGISTRY, OciError, Reference
+from ._reference import DEFAULT_REGISTRY, Reference
 
 T = TypeVar("T")
 Spend = Callable[[int], Awaitable[None]]

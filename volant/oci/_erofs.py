@@ -14,7 +14,7 @@ from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import NamedTuple
 
-from ._reference import OciError
+from ._errors import OciError
 
 BLOCK = 4096
 _SUPERBLOCK_AT, _SUPERBLOCK = 1024, 128

@@ -16,11 +16,12 @@ import trio
 from volant.host import PROGRAM_ENVIRONMENT, Host, as_user
 
 from ._config import ImageConfig, parse_config
+from ._errors import OciError
 from ._isolation import open_theirs
 from ._job import Confinement, ImageJob, check_end
 from ._layers import LayerJob
 from ._manifest import MAX_DOCUMENT_BYTES, Descriptor, Index, Manifest, Platform, digest_of, parse_manifest
-from ._reference import OciError, Reference
+from ._reference import Reference
 from ._report import Report
 from ._skopeo import Rights, Skopeo
 from ._store import Store, Work, disk_errors, first_numbers

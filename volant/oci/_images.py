@@ -17,10 +17,11 @@ import trio
 from volant.concurrency import NoPlace, Places, open_helpers
 from volant.host import Host
 
+from ._errors import OciError
 from ._fetch import Fetcher, FetchLimits, Resolved, Target
 from ._manifest import AMD64, Platform
 from ._prune import surplus
-from ._reference import OciError, Reference, parse_reference
+from ._reference import Reference, parse_reference
 from ._report import Kind, Observe, PullEvent, Report
 from ._service import PRIVATE, ImageSettings, ImageUser
 from ._skopeo import Rights, Skopeo

@@ -13,8 +13,8 @@ import msgspec
 
 from volant.host import Sandbox, confine_self
 
+from ._errors import OciError
 from ._layers import PROGRAM_MEMORY, LayerJob, convert, join
-from ._reference import OciError
 
 _LIMITS = {
     resource.RLIMIT_AS: PROGRAM_MEMORY,

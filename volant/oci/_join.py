@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ._erofs import BLOCK, Entry, Erofs, Node, damaged, opened
-from ._reference import OciError
+from ._errors import OciError
 from ._tree import IMPLIED, MAX_ENTRIES, WHITEOUT, Parts, entry
 
 # Joins the file systems of an image to one disk, by a VMDK descriptor that a hypervisor reads.

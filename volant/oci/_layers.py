@@ -24,9 +24,9 @@ import msgspec
 import zstandard
 
 from ._erofs import opened
+from ._errors import OciError
 from ._join import correction
 from ._manifest import MAX_LAYER_BYTES
-from ._reference import OciError
 from ._tar import END, TarCheck
 
 PROGRAM = "mkfs.erofs"

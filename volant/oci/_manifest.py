@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from ._reference import OciError
+from ._errors import OciError
 
 T = TypeVar("T")
 

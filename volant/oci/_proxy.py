@@ -28,7 +28,8 @@ import trio
 from volant.concurrency import open_helpers
 from volant.model.heads import MAX_FIELDS, head_of
 
-from ._reference import OciError, Reference
+from ._errors import OciError
+from ._reference import Reference
 
 _CONNECTIONS = 32
 """At once. skopeo fetches six layers at a time."""

@@ -1,4 +1,4 @@
-"""References: the names by which people ask for images, with Docker's defaults; and the error of this package.
+"""References: the names by which people ask for images, with Docker's defaults.
 
 The grammar of names in registries is that of the distribution project (`reference/reference.go`).
 """
@@ -9,15 +9,9 @@ import re
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from volant.model import DEFAULT_PROJECT, CodedError
+from volant.model import DEFAULT_PROJECT
 
-
-class OciError(CodedError):
-    """A reference, an image or one of its layers can't be used. Each says what to do."""
-
-    def __init__(self, code: str, message: str, hint: str) -> None:
-        super().__init__(code, message, hint)
-
+from ._errors import OciError
 
 Transport = Literal["docker", "oci", "oci-archive", "docker-archive"]
 """From where an image comes, in skopeo's words: a registry, a directory or a file."""

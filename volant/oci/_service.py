@@ -15,8 +15,8 @@ import trio
 
 from volant.host import Host
 
+from ._errors import OciError
 from ._isolation import Isolation
-from ._reference import OciError
 
 if TYPE_CHECKING:
     from ._fetch import Resolved

@@ -17,11 +17,12 @@ import trio
 from volant.concurrency import Backoff, open_helpers
 from volant.host import PROGRAM_ENVIRONMENT, Host, as_user
 
+from ._errors import OciError
 from ._isolation import Isolation, open_theirs
 from ._layers import PROGRAM_MEMORY, check_space
 from ._manifest import MAX_DOCUMENT_BYTES, Platform
 from ._proxy import Resolve, open_proxy, resolve_anywhere
-from ._reference import OciError, Reference
+from ._reference import Reference
 
 _logger = logging.getLogger("volant.oci")
 

@@ -26,8 +26,9 @@ from volant.host import as_user
 from volant.model import DEFAULT_PROJECT
 
 from ._config import ImageConfig
+from ._errors import OciError
 from ._join import DISK, descriptor
-from ._reference import OciError, Reference
+from ._reference import Reference
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from ._reference import OciError
+from ._errors import OciError
 from ._tree import MAX_ENTRIES, LayerTree
 
 _MAX_NAME = 4096

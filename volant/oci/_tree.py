@@ -14,7 +14,7 @@ from __future__ import annotations
 import stat
 from collections.abc import Mapping
 
-from ._reference import OciError
+from ._errors import OciError
 
 MAX_ENTRIES = 1_000_000
 """Of a layer. `mkfs.erofs` has each in memory."""

@@ -9,8 +9,8 @@ from typing import Literal
 
 import trio
 
+from ._errors import OciError
 from ._layers import check_space
-from ._reference import OciError
 from ._store import disk_errors
 
 _PIECE = 1024 * 1024
