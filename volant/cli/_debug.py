@@ -9,6 +9,7 @@ import tarfile
 import time
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import click
@@ -74,12 +75,12 @@ async def _gather(client: Client) -> tuple[dict[str, bytes], dict[str, str]]:
     await add("metrics.txt", client.system.metrics)
     await add("orphans.json", client.system.orphans)
     await add("plugins.json", client.plugins.list)
-    await add("events.json", lambda: _events(client))
+    await add("events.json", partial(_events, client))
     await add("vms.json", client.vms.list)
     if "vms.json" in members:
         vms = sorted(await client.vms.list(), key=lambda vm: (vm.reason is None, vm.status == "running", vm.id))
         for vm in vms[:_INSPECTED]:
-            await add(f"inspect/{vm.name}.json", lambda name=vm.name: client.vms.inspect(name))  # type: ignore[misc]
+            await add(f"inspect/{vm.name}.json", partial(client.vms.inspect, vm.name))
     return members, missing
 
 
