@@ -47,14 +47,14 @@ async def test_an_event_loop_that_hangs_shows_where(make_daemon: Callable[..., D
     seen = tmp_path / "seen"
     hangs = f"""
 import pathlib, sys, time
-from volant.api import _system
+from volant.api import _app
 def dump():
     print("it hangs", file=sys.stderr, flush=True)
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline and not pathlib.Path({str(seen)!r}).exists():
         pass
     return ""
-change(_system, "dump_tasks", dump)
+change(_app, "dump_tasks", dump)
 """
     daemon = make_daemon(wrapper=patched(hangs))
     async with Client(daemon.base_url) as client, trio.open_nursery() as nursery:
@@ -63,7 +63,7 @@ change(_system, "dump_tasks", dump)
         os.kill(daemon.pid, signal.SIGUSR1)
         log = await until_logged(daemon, "in dump")
         assert "all tasks:" not in log
-        assert "volant/api/_system.py" in log
+        assert "volant/api/_app.py" in log
         seen.touch()
         assert "all tasks:" in await until_logged(daemon, "all tasks:")
         await adopted(client)
