@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import subprocess
 import sys
 from base64 import b64decode
 from functools import partial
@@ -15,16 +14,14 @@ import pytest
 import trio
 
 from tests.hypervisor.kit import guest_spec
-from tests.processes import read_line
 from volant.channel import AgentClient, VirtioSerial, open_channel
 from volant.host import Host
 from volant.hypervisor import MachineSpec
 from volant.hypervisor.qemu import QemuHypervisor
-from volant.model import EndKind, ProcessIdentity
+from volant.model import EndKind
 from volant.model.agent import DAEMON_SHUTDOWN, EXEC, HEALTHZ, INFO
 
 BOOT_S = 120.0
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -132,97 +129,3 @@ async def console_loses_nothing(host: Host, client: AgentClient, spec: MachineSp
             await watch.wait()
     numbers = [line for line in text.split() if line.isdigit()]
     assert numbers == [b"%d" % n for n in range(1, 8001)]
-
-
-@pytest.mark.full
-async def test_a_panic_is_reported_as_a_panic_now_and_after_adoption(
-    host: Host, qemu: QemuHypervisor, spec: MachineSpec
-) -> None:
-    identity = await qemu.launch(spec)
-    async with qemu.attach(spec, identity) as machine, open_channel(host, VirtioSerial(spec.agent_path)) as channel:
-        client = AgentClient(channel)
-        await client.request_json("GET", HEALTHZ, timeout_s=BOOT_S)
-        with trio.fail_after(30):
-            async with trio.open_nursery() as nursery:
-                # The driver of pvpanic is loaded once the agent is up.
-                wait = "until [ -d /sys/module/pvpanic_pci ]; do sleep 0.1; done; "
-                nursery.start_soon(run, client, "sh", "-c", wait + "echo c > /proc/sysrq-trigger")
-                end = await machine.ended()
-                assert (end.kind, "sysrq triggered crash" in end.message) == (EndKind.PANICKED, True)
-                nursery.cancel_scope.cancel()
-    with trio.fail_after(10):
-        async with qemu.attach(spec, identity) as machine:
-            assert (await machine.ended()).kind is EndKind.PANICKED
-            await machine.kill()
-
-
-async def test_a_panic_in_early_boot_is_reported_as_a_panic(
-    host: Host, qemu: QemuHypervisor, spec: MachineSpec
-) -> None:
-    """Before the guest has loaded its driver for pvpanic, QEMU sees a reboot; the console shows the panic."""
-    identity = await qemu.launch(msgspec.structs.replace(spec, cmdline="rdinit=/none root=/dev/none"))
-    with trio.fail_after(BOOT_S):
-        async with qemu.attach(spec, identity) as machine:
-            end = await machine.ended()
-            assert end.kind is EndKind.PANICKED
-            assert "VFS: Unable to mount root fs" in end.message
-
-
-OWNER = """
-import sys, msgspec, trio
-from volant.channel import AgentClient, VirtioSerial, open_channel
-from volant.host import Host
-from volant.hypervisor import MachineSpec
-from volant.hypervisor.qemu import QemuHypervisor
-from pathlib import Path
-
-async def main():
-    spec = msgspec.json.decode(sys.argv[1], type=MachineSpec, dec_hook=lambda kind, value: kind(value))
-    host = Host()
-    qemu = QemuHypervisor(host, spec.directory.parent / "cache", accelerator="tcg")
-    identity = await qemu.launch(spec)
-    async with qemu.attach(spec, identity), open_channel(host, VirtioSerial(spec.agent_path)) as channel:
-        client = AgentClient(channel)
-        await client.request_json("GET", "/healthz", timeout_s=120)
-        body = b'{"command": ["cat", "/dev/zero"]}'
-        async with client.stream("POST", "/v1/exec", [(b"content-type", b"application/json")], body, timeout_s=30) as r:
-            await r.receive()
-            print(msgspec.json.encode(identity).decode(), flush=True)
-            async for _ in r:
-                pass
-
-trio.run(main)
-"""
-
-
-@pytest.mark.full
-async def test_a_guest_outlives_its_owner_and_is_adopted(host: Host, qemu: QemuHypervisor, spec: MachineSpec) -> None:
-    """The owner is killed while bytes flow; the next owner gets everything back, several times in a row."""
-    encoded = msgspec.json.encode(spec, enc_hook=str)
-    owner = await trio.to_thread.run_sync(
-        lambda: subprocess.Popen(
-            [sys.executable, "-c", OWNER, encoded],
-            stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        )
-    )
-    with owner:
-        try:
-            line = await trio.to_thread.run_sync(read_line, owner, BOOT_S + 60)
-        finally:
-            owner.kill()
-    identity = msgspec.json.decode(line, type=ProcessIdentity)
-    with trio.fail_after(60):
-        assert await host.processes.find(spec.tag) == identity
-        for _ in range(2):
-            async with qemu.attach(spec, identity) as machine:
-                assert await machine.status() == "running"
-                async with open_channel(host, VirtioSerial(spec.agent_path)) as channel:
-                    began = host.clock.monotonic()
-                    answer = await AgentClient(channel).request_json("GET", HEALTHZ, timeout_s=30)
-                    print(f"adopted and answered: {host.clock.monotonic() - began:.3f} s")
-                    assert answer.status == 200
-        async with qemu.attach(spec, identity) as machine:
-            end = await machine.kill()
-            assert (end.kind, end.exit_status) == (EndKind.KILLED, None)
-        assert await host.processes.find(spec.tag) is None

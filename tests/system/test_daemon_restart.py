@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable
 
 import trio
 
-from tests.system.kit import Daemon, boot, is_alive, kill_hypervisor, run, runs_on
+from tests.system.kit import Daemon, boot, is_alive, run, runs_on
 from volant.client import Client, LogLine
 
 LINES = 4000
@@ -49,13 +48,6 @@ async def test_a_vm_keeps_running_while_the_daemon_is_replaced(make_daemon: Call
         assert not is_alive(vm.pid)
 
 
-def test_a_second_daemon_is_kept_out(make_daemon: Callable[..., Daemon]) -> None:
-    daemon = make_daemon(ephemeral=False)
-    second = subprocess.run(daemon.command, env=daemon.environ, capture_output=True, timeout=60, check=False)
-    assert second.returncode == 1
-    assert b"another volantd (process" in second.stderr
-
-
 async def test_no_line_of_the_console_is_lost_or_repeated_when_the_daemon_is_killed(
     make_daemon: Callable[..., Daemon],
 ) -> None:
@@ -80,59 +72,3 @@ async def test_no_line_of_the_console_is_lost_or_repeated_when_the_daemon_is_kil
         assert numbered == [f"line {i}" for i in range(1, LINES + 1)]
         assert await client.newest_event() == newest
         await runs_on(client, vm)
-
-
-async def test_a_daemon_that_was_killed_in_the_middle_of_a_boot_or_a_delete_finishes_it(
-    make_daemon: Callable[..., Daemon],
-) -> None:
-    daemon = make_daemon(ephemeral=False)
-    body = {"name": "demo", "cpu_cores": 1, "memory_mb": 128}
-    async with daemon.http() as http:
-        assert (await http.post("/api/v1/vms?wait=starting", json=body)).headers["volant-wait"] == "met"
-        daemon.kill()
-    daemon.start()
-    async with daemon.client() as client:
-        waited = await client.vms.wait("demo", ["running"], timeout_s=120)
-        assert waited.outcome == "met"
-        assert waited.vm is not None
-        assert list(daemon.hypervisors()) == [waited.vm.pid]
-        async with trio.open_nursery() as nursery, client.events(vm="demo") as feed:
-
-            async def delete() -> None:
-                # Kill the daemon before it answers.
-                try:
-                    await client.vms.delete("demo")
-                except Exception as error:
-                    print(f"as it should: {error}")
-
-            nursery.start_soon(delete)
-            with trio.fail_after(30):
-                await feed.receive()
-            daemon.kill()
-            nursery.cancel_scope.cancel()
-    daemon.start()
-    async with daemon.client() as client:
-        assert (await client.vms.wait("demo", ["deleted"], timeout_s=60)).outcome == "met"
-    assert daemon.hypervisors() == {}
-    assert daemon.files() == []
-
-
-async def test_a_hypervisor_that_died_without_a_daemon_is_a_crash(make_daemon: Callable[..., Daemon]) -> None:
-    daemon = make_daemon(ephemeral=False)
-    async with daemon.client() as client:
-        vm = await boot(client, "demo")
-        newest = await client.newest_event()
-    assert daemon.stop() == 0
-    kill_hypervisor(vm)
-    daemon.start()
-    async with daemon.client() as client:
-        waited = await client.vms.wait("demo", ["crashed"], timeout_s=30)
-        assert waited.outcome == "met"
-        assert waited.vm is not None
-        assert waited.vm.reason is not None
-        assert waited.vm.reason.code == "hypervisor_gone"
-        # A client that resumes receives the event of that time.
-        async with client.events(after=newest) as feed:
-            with trio.fail_after(10):
-                event = await feed.receive()
-        assert event.type == "VM_CRASHED"

@@ -9,41 +9,10 @@ import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack, closing
 
-import httpx
-import pytest
 import trio
 from trio_websocket import ConnectionClosed
 
-from tests.system.kit import Daemon, boot, run, spec, websocket
-from volant.client import ClientError, ClientProblem
-from volant.model import CreateVm
-
-
-async def test_streams_end_cleanly_when_the_daemon_stops_and_vms_keep_running(
-    make_daemon: Callable[..., Daemon],
-) -> None:
-    daemon = make_daemon(ephemeral=False)
-    async with daemon.client() as client, daemon.http() as http:
-        vm = await boot(client, "demo")
-        url = f"ws{daemon.base_url.removeprefix('http')}/ws/v1/vms/demo/logs"
-        async with http.stream("GET", "/api/v1/events/vms") as events, websocket(url) as log:
-            pieces = events.aiter_bytes()
-            assert await anext(pieces) == b"retry: 1000\n\n"
-            daemon.terminate()
-            with trio.fail_after(20):
-                # To its end, and that is no error.
-                async for _ in pieces:
-                    pass
-                code = None
-                while code is None:
-                    try:
-                        await log.get_message()
-                    except ConnectionClosed as closed:
-                        code = closed.reason.code if closed.reason else None
-            assert code == 1001
-    assert daemon.wait() == 0
-    assert list(daemon.hypervisors()) == [vm.pid]
-
+from tests.system.kit import Daemon, boot, run, websocket
 
 UPGRADE = (
     "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
@@ -117,39 +86,6 @@ async def test_streams_end_cleanly_beside_clients_that_read_nothing(
         assert daemon.wait() == 0
 
 
-async def test_an_ephemeral_daemon_deletes_its_vms_in_any_state(make_daemon: Callable[..., Daemon]) -> None:
-    daemon = make_daemon()
-    async with daemon.client() as client:
-        await boot(client, "running")
-        # One of these never finishes its boot, the other has just started.
-        await client.vms.create(spec("hanging", kernel_cmdline="rdinit=/bin/sh"))
-        await client.vms.wait("hanging", ["running"], timeout_s=3)
-        await client.vms.create(spec("booting"))
-    assert daemon.stop() == 0
-    assert daemon.leftovers() == []
-
-
-async def test_a_log_ends_with_its_vm_and_can_be_read_afterwards(daemon: Daemon) -> None:
-    async with daemon.client() as client, daemon.http() as http:
-        vm = await boot(client, "demo")
-        async with client.vms.logs("demo", since=0) as log:
-            await client.vms.delete("demo")
-            with trio.fail_after(10):
-                lines = [item async for item in log]
-        assert lines
-        kept = await http.get(f"/api/v1/vms/demo/logs?vm_id={vm.id}")
-        assert kept.status_code == 200
-        assert len(kept.text.splitlines()) == len(lines)
-        assert (await http.get("/api/v1/vms/demo/logs")).status_code == 404
-
-
-def test_a_stopped_daemon_refuses_connections(make_daemon: Callable[..., Daemon]) -> None:
-    daemon = make_daemon()
-    assert daemon.stop() == 0
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{daemon.base_url}/healthz", trust_env=False)
-
-
 def test_signals_that_come_while_it_stops_leave_nothing_half_removed(make_daemon: Callable[..., Daemon]) -> None:
     for _ in range(3):
         daemon = make_daemon()
@@ -179,34 +115,3 @@ async def test_a_second_signal_keeps_the_state_of_the_remaining_vms(make_daemon:
         assert [each.id for each in kept] in ([vm.id], [])
     else:
         assert daemon.leftovers() == []
-
-
-@pytest.mark.full
-async def test_a_vm_created_while_an_ephemeral_daemon_stops_leaves_nothing(
-    make_daemon: Callable[..., Daemon],
-) -> None:
-    daemon = make_daemon()
-    answers: list[int] = []
-    async with daemon.client() as client:
-        await client.vms.create(CreateVm(name="first", cpu_cores=1, memory_mb=128))
-
-        async def create(name: str) -> None:
-            try:
-                await client.vms.create(CreateVm(name=name, cpu_cores=1, memory_mb=128))
-                answers.append(201)
-            except ClientProblem as problem:
-                answers.append(problem.status)
-            except ClientError as error:
-                print(f"{name}: {error!r}")
-
-        async with trio.open_nursery() as nursery:
-            for i in range(4):
-                nursery.start_soon(create, f"before{i}")
-            daemon.terminate()
-            # Some requests arrive before the signal, some after it, some never.
-            for i in range(8):
-                await create(f"while{i}")
-    print(answers)
-    assert set(answers) <= {201, 503}
-    assert daemon.wait() == 0
-    assert daemon.leftovers() == []

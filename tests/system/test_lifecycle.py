@@ -1,13 +1,22 @@
-"""A VM's lifecycle: each change of status is one event, commands are durable, and nothing is left at the end."""
+"""A VM's lifecycle: each change of status is one event, also when the guest or its `ttl` ends it."""
 
 from __future__ import annotations
 
-import httpx
 import pytest
-import trio
 
-from tests.system.kit import BOOT_S, Daemon, boot, is_alive, next_event, run, spec, until
-from volant.client import ClientProblem
+from tests.system.kit import (
+    BOOT_S,
+    Daemon,
+    Stopwatch,
+    boot,
+    event_of,
+    is_alive,
+    next_event,
+    run,
+    run_cut_off,
+    spec,
+    until,
+)
 
 pytestmark = pytest.mark.cold
 
@@ -57,71 +66,31 @@ async def test_each_change_of_status_is_one_event_and_the_ids_have_no_holes(daem
     assert daemon.files() == []
 
 
-async def test_events_resume_after_an_id(daemon: Daemon) -> None:
+async def test_a_guest_that_powers_off_is_stopped_and_one_that_reboots_comes_back(daemon: Daemon) -> None:
     async with daemon.client() as client:
-        before = await client.newest_event()
-        await client.vms.create(spec("demo"))
-        await client.vms.delete("demo")
-        async with client.events(after=before) as feed:
-            first = await next_event(feed)
-            second = await next_event(feed)
-        async with client.events(after=first.id) as feed:
-            assert await next_event(feed) == second
-        assert first.type == "VM_CREATED"
-
-
-@pytest.mark.full
-async def test_a_second_delete_joins_the_first(daemon: Daemon) -> None:
-    async with daemon.client() as client, daemon.http() as http:
-        await boot(client, "demo")
-        answers: list[int] = []
-
-        async def delete() -> None:
-            answers.append((await http.delete("/api/v1/vms/demo")).status_code)
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(delete)
-            nursery.start_soon(delete)
-        assert answers in ([204, 204], [204, 404])
+        first = await boot(client, "demo")
+        async with client.events(vm="demo") as feed:
+            for boots, command in ((2, "reboot"), (3, "reboot -f")):
+                await run_cut_off(client, "demo", f"{command}; sleep 60")
+                events = [(await next_event(feed)).type for _ in range(4)]
+                assert events == ["VM_STOPPING", "VM_STOPPED", "VM_STARTING", "VM_RUNNING"]
+                again = await client.vms.get("demo")
+                assert (again.boots, again.restarts) == (boots, 0)
+                assert again.pid != first.pid
+            await run_cut_off(client, "demo", "poweroff; sleep 60")
+            assert [(await next_event(feed)).type for _ in range(2)] == ["VM_STOPPING", "VM_STOPPED"]
+            stopped = await client.vms.get("demo")
+            assert (stopped.status, stopped.desired) == ("stopped", "stopped")
+            assert stopped.reason is not None
+            assert stopped.reason.code == "guest_shutdown"
         assert daemon.hypervisors() == {}
-        assert daemon.files() == []
 
 
-@pytest.mark.full
-async def test_a_client_that_leaves_does_not_cancel_its_delete(daemon: Daemon) -> None:
-    async with daemon.client() as client, daemon.http() as http:
-        vm = await boot(client, "demo")
-        with pytest.raises(httpx.ReadTimeout):
-            await http.delete("/api/v1/vms/demo", timeout=httpx.Timeout(30, read=0.05))
-        await until(client, "demo", "deleted")
-        assert vm.pid is not None
-        assert not is_alive(vm.pid)
-
-
-async def test_a_name_can_be_reused_but_an_id_cannot(daemon: Daemon) -> None:
-    async with daemon.client() as client:
-        first = await client.vms.create(spec("demo"))
-        with pytest.raises(ClientProblem) as taken:
-            await client.vms.create(spec("demo"))
-        assert (taken.value.status, taken.value.vm) == (409, "demo")
-        await client.vms.delete("demo")
-        second = await client.vms.create(spec("demo"))
-        assert second.id > first.id
-
-
-async def test_a_wait_says_whether_it_was_met(daemon: Daemon) -> None:
-    async with daemon.client() as client, daemon.http() as http:
-        body = {"name": "demo", "cpu_cores": 1, "memory_mb": 128}
-        slow = await http.post("/api/v1/vms?wait=stopped&timeout=100ms", json=body)
-        assert (slow.status_code, slow.headers["volant-wait"]) == (201, "timeout")
-        assert slow.headers["location"] == "/api/v1/vms/demo"
-        # A stop kills it during its boot, so it settles in a state that the wait did not name.
-        failed = await http.post("/api/v1/vms/demo/stop?wait=crashed&timeout=60s")
-        assert (failed.status_code, failed.headers["volant-wait"]) == (200, "failed")
-        assert failed.json()["status"] == "stopped"
-        # A state that it only passed through counts, too.
-        met = await http.post("/api/v1/vms/demo/start?wait=starting&timeout=60s")
-        assert met.headers["volant-wait"] == "met"
-        await client.vms.delete("demo")
-        gone = await http.get("/api/v1/vms/demo?wait=running")
-        assert gone.status_code == 404
+async def test_a_vm_is_deleted_when_its_ttl_expires(daemon: Daemon) -> None:
+    async with daemon.client() as client, client.events() as feed:
+        watch = Stopwatch()
+        await client.vms.create(spec("demo", ttl="2s"))
+        await until(client, "demo", "deleted", timeout_s=30)
+        assert watch.seconds >= 1.9
+        await event_of(feed, "VM_DELETED", "demo", timeout_s=5)
+    assert daemon.hypervisors() == {}

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import socket
 import time
-from collections.abc import Callable
-from contextlib import suppress
 
-import pytest
 import trio
 
-from tests.system.kit import BOOT_S, Daemon, Stopwatch, boot, is_alive, load, next_event, run, spec, until
-from volant.client import Client, ClientProblem, LogLine
+from tests.system.kit import BOOT_S, Daemon, Stopwatch, load, next_event, run, spec
+from volant.client import Client, LogLine
 
 CYCLES = load("VOLANT_TEST_PAUSES", usual=20, full=1000)
 CLOCK_OFF_S = 0.5
-PAUSED_S = 3.0
 
 TALKER = """
 import sys, time
@@ -103,97 +97,3 @@ async def test_no_line_is_lost_and_no_stream_breaks_over_many_pauses(daemon: Dae
         channel = (await client.vms.inspect("demo"))["actor"]["actor"]["process"]["channel"]
         assert channel["links"] == 1
         await check_clock(client, "demo")
-
-
-async def test_a_paused_guest_refuses_requests_at_once_and_has_the_right_clock_after_a_resume(daemon: Daemon) -> None:
-    async with daemon.client() as client, daemon.http() as http:
-        # A booting VM is paused once it runs.
-        await client.vms.create(spec("demo"))
-        await client.vms.pause("demo")
-        vm = await until(client, "demo", "paused")
-        assert vm is not None
-        etag = (await http.get("/api/v1/vms/demo")).headers["etag"]
-        newest = await client.newest_event()
-        # A second pause does nothing.
-        await pause(client, "demo")
-        assert await client.newest_event() == newest
-        for method, path in (
-            ("GET", "/api/v1/vms/demo/agent/healthz"),
-            ("POST", "/api/v1/vms/demo/agent/v1/exec"),
-            ("GET", "/api/v1/vms/demo/agent/v1/files/etc/hostname"),
-            ("GET", "/api/v1/vms/demo/ports/8080/"),
-            ("GET", "/ws/v1/vms/demo/devtools/json/version"),
-        ):
-            refused = await http.request(method, path)
-            assert (refused.status_code, refused.json()["type"]) == (409, "urn:volant:error:vm-not-running"), path
-            assert refused.json()["hint"] == "`volar vms resume demo` lets it go on", path
-        assert (await http.get("/api/v1/vms/demo/logs")).status_code == 200
-        assert (await http.get("/api/v1/vms?status=paused")).json()[0]["name"] == "demo"
-        await trio.sleep(PAUSED_S)
-
-        assert (await http.post("/api/v1/vms/demo/resume", headers={"If-Match": '"other"'})).status_code == 412
-        resumed = await http.post("/api/v1/vms/demo/resume?wait=running", headers={"If-Match": etag})
-        assert (resumed.status_code, resumed.headers["volant-wait"]) == (200, "met")
-        await check_clock(client, "demo")
-
-        # A stop works on a paused guest, too.
-        await pause(client, "demo")
-        stopped = await client.vms.apply_and_wait("demo", "stop", ["stopped"])
-        assert stopped.outcome == "met"
-        inspected = await client.vms.inspect("demo")
-        saw = [entry["saw"] for entry in inspected["actor"]["actor"]["history"]]
-        assert any(entry.startswith("Ended: guest_shutdown") for entry in saw), saw
-        for command in ("pause", "resume"):
-            with pytest.raises(ClientProblem) as denied:
-                await client.vms.apply_and_wait("demo", command, ["paused"])
-            assert denied.value.status == 409
-
-
-async def test_a_restarted_daemon_keeps_a_paused_vm_and_resumes_one_that_should_run(
-    make_daemon: Callable[..., Daemon],
-) -> None:
-    daemon = make_daemon(ephemeral=False)
-    async with daemon.client() as client:
-        vm = await boot(client, "demo")
-        assert vm.pid is not None
-        assert await run(client, "demo", "touch", "/tmp/mine") == ""
-        await pause(client, "demo")
-    daemon.kill()
-    async with daemon.started() as client:
-        found = await client.vms.get("demo")
-        assert (found.status, found.pid) == ("paused", vm.pid)
-        await resume(client, "demo")
-        assert await run(client, "demo", "ls", "/tmp/mine") == "/tmp/mine\n"
-        await check_clock(client, "demo")
-        newest = await client.newest_event()
-    daemon.kill()
-    # The state that a daemon leaves if it is killed while it copies the guest.
-    stop_machine(daemon, vm.id)
-    await trio.sleep(PAUSED_S)
-    async with daemon.started() as client:
-        with trio.fail_after(30):
-            while True:
-                # The daemon resumes it shortly after its start.
-                with suppress(ClientProblem, AssertionError):
-                    await check_clock(client, "demo")
-                    break
-        assert (await client.vms.get("demo")).pid == vm.pid
-        assert await client.newest_event() == newest
-        await pause(client, "demo")
-        await client.vms.delete("demo")
-        assert not is_alive(vm.pid)
-
-
-def stop_machine(daemon: Daemon, vm_id: int) -> None:
-    """Stops the guest through QMP, and disconnects."""
-    with socket.socket(socket.AF_UNIX) as control:
-        control.settimeout(20)
-        control.connect(str(daemon.runtime_dir / "vms" / str(vm_id) / "qmp.sock"))
-        lines = control.makefile("rwb")
-        lines.readline()
-        for number, command in enumerate(("qmp_capabilities", "stop", "query-status")):
-            lines.write(json.dumps({"execute": command, "id": number}).encode() + b"\n")
-            lines.flush()
-            while (answer := json.loads(lines.readline())).get("id") != number:
-                pass
-        assert answer["return"]["status"] == "paused"

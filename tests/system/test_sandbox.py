@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import trio
 
-from tests.hypervisor.intruder import DENIED, PYTHON, tries
 from tests.system.kit import Daemon, boot, run
 from volant.daemon._settings import parse_uids
-from volant.host import Host
-from volant.hypervisor import MachineSpec
-from volant.hypervisor.qemu import SandboxPlan, user_of
-from volant.hypervisor.qemu._sandbox import QemuSandbox
-from volant.model import VmView
+from volant.hypervisor.qemu import user_of
 
 # A clone has no memory file of its own, and reads its template's through an additional group.
 pytestmark = pytest.mark.cold
@@ -79,74 +72,6 @@ async def test_two_hypervisors_have_a_user_each_no_capability_and_no_file_of_the
         assert len({status_of(vm.pid or 0)["Uid"][0] for vm in vms}) == 2
         # They work like other VMs.
         assert await run(client, "one", "echo", "hello") == "hello\n"
-
-
-def spec_of(daemon: Daemon, vm: VmView, **other: Any) -> MachineSpec:
-    """Returns the spec of a machine like that VM's, as far as the sandbox depends on it."""
-    found = MachineSpec(
-        vm_id=vm.id,
-        name=vm.name,
-        cpu_cores=1,
-        memory_mb=vm.memory_mb,
-        kernel=Path("/usr/bin/true"),
-        initramfs=Path("/usr/bin/true"),
-        cmdline="",
-        directory=daemon.runtime_dir / "vms" / str(vm.id),
-        memory_file=daemon.memory_dir / f"{vm.id}.mem",
-        tag=f"volant-test-{vm.id}",
-        accelerator="tcg",
-    )
-    return msgspec.structs.replace(found, **other)
-
-
-@as_root
-async def test_an_intruder_in_the_place_of_a_hypervisor_reaches_neither_the_daemon_nor_another_vm(
-    daemon: Daemon, tmp_path: Path
-) -> None:
-    if PYTHON is None:
-        pytest.skip("there is no Python where programs lie")
-    host = Host()
-    async with daemon.client() as client, daemon.http() as http:
-        info = (await http.get("/api/v1/system/info")).json()["sandbox"]
-        victim = await boot(client, "victim")
-        spec = spec_of(daemon, victim)
-        plan = SandboxPlan(
-            places=(daemon.state_dir, daemon.runtime_dir, daemon.memory_dir),
-            landlock=info["landlock"],
-            no_connect=info["no_connect"],
-            users=parse_uids(info["users"]),
-        )
-        own = daemon.root / "intruder"
-        own.mkdir(mode=0o700)
-        memory = tmp_path / "memory"
-        mine = msgspec.structs.replace(
-            spec, vm_id=victim.id + 1, directory=own, memory_file=memory, tag="volant-test-0"
-        )
-        for path in (memory, mine.console_path, mine.console_input_path):
-            path.touch(mode=0o600)
-        sandbox = await QemuSandbox(host, plan).prepare(mine)
-        its, pid, port = spec.directory, victim.pid, int(daemon.base_url.rpartition(":")[2])
-        assert pid is not None
-        tasks: list[tuple[object, ...]] = [
-            *((what, str(path)) for what in ("read", "append", "chmod", "remove")
-              for path in (spec.memory_file, its / "console.log", its / "qemu.log", daemon.state_dir / "volant.db")),
-            *(("list", str(path)) for path in (daemon.state_dir, daemon.runtime_dir, daemon.memory_dir, its, "/proc")),
-            *(("unix", str(path)) for path in its.glob("*.sock")),
-            ("tcp", port),
-            *((what, who) for what in ("kill", "ptrace") for who in (pid, daemon.pid, 1)),
-            *(("read", f"/proc/{who}/{name}") for who in (pid, daemon.pid) for name in ("mem", "environ", "cmdline")),
-            ("list", f"/proc/{pid}/root"), ("setuid",), ("chroot",), ("mount",), ("uring",),
-        ]  # fmt: skip
-        assert len([task for task in tasks if task[0] == "unix"]) >= 3
-        found, status = await tries(host, mine.tag, own, sandbox, [("append", "console.log"), *tasks])
-        assert found.pop(("append", "console.log")) == "DONE"
-        assert {task: result for task, result in found.items() if result not in DENIED} == {}
-        assert status.user not in (0, status_of(pid)["Uid"][0])
-        assert (status.capabilities, status.no_new_privileges) == (0, True)
-        # The other VM has noticed nothing.
-        assert await run(client, "victim", "echo", "well") == "well\n"
-        record = json.loads((its / "sandbox.json").read_text())
-        assert record["landlock"] == info["landlock"]
 
 
 async def test_a_vm_runs_without_a_sandbox(image_cache: Path) -> None:

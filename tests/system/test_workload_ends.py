@@ -1,16 +1,17 @@
-"""A real guest's workload runs as its user, gets its stop signal, and takes its VM with it when it ends."""
+"""A real guest's workload runs as its user, gets its stop signal, takes its VM with it, and says why it failed."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from contextlib import suppress
 
 import httpx
 import pytest
 import trio
 
-from tests.system.kit import BOOT_S, Daemon, boot, next_event, run, spec, until
-from tests.system.test_workload_state import volar
+from tests.system.kit import BOOT_S, REPOSITORY, Daemon, boot, next_event, run, spec, until
 from volant.client import ClientError
 
 WHO = 'echo "$(id -u) $(id -g) $HOME $(pwd) $A"; echo again > /dev/stdout'
@@ -25,11 +26,6 @@ JOB = {
         "on_exit": "stop",
     },
 }
-FAILS = {
-    "name": "fails",
-    "workload": {"entrypoint": ["sh", "-c", "exit 3"], "restart": "never", "on_exit": "stop"},
-}
-MISSING = {"name": "missing", "workload": {"entrypoint": ["nosuch"], "on_exit": "stop"}}
 STOPS = {
     "name": "stops",
     "workload": {
@@ -41,6 +37,8 @@ STOPS = {
     },
     "exec": {"env": {"B": "exec"}, "user": "1234", "workdir": "/srv/exec"},
 }  # fmt: skip
+BROKEN = {"name": "broken", "workload": {"entrypoint": ["nosuch"]}}
+WHY = "there is no program nosuch"
 
 
 def lines(daemon: Daemon, name: str) -> list[str]:
@@ -70,30 +68,6 @@ async def test_a_job_runs_as_its_user_and_its_vm_stops(daemon: Daemon, how: str)
         await client.plugins.delete("job")
 
 
-@pytest.mark.parametrize(
-    ("manifest", "why"),
-    [(FAILS, "it ended with exit code 3"), (MISSING, "there is no program nosuch")],
-    ids=lambda value: value["name"] if isinstance(value, dict) else "",
-)
-async def test_a_failure_is_seen_everywhere_after_the_stop(
-    daemon: Daemon, manifest: dict[str, object], why: str
-) -> None:
-    name = str(manifest["name"])
-    async with daemon.client() as client:
-        await client.plugins.install(manifest)
-        made = await trio.to_thread.run_sync(volar, daemon, "vms", "create", "demo", "--plugin", name, "--wait")
-        await until(client, "demo", "stopped")
-        waited = await trio.to_thread.run_sync(volar, daemon, "vms", "wait", "demo", "--for", "ready")
-        assert (waited.returncode, f"its workload has failed: {why}" in waited.stderr) == (1, True), (made, waited)
-        assert why in (await trio.to_thread.run_sync(volar, daemon, "vms", "get", "demo")).stdout
-        assert "workload_failed" in (await trio.to_thread.run_sync(volar, daemon, "vms", "list")).stdout
-        [listed] = await client.vms.list()
-        assert listed.workload is not None
-        assert (listed.status, listed.workload.state) == ("stopped", "failed")
-        await client.vms.delete("demo")
-        await client.plugins.delete(name)
-
-
 async def test_a_workload_gets_its_stop_signal_and_no_other(daemon: Daemon) -> None:
     async with daemon.client() as client:
         await client.plugins.install(STOPS)
@@ -120,3 +94,38 @@ async def test_a_workload_gets_its_stop_signal_and_no_other(daemon: Daemon) -> N
         assert lines(daemon, "demo") == ["up", "quit", "up", "quit"]
         await client.vms.delete("demo")
         await client.plugins.delete("stops")
+
+
+def volar(daemon: Daemon, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "volant.cli.main", "--api", daemon.base_url, *words]
+    environ = {**daemon.environ, "COLUMNS": "200"}
+    return subprocess.run(
+        command, cwd=REPOSITORY, env=environ, text=True, capture_output=True, check=False, timeout=BOOT_S
+    )
+
+
+async def test_a_workload_that_cannot_start_is_reported_everywhere(daemon: Daemon) -> None:
+    async with daemon.client() as client:
+        await client.plugins.install(BROKEN)
+
+        async def tell(*words: str) -> subprocess.CompletedProcess[str]:
+            return await trio.to_thread.run_sync(volar, daemon, *words)
+
+        made = await tell("vms", "create", "demo", "--plugin", "broken", "--ttl", "1h", "--wait")
+        assert made.returncode == 1, made
+        assert f"its workload has failed: {WHY}" in made.stderr
+        assert WHY in (await tell("vms", "get", "demo")).stdout
+        assert "expires" in (await tell("vms", "get", "demo")).stdout
+        assert "workload_failed" in (await tell("vms", "list")).stdout
+        wide = (await tell("vms", "list", "--wide")).stdout
+        assert WHY in wide
+        assert "EXPIRES" in wide
+        assert f"volant: the workload has failed: {WHY}" in (await tell("vms", "logs", "demo")).stdout
+        inspected = (await client.vms.inspect("demo"))["vm"]
+        found = inspected["workload"]
+        assert (found["state"], found["exit_code"], found["error"]) == ("failed", None, WHY)
+        assert inspected["expires_at"] is not None
+        waited = await client.vms.wait("demo", ["ready"], timeout_s=BOOT_S)
+        assert (waited.outcome, waited.vm and waited.vm.status) == ("failed", "running")
+        await client.vms.delete("demo")
+        await client.plugins.delete("broken")

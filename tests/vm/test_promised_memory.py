@@ -70,7 +70,7 @@ class Machine:
 class Vms:
     """Admits VMs to a host of `total_mb`. `templates`: whether VMs are clones."""
 
-    def __init__(self, total_mb: int, *, ratio: float = 4, templates: bool = True) -> None:
+    def __init__(self, total_mb: int, *, ratio: float = 4, templates: bool = True, max_vms: int | None = None) -> None:
         self.machine = Machine(total_mb)
         self.all: list[VmRow] = []
         self.pool = SimpleNamespace(tags=frozenset[str]())
@@ -78,7 +78,7 @@ class Vms:
         settings = VmSettings(
             state_dir=none, runtime_dir=none, cache_dir=none, memory_dir=none, disk_dir=none, template_dir=none,
             snapshot_dir=none, volume_dir=none,
-            memory_overcommit=ratio,
+            memory_overcommit=ratio, max_vms=max_vms,
         )  # fmt: skip
         host: Any = SimpleNamespace(machine=self.machine)
         projection: Any = SimpleNamespace(rows=lambda: self.all)
@@ -239,3 +239,10 @@ def test_a_vm_counts_as_what_it_will_boot_from() -> None:
     assert to_start(vms, row(1, 128, **UP)) == IDLE_MB + 128, "it runs, and booted cold"
     assert to_start(vms, row(1, 128, layer="a-1", boots=1)) == IDLE_MB + 128, "its disk does not fit a template"
     assert to_start(cold, row(1, 128, checkpoint="fork-a")) == IDLE_MB
+
+
+def test_no_more_vms_are_admitted_than_the_operator_allows() -> None:
+    vms = Vms(8192, max_vms=1)
+    vms.admit(64)
+    vms.start(64, taken_mb=8)
+    assert "VOLANT_MAX_VMS allows 1" in vms.refusal(64).detail
