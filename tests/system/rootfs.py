@@ -74,8 +74,3 @@ def layer_of(directory: str) -> Path:
     """Returns the layer in a VM's directory, which contains nothing else."""
     (layer,) = Path(directory).iterdir()
     return layer
-
-
-def hypervisor_arguments(pid: int) -> list[str]:
-    """Returns the command line of a hypervisor."""
-    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")

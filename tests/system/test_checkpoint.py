@@ -20,13 +20,12 @@ import trio
 
 from tests.hypervisor.kit import guest_spec
 from tests.system.kit import load
-from tests.system.rootfs import make_ext4
 from volant.channel import AgentClient, Channel, VirtioSerial, open_channel
 from volant.host import Host
 from volant.hypervisor import Checkpoint, Disk, Machine, MachineSpec, Nic
 from volant.hypervisor.qemu import QemuHypervisor
 from volant.model import ProcessIdentity
-from volant.model.agent import DAEMON_IDENTITY, DAEMON_ROOT, EXEC, HEALTHZ, INFO
+from volant.model.agent import DAEMON_IDENTITY, EXEC, HEALTHZ, INFO
 
 BOOT_S = 120.0
 JSON = [(b"content-type", b"application/json")]
@@ -268,42 +267,3 @@ async def filled(hold: Callable[[], AbstractAsyncContextManager[Unread]]) -> Asy
             await trio.sleep(0.1)
         assert seen[-1] > 0
         yield unread
-
-
-@pytest.mark.full
-async def test_a_copy_of_a_copy_has_its_own_identity(host: Host, qemu: QemuHypervisor, spec: MachineSpec) -> None:
-    with trio.fail_after(2 * BOOT_S):
-        async with running(host, qemu, spec) as guest:
-            async with guest.fork("child") as child:
-                async with child.fork("grandchild") as grandchild:
-                    who = [await each.ask("GET", INFO) for each in (guest, child, grandchild)]
-                    assert [each["hostname"] for each in who] == ["origin", "child", "grandchild"]
-                    assert len({each["instance_id"] for each in who}) == 3
-                    machine_ids = {await each.run("cat", "/etc/machine-id") for each in (child, grandchild)}
-                    assert len(machine_ids) == 2
-                    draws = {await each.run("head", "-c", "16", "/dev/urandom") for each in (guest, child, grandchild)}
-                    assert len(draws) == 3
-
-
-@pytest.mark.full
-async def test_a_disk_is_copied_with_its_guest(
-    host: Host, qemu: QemuHypervisor, spec: MachineSpec, image_cache: Path, tmp_path: Path
-) -> None:
-    """Written data is in the guest's memory, on its way to the disk, or on the disk."""
-    base = make_ext4(tmp_path / "base.ext4", image_cache)
-    spec = msgspec.structs.replace(spec, root=Disk(base, tmp_path / "root.qcow2"))
-    assert spec.root is not None
-    with trio.fail_after(BOOT_S):
-        await qemu.make_layer(spec.root)
-        async with running(host, qemu, spec) as guest:
-            while (await guest.ask("GET", DAEMON_ROOT))["state"] == "pending":
-                pass  # the agent waits
-            await guest.run("dd", "if=/dev/urandom", "of=/synced", "bs=4096", "count=200", "conv=fsync")
-            await guest.run("dd", "if=/dev/urandom", "of=/unsynced", "bs=4096", "count=200")
-            async with guest.fork("child") as child, child.fork("grandchild") as grandchild:
-                family = (guest, child, grandchild)
-                for name in ("synced", "unsynced"):
-                    assert len({await each.run("cat", f"/{name}") for each in family}) == 1
-                for each in family:
-                    await each.run("dd", "if=/dev/urandom", "of=/unsynced", "bs=4096", "count=1", "conv=notrunc,fsync")
-                assert len({await each.run("cat", "/unsynced") for each in family}) == 3

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import trio
 
-from tests.system.kit import Daemon, boot, is_alive, kill_hypervisor, run, runs_on, spec, until
-from volant.client import Client, ClientProblem
+from tests.system.kit import Daemon, boot, run
+from volant.client import Client
 from volant.directories import find_program
 
 pytestmark = [
@@ -23,7 +21,6 @@ pytestmark = [
 ]
 
 OWNER = 1234 if os.geteuid() == 0 else os.geteuid()
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a process another user")
 
 
 @pytest.fixture(scope="module")
@@ -58,17 +55,13 @@ def status_of(pid: int) -> dict[str, str]:
     return {name: text.strip() for name, _, text in (line.partition(":") for line in lines)}
 
 
-async def refused(client: Client, volume: str) -> ClientProblem:
-    with pytest.raises(ClientProblem) as problem:
-        await client.vms.create(spec("refused", volumes=(volume,)))
-    return problem.value
-
-
 async def fails(client: Client, vm: str, command: str) -> None:
     await run(client, vm, "sh", "-c", f"! ( {command} )")
 
 
-async def test_a_guest_reads_a_directory_and_writes_where_it_may_as_its_owner(daemon: Daemon, shared: Path) -> None:
+async def test_a_guest_reads_writes_where_it_may_as_the_owner_and_reaches_nothing_else(
+    daemon: Daemon, shared: Path
+) -> None:
     async with daemon.client() as client:
         vm = await boot(client, "demo", volumes=(f"{shared}/data:/data", f"{shared}/drop:/drop:rw"))
         assert vm.volumes == (f"{shared}/data:/data:ro", f"{shared}/drop:/drop:rw")
@@ -102,10 +95,7 @@ async def test_a_guest_reads_a_directory_and_writes_where_it_may_as_its_owner(da
         options = await run(client, "demo", "grep", "virtiofs", "/proc/mounts")
         assert all("nosuid,nodev" in line for line in options.splitlines())
 
-
-async def test_a_guest_reaches_nothing_else_of_the_host(daemon: Daemon, shared: Path) -> None:
-    async with daemon.client() as client:
-        await boot(client, "demo", volumes=(f"{shared}/data:/data", f"{shared}/drop:/drop:rw"))
+        # It reaches nothing else of the host.
         # The guest follows the link in its own root.
         await fails(client, "demo", "grep daemon /data/out")
         await run(client, "demo", "sh", "-c", "ln -s /etc/passwd /drop/way; ln -s ../data/file /drop/up")
@@ -117,77 +107,3 @@ async def test_a_guest_reaches_nothing_else_of_the_host(daemon: Daemon, shared: 
             assert {int(status[name], 16) for name in ("CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}
             assert (status["NoNewPrivs"], int(status["Seccomp_filters"]) >= 2) == ("1", True)
             assert os.geteuid() != 0 or status["Uid"].split()[0] != "0"
-
-
-async def test_only_what_the_operator_allows_can_be_named(
-    daemon: Daemon, make_daemon: Callable[..., Daemon], shared: Path
-) -> None:
-    async with daemon.client() as client:
-        for volume, status, why in (
-            ("/etc:/etc-of-host", 403, "VOLANT_HOST_DIRS=/etc"),
-            (f"{shared}/data:/data:rw", 403, f"VOLANT_HOST_DIRS={shared}:rw"),
-            (f"{shared}/drop/../../etc:/data", 400, "without '.' or '..'"),
-            (f"{shared}/linked:/data", 409, "symbolic link"),
-            (f"{shared}/linked/sub:/data", 409, "symbolic link"),
-            (f"{shared}/data/file:/data", 409, "not a directory"),
-            (f"{shared}/nothing:/data", 409, "does not exist"),
-        ):
-            problem = await refused(client, volume)
-            assert (problem.status, why in f"{problem} {problem.hint}") == (status, True), (volume, problem)
-    daemon.stop()
-    async with make_daemon().client() as client:
-        problem = await refused(client, f"{shared}/data:/data")
-        assert (problem.status, "none is allowed" in str(problem)) == (403, True)
-
-
-@pytest.mark.full
-async def test_a_vm_with_a_directory_is_not_copied_and_boots_again(daemon: Daemon, shared: Path) -> None:
-    async with daemon.client() as client:
-        await boot(client, "demo", volumes=(f"{shared}/data:/data",))
-        for copy in (client.vms.fork("demo", {"names": ["twin"]}), client.snapshots.take("demo", {"name": "s"})):
-            with pytest.raises(ClientProblem) as problem:
-                await copy
-            assert (problem.value.status, f"{shared}/data" in str(problem.value)) == (409, True)
-        await client.vms.stop("demo")
-        await until(client, "demo", "stopped")
-        assert virtiofsds(daemon) == []
-        moved = (shared / "data").rename(shared / "moved")
-        with pytest.raises(ClientProblem) as problem:
-            await client.vms.start("demo")
-        assert (problem.value.status, "does not exist" in str(problem.value)) == (409, True)
-        moved.rename(shared / "data")
-        await client.vms.start("demo")
-        await until(client, "demo", "running")
-        assert await run(client, "demo", "ls", "/data")
-
-
-@pytest.mark.full
-async def test_a_killed_daemon_keeps_directories_and_a_killed_virtiofsd_crashes_the_vm(
-    daemon: Daemon, shared: Path
-) -> None:
-    async with daemon.client() as client:
-        vm = await boot(client, "demo", volumes=(f"{shared}/data:/data",))
-    daemon.kill()
-    async with daemon.started() as client:
-        await runs_on(client, vm)
-        (shared / "data/later").write_text("later\n")
-        assert await run(client, "demo", "cat", "/data/later") == "later\n"
-        [pid] = virtiofsds(daemon)
-        os.kill(pid, signal.SIGKILL)
-        after = await until(client, "demo", "crashed")
-        assert after is not None
-        assert after.reason is not None
-        assert (after.reason.code, f"{shared}/data" in after.reason.message) == ("host_directory_lost", True)
-        await client.vms.start("demo")
-        again = await until(client, "demo", "running")
-        assert again is not None
-        # It ends with its hypervisor, and that is not what the VM crashed of.
-        [pid] = virtiofsds(daemon)
-        kill_hypervisor(again)
-        after = await until(client, "demo", "crashed")
-        assert after is not None
-        assert after.reason is not None
-        assert after.reason.code == "hypervisor_killed"
-        with trio.fail_after(10):
-            while is_alive(pid):  # noqa: ASYNC110 - nothing tells
-                await trio.sleep(0.05)

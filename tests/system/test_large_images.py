@@ -14,7 +14,7 @@ import pytest
 import trio
 import zstandard
 
-from tests.oci.kit import BuiltImage, tar, write_layout
+from tests.oci.kit import BuiltImage, write_layout
 from tests.oci.registry import Registry, needs_registry
 from tests.oci.test_images import programs_in
 from tests.system.kit import Daemon, Stopwatch, boot, own_cache, run
@@ -23,7 +23,6 @@ from volant.client import Client
 
 pytestmark = [needs_registry, pytest.mark.cold]
 
-LAYERS = 40
 PIECE, PIECES = 4 * 2**20, 512
 """A file of 2 GiB that is the same piece again and again, at a distance that a window of zstd holds."""
 PROGRAMS = {"skopeo", "volant.oci", "mkfs.erofs"}
@@ -67,23 +66,6 @@ async def pull(client: Client, registry: Registry, image: BuiltImage, name: str)
 
 async def sha256_in(client: Client, command: str) -> str:
     return (await run(client, "demo", "sh", "-c", f"{command} | sha256sum")).split()[0]
-
-
-@pytest.mark.full
-async def test_a_vm_has_the_files_of_forty_layers(
-    daemon: Daemon, registry: Registry, image_cache: Path, tmp_path: Path
-) -> None:
-    data = [os.urandom(50_000) for _ in range(LAYERS)]
-    layers = [busybox_layer(image_cache, ("f0", {"data": data[0]}), ("last", {"data": b"0"}))]
-    layers += [
-        tar((f"f{number}", {"data": data[number]}), ("last", {"data": b"%d" % number})) for number in range(1, LAYERS)
-    ]
-    image = write_layout(tmp_path / "layout", layers)
-    async with daemon.client() as client:
-        await boot(client, "demo", image=await pull(client, registry, image, "many"), start_workload=False)
-        for number in (0, LAYERS // 2, LAYERS - 1):
-            assert await sha256_in(client, f"cat /f{number}") == hashlib.sha256(data[number]).hexdigest()
-        assert await run(client, "demo", "cat", "/last") == f"{LAYERS - 1}"
 
 
 @pytest.mark.full

@@ -11,7 +11,7 @@ import pytest
 
 from tests.oci.kit import tar, write_layout
 from tests.oci.registry import needs_registry
-from tests.system.kit import BOOT_S, Daemon, boot, run, runs_on, spec, until
+from tests.system.kit import BOOT_S, Daemon, boot, run, spec, until
 from tests.system.rootfs import busybox_layer
 from volant.client import ClientProblem, LogLine
 from volant.model import CreateVolume
@@ -61,21 +61,6 @@ async def test_a_vm_runs_the_program_of_its_image_as_its_user(daemon: Daemon, la
         assert "app:x:1000:1001" in await run(client, "reader", "cat", "/data/passwd")
         await client.vms.delete("reader")
         await client.volumes.delete("data")
-
-
-@pytest.mark.full
-async def test_a_disk_keeps_what_was_written_when_its_vm_stops(daemon: Daemon, layout: str) -> None:
-    async with daemon.client() as client:
-        await boot(client, "demo", image=layout, start_workload=False, user="root")
-        await run(client, "demo", "sh", "-c", "echo kept > /app/file; rm /etc/second; echo kept > /absent/data/file")
-        await client.vms.stop("demo", grace_s=20)
-        await until(client, "demo", "stopped")
-        await client.vms.start("demo")
-        await until(client, "demo", "running")
-        # A clone has written its machine-id there, a VM that booted cold has not.
-        listed = "cat /app/file; ls /etc | grep -v machine-id"
-        assert await run(client, "demo", "sh", "-c", listed) == "kept\ngroup\nhosts\npasswd\n"
-        assert await run(client, "demo", "cat", "/absent/data/file") == "kept\n"
 
 
 @pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed: .ci/system-packages network")
@@ -133,16 +118,6 @@ async def test_a_vm_of_an_image_is_forked_with_its_disk(daemon: Daemon, layout: 
         assert await run(client, "copy", "cat", "/app/file") == "kept\n"
 
 
-@pytest.mark.full
-async def test_a_restarted_daemon_keeps_a_vm_of_an_image(make_daemon: Callable[..., Daemon], layout: str) -> None:
-    daemon = make_daemon(ephemeral=False)
-    async with daemon.client() as client:
-        vm = await boot(client, "demo", image=layout, start_workload=False)
-    daemon.kill()
-    async with daemon.started() as client:
-        await runs_on(client, vm)
-
-
 async def test_an_image_that_can_not_be_had_makes_no_vm(daemon: Daemon, layout: str) -> None:
     async with daemon.client() as client:
         for image, status, code in (
@@ -155,58 +130,3 @@ async def test_an_image_that_can_not_be_had_makes_no_vm(daemon: Daemon, layout: 
                 await client.vms.create(spec("demo", image=image))
             assert (refused.value.status, refused.value.code, refused.value.field) == (status, code, "image")
         assert await client.vms.list() == []
-
-
-@pytest.mark.full
-async def test_a_copy_into_a_volume_is_whole_or_made_again(daemon: Daemon, layout: str) -> None:
-    async with daemon.client() as client:
-        await client.volumes.create(CreateVolume(name="data", size_mb=64))
-        fields = {"image": layout, "start_workload": False, "user": "root"}
-        await boot(client, "demo", volumes=("data:/etc",), **fields)
-        assert await run(client, "demo", "ls", "/etc") == "group\nhosts\npasswd\nsecond\n"
-        await run(client, "demo", "sh", "-c", "rm /etc/second; echo x > /etc/.volant-copy-unfinished; echo x > /etc/x")
-        await client.vms.stop("demo", grace_s=20)
-        await until(client, "demo", "stopped")
-        await client.vms.create(spec("reader", volumes=("data:/d:ro",)))
-        reader = await until(client, "reader", "crashed")
-        assert reader is not None
-        assert reader.reason is not None
-        assert (reader.reason.code, "start a VM that writes" in reader.reason.message) == ("volume_failed", True)
-        await client.vms.delete("reader")
-        await client.vms.start("demo")
-        await until(client, "demo", "running")
-        assert await run(client, "demo", "ls", "-A", "/etc") == "group\nhosts\npasswd\nsecond\n"
-        # Likewise while the volume is mounted, as for an agent that was restarted.
-        await run(client, "demo", "sh", "-c", "rm /etc/second; echo x > /etc/.volant-copy-unfinished")
-        await client.volumes.resize("data", 128)
-        assert await run(client, "demo", "ls", "-A", "/etc") == "group\nhosts\npasswd\nsecond\n"
-        await client.vms.delete("demo")
-        await client.volumes.delete("data")
-
-
-@pytest.mark.full
-async def test_a_volume_too_small_for_its_copy_fails_the_boot_until_it_has_grown(daemon: Daemon, layout: str) -> None:
-    async with daemon.client() as client:
-        await client.volumes.create(CreateVolume(name="data", size_mb=16))
-        fields = {"image": layout, "start_workload": False, "user": "root"}
-        await client.vms.create(spec("demo", volumes=("data:/large",), **fields))
-        vm = await until(client, "demo", "crashed")
-        assert vm is not None
-        assert vm.reason is not None
-        assert (vm.reason.code, "No space left on device" in vm.reason.message) == ("volume_failed", True), vm.reason
-        await client.volumes.resize("data", 64)
-        await client.vms.start("demo")
-        await until(client, "demo", "running")
-        assert await run(client, "demo", "stat", "-c", "%s", "/large/file") == f"{24 * 2**20}\n"
-        await client.vms.delete("demo")
-        await client.volumes.delete("data")
-
-
-@pytest.mark.full
-async def test_a_volume_stays_empty_where_that_is_asked_for(daemon: Daemon, layout: str) -> None:
-    async with daemon.client() as client:
-        await client.volumes.create(CreateVolume(name="data", size_mb=16))
-        await boot(client, "demo", volumes=("data:/large:nocopy",), image=layout, start_workload=False, user="root")
-        assert await run(client, "demo", "ls", "-A", "/large") == ""
-        await client.vms.delete("demo")
-        await client.volumes.delete("data")

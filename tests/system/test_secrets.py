@@ -16,7 +16,7 @@ import pytest
 import trio
 
 from tests.files import everything_in
-from tests.system.kit import Daemon, adopted, boot, kept, reachable, run, until
+from tests.system.kit import Daemon, boot, kept, run, until
 from tests.system.test_standby import filled
 from tests.system.test_templates import template
 from volant.client import Client
@@ -127,52 +127,6 @@ async def test_every_kind_of_boot_gives_the_value_of_that_moment(daemon: Daemon)
         assert await until(client, "restored", "running")
         await check(client, "restored", fifth, workload=third)
         await check_nowhere(daemon, client, (first, second, third, fourth, fifth), since=began)
-
-
-@pytest.mark.system
-async def test_a_vm_goes_on_without_the_key_and_boots_again_with_it(daemon: Daemon) -> None:
-    key = daemon.state_dir.with_name(f"{daemon.state_dir.name}-keys") / "secrets.key"
-    async with daemon.client() as client:
-        value = await put(client, new_value())
-        await keeper(client, "demo")
-        daemon.kill()
-        aside = key.rename(key.with_name("aside"))
-    async with daemon.started() as client:
-        await adopted(client)
-        await reachable(client, "demo")
-        await check(client, "demo", value)
-        await run(client, "demo", "sh", "-c", "echo still here > /dev/console")
-        async with client.vms.logs("demo", tail=50, follow=True, streams=["console"]) as log:
-            with trio.fail_after(60):
-                async for line in log:
-                    if "still here" in getattr(line, "line", ""):
-                        break
-        (shown,) = await client.secrets.list()
-        assert not shown.readable
-        await client.vms.restart("demo")
-        vm = await until(client, "demo", "crashed")
-        assert vm is not None
-        assert vm.reason is not None
-        assert (vm.reason.code, "<state_dir>-keys/secrets.key" in vm.reason.message) == ("secret_unreadable", True)
-        aside.rename(key)
-        await client.vms.start("demo")
-        assert await until(client, "demo", "ready")
-        await check(client, "demo", value)
-
-
-@pytest.mark.system
-async def test_a_place_that_is_not_in_memory_fails_the_boot(daemon: Daemon) -> None:
-    async with daemon.client() as client:
-        await put(client, new_value())
-        manifest = KEEPER | {"name": "nobody", "workload": {"entrypoint": ["/bin/true"], "user": "nosuch"}}
-        await client.plugins.install(manifest)
-        await client.vms.create({"name": "demo", "plugin": "nobody", "memory_mb": 128, "secrets": ["token"]})
-        vm = await until(client, "demo", "crashed")
-        assert vm is not None
-        assert vm.reason is not None
-        assert (vm.reason.code, "no user nosuch" in vm.reason.message) == ("secret_failed", True)
-        await client.vms.delete("demo")
-        await client.plugins.delete("nobody")
 
 
 async def check_nowhere(daemon: Daemon, client: Client, values: Iterable[str], *, since: float) -> None:

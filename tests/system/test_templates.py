@@ -13,10 +13,8 @@ from typing import Any, TypeVar
 import pytest
 import trio
 
-from tests.system.kit import BOOT_S, Daemon, boot, kept, reachable, run, until
-from tests.system.rootfs import make_ext4, plugin
+from tests.system.kit import BOOT_S, Daemon, boot, kept, run, until
 from volant.client import Client
-from volant.model import Cloning, HealthCheck, Manifest, Workload
 
 # These tests build their own templates, and damage them.
 pytestmark = pytest.mark.cold
@@ -42,23 +40,6 @@ for what, how in (("drop_caches", "3"), ("compact_memory", "1")):
     with open(f"/proc/sys/vm/{what}", "w") as handle:
         handle.write(how)
 time.sleep(3)
-"""
-COUNTER = """
-import json, os, signal, socket
-born, told = os.urandom(8).hex(), []
-def tell(number, frame):
-    told.append(json.load(open("/run/volant-clone.json"))["instance_id"])
-signal.signal(signal.SIGUSR1, tell)
-listener = socket.create_server(("127.0.0.1", 8080), backlog=16)
-print("the workload began", flush=True)
-while True:
-    with listener.accept()[0] as sock, sock.makefile("rb") as stream:
-        while stream.readline().strip():
-            pass
-        said = {"born": born, "told": told, "now": os.urandom(8).hex(), "env": os.environ.get("WHO")}
-        body = json.dumps(said).encode()
-        head = f"HTTP/1.1 200 X\\r\\nContent-Type: application/json\\r\\nContent-Length: {len(body)}\\r\\n\\r\\n"
-        sock.sendall(head.encode() + body)
 """
 
 
@@ -105,11 +86,6 @@ def digest_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def builds(daemon: Daemon) -> list[str]:
-    """The tags of the processes that are to become templates."""
-    return [tag for tag in daemon.processes().values() if tag.startswith(f"{daemon.tag_prefix}t.")]
-
-
 async def who(client: Client, name: str) -> dict[str, Any]:
     """Returns the identity of a guest, once its clock is right: on a busy host it is corrected later."""
     said: list[tuple[float, float, float]] = []
@@ -123,13 +99,6 @@ async def who(client: Client, name: str) -> dict[str, Any]:
             said.append((before, found["time"], after))
             await trio.sleep(0.5)
     raise AssertionError(f"the clock of {name} is never right: {said}")
-
-
-async def ask(daemon: Daemon, name: str) -> dict[str, Any]:
-    """Returns the answer of the counter's workload."""
-    async with daemon.http() as http:
-        found: dict[str, Any] = (await http.get(f"/api/v1/vms/{name}/agent/")).raise_for_status().json()
-        return found
 
 
 async def test_clones_have_an_identity_each(daemon: Daemon) -> None:
@@ -175,152 +144,5 @@ async def test_a_clone_cannot_change_the_memory_of_its_template(daemon: Daemon) 
     assert (digest_of(memory), memory.stat().st_blocks) == (before, room)
 
 
-async def test_a_vm_boots_in_the_requested_mode(daemon: Daemon) -> None:
-    async with daemon.client() as client:
-        cold = await boot(client, "cold", boot="cold")
-        assert cold.booted_from == "cold"
-        # Another kind, without a template: the VM waits until it is built.
-        clone = await boot(client, "clone", boot="template", kernel_cmdline="volant.test=1")
-        assert clone.booted_from == "template"
-        assert "volant.test=1" in await run(client, "clone", "cat", "/proc/cmdline")
-
-
-@pytest.mark.full
-async def test_a_copied_workload_is_notified_and_its_copies_diverge(daemon: Daemon) -> None:
-    manifest = Manifest(
-        name="counter",
-        workload=Workload(entrypoint=("python3.13", "-c", COUNTER), port=8080, health_check=HealthCheck(path="/")),
-        template=Cloning(after="workload", signal="SIGUSR1"),
-    )
-    async with daemon.client() as client:
-        await client.plugins.install(manifest)
-        said = {}
-        for name in ("a", "b"):
-            vm = await boot(client, name, plugin="counter", boot="template", env={"WHO": "both"})
-            assert vm.booted_from == "template"
-            with trio.fail_after(30):
-                while not (found := await ask(daemon, name))["told"]:  # noqa: ASYNC110
-                    await trio.sleep(0.05)
-            said[name] = found
-            instance = (await client.vms.agent_info(name))["instance_id"]
-            assert found["told"] == [instance], "told once, when the file was there"
-        assert said["a"]["born"] == said["b"]["born"]
-        assert said["a"]["now"] != said["b"]["now"]
-        assert said["a"]["env"] == "both"
-        # A VM with its own environment is another kind.
-        vm = await boot(client, "c", plugin="counter", env={"WHO": "me"})
-        assert vm.booted_from == "cold"
-        with trio.fail_after(60):
-            while True:
-                async with daemon.http() as http:
-                    answer = await http.get("/api/v1/vms/a/logs", params={"stream": "stdout"})
-                if lines := [json.loads(line)["line"] for line in answer.text.splitlines()]:
-                    break
-                await trio.sleep(0.1)
-        assert lines == ["the workload began"]
-
-
-@pytest.mark.full
-async def test_a_disk_starts_as_a_copy_of_the_templates_disk(daemon: Daemon, image_cache: Path, tmp_path: Path) -> None:
-    rootfs = make_ext4(tmp_path / "root.ext4", image_cache, files={"etc/hello": "hello\n"})
-    async with daemon.client() as client:
-        await client.plugins.install(plugin("disk", rootfs))
-        for name in ("a", "b"):
-            vm = await boot(client, name, plugin="disk", boot="template")
-            assert vm.booted_from == "template"
-            assert await run(client, name, "cat", "/etc/hello") == "hello\n"
-        await run(client, "a", "mkdir", "/mine")
-        await run(client, "a", "sync")
-        assert "mine" not in await run(client, "b", "ls", "/")
-        assert await run(client, "a", "cat", "/etc/machine-id") != await run(client, "b", "cat", "/etc/machine-id")
-        await client.vms.restart("a")
-        restarted = await until(client, "a", "running")
-        assert restarted is not None
-        assert restarted.booted_from == "cold", "its disk is not what the template knows of it"
-        assert "mine" in await run(client, "a", "ls", "/")
-
-
 def touch(directory: Path) -> None:
     os.utime(directory / "memory")
-
-
-def cut(directory: Path) -> None:
-    os.truncate(directory / "state", 1000)
-
-
-def forge(directory: Path) -> None:
-    """Damages a template like a faulty disk: the record still matches, but the content is wrong."""
-    state, record = directory / "state", directory / "template.json"
-    state.write_bytes(b"x" * state.stat().st_size)
-    figures, said = state.stat(), json.loads(record.read_text())
-    said["fingerprints"]["state"] = f"{figures.st_ino}.{figures.st_size}.{figures.st_mtime_ns}"
-    said["state_sha256"] = hashlib.sha256(state.read_bytes()).hexdigest()
-    record.write_text(json.dumps(said))
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("damage", [touch, cut, forge])
-async def test_a_damaged_template_costs_a_cold_boot_and_is_reported(
-    image_cache: Path, make_daemon: Callable[..., Daemon], damage: Callable[[Path], None]
-) -> None:
-    daemon = make_daemon("--templates", "auto", ephemeral=False)
-    async with daemon.client() as client:
-        await boot(client, "vm", boot="template")
-        directory = await template(daemon)
-        await client.vms.delete("vm")
-    # The daemon has cached nothing about it.
-    assert daemon.stop() == 0
-    damage(directory)
-    daemon.start()
-    async with daemon.client() as client:
-        vm = await boot(client, "vm", boot="auto")
-        assert vm.booted_from == "cold"
-        assert directory.name in daemon.log()
-        if damage is forge:
-            assert vm.fallback is not None
-            assert vm.fallback.code == "template_refused"
-            assert "boots cold, as the clone of template" in daemon.log()
-            async with daemon.http() as http:
-                metrics = (await http.get("/metrics")).text
-            assert 'volant_template_fallbacks_total{reason="template_refused"} 1.0' in metrics
-        else:
-            assert vm.fallback is None
-            # The template is built again.
-            assert (await template(daemon)).name == directory.name
-        await reachable(client, "vm")
-
-
-async def test_kill_nine_in_the_middle_of_a_build_leaves_nothing(make_daemon: Callable[..., Daemon]) -> None:
-    daemon = make_daemon("--templates", "auto", ephemeral=False)
-    async with daemon.client() as client:
-        await boot(client, "vm")
-    building = await eventually(lambda: builds(daemon))
-    daemon.kill()
-    assert builds(daemon) == building, "it goes on without the daemon"
-    assert list(daemon.state_dir.glob("templates/*.new"))
-    daemon.start()
-    await eventually(
-        lambda: (
-            not builds(daemon)
-            and not list(daemon.state_dir.glob("templates/*"))
-            and not list(daemon.memory_dir.glob("template-*"))
-            and not list(daemon.runtime_dir.glob("templates/*"))
-        )
-    )
-    async with daemon.client() as client:
-        assert len(daemon.hypervisors()) == 1
-        await reachable(client, "vm")
-
-
-@pytest.mark.full
-async def test_a_clean_stop_ends_a_build(make_daemon: Callable[..., Daemon]) -> None:
-    daemon = make_daemon("--templates", "auto", ephemeral=False)
-    async with daemon.client() as client:
-        await boot(client, "vm")
-    await eventually(lambda: builds(daemon))
-    assert daemon.stop() == 0
-    assert not builds(daemon)
-    assert not list(daemon.state_dir.glob("templates/*"))
-    daemon.start()
-    async with daemon.client() as client:
-        await reachable(client, "vm")
