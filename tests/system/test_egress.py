@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Any
@@ -19,12 +18,11 @@ import pytest
 import trio
 
 from tests.processes import read_line
-from tests.system.kit import REPOSITORY, Daemon, boot, kept, reachable, run, until
+from tests.system.kit import REPOSITORY, Daemon, boot, kept, reachable, run
 from tests.system.lab import HOST, WORLD, Lab
 from tests.system.test_orphans import volar
-from tests.system.test_snapshots import fork
 from volant.client import Client
-from volant.model import EgressRule, Problem, RestoreVm, TakeSnapshot
+from volant.model import EgressRule
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="only root filters what guests send"),
@@ -260,57 +258,3 @@ async def test_rules_hold_while_no_daemon_runs_and_after_it(daemon: Daemon, lab:
             FIRST,
             None,
         ]
-
-
-@pytest.mark.full
-async def test_copies_have_the_rules_of_the_original(daemon: Daemon) -> None:
-    async with daemon.client() as client:
-        await boot(client, "original", network="bridge", egress=RULES)
-        await client.snapshots.take("original", TakeSnapshot(name="kept"))
-        await client.vms.create(RestoreVm(name="restored", from_snapshot="kept"))
-        await until(client, "restored", "running")
-        await fork(client, "original")
-        names = [vm.name for vm in await client.vms.list() if vm.name != "original"]
-        assert len(names) == 2
-        for name in names:
-            assert (await client.vms.get(name)).egress == RULES
-            targets = [("allowed.example", 80, "tcp"), (THIRD, 80, "tcp"), (SECOND, 80, "tcp")]
-            assert await attempts(client, name, *targets) == [FIRST, None, SECOND], name
-        await client.snapshots.delete("kept")
-
-
-async def test_none_denies_all_and_exec_and_ports_work(daemon: Daemon, lab: EgressLab) -> None:
-    async with daemon.client() as client:
-        await boot(client, "closed", network="bridge", egress="none", ports=["0.0.0.0:8080:80"])
-        assert await attempts(client, "closed", (FIRST, 80, "tcp"), ("allowed.example", 80, "tcp")) == [None, None]
-        await run(
-            client, "closed", "sh", "-c", "(while :; do hostname | nc -l -p 80; done) </dev/null >/dev/null 2>&1 &"
-        )
-        fetch = f"import socket; print(socket.create_connection(('{HOST}', 8080), timeout=20).recv(100).decode())"
-
-        def fetched() -> str:
-            try:
-                return lab.world.run(sys.executable, "-c", fetch)
-            except subprocess.CalledProcessError:
-                return ""  # Nobody listens yet, or between two clients.
-
-        with trio.fail_after(_S):
-            while "closed" not in fetched():  # noqa: ASYNC110
-                await trio.sleep(0.2)
-
-
-async def test_what_is_wrong_is_refused_with_a_reason(daemon: Daemon) -> None:
-    async with daemon.client() as client:
-        for egress, status in (
-            ((EgressRule(cidr="10.0.0.0/33"),), 400),
-            ((EgressRule(name="*"),), 400),
-            ((EgressRule(),), 400),
-            ((EgressRule(cidr="10.0.0.1/8"),), 422),
-        ):
-            with pytest.raises(Problem) as refused:
-                await boot(client, "wrong", network="bridge", egress=egress)
-            assert refused.value.status == status
-            assert refused.value.field == "egress[0]" or str(refused.value.field).startswith("egress[0].")
-        with pytest.raises(Problem) as refused:
-            await boot(client, "wrong", network="none", egress=RULES)
-        assert (refused.value.status, refused.value.field) == (422, "egress")

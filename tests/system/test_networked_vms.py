@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,14 +17,12 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.system.kit import BOOT_S, Daemon, boot, kept, reachable, run, until
+from tests.system.kit import BOOT_S, Daemon, boot, kept, reachable, run
 from tests.system.lab import HOST, WORLD, Lab
-from tests.system.test_orphans import volar
-from tests.system.test_snapshots import fork
-from tests.system.test_standby import count, filled
+from tests.system.test_standby import filled
 from tests.system.test_templates import template
 from volant.client import Client
-from volant.model import RestoreVm, TakeSnapshot, VmView
+from volant.model import VmView
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="only root makes bridges"),
@@ -110,46 +107,6 @@ async def reaches(client: Client, name: str, other: str) -> bool:
     return await run(client, name, "sh", "-c", script) == "yes\n"
 
 
-@pytest.mark.full
-async def test_each_vm_of_any_origin_has_its_own_address(daemon: Daemon) -> None:
-    async with daemon.client() as client:
-        await boot(client, "used")
-        await filled(daemon)
-        claims = await count(daemon, "claims_total")
-        vms = [await boot(client, "waited")]
-        assert await count(daemon, "claims_total") == claims + 1
-        vms += await fork(client, "waited")
-        vms.append(await boot(client, "cold", boot="cold"))
-        assert [vm.booted_from for vm in vms] == ["template", "fork", "cold"]
-        assert all(vm.fallback is None for vm in vms)
-        assert len({vm.ip_address for vm in vms}) == len({vm.mac_address for vm in vms}) == len(vms)
-        for vm in vms:
-            await is_on_the_network(client, vm)
-        for vm in vms[1:]:
-            assert not await reaches(client, "waited", vm.ip_address), "they have no network in common"
-
-
-@pytest.mark.full
-async def test_copies_have_an_address_of_their_own_and_can_power_off(daemon: Daemon) -> None:
-    async with daemon.client() as client:
-        original = await boot(client, "original")
-        await client.snapshots.take("original", TakeSnapshot(name="kept"))
-        restored = await client.vms.create(RestoreVm(name="restored", from_snapshot="kept"))
-        restored = await until(client, "restored", "running") or restored
-        assert restored.ip_address not in ("", original.ip_address)
-        [forked] = await fork(client, "original")
-        for vm in (original, restored, forked):
-            await is_on_the_network(client, vm)
-        await client.snapshots.delete("kept")
-        # Linux resets its NICs then.
-        for vm in (restored, forked):
-            await run(client, vm.name, "sh", "-c", "setsid poweroff >/dev/null 2>&1 &")
-            ended = await until(client, vm.name, "stopped", "crashed")
-            assert ended is not None
-            assert ended.reason is not None
-            assert (ended.status, ended.reason.code) == ("stopped", "guest_shutdown"), ended.reason
-
-
 async def test_vms_of_one_named_network_reach_each_other_by_name(daemon: Daemon) -> None:
     async with daemon.client() as client:
         await client.networks.create("blue")
@@ -220,95 +177,3 @@ async def test_networks_outlive_a_killed_daemon_and_end_with_their_vms(daemon: D
         await client.vms.delete("stays")
         with pytest.raises(subprocess.CalledProcessError):
             lab.world.run(sys.executable, "-c", FETCH, HOST, "8080")
-
-
-@pytest.mark.full
-async def test_an_orphaned_guest_keeps_its_address_when_it_is_adopted(daemon: Daemon, lab: Lab) -> None:
-    """A booted VM has its address on the command line; a VM from the warm pool has it in a file of its directory."""
-    async with daemon.client() as client:
-        # A daemon that has just started does not know which templates will be used.
-        await boot(client, "first")
-        await filled(daemon)
-        claims = await count(daemon, "claims_total")
-        vms = [await boot(client, "waited"), await boot(client, "cold", boot="cold")]
-        assert await count(daemon, "claims_total") == claims + 1
-        assert [vm.booted_from for vm in vms] == ["template", "cold"]
-        await client.vms.delete("first")
-        await boot(client, "victim")
-    with_all = lab.host.links()
-    daemon.lose_database()
-    async with daemon.started() as client:
-        assert lab.host.links() == with_all, "what a guest has that may be found again is not taken away"
-        tags = {orphan["name"]: orphan["tag"] for orphan in volar(daemon, "vms", "orphans")}
-        volar(daemon, "vms", "kill", tags["victim"])
-        assert len(with_all - lab.host.links()) == 1
-        for vm in vms:
-            volar(daemon, "vms", "adopt", tags[vm.name])
-        for vm in vms:
-            found = await client.vms.get(vm.name)
-            assert (found.ip_address, found.mac_address) == (vm.ip_address, vm.mac_address)
-            await reachable(client, vm.name)
-            await is_on_the_network(client, found)
-
-
-@pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed")
-async def test_guests_reach_the_internet_as_users_of_the_host_do(daemon: Daemon, lab: Lab) -> None:
-    async with daemon.client() as client:
-        await boot(client, "booted", network="user", boot="cold", ports=["0.0.0.0:8081:80"])
-        await boot(client, "clone", network="user")
-        assert len(lab.host.links()) == len({"lo", "up0", "the bridge"}), "they need nothing of the host"
-        await fork(client, "clone")
-        for vm in await client.vms.list():
-            assert vm.fallback is None
-            assert (vm.network, vm.ip_address) == ("user", "10.0.2.15")
-            assert await tells_from_where(client, vm.name) == HOST
-        await serve(client, "booted")
-        assert await fetch(lab, 8081) == "booted\n"
-
-
-@pytest.mark.full
-@pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed")
-async def test_guests_reach_the_internet_again_whichever_process_is_killed(daemon: Daemon) -> None:
-    """For a VM of any origin: its hypervisor does not connect to passt, so the daemon has to."""
-
-    def passts() -> dict[int, int]:
-        """Returns the processes by the id of their VM."""
-        prefix = f"{daemon.tag_prefix}n."
-        return {int(tag.removeprefix(prefix)): pid for pid, tag in daemon.processes().items() if tag.startswith(prefix)}
-
-    async def all_reach_the_world(client: Client) -> None:
-        again = f"until python3 -c '{FETCH}' {WORLD} {PORT} 2>/dev/null; do sleep 0.2; done"
-        for vm in vms:
-            with trio.fail_after(_S):
-                assert await run(client, vm.name, "sh", "-c", again) == HOST, vm.name
-
-    async with daemon.client() as client:
-        cold = await boot(client, "cold", network="user", boot="cold")
-        (waiting,) = await filled(daemon)
-        warm = await boot(client, "warm", network="user")
-        assert warm.pid == waiting
-        clone = await boot(client, "clone", network="user")
-        vms = [cold, warm, clone, *await fork(client, "clone")]
-        assert [vm.booted_from for vm in vms] == ["cold", "template", "template", "fork"]
-        assert {vm.fallback for vm in vms} == {None}
-        await all_reach_the_world(client)
-        began = passts()
-        assert set(began) == {vm.id for vm in vms}
-        assert "passt had ended" not in daemon.log(), "each has kept its first connection"
-
-        for pid in began.values():
-            os.kill(pid, signal.SIGKILL)
-        await all_reach_the_world(client)
-        first = passts()
-        await client.vms.apply_and_wait("clone", "pause", ["paused"])
-    daemon.kill()
-    assert passts() == first
-    for vm in vms[1:]:
-        os.kill(first[vm.id], signal.SIGKILL)
-    async with daemon.started() as client:
-        await client.vms.apply_and_wait("clone", "resume", ["running"])
-        for vm in vms:
-            await reachable(client, vm.name)
-        await all_reach_the_world(client)
-        second = passts()
-        assert {vm.name for vm in vms if second[vm.id] == first[vm.id]} == {"cold"}, "a connection that holds is kept"

@@ -18,7 +18,7 @@ import trio
 
 from tests.attackers.exposed_host import LOOPBACK_PORT, METADATA, MULTICAST_GROUPS, PORT
 from tests.processes import read_line
-from tests.system.kit import BOOT_S, REPOSITORY, Daemon, boot, run
+from tests.system.kit import REPOSITORY, Daemon, boot, run
 from tests.system.netns import Namespace
 from volant.client import Client
 
@@ -205,29 +205,3 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
         except OSError:
             pass
 """
-
-
-@pytest.mark.full
-async def test_the_network_outlives_the_daemon_and_ends_with_its_vm(image_cache: Path, world: int) -> None:
-    daemon = on_a_host(image_cache, world, ephemeral=False)
-    try:
-        daemon.start()
-        async with Client(daemon.base_url) as client:
-            await boot(client, "demo", network="user")
-            behind = Behind(daemon, client, world)
-            before = behind.passts()
-            assert len(before) == 1
-            await client.vms.apply_and_wait("demo", "stop", ["stopped"])
-            assert not behind.passts()
-            assert "passt had ended" not in daemon.log(), "it ends with its hypervisor"
-            await client.vms.apply_and_wait("demo", "start", ["running"], timeout_s=BOOT_S)
-            before = behind.passts()
-        daemon.kill()
-        assert behind.passts() == before
-        (hypervisor,) = daemon.hypervisors()
-        os.kill(hypervisor, signal.SIGKILL)
-        with trio.fail_after(_S):
-            while behind.passts():  # noqa: ASYNC110 - nothing tells
-                await trio.sleep(0.05)
-    finally:
-        daemon.discard()
