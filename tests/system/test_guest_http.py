@@ -1,7 +1,4 @@
-"""HTTP into a guest: its workload and the ports of its loopback, with streams and WebSockets.
-
-A guest's answer is never taken for one of the daemon.
-"""
+"""HTTP into a guest: its workload, its actions and the ports of its loopback, with large bodies and WebSockets."""
 
 from __future__ import annotations
 
@@ -66,16 +63,6 @@ def serve(sock, where):
         if headers.get("upgrade", "").lower() == "websocket":
             return websocket(sock, headers, rest)
         extra = "Set-Cookie: evil=1\r\nService-Worker-Allowed: /\r\nContent-Type: text/html\r\n"
-        if target.startswith("/drip"):
-            # One piece, and the next when the client has said that it has the first one.
-            sock.sendall(f"HTTP/1.1 200 OK\r\n{extra}Transfer-Encoding: chunked\r\n\r\n".encode())
-            sock.sendall(b"6\r\nfirst\n\r\n")
-            next_one.wait(60)
-            next_one.clear()
-            sock.sendall(b"7\r\nsecond\n\r\n0\r\n\r\n")
-            return
-        if target == "/next":
-            next_one.set()
         digest, size = hashlib.sha256(), 0
         left = int(headers.get("content-length", 0))
         while left:
@@ -94,7 +81,6 @@ def listen(port, where):
     while True:
         threading.Thread(target=serve, args=(listener.accept()[0], where), daemon=True).start()
 
-next_one = threading.Event()
 threading.Thread(target=listen, args=(9000, "port"), daemon=True).start()
 listen(8080, "workload")
 """
@@ -104,9 +90,9 @@ PLUGIN = {
     "workload": {
         "entrypoint": ["python3.13", "-c", SERVER],
         "port": 8080,
-        "env": {"COLOUR": "red"},
         "health_check": {"path": "/healthy", "interval_s": 0.2},
     },
+    "actions": {"digest": {"path": "/v1/digest", "method": "PUT"}},
 }
 AGENT = "/api/v1/vms/demo/agent"
 PORT = "/api/v1/vms/demo/ports/9000"
@@ -135,45 +121,6 @@ async def test_paths_and_queries_arrive_unchanged(daemon: Daemon, path: str, see
     assert answer.text.startswith(f"{seen} 0 ")
 
 
-async def test_what_a_guest_answers_never_runs_as_ours(daemon: Daemon) -> None:
-    async with daemon.http() as http:
-        for path in (f"{AGENT}/page", f"{PORT}/page"):
-            answer = await http.get(path)
-            assert answer.headers["content-security-policy"] == "sandbox"
-            assert answer.headers["x-content-type-options"] == "nosniff"
-            assert "set-cookie" not in answer.headers
-            assert "service-worker-allowed" not in answer.headers
-
-
-async def test_credentials_and_hop_by_hop_headers_are_removed(daemon: Daemon) -> None:
-    headers = {
-        "Authorization": "Bearer secret",
-        "Cookie": "secret=1",
-        "X-Volant-API-Key": "secret",
-        "Connection": "close, X-Hop",
-        "X-Hop": "secret",
-        "X-Kept": "kept",
-    }
-    async with daemon.http() as http:
-        for path in (f"{AGENT}/h?api_key=secret&a=1", f"{PORT}/h?ticket=secret&a=1"):
-            text = (await http.get(path, headers=headers)).text
-            assert "secret" not in text
-            assert "x-kept: kept" in text
-            assert "/h?a=1 " in text
-
-
-async def test_an_answer_streams(daemon: Daemon) -> None:
-    """The guest writes the second piece only after another request says that the first has arrived."""
-    async with daemon.http() as http, http.stream("GET", f"{PORT}/drip") as response:
-        pieces = response.aiter_bytes()
-        with trio.fail_after(20):
-            assert await anext(pieces) == b"first\n"
-            await http.get(f"{PORT}/next")
-            assert await anext(pieces) == b"second\n"
-            with pytest.raises(StopAsyncIteration):
-                await anext(pieces)
-
-
 async def test_a_large_body_arrives_unchanged(daemon: Daemon) -> None:
     data = bytes(range(251)) * 40_000
 
@@ -199,32 +146,13 @@ async def test_a_websocket_is_passed_through(daemon: Daemon, path: str) -> None:
             assert not [value for name, value in socket.handshake_headers if name.lower() == b"set-cookie"]
 
 
-async def test_closed_ports_and_the_daemons_own_routes_are_refused(daemon: Daemon) -> None:
-    async with daemon.http() as http:
-        closed = await http.get("/api/v1/vms/demo/ports/9001/")
-        assert closed.status_code == 502
-        assert closed.json()["vm"] == "demo"
-        assert (await http.get("/api/v1/vms/demo/ports/0/")).status_code == 400
-        assert (await http.get("/api/v1/vms/demo/ports/65536/")).status_code == 400
-        # Clients cannot reach the agent's routes for the daemon, in any spelling.
-        for route in ("v1/daemon/logs", "v1//daemon/logs", "v1/x/../daemon/logs", "v1/%64aemon/logs"):
-            raw = f"GET {AGENT}/{route} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode()
-            assert b" 404 " in await ask(daemon, raw)
-    upgrade = "Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
-    text = f"GET /api/v1/vms/demo/ports/9001/ HTTP/1.1\r\nHost: localhost\r\n{upgrade}Sec-WebSocket-Version: 13\r\n\r\n"
-    assert b" 502 " in await ask(daemon, text.encode())
-
-
-async def ask(daemon: Daemon, request: bytes) -> bytes:
-    """Returns the head of the answer to a request that no client library would send."""
-    host, port = daemon.base_url.removeprefix("http://").split(":")
-    with trio.fail_after(20):
-        async with await trio.open_tcp_stream(host, int(port)) as stream:
-            await stream.send_all(request)
-            return await stream.receive_some(65536)
-
-
-async def test_a_page_of_another_origin_gets_nothing(daemon: Daemon) -> None:
-    async with daemon.http() as http:
-        answer = await http.post(f"{PORT}/", headers={"Origin": "http://evil.example"})
-        assert answer.status_code == 403
+async def test_the_workload_performs_an_action(daemon: Daemon) -> None:
+    data = bytes(range(251)) * 4000
+    async with (
+        daemon.client() as client,
+        client.vms.call_action("demo", "digest", content=data, content_type="x/y", query={"a": "b c"}) as answer,
+    ):
+        seen = (await answer.read()).decode()
+    assert answer.status == 200
+    assert seen.startswith(f"workload PUT /v1/digest?a=b+c {len(data)} {hashlib.sha256(data).hexdigest()}\n")
+    assert "\ncontent-type: x/y\n" in seen

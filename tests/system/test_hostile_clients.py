@@ -19,7 +19,6 @@ from tests.system import netns
 from tests.system.kit import BOOT_S, Daemon, boot, load, patched, run, spec
 from volant.client import LogLine
 
-SLOW_CLIENTS = 200
 LINES = load("VOLANT_TEST_LOG_LINES", usual=100_000, full=100_000)
 VANISHING = 1000
 VANISHED_S = load("VOLANT_TEST_VANISHED_S", usual=8, full=0)
@@ -100,18 +99,6 @@ async def connect(daemon: Daemon) -> trio.SocketStream:
     return await trio.open_tcp_stream(host, int(port))
 
 
-async def answer_of(stream: trio.SocketStream) -> bytes:
-    """Returns what arrives until the daemon closes or resets the connection."""
-    data = b""
-    with trio.fail_after(60):
-        try:
-            while piece := await stream.receive_some(65536):
-                data += piece
-        except trio.BrokenResourceError:
-            pass
-    return data
-
-
 async def test_requests_that_crash_hypercorn_do_no_harm(daemon: Daemon) -> None:
     daemon.kept = {"demo"}
     async with daemon.client() as client:
@@ -137,35 +124,6 @@ async def test_requests_that_crash_hypercorn_do_no_harm(daemon: Daemon) -> None:
                     nursery.start_soon(send, request + extra, b"101", b"400")
         for _ in range(30):
             nursery.start_soon(send, connect_without_path, b"505")
-
-
-@pytest.mark.full
-async def test_200_slow_clients_are_dropped(daemon: Daemon) -> None:
-    daemon.kept = {"demo"}
-
-    async def trickle(stream: trio.SocketStream) -> None:
-        try:
-            while True:
-                await stream.send_all(b"a")
-                await trio.sleep(1)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            pass
-
-    answers: list[bytes] = []
-
-    async def slow(number: int) -> None:
-        async with await connect(daemon) as stream, trio.open_nursery() as nursery:
-            await stream.send_all(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-Slow: " + b"a" * (number % 7))
-            nursery.start_soon(trickle, stream)
-            answers.append(await answer_of(stream))
-            nursery.cancel_scope.cancel()
-
-    async with watching(daemon), trio.open_nursery() as nursery:
-        for number in range(SLOW_CLIENTS):
-            nursery.start_soon(slow, number)
-    assert len(answers) == SLOW_CLIENTS
-    assert all(answer.startswith(b"HTTP/1.1 408 ") for answer in answers if answer)
-    assert sum(map(bool, answers)) > SLOW_CLIENTS // 2
 
 
 @pytest.mark.full

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -127,22 +127,3 @@ async def test_a_guest_that_fills_its_disk_gets_its_size_and_no_more(
         check(noticed)
         assert not daemon.disks()
         await client.plugins.delete("with-disk")
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("behaviour", ["garbage", "line-feeds"])
-async def test_a_restarted_daemon_adopts_the_others_and_can_delete_a_hostile_guest(
-    make_daemon: Callable[..., Daemon], image_cache: Path, tmp_path: Path, behaviour: str
-) -> None:
-    daemon = make_daemon(ephemeral=False)
-    async with daemon.client() as client:
-        await client.plugins.install(hostile_plugin(tmp_path, image_cache))
-        await boot(client, OTHER)
-        await boot_evil(client)
-        await turn(client, behaviour)
-    daemon.kill()
-    async with daemon.started() as client:
-        async with noticing(daemon, client) as noticed:
-            await trio.sleep(LONG_S)
-            await delete_evil(client, noticed)
-        check(noticed)

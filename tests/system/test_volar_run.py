@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -17,7 +16,6 @@ import trio
 
 from tests.oci.kit import write_layout
 from tests.oci.registry import needs_registry
-from tests.ports import free_port
 from tests.system.kit import Daemon, until
 from tests.system.rootfs import busybox_layer
 from tests.system.test_standby import filled
@@ -110,22 +108,6 @@ async def test_the_program_is_the_workload_of_its_vm(daemon: Daemon, image: str)
         await client.vms.delete("demo")
 
 
-async def test_it_goes_on_when_volar_is_killed_and_the_daemon_deletes_its_vm(daemon: Daemon, image: str) -> None:
-    async with daemon.client() as client:
-        async with volar(daemon, "-i", "--rm", "--name", "demo", image, "sh", "-c", "echo up; read line") as process:
-            await shown(process, b"up")
-            process.kill()
-            await process.wait()
-        async with client.vms.attach("demo", "workload") as session:
-            assert (await anext(session)) is not None
-            await session.send(b"on\n")
-            async for _ in session:
-                pass
-            assert session.end is not None
-            assert session.end.exit_code == 0
-        await until(client, "demo", "deleted")
-
-
 @pytest.mark.skipif(shutil.which("passt") is None, reason="passt is not installed: .ci/system-packages network")
 async def test_with_default_settings_the_second_run_of_an_image_claims_a_warm_process(
     make_daemon: Callable[..., Daemon], image: str
@@ -142,23 +124,6 @@ async def test_with_default_settings_the_second_run_of_an_image_claims_a_warm_pr
     assert vm.pid in waiting
 
 
-@pytest.mark.full
-async def test_volar_attaches_again_after_a_restart_of_the_daemon(
-    make_daemon: Callable[..., Daemon], image: str
-) -> None:
-    daemon = make_daemon("--listen", f"127.0.0.1:{free_port()}", ephemeral=False)
-    script = "echo up; read line; echo $line; exit 4"
-    async with daemon.client() as client:
-        async with volar(daemon, "-i", "--rm", "--name", "demo", image, "sh", "-c", script) as process:
-            await shown(process, b"up\n")
-            daemon.kill()
-            async with daemon.started():
-                await send(process, b"still here\n")
-                await shown(process, b"still here\n")
-                assert await process.wait() == 4
-                await until(client, "demo", "deleted")
-
-
 async def test_a_large_output_arrives_whole_before_its_vm_is_gone(daemon: Daemon, image: str) -> None:
     script = "head -c 3000000 /dev/zero | tr '\\0' x; exit 5"
     async with volar(daemon, "--rm", "--name", "demo", image, "sh", "-c", script) as process:
@@ -167,25 +132,3 @@ async def test_a_large_output_arrives_whole_before_its_vm_is_gone(daemon: Daemon
         while data := await process.stdout.receive_some():
             size += len(data)
         assert (size, await process.wait()) == (3_000_000, 5)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 9), (signal.SIGINT, 130)])
-async def test_signals_reach_the_program(daemon: Daemon, image: str, number: int, code: int) -> None:
-    script = "trap 'exit 9' TERM; echo up; while :; do sleep 0.1; done"
-    async with volar(daemon, "--rm", "--name", "demo", image, "sh", "-c", script) as process:
-        await shown(process, b"up")
-        process.send_signal(number)
-        assert await process.wait() == code
-
-
-@pytest.mark.full
-async def test_a_program_that_does_not_exist_is_127_and_in_the_background_its_vm_goes(
-    daemon: Daemon, image: str
-) -> None:
-    async with volar(daemon, "--rm", "--name", "demo", image, "nosuch") as process:
-        assert await process.wait() == 127
-    async with volar(daemon, "-d", "--rm", "--name", "demo", image, "sh", "-c", "sleep 1") as process:
-        assert await process.wait() == 0
-    async with daemon.client() as client:
-        await until(client, "demo", "deleted")
