@@ -288,21 +288,6 @@ async def test_a_host_that_does_not_answer_is_a_timeout(autojump_clock: trio.tes
         assert trio.current_time() < 300
 
 
-async def test_a_flushed_firewall_is_replaced_by_the_next_vm(
-    autojump_clock: trio.testing.MockClock,
-) -> None:
-    bench = Bench(rows=[vm(1), vm(2)])
-    async with bench.actor() as network:
-        await network.ask(Reconcile(), timeout_s=FOREVER_S)
-        bench.links.tables.clear()
-        bench.links.elements.clear()
-
-        bench.rows = [vm(1), vm(2), vm(3)]
-        await network.ask(Attach(3), timeout_s=FOREVER_S)
-
-        assert bench.guests() == {tap(1), tap(2), tap(3)}
-
-
 @pytest.mark.parametrize("rows", [[], [vm(1)]])
 async def test_a_clean_stop_removes_the_network_unless_a_vm_runs(
     rows: list[VmRow], autojump_clock: trio.testing.MockClock

@@ -97,8 +97,10 @@ async def test_a_guest_reaches_no_service_of_the_host_by_broadcast_or_multicast(
 
 async def test_a_guest_with_crafted_frames_reaches_no_service_of_the_host() -> None:
     with a_world(forwarding=True) as world:
-        (row,) = world.rows = [vm(1)]
+        # Its loopback is routed while a port is published there.
+        (row,) = world.rows = [vm(1, "bridge", "127.0.0.1:8080:80")]
         await having(world.networks(), row)
+        assert switch(f"ipv4/conf/{SETTINGS.bridge_name}/route_localnet") == "1"
         switch(f"ipv6/conf/{SETTINGS.bridge_name}/disable_ipv6", "0")
         guest = world.guest(row)
         own, bridge = mac(row), SETTINGS.bridge_mac
@@ -131,8 +133,8 @@ async def test_a_guest_with_crafted_frames_reaches_no_service_of_the_host() -> N
 
 async def test_a_guest_opens_no_connection_to_the_host() -> None:
     with a_world() as world:
-        (row,) = world.rows = [vm(1, "bridge", "127.0.0.1:8080:80")]
-        await having(world.networks(), row)
+        row, other = world.rows = [vm(1, "bridge", "127.0.0.1:8080:80"), vm(2, "bridge", "0.0.0.0:8081:80")]
+        await having(world.networks(), row, other)
         guest = world.guest(row)
         with exposed_host([GATEWAY, UPLINK]) as services:
             assert peer.ask("tcp", UPLINK, PORT) == "exposed"
@@ -140,6 +142,7 @@ async def test_a_guest_opens_no_connection_to_the_host() -> None:
 
             for target in (GATEWAY, UPLINK, "10.87.0.255", "255.255.255.255", "0.0.0.0"):
                 assert guest("refused", "tcp", target, PORT), target
+            assert guest("refused", "tcp", UPLINK, 8081), "what another guest publishes is no way round isolation"
 
             assert services.received() == []
 

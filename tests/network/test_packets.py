@@ -231,51 +231,6 @@ async def test_a_guest_cannot_poison_the_hosts_arp_table() -> None:
         assert peer.ask("udp", address(victim), 7) == f"honest {GATEWAY}"
 
 
-async def test_guests_do_not_reach_the_hosts_metadata_service() -> None:
-    with a_world(forwarding=True) as world:
-        cloud = world.machine("cloud0", "169.254.0.9/16", "169.254.169.254/16")
-        cloud("serve", "tcp", "169.254.169.254", 80, "secrets")
-        world.world("serve", "tcp", WORLD, 80, "web")
-        _, guest = await with_vm(world)
-
-        assert peer.ask("tcp", "169.254.169.254", 80) == "secrets 169.254.0.9"
-        assert guest("refused", "tcp", "169.254.169.254", 80)
-        assert guest("ask", "tcp", WORLD, 80) == f"web {UPLINK}"
-
-
-async def test_guests_do_not_reach_the_hosts_addresses() -> None:
-    with a_world() as world:
-        _, two = world.rows = [vm(1, "bridge", "0.0.0.0:8080:80/tcp"), vm(2)]
-        await having(world.networks(), *world.rows)
-        guest = world.guest(two)
-        for host in ("0.0.0.0", "127.0.0.1"):
-            peer.serve("tcp", host, 22 if host == "0.0.0.0" else 6379, "host")
-        world.world("serve", "tcp", WORLD, 80, "web")
-        assert peer.ask("tcp", UPLINK, 22) == f"host {UPLINK}"
-
-        assert guest("refused", "tcp", GATEWAY, 22)
-        assert guest("refused", "tcp", UPLINK, 22)
-        assert guest("refused", "tcp", UPLINK, 8080), "what another guest publishes is no way round isolation"
-        assert guest("ask", "tcp", WORLD, 80) == f"web {UPLINK}"
-
-
-async def test_a_guest_does_not_reach_the_hosts_loopback_while_a_port_is_published_there() -> None:
-    with a_world() as world:
-        _, two = world.rows = [vm(1, "bridge", "127.0.0.1:8080:80/tcp"), vm(2)]
-        await having(world.networks(), *world.rows)
-        assert switch(f"ipv4/conf/{SETTINGS.bridge_name}/route_localnet") == "1"
-        guest = world.guest(two)
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as secret:
-            secret.bind(("127.0.0.1", 9))
-            secret.setblocking(False)
-
-            guest("send_frame", ethernet(SETTINGS.bridge_mac, mac(two), 0x0800, ipv4("127.0.0.1", address(two), FIRST)))
-            assert guest("ping", GATEWAY)
-
-            with pytest.raises(BlockingIOError):
-                secret.recv(100)
-
-
 async def test_published_ports_answer_from_outside_and_from_the_host() -> None:
     with a_world() as world:
         world.rows = [
