@@ -6,7 +6,6 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -15,7 +14,7 @@ import trio
 from trio_websocket import ConnectionClosed, WebSocketConnection
 
 from tests.api.agui_client import Telling
-from tests.api.kit import UPGRADE, Api, api, websocket
+from tests.api.kit import UPGRADE, Api, websocket
 from volant.agui import _sources
 from volant.agui._events import AguiEvent, Boots, State
 from volant.fleet._events import Block
@@ -23,12 +22,6 @@ from volant.journal import EventCursor, EventFrame, EventGap, FrameCursor
 from volant.model import BASE, CreateVm, EventId, EventType, Phase, Reason, Status, VmRow, event_for, new_row, view
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
-
-
-@pytest.fixture
-async def served(tmp_path: Path) -> AsyncIterator[Api]:
-    async with api(tmp_path) as running:
-        yield running
 
 
 class Socket(Telling):

@@ -37,8 +37,6 @@ FRONTEND = "https://chrome-devtools-frontend.appspot.com/serve_rev/@a21ce9/inspe
 KEY = "k" * 32
 MIB = 1024 * 1024
 
-Served = Callable[[trio.SocketStream, str, dict[str, str]], Awaitable[None]]
-
 
 @dataclass
 class Browser:
@@ -510,24 +508,6 @@ async def test_a_guest_that_dies_within_a_frame_ends_only_its_websocket(tmp_path
             with trio.fail_after(10):
                 assert await other.receive_some(65536)
             assert (await at.ask("/json/list")).status == 200
-
-
-async def test_two_clients_have_a_page_each(tmp_path: Path) -> None:
-    async def echo(stream: trio.SocketStream, rest: bytes) -> None:
-        while data := await stream.receive_some(65536):
-            await stream.send_all(data)
-
-    async with tab(tmp_path) as at:
-        at.browser.socket = echo
-        async with await at.api.server.connect() as one, await at.api.server.connect() as two:
-            await head_of(one, f"/page/{PAGE}")
-            await head_of(two)
-            for number in range(20):
-                for stream, said in ((two, b"two"), (one, b"one")):
-                    await stream.send_all(b"\x81\x85mask%b%02d" % (said, number))
-                for stream, said in ((one, b"one"), (two, b"two")):
-                    with trio.fail_after(10):
-                        assert (await stream.receive_some(100)).endswith(b"%b%02d" % (said, number))
 
 
 # What is not there

@@ -17,12 +17,6 @@ from volant.api import _events
 from volant.http import ApiSettings
 
 
-@pytest.fixture
-async def served(tmp_path: Path) -> AsyncIterator[Api]:
-    async with api(tmp_path) as running:
-        yield running
-
-
 class Blocks:
     """The blocks of an event stream, one at a time."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,6 @@ from volant.journal import IdempotencyKey, Result, StoreRefusal
 from volant.model import CreateVm, Manifest, Problem, VmRow
 
 GOOD = {"name": "demo", "cpu_cores": 1, "memory_mb": 128}
-
-
-@pytest.fixture
-async def served(tmp_path: Path) -> AsyncIterator[Api]:
-    async with api(tmp_path) as running:
-        yield running
 
 
 async def post(served: Api, path: str, key: str = "k", *, body: object = None, **headers: str) -> httpx.Response:
@@ -87,18 +80,6 @@ async def test_repeated_commands_and_installs_are_carried_out_once(served: Api) 
     assert (await post(served, "/api/v1/plugins/p/enabled", "on", body={"enabled": True})).json()["enabled"]
     same(first, await post(served, "/api/v1/plugins/p/enabled", body={"enabled": False}))
     assert served.deps.store.projection.plugins[named("p")].enabled
-
-
-async def test_a_restart_is_one_boot(served: Api) -> None:
-    await served.crashed("demo")
-    before = served.deps.store.projection.get(named("demo"))
-    assert before is not None
-    for _ in range(3):
-        answer = await post(served, "/api/v1/vms/demo/restart?wait=crashed")
-        assert answer.headers["volant-wait"] == "met"
-    after = served.deps.store.projection.get(named("demo"))
-    assert after is not None
-    assert after.generation == before.generation + 1
 
 
 async def test_refusals_are_repeated(served: Api) -> None:

@@ -18,7 +18,6 @@ import pytest
 import trio
 
 from tests.api.kit import Api, Body, api, request, streamed, until
-from tests.api.test_mcp import call as tool_call
 from tests.files import files_with
 from tests.oci.kit import BuiltImage, write_layout
 from tests.oci.registry import FailingRegistry, auth_file, needs_registry
@@ -484,14 +483,6 @@ async def test_an_archive_has_a_limit(served: Api, image: BuiltImage) -> None:
     images._limits = msgspec.structs.replace(images._limits, max_bytes=1000)
     answer = await served.client.put("/api/v1/images/archive?reference=app", content=bytes(1001))
     assert (answer.status_code, answer.json()["type"]) == (422, "urn:volant:error:image-too-large")
-
-
-async def test_models_fetch_and_list_images(served: Api, image: BuiltImage) -> None:
-    async def call(tool: str, **arguments: Any) -> Any:
-        return (await tool_call(served, tool, **arguments))["structuredContent"]
-
-    assert (await call("images_pull", reference=file(image)))["digest"] == image.digest
-    assert [one["digest"] for one in (await call("images_list"))["images"]] == [image.digest]
 
 
 def test_of_an_auth_file_only_credentials_are_used() -> None:

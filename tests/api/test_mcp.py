@@ -17,7 +17,7 @@ import pytest
 import trio
 from msgspec.structs import replace
 
-from tests.api.kit import FAST, Api, api, request, until, web_vm
+from tests.api.kit import FAST, Api, request, until, web_vm
 from tests.names import named
 from volant.host import Host
 from volant.http import Limits
@@ -32,12 +32,6 @@ PATH = "/api/v1/mcp"
 BOTH = {"Accept": "application/json, text/event-stream"}
 MODERN = "2026-07-28"
 META = "io.modelcontextprotocol"
-
-
-@pytest.fixture
-async def served(tmp_path: Path) -> AsyncIterator[Api]:
-    async with api(tmp_path) as running_api:
-        yield running_api
 
 
 def message(answer: httpx.Response) -> Any:

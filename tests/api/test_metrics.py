@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from pathlib import Path
-
-import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 
-from tests.api.kit import Api, api
+from tests.api.kit import Api
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
-
-
-@pytest.fixture
-async def served(tmp_path: Path) -> AsyncIterator[Api]:
-    async with api(tmp_path) as running:
-        yield running
 
 
 async def scrape(served: Api) -> Samples:

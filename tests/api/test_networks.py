@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from ipaddress import IPv4Network
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.api.kit import Api, api
+from tests.api.kit import Api
 from tests.api.test_mcp import call
 from volant.model import NetworkChoice, Networking
-
-
-@pytest.fixture
-async def served(tmp_path: Path) -> AsyncIterator[Api]:
-    async with api(tmp_path) as running:
-        yield running
 
 
 async def test_a_vm_shows_its_network_address_and_ports(served: Api) -> None:
@@ -124,15 +116,6 @@ async def test_a_network_that_can_not_be_is_refused(served: Api, body: dict[str,
     answer = await served.client.post("/api/v1/networks", json=body)
     assert answer.status_code == status, answer.text
     assert [each["name"] for each in (await served.client.get("/api/v1/networks")).json()] == ["blue"]
-
-
-async def test_a_network_is_made_once(served: Api) -> None:
-    first, again = [
-        await served.client.post("/api/v1/networks", json={"name": "blue"}, headers={"Idempotency-Key": "k"})
-        for _ in range(2)
-    ]
-    assert (first.status_code, again.status_code, again.json()) == (201, 201, first.json())
-    assert again.headers["idempotency-replayed"] == "true"
 
 
 async def test_a_model_makes_a_network_and_vms_in_it(served: Api) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import re
 import time
-from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,12 +28,6 @@ from volant.operations._schema import _member_texts
 
 UPGRADE_HEADERS = {name.replace("_", "-"): value for name, value in UPGRADE.items()}
 KEPT = Path(__file__).resolve().parents[2] / "docs" / "api" / "openapi.yaml"
-
-
-@pytest.fixture
-async def served(tmp_path: Path) -> AsyncIterator[Api]:
-    async with api(tmp_path) as running:
-        yield running
 
 
 def sample(operation: Operation) -> str:

@@ -108,6 +108,7 @@ async def test_nothing_is_made_in_a_project_that_there_is_not(served: Api) -> No
         ("volumes", {"name": "a", "size_mb": 16}),
         ("plugins", {"name": "a", "version": "1"}),
         ("networks", {"name": "a"}),
+        ("images/pull", {"reference": "app"}),
     ):
         answer = await served.client.post(f"/api/v1/{path}?project=nothing", json=body)
         assert (answer.status_code, answer.json()["type"]) == (404, "urn:volant:error:project-not-found"), path
@@ -439,11 +440,6 @@ async def test_refused_creates_do_not_count(served: Api) -> None:
     for name, member, status in (("a", {"network": "none-such"}, 404), ("b", {}, 201), ("c", {}, 429)):
         answer = await served.client.post("/api/v1/vms", json={"name": name, **GOOD, **member}, headers=IN_WEB)
         assert answer.status_code == status, answer.text
-
-
-async def test_no_image_is_pulled_into_a_project_that_there_is_not(served: Api) -> None:
-    answer = await served.client.post("/api/v1/images/pull?project=ghost", json={"reference": "app"})
-    assert (answer.status_code, answer.json()["type"]) == (404, "urn:volant:error:project-not-found")
 
 
 async def test_a_project_is_deleted_once_it_is_empty(served: Api) -> None:

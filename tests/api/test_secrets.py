@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
-from tests.api.kit import Api, api
+from tests.api.kit import Api
 from tests.api.test_mcp import call
 from volant.model import DEFAULT_PROJECT, Key
 
 VALUE = "correct horse battery staple"
-
-
-@pytest.fixture
-async def served(tmp_path: Path) -> AsyncIterator[Api]:
-    async with api(tmp_path) as running:
-        yield running
 
 
 async def put(served: Api, name: str = "token", **body: Any) -> Any:

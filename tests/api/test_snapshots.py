@@ -11,19 +11,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.api.kit import Api, Unanswered, api, until
+from tests.api.kit import Api, Unanswered, until
 from tests.names import named
 from volant.images import ANYWHERE, fetch
 from volant.journal import AdoptRow, BeginSnapshot, FinishSnapshot, ForkRow
 from volant.model import Artifact, Boot, CreateVm, ForkVm, Manifest, Status, Step, TakeSnapshot, VmRow, new_row
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
-
-
-@pytest.fixture
-async def served(tmp_path: Path) -> AsyncIterator[Api]:
-    async with api(tmp_path) as running:
-        yield running
 
 
 async def said_to_run(served: Api, name: str = "demo", manifest: Manifest | None = None) -> VmRow:

@@ -28,12 +28,6 @@ from volant.templates import TemplateBuilder
 LIMIT = 2**20
 
 
-@pytest.fixture
-async def served(tmp_path: Path) -> AsyncIterator[Api]:
-    async with api(tmp_path) as running:
-        yield running
-
-
 def put_artifact(path: Path, content: bytes) -> tuple[str, str]:
     """Puts an artifact into the cache; returns its URL and its digest."""
     source = path / f"source-{content.decode()}"

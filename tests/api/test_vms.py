@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import trio
 
-from tests.api.kit import Api, api, read_answer, request
+from tests.api.kit import Api, read_answer, request
 from tests.names import named
 
 VM_FIELDS = {
@@ -20,12 +19,6 @@ VM_FIELDS = {
     "failover", "replicate", "replica", "move", "placement", "unreachable", "egress", "volumes", "disk_iops",
     "disk_mbps", "project",
 }  # fmt: skip
-
-
-@pytest.fixture
-async def served(tmp_path: Path) -> AsyncIterator[Api]:
-    async with api(tmp_path) as running:
-        yield running
 
 
 async def test_a_vm_is_created_shown_and_deleted(served: Api) -> None:

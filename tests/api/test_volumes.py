@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import trio
 
-from tests.api.kit import Api, api
+from tests.api.kit import Api
 
 VOLUMES = "/api/v1/volumes"
-
-
-@pytest.fixture
-async def served(tmp_path: Path) -> AsyncIterator[Api]:
-    async with api(tmp_path) as running:
-        yield running
 
 
 def files(path: Path) -> list[Path]:
@@ -143,12 +136,3 @@ async def test_a_volume_larger_than_the_disk_is_refused(served: Api) -> None:
     answer = await served.client.post(VOLUMES, json={"name": "huge", "size_mb": 16 * 1024 * 1024})
     assert (answer.status_code, "MiB are left" in answer.json()["detail"]) == (503, True)
     assert (await served.client.get(VOLUMES)).json() == []
-
-
-async def test_a_repeated_request_makes_one_volume(served: Api, tmp_path: Path) -> None:
-    headers = {"Idempotency-Key": "once"}
-    body = {"name": "data", "size_mb": 64}
-    first = await served.client.post(VOLUMES, json=body, headers=headers)
-    second = await served.client.post(VOLUMES, json=body, headers=headers)
-    assert (first.status_code, second.status_code, second.json()) == (201, 201, first.json())
-    assert len(files(tmp_path)) == 1

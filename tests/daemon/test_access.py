@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import stat
-import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import httpx
@@ -15,6 +14,7 @@ import trio
 
 from tests.system.kit import Daemon
 from volant.client import Client, ClientProblem
+from volant.model import CreateApiKey, Role
 
 pytestmark = pytest.mark.programs
 
@@ -92,23 +92,14 @@ async def test_keys_are_required_kept_secret_and_reloaded(guarded: tuple[Daemon,
         assert key not in daemon.log_path.read_text()
 
 
-@pytest.mark.parametrize(
-    ("environ", "flags", "words"),
-    [
-        ({"VOLANT_API_ALLOW_CIDR": "10.0.0.0/8,nonsense"}, [], "'nonsense' is no network"),
-        ({"VOLANT_API_KEY": ""}, [], "api_key (from the environment) is empty"),
-        ({}, ["--listen", "0.0.0.0:0"], "--insecure"),
-    ],
-)
-def test_the_daemon_does_not_start_with_invalid_access_control(
-    tmp_path: Path, environ: dict[str, str], flags: list[str], words: str
-) -> None:
-    daemon = Daemon(tmp_path, *flags, environ=environ)
-    try:
-        ended = subprocess.run(
-            daemon.command, env=daemon.environ, capture_output=True, text=True, timeout=60, check=False
-        )
-        assert (ended.returncode, ended.stdout) == (2, "")
-        assert words in ended.stderr
-    finally:
-        daemon.dispose()
+async def test_a_daemon_with_named_keys_may_listen_on_other_addresses(make_daemon: Callable[..., Daemon]) -> None:
+    daemon = make_daemon(ephemeral=False)
+    async with Client(daemon.base_url) as client:
+        made = await client.keys.create(CreateApiKey(name="ops", role=Role.ADMIN))
+    # The fixture stops the daemon with it.
+    daemon.key = made.key
+    assert daemon.stop() == 0
+    daemon.command = [*daemon.command, "--listen", "0.0.0.0:0"]
+    daemon.start()
+    daemon.base_url = daemon.base_url.replace("0.0.0.0", "127.0.0.1")
+    assert [await status(daemon, key) for key in ("", made.key)] == [401, 200]

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from volant.daemon._command_line import GROUPS, load
+from volant.daemon._part_settings import nameservers_of_daemon, nameservers_of_host
+from volant.daemon._protection import UnreadableFile, read_given
 from volant.daemon._settings import Settings, SettingsError, check, oidc_of, parse_address, parse_uids, resolve, split
 
 KEY = "0123456789abcdef0123"
@@ -281,3 +283,70 @@ def test_an_issuer_names_the_line_that_installs_what_it_needs(monkeypatch: pytes
     monkeypatch.setattr("volant.identity._tokens.find_spec", lambda name: None)
     with pytest.raises(SettingsError, match=re.escape("pip install 'volant[oidc]'")):
         resolve(OIDC, {"HOME": "/h"})
+
+
+def test_a_file_is_read_up_to_its_limit(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * 8)
+    assert read_given(path, 8) == b"x" * 8
+    with pytest.raises(UnreadableFile, match="is larger than 7 bytes"):
+        read_given(path, 7)
+
+
+def test_what_is_no_file_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UnreadableFile, match="is not a regular file"):
+        read_given(tmp_path / "pipe", 8)
+    with pytest.raises(UnreadableFile, match=r"can't be read: Is a directory|is not a regular file"):
+        read_given(tmp_path, 8)
+    with pytest.raises(UnreadableFile, match="can't be read: No such file"):
+        read_given(tmp_path / "none", 8)
+
+
+def test_the_default_network_is_auto() -> None:
+    settings, _ = load([], {}, uid=0)
+    assert (settings.network, settings.bridge, settings.subnet) == ("auto", "", "192.168.127.0/24")
+
+
+def test_network_settings_are_read_from_the_environment() -> None:
+    environ = {
+        "VOLANT_NETWORK": "bridge",
+        "VOLANT_BRIDGE": "lab0",
+        "VOLANT_SUBNET": "10.87.0.0/16",
+        "VOLANT_NAMESERVERS": "9.9.9.9, 1.1.1.1",
+    }
+    settings, warnings = load([], environ, uid=0)
+    assert (settings.network, settings.bridge, settings.subnet) == ("bridge", "lab0", "10.87.0.0/16")
+    assert not warnings
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("network", "blue", "network"),
+        ("subnet", "10.0.0.1/24", "host bits"),
+        ("subnet", "10.0.0.0/31", "from 8 to 30"),
+        ("subnet", "8.8.8.0/24", "private"),
+        ("bridge", "a-name-too-long", "interface"),
+        ("bridge", "br/0", "interface"),
+        ("nameservers", "127.0.0.53", "nameservers"),
+        ("nameservers", "dns.example", "nameservers"),
+        ("nameservers", "9.9.9.9,9.9.9.8,9.9.9.7,9.9.9.6", "at most 3"),
+    ],
+)
+def test_an_invalid_network_setting_is_named(name: str, value: str, text: str) -> None:
+    with pytest.raises(SettingsError, match=text) as refused:
+        load([f"--{name}={value}"], {}, uid=0)
+    assert name in str(refused.value)
+
+
+def test_the_default_dns_servers_are_the_hosts_without_the_host_itself(tmp_path: Path) -> None:
+    stub, real = tmp_path / "resolv.conf", tmp_path / "real.conf"
+    stub.write_text("# a stub\nnameserver 127.0.0.53\nnameserver ::1\noptions edns0\n")
+    real.write_text(
+        "nameserver 10.0.0.53\nnameserver fe80::1%eth0\nnameserver 10.0.0.54\nnameserver 10.0.0.53\nsearch x\n"
+    )
+    assert nameservers_of_host((stub, real)) == ("10.0.0.53", "10.0.0.54")
+    assert nameservers_of_host((stub, tmp_path / "none")) == ()
+    # The daemon itself can ask a server on loopback for guests with egress rules.
+    assert nameservers_of_daemon((stub, real)) == ("127.0.0.53", "::1")

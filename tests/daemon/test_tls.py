@@ -350,35 +350,3 @@ async def test_a_removed_subject_or_authority_is_refused_at_once(setup: Setup) -
             await bosses.aread()
         with pytest.raises(httpx.TransportError):
             await boss.get("/api/v1/vms")
-
-
-async def test_a_reload_under_load_drops_no_request(setup: Setup) -> None:
-    setup.configure()
-    setup.daemon.start()
-    context = setup.context()
-    over = trio.Event()
-    answered = 0
-
-    async def load(keep: bool) -> None:
-        nonlocal answered
-        headers = {} if keep else {"Connection": "close"}
-        async with httpx.AsyncClient(base_url=setup.daemon.base_url, verify=context, timeout=WITHIN_S) as client:
-            while not over.is_set():
-                assert (await client.get("/healthz", headers=headers)).status_code == 200
-                answered += 1
-
-    async with setup.client() as client:
-        with trio.fail_after(WITHIN_S):
-            while (await client.get("/healthz")).status_code != 200:  # noqa: ASYNC110
-                await trio.sleep(0.02)
-    async with trio.open_nursery() as nursery:
-        for number in range(6):
-            nursery.start_soon(load, number % 2 == 0)
-        for _ in range(5):
-            count = answered
-            setup.authority.issue("localhost", file="part").rename(setup.certificate)
-            await setup.reload("reloaded keys")
-            with trio.fail_after(WITHIN_S):
-                while answered < count + 20:  # noqa: ASYNC110
-                    await trio.sleep(0.01)
-        over.set()
