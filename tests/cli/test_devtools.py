@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.client.kit import answer, problem, serving
+from tests.client.kit import answer, serving
 from volant.client import Client, ClientError
 
 from .kit import volar
@@ -44,15 +44,6 @@ async def test_people_and_programs_get_addresses_that_they_can_use() -> None:
         "websocket": websocket,
         "pages": [{key: PAGE[key] for key in ("id", "type", "title", "url")}],
     }
-
-
-async def test_a_missing_browser_is_reported() -> None:
-    async with serving() as server:
-        server.routes[f"GET {PREFIX}/json/version"] = problem(502, "browser-unreachable", "no browser", hint="a port")
-        done = await volar(server, "vms", "devtools", "demo")
-    assert (done.code, done.out) == (1, b"")
-    assert "no browser" in done.err
-    assert "a port" in done.err
 
 
 @pytest.mark.parametrize("addresses", [["unix:/x", "http://127.0.0.1:7777"], ["unix:/x"]])

@@ -63,32 +63,6 @@ def test_the_demo_succeeds(nothing_left: dict[str, str]) -> None:
         assert what in done.stdout
 
 
-@pytest.mark.full
-@pytest.mark.parametrize(
-    ("moment", "signum"),
-    [
-        ("VM_STARTING", signal.SIGINT),
-        ("VM_RUNNING", signal.SIGTERM),
-    ],
-)
-def test_an_interrupted_demo_cleans_up(nothing_left: dict[str, str], moment: str, signum: int) -> None:
-    with subprocess.Popen(
-        [sys.executable, DEMO], env=nothing_left, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        start_new_session=True,
-    ) as process:  # fmt: skip
-        assert process.stdout is not None
-        text = ""
-        for line in process.stdout:
-            text += line.decode()
-            if moment in text:
-                break
-        # Ctrl-C reaches everybody at the terminal, a plain kill the demo alone.
-        (os.killpg if signum == signal.SIGINT else os.kill)(process.pid, signum)
-        text += process.stdout.read().decode()
-        assert process.wait(60) == 130, text
-    assert "Traceback" not in text
-
-
 INTERRUPTED = """
 import importlib.util, signal, sys
 spec = importlib.util.spec_from_file_location("volant_demo", sys.argv[1])

@@ -20,7 +20,9 @@ from volant.cli._text import safe
 from .kit import running, volar
 
 
-@pytest.mark.parametrize(("status", "code"), [(400, 1), (404, 3), (409, 4), (412, 4), (500, 1), (502, 1), (503, 1)])
+@pytest.mark.parametrize(
+    ("status", "code"), [(400, 1), (401, 1), (404, 3), (409, 4), (412, 4), (500, 1), (502, 1), (503, 1)]
+)
 async def test_problems_have_their_exit_codes(status: int, code: int) -> None:
     async with serving() as server:
         server.routes["GET /api/v1/vms/demo"] = problem(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.client.kit import answer, problem, serving
+from tests.client.kit import answer, serving
 
 from .kit import volar
 
@@ -54,11 +54,3 @@ async def test_a_malformed_key_is_wrong_usage_and_not_shown(tmp_path: Path) -> N
         done = await volar(None, *words, "vms", "list", environ=environ)
         assert done.code == 2
         assert "two words" not in done.err
-
-
-async def test_a_refused_key_is_reported_with_the_hint_of_the_daemon() -> None:
-    async with serving() as server:
-        server.routes["GET /api/v1/vms"] = problem(401, "unauthenticated", "asks for a key", hint="VOLANT_API_KEY")
-        done = await volar(server, "vms", "list")
-    assert done.code == 1
-    assert "asks for a key\n  VOLANT_API_KEY" in done.err

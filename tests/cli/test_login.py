@@ -216,7 +216,6 @@ async def test_commands_send_the_token_from_login_to_logout(issuer: Issuer, tmp_
 @pytest.mark.parametrize(
     ("answered", "words"),
     [
-        ((400, {"error": "access_denied"}), "the sign-in was denied"),
         ((200, {"id_token": "i"}), "none of the rules gives a role"),
         ((200, {"access_token": "a"}), "the issuer sent no ID token"),
     ],

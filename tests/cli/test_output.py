@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.client.kit import answer, log_line, serving, vm, websocket
+from tests.client.kit import answer, event, log_line, problem, serving, sse, vm, websocket
 from volant import __version__
 from volant.cli._boot_images import default_cache_dir
 from volant.cli._text import size, span
@@ -28,6 +28,9 @@ TREE = {
         {"name": "vms", "kind": "supervisor", "state": "running", "children": [{"name": "demo", "state": "waiting"}]},
     ],
 }  # fmt: skip
+
+PATH = "GET /api/v1/events/vms"
+GAP = 'event: STREAM_GAP\nid: e-8\ndata: {"type":"STREAM_GAP","requested":"e-3","oldest":"e-9","newest":"e-20"}'
 
 
 async def test_pipes_get_columns_that_are_neither_coloured_nor_cut() -> None:
@@ -159,3 +162,30 @@ def test_the_reference_matches_the_commands() -> None:
 def test_times_and_sizes_are_printed_for_people() -> None:
     assert [span(seconds) for seconds in (0, 59.9, 60, 3700, 90061)] == ["0s", "59s", "1m", "1h1m", "1d1h"]
     assert [size(count) for count in (5, 2048, 70 * 2**20, 3 * 2**30)] == ["5 B", "2.0 KiB", "70.0 MiB", "3.0 GiB"]
+
+
+@pytest.mark.parametrize("words", [("events", "--vm", "demo"), ("vms", "watch", "demo")])
+async def test_events_resume_and_gaps_are_reported(words: tuple[str, ...]) -> None:
+    async with serving() as server:
+        server.routes[PATH] = [
+            sse("retry: 10", event(2)),
+            sse(GAP, event(9)),
+            problem(410, "events-gone", "enough"),
+        ]
+        done = await volar(server, *words, "--since", "e-1", "--type", "VM_RUNNING", "--label", "a=b")
+    assert done.code == 1
+    assert [text.rpartition("message ")[2] for text in done.out.decode().splitlines()] == ["2", "9"]
+    assert "events are lost" in done.err
+    assert done.err.count("trying again") == 1
+    first, second, third = server.asked("/api/v1/events/vms")
+    assert dict(first.query) == {"vm": "demo", "types": "VM_RUNNING", "label": "a=b"}
+    assert [request.headers["last-event-id"] for request in (first, second, third)] == ["e-1", "e-2", "e-9"]
+
+
+async def test_json_is_a_line_for_each_event_and_gap() -> None:
+    async with serving() as server:
+        server.routes[PATH] = [sse(event(2), GAP, event(9)), problem(410, "events-gone", "enough")]
+        done = await volar(server, "events", "--json", "--since", "0")
+    items = [json.loads(text) for text in done.out.splitlines()]
+    assert [item.get("id", item["type"]) for item in items] == ["e-2", "STREAM_GAP", "e-9"]
+    assert json.loads(done.err)["error"]["code"] == "events-gone"

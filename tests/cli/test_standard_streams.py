@@ -22,12 +22,9 @@ COMMANDS = [
     ["--version"],
     ["vms", "list"],
     ["vms", "list", "--json"],
-    ["vms", "get", "demo"],
     ["vms", "exec", "demo", "--", "true"],
     ["vms", "delete", "demo"],
-    ["vms", "logs", "--help"],
     ["mcp"],
-    ["completion", "bash"],
 ]
 TRACES = ("Traceback", "Exception ignored", "internal", "volar itself", "Errno")
 

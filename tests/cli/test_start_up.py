@@ -5,19 +5,18 @@ from __future__ import annotations
 import os
 import pty
 import re
-import signal
 import sys
 
 import click
 import pytest
 import trio
 
-from tests.client.kit import Request, answer, serving, vm
+from tests.client.kit import answer, serving, vm
 from volant.cli import _plugins, _system_group, _vms_group
 from volant.cli._lazy_group import LazyGroup
 from volant.cli._volar import volar as root
 
-from .kit import ENVIRONMENT, ROOT, running
+from .kit import ENVIRONMENT, ROOT
 from .test_completion import completing
 
 LARGE = {"trio", "httpx", "ssl", "asyncio", "rich", "volant.concurrency", "volant.images"}
@@ -120,20 +119,3 @@ def test_a_command_that_is_not_imported_yet_is_listed_as_it_will_be(group: LazyG
         assert command.name == name
         assert click.Command(name, help=lazy.text).get_short_help_str(1000) == command.get_short_help_str(1000)
         assert name not in group.commands
-
-
-async def test_an_interrupt_while_the_daemon_is_asked_is_130_without_a_word() -> None:
-    asked = trio.Event()
-
-    async def silent(request: Request, stream: trio.abc.Stream) -> None:
-        asked.set()
-        await trio.sleep_forever()
-
-    async with serving() as server:
-        server.routes["GET /api/v1/vms"] = silent
-        async with running(server, ["vms", "list"]) as process:
-            assert process.stderr is not None
-            await asked.wait()
-            process.send_signal(signal.SIGINT)
-            assert await process.wait() == 130
-            assert await process.stderr.receive_some() == b""

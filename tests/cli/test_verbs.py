@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.client.kit import answer, problem, serving, vm
+from tests.client.kit import answer, problem, serving, sse, vm
 
 from .kit import volar
 
@@ -108,3 +108,31 @@ async def test_what_is_no_size_is_wrong_usage(text: str) -> None:
     done = await volar(None, "vms", "create", "demo", "--memory", text)
     assert done.code == 2
     assert "is no size" in done.err or "is less than 64M" in done.err
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "says"),
+    [
+        ("pause", "paused", b"demo is being paused\n"),
+        ("resume", "running", b"demo is running\n"),
+        # It has no code of its own.
+        ("recover", "running", b"demo is running\n"),
+    ],
+)
+async def test_pause_and_resume_wait_only_with_wait(command: str, status: str, says: bytes) -> None:
+    async with serving() as server:
+        path = f"/api/v1/vms/demo/{command}"
+        server.routes[f"POST {path}"] = [
+            answer(vm()),
+            answer(vm(status=status), Volant_Wait="met"),
+            answer(vm(status="crashed"), Volant_Wait="failed"),
+        ]
+        server.routes["GET /api/v1/vms"] = answer([vm()], Volant_Event_Id="e-1")
+        server.routes["GET /api/v1/events/vms"] = sse()
+        asked = await volar(server, "vms", command, "demo")
+        waited = await volar(server, "vms", command, "demo", "--wait", "--timeout", "5s")
+        failed = await volar(server, "vms", command, "demo", "--wait", "--timeout", "5s")
+        queries = [request.query for request in server.asked(path)]
+    assert (asked.code, asked.out) == (0, says)
+    assert (waited.code, failed.code) == (0, 1)
+    assert queries == [[], [("wait", status), ("timeout", "5s")], [("wait", status), ("timeout", "5s")]]

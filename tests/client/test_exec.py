@@ -7,9 +7,9 @@ import base64
 import pytest
 import trio
 
-from volant.client import Client, ClientProblem, ConnectionLost, ExecEnd, UnexpectedAnswer
+from volant.client import Client, ConnectionLost, ExecEnd, UnexpectedAnswer
 
-from .kit import ndjson, problem, serving
+from .kit import ndjson, serving
 
 PATH = "/api/v1/vms/demo/agent/v1/exec"
 
@@ -52,14 +52,6 @@ async def test_malformed_output_is_refused_within_bounds(wire: bytes) -> None:
         with pytest.raises(UnexpectedAnswer):
             async with client.vms.exec("demo", ["x"]) as process:
                 await process.wait()
-
-
-async def test_a_vm_that_does_not_run_is_a_problem() -> None:
-    async with serving() as server, Client(server.base_url) as client:
-        server.routes[f"POST {PATH}"] = problem(409, "vm-not-running", "it is stopped")
-        with pytest.raises(ClientProblem, match="stopped"):
-            async with client.vms.exec("demo", ["x"]):
-                pytest.fail("entered")
 
 
 async def too_slow() -> None:
