@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, ExitStack, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import msgspec
@@ -17,9 +17,9 @@ import trio
 
 from tests.threaded_server import serve_in_threads
 from volant.channel import AgentClient, AgentUnreachable, Channel, ChannelStream, open_channel
-from volant.model.agent import EXEC, FILES, HEALTHZ, INFO, MAX_STREAMS
+from volant.model.agent import EXEC, FILES, HEALTHZ, INFO
 
-from .kit import Way, handle, running, settled
+from .kit import Way, handle, running
 
 pytestmark = pytest.mark.programs
 
@@ -107,37 +107,6 @@ async def test_a_file_is_uploaded_and_downloaded_intact(client: AgentClient, tmp
             assert await got.read(10 * MIB) == data
 
 
-async def test_sleeping_readers_block_only_their_sender(client: AgentClient, loopback: int) -> None:
-    with trio.fail_after(60):
-        async with AsyncExitStack() as held:
-            for _ in range(30):
-                connect = client.stream("CONNECT", f"127.0.0.1:{loopback}", timeout_s=10)
-                sleeper = (await held.enter_async_context(connect)).upgraded()
-                await sleeper.send_all(b"source 100000000\n")
-            await settled()
-            for _ in range(5):
-                assert (await client.request_json("GET", HEALTHZ, timeout_s=20)).status == 200
-            async with client.stream("CONNECT", f"127.0.0.1:{loopback}", timeout_s=10) as response:
-                stream = response.upgraded()
-                await stream.send_all(b"echo\n" + b"x" * 50_000)
-                await stream.send_eof()
-                assert await read_all(stream) == b"x" * 50_000
-        await idle(client)
-
-
-async def test_a_guest_that_does_not_read_blocks_only_its_sender(client: AgentClient, loopback: int) -> None:
-    with trio.fail_after(30):
-        async with client.stream("CONNECT", f"127.0.0.1:{loopback}", timeout_s=10) as response:
-            stream = response.upgraded()
-            await stream.send_all(b"hold\n")
-            with trio.move_on_after(0.5) as sending:
-                while True:
-                    await stream.send_all(bytes(MIB))
-            assert sending.cancelled_caught, "somewhere it piles up"
-            assert (await client.request_json("GET", HEALTHZ, timeout_s=5)).status == 200
-        await idle(client)
-
-
 async def test_a_client_that_leaves_cancels_its_request(client: AgentClient, tmp_path: Path) -> None:
     begun, survived = tmp_path / "begun", tmp_path / "survived"
     command = ["sh", "-c", f"touch {begun}; sleep 1; touch {survived}"]
@@ -150,28 +119,6 @@ async def test_a_client_that_leaves_cancels_its_request(client: AgentClient, tmp
         await idle(client)
         await trio.sleep(1)
     assert not survived.exists()
-
-
-async def test_streams_are_limited_with_a_reserve_for_the_daemon(
-    client: AgentClient, channel: Channel, loopback: int
-) -> None:
-    async def hold(held: AsyncExitStack) -> None:
-        connect = client.stream("CONNECT", f"127.0.0.1:{loopback}", timeout_s=30)
-        stream = (await held.enter_async_context(connect)).upgraded()
-        await stream.send_all(b"hold\n")
-
-    with trio.fail_after(60):
-        async with AsyncExitStack() as held:
-            # All at once: more than a listening socket's backlog.
-            async with trio.open_nursery() as nursery:
-                for _ in range(MAX_STREAMS):
-                    nursery.start_soon(hold, held)
-            with pytest.raises(AgentUnreachable, match="was free"):
-                await channel.open_stream(timeout_s=0.05)
-            for _ in range(20):
-                assert (await client.request_json("GET", HEALTHZ, timeout_s=5)).status == 200
-        await idle(client)
-    assert channel.statistics().streams == 0
 
 
 async def test_a_killed_agent_is_found_again_and_truncated_answers_are_noticed(way: Way) -> None:

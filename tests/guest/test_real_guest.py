@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import shutil
 import subprocess
@@ -16,7 +15,6 @@ import msgspec
 import pytest
 import trio
 
-from tests.system.kit import load
 from volant import images
 from volant.channel import AgentClient, VirtioSerial, open_channel
 from volant.host import Host
@@ -159,67 +157,3 @@ async def test_a_guest_reports_itself_and_shuts_down(image: images.Image, folder
     assert "some processes did not end when they were asked to" in said
     assert "Power down" in said
     assert "panic" not in said
-
-
-@pytest.mark.full
-async def test_timers_that_would_wake_an_idle_guest_are_off_unless_asked_for(image: images.Image, folder: Path) -> None:
-    async with boot(image, folder, "sysctl.kernel.soft_watchdog=1", "sysctl.vm/compaction_proactiveness=5") as guest:
-        names = ("kernel/soft_watchdog", "vm/compaction_proactiveness", "vm/stat_interval")
-        reserved = "/sys/kernel/debug/sched/fair_server/cpu0/runtime"
-        output, _ = await guest.run("cat", *(f"/proc/sys/{name}" for name in names), reserved)
-        assert output.split() == [b"1", b"5", b"60", b"0"]
-
-
-@pytest.mark.full
-async def test_large_output_and_many_commands_arrive_intact(image: images.Image, folder: Path) -> None:
-    async with boot(image, folder) as guest:
-        size = load("VOLANT_TEST_OUTPUT_BYTES", usual=10_000_000, full=50_000_000)
-        expected = hashlib.sha256(bytes(size)).hexdigest()
-        output, _ = await guest.run("sh", "-c", f"head -c {size} /dev/zero | sha256sum")
-        assert output.decode().split()[0] == expected
-        output, end = await guest.run("head", "-c", str(size), "/dev/zero")
-        assert (hashlib.sha256(output).hexdigest(), end) == (expected, {"exit_code": 0})
-
-        results: dict[int, bytes] = {}
-
-        async def one(number: int) -> None:
-            results[number] = (await guest.run("sh", "-c", f"head -c 50000 /dev/zero; echo {number}"))[0]
-
-        async with trio.open_nursery() as nursery:
-            for number in range(20):
-                nursery.start_soon(one, number)
-        assert results == {number: bytes(50_000) + b"%d\n" % number for number in range(20)}
-
-
-@pytest.mark.full
-async def test_a_dead_agent_is_restarted_and_one_that_keeps_dying_panics_the_guest(
-    image: images.Image, folder: Path
-) -> None:
-    async with boot(image, folder) as guest:
-        await guest.ask("GET", wire.HEALTHZ)
-        with trio.fail_after(BOOT_S):
-            while guest.process.poll() is None:
-                # The agent is the only child of PID 1.
-                with trio.move_on_after(2):
-                    try:
-                        await guest.run("sh", "-c", "kill -9 $(cat /proc/1/task/1/children)")
-                    except Exception:
-                        await trio.sleep(0.05)
-    console = guest.console.read_text()
-    assert console.count("starting it again") == 4
-    assert "giving up" in console
-    assert "Kernel panic" in console
-
-
-@pytest.mark.full
-async def test_processes_that_ignore_sigterm_are_killed_after_the_grace_period(
-    image: images.Image, folder: Path
-) -> None:
-    async with boot(image, folder) as guest:
-        script = "trap '' TERM; while :; do sleep 0.1; done"
-        await guest.ask("PUT", wire.DAEMON_WORKLOAD, {"entrypoint": ["sh", "-c", script]})
-        await guest.run("sh", "-c", "(trap '' TERM; while :; do sleep 0.1; done) </dev/null >/dev/null 2>&1 &")
-        await guest.ask("POST", wire.DAEMON_SHUTDOWN, {"grace_s": 1})
-        with trio.fail_after(BOOT_S):
-            assert await guest.ended() == 0
-    assert "Power down" in guest.console.read_text()
