@@ -14,7 +14,8 @@ import trio
 
 from tests.api.agui_client import Telling
 from tests.fleet.cluster import needs_etcd
-from tests.fleet.hosts import NO_BOOT, READY_S, HostOfFleet, fleet
+from tests.fleet.hosts import NO_BOOT, READY_S, HostOfFleet, fleet, tool
+from tests.system.kit import next_event
 
 RUN = {"threadId": "vms", "runId": "1"}
 
@@ -99,6 +100,12 @@ async def test_any_host_tells_what_happens_on_all(tmp_path: Path) -> None:
                 listed = (await http.get("/api/v1/vms")).json()
                 assert shown(all_of_them.vms.values()) == shown(listed)
                 assert all_of_them.happened.count("far VM_CRASHED") == 1
+                # And so do the stream of events and the tool of models.
+                async with h1.daemon.client() as client, client.events(after="0", types=["VM_CRASHED"]) as feed:
+                    events = [await next_event(feed) for _ in range(3)]
+                assert {event.name for event in events} == {"old", "far", "near"}
+                told = await tool(http, "vms_events", since="0", types=["VM_CREATED"])
+                assert {each["name"] for each in told["events"]} == {"old", "far", "near"}
                 assert (await http.delete("/api/v1/vms/far")).status_code == 204
                 await all_of_them.until(crashed("old", "near"))
                 assert (await http.post("/api/v1/projects", json={"name": "web"})).status_code == 201

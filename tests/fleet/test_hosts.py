@@ -54,6 +54,7 @@ async def test_any_host_answers_for_all(tmp_path: Path) -> None:
             for http in (h1, h2):
                 shown = await http.get("/api/v1/vms/web")
                 assert (shown.status_code, shown.headers["Volant-Host"]) == (200, "h2")
+                assert [vm["name"] for vm in (await http.get("/api/v1/vms")).json()] == ["web"]
             done = await h1.post("/api/v1/vms/web/agent/v1/exec", json={"command": ["hostname"]})
             assert (done.status_code, output_of(done)) == (200, b"web\n")
             elsewhere, there = [await http.post("/api/v1/vms/web/origins", json={"port": 80}) for http in (h1, h2)]
@@ -99,6 +100,8 @@ async def test_hosts_come_and_go(tmp_path: Path) -> None:
             shown = await until(h1, "/api/v1/vms/kept", lambda answer: answer.json().get("unreachable") == "h2")
             assert shown.status_code == 200
             assert shown.json()["status"] in ("starting", "running"), "its host may have died before it said more"
+            listed = await h1.get("/api/v1/vms")
+            assert (listed.headers["Volant-Missing-Hosts"], listed.json()[0]["unreachable"]) == ("h2", "h2")
             refused = await h1.post("/api/v1/vms/kept/agent/v1/exec", json={"command": ["true"]})
             assert (refused.status_code, refused.json()["type"]) == (503, "urn:volant:error:host-unreachable")
             again = await create(h1, "kept", "h1")
