@@ -19,11 +19,6 @@ from volant.journal._api_keys import requires_keys
 from volant.model import ApiKey, CreateApiKey, CreateProject, KeyUse, Problem, Role, RotateApiKey, key_view
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "volant.db"
-
-
 def digest(secret: str) -> str:
     return sha256(secret.encode()).hexdigest()
 

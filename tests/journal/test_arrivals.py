@@ -15,11 +15,6 @@ from volant.journal import AddSnapshot, ArriveRow, BeginSnapshot, FinishSnapshot
 from volant.model import Desired, Problem, RestoreVm, Snapshot, Status, TakeSnapshot
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "volant.db"
-
-
 async def test_a_vm_arrives_once(path: Path) -> None:
     async with running(path) as bench:
         there = msgspec.structs.replace(await running_vm(bench, env={"WORD": "x"}), name="web", leaving=LEAVING)

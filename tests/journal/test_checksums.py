@@ -16,11 +16,6 @@ from volant.journal import Backups, DatabaseRefused, Evidence, restore_offline
 from volant.model import Problem
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "volant.db"
-
-
 def change_a_byte(path: Path, word: bytes) -> None:
     """In the middle of what somebody has written: the structure is as sound as before."""
     data = bytearray(path.read_bytes())

@@ -15,7 +15,7 @@ import trio
 
 from actors import ActorDown
 from actors.testing import kill
-from tests.journal.kit import Bench, GatedHost, events_after, full_error, running, take, types
+from tests.journal.kit import Bench, GatedHost, events_after, running, take, types
 from tests.names import named
 from volant.journal import (
     CommitSteps,
@@ -40,11 +40,6 @@ from volant.model import (
     Step,
     VmRow,
 )
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "volant.db"
 
 
 def content(path: Path) -> bytes:
@@ -302,17 +297,6 @@ async def test_a_full_disk_is_a_503_and_loses_nothing(path: Path) -> None:
         frames = await events_after(bench.store.events)
         assert [(frame.seq, frame.event.name) for frame in frames] == [(1, "kept"), (2, "lost")]
     assert on_disk(path) == [row, other]
-
-
-async def test_sqlites_own_word_for_a_full_disk_is_journal_full(path: Path) -> None:
-    host = GatedHost()
-    async with running(path, host=host) as bench:
-        host.before = full_error
-        with pytest.raises(Problem) as refusal:
-            await bench.create("demo")
-        assert (refusal.value.status, refusal.value.code) == (503, "journal-full")
-        host.before = None
-        await bench.create("demo")
 
 
 async def test_a_slow_disk_is_a_503_at_the_deadline_and_its_late_commit_counts(path: Path) -> None:

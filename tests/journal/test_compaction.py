@@ -33,11 +33,6 @@ class Recorded(ClockHost, LinuxThreads):
         return await super().run(call, *args)
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "volant.db"
-
-
 async def grown(path: Path) -> int:
     """A database with a long history; its size."""
     async with running(path, host=ClockHost()) as bench:

@@ -49,11 +49,6 @@ from volant.model import (
 DIGEST = "ab" * 32
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "volant.db"
-
-
 def add_key(name: str, digest: str = DIGEST, role: Role = Role.ADMIN) -> AddKey:
     project = None if role is Role.ADMIN else DEFAULT_PROJECT
     return AddKey(CreateApiKey(name=name, role=role, project=project), digest, digest[:32], "test", False)

@@ -19,11 +19,6 @@ from volant.model import EventId
 T = TypeVar("T")
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "volant.db"
-
-
 async def fill(bench: Bench, count: int) -> None:
     async with trio.open_nursery() as nursery:
         for number in range(count):

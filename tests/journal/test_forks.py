@@ -31,11 +31,6 @@ from volant.model import (
 )
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "volant.db"
-
-
 async def page(bench: Bench, cursor: str = "", limit: int = 1000) -> ForkTree:
     """Returns a page of the tree, as the operation does."""
     projection = bench.store.projection

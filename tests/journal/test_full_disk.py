@@ -51,11 +51,6 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal_module, "_PROBE_AT_LEAST_S", 0.05)
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "volant.db"
-
-
 async def until(store: Store, *, is_well: bool) -> None:
     with trio.fail_after(30):
         while (store.trouble is None) != is_well:  # noqa: ASYNC110 - nothing tells of it

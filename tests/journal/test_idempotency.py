@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -38,11 +35,6 @@ from volant.journal import (
 from volant.model import DEFAULT_PROJECT, CreateVm, Manifest, Problem, Status, Step, VmRow
 
 NO = Problem(409, "no", "not now", field="f", hint="later", vm="demo")
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "volant.db"
 
 
 def key_of(key: str, request: str = "this") -> IdempotencyKey:
@@ -252,56 +244,3 @@ def results_on_disk(path: Path) -> list[bytes]:
 
 def on_disk(path: Path) -> int:
     return len(results_on_disk(path))
-
-
-CHILD = """
-import sys, trio
-from pathlib import Path
-from tests.journal.kit import running
-from tests.journal.test_idempotency import create
-from volant.journal import DuplicateRequest
-
-async def writer(bench, lane, first):
-    for number in range(first, 1_000_000):
-        try:
-            await bench.ask(create(f"vm-{lane}-{number}", f"{lane}-{number}"))
-        except DuplicateRequest:
-            pass
-        print(lane, number, flush=True)
-
-async def main():
-    async with running(Path(sys.argv[1])) as bench, trio.open_nursery() as nursery:
-        for lane in range(4):
-            nursery.start_soon(writer, bench, lane, int(sys.argv[2 + lane]))
-
-trio.run(main)
-"""
-
-
-@pytest.mark.slow
-def test_after_kill_9_a_repeated_request_gets_the_vm_that_was_made(path: Path) -> None:
-    answered = [-1] * 4
-    for _ in range(3):
-        # Each lane asks again for what it has no answer to. A key that was lost would be a name that is taken.
-        first = [str(number + 1) for number in answered]
-        child = subprocess.Popen([sys.executable, "-c", CHILD, path, *first], stdout=subprocess.PIPE, text=True)
-        assert child.stdout is not None
-        for count, line in enumerate(child.stdout):
-            if not line.endswith("\n"):
-                break  # An answer that was cut in half was not received.
-            lane, number = map(int, line.split())
-            assert number == answered[lane] + 1
-            answered[lane] = number
-            if count == 100:
-                child.send_signal(signal.SIGKILL)
-        assert child.wait() == -signal.SIGKILL
-        child.stdout.close()
-
-    async def check() -> None:
-        async with running(path) as bench:
-            names = [row.name for row in bench.store.projection.rows()]
-            assert len(names) == len(bench.store.responses)
-            for lane, number in enumerate(answered):
-                assert {f"vm-{lane}-{n}" for n in range(number + 1)} <= set(names)
-
-    trio.run(check)

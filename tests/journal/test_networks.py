@@ -48,11 +48,6 @@ TINY = Networking(default=BRIDGE_BY_DEFAULT, subnet=IPv4Network("10.0.0.0/29"), 
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "volant.db"
-
-
-@pytest.fixture
 def kept(tmp_path: Path) -> Path:
     return tmp_path / "kept.db"
 

@@ -26,11 +26,6 @@ from volant.model import (
 )
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "volant.db"
-
-
 async def running_vm(bench: Bench, name: str = "demo", **fields: object) -> VmRow:
     return await bench.to(await bench.create(name, **fields), Status.STARTING, Status.RUNNING)
 

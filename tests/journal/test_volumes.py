@@ -39,11 +39,6 @@ from volant.model import (
 )
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "volant.db"
-
-
 async def made(bench: Bench, name: str = "data", number: int = 1) -> Volume:
     begun = await bench.ask(BeginVolume(CreateVolume(name=name, size_mb=64), DEFAULT_PROJECT, f"{number:016x}"))
     assert begun.status == "creating"
