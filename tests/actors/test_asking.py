@@ -17,7 +17,6 @@ from actors import (
     Actor,
     ActorDown,
     AskTimeout,
-    Backoff,
     Child,
     Deferred,
     Down,
@@ -472,28 +471,6 @@ async def test_a_half_applied_handler_leaves_no_state_behind(autojump_clock: Moc
             await ref.ask(Crash(), timeout_s=1)
         await trio.sleep(1)
         assert await ref.ask(Withdraw(1), timeout_s=1) == 9
-
-
-async def test_a_monitor_sends_one_down_ahead_of_the_queue(autojump_clock: MockClock) -> None:
-    bank_ = DynamicSupervisor(intensity=1000, backoff=Backoff(base_s=5, cap_s=5))
-    async with open_system(bank_):
-        watcher = await bank_.start_child(Child("watcher", Account))
-        other = await bank_.start_child(Child("other", Account))
-        await watcher.ask(Watch(other), timeout_s=1)
-        await watcher.ask(Watch(other), timeout_s=1)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(partial(watcher.ask, Sleep(5), timeout_s=10))
-            await wait_all_tasks_blocked()
-            watcher.tell(Note("queued before"))
-            other.tell(Crash())
-        await trio.sleep(1)
-        seen = ("slept 5", "other crashed: ValueError: crashed", "queued before")
-        assert await watcher.ask(Notes(), timeout_s=1) == seen
-        other.tell(Crash())
-        await trio.sleep(1)
-        assert await watcher.ask(Notes(), timeout_s=1) == seen
-        await watcher.ask(Watch(other), timeout_s=1)
-        assert await watcher.ask(Notes(), timeout_s=1) == (*seen, "other crashed: ValueError: crashed")
 
 
 async def test_two_actors_that_ask_each_other_end_by_their_deadlines(autojump_clock: MockClock) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import trio
 from trio.lowlevel import current_statistics
 from trio.testing import wait_all_tasks_blocked
 
@@ -112,23 +111,3 @@ def test_cursors_that_never_read_cost_nothing() -> None:
     finally:
         tracemalloc.stop()
     assert lagging <= alone + 1000
-
-
-async def test_readers_that_wait_for_ever_do_not_make_the_publisher_wait() -> None:
-    log = Log(max_frames=10, max_bytes=10_000)
-    async with trio.open_nursery() as nursery:
-
-        async def read_one_and_hang() -> None:
-            async with log.cursor(after=0) as cursor:
-                await cursor.take(1)
-                await trio.sleep_forever()
-
-        for _ in range(50):
-            nursery.start_soon(read_one_and_hang)
-        await wait_all_tasks_blocked()
-        for _ in range(1000):
-            log.append(b"frame")
-            await trio.lowlevel.checkpoint()
-        assert log.statistics().frames == 10
-        assert log.statistics().slowest_lag == 999
-        nursery.cancel_scope.cancel()
