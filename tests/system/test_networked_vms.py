@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 import trio
 
-from tests.system.kit import BOOT_S, Daemon, boot, kept, reachable, run
+from tests.system.kit import BOOT_S, Daemon, boot, kept, reachable, run, until
 from tests.system.lab import HOST, WORLD, Lab
 from tests.system.test_standby import filled
 from tests.system.test_templates import template
 from volant.client import Client
-from volant.model import VmView
+from volant.model import ForkVm, VmView
 
 pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="only root makes bridges"),
@@ -159,6 +159,9 @@ async def test_networks_outlive_a_killed_daemon_and_end_with_their_vms(daemon: D
     async with daemon.client() as client:
         vm = await boot(client, "stays", ports=["0.0.0.0:8080:80"])
         await boot(client, "goes")
+        await client.vms.fork("stays", ForkVm(names=["copy"]))
+        await until(client, "copy", "running")
+        await is_on_the_network(client, await client.vms.get("copy"))
         assert await tells_from_where(client, "stays") == HOST
         await serve(client, "stays")
         assert await fetch(lab, 8080) == "stays\n"
