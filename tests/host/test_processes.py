@@ -18,7 +18,8 @@ import trio
 import trio.testing
 
 from tests.host.kit import SLEEP, spawn, until_output
-from volant.host import Host, ProcessGone, _procfs
+from volant.host import Host, ProcessGone, Sandbox, _procfs
+from volant.host._priorities import SPARE
 from volant.model import ProcessIdentity
 
 
@@ -298,3 +299,34 @@ def test_the_bytes_of_network_interfaces_are_measured(host: Host) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
         sender.sendto(bytes(1000), ("127.0.0.1", 9))
     assert all(now - then >= 1000 for then, now in zip(before, loopback(), strict=True))
+
+
+def score(pid: int | str) -> int:
+    return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+
+
+async def test_a_process_is_the_first_to_go_until_a_vm_uses_it(
+    host: Host, tag: str, tmp_path: Path, started: list[ProcessIdentity]
+) -> None:
+    identity = await spawn(host, tag, tmp_path, SLEEP, started)
+    assert score(identity.pid) == SPARE
+    await host.limits.apply(identity, "a test")
+    assert score(identity.pid) == max(0, score("self"))
+    await host.limits.apply(identity, "a test")
+    assert score(identity.pid) == max(0, score("self"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a process another user")
+async def test_so_is_one_of_another_user(host: Host, tag: str, tmp_path: Path, started: list[ProcessIdentity]) -> None:
+    user = 65540
+    host = Host(users=range(user, user + 1))
+    identity = await host.processes.spawn(
+        ["/usr/bin/python3", "-Ic", SLEEP, tag], tag=tag, env={}, cwd=tmp_path, stdout_path=tmp_path / "out",
+        sandbox=Sandbox(user=user),
+    )  # fmt: skip
+    started.append(identity)
+    await until_output(host, tmp_path / "out", b"up")
+    assert host.proc.status(identity).user == user
+    assert score(identity.pid) == SPARE
+    await host.limits.apply(identity, "a test")
+    assert score(identity.pid) == max(0, score("self"))

@@ -1,4 +1,4 @@
-"""Any output of a guest gets into its log at a limited rate, so that the daemon has time for others."""
+"""Any output of a guest gets into its log line by line, at a limited rate, so the daemon has time for others."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from typing import cast
 import pytest
 import trio
 import trio.testing
+from hypothesis import given, strategies as st
 
 from tests.names import named
 from volant.channel import AgentClient, AgentResponse
 from volant.host import Host
-from volant.logs import LogGap, VmLog, VmLogs
+from volant.logs import MAX_LINE_BYTES, LogGap, VmLog, VmLogs
 from volant.model.agent import FRAME_STDOUT, LOG_ID_HEADER, encode_log_frame
 from volant.session import _console
 from volant.session._console import ConsolePump
-from volant.session._lines import piece_of
+from volant.session._lines import Line, LineSplitter, piece_of
 from volant.session._output import pump_output
+from volant.session._workload import ReportLimit
 
 LONGEST_S = 0.1
 """How long the event loop may be blocked; a piece takes some milliseconds of an idle machine."""
@@ -212,3 +214,53 @@ async def test_the_next_pump_does_not_read_dropped_output_again(
     with ConsolePump(Host(), path, log, "b") as pump:
         await pump.drain()
     assert log.newest == newest + 1
+
+
+def test_lf_and_crlf_end_lines_and_the_rest_waits() -> None:
+    splitter = LineSplitter()
+    assert splitter.feed(b"a\r\nb\n\nrest") == [Line(b"a", False, 3), Line(b"b", False, 5), Line(b"", False, 6)]
+    assert splitter.feed(b" of it\n") == [Line(b"rest of it", False, 17)]
+    assert splitter.flush() == []
+
+
+def test_a_line_too_long_is_split_between_characters_and_marked() -> None:
+    text = "ä" * MAX_LINE_BYTES
+    splitter = LineSplitter()
+    lines = splitter.feed(text.encode() + b"\n")
+    assert [line.partial for line in lines] == [True] * (len(lines) - 1) + [False]
+    assert all(len(line.data) <= MAX_LINE_BYTES + 2 for line in lines)
+    assert "".join(line.data.decode() for line in lines) == text
+
+
+def test_a_gap_ends_the_line_that_it_cuts() -> None:
+    splitter = LineSplitter()
+    splitter.feed(b"half")
+    assert splitter.skip_to(100) == [Line(b"half", False, 4)]
+    assert splitter.feed(b"x\n") == [Line(b"x", False, 102)]
+
+
+@given(st.lists(st.sampled_from([b"a", b"bc\n", b"\n", b"\r\n", b"\xff", b"y" * 70_000]), max_size=12), st.data())
+def test_resuming_at_the_end_of_any_line_gives_the_same_lines(pieces: list[bytes], data: st.DataObject) -> None:
+    whole = b"".join(pieces)
+    splitter = LineSplitter()
+    lines = [line for piece in pieces for line in splitter.feed(piece)] + splitter.flush()
+    assert sum(len(line.data) for line in lines) <= len(whole)
+    seen = data.draw(st.integers(0, len(lines)))
+    position = lines[seen - 1].end if seen else 0
+    again = LineSplitter(position)
+    assert again.feed(whole[position:]) + again.flush() == lines[seen:]
+
+
+async def test_few_reports_are_not_late_and_many_are_bounded(autojump_clock: trio.abc.Clock) -> None:
+    limit = ReportLimit()
+    began = trio.current_time()
+    for _ in range(4):
+        await limit.pause()
+    assert trio.current_time() == began, "a program that starts and ends is reported as it does"
+    for _ in range(200):
+        await limit.pause()
+    assert trio.current_time() - began > 1700
+    await trio.sleep(300)
+    quiet = trio.current_time()
+    await limit.pause()
+    assert trio.current_time() == quiet

@@ -1,4 +1,4 @@
-"""A real guest's workload runs as its user, gets its stop signal, takes its VM with it, and says why it failed."""
+"""A real guest's workload runs as its user, ends as it should, also with its agent, and says why it failed."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import httpx
 import pytest
 import trio
 
-from tests.system.kit import BOOT_S, REPOSITORY, Daemon, boot, next_event, run, spec, until
-from volant.client import ClientError
+from tests.system.kit import BOOT_S, REPOSITORY, Daemon, boot, next_event, reachable, run, spec, until
+from volant.client import ClientError, LogLine
 
 WHO = 'echo "$(id -u) $(id -g) $HOME $(pwd) $A"; echo again > /dev/stdout'
 JOB = {
@@ -39,6 +39,14 @@ STOPS = {
 }  # fmt: skip
 BROKEN = {"name": "broken", "workload": {"entrypoint": ["nosuch"]}}
 WHY = "there is no program nosuch"
+
+TALKER = """
+import os, sys, time
+print("begins", os.environ["COLOUR"], flush=True)
+time.sleep(10000)
+"""
+# The oldest Python process except PID 1.
+KILL = "kill -9 $(pidof python3.13 | tr ' ' '\\n' | sort -n | grep -vx 1 | head -n 1); sleep 60"
 
 
 def lines(daemon: Daemon, name: str) -> list[str]:
@@ -129,3 +137,37 @@ async def test_a_workload_that_cannot_start_is_reported_everywhere(daemon: Daemo
         assert (waited.outcome, waited.vm and waited.vm.status) == ("failed", "running")
         await client.vms.delete("demo")
         await client.plugins.delete("broken")
+
+
+async def test_a_killed_agent_comes_back_with_its_workload(daemon: Daemon) -> None:
+    async with daemon.client() as client:
+        workload = {"entrypoint": ["python3.13", "-c", TALKER], "env": {"COLOUR": "red"}}
+        await client.plugins.install({"name": "talker", "version": "1", "workload": workload})
+        waited = await client.vms.create_and_wait(spec("demo", plugin="talker", env={"COLOUR": "blue"}))
+        assert waited.outcome == "met"
+        newest = await client.newest_event()
+        async with client.vms.logs("demo", since=0, streams=["stdout"]) as log:
+            for _ in range(2):
+                with trio.fail_after(30):
+                    line = await log.receive()
+                assert isinstance(line, LogLine)
+                assert line.line == "begins blue"
+                try:
+                    await run(client, "demo", "sh", "-c", KILL)
+                except (ClientError, AssertionError) as error:
+                    print(f"as it should: {error}")
+            with trio.fail_after(30):
+                line = await log.receive()
+            assert isinstance(line, LogLine)
+            assert line.line == "begins blue"
+            await reachable(client, "demo")
+            health = (await client.vms.agent_health("demo"))["workload"]
+            assert health["state"] == "healthy"
+        async with client.events(after=newest, vm="demo") as feed:
+            # The workload was started again. The VM did not change.
+            while True:
+                event = await next_event(feed)
+                assert event.type.startswith("WORKLOAD_"), event
+                assert event.workload is not None
+                if event.type == "WORKLOAD_STARTED" and event.workload.pid == health["pid"]:
+                    break
