@@ -50,7 +50,7 @@ def image(tmp_path: Path) -> BuiltImage:
 @pytest.fixture
 async def served(tmp_path: Path) -> AsyncIterator[Api]:
     (tmp_path / "daemon").mkdir()
-    async with api(tmp_path / "daemon") as running:
+    async with api(tmp_path / "daemon", origins=Origins((tmp_path,))) as running:
         yield running
 
 
@@ -317,7 +317,7 @@ async def test_a_fetch_that_fails_is_an_event_and_an_answer(tmp_path: Path, imag
         ({"reference": ""}, 400, "invalid-request", "reference"),
         ({"reference": "No/Upper"}, 400, "invalid-image-reference", "reference"),
         ({"reference": "https://x/y"}, 400, "invalid-image-reference", "reference"),
-        ({"reference": "oci:/nowhere"}, 404, "image-not-found", "reference"),
+        ({"reference": "oci:/nowhere"}, 403, "image-not-allowed", "reference"),
         ({"reference": "a", "more": 1}, 400, "invalid-request", "more"),
         ({}, 400, "invalid-request", "reference"),
         ({"reference": "127.0.0.1:1/app"}, 503, "registry-unreachable", "reference"),
@@ -410,7 +410,7 @@ def images_of(served: Api) -> Any:
     return service._images
 
 
-async def test_files_of_the_host_are_for_those_who_may_read_them(tmp_path: Path, image: BuiltImage) -> None:
+async def test_files_of_the_host_can_be_named_below_artifact_dirs(tmp_path: Path, image: BuiltImage) -> None:
     (tmp_path / "daemon").mkdir()
     (tmp_path / "shown").mkdir()
     (tmp_path / "shown/way-out").symlink_to(image.layout)
@@ -419,10 +419,11 @@ async def test_files_of_the_host_are_for_those_who_may_read_them(tmp_path: Path,
     settings = ApiSettings(api_keys=(key,))
     async with api(tmp_path / "daemon", settings, origins=Origins((tmp_path / "shown",))) as served:
         served.client.headers["X-Volant-API-Key"] = key
-        for path, status in ((image.layout, 403), (tmp_path / "shown/way-out", 403), (inside.layout, 200)):
+        refused = (image.layout, tmp_path / "shown/way-out")
+        for path, status in (*((path, 403) for path in refused), (tmp_path / "shown/none", 404), (inside.layout, 200)):
             answer = await served.client.post("/api/v1/images/pull", json={"reference": f"oci:{path}:t"})
             assert answer.status_code == status, answer.text
-            assert status == 200 or answer.json()["type"] == "urn:volant:error:image-not-allowed"
+            assert status != 403 or answer.json()["type"] == "urn:volant:error:image-not-allowed"
             # Nor can a plugin bring it.
             boot = {"image": {"reference": f"oci:{path}:t", "digest": "sha256:" + "0" * 64}}
             name = f"plugin-{status}-{path.name}"

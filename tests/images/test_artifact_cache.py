@@ -7,8 +7,8 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
@@ -18,7 +18,6 @@ import trio.testing
 
 from tests.ports import free_port
 from tests.web_server import WebServer, answer
-from volant.host import Credentials, open_as
 from volant.images import (
     ANYWHERE,
     ArtifactCache,
@@ -204,45 +203,21 @@ def test_a_closed_port_is_unreachable(cache: Path, monkeypatch: pytest.MonkeyPat
     assert code(cache, f"http://127.0.0.1:{port}/") == "artifact_unreachable"
 
 
-async def test_a_local_file_that_opens_too_late_is_closed(
-    cache: Path, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As one on a file system of the client's own may."""
-    may_open, opened = threading.Event(), threading.Event()
-
-    def open_late(credentials: Credentials, path: Path) -> int:
-        may_open.wait(20)
-        fd = open_as(credentials, path)
-        opened.set()
-        return fd
-
-    monkeypatch.setattr(artifact_cache, "open_as", open_late)
-    monkeypatch.setattr(artifact_cache, "_OPEN_S", 0.01)
-    kept = ArtifactCache(cache, tmp_path / "state", timeout_s=30, max_mb=64)
-    with pytest.raises(ImageError):
-        await kept.take(Artifact(str(local), DIGEST), Credentials.own())
-    may_open.set()
-    with trio.fail_after(10):
-        assert await trio.to_thread.run_sync(opened.wait, 10)
-        while is_open(local):  # noqa: ASYNC110 - nothing tells of it
-            await trio.sleep(0.01)
-
-
 async def test_the_failure_of_one_source_is_not_that_of_another(
     cache: Path, server: Server, local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else a client that claims the digest of somebody else's artifact keeps it from everybody."""
     begun, may_end = trio.Event(), trio.Event()
 
-    async def slow(arguments: list[str], record: Callable[[Progress], None], descriptors: Sequence[int] = ()) -> None:
-        if descriptors:
+    async def slow(arguments: list[str], record: Callable[[Progress], None]) -> None:
+        if str(other) in arguments:
             begun.set()
             await may_end.wait()
-        await run_child(arguments, record, descriptors)
+        await run_child(arguments, record)
 
     async def claim() -> None:
         with pytest.raises(ImageError):
-            await kept.take(Artifact(str(other), DIGEST), Credentials.own())
+            await kept.obtain(Artifact(str(other), DIGEST))
 
     async def obtain() -> None:
         assert (await kept.obtain(Artifact(f"{server.origin}/whole", DIGEST))).path.read_bytes() == DATA
@@ -259,14 +234,6 @@ async def test_the_failure_of_one_source_is_not_that_of_another(
             while not kept._under_way[DIGEST].done.statistics().tasks_waiting:  # noqa: ASYNC110
                 await trio.sleep(0.01)
             may_end.set()
-
-
-def is_open(path: Path) -> bool:
-    for descriptor in Path("/proc/self/fd").iterdir():
-        with suppress(FileNotFoundError):
-            if descriptor.samefile(path):
-                return True
-    return False
 
 
 def test_a_different_file_is_refused_without_its_digest(cache: Path, server: Server, local: Path) -> None:

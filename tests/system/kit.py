@@ -77,6 +77,8 @@ class Daemon:
             *("--listen", "127.0.0.1:0", "--accelerator", "tcg"),
             # Without a warm pool; `flags` come later and win.
             *("--templates", "auto" if template else "off", "--standby", "0", "--network", "none"),
+            # Tests name files where they have made them.
+            *("--artifact-dirs", "/"),
             *("--state-dir", str(self.state_dir), "--runtime-dir", str(self.runtime_dir), "--cache-dir", str(cache)),
             *flags,
         ]

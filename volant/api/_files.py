@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import re
 from base64 import b64encode
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import msgspec
 
 from volant.http import Call, Limits, Nothing, StreamRoute, read_call_body, receive_into
-from volant.model import ArtifactView, invalid
-from volant.operations import ApiDeps, artifact_problems, image_problems, image_view, require_project
+from volant.images import ImageError
+from volant.model import ArtifactView, Problem, invalid
+from volant.operations import ApiDeps, image_problems, image_view, require_project
 
 BACKUP = "application/vnd.sqlite3"
+_ARTIFACT_STATUS = {"artifact_too_large": 413, "artifact_mismatch": 400, "timeout": 408, "cache_full": 507}
+"""Statuses of what a client can do something about; all others are 503."""
 _MAX_NAME = 4096
 """Characters of an image's reference."""
 
@@ -26,7 +31,7 @@ def routes(deps: ApiDeps, limits: Limits) -> list[StreamRoute]:
         call.query(credentials=False).done()
         (digest,) = call.args
         await deps.recorder.begin()
-        with artifact_problems(None):
+        with _artifact_problems():
             async with deps.vms.artifacts.receiving(digest, call.project) as upload:
                 await receive_into(call, upload)
                 artifact = await upload.finish()
@@ -84,3 +89,13 @@ async def _created(call: Call, view: msgspec.Struct) -> None:
         (b"cache-control", b"no-store"),
     ]
     await call.reject(201, fields, body)
+
+
+@contextmanager
+def _artifact_problems() -> Iterator[None]:
+    """:raises Problem: instead of ImageError"""
+    try:
+        yield
+    except ImageError as error:
+        status = _ARTIFACT_STATUS.get(error.code, 503)
+        raise Problem(status, error.code.replace("_", "-"), error.message, hint=error.hint or None) from error

@@ -21,7 +21,6 @@ from ._run import Failure, Session, command
 from ._text import safe
 
 _MAX_SHOWN = 200
-_NOT_READ = ("artifact-not-allowed", "artifact-unavailable")
 
 
 _LAZY = {"upload": Lazy("_upload:upload", "Send FILE, which a manifest names, into the daemon's cache.")}
@@ -55,7 +54,7 @@ async def install(session: Session, manifest: str) -> None:
     try:
         plugin = await session.client.plugins.install(described)
     except ClientProblem as problem:
-        if problem.code not in _NOT_READ:
+        if problem.code != "artifact-not-allowed":
             raise
         from ._upload import local_files, upload_files
 

@@ -375,12 +375,11 @@ class PluginsOperations(Operations):
     ) -> PluginView:
         """Install a plugin from its manifest.
 
-        For administrators `boot` may name files of the daemon's host by path: below a directory of the setting
-        `artifact_dirs`; or, at a Unix socket, and without a key for the daemon's own user over loopback, what the
-        client's user can read. These are taken into the cache before the answer. Else it is 403
-        `artifact-not-allowed` or 400 `artifact-unavailable`: send the file with `PUT /api/v1/artifacts/{sha256}`,
-        then install the plugin. For an OCI image in a file of the host, `boot.image` follows the rules of `image`
-        for a new VM. A plugin of a fleet names no files: 422 `file-of-one-host`.
+        `boot` names files by URL, or by path. A path is one of the daemon's host: administrators may name those
+        below a directory of the setting `artifact_dirs`, which are read when a VM boots. Otherwise it is 403
+        `artifact-not-allowed`: send the file with `PUT /api/v1/artifacts/{sha256}`, then install the plugin. An OCI
+        image in a file of the host has to be below `artifact_dirs`, too. A plugin of a fleet names no files: 422
+        `file-of-one-host`.
 
         :param timeout_s: how long to wait for the answer
         """

@@ -7,14 +7,6 @@ on its own. Nothing here is a global.
 
 from ._access_lists import Grant as Grant
 from ._cgroups import Cgroups as Cgroups, ResourceLimits as ResourceLimits, own_cgroups as own_cgroups
-from ._credentials import (
-    Credentials as Credentials,
-    is_below as is_below,
-    loopback_peer_uid as loopback_peer_uid,
-    open_as as open_as,
-    open_below as open_below,
-    peer_credentials as peer_credentials,
-)
 from ._descriptors import Descriptors as Descriptors, OpenDirectory as OpenDirectory
 from ._directories import (
     UnsafeDirectory as UnsafeDirectory,
@@ -56,4 +48,5 @@ from ._sandbox import (
 from ._sandbox_access import SandboxAccess as SandboxAccess, SandboxSupport as SandboxSupport
 from ._scopes import Scopes as Scopes
 from ._sockets import TUN as TUN, Sockets as Sockets, make_permanent as make_permanent, open_tap as open_tap
+from ._walk import is_below as is_below, open_below as open_below
 from ._watches import FileWatch as FileWatch, Watches as Watches

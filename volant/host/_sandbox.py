@@ -149,7 +149,7 @@ def start_sandboxed(
                 resource.prlimit(popen.pid, resource.RLIMIT_CORE, (0, 0))
             return popen
 
-        return in_own_thread(start, "sandbox")
+        return _in_own_thread(start, "sandbox")
 
 
 def confine_self(sandbox: Sandbox, cwd: Path) -> None:
@@ -169,7 +169,7 @@ def confine_self(sandbox: Sandbox, cwd: Path) -> None:
         _check(_libc.capset(struct.pack("=Ii", _CAPSET_VERSION, 0), bytes(24)), "capset")
 
 
-def in_own_thread(work: Callable[[], T], name: str) -> T:
+def _in_own_thread(work: Callable[[], T], name: str) -> T:
     """Runs `work` in a thread of its own, which gives up its rights for itself alone, and waits for it.
 
     Raises what `work` raises.
@@ -191,20 +191,6 @@ def in_own_thread(work: Callable[[], T], name: str) -> T:
     return done[0]
 
 
-def act_for(user: int, group: int, groups: Sequence[int]) -> None:
-    """Lets this thread use files with the rights of another user until it ends. Raises OSError."""
-    if not _seccomp.NUMBERS:
-        raise OSError(errno.ENOSYS, f"no other user can be acted for on {platform.machine()}")
-    numbers = (ctypes.c_uint32 * len(groups))(*groups)
-    _syscall(_seccomp.NUMBERS["setgroups"], len(groups), ctypes.byref(numbers))
-    # Neither call reports failure (setfsuid(2)); asked for an impossible user, they return the current one.
-    _libc.setfsgid(ctypes.c_uint32(group))
-    _libc.setfsuid(ctypes.c_uint32(user))
-    nobody = ctypes.c_uint32(_NOBODY)
-    if (_libc.setfsuid(nobody) & _NOBODY, _libc.setfsgid(nobody) & _NOBODY) != (user, group):
-        raise OSError(errno.EPERM, f"user {user} can't be acted for")
-
-
 def as_user(user: int | None, work: Callable[[], T]) -> T:
     """Returns what `work` returns, which uses files with the rights of a user and a group of that number. None: with
     ours. Blocks. Raises OSError, and what `work` raises."""
@@ -212,10 +198,18 @@ def as_user(user: int | None, work: Callable[[], T]) -> T:
         return work()
 
     def run() -> T:
-        act_for(user, user, ())
+        if not _seccomp.NUMBERS:
+            raise OSError(errno.ENOSYS, f"no other user can be acted for on {platform.machine()}")
+        _syscall(_seccomp.NUMBERS["setgroups"], 0, None)
+        # Neither call reports failure (setfsuid(2)); asked for an impossible user, they return the current one.
+        number, nobody = ctypes.c_uint32(user), ctypes.c_uint32(_NOBODY)
+        _libc.setfsgid(number)
+        _libc.setfsuid(number)
+        if (_libc.setfsuid(nobody) & _NOBODY, _libc.setfsgid(nobody) & _NOBODY) != (user, user):
+            raise OSError(errno.EPERM, f"user {user} can't be acted for")
         return work()
 
-    return in_own_thread(run, "as another user")
+    return _in_own_thread(run, "as another user")
 
 
 def _enter(sandbox: Sandbox, place: int, rules: int | None) -> None:

@@ -54,7 +54,6 @@ from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.typing import ConnectionState
 from hypercorn.utils import parse_socket_addr
 
-from volant.host import peer_credentials
 from volant.model import Problem
 from volant.model.heads import MAX_FIELDS, head_of
 
@@ -102,11 +101,10 @@ class Connection(TCPServer):
         self.inbox: Inbox | None = None
         self._socket = stream.socket
         self.is_unix = stream.socket.family == socket.AF_UNIX
-        self.credentials = peer_credentials(stream.socket) if self.is_unix else None
-        """On a Unix socket, the user whose process connected."""
         self.address = "" if self.is_unix else _address_of(stream.socket)
         """The client's, on TCP."""
-        self.peer = f"uid {self.credentials.uid}" if self.credentials is not None else ""
+        self.peer = f"uid {_peer_uid(stream.socket)}" if self.is_unix else ""
+        """On a Unix socket, the user whose process connected."""
         self._server = server
         self.heads = server.heads
         self.tls = None if server.tls is None or self.is_unix else server.tls.session()
@@ -425,6 +423,11 @@ def _free_frames(error: BaseException) -> None:
         error.__cause__.__traceback__ = None
 
 
+def _peer_uid(sock: trio.socket.SocketType) -> int:
+    _, uid, _ = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return int(uid)
+
+
 def _address_of(sock: trio.socket.SocketType) -> str:
     """Returns the client's address; of IPv6 the network of 64 bits, as one machine may have all addresses in it."""
     try:
@@ -459,7 +462,6 @@ class Http11(H11Protocol):
                     **connection.state,
                     "unix": connection.is_unix,
                     "peer": connection.peer,
-                    "credentials": connection.credentials,
                     "standing": connection.standing,
                 }
             ),

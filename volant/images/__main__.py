@@ -30,7 +30,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fetcher.add_argument("--max-bytes", type=int, required=True, metavar="N")
     fetcher.add_argument("--allow-directory", type=Path, action="append", default=[], metavar="DIR")
     fetcher.add_argument("--allow-network", action="append", default=[], metavar="CIDR")
-    fetcher.add_argument("--descriptor", type=int, metavar="N", help="an open descriptor of the local file")
     stock = commands.add_parser("stock", help="write an OCI archive with a stock image")
     stock.add_argument("name", help="debian, python or node")
     stock.add_argument("--output", type=Path, required=True, metavar="FILE")
@@ -57,7 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.sha256,
                 max_bytes=options.max_bytes,
                 origins=Origins(tuple(options.allow_directory), parse_networks(options.allow_network)),
-                source=options.descriptor,
                 tell=lambda done, total: report(Progress("fetch", "Fetching", done, total, "bytes")),
             )
             _print({"artifact": artifact.as_json()})

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, closing
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
 import trio
 
 from volant.concurrency import NoPlace, Places
-from volant.host import Credentials, is_below, open_as
+from volant.host import is_below
 from volant.model import Artifact
 
 from . import _artifacts
@@ -22,7 +20,7 @@ from ._errors import ImageError
 from ._origins import ANYWHERE, PUBLIC, Origins, checked
 from ._part import Part, disk_errors
 from ._progress import Progress
-from ._urls import local_path, shown
+from ._urls import shown
 
 _FETCHES_AT_ONCE = 4
 _UPLOADS_AT_ONCE = 16
@@ -30,8 +28,6 @@ _UPLOADS_OF_ONE = 4
 """Of one project."""
 _PLACED_AT_ONCE = 4
 """Received files that are moved to their place, each by a thread."""
-_OPEN_S = 10.0
-"""How long opening a local file may take; its file system may hang."""
 _PIECE = 1024 * 1024
 """How much of an upload is written at once."""
 
@@ -39,39 +35,12 @@ _PIECE = 1024 * 1024
 class _Fetch:
     """A fetch in progress. Later callers wait for its outcome."""
 
-    def __init__(self, source: object) -> None:
-        self.source = source
+    def __init__(self, url: str) -> None:
+        self.url = url
         """Its failure says nothing about another source of the same artifact."""
         self.done = trio.Event()
         self.error: ImageError | None = None
         self.progress: Progress | None = None
-
-
-class _LocalFile:
-    """A file that a thread opens, and a task closes, which may have given up by then."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._fd = -1
-        self._is_closed = False
-
-    def open(self, credentials: Credentials, path: Path) -> int:
-        """Returns the descriptor. Blocks. :raises OSError:"""
-        fd = open_as(credentials, path)
-        with self._lock:
-            if not self._is_closed:
-                self._fd = fd
-                return fd
-        # A file system that hung let go of it at last.
-        os.close(fd)
-        raise TimeoutError(f"nobody waits for {path} any more")
-
-    def close(self) -> None:
-        with self._lock:
-            self._is_closed = True
-            fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
 
 
 class ArtifactCache:
@@ -88,7 +57,6 @@ class ArtifactCache:
         """
         self._origins = origins
         self._uploads = Places(_UPLOADS_AT_ONCE, _UPLOADS_OF_ONE)
-        self._opens = trio.CapacityLimiter(_FETCHES_AT_ONCE)
         self._placed = trio.CapacityLimiter(_PLACED_AT_ONCE)
         self._cache_dir = cache_dir
         self._owner = owner
@@ -107,7 +75,25 @@ class ArtifactCache:
 
         :raises ImageError: as `fetch`; `timeout` after `timeout_s`
         """
-        return await self._obtain(artifact, artifact.url, partial(self._fetch, artifact, artifact.url))
+        with trio.move_on_after(self._timeout_s):
+            while True:
+                if (removing := self._removing.get(artifact.sha256)) is not None:
+                    await removing.wait()
+                found = await self._find(artifact)
+                if found is not None:
+                    return found
+                other = self._under_way.get(artifact.sha256)
+                if other is None:
+                    await self._fetch(artifact)
+                    continue
+                await other.done.wait()
+                if other.error is not None and other.url == artifact.url:
+                    raise ImageError(other.error.code, other.error.message, other.error.hint)
+        raise ImageError(
+            "timeout",
+            f"{_named(artifact)}: it did not arrive within {self._timeout_s:g} s",
+            "raise VOLANT_ARTIFACT_TIMEOUT_S, or fetch it beforehand with `volar boot-images fetch`",
+        )
 
     def may_read(self, path: Path) -> bool:
         """Whether files at this path may be fetched for every client; does not access the file."""
@@ -134,27 +120,6 @@ class ArtifactCache:
     async def has(self, artifact: Artifact) -> bool:
         """Whether an artifact is in the cache, and stays there until this daemon removes it."""
         return await self._find(artifact) is not None
-
-    async def take(self, artifact: Artifact, credentials: Credentials) -> CachedArtifact:
-        """Returns an artifact that is a file of this host, as `obtain` does. Opens it now, with the rights of a client.
-
-        :raises ImageError: as `obtain`; `artifact_missing` for all files that the reader can't open or that differ
-        """
-        path = local_path(artifact.url)
-        assert path is not None
-        with closing(_LocalFile()) as file:
-            try:
-                with trio.fail_after(_OPEN_S):
-                    fd = await trio.to_thread.run_sync(
-                        file.open, credentials, path, abandon_on_cancel=True, limiter=self._opens
-                    )
-            except (OSError, trio.TooSlowError):
-                # Fails as a file with another digest does.
-                descriptors: Sequence[int] = ()
-            else:
-                descriptors = (fd,)
-            # Another client may have other rights.
-            return await self._obtain(artifact, file, partial(self._fetch, artifact, file, descriptors))
 
     @asynccontextmanager
     async def receiving(self, digest: str, project: str) -> AsyncIterator[Upload]:
@@ -200,27 +165,6 @@ class ArtifactCache:
             _artifacts.use_artifact, self._cache_dir, artifact.sha256, self._owner, abandon_on_cancel=True
         )
 
-    async def _obtain(self, artifact: Artifact, source: object, fetch: Callable[[], Awaitable[None]]) -> CachedArtifact:
-        with trio.move_on_after(self._timeout_s):
-            while True:
-                if (removing := self._removing.get(artifact.sha256)) is not None:
-                    await removing.wait()
-                found = await self._find(artifact)
-                if found is not None:
-                    return found
-                other = self._under_way.get(artifact.sha256)
-                if other is None:
-                    await fetch()
-                    continue
-                await other.done.wait()
-                if other.error is not None and other.source == source:
-                    raise ImageError(other.error.code, other.error.message, other.error.hint)
-        raise ImageError(
-            "timeout",
-            f"{_named(artifact)}: it did not arrive within {self._timeout_s:g} s",
-            "raise VOLANT_ARTIFACT_TIMEOUT_S, or fetch it beforehand with `volar boot-images fetch`",
-        )
-
     async def remove(self, digest: str, *, in_use: Callable[[], bool]) -> bool:
         """Removes an artifact, unless it is `in_use` or another daemon uses it; returns whether it was removed.
 
@@ -245,8 +189,8 @@ class ArtifactCache:
             for digest, fetch in self._under_way.items()
         }
 
-    async def _fetch(self, artifact: Artifact, source: object, descriptors: Sequence[int] = ()) -> None:
-        under_way = self._under_way[artifact.sha256] = _Fetch(source)
+    async def _fetch(self, artifact: Artifact) -> None:
+        under_way = self._under_way[artifact.sha256] = _Fetch(artifact.url)
 
         def record(progress: Progress) -> None:
             under_way.progress = progress
@@ -257,11 +201,9 @@ class ArtifactCache:
             arguments += ["--allow-directory", str(directory)]
         for network in self._origins.networks:
             arguments += ["--allow-network", str(network)]
-        for fd in descriptors:
-            arguments += ["--descriptor", str(fd)]
         try:
             async with self._slots:
-                await run_child(arguments, record, descriptors)
+                await run_child(arguments, record)
         except ImageError as error:
             under_way.error = ImageError(error.code, f"{_named(artifact)}: {error.message}", error.hint)
             raise under_way.error from error

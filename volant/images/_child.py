@@ -24,14 +24,11 @@ _MAX_STDERR = 16 * 1024
 _REAP_S = 5.0
 
 
-async def run_child(
-    arguments: Sequence[str], progress: Callable[[Progress], None] | None, descriptors: Sequence[int] = ()
-) -> dict[str, object]:
+async def run_child(arguments: Sequence[str], progress: Callable[[Progress], None] | None) -> dict[str, object]:
     """Runs `python -m volant.images` with `--json-progress`; returns the last object of its output.
 
     Cancelling kills it and its children.
 
-    :param descriptors: open descriptors for the child
     :raises ImageError: the error that it reports; `build_failed` if it dies without a report
     """
     command = [sys.executable, "-P", "-m", "volant.images", *arguments, "--json-progress"]
@@ -41,7 +38,6 @@ async def run_child(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=_environment(),
-        pass_fds=descriptors,
         # A group of its own, so that apt is killed, too.
         start_new_session=True,
     )

@@ -30,13 +30,11 @@ def fetch(
     *,
     max_bytes: int,
     origins: Origins = PUBLIC,
-    source: int | None = None,
     tell: Tell = lambda done, total: None,
 ) -> CachedArtifact:
     """Returns a verified artifact, from the cache or else from `url`. Of several callers one fetches, the others wait.
 
     :param origins: from where it may be fetched
-    :param source: a descriptor of the local file, opened with the rights of the client; it stays open
     :param tell: called with the bytes that have arrived and their total, 0 if unknown
     :raises ImageError: `artifact_missing`: no such file, or none on this host that may be read and has that digest;
         `artifact_refused`: this origin is not allowed; `artifact_unreachable`: the server fails; `artifact_mismatch`:
@@ -54,7 +52,7 @@ def fetch(
             with contextlib.closing(Part(path, max_bytes)) as part:
                 local = local_path(url)
                 if local is not None:
-                    _copy(local, part, tell, origins, source)
+                    _copy(local, part, tell, origins)
                 else:
                     Download(url, part, tell, origins).run()
                 actual = part.finish()
@@ -77,11 +75,9 @@ def _no_such_file() -> ImageError:
     )
 
 
-def _copy(path: Path, part: Part, tell: Tell, origins: Origins, given: int | None) -> None:
+def _copy(path: Path, part: Part, tell: Tell, origins: Origins) -> None:
     try:
-        if given is not None:
-            source = os.dup(given)
-        elif origins.anywhere:
+        if origins.anywhere:
             # O_NONBLOCK: a FIFO must not block.
             source = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
         else:

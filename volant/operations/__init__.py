@@ -4,7 +4,6 @@
 """
 
 from ._admission import Admission as Admission, acting as acting, begin as begin, name_target as name_target
-from ._artifacts import artifact_problems as artifact_problems
 from ._context import Context as Context
 from ._deps import ApiDeps as ApiDeps, DaemonInfo as DaemonInfo, Health as Health
 from ._images import (

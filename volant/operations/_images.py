@@ -26,7 +26,6 @@ from volant.model import (
 from volant.oci import OciError
 from volant.transfer import TransferError
 
-from ._artifacts import client_credentials, may_name
 from ._context import Context
 
 if TYPE_CHECKING:
@@ -121,7 +120,7 @@ async def registry_auth(context: Context, secret: str | None) -> bytes | None:
 
 
 async def admit_image(context: Context, reference: str, field: str = "reference") -> None:
-    """Checks that a client may name an image: one in a file of this host only if it may read that file.
+    """Checks that a client may name an image: one in a file of this host only below `artifact_dirs`.
 
     :raises Problem: 400 it is no reference; 403 the client may not name that file
     """
@@ -134,13 +133,16 @@ async def admit_image(context: Context, reference: str, field: str = "reference"
     path = await trio.to_thread.run_sync(os.path.realpath, found.name)
     if may_name(context, Path(found.name)) and may_name(context, Path(path)):
         return
-    credentials = client_credentials(context)
-    if credentials is None or credentials.uid not in (0, os.geteuid()):
-        raise Problem(
-            403, "image-not-allowed", f"{field} is a file of the daemon's host, and this client may name none there",
-            field=field,
-            hint="upload it with PUT /api/v1/images/archive, or let it lie below a directory of artifact_dirs",
-        )  # fmt: skip
+    raise Problem(
+        403, "image-not-allowed", f"{field} is a file of the daemon's host, and this client may not name it",
+        field=field, hint="upload it with `volar images load`, or put it below a directory of artifact_dirs",
+    )  # fmt: skip
+
+
+def may_name(context: Context, path: Path) -> bool:
+    """Returns whether a caller may name a file of this host: an administrator below `artifact_dirs`. Such files belong
+    to no project."""
+    return context.caller.may(Permission.ADMIN) and context.deps.vms.artifacts.may_read(path)
 
 
 async def _admit_registry(context: Context, reference: str, registry: str, field: str) -> None:

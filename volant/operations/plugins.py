@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import msgspec
 
+from volant import images, oci
 from volant.journal import (
     EnablePlugin,
     InstallPlugin,
@@ -14,11 +17,20 @@ from volant.journal import (
     ask_journal,
     plugin_view,
 )
-from volant.model import Key, Manifest, Permission, PluginView, check_manifest, is_name, no_such_plugin
+from volant.model import (
+    Artifact,
+    Key,
+    Manifest,
+    Permission,
+    PluginView,
+    Problem,
+    check_manifest,
+    is_name,
+    no_such_plugin,
+)
 
-from ._artifacts import admit, check_every_host_has
 from ._context import Context
-from ._images import admit_image
+from ._images import admit_image, may_name
 from ._table import TABLE
 
 
@@ -54,17 +66,16 @@ async def list_plugins(context: Context) -> list[PluginView]:
 async def install_plugin(context: Context, *, body: Manifest) -> PluginInstalled:
     """Install a plugin from its manifest.
 
-    For administrators `boot` may name files of the daemon's host by path: below a directory of the setting
-    `artifact_dirs`; or, at a Unix socket, and without a key for the daemon's own user over loopback, what the client's
-    user can read. These are taken into the cache before the answer. Else it is 403 `artifact-not-allowed` or 400
-    `artifact-unavailable`: send the file with `PUT /api/v1/artifacts/{sha256}`, then install the plugin. For an OCI
-    image in a file of the host, `boot.image` follows the rules of `image` for a new VM. A plugin of a fleet names no
-    files: 422 `file-of-one-host`.
+    `boot` names files by URL, or by path. A path is one of the daemon's host: administrators may name those below a
+    directory of the setting `artifact_dirs`, which are read when a VM boots. Otherwise it is 403
+    `artifact-not-allowed`: send the file with `PUT /api/v1/artifacts/{sha256}`, then install the plugin. An OCI image
+    in a file of the host has to be below `artifact_dirs`, too. A plugin of a fleet names no files: 422
+    `file-of-one-host`.
     """
     manifest = check_manifest(body)
     if context.deps.fleet is not None:
-        check_every_host_has(manifest)
-    await admit(context, manifest)
+        _check_every_host_has(manifest)
+    await _check_files(context, manifest)
     if manifest.image is not None:
         await admit_image(context, manifest.image.reference, "boot.image.reference")
     message = InstallPlugin(manifest, context.project, context.key)
@@ -120,3 +131,43 @@ def _key_of(context: Context, name: str) -> Key:
     if not is_name(name):
         raise no_such_plugin(name)
     return context.named(name)
+
+
+def _check_every_host_has(manifest: Manifest) -> None:
+    """Checks that a manifest names nothing that only this host has. :raises Problem: 422 a file"""
+    boot = manifest.boot
+    named: dict[str, bool] = {}
+    for name in ("kernel", "initramfs", "rootfs"):
+        artifact: Artifact | None = getattr(boot, name, None)
+        named[f"boot.{name}.url"] = artifact is not None and images.local_path(artifact.url) is not None
+    if manifest.image is not None:
+        with suppress(oci.OciError):
+            named["boot.image.reference"] = not oci.parse_reference(manifest.image.reference).registry
+    for field, is_file in named.items():
+        if is_file:
+            raise Problem(
+                422, "file-of-one-host", f"{field} is a file of this host, and all hosts of the fleet have the plugin",
+                field=field, hint="serve the file over HTTPS, or push the image to a registry",
+            )  # fmt: skip
+
+
+async def _check_files(context: Context, manifest: Manifest) -> None:
+    """Checks that a client may name the files of this host that a manifest names. The daemon can read more than its
+    clients. So administrators name files below `artifact_dirs`, and everybody what is in the cache by its digest.
+
+    :raises Problem: 403 it may not name one
+    """
+    if manifest.boot is None:
+        return
+    for name in ("kernel", "initramfs", "rootfs"):
+        artifact: Artifact | None = getattr(manifest.boot, name)
+        path = None if artifact is None else images.local_path(artifact.url)
+        if artifact is None or path is None or may_name(context, path):
+            continue
+        if not await context.deps.vms.artifacts.has(artifact):
+            raise Problem(
+                403, "artifact-not-allowed",
+                f"boot.{name}.url is a path of the daemon's host, and this client may not name it",
+                field=f"boot.{name}.url",
+                hint="upload the file with `volar plugins upload`, or put it below a directory of artifact_dirs",
+            )  # fmt: skip
