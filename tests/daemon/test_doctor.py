@@ -16,9 +16,9 @@ import pytest
 import trio
 
 from volant.daemon import Settings
-from volant.daemon._doctor import _hypervisor
-from volant.daemon._doctor._context import Context
-from volant.daemon._doctor._directories import (
+from volant.daemon._check import _hypervisor
+from volant.daemon._check._context import Context
+from volant.daemon._check._directories import (
     CACHE,
     RUNTIME,
     STATE,
@@ -28,12 +28,12 @@ from volant.daemon._doctor._directories import (
     judge_directory,
     judge_memory,
 )
-from volant.daemon._doctor._examine import CHECKS, Check, examine, in_thread
-from volant.daemon._doctor._hypervisor import judge_kvm, judge_machine, judge_mke2fs, judge_qemu, judge_qemu_img
-from volant.daemon._doctor._network import judge_forwarding, judge_network, judge_passt, judge_rights
-from volant.daemon._doctor._oci import judge_erofs, judge_own, judge_skopeo, judge_unbuilt
-from volant.daemon._doctor._sandbox import judge_landlock, judge_sandbox
-from volant.daemon._doctor._service import judge_cgroups, judge_descriptors, judge_systemd
+from volant.daemon._check._examine import CHECKS, Check, examine, in_thread
+from volant.daemon._check._hypervisor import judge_kvm, judge_machine, judge_mke2fs, judge_qemu, judge_qemu_img
+from volant.daemon._check._network import judge_forwarding, judge_network, judge_passt, judge_rights
+from volant.daemon._check._oci import judge_erofs, judge_own, judge_skopeo, judge_unbuilt
+from volant.daemon._check._sandbox import judge_landlock, judge_sandbox
+from volant.daemon._check._service import judge_cgroups, judge_descriptors, judge_systemd
 from volant.host import Host, SandboxSupport
 from volant.hypervisor import AcceleratorChoice
 from volant.images import ImageError

@@ -23,8 +23,8 @@ from cryptography import x509
 from tests.certificates import Authority
 from tests.system.kit import Daemon
 from volant.daemon import Settings
-from volant.daemon._doctor._context import Context
-from volant.daemon._doctor._service import tls as check_tls
+from volant.daemon._check._context import Context
+from volant.daemon._check._service import tls as check_tls
 from volant.daemon._settings import SettingsError, resolve
 from volant.daemon._tls import load_certificate
 from volant.host import Host

@@ -1,4 +1,5 @@
-"""Runs all checks at the same time, each with a deadline: a disk or a program that hangs delays no other check.
+"""`volantd check`: runs all checks at the same time, each with a deadline: a disk or a program that hangs delays no
+other check. `volar setup --check` shows the report to people.
 
 The checks are part of the daemon because they use its settings and its code, for example to launch QEMU. They need
 neither root nor a running daemon, and leave nothing behind: they use a directory and a network namespace of their own.
@@ -11,6 +12,7 @@ import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
+import msgspec
 import trio
 
 from volant.host import Host
@@ -58,6 +60,12 @@ CHECKS: tuple[tuple[str, float, Check], ...] = (
     ("forwarding", 10.0, in_thread(forwarding)),
 )
 """Name, deadline in seconds and function of each check, in the order of the report."""
+
+
+def check(settings: Settings) -> tuple[str, int]:
+    """Returns the report as JSON, and the exit code: 0 if VMs can run here, else 1."""
+    report = trio.run(examine, settings, Host())
+    return msgspec.json.format(msgspec.json.encode(report)).decode(), 1 if report.failed else 0
 
 
 async def examine(settings: Settings, host: Host, checks: Sequence[tuple[str, float, Check]] = CHECKS) -> Report:

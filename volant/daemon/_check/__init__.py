@@ -1,0 +1,3 @@
+"""The checks of `volantd check`."""
+
+from ._examine import check as check
