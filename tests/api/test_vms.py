@@ -273,9 +273,9 @@ async def test_a_disk_of_an_impossible_size_is_refused(served: Api, tmp_path: Pa
     (tmp_path / "disks").mkdir()
     boot = {}
     for name, size in (("kernel", 10), ("initramfs", 10), ("rootfs", 3 * 2**20 + 1)):
-        file = tmp_path / f"{name}.file"
-        file.write_bytes(bytes(size))
-        boot[name] = {"url": str(file), "sha256": hashlib.sha256(bytes(size)).hexdigest()}
+        sha256 = hashlib.sha256(bytes(size)).hexdigest()
+        assert (await served.client.put(f"/api/v1/artifacts/{sha256}", content=bytes(size))).status_code == 201
+        boot[name] = {"url": f"/{name}", "sha256": sha256}
     answer = await served.client.post("/api/v1/plugins", json={"name": "rooted", "boot": boot})
     assert answer.status_code == 201, answer.text
 

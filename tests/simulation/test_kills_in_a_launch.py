@@ -96,3 +96,22 @@ def test_the_next_daemon_continues_a_launch_at_once(tmp_path: Path, kind: str, b
     if kind in ("clone", "restore", "fork"):
         # Else the moments have missed what this is about.
         assert found_in >= {"inmigrate", "running"}, found_in
+
+
+def test_a_clone_costs_three_commits(tmp_path: Path) -> None:
+    """The row with its answer; its process tag; and the process with the agent's answer."""
+
+    async def main(sim: Simulation) -> None:
+        async with simulated_world(sim, tmp_path) as world:
+            world.settings = msgspec.structs.replace(world.settings, standby=0)
+            await world.start_daemon()
+            await world.request("POST", "/api/v1/templates", {"cpu_cores": 1, "memory_mb": 128}, JSON)
+            commits = world.daemon.store.figures.commits
+            (_, before) = commits.cumulative()[-1]
+            await make(world, "clone")
+            assert commits.cumulative()[-1][1] == before + 1
+            await wait_running(world, "new", SOON_S)
+            await trio.sleep(60)
+            assert commits.cumulative()[-1][1] == before + 3
+
+    simulate(main, seed=1, faults={})

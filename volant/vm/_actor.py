@@ -9,6 +9,7 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
+from datetime import datetime
 from functools import partial
 
 import msgspec
@@ -40,6 +41,7 @@ from volant.model import (
     Resumed,
     Seen,
     Status,
+    Step,
     StepFailed,
     VmRow,
     Woke,
@@ -59,6 +61,7 @@ from .messages import CHECKPOINT_S, Ask, CheckpointTaken, Report, TakeCheckpoint
 _COMMIT_S = 30.0
 _COMMIT_TRIES = 4
 _COMMIT_PAUSE_S, _COMMIT_PAUSE_MAX_S = 0.1, 0.4
+_LAUNCH_ALONE_S = 1.0
 _REPORT_S, _REPORT_MAX_S = 0.1, 5.0
 _STEP_S, _STEP_MAX_S = 1.0, 60.0
 _MEASURE_AGAIN_S = 1.0
@@ -82,6 +85,9 @@ class VmActor(Actor):
         self._step_began = 0.0
         self._checkpoint: TaskHandle | None = None
         """The copy that is being made."""
+        self._launched: tuple[Launched, datetime] | None = None
+        self._launch_steps: tuple[Step, ...] = ()
+        """What `_launched` changed in the row of this actor, and is committed with whatever is seen next."""
         self._adopted_tag = ""
         """The process tag of a boot that an earlier incarnation began."""
         self._history: deque[dict[str, object]] = deque(maxlen=_HISTORY)
@@ -121,9 +127,15 @@ class VmActor(Actor):
         if message.effect != self._effect if message.effect is not None else message.tag != row.tag:
             return
         if isinstance(message.seen, Launched):
-            # The guest can be reached by the time that this is committed.
-            launched = message.seen
-            self._watch(msgspec.structs.replace(row, process=launched.process, accelerator=launched.accelerator))
+            if row.phase is Phase.LAUNCH:
+                self._launched = message.seen, self._deps.host.clock.now()
+                self._take(row)
+                self._remember(message.seen)
+                self._drive()
+                self.ctx.spawn(self._commit_launch, message, name="launched")
+                return
+            if self._launched is None:
+                return
         await self._see(message.seen)
         before, row = row, self._vm.row
         templates = self._deps.templates
@@ -190,7 +202,8 @@ class VmActor(Actor):
         unsure = False
         backoff = Backoff(_COMMIT_PAUSE_S, _COMMIT_PAUSE_MAX_S)
         for tries_left in reversed(range(_COMMIT_TRIES)):
-            steps = decide(vm.row, seen, deps.host.clock.now(), held=self._is_held())
+            now = deps.host.clock.now()
+            steps = (*self._launch_steps, *decide(vm.row, seen, now, held=self._is_held()))
             # An unconfirmed commit of this loop may have made the row what was asked for.
             if revisions is not None and vm.row.revision not in revisions and (steps or not unsure):
                 raise _changed(vm.row)
@@ -203,7 +216,7 @@ class VmActor(Actor):
                 )
             except DuplicateRequest:
                 # Perhaps by an unconfirmed commit of this loop.
-                vm.row = projection.by_id(self._vm_id) or vm.row
+                self._take(projection.by_id(self._vm_id) or vm.row)
                 self._drive()
                 raise
             except Problem as problem:
@@ -220,15 +233,27 @@ class VmActor(Actor):
                 # The commit may have been kept: read the row again, and go on from there.
                 row = projection.by_id(self._vm_id)
                 if row is not None:
-                    vm.row = row
+                    self._take(row)
                     continue
+            self._launched = None
             if row is None:
                 self._gone = True
             else:
-                vm.row = row
+                self._take(row)
             break
-        self._remember(seen)
+        if not isinstance(seen, Launched):
+            self._remember(seen)
         self._drive()
+
+    def _take(self, row: VmRow) -> None:
+        """Takes a row that is committed, and on top of it a launch that is not."""
+        self._launch_steps = () if self._launched is None else decide(row, *self._launched)
+        self._vm.row = (self._launch_steps[-1].row if self._launch_steps else None) or row
+
+    async def _commit_launch(self, report: Report) -> None:
+        """Commits a launch after a while by itself, so that clients see the process of a guest that boots slowly."""
+        await trio.sleep(_LAUNCH_ALONE_S)
+        await self._deliver(msgspec.structs.replace(report, effect=None))
 
     def _is_held(self) -> bool:
         """Whether no boot may begin now."""
