@@ -20,7 +20,7 @@ from tests.api.kit import Api, api
 from tests.images.test_image_store import place
 from tests.names import named
 from tests.templates.test_store import KEY, add
-from volant.images import ANYWHERE, ArtifactCache, Origins, _artifacts, _store, _users, artifact_path, fetch
+from volant.images import ANYWHERE, ArtifactCache, Origins, _artifacts, _store, artifact_path, fetch, users
 from volant.logs import LogEntry
 from volant.model import Artifact
 from volant.templates import TemplateBuilder
@@ -198,7 +198,7 @@ async def test_what_another_daemon_with_the_same_cache_uses_stays_for_as_long_as
     artifact = Artifact(url=url, sha256=digest)
     artifacts = artifact_cache(tmp_path, other)
     place(cache, "b" * 64)
-    _users.note_use(cache, "b" * 64, other)
+    users(cache).note("b" * 64, other)
     # This daemon has used it, too, and a third one, of which nothing is left.
     for state_dir in (served.deps.store.path.parent, tmp_path / "gone"):
         await artifact_cache(tmp_path, state_dir).obtain(artifact)
@@ -223,7 +223,7 @@ async def test_a_lookup_of_an_artifact_that_is_being_fetched_does_not_wait(tmp_p
         # In a thread, which nobody could call back.
         look = partial(_artifacts.use_artifact, cache, digest, owner)
         assert await trio.to_thread.run_sync(look, abandon_on_cancel=True) is None
-    assert _users.users(cache, digest) == [owner]
+    assert users(cache).of(digest) == [owner]
 
 
 async def test_an_artifact_that_another_daemon_has_begun_to_use_since_it_was_listed_stays(

@@ -27,7 +27,6 @@ from volant.images import (
     _artifact_cache as artifact_cache,
     _artifacts as artifacts,
     _download as downloading,
-    _part as part,
     artifact_path,
     fetch,
     list_artifacts,
@@ -288,7 +287,7 @@ def test_a_local_file_may_be_too_large(cache: Path, tmp_path: Path) -> None:
 def test_a_nearly_full_disk_is_refused(
     cache: Path, server: Server, local: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(part, "_RESERVE_BYTES", 2**60)
+    monkeypatch.setattr("volant.store._files._RESERVE_BYTES", 2**60)
     assert code(cache, local) == "cache_full"
     assert code(cache, f"{server.origin}/endless") == "cache_full"
 

@@ -401,7 +401,7 @@ async def test_a_registry_that_sends_more_than_it_promises_is_stopped(tmp_path: 
 
 
 async def test_a_full_cache_says_so(tmp_path: Path, image: BuiltImage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("volant.oci._layers._RESERVE_BYTES", 2**60)
+    monkeypatch.setattr("volant.store._files._RESERVE_BYTES", 2**60)
     async with opened(tmp_path) as images:
         error = await refused(images, parse_reference(f"oci:{image.layout}:t"))
     assert error.code == "cache_full"
@@ -414,7 +414,7 @@ async def test_a_disk_that_fills_up_in_a_fetch_keeps_nothing_and_the_next_fetch_
     tmp_path: Path, registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As if others filled it after the check.
-    monkeypatch.setattr("volant.oci._layers._RESERVE_BYTES", 0)
+    monkeypatch.setattr("volant.store._files._RESERVE_BYTES", 0)
     layer = os.urandom(12 * 2**20)
     built = write_layout(tmp_path / "layout", [BASE, tar(("data", {"data": layer}))], kind="tar+zstd")
     registry.push(built.layout, "full:t")

@@ -107,7 +107,7 @@ def test_layers_join_to_the_tree_that_a_container_would_see(tmp_path: Path, kind
 @as_root
 def test_a_disk_that_fills_up_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # As if others filled it after the check.
-    monkeypatch.setattr("volant.oci._layers._RESERVE_BYTES", 0)
+    monkeypatch.setattr("volant.store._files._RESERVE_BYTES", 0)
     with small_disk(tmp_path / "small", size_mb=4) as directory:
         job = jobs(directory, tar(("data", {"data": os.urandom(2**20) * 16})), kind="tar+zstd")
         error = refused(directory, job)

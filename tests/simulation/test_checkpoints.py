@@ -59,11 +59,16 @@ def copies(world: World) -> list[Path]:
 
 
 def rewrite(world: World, record: Path, **kind: object) -> None:
-    """As if another machine had been copied."""
+    """As if another machine had been copied. The next daemon reads it."""
     data = world.machine.files.file(record).data
     said = json.loads(bytes(data))
     said["kind"].update(kind)
     data[:] = json.dumps(said).encode()
+
+
+async def start_again(world: World) -> None:
+    await world.stop_daemon()
+    await world.start_daemon()
 
 
 @pytest.mark.parametrize(
@@ -82,10 +87,12 @@ def test_a_snapshot_that_does_not_fit_is_refused_until_it_fits(
         record = await snapshot(world) / "checkpoint.json"
         before = bytes(world.machine.files.file(record).data)
         rewrite(world, record, **kind)
+        await start_again(world)
         vm = await restore(world, "no")
         assert (vm["status"], vm["reason"]["code"]) == ("crashed", "checkpoint_unfit")
         assert why in vm["reason"]["message"]
         world.machine.files.file(record).data[:] = before
+        await start_again(world)
         assert (await restore(world, "yes"))["status"] == "running"
 
     run(tmp_path, story)
@@ -94,6 +101,7 @@ def test_a_snapshot_that_does_not_fit_is_refused_until_it_fits(
 def test_a_snapshot_of_an_older_qemu_is_restored(tmp_path: Path) -> None:
     async def story(world: World) -> None:
         rewrite(world, await snapshot(world) / "checkpoint.json", version="9.2.4", machine="pc-q35-9.2")
+        await start_again(world)
         assert (await restore(world, "copy"))["status"] == "running"
 
     run(tmp_path, story)

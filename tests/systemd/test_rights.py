@@ -17,26 +17,29 @@ from volant.model import Artifact
 
 OWNER = "1234"
 SETUP = f"""
-mkdir -p /srv/data /srv/results /etc/systemd/system/volantd.service.d /etc/default
+mkdir -p /srv/data /srv/results /var/images /etc/systemd/system/volantd.service.d /etc/default
 echo data >/srv/data/file
 chown {OWNER} /srv/results
 printf '[Service]\\nReadWritePaths=/srv/results\\n' >/etc/systemd/system/volantd.service.d/directories.conf
-echo VOLANT_HOST_DIRS=/srv/data,/srv/results:rw >/etc/default/volantd
+cat >/etc/default/volantd <<.
+VOLANT_HOST_DIRS=/srv/data,/srv/results:rw
+VOLANT_ARTIFACT_DIRS=/var/images
+.
 """
 
 
 @needs_registry
 @pytest.mark.skipif(find_program() is None, reason="needs virtiofsd: .ci/system-packages virtiofsd")
 async def test_a_vm_has_an_image_a_network_and_directories(box: Box, image_cache: Path) -> None:
-    layout, archive = box.root / "var/one", box.root / "var/one.tar"
+    box.run("sh", "-ec", SETUP)
+    layout, archive = box.root / "var/one", box.root / "var/images/one.tar"
     write_layout(layout, [busybox_layer(image_cache), tar(("one", {"data": b"one"}))])
     await trio.run_process(["skopeo", "copy", "--quiet", f"oci:{layout}:t", f"oci-archive:{archive}:t"])
     archive.chmod(0o600)
-    box.run("sh", "-ec", SETUP)
     box.volar("setup")
     async with box.client() as client:
         vm = await boot(
-            client, "demo", image="oci-archive:/var/one.tar:t", start_workload=False, network="bridge",
+            client, "demo", image="oci-archive:/var/images/one.tar:t", start_workload=False, network="bridge",
             volumes=("/srv/data:/data", "/srv/results:/results:rw"),
         )  # fmt: skip
         gateway = f"{vm.ip_address.rpartition('.')[0]}.1"
@@ -58,15 +61,13 @@ async def test_a_vm_has_an_image_a_network_and_directories(box: Box, image_cache
 
 @pytest.mark.full
 async def test_a_plugin_names_an_image_of_the_host(box: Box, image_cache: Path) -> None:
-    image = make_ext4(box.root / "var/image.ext4", image_cache, files={"etc/word": "kept"})
+    box.run("sh", "-ec", SETUP)
+    image = make_ext4(box.root / "var/images/image.ext4", image_cache, files={"etc/word": "kept"})
     box.volar("setup")
-    there = Path("/var", image.name)
-    (box.root / "var/link").symlink_to(there)
-    for name, path in (("disk", there), ("linked", Path("/var/link"))):
-        async with box.client() as client:
-            await client.plugins.install(plugin(name, Artifact(str(path), digest(image))))
-            await boot(client, name, plugin=name)
-            assert await run(client, name, "cat", "/etc/word") == "kept"
+    async with box.client() as client:
+        await client.plugins.install(plugin("disk", Artifact("/var/images/image.ext4", digest(image))))
+        await boot(client, "disk", plugin="disk")
+        assert await run(client, "disk", "cat", "/etc/word") == "kept"
 
 
 def interfaces(box: Box) -> set[str]:

@@ -14,9 +14,8 @@ from ._ensure import ensure
 from ._errors import ImageError
 from ._origins import ANYWHERE, PUBLIC, Origins, parse_networks
 from ._progress import Progress
-from ._store import DIGEST, Image, find, list_images, load, prune
+from ._store import DIGEST, Image, find, list_images, load, prune, users
 from ._urls import local_path, shown
-from ._users import forget_use, users
 
 if TYPE_CHECKING:
     from ._apt import Package
@@ -62,7 +61,6 @@ __all__ = [
     "fetch",
     "fetch_packages",
     "find",
-    "forget_use",
     "list_artifacts",
     "list_images",
     "load",

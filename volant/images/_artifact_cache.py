@@ -12,13 +12,14 @@ import trio
 from volant.concurrency import NoPlace, Places
 from volant.host import is_below
 from volant.model import Artifact
+from volant.store import disk_errors
 
 from . import _artifacts
 from ._artifacts import CachedArtifact
 from ._child import run_child
 from ._errors import ImageError
 from ._origins import ANYWHERE, PUBLIC, Origins, checked
-from ._part import Part, disk_errors
+from ._part import Part
 from ._progress import Progress
 from ._urls import shown
 
@@ -237,7 +238,7 @@ class Upload:
         :raises ImageError: `artifact_mismatch`: it has another digest; and as `write`
         """
         await self._flush()
-        with disk_errors():
+        with disk_errors(ImageError):
             actual = await trio.to_thread.run_sync(self.part.finish)
         if actual != self._digest:
             raise ImageError(
@@ -249,7 +250,7 @@ class Upload:
 
     async def _flush(self) -> None:
         data, self._pending = bytes(self._pending), bytearray()
-        with disk_errors():
+        with disk_errors(ImageError):
             await trio.to_thread.run_sync(self.part.write, data)
 
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import json
 import os
 import secrets
 import stat
@@ -28,14 +27,31 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import _store
+import msgspec
+
+from volant.store import (
+    disk_errors,
+    fingerprint,
+    held,
+    is_named,
+    read_record,
+    remove_unlocked,
+    sync_directory,
+    write_atomically,
+)
+
 from ._errors import ImageError
-from ._users import forget_use, is_noted, note_use, users
+from ._store import JsonFields, users
 
 _F_OFD_GETLK = 36
 
 
-class CachedArtifact(_store.JsonFields, frozen=True):
+class _Record(msgspec.Struct, frozen=True):
+    url: str
+    stat: str
+
+
+class CachedArtifact(JsonFields, frozen=True):
     """A verified file in the cache that VMs boot from."""
 
     digest: str
@@ -56,14 +72,14 @@ def artifact_path(cache_dir: Path, digest: str) -> Path:
 def find_artifact(cache_dir: Path, digest: str) -> CachedArtifact | None:
     """Returns an artifact, or None if it is missing or was touched since it was verified; reads one small file."""
     path = artifact_path(cache_dir, digest)
-    record = _store.read_json(_record_path(path))
+    record = read_record(_record_path(path), _Record)
     try:
-        if record is None or record.get("stat") != _fingerprint(path):
+        if record is None or record.stat != fingerprint(path):
             return None
         figures = path.stat()
     except OSError:
         return None
-    return CachedArtifact(digest, path, str(record.get("url", "")), figures.st_size, figures.st_blocks * 512)
+    return CachedArtifact(digest, path, record.url, figures.st_size, figures.st_blocks * 512)
 
 
 def list_artifacts(cache_dir: Path) -> list[CachedArtifact]:
@@ -75,16 +91,17 @@ def list_artifacts(cache_dir: Path) -> list[CachedArtifact]:
 
 def use_artifact(cache_dir: Path, digest: str, owner: Path) -> CachedArtifact | None:
     """Finds an artifact, and keeps other daemons than that of the state directory `owner` from removing it."""
-    if not is_noted(cache_dir, digest, owner):
+    notes = users(cache_dir)
+    if not notes.is_noted(digest, owner):
         # Nobody removes anything from a cache that can't be written to.
         with contextlib.suppress(ImageError, OSError):
             if not artifact_path(cache_dir, digest).exists():
                 # A fetch may hold the lock for long.
-                note_use(cache_dir, digest, owner)
+                notes.note(digest, owner)
                 return None
             # `remove_artifact` holds the lock while it reads the notes and removes.
             with locked_part(cache_dir, digest):
-                note_use(cache_dir, digest, owner)
+                notes.note(digest, owner)
     return find_artifact(cache_dir, digest)
 
 
@@ -95,21 +112,19 @@ def remove_artifact(cache_dir: Path, digest: str, owner: Path | None = None) -> 
     :raises ImageError: it can't be removed
     """
     path = artifact_path(cache_dir, digest)
-    try:
-        with locked_part(cache_dir, digest):
-            if owner is not None:
-                forget_use(cache_dir, digest, owner)
-                if users(cache_dir, digest):
-                    return False
-            if _is_locked(path):
+    with locked_part(cache_dir, digest), disk_errors(ImageError):
+        if owner is not None:
+            notes = users(cache_dir)
+            notes.forget(digest, owner)
+            if notes.of(digest):
                 return False
-            _record_path(path).unlink(missing_ok=True)
-            was_there = path.exists()
-            path.unlink(missing_ok=True)
-            if was_there:
-                _store.sync_folder(path.parent)
-    except OSError as error:
-        raise _store.unwritable(cache_dir, error) from None
+        if _is_locked(path):
+            return False
+        _record_path(path).unlink(missing_ok=True)
+        was_there = path.exists()
+        path.unlink(missing_ok=True)
+        if was_there:
+            sync_directory(path.parent)
     return was_there
 
 
@@ -117,9 +132,9 @@ def reverify(cache_dir: Path, digest: str, url: str) -> CachedArtifact | None:
     """Verifies a touched artifact, or one without a record, again; returns None if its digest is wrong."""
     path = artifact_path(cache_dir, digest)
     try:
-        before = _fingerprint(path)
+        before = fingerprint(path)
         with path.open("rb") as handle:
-            if hashlib.file_digest(handle, "sha256").hexdigest() != digest or _fingerprint(path) != before:
+            if hashlib.file_digest(handle, "sha256").hexdigest() != digest or fingerprint(path) != before:
                 return None
         # Not by a fixed mode: groups of hypervisors may have been granted access.
         _remove_others(path)
@@ -137,33 +152,33 @@ def locked_part(cache_dir: Path, digest: str) -> Iterator[Path]:
 
     :raises ImageError: the cache can't be written to
     """
-    folder = cache_dir / "artifacts"
-    path = folder / f"{digest}.part"
-    try:
-        _make_folder(folder)
-        while True:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if _is_named(descriptor, path):
-                break
-            # The holder before has renamed or removed the file.
-            os.close(descriptor)
-        os.ftruncate(descriptor, 0)
-    except OSError as error:
-        raise _store.unwritable(cache_dir, error) from None
-    with _removed(descriptor, path):
+    with _part(cache_dir / "artifacts" / f"{digest}.part") as path:
         yield path
 
 
 @contextlib.contextmanager
-def _removed(descriptor: int, path: Path) -> Iterator[None]:
-    """Removes an open part at the end, unless it was renamed."""
-    try:
-        yield
-    finally:
-        if _is_named(descriptor, path):
-            path.unlink(missing_ok=True)
-        os.close(descriptor)
+def new_part(cache_dir: Path) -> Iterator[Path]:
+    """Gives the path of an empty part for an upload, which is removed at the end unless it was renamed.
+
+    :raises ImageError: the cache can't be written to
+    """
+    with _part(cache_dir / "artifacts" / f"{secrets.token_hex(16)}.part") as path:
+        yield path
+
+
+@contextlib.contextmanager
+def _part(path: Path) -> Iterator[Path]:
+    with contextlib.ExitStack() as stack:
+        with disk_errors(ImageError):
+            path.parent.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            descriptor = stack.enter_context(held(path))
+            os.ftruncate(descriptor, 0)
+        try:
+            yield path
+        finally:
+            if is_named(descriptor, path):
+                path.unlink(missing_ok=True)
 
 
 def _remove_others(path: Path) -> None:
@@ -176,52 +191,19 @@ def _remove_others(path: Path) -> None:
         path.chmod(kept)
 
 
-def _make_folder(folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(mode=0o700, exist_ok=True)
-
-
-@contextlib.contextmanager
-def new_part(cache_dir: Path) -> Iterator[Path]:
-    """Gives the path of an empty part for an upload, which is removed at the end unless it was renamed.
-
-    :raises ImageError: the cache can't be written to
-    """
-    path = cache_dir / "artifacts" / f"{secrets.token_hex(16)}.part"
-    try:
-        _make_folder(path.parent)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise _store.unwritable(cache_dir, error) from None
-    with _removed(descriptor, path):
-        # `sweep` may remove it before it is locked; then placing it fails.
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield path
-
-
 def place_received(cache_dir: Path, part: Path, digest: str) -> CachedArtifact:
     """Gives an uploaded part with this digest its name. :raises ImageError: the cache can't be written to."""
     with locked_part(cache_dir, digest):
         found = find_artifact(cache_dir, digest)
         if found is not None:
             return found
-        try:
+        with disk_errors(ImageError):
             return place(cache_dir, part, digest, "an upload")
-        except OSError as error:
-            raise _store.unwritable(cache_dir, error) from None
 
 
 def sweep(cache_dir: Path) -> None:
     """Removes the parts of killed fetches."""
-    for path in (cache_dir / "artifacts").glob("*.part"):
-        with contextlib.suppress(OSError):
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _is_named(descriptor, path):
-                    path.unlink()
-            finally:
-                os.close(descriptor)
+    remove_unlocked(cache_dir / "artifacts", "*.part")
 
 
 def place(cache_dir: Path, part: Path, digest: str, url: str) -> CachedArtifact:
@@ -253,26 +235,10 @@ def _is_locked(path: Path) -> bool:
     return bool(struct.unpack("hhqqi4x", found)[0] != fcntl.F_UNLCK)
 
 
-def _is_named(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.lstat())
-    except FileNotFoundError:
-        return False
-
-
-def _fingerprint(path: Path) -> list[int]:
-    """Returns inode, size and time: they change when the file is written to or replaced.
-
-    :raises OSError: there is no file
-    """
-    figures = path.lstat()
-    return [figures.st_ino, figures.st_size, figures.st_mtime_ns]
-
-
 def _record_path(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
 def _record(path: Path, url: str) -> None:
-    record = {"url": url, "stat": _fingerprint(path)}
-    _store.write_atomically(_record_path(path), json.dumps(record).encode() + b"\n", mode=0o600)
+    record = msgspec.json.encode(_Record(url, fingerprint(path)))
+    write_atomically(_record_path(path), record)

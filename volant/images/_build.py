@@ -13,6 +13,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from volant.model import agent
+from volant.store import sync_directory, write_atomically
 
 from . import _apt, _compose, _cpio, _packages, _recipe, _store
 from ._errors import ImageError
@@ -48,7 +49,7 @@ def build(
             "build the image on an x86-64 host",
         )
     cache_dir = cache_dir.absolute()
-    with _store.building(cache_dir, lambda: progress(WAITING), "The image") as scratch:
+    with _store.building(cache_dir, lambda: progress(WAITING)) as scratch:
         archive = None if offline else _packages.Archive(mirror, security_mirror, keyring)
         return _build(cache_dir, scratch, progress, archive)
 
@@ -106,14 +107,14 @@ def _place(
         "initramfs": _write(made / "initramfs", _cpio.archive(tree)),
         "packages": _apt.dump_list(packages),
     }
-    _store.write_atomically(made / "image.json", json.dumps(record, indent=1, sort_keys=True).encode() + b"\n")
+    write_atomically(made / "image.json", json.dumps(record, indent=1, sort_keys=True).encode() + b"\n", mode=0o644)
     target = cache_dir / "images" / digest
     target.parent.mkdir(exist_ok=True)
     if target.exists():
         # It was incomplete, or it would have been used.
         shutil.rmtree(target)
     made.rename(target)
-    _store.sync_folder(target.parent)
+    sync_directory(target.parent)
 
 
 def _write(path: Path, pieces: Iterable[bytes]) -> dict[str, object]:

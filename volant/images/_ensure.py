@@ -13,8 +13,7 @@ from . import _store
 from ._child import run_child
 from ._errors import ImageError
 from ._progress import Progress
-from ._store import Image
-from ._users import is_noted, note_use
+from ._store import Image, users
 
 
 async def ensure(
@@ -57,8 +56,8 @@ async def ensure(
 
 def _used(cache_dir: Path, find: Callable[[Path], Image | None], owner: Path | None) -> Image | None:
     found = find(cache_dir)
-    if found is not None and owner is not None and not is_noted(cache_dir, found.digest, owner):
+    if found is not None and owner is not None and not users(cache_dir).is_noted(found.digest, owner):
         # Nobody removes anything from a cache that can't be written to.
         with suppress(OSError):
-            note_use(cache_dir, found.digest, owner)
+            users(cache_dir).note(found.digest, owner)
     return found

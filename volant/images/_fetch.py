@@ -11,13 +11,14 @@ import stat
 from pathlib import Path
 
 from volant.host import open_below
+from volant.store import check_space, disk_errors
 
 from . import _artifacts
 from ._artifacts import CachedArtifact
 from ._download import Download, ProgressReporter, Tell
 from ._errors import ImageError
 from ._origins import PUBLIC, Origins
-from ._part import Part, check_space, disk_errors
+from ._part import Part
 from ._urls import local_path, shown
 
 _READ = 1024 * 1024
@@ -48,7 +49,7 @@ def fetch(
         found = _artifacts.find_artifact(cache_dir, digest) or _artifacts.reverify(cache_dir, digest, shown(url))
         if found is not None:
             return found
-        with disk_errors():
+        with disk_errors(ImageError):
             with contextlib.closing(Part(path, max_bytes)) as part:
                 local = local_path(url)
                 if local is not None:
@@ -90,7 +91,7 @@ def _copy(path: Path, part: Part, tell: Tell, origins: Origins) -> None:
             raise _no_such_file()
         if part.clone(source):
             return
-        check_space(part.path, min(figures.st_size, figures.st_blocks * 512))
+        check_space(part.path, min(figures.st_size, figures.st_blocks * 512), ImageError)
         reporter = ProgressReporter(tell, figures.st_size)
         while data := _read_local(source):
             part.write(data)

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from volant.store import write_atomically
+
 from . import _apt, _sources, _store
 from ._errors import ImageError
 from ._progress import WAITING, Progress, silent
@@ -51,7 +53,7 @@ def fetch_packages(
     """
     wanted, given = sorted(set(names)), sorted(set(without))
     cache_dir = cache_dir.absolute()
-    with _store.building(cache_dir, lambda: progress(WAITING), "The packages") as scratch:
+    with _store.building(cache_dir, lambda: progress(WAITING)) as scratch:
         archive = None if offline else Archive(mirror, security_mirror, keyring)
         packages, apt = resolve(cache_dir, lambda apt: apt.resolve_with_dependencies(wanted, given), progress, archive)
         lacking = set(wanted) - {package.name for package in packages}
@@ -144,8 +146,8 @@ def fetch(
                 raise ImageError("untrusted", f"{item.filename} is not what the archive's index says", "try again")
             (incoming / item.filename).replace(debs / item.filename)
     progress(Progress("download", "All packages are there", total, total, "bytes"))
-    _store.write_atomically(
-        cache_dir / "packages.json", json.dumps(_apt.dump_list(packages), indent=1).encode() + b"\n"
+    write_atomically(
+        cache_dir / "packages.json", json.dumps(_apt.dump_list(packages), indent=1).encode() + b"\n", mode=0o644
     )
     keep = {item.filename for item in packages}
     for path in debs.iterdir():

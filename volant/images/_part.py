@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+
+from volant.store import check_space
 
 from ._errors import ImageError
 
@@ -16,10 +15,7 @@ _BLOCK = 64 * 1024
 _READ = 1024 * 1024
 _FICLONE = 0x40049409
 _ZEROS = bytes(_BLOCK)
-_RESERVE_BYTES = 256 * 1024 * 1024
-"""Stays free on the cache's file system, which is often that of the database, too."""
 _CHECK_SPACE_BYTES = 32 * 1024 * 1024
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Part:
@@ -53,7 +49,7 @@ class Part:
             raise too_large(self._max_bytes)
         if self.size - self._space_checked_at >= _CHECK_SPACE_BYTES:
             self._space_checked_at = self.size
-            check_space(self.path, 0)
+            check_space(self.path, 0, ImageError)
         self._hash.update(data)
         self._pending += data
         whole = len(self._pending) - len(self._pending) % _BLOCK
@@ -94,19 +90,6 @@ class Part:
                 block = block[self._handle.write(block) :]
 
 
-def check_space(path: Path, needed: int) -> None:
-    """:raises ImageError: `cache_full`, there is no room for `needed` more bytes on the file system of `path`"""
-    figures = os.statvfs(path)
-    free = figures.f_bavail * figures.f_frsize
-    if free < needed + _RESERVE_BYTES:
-        raise ImageError(
-            "cache_full",
-            f"the cache has {free // 2**20} MiB free, {-(-needed // 2**20)} are needed and "
-            f"{_RESERVE_BYTES // 2**20} must stay",
-            "make room on its file system, or name another folder with VOLANT_CACHE_DIR",
-        )
-
-
 def too_large(max_bytes: int) -> ImageError:
     """Returns the error for an artifact with more bytes than allowed."""
     return ImageError(
@@ -114,13 +97,3 @@ def too_large(max_bytes: int) -> ImageError:
         f"it has more than {max_bytes // 2**20} MiB",
         "raise VOLANT_ARTIFACT_MAX_MB if it should have",
     )
-
-
-@contextmanager
-def disk_errors() -> Iterator[None]:
-    """Turns errors of the cache's disk in a block into ImageError: `cache_full` or `io_error`."""
-    try:
-        yield
-    except OSError as error:
-        code = "cache_full" if error.errno in _FULL else "io_error"
-        raise ImageError(code, f"the cache can't be written: {error.strerror or error}", "make room there") from error

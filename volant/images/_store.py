@@ -15,10 +15,8 @@ once it is complete and on the disk, so it can be used without a lock.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -29,6 +27,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec.structs import asdict, replace
 
+from volant.store import Users, disk_errors, entries, held, read_record, write_atomically
+
 from . import _recipe
 from ._errors import ImageError
 
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
 """A complete SHA-256 in hex."""
-_MAX_JSON_BYTES = 4 * 1024 * 1024
 
 
 class JsonFields(msgspec.Struct, frozen=True):
@@ -87,9 +86,8 @@ def find(cache_dir: Path) -> Image | None:
 def list_images(cache_dir: Path) -> list[Image]:
     """Returns all complete images of a cache, the current one first."""
     folder = cache_dir / "images"
-    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     current = _current(cache_dir)
-    images = [replace(image, current=name == current) for name in names if (image := load(cache_dir, name))]
+    images = [replace(image, current=name == current) for name in entries(folder) if (image := load(cache_dir, name))]
     return sorted(images, key=lambda image: (not image.current, image.digest))
 
 
@@ -101,7 +99,7 @@ def load(cache_dir: Path, digest: str) -> Image | None:
     if not DIGEST.fullmatch(digest):
         return None
     folder = cache_dir / "images" / digest
-    record = read_json(folder / "image.json")
+    record = read_record(folder / "image.json", dict[str, Any])
     if record is None:
         return None
     try:
@@ -148,14 +146,15 @@ def prune(cache_dir: Path, keep: Iterable[str]) -> list[str]:
 
 
 def _current(cache_dir: Path) -> str | None:
-    index = read_json(cache_dir / "current.json")
+    index = read_record(cache_dir / "current.json", dict[str, Any])
     digest = index.get(_recipe.input_key()) if index else None
     return digest if isinstance(digest, str) else None
 
 
 def make_current(cache_dir: Path, digest: str) -> None:
     """Makes this image the one that `find` returns. The caller holds the lock."""
-    write_atomically(cache_dir / "current.json", json.dumps({_recipe.input_key(): digest}).encode() + b"\n")
+    data = json.dumps({_recipe.input_key(): digest}).encode() + b"\n"
+    write_atomically(cache_dir / "current.json", data, mode=0o644)
 
 
 @contextlib.contextmanager
@@ -165,52 +164,26 @@ def locked(cache_dir: Path, waiting: Callable[[], None]) -> Iterator[None]:
     :param waiting: called once if another process has the lock
     :raises ImageError: the folder can't be written to
     """
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(cache_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise unwritable(cache_dir, error) from None
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            waiting()
-            # Without a deadline: the holder has one, and this process can be killed.
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        with disk_errors(ImageError):
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held(cache_dir / "lock", waiting, mode=0o644))
         yield
-    finally:
-        os.close(descriptor)
-
-
-def unwritable(cache_dir: Path, error: OSError) -> ImageError:
-    """Returns the error for a cache folder that can't be written to."""
-    return ImageError(
-        "cache_unwritable",
-        f"The cache folder {cache_dir} can't be written to: {error.strerror}",
-        "run it as the user who owns the folder, or name another with --cache or VOLANT_CACHE_DIR",
-    )
 
 
 @contextlib.contextmanager
-def building(cache_dir: Path, waiting: Callable[[], None], what: str) -> Iterator[Path]:
+def building(cache_dir: Path, waiting: Callable[[], None]) -> Iterator[Path]:
     """Holds the cache's lock, removes the rest of killed builds, and gives a folder that is removed at the end.
 
     :param waiting: called once if another process has the lock
-    :param what: what is written, for errors
     :raises ImageError: the folder can't be written to
     """
     with locked(cache_dir, waiting):
         clean_up(cache_dir)
         scratch = Path(tempfile.mkdtemp(dir=cache_dir, prefix="build-"))
         try:
-            yield scratch
-        except OSError as error:
-            name = f": {error.filename}" if error.filename else ""
-            raise ImageError(
-                "io_error",
-                f"{what} can't be written: {error.strerror or error}{name}",
-                "check the space and the permissions of the cache folder",
-            ) from error
+            with disk_errors(ImageError):
+                yield scratch
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -221,36 +194,6 @@ def clean_up(cache_dir: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def write_atomically(path: Path, data: bytes, *, mode: int | None = None) -> None:
-    """Replaces a file on the disk, all or nothing.
-
-    :param mode: of the file; None: by the umask
-    """
-    temporary = path.with_name(f".{path.name}.new")
-    with temporary.open("wb") as handle:
-        if mode is not None:
-            os.fchmod(handle.fileno(), mode)
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Flushes the names in a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Returns the JSON object in a small file, or None if there is none."""
-    try:
-        with path.open("rb") as handle:
-            value = json.loads(handle.read(_MAX_JSON_BYTES))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None
+def users(cache_dir: Path) -> Users:
+    """Returns the notes of which daemon uses which image or artifact of a cache."""
+    return Users(cache_dir / "users")

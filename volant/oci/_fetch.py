@@ -14,6 +14,7 @@ import msgspec
 import trio
 
 from volant.host import PROGRAM_ENVIRONMENT, Host, as_user
+from volant.store import disk_errors
 
 from ._config import ImageConfig, parse_config
 from ._errors import OciError
@@ -24,7 +25,7 @@ from ._manifest import MAX_DOCUMENT_BYTES, Descriptor, Index, Manifest, Platform
 from ._reference import Reference
 from ._report import Report
 from ._skopeo import Rights, Skopeo
-from ._store import Store, Work, disk_errors, first_numbers
+from ._store import Store, Work, first_numbers
 
 T = TypeVar("T")
 _PARENT = Path(__file__).resolve().parents[2]
@@ -191,7 +192,7 @@ class Fetcher(msgspec.Struct, frozen=True, kw_only=True):
         isolation = self.skopeo.isolation
         if isolation is None:
             return None
-        with disk_errors():
+        with disk_errors(OciError):
             groups = await isolation.prepare_files(self.host, made, held)
         return Confinement(
             directory=str(work.scratch),
@@ -204,7 +205,7 @@ class Fetcher(msgspec.Struct, frozen=True, kw_only=True):
 
     async def _as_skopeo(self, work: Callable[[], T]) -> T:
         """Uses what skopeo has made with its rights: names in there may lead anywhere."""
-        with disk_errors():
+        with disk_errors(OciError):
             return await trio.to_thread.run_sync(as_user, self.skopeo.user, work)
 
     async def _readable(self, reference: Reference, work: Work) -> Reference:
@@ -216,7 +217,7 @@ class Fetcher(msgspec.Struct, frozen=True, kw_only=True):
             # Not by an access list, as it is somebody's file.
             path = work.path / "archive"
             await self._copy_file(reference, path)
-        with disk_errors():
+        with disk_errors(OciError):
             await isolation.let_read(self.host, path)
         return Reference(reference.transport, str(path), tag=reference.tag)
 
@@ -229,7 +230,7 @@ class Fetcher(msgspec.Struct, frozen=True, kw_only=True):
         if not stat.S_ISREG(figures.st_mode):
             raise _unreadable(reference, "it is no regular file")
         self._check_size(reference, figures.st_size)
-        with disk_errors():
+        with disk_errors(OciError):
             await self.host.files.copy(source, path)
 
     def _check_size(self, reference: Reference, size: int) -> None:
@@ -273,7 +274,7 @@ def _checked(data: bytes, described: Descriptor) -> bytes:
 
 def _put_placeholders(work: Work, manifest: Manifest, held: set[int]) -> None:
     """Makes files without content, so that skopeo does not fetch the layers that the cache has. Blocks."""
-    with disk_errors():
+    with disk_errors(OciError):
         work.blob("").mkdir(parents=True)
         needed = {layer.digest for number, layer in enumerate(manifest.layers) if number not in held}
         for number in held:
@@ -285,7 +286,7 @@ def _put_placeholders(work: Work, manifest: Manifest, held: set[int]) -> None:
 
 def _read_layout(work: Work, platform: Platform) -> tuple[str, Manifest, ImageConfig]:
     """Returns the only image of a layout that skopeo has written. Blocks."""
-    with disk_errors():
+    with disk_errors(OciError):
         index = parse_manifest(_read(work.layout / "index.json"))
         assert isinstance(index, Index)
         (entry,) = index.manifests

@@ -16,6 +16,7 @@ import trio
 
 from volant.concurrency import NoPlace, Places, open_helpers
 from volant.host import Host
+from volant.store import disk_errors
 
 from ._errors import OciError
 from ._fetch import Fetcher, FetchLimits, Resolved, Target
@@ -25,7 +26,7 @@ from ._reference import Reference, parse_reference
 from ._report import Kind, Observe, PullEvent, Report
 from ._service import PRIVATE, ImageSettings, ImageUser
 from ._skopeo import Rights, Skopeo
-from ._store import CachedImage, Store, Work, disk_errors
+from ._store import CachedImage, Store, Work, digits
 from ._upload import ArchiveUpload, archive_kind
 
 _logger = logging.getLogger("volant.oci")
@@ -236,7 +237,7 @@ class OciImages:
         """
         found = await self._obtain_digest(digest, reference, auth)
         if self._owner is not None:
-            await trio.to_thread.run_sync(self._store.mark, digest, self._owner)
+            await trio.to_thread.run_sync(self._store.note_user, digest, self._owner)
         return found
 
     async def _obtain_digest(
@@ -277,7 +278,10 @@ class OciImages:
         try:
             with self._uploads.take(project):
                 async with self._working() as work:
-                    with disk_errors(), closing(ArchiveUpload(work.path / "archive", self._limits.max_bytes)) as upload:
+                    with (
+                        disk_errors(OciError),
+                        closing(ArchiveUpload(work.path / "archive", self._limits.max_bytes)) as upload,
+                    ):
                         yield upload
         except NoPlace as full:
             raise OciError(
@@ -293,7 +297,7 @@ class OciImages:
         if not name.registry or not name.tag:
             raise OciError("bad_reference", f"{name} can't be the name of an archive", "write a name with a tag")
         await upload.flush()
-        with disk_errors():
+        with disk_errors(OciError):
             kind = await trio.to_thread.run_sync(archive_kind, upload.path)
         fetch = self._begin(Reference(kind, str(upload.path)), None, name=name)
         with _waiting(fetch):
@@ -386,7 +390,8 @@ class OciImages:
         :raises OciError:
         """
         if self._owner is not None:
-            await trio.to_thread.run_sync(self._store.unmark, self._owner, self._users().keys())
+            used = {digits(digest) for digest in self._users()}
+            await trio.to_thread.run_sync(self._store.users.forget_others, self._owner, used)
         images = await self.all()
         users = {image.digest: await self.users_of(image.digest) for image in images}
         since = time.time() - unused_for_s
@@ -408,8 +413,8 @@ class OciImages:
         """Returns who needs an image: VMs, snapshots, fetches."""
         found = [user.what for user in self._users().get(digest, ())]
         if self._owner is not None:
-            others = await trio.to_thread.run_sync(self._store.other_owners, digest, self._owner)
-            found += [f"the daemon of {other}" for other in others]
+            owners = await trio.to_thread.run_sync(self._store.users.of, digits(digest))
+            found += [f"the daemon of {owner}" for owner in owners if owner != self._owner]
         if self._fetch_of(digest) is not None:
             found.append("a fetch that is under way")
         return found
@@ -557,7 +562,7 @@ class OciImages:
         manager = self._store.working()
         work = await trio.to_thread.run_sync(manager.__enter__)
         try:
-            with disk_errors():
+            with disk_errors(OciError):
                 await self._skopeo.share(work.scratch)
             yield work
         finally:

@@ -23,6 +23,8 @@ from typing import IO
 import msgspec
 import zstandard
 
+from volant.store import check_space, disk_errors
+
 from ._erofs import opened
 from ._errors import OciError
 from ._join import correction
@@ -40,8 +42,6 @@ _MAX_WINDOW = 128 * 1024 * 1024
 """What `zstd --long` needs to be decompressed."""
 PROGRAM_MEMORY = 4 * 1024**3
 """Of `mkfs.erofs`, which has all entries of a layer in memory."""
-_RESERVE_BYTES = 256 * 1024 * 1024
-"""Stays free on the cache's file system, which is often that of the database, too."""
 _CHECK_SPACE_BYTES = 32 * 1024 * 1024
 _FULL_BYTES = 1024 * 1024
 """A file system with less is full: a program that failed may have removed what it wrote last."""
@@ -217,33 +217,13 @@ def _bounded(pieces: Iterator[bytes], job: LayerJob) -> Iterator[bytes]:
             )  # fmt: skip
         if size - checked >= _CHECK_SPACE_BYTES:
             checked = size
-            check_space(Path(job.blob).parent)
+            check_space(Path(job.blob).parent, 0, OciError)
         yield piece
 
 
-def check_space(directory: Path) -> None:
-    """:raises OciError: `cache_full`"""
-    figures = os.statvfs(directory)
-    free = figures.f_bavail * figures.f_frsize
-    if free < _RESERVE_BYTES:
-        raise OciError(
-            "cache_full",
-            f"the cache has {free // 2**20} MiB free, and {_RESERVE_BYTES // 2**20} must stay",
-            "make room on its file system, or name another folder with VOLANT_CACHE_DIR",
-        )
-
-
 def _finish(target: Path) -> None:
-    try:
-        descriptor = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise OciError(
-            "io_error", f"the cache can't be written: {error.strerror or error}", "check its disk"
-        ) from error
+    with disk_errors(OciError), target.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 class _Hashed:

@@ -16,10 +16,11 @@ import trio
 
 from volant.concurrency import Backoff, open_helpers
 from volant.host import PROGRAM_ENVIRONMENT, Host, as_user
+from volant.store import check_space
 
 from ._errors import OciError
 from ._isolation import Isolation, open_theirs
-from ._layers import PROGRAM_MEMORY, check_space
+from ._layers import PROGRAM_MEMORY
 from ._manifest import MAX_DOCUMENT_BYTES, Platform
 from ._proxy import Resolve, open_proxy, resolve_anywhere
 from ._reference import Reference
@@ -310,7 +311,7 @@ class Skopeo:
                     "manifest or the limit says", "an administrator can allow more: oci_max_mb",
                 )  # fmt: skip
             try:
-                check_space(work)
+                check_space(work, 0, OciError)
             except OciError as error:
                 return error
             if trio.current_time() - since >= self._stalled_s:

@@ -18,29 +18,33 @@ import signal
 import time
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import msgspec
 
 from volant.host import as_user
 from volant.model import DEFAULT_PROJECT
+from volant.store import (
+    Users,
+    disk_errors,
+    entries,
+    held,
+    lock_unless_held,
+    read_record,
+    sync_directory,
+    write_atomically,
+)
 
 from ._config import ImageConfig
 from ._errors import OciError
 from ._join import DISK, descriptor
 from ._reference import Reference
 
-T = TypeVar("T")
-
-_MAX_RECORD = 16 * 1024 * 1024
 _LEAST_DIGITS = 6
 """By which an image may be named."""
 _DIGITS = re.compile(rf"[0-9a-f]{{{_LEAST_DIGITS},64}}\Z")
-_MAX_PATH = 4096
 _CORRECTING = "correcting.erofs"
 """The file of the layer that corrects the others: `_join.py`."""
 _PROGRAMS = (b"skopeo", b"volant.oci", b"mkfs.erofs")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class _Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -146,7 +150,8 @@ class Store:
         self._images = directory / "images"
         self._names = directory / "names"
         self.work = directory / "work"
-        self._users = directory / "users"
+        self.users = Users(directory / "users")
+        """By the digits of images' digests."""
         self.directory = directory
 
     # Fetching
@@ -154,23 +159,20 @@ class Store:
     @contextlib.contextmanager
     def working(self) -> Iterator[Work]:
         """Makes a working directory for a block. :raises OciError: the cache can't be written"""
-        with disk_errors():
+        with disk_errors(OciError):
             for directory in (self._layers, self._images, self._names, self.work):
                 directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             self.directory.chmod(0o700)
             work = Work(self.work / f"{secrets.token_hex(8)}.new")
             work.path.mkdir(mode=0o700)
-            lock = os.open(work.path / "lock", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            # `sweep` may have removed it by now; then the fetch fails, and nothing is left.
-            with disk_errors():
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.ExitStack() as stack:
+            with disk_errors(OciError):
+                # `sweep` may have removed it by now; then the fetch fails, and nothing is left.
+                stack.enter_context(held(work.path / "lock"))
+                stack.callback(self._remove_work, work.path)
                 work.image.mkdir(mode=0o700)
                 work.scratch.mkdir(mode=0o700)
             yield work
-        finally:
-            self._remove_work(work.path)
-            os.close(lock)
 
     def having(self, diff_ids: Sequence[str]) -> set[int]:
         """Returns the numbers of the layers that the cache has now."""
@@ -182,7 +184,7 @@ class Store:
         Returns their numbers. :raises OciError:
         """
         held = set()
-        with disk_errors():
+        with disk_errors(OciError):
             for number, diff_id in enumerate(diff_ids):
                 try:
                     os.link(self._layer(diff_id), work.layer(number))
@@ -194,7 +196,7 @@ class Store:
     def begin(self, work: Work, numbers: Collection[int]) -> list[Path]:
         """Makes empty files for layers, and for what joins all. They belong to the daemon, whoever writes them. Returns
         them. :raises OciError:"""
-        with disk_errors():
+        with disk_errors(OciError):
             files = [*map(work.layer, sorted(numbers)), work.correcting, work.metadata]
             for path in files:
                 path.touch(mode=0o600, exist_ok=False)
@@ -206,7 +208,7 @@ class Store:
         :param made: those that are new
         :raises OciError:
         """
-        with disk_errors():
+        with disk_errors(OciError):
             sizes = []
             for path in made:
                 _close(path)
@@ -217,11 +219,11 @@ class Store:
                     os.link(work.layer(first[diff_id]), work.layer(number))
                 _share(work.layer(number), self._layer(diff_id))
                 sizes.append(work.layer(number).stat().st_size)
-            _sync(self._layers)
+            sync_directory(self._layers)
             layers = [*(work.layer(number) for number in range(len(sizes))), work.correcting]
-            _write_new(work.image / DISK, descriptor(work.metadata, layers).encode())
-            _write(work.image / "image.json", _Record(digest=digest, config=config, sizes=tuple(sizes)))
-            _sync(work.image)
+            write_atomically(work.image / DISK, descriptor(work.metadata, layers).encode())
+            record = _Record(digest=digest, config=config, sizes=tuple(sizes))
+            write_atomically(work.image / "image.json", _encoded(record))
             if self.find(digest) is None:
                 # What is there is damaged.
                 self._remove_files(digest)
@@ -231,25 +233,20 @@ class Store:
                 # Another fetch was faster.
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                     raise
-            _sync(self._images)
+            sync_directory(self._images)
 
     def note(self, reference: Reference, digest: str) -> None:
         """Notes what a reference resolves to. :raises OciError:"""
-        with disk_errors():
-            path = self._name(reference)
-            fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
-            _write(
-                fresh,
-                _Name(reference=str(reference), digest=digest, resolved_at=time.time(), project=reference.project),
-            )
-            fresh.rename(path)
-            _sync(self._names)
+        project = reference.project
+        name = _Name(reference=str(reference), digest=digest, resolved_at=time.time(), project=project)
+        with disk_errors(OciError):
+            write_atomically(self._name(reference), _encoded(name))
 
     # Finding
 
     def resolve(self, reference: Reference) -> str | None:
         """Returns the digest that a reference resolved to last, if the cache has its image."""
-        found = _read(self._name(reference), _Name)
+        found = read_record(self._name(reference), _Name)
         return found.digest if found and self._image(found.digest).exists() else None
 
     def find(self, digest: str, *, project: str | None = None, use: bool = False) -> CachedImage | None:
@@ -265,18 +262,18 @@ class Store:
     def digests(self, beginning: str) -> list[str]:
         """Returns the digests of images that begin so, with or without `sha256:`. :raises OciError: it is too short, or
         no digest"""
-        digits = beginning.removeprefix("sha256:")
-        if not _DIGITS.match(digits):
+        begin = beginning.removeprefix("sha256:")
+        if not _DIGITS.match(begin):
             raise OciError(
                 "bad_reference", f"{beginning[:100]!r} is not the beginning of a digest",
                 f"write at least {_LEAST_DIGITS} hexadecimal digits",
             )  # fmt: skip
-        return [f"sha256:{name}" for name in _entries(self._images) if name.startswith(digits)]
+        return [f"sha256:{name}" for name in entries(self._images) if name.startswith(begin)]
 
     def all(self, project: str | None = None) -> list[CachedImage]:
         """Returns all images, with the names of a project; None: of all."""
         named = self._named(project)
-        return [image for name in _entries(self._images) if (image := self._find(f"sha256:{name}", named))]
+        return [image for name in entries(self._images) if (image := self._find(f"sha256:{name}", named))]
 
     def used_bytes(self) -> int:
         """Returns the space that all layers and images take. Shared layers count once."""
@@ -285,7 +282,7 @@ class Store:
 
     def _find(self, digest: str, named: dict[str, set[str]], *, use: bool = False) -> CachedImage | None:
         directory = self._image(digest)
-        record = _read(directory / "image.json", _Record)
+        record = read_record(directory / "image.json", _Record)
         if record is None or record.digest != digest:
             return None
         layers = tuple(directory / f"{number}.erofs" for number in range(len(record.config.diff_ids)))
@@ -318,54 +315,23 @@ class Store:
 
     def _named(self, project: str | None = None) -> dict[str, set[str]]:
         found: dict[str, set[str]] = {}
-        for name in _entries(self._names):
-            record = _read(self._names / name, _Name)
+        for name in entries(self._names):
+            record = read_record(self._names / name, _Name)
             if record is not None and project in (None, record.project):
                 found.setdefault(record.digest, set()).add(record.reference)
         return found
 
-    # Users
-
-    def mark(self, digest: str, owner: Path) -> None:
+    def note_user(self, digest: str, owner: Path) -> None:
         """Notes that a daemon needs an image, for others that share the cache. :raises OciError:"""
-        path = self._mark(digest, owner)
-        if not path.exists():
-            with disk_errors():
-                self._users.mkdir(exist_ok=True, mode=0o700)
-                fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
-                fresh.write_text(str(owner))
-                fresh.rename(path)
-
-    def unmark(self, owner: Path, keep: Collection[str]) -> None:
-        """Removes the marks of a daemon, but for some images, and those of daemons that don't exist any more."""
-        kept = {self._mark(digest, owner).name for digest in keep}
-        for name, other in self._marks():
-            if (other == owner and name not in kept) or not other.exists():
-                (self._users / name).unlink(missing_ok=True)
-
-    def other_owners(self, digest: str, owner: Path) -> list[Path]:
-        """Returns the other daemons that need an image, by their state directories."""
-        hex_digest = _hex(digest)
-        return [other for name, other in self._marks() if name.startswith(hex_digest) and other != owner]
-
-    def _marks(self) -> Iterator[tuple[str, Path]]:
-        for name in _entries(self._users):
-            try:
-                with (self._users / name).open() as file:
-                    text = file.read(_MAX_PATH)
-            except (OSError, UnicodeDecodeError):
-                continue
-            if text.startswith("/"):
-                yield name, Path(text)
-
-    def _mark(self, digest: str, owner: Path) -> Path:
-        return self._users / f"{_hex(digest)}-{hashlib.sha256(os.fsencode(owner)).hexdigest()[:16]}"
+        if not self.users.is_noted(digits(digest), owner):
+            with disk_errors(OciError):
+                self.users.note(digits(digest), owner)
 
     # Removing
 
     def remove_name(self, reference: Reference) -> bool:
         """Removes a reference, not its image. Returns whether it was there. :raises OciError:"""
-        with disk_errors():
+        with disk_errors(OciError):
             try:
                 self._name(reference).unlink()
             except FileNotFoundError:
@@ -377,10 +343,10 @@ class Store:
 
         :raises OciError:
         """
-        with disk_errors():
+        with disk_errors(OciError):
             others = False
-            for name in _entries(self._names):
-                record = _read(self._names / name, _Name)
+            for name in entries(self._names):
+                record = read_record(self._names / name, _Name)
                 if record is not None and record.digest == digest:
                     if record.project == project:
                         (self._names / name).unlink(missing_ok=True)
@@ -390,9 +356,9 @@ class Store:
 
     def remove_project(self, project: str) -> None:
         """Removes all names of a project. :raises OciError:"""
-        with disk_errors():
-            for name in _entries(self._names):
-                record = _read(self._names / name, _Name)
+        with disk_errors(OciError):
+            for name in entries(self._names):
+                record = read_record(self._names / name, _Name)
                 if record is not None and record.project == project:
                     (self._names / name).unlink(missing_ok=True)
 
@@ -401,35 +367,35 @@ class Store:
 
         :raises OciError:
         """
-        with disk_errors():
+        with disk_errors(OciError):
             found = self._remove(digest)
             self._collect()
             return found
 
     def collect(self) -> None:
         """Removes the layers that no image and no fetch has. :raises OciError:"""
-        with disk_errors():
+        with disk_errors(OciError):
             self._collect()
 
     def sweep(self) -> None:
         """Removes what killed fetches and removals left. :raises OciError:"""
-        with disk_errors():
-            for name in _entries(self.work):
+        with disk_errors(OciError):
+            for name in entries(self.work):
                 self._remove_unlocked(self.work / name)
-            for name in _entries(self._images):
+            for name in entries(self._images):
                 if not (self._images / name / "image.json").exists():
                     shutil.rmtree(self._images / name, ignore_errors=True)
             for path in self._names.glob(".*.new"):
                 path.unlink(missing_ok=True)
-            for name in _entries(self._names):
-                found = _read(self._names / name, _Name)
+            for name in entries(self._names):
+                found = read_record(self._names / name, _Name)
                 if found is None or not self._image(found.digest).exists():
                     (self._names / name).unlink(missing_ok=True)
             self._collect()
 
     def _remove(self, digest: str) -> bool:
-        for name in _entries(self._names):
-            if (record := _read(self._names / name, _Name)) is not None and record.digest == digest:
+        for name in entries(self._names):
+            if (record := read_record(self._names / name, _Name)) is not None and record.digest == digest:
                 (self._names / name).unlink(missing_ok=True)
         return self._remove_files(digest)
 
@@ -438,7 +404,7 @@ class Store:
         try:
             # Without this file there is no image.
             (directory / "image.json").unlink()
-            _sync(directory)
+            sync_directory(directory)
         except FileNotFoundError:
             return False
         finally:
@@ -447,20 +413,12 @@ class Store:
 
     def _remove_unlocked(self, work: Path) -> None:
         """Removes a working directory unless a fetch uses it."""
-        try:
-            lock = os.open(work / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except FileNotFoundError:
-            return
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _end_programs(work)
-            gone = work.with_suffix(".gone")
-            work.rename(gone)
-            self._remove_work(gone)
-        except BlockingIOError:
-            pass
-        finally:
-            os.close(lock)
+        with lock_unless_held(work / "lock") as locked:
+            if locked:
+                _end_programs(work)
+                gone = work.with_suffix(".gone")
+                work.rename(gone)
+                self._remove_work(gone)
 
     def _remove_work(self, work: Path) -> None:
         scratch = work / "scratch"
@@ -472,7 +430,7 @@ class Store:
 
     def _collect(self) -> None:
         """Removes the layers that no image and no fetch has. One that links it meanwhile keeps it."""
-        for name in _entries(self._layers):
+        for name in entries(self._layers):
             path = self._layers / name
             with contextlib.suppress(FileNotFoundError):
                 if path.stat().st_nlink == 1:
@@ -481,10 +439,10 @@ class Store:
     # Paths
 
     def _layer(self, diff_id: str) -> Path:
-        return self._layers / f"{_hex(diff_id)}.erofs"
+        return self._layers / f"{digits(diff_id)}.erofs"
 
     def _image(self, digest: str) -> Path:
-        return self._images / _hex(digest)
+        return self._images / digits(digest)
 
     def _name(self, reference: Reference) -> Path:
         # Names from before there were projects stay where they are.
@@ -492,23 +450,8 @@ class Store:
         return self._names / f"{hashlib.sha256(f'{prefix}{reference}'.encode()).hexdigest()}.json"
 
 
-@contextlib.contextmanager
-def disk_errors() -> Iterator[None]:
-    """Turns errors of the cache's disk in a block into OciError: `cache_full`, `cache_unwritable` or `io_error`."""
-    try:
-        yield
-    except OSError as error:
-        what = f"the cache can't be written: {error.strerror or error}"
-        if error.errno in _FULL:
-            raise OciError("cache_full", what, "make room on its file system") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise OciError(
-                "cache_unwritable", what, "check who owns its folder, or name another with VOLANT_CACHE_DIR"
-            ) from error
-        raise OciError("io_error", what, "check its disk") from error
-
-
-def _hex(digest: str) -> str:
+def digits(digest: str) -> str:
+    """Returns the 64 hexadecimal digits of a digest. :raises OciError: it is none"""
     name = digest.removeprefix("sha256:")
     if len(name) != 64 or not set(name) <= set("0123456789abcdef"):
         raise OciError("bad_reference", f"{digest[:100]!r} is not a digest", "write sha256: and 64 hexadecimal digits")
@@ -569,40 +512,8 @@ def _end_programs(work: Path) -> None:
                 os.close(process)
 
 
-def _write(path: Path, record: msgspec.Struct) -> None:
-    _write_new(path, msgspec.json.format(msgspec.json.encode(record)))
-
-
-def _write_new(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
-        os.fchmod(file.fileno(), 0o600)
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _read(path: Path, kind: type[T]) -> T | None:
-    try:
-        with path.open("rb") as file:
-            return msgspec.json.decode(file.read(_MAX_RECORD), type=kind)
-    except (OSError, msgspec.MsgspecError):
-        return None
-
-
-def _entries(directory: Path) -> list[str]:
-    """Returns the names in a directory without hidden ones; none if it is missing."""
-    try:
-        return sorted(name for name in os.listdir(directory) if not name.startswith("."))  # noqa: PTH208
-    except FileNotFoundError:
-        return []
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _encoded(record: msgspec.Struct) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(record))
 
 
 def _blocks(path: Path) -> int:

@@ -9,9 +9,9 @@ from typing import Literal
 
 import trio
 
+from volant.store import check_space, disk_errors
+
 from ._errors import OciError
-from ._layers import check_space
-from ._store import disk_errors
 
 _PIECE = 1024 * 1024
 """How much is written at once."""
@@ -52,7 +52,7 @@ class ArchiveUpload:
         data, self._pending = bytes(self._pending), bytearray()
         self._size += len(data)
         self.expect(self._size)
-        with disk_errors():
+        with disk_errors(OciError):
             await trio.to_thread.run_sync(self._put, data)
 
     def close(self) -> None:
@@ -61,7 +61,7 @@ class ArchiveUpload:
     def _put(self, data: bytes) -> None:
         if self._size - self._checked >= _CHECK_SPACE_BYTES:
             self._checked = self._size
-            check_space(self.path.parent)
+            check_space(self.path.parent, 0, OciError)
         view = memoryview(data)
         while view:
             view = view[self._file.write(view) :]

@@ -328,7 +328,7 @@ class Templates(Actor):
             cpu_cores=stored.key.cpu_cores,
             memory_mb=stored.key.memory_mb,
             disk=stored.key.rootfs is not None,
-            size_bytes=stored.disk_bytes,
+            size_bytes=stored.size_bytes,
             created_at=stored.created_at,
             used_at=used_at,
             clones=self._store.clones.get(digest, 0),

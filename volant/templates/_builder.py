@@ -17,6 +17,7 @@ from volant.channel import AgentClient, VirtioSerial, open_channel
 from volant.host import CopyFailed, Host, copy_sparsely
 from volant.hypervisor import Disk, Hypervisor, HypervisorError, LaunchFailed, MachineSpec, Nic, Template
 from volant.model.agent import DAEMON_MANIFEST, DAEMON_ROOT, DAEMON_SETTLE, DAEMON_WORKLOAD, HEALTHZ
+from volant.store import fresh as fresh_name
 
 from ._guest import TemplateFailed, ask, while_alive
 from ._key import GuestConfig, TemplateSpec
@@ -143,7 +144,7 @@ class TemplateBuilder:
         await self._store.sweep()
 
     def _fresh(self, wanted: TemplateSpec) -> Path:
-        return self._store.directory / f"{wanted.digest}.new"
+        return fresh_name(self._store.directory / wanted.digest)
 
     def _machine(self, wanted: TemplateSpec, fresh: Path) -> MachineSpec:
         name = wanted.digest[:16]

@@ -8,7 +8,6 @@ Each boot looks a template up: that costs a few calls of `stat`, and reads files
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 from collections.abc import Callable
@@ -19,14 +18,13 @@ import msgspec
 
 from volant.host import Host, inside
 from volant.hypervisor import Template
+from volant.store import Damaged, Seal, SealedDirectories
 
 from ._key import TemplateKey
 
 MEMORY, STATE, LAYER, RECORD, USED = "memory", "state", "root.qcow2", "template.json", "used"
 
 _DIGEST = re.compile(r"[0-9a-f]{32}\Z")
-_MAX_RECORD = 1024 * 1024
-_MAX_STATE = 64 * 1024 * 1024
 _NOTE_USE_S = 3600.0
 _logger = logging.getLogger("volant.templates")
 
@@ -50,20 +48,13 @@ class ReadyTemplate(msgspec.Struct, frozen=True):
     """To be copied."""
 
 
-class TemplateRecord(msgspec.Struct, frozen=True, kw_only=True):
+class TemplateRecord(Seal, frozen=True, kw_only=True):
     """The content of `template.json`."""
 
-    version: int = 1
     key: TemplateKey = msgspec.field(name="recipe")
     """Named `recipe` in `template.json`."""
     plugin: str
     created_at: datetime
-    state_sha256: str
-    fingerprints: dict[str, str]
-    """By the names of the files, as they were when the template was whole."""
-    disk_bytes: int
-    protocol: int = 1
-    """The newest that the guest's agent speaks."""
 
 
 class TemplateStore:
@@ -73,8 +64,7 @@ class TemplateStore:
         self.directory = directory
         self.enabled = enabled
         self._host = host
-        self._known: dict[str, TemplateRecord] = {}
-        """Those whose `state` was read and matched its digest."""
+        self._sealed = SealedDirectories(host, RECORD, STATE, TemplateRecord)
         self._used: dict[str, datetime] = {}
         self._noted: dict[str, datetime] = {}
         self.clones: dict[str, int] = {}
@@ -86,44 +76,25 @@ class TemplateStore:
 
     async def find(self, key: TemplateKey, digest: str) -> ReadyTemplate | None:
         """Returns the template with a key, after a check of its files. A damaged one is removed and logged."""
-        if not self.enabled or not self._host.files.exists(self.directory / digest / RECORD):
+        if not self.enabled or not self._sealed.exists(self.directory / digest):
             return None
-        why = await self._damage(digest)
-        if why:
+        try:
+            stored = await self._sealed.check(self.directory / digest)
+            if stored.key.digest != digest:
+                raise Damaged("it was made for another key")
+        except Damaged as why:
             _logger.warning("template %s is not used and removed: %s", digest, why)
             await self.remove(digest)
             return None
         self._used[digest] = self._host.clock.now()
         return ReadyTemplate(digest, template_layer(self.directory, digest) if key.rootfs is not None else None)
 
-    async def _damage(self, digest: str) -> str:
-        """Returns why a template must not be used; empty: it may."""
-        try:
-            stored = self._known.get(digest) or await self._load(digest)
-            if stored.key.digest != digest:
-                return "it was made for another key"
-            for name, fingerprint in stored.fingerprints.items():
-                if self._host.files.fingerprint(self.directory / digest / name) != fingerprint:
-                    return f"somebody has touched its {name}"
-            if digest not in self._known:
-                state = await self._host.files.read(self.directory / digest / STATE, _MAX_STATE)
-                if hashlib.sha256(state).hexdigest() != stored.state_sha256:
-                    return f"its {STATE} is damaged"
-        except (OSError, ValueError) as error:
-            return str(error)
-        self._known[digest] = stored
-        return ""
-
-    async def _load(self, digest: str) -> TemplateRecord:
-        data = await self._host.files.read(self.directory / digest / RECORD, _MAX_RECORD)
-        return msgspec.json.decode(data, type=TemplateRecord)
-
     def has(self, plugin: str, cpu_cores: int, memory_mb: int) -> bool:
         """Whether a template that was made or used since the daemon started suits such VMs of a plugin, as far as is
         known without a look at its files."""
         wanted = (plugin, cpu_cores, memory_mb)
         return self.enabled and any(
-            (each.plugin, each.key.cpu_cores, each.key.memory_mb) == wanted for each in self._known.values()
+            (each.plugin, each.key.cpu_cores, each.key.memory_mb) == wanted for each in self._sealed.known.values()
         )
 
     async def all(self) -> dict[str, TemplateRecord]:
@@ -131,7 +102,7 @@ class TemplateStore:
         found: dict[str, TemplateRecord] = {}
         for digest in self._names():
             try:
-                found[digest] = self._known.get(digest) or await self._load(digest)
+                found[digest] = await self._sealed.load(self.directory / digest)
             except (OSError, ValueError):
                 continue
         return found
@@ -151,7 +122,7 @@ class TemplateStore:
 
     def protocol(self, digest: str) -> int:
         """Returns the newest protocol that the agents of its clones are known to speak; 1 while nothing is known."""
-        known = self._known.get(digest)
+        known = self._sealed.known.get(self.directory / digest)
         return 1 if known is None else known.protocol
 
     def count_clone(self, digest: str) -> None:
@@ -165,37 +136,26 @@ class TemplateStore:
 
         :raises OSError:
         """
-        host = self._host
         names = [MEMORY, STATE, *([LAYER] if key.rootfs is not None else [])]
-        stored = TemplateRecord(
-            key=key,
-            plugin=plugin,
-            created_at=host.clock.now(),
-            state_sha256=hashlib.sha256(await host.files.read(fresh / STATE, _MAX_STATE)).hexdigest(),
-            fingerprints={name: host.files.fingerprint(fresh / name) for name in names},
-            disk_bytes=sum(host.disk.used(fresh / name) for name in names),
-            protocol=protocol,
-        )
-        await host.files.write(fresh / RECORD, msgspec.json.format(msgspec.json.encode(stored)))
+        created_at = self._host.clock.now()
+        stored = await self._sealed.seal(fresh, names, key=key, plugin=plugin, created_at=created_at, protocol=protocol)
         await self.remove(digest)
-        await host.files.put_in_place(fresh, self.directory / digest)
-        self._known[digest] = stored
+        await self._host.files.put_in_place(fresh, self.directory / digest)
+        self._sealed.known[self.directory / digest] = stored
 
     async def remove(self, digest: str) -> None:
         """Removes a template, if it exists. VMs that went on from it keep what they have. :raises OSError:"""
         directory = inside(self.directory, digest)
-        for known in (self._known, self._used, self._noted, self.clones):
+        for known in (self._used, self._noted, self.clones):
             known.pop(digest, None)
         self.on_removed(digest)
-        if self._host.files.exists(directory):
-            await self._host.files.remove(directory / RECORD)
-            await self._host.files.remove_tree(directory)
+        await self._sealed.remove(directory)
 
     async def sweep(self) -> None:
         """Removes half-made and half-removed templates. No build may be under way. :raises OSError:"""
         await self._host.files.mkdir(self.directory)
         for name in self._host.files.names(self.directory):
-            if not _DIGEST.match(name) or not self._host.files.exists(self.directory / name / RECORD):
+            if not _DIGEST.match(name) or not self._sealed.exists(self.directory / name):
                 await self._host.files.remove_tree(self.directory / name)
 
     async def evict(self, max_bytes: int, max_age: timedelta) -> None:
@@ -205,14 +165,14 @@ class TemplateStore:
         """
         stored = await self.all()
         used = {digest: await self.used_at(digest, each) for digest, each in stored.items()}
-        total = sum(each.disk_bytes for each in stored.values())
+        total = sum(each.size_bytes for each in stored.values())
         now = self._host.clock.now()
         for digest in sorted(used, key=lambda each: used[each]):
             if total <= max_bytes and now - used[digest] <= max_age:
                 await self._note_use(digest, used[digest])
                 continue
             _logger.info("template %s is evicted; it was last used at %s", digest, used[digest])
-            total -= stored[digest].disk_bytes
+            total -= stored[digest].size_bytes
             await self.remove(digest)
 
     async def _note_use(self, digest: str, used: datetime) -> None:

@@ -6,7 +6,6 @@ of a fork lies in memory, as `fork-<id>`; that of a snapshot on the disk, as `sn
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -17,16 +16,14 @@ import trio
 from volant.host import CopyFailed, Host, copy_sparsely
 from volant.hypervisor import Checkpoint, Hypervisor, MachineKind
 from volant.model import FORK, SNAPSHOT
+from volant.store import Damaged, Seal, SealedDirectories, fresh, is_fresh
 
 from ._layout import LAYER, MEMORY, RECORD, STATE, checkpoint_at
 from .messages import CheckpointTaken
 
-_NEW = ".new"
 _REMOVED = "removed"
 _COPY_S = 300.0
 _CLEAR_S = 20.0
-_MAX_RECORD_BYTES = 1024 * 1024
-_MAX_STATE_BYTES = 64 * 1024 * 1024
 _logger = logging.getLogger("volant.vm")
 
 
@@ -39,20 +36,13 @@ class CheckpointLost(Exception):
         self.code = code
 
 
-class CheckpointRecord(msgspec.Struct, frozen=True, kw_only=True):
+class CheckpointRecord(Seal, frozen=True, kw_only=True):
     """The content of `checkpoint.json`."""
 
-    version: int = 1
     kind: MachineKind | None
     """See `Hypervisor.incompatibility`. None if it has no memory and no devices, only the disk of a VM at rest, if that
     has one."""
-    state_sha256: str
-    fingerprints: dict[str, str]
-    """By the names of the files, as they were when the checkpoint was whole."""
     paused_ms: float
-    size_bytes: int
-    protocol: int = 1
-    """The newest that the guest's agent is known to speak."""
 
 
 class ReadyCheckpoint(msgspec.Struct, frozen=True):
@@ -63,15 +53,15 @@ class ReadyCheckpoint(msgspec.Struct, frozen=True):
     paused_ms: float
 
 
-class CheckpointStore(msgspec.Struct):
+class CheckpointStore:
     """The checkpoints of one daemon."""
 
-    host: Host
-    hypervisor: Hypervisor
-    memory_dir: Path
-    snapshot_dir: Path
-    _known: dict[Path, CheckpointRecord] = msgspec.field(default_factory=dict)
-    """The checkpoints whose `state` was read and matched its digest."""
+    def __init__(self, host: Host, hypervisor: Hypervisor, memory_dir: Path, snapshot_dir: Path) -> None:
+        self.host = host
+        self.hypervisor = hypervisor
+        self.memory_dir = memory_dir
+        self.snapshot_dir = snapshot_dir
+        self._sealed = SealedDirectories(host, RECORD, STATE, CheckpointRecord)
 
     def at(self, checkpoint: str) -> Path:
         """Returns the directory of a checkpoint, whether or not it exists."""
@@ -95,23 +85,13 @@ class CheckpointStore(msgspec.Struct):
     async def record(self, checkpoint: str) -> CheckpointRecord:
         """Returns what is known of a checkpoint, after a check of its files. :raises CheckpointLost:"""
         directory, what = self.at(checkpoint), _shown(checkpoint)
-        if not self.host.files.exists(directory / RECORD):
+        if not self._sealed.exists(directory):
             why = "its files are gone" if checkpoint.startswith(SNAPSHOT) else "it was not made, or is gone again"
             raise CheckpointLost("checkpoint_gone", f"the VM can't go on from {what}: {why}")
         try:
-            data = await self.host.files.read(directory / RECORD, _MAX_RECORD_BYTES)
-            record = msgspec.json.decode(data, type=CheckpointRecord)
-            for name, fingerprint in record.fingerprints.items():
-                if self.host.files.fingerprint(directory / name) != fingerprint:
-                    raise CheckpointLost("checkpoint_damaged", f"{what} is damaged: its {name} was changed")
-            if directory not in self._known and record.kind is not None:
-                state = await self.host.files.read(directory / STATE, _MAX_STATE_BYTES)
-                if hashlib.sha256(state).hexdigest() != record.state_sha256:
-                    raise CheckpointLost("checkpoint_damaged", f"{what} is damaged: its {STATE} has other bytes")
-        except (OSError, ValueError) as error:
-            raise CheckpointLost("checkpoint_damaged", f"{what} is damaged: {error}") from error
-        self._known[directory] = record
-        return record
+            return await self._sealed.check(directory)
+        except Damaged as why:
+            raise CheckpointLost("checkpoint_damaged", f"{what} is damaged: {why}") from why
 
     async def disk(self, checkpoint: str) -> Path:
         """Returns the disk that a VM at rest has in a checkpoint, after a check. :raises CheckpointLost:"""
@@ -120,7 +100,7 @@ class CheckpointStore(msgspec.Struct):
 
     def protocol(self, checkpoint: str) -> int:
         """Returns the newest protocol that the agents of its copies are known to speak; 1 while nothing is known."""
-        record = self._known.get(self.at(checkpoint))
+        record = self._sealed.known.get(self.at(checkpoint))
         return 1 if record is None else record.protocol
 
     # Making and removing them
@@ -225,12 +205,12 @@ class CheckpointStore(msgspec.Struct):
     async def remove(self, checkpoint: str) -> None:
         """Removes the files of a checkpoint. VMs that run as its copies keep what they map. :raises OSError:"""
         path = self.at(checkpoint)
-        self._known.pop(path, None)
+        self._sealed.known.pop(path, None)
         await self.host.files.remove_tree(path)
 
     async def clear(self, path: Path) -> None:
         """Removes a checkpoint, or a part of one, also when cancelled. What can't be removed is logged."""
-        self._known.pop(path, None)
+        self._sealed.known.pop(path, None)
         try:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLEAR_S):
                 await self.host.files.remove_tree(path)
@@ -239,7 +219,7 @@ class CheckpointStore(msgspec.Struct):
 
     def forks(self) -> list[str]:
         """Returns the names of the forks' checkpoints that are there, whole."""
-        return [name for name in self._names_in(self.memory_dir) if name.startswith(FORK) and not name.endswith(_NEW)]
+        return [name for name in self._names_in(self.memory_dir) if name.startswith(FORK) and not is_fresh(name)]
 
     def left_behind(self, owned: Collection[str]) -> list[Path]:
         """Returns what an earlier daemon left half-made or half-removed. `owned`: the checkpoints with a row.
@@ -249,7 +229,7 @@ class CheckpointStore(msgspec.Struct):
         found = [
             self.memory_dir / name
             for name in self._names_in(self.memory_dir)
-            if name.startswith(SNAPSHOT) or (name.startswith(FORK) and name.endswith(_NEW))
+            if name.startswith(SNAPSHOT) or (name.startswith(FORK) and is_fresh(name))
         ]
         for name in self._names_in(self.snapshot_dir):
             path = self.snapshot_dir / name
@@ -259,11 +239,7 @@ class CheckpointStore(msgspec.Struct):
             elif name in owned:
                 # The row outlived the daemon that was about to remove it.
                 found.append(path / _REMOVED)
-            elif (
-                name.endswith(_NEW)
-                or self.host.files.exists(path / _REMOVED)
-                or not self.host.files.exists(path / RECORD)
-            ):
+            elif is_fresh(name) or self.host.files.exists(path / _REMOVED) or not self._sealed.exists(path):
                 found.append(path)
             else:
                 _logger.warning("%s is a snapshot that the database does not know", path)
@@ -279,18 +255,7 @@ class CheckpointStore(msgspec.Struct):
     async def _write(
         self, directory: Path, names: Sequence[str], kind: MachineKind | None, paused_ms: float, protocol: int
     ) -> CheckpointRecord:
-        host = self.host
-        state = b"" if kind is None else await host.files.read(directory / STATE, _MAX_STATE_BYTES)
-        record = CheckpointRecord(
-            kind=kind,
-            state_sha256=hashlib.sha256(state).hexdigest(),
-            fingerprints={name: host.files.fingerprint(directory / name) for name in names},
-            paused_ms=paused_ms,
-            size_bytes=sum(host.disk.used(directory / name) for name in names),
-            protocol=protocol,
-        )
-        await host.files.write(directory / RECORD, msgspec.json.format(msgspec.json.encode(record)))
-        return record
+        return await self._sealed.seal(directory, names, kind=kind, paused_ms=paused_ms, protocol=protocol)
 
 
 PULLED = "pull-"
@@ -299,11 +264,6 @@ PULLED_S = 86400.0
 """How long a partial pull is kept, so that another pull can go on with it."""
 RESERVE_MB = 256
 """Left free beside a copy of a guest, in memory and on the disk."""
-
-
-def fresh(path: Path) -> Path:
-    """Returns where a checkpoint is made that is to lie at `path`."""
-    return path.with_name(path.name + _NEW)
 
 
 def _shown(checkpoint: str) -> str:

@@ -63,11 +63,12 @@ from volant.model import (
     snapshot_name,
     waits_for,
 )
+from volant.store import fresh
 from volant.volumes import Volumes, volume_path
 
 from ._actors import VmActors
 from ._capacity import Capacity, memory_need
-from ._checkpoint_store import RESERVE_MB, CheckpointLost, CheckpointStore, fresh
+from ._checkpoint_store import RESERVE_MB, CheckpointLost, CheckpointStore
 from ._layout import VmSettings, root_disk
 from .messages import CHECKPOINT_S, CheckpointTaken, TakeCheckpoint
 

@@ -237,7 +237,7 @@ class Storage(msgspec.Struct):
 
     def _other_daemons(self, digest: str) -> tuple[str, ...]:
         own = self.store.path.parent
-        found = images.users(self.settings.cache_dir, digest)
+        found = images.users(self.settings.cache_dir).of(digest)
         return tuple(f"the daemon of {state_dir}" for state_dir in found if state_dir != own)
 
     async def _remove(self, item: _Item, running: frozenset[int]) -> bool:
@@ -267,12 +267,13 @@ class Storage(msgspec.Struct):
     def _prune_images(self, digest: str) -> bool:
         """Whether that image is gone. Images that were listed as used go, too, if they no longer are."""
         cache_dir, projection = self.settings.cache_dir, self.store.projection
+        users = images.users(cache_dir)
         rows = [*projection.rows(), *(one.vm for one in projection.snapshots.values())]
         keep = {row.image for row in rows if row.image is not None}
         for image in images.list_images(cache_dir):
             if image.digest not in keep:
-                images.forget_use(cache_dir, image.digest, self.store.path.parent)
-            if images.users(cache_dir, image.digest):
+                users.forget(image.digest, self.store.path.parent)
+            if users.of(image.digest):
                 keep.add(image.digest)
         return digest in images.prune(cache_dir, keep) or not images.load(cache_dir, digest)
 

@@ -13,6 +13,7 @@ import trio
 
 from volant.host import PROGRAM_ENVIRONMENT, Host, inside
 from volant.model import Problem, Volume
+from volant.store import fresh, is_fresh
 
 _MKFS = "mke2fs"
 _OPTIONS = (
@@ -23,7 +24,6 @@ _OPTIONS = (
 no guest. What is lazy need not be written to a file of holes."""
 _MKFS_S = 120.0
 _COPY_S = 3600.0
-_FRESH = ".new"
 _MAGIC_AT, _MAGIC = 1024 + 0x38, b"\x53\xef"
 _INCOMPAT_AT, _RECOVER = 1024 + 0x60, 0x4
 """Of ext4: features that a kernel must know to mount it. One is a journal with something to replay."""
@@ -64,11 +64,11 @@ class VolumeFiles(msgspec.Struct, frozen=True):
 
         :raises Problem: 503 `mke2fs` is missing or fails. :raises OSError: the disk fails, or is full.
         """
-        fresh = await self._fresh(volume)
-        await self.host.disk.allocate(fresh, volume.size_mb * 2**20, reserve=False)
+        unfinished = await self._fresh(volume)
+        await self.host.disk.allocate(unfinished, volume.size_mb * 2**20, reserve=False)
         try:
             status, output = await self.host.processes.run(
-                [_MKFS, *_OPTIONS, str(fresh)], env=PROGRAM_ENVIRONMENT, cwd=self.directory, timeout_s=_MKFS_S
+                [_MKFS, *_OPTIONS, str(unfinished)], env=PROGRAM_ENVIRONMENT, cwd=self.directory, timeout_s=_MKFS_S
             )
         except trio.TooSlowError:
             raise _failed(volume, f"mke2fs did not format it within {_MKFS_S:g} s") from None
@@ -78,17 +78,17 @@ class VolumeFiles(msgspec.Struct, frozen=True):
             raise _failed(volume, "mke2fs is not installed (Debian: apt install e2fsprogs)") from None
         if status != 0:
             raise _failed(volume, f"mke2fs failed: {output.decode('utf-8', 'replace').strip()[-500:]}")
-        await self.host.files.put_in_place(fresh, self.path(volume))
+        await self.host.files.put_in_place(unfinished, self.path(volume))
 
     async def copy(self, volume: Volume, source: Path) -> None:
         """Makes a volume as a copy of a file that nobody writes to.
 
         :raises Problem: 503 it takes too long. :raises OSError: the disk fails, or is full.
         """
-        fresh = await self._fresh(volume)
+        unfinished = await self._fresh(volume)
         with trio.move_on_after(_COPY_S) as scope:
-            await self.host.files.copy(source, fresh)
-            await self.host.files.put_in_place(fresh, self.path(volume))
+            await self.host.files.copy(source, unfinished)
+            await self.host.files.put_in_place(unfinished, self.path(volume))
         if scope.cancelled_caught:
             raise _failed(volume, f"the copy was not made within {_COPY_S:g} s")
 
@@ -100,14 +100,14 @@ class VolumeFiles(msgspec.Struct, frozen=True):
     async def remove(self, volume_id: str) -> None:
         """Removes what there is of a volume. :raises OSError: the disk fails."""
         path = volume_path(self.directory, volume_id)
-        await self.host.files.remove(_fresh_name(path))
+        await self.host.files.remove(fresh(path))
         await self.host.files.remove(path)
 
     async def remove_unfinished(self) -> None:
         """Removes files that a killed daemon has not finished. :raises OSError: the disk fails."""
         if self.host.files.exists(self.directory):
             for name in self.host.files.names(self.directory):
-                if name.endswith(_FRESH):
+                if is_fresh(name):
                     await self.host.files.remove(self.directory / name)
 
     def check_room(self, needed_mb: int) -> None:
@@ -128,13 +128,9 @@ class VolumeFiles(msgspec.Struct, frozen=True):
     async def _fresh(self, volume: Volume) -> Path:
         """Returns the path of the unfinished file, where nothing is. :raises OSError:"""
         await self.host.files.mkdir(self.directory)
-        fresh = _fresh_name(self.path(volume))
-        await self.host.files.remove(fresh)
-        return fresh
-
-
-def _fresh_name(path: Path) -> Path:
-    return path.with_name(path.name + _FRESH)
+        unfinished = fresh(self.path(volume))
+        await self.host.files.remove(unfinished)
+        return unfinished
 
 
 def _failed(volume: Volume, why: str) -> Problem:
