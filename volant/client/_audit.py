@@ -10,7 +10,7 @@ import trio
 from volant.model import AuditGap, AuditRecord, LogRange
 
 from ._errors import ConnectionLost, UnexpectedAnswer
-from ._feed import Backoff, keep_connected
+from ._feed import Patience, keep_connected
 from ._http import Http, chunks_of
 from ._transport import Query, Request, decode_json
 
@@ -28,7 +28,7 @@ async def pump_audit(
     http: Http,
     query: Query,
     follow: bool,
-    backoff: Backoff,
+    backoff: Patience,
     channel: trio.MemorySendChannel[AuditRecord | AuditGap],
     started: Callable[[], None],
 ) -> None:

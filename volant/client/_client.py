@@ -39,7 +39,7 @@ from ._errors import ClientProblem, Command, Reconnected, UnexpectedAnswer, Wait
 from ._events import pump_events
 from ._exec import Process, request_body
 from ._exec_session import ExecSession, attach_session, open_session, open_workload
-from ._feed import Backoff, Feed, OnRetry, feeding
+from ._feed import Feed, OnRetry, Patience, feeding
 from ._files import SILENCE_S, TAR, FileInfo, FileReader, file_url, open_file, put_file, stat_file
 from ._http import Http, chunks_of
 from ._logs import pump_logs
@@ -119,7 +119,7 @@ class Client(Requests):
         else:
             # An explicit position, so that a connection that breaks before the first event loses nothing.
             last_event_id = after if after is not None else await self.newest_event()
-        backoff = Backoff(patience_s, on_retry)
+        backoff = Patience(patience_s, on_retry)
         async with feeding(partial(pump_events, self._http, query, last_event_id, backoff)) as feed:
             yield feed
 
@@ -160,7 +160,7 @@ class Client(Requests):
             "project": project,
             "follow": "true" if follow else None,
         }
-        backoff = Backoff(patience_s, on_retry)
+        backoff = Patience(patience_s, on_retry)
         async with feeding(partial(pump_audit, self._http, query, follow, backoff)) as feed:
             yield feed
 
@@ -388,7 +388,7 @@ class _Vms(VmsRequests):
         }
 
         async def pump(channel: trio.MemorySendChannel[LogLine | LogGap], started: Callable[[], None]) -> None:
-            await pump_logs(self._http, checked(name), query, Backoff(patience_s, on_retry), channel, started)
+            await pump_logs(self._http, checked(name), query, Patience(patience_s, on_retry), channel, started)
 
         return feeding(pump)
 
@@ -415,7 +415,9 @@ class _Vms(VmsRequests):
         async def pump(
             channel: trio.MemorySendChannel[bytes | ConsoleGap | Reconnected], started: Callable[[], None]
         ) -> None:
-            await pump_console(self._http, checked(name), query, Backoff(patience_s, on_retry), state, channel, started)
+            await pump_console(
+                self._http, checked(name), query, Patience(patience_s, on_retry), state, channel, started
+            )
 
         async with feeding(pump) as feed:
             yield Console(feed, state)

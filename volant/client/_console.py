@@ -10,7 +10,7 @@ import trio
 from volant.model import ConsoleGap, Problem
 
 from ._errors import ClientProblem, ConnectionLost, Reconnected, UnexpectedAnswer
-from ._feed import Backoff, Feed, is_passing, keep_connected
+from ._feed import Feed, Patience, is_passing, keep_connected
 from ._http import Http
 from ._transport import Query, decode_json
 from ._websocket import Closed, Socket, open_websocket
@@ -81,7 +81,7 @@ async def pump_console(
     http: Http,
     name: str,
     query: Query,
-    backoff: Backoff,
+    backoff: Patience,
     state: ConsoleState,
     channel: trio.MemorySendChannel[bytes | ConsoleGap | Reconnected],
     started: Callable[[], None],

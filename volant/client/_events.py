@@ -10,7 +10,7 @@ import trio
 from volant.model import Event, EventType, StreamGap
 
 from ._errors import ConnectionLost, UnexpectedAnswer
-from ._feed import Backoff, keep_connected
+from ._feed import Patience, keep_connected
 from ._http import Http, chunks_of
 from ._sse import Message, SseParser
 from ._transport import Query, Request, decode_json
@@ -25,7 +25,7 @@ async def pump_events(
     http: Http,
     query: Query,
     last_event_id: str,
-    backoff: Backoff,
+    backoff: Patience,
     channel: trio.MemorySendChannel[Event | StreamGap],
     started: Callable[[], None],
 ) -> None:

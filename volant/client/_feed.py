@@ -103,7 +103,7 @@ async def feeding(pump: Pump[T]) -> AsyncIterator[Feed[T]]:
         raise failure
 
 
-class Backoff:
+class Patience:
     """Delays between attempts: they double from 0.2 s up to 5 s, with jitter, for `patience_s` in all.
 
     Both are reset after a connection that worked, which means that something arrived or that it lasted some seconds. A
@@ -160,7 +160,7 @@ end of the stream."""
 
 async def keep_connected(
     connect: Connect,
-    backoff: Backoff,
+    backoff: Patience,
     started: Callable[[], None],
     *,
     again: Callable[[Problem], bool] = is_passing,

@@ -11,7 +11,7 @@ import trio
 from volant.model import LogGap, LogLine, LogRange
 
 from ._errors import ConnectionLost
-from ._feed import Backoff, keep_connected
+from ._feed import Patience, keep_connected
 from ._http import Http
 from ._transport import Query, decode_json
 from ._websocket import read_websocket
@@ -32,7 +32,7 @@ async def pump_logs(
     http: Http,
     name: str,
     query: Query,
-    backoff: Backoff,
+    backoff: Patience,
     channel: trio.MemorySendChannel[LogLine | LogGap],
     started: Callable[[], None],
 ) -> None:

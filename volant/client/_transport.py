@@ -117,7 +117,7 @@ class Transport(ABC):
         trusted = os.environ.get(TRUSTED_UIDS, "")
         if self.address.tls or _KEY_HEADER not in self.headers or sys.platform != "linux" or trusted == "all":
             return
-        from volant.model.loopback import is_loopback, server_of
+        from volant.model.addresses import is_loopback, server_of
 
         try:
             here, there = connection.getsockname()[:2], connection.getpeername()[:2]

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import msgspec
 import trio
 
-from volant.model.loopback import holder, is_loopback
+from volant.model.addresses import holder, is_loopback, plain_address
 
 # Origins of their own for servers in guests: `{port}-{id}.localhost`, or below a name of `*.` in `allowed_hosts`.
 #
@@ -107,10 +107,7 @@ def parse_client(text: str) -> Address:
     with_port = _WITH_PORT.match(text)
     if with_port:
         text = with_port[1] or with_port[2] or ""
-    address = ipaddress.ip_address(text.partition("%")[0])
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
-        return address.ipv4_mapped
-    return address
+    return plain_address(text.partition("%")[0])
 
 
 def is_in(address: Address, networks: Iterable[Network]) -> bool:

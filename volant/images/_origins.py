@@ -15,15 +15,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from volant.model.addresses import METADATA
+
 from ._errors import ImageError
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-_METADATA = frozenset(map(ipaddress.ip_address, ("168.63.129.16", "192.0.0.192")))
-"""Azure's, which looks like a public address, and Oracle's, which earlier versions of Python take for one. Other
-clouds' are link-local, private or shared (100.64.0.0/10)."""
+_METADATA = tuple(map(ipaddress.ip_network, METADATA))
+"""Azure's looks like a public address, and earlier versions of Python take Oracle's for one."""
 
 
 class Origins(NamedTuple):
@@ -102,7 +103,7 @@ def is_allowed(text: str, origins: Origins) -> bool:
     if any(each in network for network in origins.networks for each in (address, meant)):
         return True
     elsewhere = meant.is_multicast or meant.is_reserved or (meant.version == 6 and meant.is_site_local)
-    return meant.is_global and not elsewhere and meant not in _METADATA and not _is_own(meant)
+    return meant.is_global and not elsewhere and not any(meant in each for each in _METADATA) and not _is_own(meant)
 
 
 def _embedded(address: _Address) -> _Address:

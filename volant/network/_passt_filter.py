@@ -20,11 +20,12 @@ import trio
 
 from volant.host import user_of_passt, users_of_restricted_passt
 from volant.model import USER, VmRow, kind_of
+from volant.model.addresses import AZURE, METADATA
 
 from ._backend import NetworkBackend, NetworkFailed
 from ._passt import Passt, has_passt
 from ._plan import NetworkSettings
-from ._rules import AZURE, METADATA, delete_tables
+from ._rules import delete_tables
 
 _UID_MAP = Path("/proc/self/uid_map")
 

@@ -43,16 +43,12 @@ from ipaddress import collapse_addresses
 import msgspec
 
 from volant.model import tap_prefix
+from volant.model.addresses import AZURE, METADATA
 
 from ._plan import NetworkPlan, Tap
 
 _CONNECTIONS = 8192
 """Most connections of one guest at a time, as all of the host's share one table."""
-
-AZURE = "168.63.129.16"
-"""Azure's metadata service. Azure's DNS server has the same address, so port 53 stays open."""
-METADATA = ("169.254.0.0/16", AZURE, "100.100.100.200", "192.0.0.192")
-"""Metadata services, which give credentials to a cloud's machines: of most clouds, Azure, Alibaba, Oracle."""
 
 Elements = Mapping[str, Mapping[str, str]]
 

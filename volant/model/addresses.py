@@ -1,4 +1,4 @@
-"""Who holds the other end of a TCP connection on this host, as the kernel knows it (sock_diag(7))."""
+"""IP addresses in one form, those of metadata services, and who holds a TCP connection on this host (sock_diag(7))."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ _ANY_COOKIE = 2**32 - 1
 _HEADER = struct.Struct("=IHHII")
 _MESSAGE = struct.Struct("=4x48xIIIII")
 
+AZURE = "168.63.129.16"
+"""Azure's metadata service. Azure's DNS server has the same address."""
+METADATA = ("169.254.0.0/16", AZURE, "100.100.100.200", "192.0.0.192")
+"""Metadata services, which give credentials to a cloud's machines: of most clouds, Azure, Alibaba, Oracle."""
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 End = tuple[str, int]
 """An address and a port."""
 
@@ -29,7 +35,7 @@ class Holder(NamedTuple):
 def holder(end: End, other: End) -> Holder | None:
     """Returns who holds the end `end` of a connection, on loopback of this network namespace; None: nobody there has
     such a one. Raises OSError and ValueError where that can't be found out."""
-    here, there = _plain(end[0]), _plain(other[0])
+    here, there = plain_address(end[0]), plain_address(other[0])
     if here.version != there.version:
         raise ValueError(f"{here} and {there} are addresses of two kinds")
     family = socket.AF_INET if here.version == 4 else socket.AF_INET6
@@ -57,15 +63,16 @@ def server_of(client: End, server: End) -> int | None:
     found = holder(server, client)
     if found is not None and not found.inode:
         # The one that listens, on that address or on all.
-        found = holder(server, ("0.0.0.0" if _plain(server[0]).version == 4 else "::", 0))
+        found = holder(server, ("0.0.0.0" if plain_address(server[0]).version == 4 else "::", 0))
     return found.uid if found is not None and found.inode else None
 
 
 def is_loopback(address: str) -> bool:
     """Whether an address is one of loopback. Raises ValueError: it is none."""
-    return _plain(address).is_loopback
+    return plain_address(address).is_loopback
 
 
-def _plain(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    parsed = ipaddress.ip_address(address)
-    return getattr(parsed, "ipv4_mapped", None) or parsed
+def plain_address(text: str) -> Address:
+    """Returns an address; `::ffff:192.0.2.1`, as an IPv6 socket shows it, is IPv4. :raises ValueError: it is none"""
+    address = ipaddress.ip_address(text)
+    return getattr(address, "ipv4_mapped", None) or address
