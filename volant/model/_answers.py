@@ -20,53 +20,53 @@ class GuestMemory(msgspec.Struct, frozen=True):
     """A guest's memory as its kernel sees it, in MiB."""
 
     total_mb: int
-    """Less than the VM has, as the kernel itself does not count."""
+    """Less than the VM's memory, as the kernel does not count itself."""
     available_mb: int
-    """For programs. Includes caches that can be dropped."""
+    """Memory available to programs. Includes caches that can be dropped."""
 
 
 class HostMemory(msgspec.Struct, frozen=True):
-    """The host's memory that a VM's hypervisor uses, in MiB: for its guest and for itself."""
+    """The host memory that a VM's hypervisor uses for its guest and for itself, in MiB."""
 
     rss_mb: float
     """All resident memory."""
     pss_mb: float
-    """Shared memory counts in proportion, so the sum over VMs is what they use together."""
+    """Shared memory counts in proportion, so the sum over all VMs is the memory that they use together."""
     private_mb: float
     """Memory that is not shared."""
     shared_mb: float
-    """Memory that is shared. For a clone mostly pages of its template that it has not written."""
+    """Shared memory. For a clone, mostly pages of its template that it has not written."""
 
 
 class VmMemory(msgspec.Struct, frozen=True):
     """The answer of `GET /api/v1/vms/{name}/memory`."""
 
     memory_mb: int
-    """The memory of the VM. The host has room for all of it."""
+    """The VM's memory. The host has room for all of it."""
     guest: GuestMemory | None
     """Null if the VM does not run or its agent does not answer in time."""
     host: HostMemory
 
 
 class VmStats(msgspec.Struct, frozen=True, kw_only=True):
-    """What a VM's hypervisor has used of the host since it was started: for its guest and for itself."""
+    """The host resources that a VM's hypervisor has used since its start, for its guest and for itself."""
 
     name: str
     cpu_cores: int
     memory_mb: int
     """The memory of the VM."""
     clock_s: float
-    """When this was measured, on a clock of the host that does not jump: two measurements give a rate."""
+    """The time of the measurement on a monotonic clock of the host; two measurements give a rate."""
     cpu_s: float
     """Processor time."""
     rss_mb: float
     """Resident memory. Memory that clones share counts for each."""
     disk_read_bytes: int
-    """Read from the host's disks; what was in its page cache does not count."""
+    """Bytes read from the host's disks, without reads that its page cache served."""
     disk_written_bytes: int
     received_bytes: int | None
-    """What the VM has received over its network interface; null if the host does not count that: there is none, or it
-    is of the kind `user`."""
+    """Bytes that the VM has received over its network interface; null if the host does not count them: without a
+    network interface, or with the network `user`."""
     sent_bytes: int | None
 
 
@@ -75,7 +75,7 @@ class Drain(msgspec.Struct, frozen=True):
 
     since: datetime
     stop_grace_s: float | None = None
-    """Running VMs are stopped with this grace, and start again afterwards. None: they go on."""
+    """The grace for running VMs, which are stopped and start again after the drain. None if they keep running."""
 
 
 def draining(drain: Drain, *, vm: str | None = None) -> Problem:
@@ -90,7 +90,7 @@ def draining(drain: Drain, *, vm: str | None = None) -> Problem:
 
 
 Wellbeing = Literal["ok", "starting", "stopping", "degraded"]
-"""`ok` when the supervisor tree is whole."""
+"""`ok` if the supervisor tree is healthy."""
 
 
 class Health(msgspec.Struct, frozen=True):
@@ -107,13 +107,13 @@ class SystemStatus(msgspec.Struct, frozen=True):
     vms: dict[str, int]
     """The number of VMs for each status."""
     cpu_percent: float
-    """Of the whole host."""
+    """CPU use of the whole host."""
     mem_percent: float
-    """Of the whole host."""
+    """Memory use of the whole host."""
     version: str
     uptime_s: float
     draining_since: Time | None = None
-    """The start of the maintenance in effect; null: VMs may start."""
+    """The start of the current drain; null if VMs may start."""
 
 
 class OrphanView(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,31 +125,31 @@ class OrphanView(msgspec.Struct, frozen=True, kw_only=True):
     vm_id: int
     """The id of its former VM."""
     name: str | None
-    """The name of its former VM; null, as the next members, if its command line can't be read."""
+    """The name of its former VM. Null, like the next members, if its command line can't be read."""
     cpu_cores: int | None
     memory_mb: int | None
     adoptable: bool
     obstacle: str | None
-    """Why it can't be adopted; null when it can."""
+    """Why it can't be adopted; null if it can."""
 
 
 StoredKind = Literal[
     "journal", "database", "log", "disk", "snapshot", "volume", "image", "artifact", "template", "leftover", "cache"
 ]
 PRUNED_KINDS: tuple[StoredKind, ...] = ("log", "image", "artifact", "template", "leftover")
-"""What `prune` removes by default: it can be fetched or built again, or its VM is deleted."""
+"""The kinds that `prune` removes by default: they can be fetched or built again, or their VM is deleted."""
 
 
 class StoredItem(msgspec.Struct, frozen=True):
     """Something that takes space on the host."""
 
     kind: StoredKind
-    """`database`: one that a restore has moved aside; `leftover`: sockets or memory of a VM that is no more."""
+    """`database`: one that a restore has moved aside; `leftover`: sockets or memory of a VM that no longer exists."""
     name: str
-    """A digest for images, artifacts and templates, the VM's id for logs, else a file's name."""
+    """A digest for images, artifacts and templates, the VM's id for logs, otherwise a file name."""
     bytes: int
     used_by: list[str]
-    """`VM demo`, `plugin web`, `snapshot warm`; of a template the VMs that run as its clones."""
+    """The users, such as `VM demo`, `plugin web` or `snapshot warm`; for a template, the VMs that run as its clones."""
     reclaimable: bool
     """Whether it can be removed: it has no user, and the daemon works without it."""
 
@@ -158,13 +158,13 @@ class Usage(msgspec.Struct, frozen=True):
     """The answer of `GET /api/v1/system/df`."""
 
     items: list[StoredItem]
-    """The largest first."""
+    """The items, largest first."""
     total_bytes: int
     reclaimable_bytes: int
     state_free_bytes: int
-    """Free bytes on the disk of database, logs, disks, snapshots and templates."""
+    """Free bytes on the disk with the database, logs, VM disks, snapshots and templates."""
     cache_free_bytes: int
-    """Free bytes on the disk of images and artifacts."""
+    """Free bytes on the disk with images and artifacts."""
 
 
 class Kept(msgspec.Struct, frozen=True):
@@ -180,7 +180,7 @@ class Pruned(msgspec.Struct, frozen=True):
 
     dry_run: bool
     freed_bytes: int
-    """Or what would be."""
+    """The bytes that were freed, or that a dry run would free."""
     items: list[StoredItem]
     kept: list[Kept]
 
@@ -196,45 +196,45 @@ class PluginView(msgspec.Struct, frozen=True):
     """Whether new VMs may use it."""
     builtin: bool
     created_at: Time | None
-    """None for what is built in."""
+    """Null for built-in plugins."""
     labels: Mapping[str, str]
     project: str = "default"
-    """That of the caller, for what is built in."""
+    """For a built-in plugin, the caller's project."""
 
 
 class TemplateView(msgspec.Struct, frozen=True, kw_only=True):
     """The view of a template that clients get."""
 
     digest: str
-    """Its name."""
+    """Identifies the template."""
     state: Literal["ready", "building", "waiting", "failed"]
     plugin: str
-    """For whose VM it was made; VMs of others that boot from the same use it too."""
+    """The plugin of the VM that it was made for. VMs of other plugins that boot from the same files use it too."""
     after: Literal["agent", "workload"]
-    """Whether the workload runs in it."""
+    """`workload` if the workload runs in the template."""
     cpu_cores: int
     memory_mb: int
     disk: bool
     """Whether its guest has a root filesystem."""
     size_bytes: int
-    """On the disk."""
+    """Size on disk."""
     created_at: Time
     used_at: Time | None
-    """When a VM began as a clone of it last."""
+    """When a VM was last cloned from it."""
     clones: int
-    """How many VMs did, since the daemon began."""
+    """The number of VMs cloned from it since the daemon started."""
     warm: int = 0
-    """Processes that wait for a VM to claim them."""
+    """The number of warm processes that no VM has claimed yet."""
     warm_hits: int = 0
-    """VMs that claimed one, since the daemon started."""
+    """The number of VMs that claimed a warm process since the daemon started."""
     warm_misses: int = 0
-    """VMs that began as a clone while none was waiting."""
+    """The number of VMs that were cloned while no warm process was available."""
     error: str | None
-    """Why there is none."""
+    """Why the template could not be made."""
 
 
 class StreamGap(msgspec.Struct, frozen=True):
-    """Events between `requested` and `oldest` are lost to this reader."""
+    """This reader has lost the events between `requested` and `oldest`."""
 
     type: Literal["STREAM_GAP"]
     requested: str
@@ -251,29 +251,29 @@ class LogLine(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     line: str
     timestamp: Time
     seq: int
-    """Counts for each `vm_id`, over all boots and restarts of the daemon."""
+    """A line number that increases over all boots of a `vm_id`, and over restarts of the daemon."""
     partial: bool = False
     """The line continues in the next one of its stream."""
 
 
 class LogRange(msgspec.Struct, frozen=True):
-    """Both ends are included."""
+    """A range of log lines; both ends are included."""
 
     first: int = msgspec.field(name="from")
     last: int = msgspec.field(name="to")
 
 
 class LogGap(msgspec.Struct, frozen=True):
-    """Lines with these numbers have expired and are lost to this reader."""
+    """Log lines with these numbers have expired, and this reader can't get them."""
 
     gap: LogRange
 
 
 class ConsoleGap(msgspec.Struct, frozen=True):
-    """This reader of a console was too slow, and has lost some of the output."""
+    """This reader of a console was too slow and has lost some output."""
 
     missed: int
-    """Bytes."""
+    """The number of lost bytes."""
 
 
 class ArtifactView(msgspec.Struct, frozen=True):
@@ -287,11 +287,11 @@ class WantTicket(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The body of a request for a ticket."""
 
     path: Annotated[str, msgspec.Meta(pattern=r"^/[\x21-\x7e]*$", max_length=1000)] | None = None
-    """The path that it opens, with those below it, such as `/ws/v1/vms/web/logs`; None: any."""
+    """The path that the ticket opens, with all paths below it, such as `/ws/v1/vms/web/logs`; null for any path."""
 
 
 class Ticket(msgspec.Struct, frozen=True):
-    """Opens one WebSocket or event stream, as the query's `ticket`."""
+    """A ticket that opens one WebSocket or event stream, as the query parameter `ticket`."""
 
     ticket: str
     expires_at: Time
@@ -305,76 +305,77 @@ class SignInWithKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class NewSignInView(msgspec.Struct, frozen=True):
-    """A sign-in at the issuer that has begun. The other half is the cookie beside this."""
+    """A started sign-in at the issuer. The response also sets the cookie that completes it."""
 
     url: str
-    """Where the browser goes on, at the issuer."""
+    """The issuer's URL to which the browser goes next."""
     proof: str
-    """For `POST /api/v1/session/oidc/finish`, once the browser is back."""
+    """The proof for `POST /api/v1/session/oidc/finish`, once the browser has returned."""
 
 
 class FinishSignIn(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The body of a request for the session that a sign-in at the issuer has led to."""
+    """The body of a request that ends a sign-in at the issuer and begins a session."""
 
     proof: Annotated[str, msgspec.Meta(min_length=1, max_length=100)]
-    """From the beginning of the sign-in."""
+    """The proof from the start of the sign-in."""
 
 
 class SessionView(msgspec.Struct, frozen=True, kw_only=True):
-    """Who a client is, and what it may do."""
+    """The identity of a client and its rights."""
 
     caller: str
-    """As events and the audit log name it."""
+    """The caller's name, as in events and the audit log."""
     role: Role
     project: str | None
-    """The one project that it sees; null: all."""
+    """The only project that the client sees; null if it sees all."""
     permissions: tuple[Permission, ...]
     signed_in: bool
-    """Whether it has a session, which it can end."""
+    """Whether the client has a session, which it can end."""
     expires_at: Time | None
-    """Of the session; null without one."""
+    """When the session expires; null without a session."""
 
 
 class NewSessionView(SessionView, frozen=True, kw_only=True):
-    """A session that has begun. The other half is the cookie beside this."""
+    """A new session. The response also sets the cookie that belongs to it."""
 
     proof: str
-    """For the header `Volant-Session`."""
+    """The proof for the header `Volant-Session`."""
 
 
 class OpenPort(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The body of a request for the origin of a port."""
 
     port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
-    """Of the guest's loopback."""
+    """A port on the guest's loopback."""
     path: Annotated[str, msgspec.Meta(pattern=r"^/[\x21-\x7e]*$", max_length=1000)] = "/"
-    """What a browser opens there, with its query."""
+    """The path that a browser opens there, with its query."""
 
 
 class PortOriginView(msgspec.Struct, frozen=True):
-    """A port at an origin of its own."""
+    """A port with an origin of its own."""
 
     origin: str
-    """Stays the same for this port of this VM."""
+    """The origin, which stays the same for this port of this VM."""
     url: str
-    """To open in a browser, within a minute and once where keys are in force: it hands over the grant."""
+    """The URL to open in a browser. If keys are required, it works once and within a minute, as it carries the
+    grant."""
 
 
 class ProblemDetails(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The body of every error answer (RFC 9457)."""
 
     type: str
-    """`urn:volant:error:` and a stable word."""
+    """`urn:volant:error:` and a stable error code."""
     title: str
     status: int
     detail: str
-    """What, where and why, for people."""
+    """What failed, which value and why, for people."""
     error: str
     """The same as `detail`."""
     request_id: str
     """Also in the header `X-Request-Id` and in the daemon's log."""
     vm: str | None = None
     field: str | None = None
-    """The member of the body, the parameter or the part of the path at fault."""
+    """The member of the body, the parameter or the part of the path that is wrong."""
     hint: str | None = None
     """What to do."""

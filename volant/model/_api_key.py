@@ -1,4 +1,4 @@
-"""Named API keys: what people hand out to colleagues, CI jobs and agents."""
+"""Named API keys, which administrators give to colleagues, CI jobs and agents."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ._project import DEFAULT_PROJECT
 from ._text import Name, Time, check_name
 
 KEY_PREFIX = "vlt_"
-"""What every key begins with, so that programs that search for secrets find it."""
+"""The prefix of every key, by which secret scanners find it."""
 MAX_API_KEYS = 20_000
-"""Most keys of a daemon, those that were replaced included. All of them are in memory."""
+"""Maximum per daemon, including replaced keys. All of them are in memory."""
 _TEN_YEARS_S = 10 * 366 * 86400.0
 
 Lifetime = Annotated[float, msgspec.Meta(gt=0, le=_TEN_YEARS_S)]
@@ -28,18 +28,18 @@ class CreateApiKey(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     name: Name
     role: Role
     project: Name | None = None
-    """The project that it sees; null: `default`. An administrator's key sees all, and has none."""
+    """The project that the key sees; null for `default`. An administrator's key sees all projects and has none."""
     expires_in_s: Lifetime | None = None
-    """How long it is valid; null: until it is deleted."""
+    """How long the key is valid; null if it is valid until it is deleted."""
 
 
 class RotateApiKey(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """The body of `POST /api/v1/keys/{name}/rotate`."""
 
     overlap_s: Annotated[float, msgspec.Meta(ge=0, le=_TEN_YEARS_S)] = 0
-    """How long the present key goes on; 0: it ends at once."""
+    """How long the present key stays valid; with 0 it ends at once."""
     expires_in_s: Lifetime | None = None
-    """How long the new key is valid; null: until it is deleted."""
+    """How long the new key is valid; null if it is valid until it is deleted."""
 
 
 class NewApiKey(msgspec.Struct, frozen=True):
@@ -50,7 +50,7 @@ class NewApiKey(msgspec.Struct, frozen=True):
 
 
 class KeyUse(msgspec.Struct, frozen=True, gc=False):
-    """When and from where a key was used last."""
+    """When and from where a key was last used."""
 
     at: datetime
     address: str
@@ -60,7 +60,7 @@ class ApiKey(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The stored state of a key."""
 
     digest: str
-    """The SHA-256 of the key, in hexadecimal. The key itself is nowhere."""
+    """The SHA-256 of the key, in hexadecimal. The key itself is not stored."""
     id: str
     """Identifies the holder of the key. A replacement keeps the id."""
     name: str
@@ -71,10 +71,10 @@ class ApiKey(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     expires_at: datetime | None = None
     used: KeyUse | None = None
     replaced: bool = False
-    """Whether there is a newer key of this name."""
+    """Whether a newer key of this name exists."""
 
     def is_valid(self, now: datetime) -> bool:
-        """Whether it has not expired."""
+        """Returns whether the key has not expired."""
         return self.expires_at is None or now < self.expires_at
 
 
@@ -92,16 +92,16 @@ class ApiKeyView(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     role: Role
     project: str | None
-    """null: every project."""
+    """Null if the key sees every project."""
     created_at: Time
     created_by: str
     expires_at: Time | None
-    """null: it is valid until it is deleted."""
+    """Null if the key is valid until it is deleted."""
     expired: bool
     last_used_at: Time | None
-    """Exact to a minute; null: never."""
+    """Exact to a minute; null if the key was never used."""
     last_used_from: str | None
-    """The address."""
+    """The address of the last use."""
     replaced: tuple[ReplacedKeyView, ...]
     """Earlier keys of this name that are still valid."""
 
@@ -120,12 +120,12 @@ def check_create_key(request: CreateApiKey) -> None:
 
 
 def project_of(request: CreateApiKey) -> str | None:
-    """Returns the project of a new key; None: every one."""
+    """Returns the project of a new key; None if the key sees every project."""
     return None if request.role is Role.ADMIN else request.project or DEFAULT_PROJECT
 
 
 def key_view(keys: Sequence[ApiKey], now: datetime) -> ApiKeyView:
-    """Returns what clients see of all keys of one name."""
+    """Returns the view of all keys of one name."""
     (key,) = (each for each in keys if not each.replaced)
     return ApiKeyView(
         name=key.name,
@@ -150,10 +150,10 @@ def key_view(keys: Sequence[ApiKey], now: datetime) -> ApiKeyView:
 
 
 def administrates(keys: Iterable[ApiKey], now: datetime) -> bool:
-    """Whether one of some keys is an administrator's, and valid for as long as nobody replaces it."""
+    """Returns whether one of some keys is a valid administrator's key that was not replaced."""
     return any(key.role is Role.ADMIN and not key.replaced and key.is_valid(now) for key in keys)
 
 
 def no_such_key(name: str) -> Problem:
-    """Returns the 404."""
+    """Returns the 404 for the name of a key."""
     return Problem(404, "key-not-found", f"there is no key named {name[:80]!r}", hint="`volar keys list` shows all")

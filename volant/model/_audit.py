@@ -13,16 +13,16 @@ from ._caller import Caller
 from ._text import Time
 
 BEGUN = "begun"
-"""The outcome of what is about to be done."""
+"""The outcome of an operation that is about to start."""
 DONE = "done"
 REPEATED = "repeated"
 """The outcome of a request that was carried out before."""
 
 MAX_AUDIT_TEXT = 256
-"""Characters of each text of a record."""
+"""Maximum length of each text in a record, in characters."""
 _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
 _DIGITS = 8
-"""Of a digest: enough to tell keys apart, too few to confirm a guess."""
+"""Digits of a digest that a record shows: enough to tell keys apart, too few to confirm a guess."""
 
 
 class AuditRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,20 +33,21 @@ class AuditRecord(msgspec.Struct, frozen=True, kw_only=True):
     caller: str
     """The caller's name."""
     caller_id: str
-    """Never changes, and differs from those of others with the same name: the first digits where it is a digest."""
+    """An id that never changes and is unique even among callers with the same name. If it is a digest, its first
+    digits."""
     address: str
-    """An address, or the user at a Unix socket."""
+    """The caller's address, or the user at a Unix socket."""
     project: str | None
-    """Null: the request was for all projects."""
+    """Null if the request was for all projects."""
     operation: str
     target: str
-    """The name of what it is about; empty for operations on the daemon."""
+    """The name of the object of the operation; empty for operations on the daemon."""
     vm_id: int | None
     outcome: str
-    """`begun`, `done`, `repeated`, or the status and the code of a problem: `409 vm-exists`."""
+    """`begun`, `done`, `repeated`, or the status and the error code: `409 vm-exists`."""
     request_id: str
     detail: str
-    """What else is named: a port, a file, an action, the names of copies."""
+    """Other names: a port, a file, an action, the names of copies."""
 
 
 class AuditGap(msgspec.Struct, frozen=True):
@@ -56,7 +57,8 @@ class AuditGap(msgspec.Struct, frozen=True):
 
 
 class Cause(msgspec.Struct, eq=False):
-    """Who does what with one request. Messages to the journal carry it, and become records."""
+    """The caller, the operation and its target, for one request. Messages to the journal carry it, and records are made
+    of it."""
 
     operation: str
     caller: Caller
@@ -68,16 +70,16 @@ class Cause(msgspec.Struct, eq=False):
     of_vm: bool = False
     """Whether `target` is the name of a VM."""
     is_access: bool = False
-    """Whether it reaches into a guest: nothing follows `begun` then."""
+    """Whether the operation reaches into a guest; its only record is then `begun`."""
     each_minute: bool = False
-    """Whether further ones of this caller within a minute have no records."""
+    """Whether repetitions by this caller within a minute get no records."""
     repeated: bool = False
     """Whether the operation was carried out before."""
     recorded: str = ""
-    """The outcome of its newest record that is durable; empty: there is none. Only the journal writes it."""
+    """The outcome of the newest durable record; empty if there is none. Only the journal writes it."""
 
     def record(self, seq: int, time: datetime, outcome: str, vm_id: int | None) -> AuditRecord:
-        """Returns a record of it."""
+        """Returns a record of the operation."""
         caller = self.caller
         return AuditRecord(
             seq=seq,
@@ -106,5 +108,5 @@ def _cut(text: str) -> str:
 
 
 current_cause: ContextVar[Cause | None] = ContextVar("volant.cause", default=None)
-"""The cause of the request that this task serves; None outside of requests, and for those that only read. The API sets
-it; `ask_journal` has messages carry it."""
+"""The cause of the request that this task serves; None outside of requests and for requests that only read. The API
+sets it; `ask_journal` adds it to messages."""

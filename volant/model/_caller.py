@@ -1,4 +1,4 @@
-"""Callers: who sends a request, and what a role allows."""
+"""Callers: the senders of requests, and the permissions of each role."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ._project import DEFAULT_PROJECT
 
 
 class Permission(StrEnum):
-    """What a caller has to be allowed for an operation. The table of operations names one for each."""
+    """The permission that a caller needs for an operation. The table of operations names one for each."""
 
     PUBLIC = "public"
-    """Nothing: neither a key nor a role."""
+    """No permission: anybody may call, without a key or a role."""
     VIEW = "view"
     """Read what the daemon knows of VMs."""
     USE = "use"
@@ -25,11 +25,11 @@ class Permission(StrEnum):
     CONTROL = "control"
     """Create, change and delete VMs and what belongs to them."""
     ADMIN = "admin"
-    """Read and change what all share: keys, images of the host, the daemon itself."""
+    """Read and change what all projects share: keys, images of the host, the daemon itself."""
 
 
 class Role(StrEnum):
-    """A set of permissions. Each role has those of the roles before it."""
+    """A set of permissions. Each role includes the permissions of the roles before it."""
 
     VIEWER = "viewer"
     USER = "user"
@@ -51,20 +51,20 @@ _PERMISSIONS: Mapping[Role, frozenset[Permission]] = {
 
 
 class RoleGrant(NamedTuple):
-    """A role of the settings, for callers with this value of a claim, or of a name in their certificate."""
+    """A role from the settings, for callers with this value of a claim or this name in their certificate."""
 
     key: str
     value: str
     role: Role
     project: str | None
-    """None: all projects."""
+    """None for all projects."""
 
 
 def parse_role_grant(text: str, *, form: str, example: str) -> RoleGrant:
     """Parses `KEY=VALUE:ROLE` or `KEY=VALUE:ROLE:PROJECT`; the value may have colons.
 
-    :param form: what people know as `KEY=VALUE`, for the error
-    :raises ValueError: it is neither, or can be read as both; the text is meant for people.
+    :param form: the name of the form `KEY=VALUE`, for the error
+    :raises ValueError: the text has neither form, or fits both; the message is meant for people.
     """
     shown = repr(text.strip()[:200])
     given, _, last = text.strip().rpartition(":")
@@ -95,54 +95,54 @@ class Caller(msgspec.Struct, frozen=True):
     """The sender of a request."""
 
     id: str
-    """Never changes, and differs from those of all others: idempotency keys and tickets are bound to it."""
+    """An id that never changes and is unique among all callers. Idempotency keys and tickets are bound to it."""
     name: str
-    """For people: the user at a Unix socket, `key:NAME`, `key 1a2b3c4d`."""
+    """A name for people: the user at a Unix socket, `key:NAME`, `key 1a2b3c4d`."""
     role: Role = Role.ADMIN
     project: str | None = None
-    """The one project that it sees; None: all."""
+    """The only project that the caller sees; None if it sees all."""
     address: str = ""
-    """Where the request comes from: an address, or the user at a Unix socket."""
+    """The source address of the request, or the user at a Unix socket."""
     credential: str = ""
-    """The digest of the key that it showed, the subject of its certificate, or `ANONYMOUS`: when that is not valid any
-    more, its requests and tickets end. Empty: nothing ends them."""
+    """The digest of the caller's key, the subject of its certificate, or `ANONYMOUS`. The caller's requests and tickets
+    end when it becomes invalid. Empty if nothing ends them."""
     limited: bool = False
-    """Whether the limits of one caller count for it."""
+    """Whether the limits per caller apply."""
 
     def may(self, permission: Permission) -> bool:
-        """Whether its role has a permission."""
+        """Returns whether the caller's role has a permission."""
         return permission in self.role.permissions
 
     def __str__(self) -> str:
-        """Returns the text for logs and events: where the request comes from, and who sent it if that says more."""
+        """Returns the text for logs and events: the address, and the name if that adds something."""
         if self.name in (self.address, ANONYMOUS):
             return self.address
         return f"{self.address} {self.name}" if self.address else self.name
 
 
 class SignIn(msgspec.Struct, frozen=True):
-    """What a client needs to sign in at the issuer whose tokens the daemon accepts."""
+    """The data that a client needs to sign in at the issuer whose tokens the daemon accepts."""
 
     issuer: str
     """The URL of the OpenID Connect issuer."""
     client_id: str
     scopes: str
-    """Separated by spaces."""
+    """The scopes to request, separated by spaces."""
 
 
 class AuthView(msgspec.Struct, frozen=True, kw_only=True):
-    """How a client can prove who it is. It says nothing that a client without credentials may not know."""
+    """The ways in which a client can authenticate. Contains nothing secret."""
 
     required: bool
     """Whether a client over TCP needs a key, a certificate or a token."""
     sign_in: SignIn | None
-    """null: the daemon accepts no tokens of an issuer."""
+    """Null if the daemon accepts no tokens of an issuer."""
     browser_sign_in: bool
-    """Whether a page of the daemon's can sign in at that issuer, with `POST /api/v1/session/oidc`."""
+    """Whether a page of the daemon can sign in at that issuer, with `POST /api/v1/session/oidc`."""
 
 
 class CallerEnded(Problem):
-    """The 401 for a key that is known and not valid any more."""
+    """The 401 for a key that is known but no longer valid."""
 
     def __init__(self, caller: Caller, code: str, detail: str, *, hint: str) -> None:
         super().__init__(401, code, detail, hint=hint)
@@ -150,7 +150,7 @@ class CallerEnded(Problem):
 
 
 def is_safe_url(url: str) -> bool:
-    """Whether nobody on the way can change what a URL answers: it is https, or on this host."""
+    """Returns whether nobody on the network path can change the answer of a URL: it is https, or on this host."""
     try:
         parts = urlsplit(url)
         host = parts.hostname

@@ -4,9 +4,9 @@
 hypervisor. `effect_of(row)` returns the step that the VM needs now. The actor commits the changes, cancels the running
 step if it is another one, and starts the needed one.
 
-The step is a function of the row, not a list that `decide` returns. So an actor that starts in the middle, after a
-crash of the actor, the daemon or the host, does what the one before would have done next, without code of its own.
-Rejected: a table of (state, message) -> (state, actions), as the current action would be lost with the actor's memory.
+The step follows from the row alone; `decide` returns no list of steps. So an actor that starts in the middle, after a
+crash of the actor, the daemon or the host, continues like the one before it, without code of its own. Rejected: a table
+of (state, message) -> (state, actions), as a crash of the actor would lose the current action.
 
 Each change of the public status is in the table `TRANSITIONS` of `_event`.
 """
@@ -49,11 +49,11 @@ from ._seen import (
 GUEST_SHUTDOWN = "guest_shutdown"
 """The reason code of a VM whose guest has powered itself off. Public."""
 WORKLOAD_EXITED = "workload_exited"
-"""The reason code of a VM that stopped with its workload, which had exited with 0. Public."""
+"""The reason code of a VM that stopped because its workload exited with 0. Public."""
 WORKLOAD_FAILED = "workload_failed"
-"""The reason code of a VM that stopped with its workload, which had failed. Public."""
+"""The reason code of a VM that stopped because its workload failed. Public."""
 _FINAL_GRACE_S = 10.0
-"""How long the rest of a guest may take to shut down once the workload has ended."""
+"""How long the guest may take to shut down once the workload has ended."""
 
 
 _BY_ITSELF = (GUEST_SHUTDOWN, WORKLOAD_EXITED, WORKLOAD_FAILED)
@@ -68,11 +68,11 @@ class Step(msgspec.Struct, frozen=True):
 
 
 def decide(row: VmRow, seen: Seen, now: datetime, *, held: bool = False) -> tuple[Step, ...]:
-    """Returns the changes that follow from what was seen, in order.
+    """Returns the changes that follow from an observation, in order.
 
-    `held`: no boot may begin, as the daemon drains. It begins with `Released`.
+    With `held`, no boot starts because the daemon drains. It starts with `Released`.
 
-    :raises Problem: 409 when a command is not legal now; 503 the VM moves to another host.
+    :raises Problem: 409, a command is not legal now; 503, the VM moves to another host.
     """
     change = _Change(row, now, held)
     match seen:
@@ -163,7 +163,7 @@ def decide(row: VmRow, seen: Seen, now: datetime, *, held: bool = False) -> tupl
 
 
 class _Change:
-    """Collects steps and checks their transitions. Joins a step without a message to the next."""
+    """Collects steps and checks their transitions. A step without a message is joined to the next one."""
 
     def __init__(self, row: VmRow, now: datetime, held: bool) -> None:
         self.row = row
@@ -190,7 +190,7 @@ class _Change:
 
 
 def _boot(change: _Change, message: str) -> None:
-    """Begin the desired boot, unless it must wait. Nothing of the last one may be left."""
+    """Starts the desired boot, unless it must wait. Nothing of the last boot may be left."""
     if change.held:
         return
     change.to(
@@ -208,7 +208,7 @@ def _boot(change: _Change, message: str) -> None:
 
 
 def _leave(change: _Change, leaving: Leaving) -> None:
-    """Pauses the VM if it is not at rest, as it goes on at another host, or notes what else is known of its move."""
+    """Pauses the VM for its move to another host unless it is at rest, or records the next state of the move."""
     row = change.row
     if row.leaving is None:
         check_leaves(row)
@@ -224,7 +224,7 @@ def _leave(change: _Change, leaving: Leaving) -> None:
 
 
 def _stay(change: _Change, move: str, why: str) -> None:
-    """Lets the VM go on here."""
+    """Lets the VM continue on this host."""
     row = change.row
     if row.leaving is None or row.leaving.id != move or row.status is Status.DELETING:
         return
@@ -280,7 +280,7 @@ def _carry_out(change: _Change, request: CommandRequest) -> None:
 
 
 def _check_up(row: VmRow, what: str) -> None:
-    """:raises Problem: 409 when there is no guest, and none is being booted."""
+    """:raises Problem: 409, there is no guest, and none is being booted."""
     if row.status not in (Status.PENDING, Status.STARTING, Status.RUNNING, Status.PAUSED):
         hint = f"`volar vms start {row.name}` starts it" if row.status is not Status.STOPPING else "wait until it runs"
         raise Problem(
@@ -304,7 +304,7 @@ def _pause(change: _Change) -> None:
 
 
 def _go_on(change: _Change, message: str) -> None:
-    """Make it run, if it should be paused."""
+    """Resumes a VM that should be paused; a VM that still boots runs afterwards."""
     row = change.row
     if row.desired is not Desired.PAUSED:
         return
@@ -376,8 +376,8 @@ def _stop_if_finished(change: _Change) -> None:
 
 
 def _remove_at_rest(change: _Change) -> None:
-    """Deletes a VM that has stopped for good and is not kept then. Nobody sees it `stopped`, which would be its end to
-    whoever waits for that."""
+    """Deletes a VM that has stopped for good and is not kept. It never shows `stopped`, which clients that wait for
+    `stopped` would take for the end."""
     row = change.row
     if row.is_removed_at_rest and row.status is Status.STOPPED and row.leaving is None and is_at_rest(row):
         change.undo_message()
@@ -385,7 +385,7 @@ def _remove_at_rest(change: _Change) -> None:
 
 
 def _end_process(change: _Change, status: Status, message: str) -> None:
-    """Go to `status` (stopping or deleting). Asks the guest to shut down if possible."""
+    """Goes to `status` (stopping or deleting). Asks the guest to shut down if possible."""
     row = change.row
     phase: Phase
     if row.phase in (Phase.KILL, Phase.ASK):
@@ -459,7 +459,7 @@ def _boots_again(change: _Change, message: str) -> None:
 
 
 def _boot_failed(change: _Change, reason: Reason) -> None:
-    """A cold boot follows a failed clone of a template, but not of a checkpoint."""
+    """Boots cold after a failed clone of a template, but not of a checkpoint."""
     if change.row.template is not None and change.row.boot == "auto" and change.row.checkpoint is None:
         change.to(f"the clone failed, a cold boot follows: {reason.message}", phase=Phase.KILL, fallback=reason)
     else:

@@ -1,4 +1,4 @@
-"""The step that a VM needs now: it follows from the row alone."""
+"""The step that a VM needs now. It follows from the row alone."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import msgspec
 from ._row import Desired, Phase, Status, VmRow, visible_workload
 
 MAX_RESTARTS = 10
-"""In a row, without a `start` by a person. Then the restart policy gives up."""
+"""Maximum restarts in a row without a `start` by a client. Then the restart policy gives up."""
 UP = (Desired.RUNNING, Desired.PAUSED)
-"""A VM that should have a guest: one that should be paused boots first."""
+"""The desired states of a VM with a guest. A VM that should be paused boots first."""
 
 
 class PrepareImage(msgspec.Struct, frozen=True):
-    """Find, build or fetch the files to boot from, and create the layer -> `ImageReady`."""
+    """Finds, builds or fetches the files to boot from, and creates the layer -> `ImageReady`."""
 
     boot: str
     cold: bool = False
-    """Without a template, as the clone has failed."""
+    """Whether to boot without a template, as the clone has failed."""
 
 
 class _OfProcess(msgspec.Struct, frozen=True):
@@ -29,43 +29,43 @@ class _OfProcess(msgspec.Struct, frozen=True):
 
 
 class Launch(_OfProcess, frozen=True):
-    """Start the hypervisor with this tag, or find it -> `Launched`."""
+    """Starts the hypervisor with this tag, or finds it -> `Launched`."""
 
 
 class AwaitAgent(_OfProcess, frozen=True):
-    """Wait for the agent and send it the workload -> `AgentAnswered`."""
+    """Waits for the agent and sends it the workload -> `AgentAnswered`."""
 
 
 class Pause(_OfProcess, frozen=True):
-    """Pause the guest -> `Paused`."""
+    """Pauses the guest -> `Paused`."""
 
 
 class Resume(_OfProcess, frozen=True):
-    """Resume the guest and set its clock -> `Resumed`."""
+    """Resumes the guest and sets its clock -> `Resumed`."""
 
 
 class AskStop(_OfProcess, frozen=True):
-    """Ask the guest to shut down, after resuming it if need be -> `Ended`, or `StepFailed` after `grace_s`."""
+    """Asks the guest to shut down, after resuming it if necessary -> `Ended`, or `StepFailed` after `grace_s`."""
 
     grace_s: float
 
 
 class Kill(_OfProcess, frozen=True):
-    """End the process with this tag and remove its files -> `Cleared`."""
+    """Ends the process with this tag and removes its files -> `Cleared`."""
 
 
 class Remove(msgspec.Struct, frozen=True):
-    """Remove the disk and whatever else outlives a boot -> `Removed`."""
+    """Removes the disk and everything else that outlives a boot -> `Removed`."""
 
 
 class RestartLater(msgspec.Struct, frozen=True):
-    """Wait `delay_s` -> `RestartDue`."""
+    """Waits `delay_s` -> `RestartDue`."""
 
     delay_s: float
 
 
 class Hold(msgspec.Struct, frozen=True):
-    """Wait until the daemon is not draining -> `Released`."""
+    """Waits until the daemon is not draining -> `Released`."""
 
     boot: str
 
@@ -74,7 +74,7 @@ Effect = PrepareImage | Launch | AwaitAgent | Pause | Resume | AskStop | Kill | 
 
 
 def effect_of(row: VmRow) -> Effect | None:
-    """Returns the step that the VM needs now; None when it is at rest."""
+    """Returns the step that the VM needs now; None if it is at rest."""
     match row.phase:
         case Phase.IMAGE:
             return PrepareImage(f"{row.id}.{row.generation}", cold=row.fallback is not None)
@@ -114,7 +114,8 @@ def settled(row: VmRow) -> bool:
 
 
 def readiness(row: VmRow) -> Literal["met", "failed"] | None:
-    """Returns whether a VM is `ready` or can't become so; None: not yet, or that follows from its status."""
+    """Returns whether a VM is `ready` or can't become ready. None if it is not ready yet, or if its status already says
+    so."""
     workload = visible_workload(row)
     match row.status:
         case Status.RUNNING:
@@ -133,7 +134,7 @@ def readiness(row: VmRow) -> Literal["met", "failed"] | None:
 
 
 def is_held(row: VmRow) -> bool:
-    """Returns whether a boot is due and waits, which only happens while the daemon drains."""
+    """Returns whether a boot waits because the daemon drains."""
     return (
         row.status in (Status.PENDING, Status.STOPPED, Status.CRASHED)
         and row.phase is Phase.NONE
@@ -143,7 +144,7 @@ def is_held(row: VmRow) -> bool:
 
 
 def is_at_rest(row: VmRow) -> bool:
-    """Returns whether the VM has stopped or crashed, and stays so until somebody starts or deletes it."""
+    """Returns whether the VM has stopped or crashed, and stays so until a client starts or deletes it."""
     is_down = row.status in (Status.STOPPED, Status.CRASHED) and row.phase is Phase.NONE
     return is_down and not is_held(row) and not restarts_by_itself(row)
 
@@ -167,7 +168,7 @@ def _policy_restarts(row: VmRow) -> bool:
 
 
 def has_failed(row: VmRow) -> bool:
-    """Returns whether the VM stopped, or stops, as its workload has failed."""
+    """Returns whether the VM stopped, or is stopping, because its workload has failed."""
     return row.is_finished and row.workload is not None and row.workload.state == "failed"
 
 

@@ -18,9 +18,9 @@ from ._problem import Problem, contradictory, invalid
 EGRESS_NONE: Literal["none"] = "none"
 EGRESS_ALL: Literal["all"] = "all"
 MAX_RULES = 64
-"""Most rules of one VM. Each is a rule of the firewall."""
+"""Maximum rules per VM. Each is a firewall rule."""
 MAX_PORTS_IN_RULE = 16
-"""Most ports and ranges of one rule."""
+"""Maximum ports and ranges in one rule."""
 _MAX_NAME = 253
 
 _LABEL = "[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?"
@@ -41,20 +41,20 @@ PortOrRange = (
 
 
 class EgressRule(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True, omit_defaults=True):
-    """A destination that a VM may open connections to: an IPv4 network, or what a DNS name leads to."""
+    """A destination that a VM may open connections to: an IPv4 network, or the addresses of a DNS name."""
 
     cidr: Annotated[str, msgspec.Meta(extra_json_schema={"pattern": _CIDR_RULE})] | None = None
-    """An IPv4 network, or one address; instead of `name`."""
+    """An IPv4 network or one address. Excludes `name`."""
     name: Annotated[str, msgspec.Meta(extra_json_schema={"pattern": _NAME_RULE, "maxLength": _MAX_NAME})] | None = None
-    """A DNS name, or `*.` and one, for all names below it; instead of `cidr`."""
+    """A DNS name, or `*.` and a name for all names below it. Excludes `cidr`."""
     ports: Annotated[tuple[PortOrRange, ...], msgspec.Meta(extra_json_schema={"maxItems": MAX_PORTS_IN_RULE})] = ()
-    """Ports and ranges of ports, as `443` and `"8000-8010"`; empty: all."""
+    """Ports and ranges of ports, such as `443` and `"8000-8010"`; empty for all ports."""
     protocol: Protocol | None = None
-    """Without one: TCP, if there are ports; else all protocols."""
+    """Defaults to TCP if the rule has ports, otherwise to all protocols."""
 
     @property
     def protocols(self) -> tuple[Protocol, ...]:
-        """The protocols that it allows; empty: all."""
+        """The allowed protocols; empty for all."""
         if self.protocol is not None:
             return (self.protocol,)
         return ("tcp",) if self.ports else ()
@@ -65,19 +65,19 @@ class EgressRule(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_onl
         return f"{self.cidr or self.name}{ports}{protocol}"
 
     def matches(self, name: str) -> bool:
-        """Returns whether it is for a DNS name, given in lower case and without a final dot."""
+        """Returns whether the rule matches a DNS name, given in lower case and without a final dot."""
         if self.name is None:
             return False
         return name.endswith(self.name[1:]) if self.name.startswith("*.") else name == self.name
 
 
 def _with(member: str) -> dict[str, object]:
-    """Returns the schema of an object in which a member is neither left out nor null."""
+    """Returns the schema of an object in which a member is required and not null."""
     return {"required": [member], "properties": {member: {"type": "string"}}}
 
 
 Egress = Literal["none", "all"] | tuple[EgressRule, ...]
-"""`none`, `all`, or the rules: what none of them allows is denied."""
+"""`none`, `all`, or rules. A destination that no rule allows is denied."""
 
 EgressRequest = (
     Literal["none", "all"]
@@ -92,7 +92,7 @@ EgressRequest = (
         msgspec.Meta(extra_json_schema={"minItems": 1, "maxItems": MAX_RULES}),
     ]
 )
-"""What a client writes; only the schema differs."""
+"""The policy as clients write it. Only the schema differs."""
 
 
 def choose_egress(
@@ -100,9 +100,9 @@ def choose_egress(
 ) -> Egress:
     """Decides the policy of a new VM.
 
-    :param requested: None: that of the project
-    :param project: the policy of its project. Whether it covers the one requested is not checked here
-    :param connected: whether the VM has a network; `reason`: why
+    :param requested: None for the project's policy
+    :param project: the policy of its project, which is not checked here to cover the requested one
+    :param connected: whether the VM has a network; `reason` says why
     :raises Problem: 400, a rule is malformed; 422, there are rules and no network.
     """
     if requested is None:
@@ -131,7 +131,7 @@ def parse_egress(requested: EgressRequest, field: str = "egress") -> Egress:
 
 
 def parse_egress_texts(texts: Sequence[str], field: str = "egress") -> Egress:
-    """Parses `none`, `all`, or rules as `TARGET[:PORTS][/tcp|udp]`. :raises Problem: 400."""
+    """Parses `none`, `all`, or rules in the form `TARGET[:PORTS][/tcp|udp]`. :raises Problem: 400."""
     if len(texts) == 1:
         if texts[0] == EGRESS_NONE:
             return EGRESS_NONE
@@ -141,7 +141,7 @@ def parse_egress_texts(texts: Sequence[str], field: str = "egress") -> Egress:
 
 
 def egress_text(egress: Egress) -> str:
-    """Returns the policy as people write it."""
+    """Returns the policy as text."""
     return egress if isinstance(egress, str) else ", ".join(map(str, egress))
 
 
@@ -151,7 +151,8 @@ def is_restricted(egress: Egress) -> bool:
 
 
 def covers(outer: Egress, inner: Egress) -> bool:
-    """Returns whether `outer` allows all that `inner` allows: each rule of `inner` is within one rule of `outer`."""
+    """Returns whether `outer` allows everything that `inner` allows: each rule of `inner` is within one rule of
+    `outer`."""
     if outer == EGRESS_ALL or inner == EGRESS_NONE:
         return True
     if inner == EGRESS_ALL:
@@ -177,7 +178,7 @@ def _covers(outer: EgressRule, inner: EgressRule) -> bool:
 
 
 def rules_of_egress(egress: Egress) -> tuple[EgressRule, ...]:
-    """Returns the rules; none for `none`. Not for `all`."""
+    """Returns the rules, none for `none`. Must not be called for `all`."""
     return () if isinstance(egress, str) else egress
 
 
@@ -189,7 +190,7 @@ def port_ranges(rule: EgressRule) -> Iterator[tuple[int, int]]:
 
 
 def egress_unavailable(obstacle: str, *, vm: str) -> Problem:
-    """503: the host can't filter what the VM sends."""
+    """Returns the 503 for a host that can't filter the VM's traffic."""
     return Problem(
         503,
         "egress-unavailable",

@@ -1,7 +1,7 @@
 """Lifecycle events. Each change of a VM's status has exactly one (contract: Events). Five types are about copies, and
-four about the workload of a VM that is up.
+four about the workload of a running VM.
 
-Events of OCI images have the same sequence, and a stream of their own.
+Events about OCI images share the sequence and have a stream of their own.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ TRANSITIONS: frozenset[tuple[S | None, S | None]] = frozenset(
         (S.DELETING, None),
     }
 )
-"""`None`: the VM does not exist, yet or any more."""
+"""The legal transitions. `None` means that the VM does not exist."""
 
 
 class IllegalTransition(Exception):
@@ -56,7 +56,8 @@ class IllegalTransition(Exception):
 
 
 def check_transition(before: S | None, after: S | None) -> None:
-    """:raises IllegalTransition: a VM can't go from `before` to `after`. Staying is always legal."""
+    """Checks a transition. :raises IllegalTransition: a VM can't go from `before` to `after`. Staying is always
+    legal."""
     if before is not after and (before, after) not in TRANSITIONS:
         raise IllegalTransition(f"a VM can't go from {before or 'nothing'} to {after or 'nothing'}")
 
@@ -77,34 +78,35 @@ class EventType(StrEnum):
     VM_RESTORED = "VM_RESTORED"
     """A VM that continues from a snapshot runs for the first time. Follows its `VM_RUNNING`."""
     VM_REPLICA_FAILED = "VM_REPLICA_FAILED"
-    """Other hosts get no newer replica of the VM, or too few of them do. Its status stays, and it is tried again."""
+    """Other hosts get no newer replica of the VM, or too few of them do. Its status stays, and the replication is
+    retried."""
     SNAPSHOT_TAKEN = "SNAPSHOT_TAKEN"
     """A snapshot of the VM is `ready`. Its status stays."""
     SNAPSHOT_DELETED = "SNAPSHOT_DELETED"
-    """A snapshot of the VM is deleted. The VM may be gone."""
+    """A snapshot of the VM is deleted. The VM itself may be deleted."""
     SNAPSHOT_PUSHED = "SNAPSHOT_PUSHED"
-    """All of a snapshot is in a registry."""
+    """A snapshot is completely in a registry."""
     SNAPSHOT_PULLED = "SNAPSHOT_PULLED"
     """A snapshot from a registry is `ready`. Its VM was never on this host."""
     WORKLOAD_STARTED = "WORKLOAD_STARTED"
-    """The program of the workload runs: for the first time in this boot, or again. A copy has it, too."""
+    """The workload's program runs, for the first time in this boot or again. Copies of the VM have this event too."""
     WORKLOAD_READY = "WORKLOAD_READY"
-    """The workload is healthy. Without a health check, that is so once its program runs."""
+    """The workload is healthy. Without a health check, it counts as healthy once its program runs."""
     WORKLOAD_EXITED = "WORKLOAD_EXITED"
-    """The workload has ended with 0 and is not restarted."""
+    """The workload has exited with 0 and is not restarted."""
     WORKLOAD_FAILED = "WORKLOAD_FAILED"
-    """The workload has ended otherwise, or could not be started, and is not restarted."""
+    """The workload has failed or could not be started, and is not restarted."""
     IMAGE_PULL_STARTED = "IMAGE_PULL_STARTED"
     """The layers of an image are being fetched, for a request or a VM."""
     IMAGE_PULL_PROGRESS = "IMAGE_PULL_PROGRESS"
-    """At most 19 for a fetch."""
+    """Progress of a fetch, at most 19 times."""
     IMAGE_PULLED = "IMAGE_PULLED"
     """The image is in the cache."""
     IMAGE_PULL_FAILED = "IMAGE_PULL_FAILED"
 
     @property
     def is_of_image(self) -> bool:
-        """Whether it is about an OCI image, not about a VM."""
+        """Whether the event is about an OCI image, not about a VM."""
         return self.startswith("IMAGE_")
 
 
@@ -123,7 +125,7 @@ class EventId(msgspec.Struct, frozen=True, order=True):
 
     @classmethod
     def parse(cls, text: str) -> EventId | None:
-        """Returns None when `text` is not an event id, which counts as an unknown id."""
+        """Returns the event id in `text`; None if it is malformed, which counts as an unknown id."""
         epoch, dash, seq = text.rpartition("-")
         if not dash or not epoch or not seq.isascii() or not seq.isdecimal() or len(seq) > 18:
             return None
@@ -131,21 +133,21 @@ class EventId(msgspec.Struct, frozen=True, order=True):
 
 
 class ImageFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What an event says of a fetch of an OCI image."""
+    """The facts of an event about a fetch of an OCI image."""
 
     reference: str
     digest: str
     done_bytes: int = 0
     total_bytes: int = 0
-    """Of the layers that the cache lacked, as the registry has them."""
+    """The size of the layers that the cache lacked, as the registry stores them."""
     layers_done: int = 0
-    """Fetched and converted."""
+    """The number of layers fetched and converted."""
     layers_total: int = 0
-    """Those that the cache lacked."""
+    """The number of layers that the cache lacked."""
     bytes_per_s: int = 0
-    """With `IMAGE_PULL_PROGRESS`: during the last seconds."""
+    """The rate during the last seconds, with `IMAGE_PULL_PROGRESS`."""
     code: str = ""
-    """With `IMAGE_PULL_FAILED`: why, as of problems."""
+    """The error code, with `IMAGE_PULL_FAILED`."""
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -154,17 +156,17 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     type: EventType
     id: str
     name: str
-    """Of the VM; empty for events of images."""
+    """The VM's name; empty for events about images."""
     vm_id: int
-    """0 for events of images."""
+    """The VM's id; 0 for events about images."""
     status: Status | None
-    """None once the VM is deleted."""
+    """The VM's status; null once the VM is deleted."""
     ip_address: str
     timestamp: Time
     message: str
     reason: Reason | None = None
     labels: dict[str, str] = {}
-    """For filters."""
+    """The VM's labels, for filters."""
     copies: tuple[str, ...] = ()
     """With `VM_FORKED`: the names of the new VMs."""
     origin: Origin | None = None
@@ -174,21 +176,21 @@ class Event(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     snapshot_id: str | None = None
     """With events of snapshots: its id, which is never used again."""
     reference: str | None = None
-    """With `SNAPSHOT_PUSHED` and `SNAPSHOT_PULLED`: what it is called in the registry."""
+    """With `SNAPSHOT_PUSHED` and `SNAPSHOT_PULLED`: its reference in the registry."""
     paused_ms: float | None = None
     """With `VM_FORKED` and events of snapshots: how long the VM was paused for the copy."""
     created_at: Time | None = None
     """With `VM_DELETED` and events of snapshots: when the VM or the snapshot was created."""
     workload: WorkloadView | None = None
-    """With `WORKLOAD_STARTED` and so on: its state."""
+    """With `WORKLOAD_STARTED` and the other workload events: the workload's state."""
     caller: str | None = None
     """The client that requested the change: its address and key, or its user at a Unix socket."""
     request_id: str | None = None
-    """The request of that client, as in the audit log."""
+    """The id of that client's request, as in the audit log."""
     image: ImageFacts | None = None
-    """With events of images, and with no others."""
+    """The facts of a fetch, only in events about images."""
     project: str = DEFAULT_PROJECT
-    """Of the VM, or that asked for the image; left out where it is `default`."""
+    """The project of the VM, or the project that requested the image; left out if it is `default`."""
 
 
 _UP = (Status.RUNNING, Status.PAUSED)
@@ -213,9 +215,9 @@ def event_for(
     now: datetime,
     cause: Cause | None = None,
 ) -> Event | None:
-    """Returns the event of a change, or None when the public status stays.
+    """Returns the event of a change; None if the public status stays.
 
-    `before` None: the VM is created. `after` None: it is deleted. :raises ValueError: both are None.
+    `before` is None when the VM is created, `after` is None when it is deleted. :raises ValueError: both are None.
     """
     row = after or before
     if row is None:
@@ -244,7 +246,7 @@ def forked_event(
     now: datetime,
     cause: Cause | None = None,
 ) -> Event:
-    """Returns the event of a VM of which copies were made."""
+    """Returns the event of a VM that was copied."""
     message = f"forked: {first_few(copies)}"
     return _event(
         EventType.VM_FORKED, row, event_id, now, message,
@@ -264,8 +266,8 @@ def snapshot_event(
 ) -> Event:
     """Returns the event of a snapshot.
 
-    :param vm: the row of its VM; None: that is gone
-    :param reference: in a registry
+    :param vm: the row of its VM; None if that is deleted
+    :param reference: its name in a registry
     """
     done = of.removeprefix("SNAPSHOT_").lower()
     where = {EventType.SNAPSHOT_PUSHED: f" to {reference}", EventType.SNAPSHOT_PULLED: f" from {reference}"}
@@ -282,8 +284,8 @@ def snapshot_event(
 
 
 def replica_event(before: VmRow | None, after: VmRow | None, *, event_id: EventId, now: datetime) -> Event | None:
-    """Returns the event of a VM that could not be replicated, if the change is that, and the reason another one than
-    the last time."""
+    """Returns the event of a VM that could not be replicated; None if the change is another one, or the reason is the
+    same as last time."""
     if before is None or after is None or after.replica is None or after.replica.reason is None:
         return None
     known, reason = None if before.replica is None else before.replica.reason, after.replica.reason
@@ -294,7 +296,7 @@ def replica_event(before: VmRow | None, after: VmRow | None, *, event_id: EventI
 
 
 def restored_event(before: VmRow | None, after: VmRow | None, *, event_id: EventId, now: datetime) -> Event | None:
-    """Returns the event of a VM that now runs from a snapshot, if the change is that."""
+    """Returns the event of a VM that now runs from a snapshot; None if the change is another one."""
     if before is None or after is None or before.checkpoint is None or after.checkpoint is not None:
         return None
     origin = after.origin
@@ -305,10 +307,10 @@ def restored_event(before: VmRow | None, after: VmRow | None, *, event_id: Event
 
 
 def workload_events(before: VmRow | None, after: VmRow | None) -> list[tuple[EventType, str]]:
-    """Returns the types of the events about the workload that a change has, in order, and their texts.
+    """Returns the types of a change's workload events, in order, and their texts.
 
-    They follow from the two states that the agent has reported. What came in between is not known: a guest may change
-    its mind at any rate, and the daemon reads the newest report at most ten times a second.
+    They follow from the two states that the agent has reported. States in between are unknown: a guest may change its
+    state at any rate, and the daemon reads the newest report at most ten times a second.
     """
     now = visible_workload(after) if after is not None and after.status in _UP else None
     if now is None:
@@ -342,7 +344,7 @@ def workload_event(of: EventType, row: VmRow, message: str, *, event_id: EventId
 
 
 def _has_started(workload: WorkloadView) -> bool:
-    """Whether its program has run at all: one that does not exist has not."""
+    """Returns whether the workload's program has run at all. A program that does not exist has not."""
     return (
         workload.pid is not None
         or workload.restarts > 0
@@ -355,7 +357,7 @@ def _has_started(workload: WorkloadView) -> bool:
 def image_event(
     of: EventType, image: ImageFacts, message: str, *, project: str, event_id: EventId, now: datetime
 ) -> Event:
-    """Returns an event of an OCI image that a project has asked for."""
+    """Returns an event about an OCI image that a project has requested."""
     return Event(
         type=of,
         id=str(event_id),

@@ -1,4 +1,4 @@
-"""Hosts of a fleet, as clients see them."""
+"""Views of the hosts of a fleet."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from ._row import Desired, Failover, ImageOfVm, Replica, Replicate, Status, VmRo
 from ._text import Time
 
 HostState = Literal["up", "unreachable"]
-"""Whether a host gives a sign of life. What runs on one that does not may still run."""
+"""Whether a host is reachable. VMs of an unreachable host may still run."""
 
 
 class HostFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What does not change while the daemon of a host runs."""
+    """The facts about a host that stay the same while its daemon runs."""
 
     address: str
-    """Where other hosts reach it, `HOST:PORT`."""
+    """The address at which other hosts reach it, `HOST:PORT`."""
     version: str
     architecture: str
     accelerator: str | None = None
-    """None: it is being chosen."""
+    """Null while it is being chosen."""
     cpu_cores: int
     memory_mb: int
     zone: str = ""
@@ -31,16 +31,16 @@ class HostFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HostLoad(msgspec.Struct, frozen=True, kw_only=True):
-    """How busy a host is, as it last reported."""
+    """The load of a host, as it last reported it."""
 
     vms: int = 0
     cpu_cores: int = 0
-    """Of its VMs together."""
+    """The cores of all its VMs together."""
     free_memory_mb: int = 0
-    """What a new VM could take."""
+    """The memory that is free for a new VM."""
     free_disk_mb: int = 0
     event_id: str = ""
-    """The newest event of its journal."""
+    """The id of the newest event in its journal."""
 
 
 class HostView(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,9 +49,9 @@ class HostView(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     state: HostState
     draining_since: Time | None
-    """Since when it gets no new VMs; null: it gets some."""
+    """Since when it gets no new VMs; null if it gets new VMs."""
     address: str
-    """Where other hosts reach it, `HOST:PORT`."""
+    """The address at which other hosts reach it, `HOST:PORT`."""
     version: str
     architecture: str
     accelerator: str | None
@@ -60,38 +60,38 @@ class HostView(msgspec.Struct, frozen=True, kw_only=True):
     zone: str
     labels: Mapping[str, str]
     vms: int
-    """As it last reported, as are the figures that follow."""
+    """The number of its VMs. This and the following figures are from its last report."""
     used_cpu_cores: int
     free_memory_mb: int
     free_disk_mb: int
 
 
 class FleetView(msgspec.Struct, frozen=True, kw_only=True):
-    """The fleet, as the host that answers sees it."""
+    """The fleet, as seen by the host that answers."""
 
     host: str
-    """The one that answers."""
+    """The host that answers."""
     hosts: int
     unreachable: tuple[str, ...]
-    """The names of hosts that give no sign of life."""
+    """The names of unreachable hosts."""
     vms: int
     etcd: Literal["ok", "unreachable"]
     age_s: float | None
-    """For so many seconds nothing is known of etcd; null: nothing has been read yet."""
+    """Seconds since the last news from etcd; null if nothing has been read yet."""
     trouble: str | None
-    """What is wrong; null: nothing."""
+    """The problem; null if there is none."""
     fence: Literal["open", "closed", "unavailable"] = "unavailable"
-    """Whether the host that answers may run its movable VMs, those that other hosts may start. `closed`: they are
-    paused until etcd answers; `unavailable`: it can have none."""
+    """Whether the host that answers may run its movable VMs, which other hosts may start. `closed`: they are paused
+    until etcd answers; `unavailable`: the host can have no movable VMs."""
     fence_obstacle: str | None = None
-    """Why it can have none."""
+    """Why the host can have no movable VMs."""
     conflicts: tuple[str, ...] = ()
-    """What the host that answers has under names that other hosts have too, as `project/name`: only this host finds its
-    own."""
+    """The objects of the host that answers whose names other hosts use too, as `project/name`. Each host finds only its
+    own object under such a name."""
 
 
 class VmRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What all hosts know of a VM, for when its own can't be asked."""
+    """The data that all hosts have of a VM, for the time when its own host is unreachable."""
 
     host: str
     id: int
@@ -111,7 +111,7 @@ class VmRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def record_of_vm(row: VmRow, host: str) -> VmRecord:
-    """Returns what other hosts have to know of a VM of this host."""
+    """Returns the data that other hosts need of a VM of this host."""
     shown = view(row)
     return VmRecord(
         host=host,
@@ -133,7 +133,7 @@ def record_of_vm(row: VmRow, host: str) -> VmRecord:
 
 
 def unreachable_view(vm: Key, record: VmRecord) -> VmView:
-    """Returns what clients see of a VM whose host gives no sign of life."""
+    """Returns the view of a VM whose host is unreachable."""
     return VmView(
         id=record.id,
         name=vm.name,
@@ -173,7 +173,7 @@ def unreachable_view(vm: Key, record: VmRecord) -> VmView:
 
 
 def _hope(record: VmRecord) -> str:
-    """Returns what becomes of a VM that is to be restored, after the rest of a sentence."""
+    """Returns how a VM with replicas continues, as the end of a sentence."""
     if record.replica is None:
         return ""
     if not record.replica.hosts:

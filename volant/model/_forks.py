@@ -1,6 +1,6 @@
-"""The fork tree: which VM or snapshot is a copy of which, also of those that are deleted.
+"""The fork tree: which VM or snapshot is a copy of which, including deleted ones.
 
-It follows from what there is, and from the events of what there was (docs/explanation/snapshots.md).
+It follows from the present VMs and snapshots and from the events of deleted ones (docs/explanation/snapshots.md).
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ FORK_EVENTS = (
 """The events that `fork_tree` needs."""
 
 ForkKind = Literal["fork", "snapshot", "restore"]
-"""`fork`: a VM of a VM; `snapshot`: a snapshot of a VM; `restore`: a VM of a snapshot."""
+"""`fork`: a VM copied from a VM; `snapshot`: a snapshot of a VM; `restore`: a VM from a snapshot."""
 
 _Place = tuple[int, str]
-"""The id of a VM and ""; or the id of a snapshot after that of its VM. Ids of VMs only rise, so a copy is always after
-its source, and the order never changes."""
+"""The id of a VM and ""; or the id of a snapshot's VM and the id of the snapshot. The ids of VMs only rise, so a copy
+always comes after its source, and the order never changes."""
 
 
 class ForkNode(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,16 +42,16 @@ class ForkNode(msgspec.Struct, frozen=True, kw_only=True):
     kind: Literal["vm", "snapshot"]
     name: str
     status: str | None
-    """Of the VM, or `ready`; null: it is deleted."""
+    """The VM's status, or `ready` for a snapshot; null if it is deleted."""
     created_at: Time | None
-    """Null: it was deleted longer ago than events are kept."""
+    """Null if it was deleted so long ago that its events have expired."""
     deleted_at: Time | None = None
-    """Null: it is not deleted, or longer ago than events are kept."""
+    """Null if it is not deleted, or if its events have expired."""
     project: str = DEFAULT_PROJECT
 
 
 class ForkEdge(msgspec.Struct, frozen=True, kw_only=True):
-    """A copy that was made: a node has at most one edge that leads to it."""
+    """A copy of a VM or snapshot. At most one edge leads to a node."""
 
     source: str
     """The id of the node that was copied."""
@@ -61,7 +61,7 @@ class ForkEdge(msgspec.Struct, frozen=True, kw_only=True):
     at: Time | None
     """When the copy was made."""
     paused_ms: float | None
-    """How long the source was paused for it; null with `restore`, as a snapshot does not run."""
+    """How long the source was paused for the copy; null with `restore`, as a snapshot does not run."""
 
 
 class ForkTree(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,15 +69,15 @@ class ForkTree(msgspec.Struct, frozen=True, kw_only=True):
 
     nodes: list[ForkNode]
     edges: list[ForkEdge]
-    """Those that lead to these nodes."""
+    """The edges that lead to these nodes."""
     event_id: str
-    """The event up to which it is true."""
+    """The last event that the tree includes."""
     next_cursor: str | None
     """Null on the last page."""
 
 
 class _Known(msgspec.Struct, frozen=True, gc=False):
-    """What is known of a node. There may be very many, of which one page becomes nodes and edges."""
+    """The known facts about a node. Of very many such entries, only one page becomes nodes and edges."""
 
     name: str
     project: str
@@ -85,7 +85,7 @@ class _Known(msgspec.Struct, frozen=True, gc=False):
     created_at: Time | None = None
     deleted_at: Time | None = None
     kind: ForkKind | None = None
-    """How it was made; None: it is no copy."""
+    """How the node was made; None if it is no copy."""
     source: _Place | None = None
     paused_ms: float | None = None
 
@@ -93,12 +93,12 @@ class _Known(msgspec.Struct, frozen=True, gc=False):
 def fork_tree(
     rows: Iterable[VmRow], snapshots: Iterable[Snapshot], past: Iterable[Event], event_id: str
 ) -> WholeForkTree:
-    """Returns the tree of all that is there, or was.
+    """Returns the tree of all present and past VMs and snapshots.
 
-    :param rows: the VMs that there are
-    :param snapshots: the snapshots that there are
+    :param rows: the present VMs
+    :param snapshots: the present snapshots
     :param past: all stored events of the types `FORK_EVENTS`, in order
-    :param event_id: of the last event that these have
+    :param event_id: the last event that these include
     """
     tree = WholeForkTree(event_id)
     for event in past:
@@ -123,16 +123,17 @@ def fork_tree(
 
 
 class WholeForkTree:
-    """All that is known, by places. `fork_tree` makes it."""
+    """All known nodes by place. `fork_tree` makes it."""
 
     def __init__(self, event_id: str) -> None:
         self._event_id = event_id
         self._known: dict[_Place, _Known] = {}
         self._copied: dict[_Place, _Known] = {}
-        """What was copied, as far as its copies know it."""
+        """Sources, as far as their copies know them."""
 
     def page(self, cursor: str, limit: int) -> ForkTree:
-        """Returns up to `limit` nodes after a cursor; "": from the first. :raises Problem: 400 it is no cursor."""
+        """Returns up to `limit` nodes after a cursor; "" begins at the first node. :raises Problem: 400, the cursor is
+        malformed."""
         after = _order(_place_of(cursor)) if cursor else (False, (0, ""))
         # A VM that is no copy and was not copied is in no tree.
         copies = {place for place, known in self._known.items() if known.source is not None}
@@ -155,7 +156,7 @@ class WholeForkTree:
         created_at: Time | None,
         deleted_at: Time | None = None,
     ) -> None:
-        """Adds a VM, or replaces what was known of it."""
+        """Adds a VM, or replaces the earlier facts about it."""
         if origin is None:
             self._known[vm_id, ""] = _Known(name, project, status, created_at, deleted_at)
             return
@@ -178,14 +179,14 @@ class WholeForkTree:
         created_at: Time | None,
         deleted_at: Time | None = None,
     ) -> None:
-        """Adds a snapshot of the VM named `vm`, or replaces what was known of it."""
+        """Adds a snapshot of the VM named `vm`, or replaces the earlier facts about it."""
         source = (place[0], "")
         self._known[place] = _Known(name, project, status, created_at, deleted_at, "snapshot", source, paused_ms)
         self._copied[source] = _Known(vm, project)
 
 
 def _order(place: _Place) -> tuple[bool, _Place]:
-    """Snapshots from other hosts come first: VMs that are made of them have smaller ids."""
+    """Returns the sort key. Snapshots from other hosts come first, as VMs restored from them have smaller ids."""
     return place[0] < FIRST_FOREIGN_ID, place
 
 

@@ -1,4 +1,4 @@
-"""OCI images as clients see them."""
+"""Views of OCI images."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class ImagePort(msgspec.Struct, frozen=True):
 
 
 class ImageHealthCheckView(msgspec.Struct, frozen=True, kw_only=True):
-    """How the image's author finds out whether the program works. Times are in seconds; 0: the default."""
+    """The image author's health check. Times are in seconds; 0 means the default."""
 
     command: tuple[str, ...]
     shell: bool
-    """Whether `command` is one text for `/bin/sh -c`."""
+    """Whether `command` is one text that `/bin/sh -c` runs."""
     interval_s: float
     timeout_s: float
     start_period_s: float
@@ -46,34 +46,34 @@ class ImageLayer(msgspec.Struct, frozen=True):
     """A layer of an image."""
 
     diff_id: str
-    """The digest of the uncompressed layer. Images with the same one share it."""
+    """The digest of the uncompressed layer. Images with the same layer share it."""
     size_bytes: int
-    """On the disk."""
+    """The size on disk."""
 
 
 class ImageView(msgspec.Struct, frozen=True, kw_only=True):
     """An OCI image in the daemon's cache."""
 
     digest: str
-    """`sha256:…` of its manifest."""
+    """The digest of its manifest, as `sha256:…`."""
     references: tuple[str, ...]
-    """Complete names that last resolved to it."""
+    """Complete references that last resolved to this image."""
     platform: str
     size_bytes: int
-    """On the disk, with layers that other images share."""
+    """The size on disk, including layers that other images share."""
     own_bytes: int
-    """What its removal would free."""
+    """The bytes that its removal would free."""
     layers: tuple[ImageLayer, ...]
-    """Lowest first."""
+    """The layers, lowest first."""
     created_at: Time | None
-    """When it was built, as it says itself."""
+    """When it was built, according to the image itself."""
     used_at: Time
-    """When it was last fetched or asked for, or a VM booted from it."""
+    """When it was last fetched or requested, or a VM last booted from it."""
     used_by: tuple[str, ...]
-    """VMs and snapshots that need it: `VM web`, `snapshot warm`."""
+    """The VMs and snapshots that need it, such as `VM web` or `snapshot warm`."""
     entrypoint: tuple[str, ...]
     command: tuple[str, ...]
-    """Arguments of the entrypoint; without one, the command."""
+    """The arguments of the entrypoint; without an entrypoint, the command."""
     env: Mapping[str, str]
     user: str
     workdir: str
@@ -86,11 +86,11 @@ class ImageView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PullImage(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """Which image to fetch."""
+    """The image to fetch."""
 
     reference: ImageReference
     refresh: bool = False
-    """Whether to ask the registry what the tag means now, also if the cache knows it."""
+    """Whether to resolve the tag at the registry even if the cache knows it."""
     registry_secret: Name | None = None
     """A secret of the project: an auth file with credentials for the registry, instead of `Volant-Registry-Auth`."""
 
@@ -100,27 +100,27 @@ class PullView(msgspec.Struct, frozen=True, kw_only=True):
 
     reference: str
     digest: str | None
-    """None until it is known."""
+    """Null until it is known."""
     phase: PullPhase
     layers_done: int
-    """Fetched and converted."""
+    """The number of layers fetched and converted."""
     layers_total: int
-    """Those that the cache lacked; 0: not known yet."""
+    """The number of layers that the cache lacked; 0 if not known yet."""
     done_bytes: int
     total_bytes: int
-    """Of those layers, as the registry has them; 0: not known yet."""
+    """The size of those layers, as the registry stores them; 0 if not known yet."""
     bytes_per_s: float
-    """During the last seconds."""
+    """The rate during the last seconds."""
     waiting: int
-    """How many requests and VMs wait for it."""
+    """The number of requests and VMs that wait for it."""
 
 
 class PrunedImages(msgspec.Struct, frozen=True, kw_only=True):
-    """What was removed, or would be."""
+    """The images and references that were removed, or that a dry run would remove."""
 
     dry_run: bool
     images: tuple[ImageView, ...]
-    """As they were before."""
+    """The removed images, as they were before."""
     references: tuple[str, ...]
-    """Names that were removed alone, as others or a VM need their image."""
+    """References that were removed while their image stays, because another reference or a VM needs it."""
     freed_bytes: int

@@ -1,4 +1,4 @@
-"""Plugin manifests: how a kind of VM boots and what runs in it."""
+"""Plugin manifests: how a VM of a plugin boots, and what runs in it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ._text import Labels, Name, Plain, check_labels, check_name, check_plain
 from .agent import DEFAULT_STOP_SIGNAL, MAX_USER_CHARACTERS, signal_number
 
 MAX_MANIFEST_BYTES = 256 * 1024
-"""As JSON. The row of each VM of the plugin has a copy."""
+"""Maximum size as JSON. The row of each VM of the plugin has a copy."""
 MAX_ACTIONS = 128
 MAX_DEPTH = 64
-"""Of objects and lists within each other, where what they hold is free."""
+"""Maximum nesting of objects and lists in members of free form."""
 _MAX_ARGUMENTS = 256
 _MAX_VARIABLES = 256
 _MAX_DIRECTORIES = 128
@@ -42,7 +42,7 @@ PlainPath = Annotated[
         }
     ),
 ]
-"""The path of a URL, percent-encoded where it must be, without `.` and `..` and without a query."""
+"""The path of a URL, percent-encoded where necessary, without `.` and `..` and without a query."""
 _Argument = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": r"^[^\x00]*$"})]
 _PROGRAM = {"type": "string", "pattern": r"^[^\x00]+$"}
 _Variable = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": r"^[^=\x00]+$"})]
@@ -51,7 +51,7 @@ _VARIABLES = msgspec.Meta(extra_json_schema={"maxProperties": _MAX_VARIABLES})
 Env = Annotated[dict[_Variable, _Value], _VARIABLES]
 """An environment."""
 EnvWithSecrets = Annotated[Mapping[_Variable, _Value | SecretRef], _VARIABLES]
-"""An environment in which values can be those of secrets."""
+"""An environment in which a value can be a reference to a secret."""
 
 GuestUser = Annotated[
     str,
@@ -75,14 +75,14 @@ class HealthCheck(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_
     path: Annotated[str, msgspec.Meta(extra_json_schema={"pattern": r"^/[\x21-\x7e]*$", "maxLength": 1024})] | None = (
         None
     )
-    """A status from 200 to 399 is healthy."""
+    """The path to fetch. A status from 200 to 399 is healthy."""
     port: Port | None = None
     """Defaults to the workload's port."""
     command: Annotated[tuple[_Argument, ...], msgspec.Meta(extra_json_schema={"maxItems": _MAX_ARGUMENTS})] = ()
     interval_s: Annotated[float, msgspec.Meta(ge=0.1, le=3600)] = 5.0
     timeout_s: Annotated[float, msgspec.Meta(ge=0.1, le=600)] = 2.0
     retries: Annotated[int, msgspec.Meta(ge=1, le=100)] = 3
-    """Failures in a row until the workload is unhealthy."""
+    """The number of consecutive failures after which the workload is unhealthy."""
     start_period_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 0.0
     """How much longer than `retries` checks the workload may take until its first success."""
 
@@ -96,7 +96,7 @@ class HealthCheck(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_
             },
         ]
     }
-    """The rules of `check_manifest` as JSON Schema, as far as types can't say them."""
+    """The rules of `check_manifest` as JSON Schema, where the types can't express them."""
 
 
 OnExit = Literal["keep", "stop", "delete"]
@@ -111,37 +111,37 @@ class Workload(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_def
     ]
     """The program and its arguments."""
     env: Env = {}
-    """A VM's own `env` overrides it."""
+    """The environment. A VM's own `env` overrides it."""
     workdir: _Directory = "/"
-    """Made if it does not exist. A program with a relative path, such as `./server`, is looked up in it; one without a
-    slash, in the `PATH` of `env`."""
+    """The working directory, created if it does not exist. A program with a relative path, such as `./server`, is
+    looked up in it; a program without a slash, in the `PATH` of `env`."""
     user: GuestUser | None = None
-    """The user that it runs as: `NAME` or `UID`, optionally `:` and a group, as `web`, `1000` or `web:adm`. `HOME` is
-    that user's, unless `env` sets it. None: root."""
+    """The user that it runs as: `NAME` or `UID`, optionally `:` and a group, such as `web`, `1000` or `web:adm`. `HOME`
+    is that user's, unless `env` sets it. Null for root."""
     stop_signal: Annotated[str, msgspec.Meta(extra_json_schema={"pattern": "^[A-Za-z0-9+-]+$", "maxLength": 16})] = (
         DEFAULT_STOP_SIGNAL
     )
-    """The signal that asks it to stop: a name or a number, as `SIGQUIT`, `SIGRTMIN+3` or `3`. `SIGTERM` goes to all of
-    its processes, another one to the program itself."""
+    """The signal that stops it: a name or a number, such as `SIGQUIT`, `SIGRTMIN+3` or `3`. `SIGTERM` goes to all of
+    its processes, any other signal only to the program itself."""
     port: Port | None = None
     """The port of the guest's loopback on which the workload serves HTTP. The agent relays unknown routes to it."""
     restart: Literal["never", "on-failure", "always"] = "on-failure"
     """When the agent restarts it."""
     on_exit: OnExit = "keep"
-    """What happens to the VM when the workload has ended and is not restarted. `keep`: it runs on. `stop`: it stops.
+    """The fate of the VM when the workload has ended and is not restarted. `keep`: it runs on. `stop`: it stops.
     `delete`: it stops and is deleted, as it is whenever it has stopped for good. A VM that has crashed is kept."""
     health_check: HealthCheck | None = None
 
 
 class ExecDefaults(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
-    """What commands start with that clients run in the VM, unless the request says otherwise."""
+    """Defaults for commands that clients run in the VM. A request can override them."""
 
     env: Env = {}
-    """A VM's own `env` overrides it."""
+    """The environment. A VM's own `env` overrides it."""
     user: GuestUser | None = None
-    """As the workload's. None: root."""
+    """The user, in the form of the workload's `user`. Null for root."""
     workdir: _Directory = "/"
-    """Made if it does not exist."""
+    """The working directory, created if it does not exist."""
 
 
 class Resources(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
@@ -169,18 +169,18 @@ class OciImage(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """An OCI image, whose files are the root filesystem of a VM."""
 
     reference: Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
-    """Where it comes from, such as `registry:5000/name:tag`."""
+    """The image's reference, such as `registry:5000/name:tag`."""
     digest: Annotated[str, msgspec.Meta(pattern="^sha256:[0-9a-f]{64}$", max_length=71)]
-    """Of the manifest for this platform: the content, whatever the tag means now."""
+    """The digest of the manifest for this platform. It fixes the content, whatever the tag means now."""
 
 
 class Boot(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
     """The files that a VM boots from. The default for each is the daemon's own."""
 
     kernel: Artifact | None = None
-    """What QEMU boots with `-kernel`: an ELF with a PVH entry point, or a `bzImage`."""
+    """The kernel that QEMU boots with `-kernel`: an ELF with a PVH entry point, or a `bzImage`."""
     initramfs: Artifact | None = None
-    """Must contain the agent."""
+    """The initramfs. It must contain the agent."""
     rootfs: Artifact | None = None
     """A raw ext4 image for workload, exec and files. It is never written to: each VM has its own layer."""
     image: OciImage | None = None
@@ -188,7 +188,7 @@ class Boot(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_default
 
     @property
     def has_disk(self) -> bool:
-        """Whether a VM has a disk of its own."""
+        """Whether a VM has a disk."""
         return self.rootfs is not None or self.image is not None
 
 
@@ -212,7 +212,7 @@ class DevTools(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """The port for the Chrome DevTools Protocol of the workload's browser."""
 
     port: Port = DEVTOOLS_PORT
-    """Of the guest's loopback."""
+    """The port on the guest's loopback."""
 
 
 class Cloning(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
@@ -222,13 +222,13 @@ class Cloning(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defa
     """When the template is taken: `agent`, before the workload starts, so each clone starts it; or `workload`, once it
     is healthy, for workloads that can be copied while they run."""
     signal: Literal["SIGHUP", "SIGUSR1", "SIGUSR2"] | None = None
-    """The signal for a copied workload; None: it gets none."""
+    """The signal for a copied workload; null for none."""
 
     SCHEMA: ClassVar[Mapping[str, Any]] = {
         "if": {"required": ["signal"], "properties": {"signal": {"type": "string"}}},
         "then": {"required": ["after"], "properties": {"after": {"const": "workload"}}},
     }
-    """The rules of `check_manifest` as JSON Schema, as far as types can't say them."""
+    """The rules of `check_manifest` as JSON Schema, where the types can't express them."""
 
 
 class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
@@ -239,7 +239,7 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_def
     version: Annotated[
         str, msgspec.Meta(extra_json_schema={"pattern": r"^[^\x00-\x1f\x7f]*$", "maxLength": _MAX_VERSION})
     ] = "0"
-    """For people only."""
+    """The version, only for people."""
     schema_version: Literal["1"] = "1"
     description: Plain = ""
     runtime: Name = "base"
@@ -247,18 +247,18 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_def
     resources: Resources = Resources()
     boot: Boot | None = None
     workload: Workload | None = None
-    """None: a VM has a shell and the agent."""
+    """The workload; null for a VM with only a shell and the agent."""
     exec: ExecDefaults | None = None
-    """What commands start with that clients run in the VM. None: as root in `/`, without the VM's `env`."""
+    """Defaults for commands that clients run in the VM. With null they run as root in `/`, without the VM's `env`."""
     directories: Annotated[tuple[_Directory, ...], msgspec.Meta(max_length=_MAX_DIRECTORIES)] = ()
-    """Directories that are made in the VM, as root, where they do not exist."""
+    """Directories that are created in the VM, as root, if they do not exist."""
     actions: Annotated[dict[Name, Action], msgspec.Meta(extra_json_schema={"maxProperties": MAX_ACTIONS})] = {}
-    """By name: `POST /api/v1/vms/{name}/actions/{plugin}/{action}`. They need the workload's `port`."""
+    """The actions by name: `POST /api/v1/vms/{name}/actions/{plugin}/{action}`. They need the workload's `port`."""
     openapi: PlainPath | dict[str, Any] | None = None
     """The path of the workload's OpenAPI document, by default `/openapi.json`; or the document itself, which needs no
     running workload."""
     devtools: DevTools | None = None
-    """The target of `/ws/v1/vms/{name}/devtools/`; None: port 9222."""
+    """The target of `/ws/v1/vms/{name}/devtools/`; null for port 9222."""
     template: Cloning = Cloning()
     """How its VMs are cloned."""
     labels: Labels = {}
@@ -266,7 +266,7 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_def
 
     @property
     def image(self) -> OciImage | None:
-        """The OCI image that VMs boot from, if they do."""
+        """The OCI image that VMs boot from, if any."""
         return None if self.boot is None else self.boot.image
 
     SCHEMA: ClassVar[Mapping[str, Any]] = {
@@ -292,11 +292,11 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_def
             }
         ],
     }
-    """The rules of `check_manifest` as JSON Schema, as far as types can't say them."""
+    """The rules of `check_manifest` as JSON Schema, where the types can't express them."""
 
 
 def check_manifest(manifest: Manifest) -> Manifest:
-    """Return `manifest` when what its types can't say holds too; :raises Problem: 400 that names the field."""
+    """Returns `manifest` if the rules hold that its types can't express. :raises Problem: 400 that names the field."""
     check_name(manifest.name, "name")
     check_name(manifest.runtime, "runtime")
     check_plain(manifest.version, "version", maximum=_MAX_VERSION)
@@ -322,7 +322,7 @@ def check_manifest(manifest: Manifest) -> Manifest:
 
 
 def check_path(path: str, field: str) -> str:
-    """Return `path` when it is a `PlainPath`; :raises Problem: 400 otherwise."""
+    """Returns `path` if it is a `PlainPath`. :raises Problem: 400."""
     if len(path) > 1024:
         raise invalid(field, f"{field} has {len(path)} characters, at most 1024 are allowed")
     if not path.startswith("/"):
@@ -339,7 +339,7 @@ def check_path(path: str, field: str) -> str:
 
 
 def check_env(env: Mapping[str, str | SecretRef], field: str) -> None:
-    """:raises Problem: 400 when a variable's name or value can't be put into an environment."""
+    """Checks an environment. :raises Problem: 400, a variable's name or value is not valid in an environment."""
     if len(env) > _MAX_VARIABLES:
         raise invalid(field, f"{field} has {len(env)} variables, at most {_MAX_VARIABLES} are allowed")
     for key, value in env.items():
@@ -352,7 +352,7 @@ def check_env(env: Mapping[str, str | SecretRef], field: str) -> None:
 
 
 def check_guest_user(user: str | None, field: str) -> None:
-    """:raises Problem: 400 when `user` is no `GuestUser`."""
+    """Checks a user. :raises Problem: 400, `user` is no `GuestUser`."""
     if user is None:
         return
     if not user or user.startswith(":") or "\0" in user or len(user) > MAX_USER_CHARACTERS:
@@ -362,7 +362,7 @@ def check_guest_user(user: str | None, field: str) -> None:
 
 
 def check_stop_signal(text: str, field: str) -> None:
-    """:raises Problem: 400 when there is no such signal."""
+    """Checks a signal. :raises Problem: 400, there is no such signal."""
     if signal_number(text) is None:
         raise invalid(field, f"{field} {text[:80]!r} is no signal", hint="a name such as SIGINT, or a number")
 
@@ -503,7 +503,7 @@ def _check_template(manifest: Manifest) -> None:
 
 
 def _check_port(manifest: Manifest) -> None:
-    """What asks the workload needs to know where."""
+    """Checks that a workload has a port if other members need one."""
     if manifest.workload is not None and manifest.workload.port is not None:
         return
     what = "actions" if manifest.actions else "openapi" if isinstance(manifest.openapi, str) else None

@@ -1,4 +1,4 @@
-"""What a VM mounts: volumes, and directories of the host."""
+"""The mounts of a VM: volumes, and directories of the host."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from ._volume import MAX_VOLUMES, DirectoryMount, VolumeMount, parse_directory, 
 
 
 class Mounts(NamedTuple):
-    """The mounts of a VM, each kind with parents before what is mounted in them."""
+    """The mounts of a VM. In each tuple, parents come before mounts inside them."""
 
     volumes: tuple[VolumeMount, ...] = ()
     directories: tuple[DirectoryMount, ...] = ()
 
 
 def mounts_of(row: VmRow) -> list[VolumeMount | DirectoryMount]:
-    """Returns all that a VM mounts, parents before what is mounted in them. Such a VM boots cold."""
+    """Returns all mounts of a VM, parents before mounts inside them. A VM with mounts boots cold."""
     return sorted((*row.volumes, *row.directories), key=_depth)
 
 
 def parse_mounts(texts: Sequence[str]) -> Mounts:
     """Parses the mounts of a VM.
 
-    :raises Problem: 400 when one is malformed or there are too many; 422 two have one name or one path.
+    :raises Problem: 400, one is malformed or there are too many; 422, two have the same name or path.
     """
     if len(texts) > MAX_VOLUMES:
         raise invalid("volumes", f"volumes has {len(texts)} members, and a VM can have at most {MAX_VOLUMES}")

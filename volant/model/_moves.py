@@ -1,4 +1,4 @@
-"""Moves of VMs from one host of a fleet to another, with memory and disk. See docs/explanation/fleet.md."""
+"""Moves of VMs from one host of a fleet to another, with memory and disk (docs/explanation/fleet.md)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ._snapshot import Snapshot, has_disk_to_move, is_copyable
 from ._text import Time
 
 MoveState = Literal["waiting", "preparing", "copying", "deciding", "ending", "stays"]
-"""`waiting`: for its turn, or until it runs or is at rest; `preparing`: it is being paused and saved; `copying`: the
-other host gets what it lacks; `deciding`: etcd is asked; `ending`: the other host has it, and it is removed here;
-`stays`: it can't move, or it could not and is tried again later."""
+"""`waiting`: for a slot, or until the VM runs or is at rest; `preparing`: the VM is being paused and saved; `copying`:
+the other host receives the data that it lacks; `deciding`: etcd is asked; `ending`: the other host has the VM, and it
+is removed here; `stays`: the VM can't move, or the move failed and is retried later."""
 
 
 class MoveView(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,29 +27,30 @@ class MoveView(msgspec.Struct, frozen=True, kw_only=True):
     project: str
     state: MoveState
     to_host: str | None
-    """Where it moves to; null: that is not decided."""
+    """The host that it moves to; null if that is not decided."""
     reason: str | None
-    """Why it waits or stays, or why the last try has failed."""
+    """Why it waits or stays, or why the last try failed."""
     done_bytes: int = 0
-    """Of memory, devices and disk that the other host has, before compression."""
+    """The bytes of memory, devices and disk that the other host has, before compression."""
     total_bytes: int = 0
-    """0: not known yet."""
+    """The bytes of memory, devices and disk together; 0 if not known yet."""
     moved_bytes: int = 0
-    """What was sent: the rest the other host had, or it is zeros."""
+    """The bytes that were sent. The other host already had the rest, or it is zeros."""
 
 
 class HostMoves(msgspec.Struct, frozen=True, kw_only=True):
-    """What becomes of the VMs of a host."""
+    """The moves of a host's VMs to other hosts."""
 
     host: str
     since: Time | None
-    """Since when it moves its VMs to other hosts; null: it does not."""
+    """Since when the host moves its VMs to other hosts; null if it does not."""
     moves: Sequence[MoveView]
-    """Its VMs while it does, and those whose moves are being ended."""
+    """Its VMs while it does so, and the VMs whose moves are being ended."""
 
 
 def obstacle_to_move(row: VmRow) -> str | None:
-    """Returns why a VM can't move to another host as it is; None: it can, or it is about to change its state."""
+    """Returns why a VM can't move to another host in its present state; None if it can, or if its state is about to
+    change."""
     if row.directories:
         return f"it mounts the directory {row.directories[0].source} of its host"
     if row.volumes:
@@ -60,12 +61,12 @@ def obstacle_to_move(row: VmRow) -> str | None:
 
 
 def can_move_now(row: VmRow) -> bool:
-    """Returns whether a VM without an obstacle runs, is paused or is at rest, and not about to change that."""
+    """Returns whether a VM without an obstacle runs, is paused or is at rest, and is not about to change its state."""
     return is_copyable(row) or is_at_rest(row)
 
 
 def check_leaves(row: VmRow) -> None:
-    """:raises Problem: 409 a VM can't move to another host now."""
+    """Checks that a VM can move to another host now. :raises Problem: 409."""
     obstacle = obstacle_to_move(row)
     if obstacle is None and not can_move_now(row):
         obstacle = f"it is {row.status.value}, to be {row.desired.value}"
@@ -74,7 +75,7 @@ def check_leaves(row: VmRow) -> None:
 
 
 def moving(row: VmRow, leaving: Leaving) -> Problem:
-    """Returns the problem of a request for a VM that moves to another host."""
+    """Returns the 503 for a request about a VM that moves to another host."""
     return Problem(
         503, "vm-moving", f"VM {row.name!r} is moving from {leaving.from_host} to {leaving.to_host}", vm=row.name,
         hint="try again: it goes on there, or here if that fails", retry_after_s=2,
@@ -82,10 +83,10 @@ def moving(row: VmRow, leaving: Leaving) -> Problem:
 
 
 def arrived_row(snapshot: Snapshot, *, vm_id: int, epoch: int, now: datetime) -> VmRow:
-    """Returns the row of a VM that goes on at this host: with the status `pending`, or at rest as it was.
+    """Returns the row of a VM that continues on this host: with the status `pending`, or at rest as before.
 
-    :param snapshot: was taken of it where it was, for the move or as a replica
-    :param epoch: how many hosts it has had
+    :param snapshot: the snapshot that its former host took, for the move or as a replica
+    :param epoch: the number of hosts that it has had
     """
     vm = snapshot.vm
     leaving = vm.leaving

@@ -1,5 +1,5 @@
-"""Networks of VMs: leases, names and published ports. Everything about a VM follows from its row alone, also after a
-crash."""
+"""Networks of VMs: leases, names and published ports. Everything about a VM's network follows from its row alone, also
+after a crash."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from ._text import Name, Time, check_name
 
 NONE, BRIDGE, USER = "none", "bridge", "user"
 KINDS = (NONE, BRIDGE, USER)
-"""Values of `network` besides the name of a network."""
+"""The values of `network` besides the names of networks."""
 AUTO = "auto"
-"""A value only of the setting: the first that the host supports of bridge, user and none."""
+"""A value only of the setting: the first of bridge, user and none that the host supports."""
 
 USER_ADDRESS, USER_PREFIX, USER_GATEWAY = "10.0.2.15", 24, "10.0.2.2"
 """The lease of each VM with the network `user`. Only the VM's passt sees these addresses."""
 
 DEFAULT_SUBNET = IPv4Network("192.168.127.0/24")
 MAX_PORTS = 64
-"""Most ports that one VM can publish."""
+"""Maximum published ports per VM."""
 MAX_NETWORKS = 1000
-"""Most named networks."""
+"""Maximum named networks."""
 
 _ANY_HOST = "0.0.0.0"
 _PORT_TEXT = re.compile(r"(?:([0-9.]{7,15}):)?([0-9]{1,5}):([0-9]{1,5})(?:/(tcp|udp))?\Z")
@@ -39,18 +39,18 @@ _PORT = "([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][
 _BYTE = "([0-9]|[1-9][0-9]|1[0-9]{2}|2[0-4][0-9]|25[0-5])"
 _HOST = rf"([0-9]|[1-9][0-9]|1[0-9]{{2}}|2[01][0-9]|22[0-3])(\.{_BYTE}){{3}}"
 PortText = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": rf"^({_HOST}:)?{_PORT}:{_PORT}(/(tcp|udp))?$"})]
-"""Only for the schema; `parse_port` decides."""
+"""The pattern is only for the schema; `parse_port` decides."""
 
 
 class Lease(msgspec.Struct, frozen=True, kw_only=True):
-    """The address of a VM and what belongs to it."""
+    """The address of a VM, and the data that belongs to it."""
 
     address: str
     prefix: int
     gateway: str
     mac: str
     tap: str
-    """The name of its tap, 15 characters; empty without one."""
+    """The name of its tap, 15 characters; empty if it has no tap."""
     address6: str = ""
     """Not used yet."""
 
@@ -89,7 +89,7 @@ class Network(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def key(self) -> Key:
-        """Finds it by name."""
+        """Its project and name."""
         return Key(self.project, self.name)
 
 
@@ -98,13 +98,13 @@ class NetworkView(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     vms: Mapping[str, str]
-    """Addresses of its VMs by name."""
+    """The addresses of its VMs, by name."""
     created_at: Time
     project: str = DEFAULT_PROJECT
 
 
 def network_view(network: Network, vms: Mapping[str, str] | None = None) -> NetworkView:
-    """Returns what clients see of `network`, with the addresses of its VMs by name."""
+    """Returns the view of `network`, with the addresses of its VMs by name."""
     return NetworkView(name=network.name, vms=vms or {}, created_at=network.created_at, project=network.project)
 
 
@@ -112,28 +112,28 @@ _UNFILTERED = "; its destinations are not filtered, so a guest reaches this host
 
 
 class NetworkChoice(NamedTuple):
-    """The network of a new VM, and why it has that one."""
+    """The network of a new VM, and the reason for it."""
 
     network: str
     reason: str
     fallback: bool = False
-    """Whether a daemon that runs as root can't provide a bridge, so that the creator of the VM is warned."""
+    """Whether the daemon runs as root but can't provide a bridge. The creator of the VM is then warned."""
 
 
 class Networking(msgspec.Struct, frozen=True, kw_only=True):
     """The networks that the daemon can give to new VMs."""
 
     default: NetworkChoice = NetworkChoice(NONE, "the daemon's setting `network`")
-    """The network of a VM that is created without one."""
+    """The network of a VM whose request names none."""
     subnet: IPv4Network = DEFAULT_SUBNET
     instance: str = "0" * 10
     """Ten hexadecimal digits, a digest of the state directory."""
     obstacles: Mapping[str, str] = {}
-    """Why the host does not support `bridge` or `user`, and what to do."""
+    """Why the host does not support `bridge` or `user`, and the fix."""
     user_refused: str = ""
-    """Why the daemon's access control forbids the network `user`, and what to do; empty if it is allowed."""
+    """Why the daemon's access control forbids the network `user`, and the fix; empty if it is allowed."""
     egress_obstacles: Mapping[str, str] = {}
-    """Why this host can't filter what VMs send with the network `bridge` or `user`, and what to do."""
+    """Why this host can't filter the traffic of VMs with the network `bridge` or `user`, and the fix."""
     user_unfiltered: str = ""
     """Why a guest with the network `user` reaches the host's own addresses; empty if it does not."""
 
@@ -154,12 +154,12 @@ def is_named(network: str) -> bool:
 
 
 def chosen_network(network: str | None, default: NetworkChoice) -> NetworkChoice:
-    """Returns the network of a VM that is created with `network`."""
+    """Returns the network for a request that names `network`."""
     return default if network is None else NetworkChoice(network, "asked for when it was created")
 
 
 def default_network(setting: str, obstacles: Mapping[str, str], *, is_root: bool = False) -> NetworkChoice:
-    """Returns the network of VMs that are created without one.
+    """Returns the network of VMs whose requests name none.
 
     :param setting: the setting `network`
     :param obstacles: why the host does not support a kind of network
@@ -175,7 +175,7 @@ def default_network(setting: str, obstacles: Mapping[str, str], *, is_root: bool
 
 
 def unavailable(choice: NetworkChoice, obstacle: str, *, vm: str) -> Problem:
-    """503: the host does not support the VM's network."""
+    """Returns the 503 for a host that does not support the VM's network."""
     return Problem(
         503,
         "network-unavailable",
@@ -187,7 +187,7 @@ def unavailable(choice: NetworkChoice, obstacle: str, *, vm: str) -> Problem:
 
 
 def refused(reason: str, *, vm: str) -> Problem:
-    """409: with the network `user` the guest would bypass the daemon's access control."""
+    """Returns the 409 for the network `user` when it would bypass the daemon's access control."""
     return Problem(
         409,
         "network-refused",
@@ -201,9 +201,9 @@ def refused(reason: str, *, vm: str) -> Problem:
 def check_ports_free(project: str, ports: Iterable[PublishedPort], others: Iterable[tuple[Key, PublishedPort]]) -> None:
     """Checks that no other VM publishes a port.
 
-    :param project: that of the VM. It sees no names of others.
+    :param project: the VM's project, which sees no names of other projects
     :param others: published ports, each with its VM
-    :raises Problem: 409 when a port is taken.
+    :raises Problem: 409, a port is taken.
     """
     taken: dict[tuple[int, str], list[tuple[Key, PublishedPort]]] = {}
     for vm, other in others:
@@ -222,7 +222,7 @@ def check_ports_free(project: str, ports: Iterable[PublishedPort], others: Itera
 
 
 def new_network(request: CreateNetwork, *, project: str = DEFAULT_PROJECT, now: datetime) -> Network:
-    """Returns a new named network. :raises Problem: 400 when the name is invalid or a kind of network."""
+    """Returns a new named network. :raises Problem: 400, the name is invalid or is a kind of network."""
     check_name(request.name, "name")
     if not is_named(request.name):
         raise invalid("name", f"{request.name!r} is a kind of network, and can't be the name of one")
@@ -230,7 +230,7 @@ def new_network(request: CreateNetwork, *, project: str = DEFAULT_PROJECT, now: 
 
 
 def no_such_network(name: str, *, field: str | None = None) -> Problem:
-    """404: there is no network of that name."""
+    """Returns the 404 for the name of a network."""
     return Problem(
         404,
         "network-not-found",
@@ -241,7 +241,7 @@ def no_such_network(name: str, *, field: str | None = None) -> Problem:
 
 
 def parse_subnet(text: str) -> IPv4Network:
-    """Parses a subnet for guests, from /8 to /30. :raises ValueError: with the problem."""
+    """Parses a subnet for guests, from /8 to /30. :raises ValueError: the message says what is wrong."""
     try:
         subnet = IPv4Network(text)
     except ValueError as error:
@@ -261,7 +261,8 @@ def gateway_of(subnet: IPv4Network) -> IPv4Address:
 
 
 def capacity_of(subnet: IPv4Network) -> int:
-    """Returns how many guests fit: all addresses but the subnet's own, the gateway's and the broadcast address."""
+    """Returns the number of guests that fit: all addresses except the subnet's own, the gateway's and the broadcast
+    address."""
     return subnet.num_addresses - 3
 
 
@@ -272,7 +273,7 @@ def allocate(
 
     :param taken: the addresses in use, best as a set
     :param above: an address up to which all are taken
-    :raises Problem: 503 when all are taken.
+    :raises Problem: 503, all are taken.
     """
     first = int(gateway_of(subnet) if above is None else IPv4Address(above)) + 1
     last = int(subnet.broadcast_address) - 1
@@ -303,18 +304,18 @@ def user_lease(instance: str, vm_id: int) -> Lease:
 
 
 def moved(lease: Lease, instance: str, vm_id: int) -> Lease:
-    """Returns the lease with the MAC and the tap's name of this daemon, after a move from another one."""
+    """Returns the lease with the MAC and tap name of this daemon, after a move from another host."""
     return msgspec.structs.replace(lease, mac=mac_of(instance, vm_id), tap=tap_of(instance, vm_id) if lease.tap else "")
 
 
 def mac_of(instance: str, vm_id: int) -> str:
-    """Returns the MAC of a VM: two bytes of the instance and three of the id. It repeats after 16 million VMs."""
+    """Returns the MAC of a VM: two bytes of the instance and three of the id. MACs repeat after 16 million VMs."""
     octets = bytes([0x02]) + bytes.fromhex(instance[:4]) + (vm_id & 0xFFFFFF).to_bytes(3, "big")
     return octets.hex(":")
 
 
 def tap_of(instance: str, vm_id: int) -> str:
-    """Returns the name of a VM's tap: 15 characters, Linux's limit."""
+    """Returns the name of a VM's tap: 15 characters, the limit of Linux."""
     return tap_prefix(instance) + _base36(vm_id % 36**_ID_DIGITS, _ID_DIGITS)
 
 
@@ -337,7 +338,7 @@ def _base36(number: int, digits: int) -> str:
 
 
 def parse_port(text: str, field: str = "ports") -> PublishedPort:
-    """Parses `[host:]host_port:guest_port[/tcp|udp]`, by default on 127.0.0.1 and TCP. :raises Problem: 400."""
+    """Parses `[host:]host_port:guest_port[/tcp|udp]`; defaults are 127.0.0.1 and TCP. :raises Problem: 400."""
     match = _PORT_TEXT.match(text)
     if match is None:
         raise invalid(
@@ -364,8 +365,7 @@ def parse_port(text: str, field: str = "ports") -> PublishedPort:
 
 
 def parse_ports(texts: Iterable[str]) -> tuple[PublishedPort, ...]:
-    """Parses published ports. :raises Problem: 400 when one is malformed or there are too many; 422 when two
-    conflict."""
+    """Parses published ports. :raises Problem: 400, one is malformed or there are too many; 422, two conflict."""
     ports: list[PublishedPort] = []
     for text in texts:
         port = parse_port(text)

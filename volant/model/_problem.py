@@ -4,9 +4,9 @@ from __future__ import annotations
 
 
 class CodedError(Exception):
-    """Something failed.
+    """An error with a code.
 
-    `code` is for programs, `message` says what happened, `hint` what to do about it.
+    `code` is for programs, `message` says what happened, `hint` says what to do.
     """
 
     def __init__(self, code: str, message: str, hint: str = "") -> None:
@@ -51,7 +51,7 @@ class Problem(Exception):
 
 
 def invalid(field: str, detail: str, *, hint: str | None = None) -> Problem:
-    """Returns the 400 for a wrong member of a body or parameter of the query."""
+    """Returns the 400 for a wrong member of the body or parameter of the query."""
     return Problem(400, "invalid-request", detail, field=field, hint=hint)
 
 
@@ -61,7 +61,7 @@ def contradictory(field: str, detail: str, *, hint: str | None = None) -> Proble
 
 
 def name_taken(name: str) -> Problem:
-    """Returns the 409 for the name of another VM."""
+    """Returns the 409 for a VM name that is in use."""
     return Problem(
         409,
         "name-taken",
@@ -73,12 +73,12 @@ def name_taken(name: str) -> Problem:
 
 
 def already_exists(kind: str, name: str, hint: str) -> Problem:
-    """Returns the 409 for the name of another object that is no VM."""
+    """Returns the 409 for a name that is in use by an object other than a VM."""
     return Problem(409, f"{kind}-exists", f"there is a {kind} named {name!r} already", field="name", hint=hint)
 
 
 def events_gone(after: str, oldest: str = "") -> Problem:
-    """Returns the 410 for events that are not kept. `oldest`: the oldest that is; empty: it is not known here."""
+    """Returns the 410 for expired events. `oldest` is the oldest event that is kept, empty if it is not known here."""
     since = f"the oldest kept is {oldest}; " if oldest else ""
     return Problem(
         410,

@@ -1,4 +1,4 @@
-"""Projects: sets of names. Nothing is found by its name alone (docs/explanation/identity.md)."""
+"""Projects: namespaces. Every object is identified by its project and its name (docs/explanation/identity.md)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ._problem import Problem
 from ._text import Name, Time
 
 DEFAULT_PROJECT = "default"
-"""The project that always exists. It holds what was made before there were projects."""
+"""The project that always exists. It also holds objects from before there were projects."""
 
 Limit = Annotated[int, msgspec.Meta(ge=0, le=10**9)]
 
@@ -25,20 +25,21 @@ class Key(NamedTuple):
 
 
 class Quota(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """The limits of a project; null: there is none."""
+    """The limits of a project; null for no limit."""
 
     vms: Limit | None = None
-    """Most VMs. Stopped ones count, here and for the other limits."""
+    """Maximum number of VMs. Stopped VMs count, here and for the other limits."""
     cpu_cores: Limit | None = None
-    """Most CPU cores of all VMs together."""
+    """Maximum CPU cores of all VMs together."""
     memory_mb: Limit | None = None
-    """Most MiB of memory of all VMs together."""
+    """Maximum memory of all VMs together, in MiB."""
     disk_mb: Limit | None = None
-    """Most MiB of all disks of VMs and all volumes together, as large as they may become."""
+    """Maximum size of all VM disks and volumes together, in MiB. The maximum size of each counts, not what it
+    occupies."""
     snapshots: Limit | None = None
-    """Most snapshots."""
+    """Maximum number of snapshots."""
     creates_per_minute: Limit | None = None
-    """Most VMs that are created, forked or restored within a minute."""
+    """Maximum number of VMs created, forked or restored per minute."""
 
 
 class CreateProject(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -47,7 +48,7 @@ class CreateProject(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_
     name: Name
     quota: Quota = Quota()
     egress: EgressRequest = EGRESS_ALL
-    """What its VMs may connect to."""
+    """The destinations that its VMs may connect to."""
 
 
 class SetEgress(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -62,18 +63,18 @@ class Project(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     quota: Quota = Quota()
     egress: Egress = EGRESS_ALL
-    """The policy of its VMs that ask for none. What others ask for must be within it."""
+    """The policy of VMs whose requests have none. Policies in requests must be within it."""
     created_at: datetime | None = None
-    """None: it is `default`, which always exists."""
+    """None for `default`, which always exists."""
 
     @property
     def project(self) -> str:
-        """Returns its own name, so that filters by project apply to it, too."""
+        """The project's own name, so that filters by project apply to it too."""
         return self.name
 
     @property
     def key(self) -> Key:
-        """Finds it by name."""
+        """Its project and name."""
         return Key(self.name, self.name)
 
 
@@ -87,7 +88,7 @@ class Used(msgspec.Struct, frozen=True, kw_only=True):
     snapshots: int
 
     def __add__(self, other: Used) -> Used:
-        """Returns both together."""
+        """Returns the sum of both."""
         return Used(**{name: getattr(self, name) + getattr(other, name) for name in self.__struct_fields__})
 
 
@@ -102,7 +103,7 @@ class ProjectView(msgspec.Struct, frozen=True, kw_only=True):
     egress: Egress
     used: Used
     created_at: Time | None
-    """null: it always exists."""
+    """Null for the project that always exists."""
 
 
 def no_such_project(name: str) -> Problem:

@@ -1,4 +1,4 @@
-"""The row of a VM that the journal stores, and the view of it that clients get."""
+"""The row of a VM that the journal stores, and its view for clients."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Status(StrEnum):
 
 
 READY: Literal["ready"] = "ready"
-"""Running, with a workload that is healthy or has exited with 0. Without a health check, it is healthy once started. A
-VM that has stopped with its workload, as that had exited with 0, counts too."""
+"""A running VM whose workload is healthy or has exited with 0. Without a health check, a workload is healthy once it
+has started. A VM that stopped because its workload exited with 0 counts too."""
 WAIT_STATES: tuple[str, ...] = (*(str(status) for status in Status), READY, "deleted")
 """The states that a client can wait for."""
 
@@ -53,7 +53,7 @@ class Phase(StrEnum):
 
     NONE = ""
     IMAGE = "image"
-    """Waiting for the files to boot from, which may have to be built or fetched."""
+    """Waiting for the files to boot from, which may have to be built or fetched first."""
     LAUNCH = "launch"
     """The process tag is committed. A process with it may exist."""
     AGENT = "agent"
@@ -78,7 +78,7 @@ class ProcessIdentity(msgspec.Struct, frozen=True):
     """Clock ticks after boot, field 22 of `/proc/<pid>/stat`."""
     boot_id: str
     tag: str
-    """The process tag: a word on its command line by which the daemon finds it. No secret."""
+    """The process tag: a word on the command line by which the daemon finds the process. Not a secret."""
 
 
 class Reason(msgspec.Struct, frozen=True):
@@ -96,12 +96,12 @@ class Origin(msgspec.Struct, frozen=True):
 
     kind: Literal["snapshot", "fork"]
     vm: str
-    """The name of its VM at that time."""
+    """The name of the source VM at that time."""
     vm_id: int
     snapshot: str | None = None
     """The name of the snapshot; null for a fork."""
     paused_ms: float | None = None
-    """How long that guest was paused; null until it is known."""
+    """How long the source guest was paused; null until known."""
     snapshot_id: str | None = None
     """The id of the snapshot, which is never used again; null for a fork."""
 
@@ -111,32 +111,32 @@ class WorkloadView(msgspec.Struct, frozen=True):
 
     state: WorkloadState
     exit_code: int | None = None
-    """Of its last run, if that ended by itself."""
+    """The exit code of its last run, if that ended by itself."""
     error: str | None = None
-    """Why it could not be started, how it ended, or what its failing health check said. For people."""
+    """Why it could not be started, how it ended, or the output of its failing health check. For people."""
     signal: int | None = None
     """The number of the signal that ended its last run."""
     pid: int | None = None
-    """The number of its process in the guest; null while it does not run."""
+    """The process id in the guest; null while it does not run."""
     restarts: int = 0
-    """How often the agent has restarted it in this boot."""
+    """The number of restarts by the agent in this boot."""
 
     @property
     def has_ended(self) -> bool:
-        """Whether it has ended, or could not be started, and is not restarted."""
+        """Whether it has ended or could not be started, and is not restarted."""
         return self.state in ("exited", "failed")
 
 
 RestartPolicy = Literal["never", "on-failure", "always"]
 Failover = Literal["never", "restart", "restore"]
-"""What happens to a VM when its host gives no sign of life any more: nothing; another host boots it again; or another
-one continues it from its newest replica."""
+"""The action when a VM's host becomes unreachable: none; another host boots the VM again; or another host continues it
+from its newest replica."""
 BootMode = Literal["auto", "cold", "template"]
-"""`auto`: as a clone of a template where there is one; `template`: as a clone, which may have to be waited for."""
+"""`auto`: clone a template if there is one; `template`: clone a template, and wait for it if necessary."""
 
 
 FORK, SNAPSHOT = "fork-", "snapshot-"
-"""Prefixes of the names of checkpoints, by kind."""
+"""The prefixes of checkpoint names, by kind."""
 
 
 def is_checkpoint(template: str) -> bool:
@@ -146,34 +146,34 @@ def is_checkpoint(template: str) -> bool:
 
 MAX_DISK_MB = 16 * 1024 * 1024
 MIN_IOPS, MAX_IOPS = 10, 10**9
-"""Fewer operations a second than the minimum let a boot miss its deadline."""
+"""With a limit below the minimum, a boot misses its deadline."""
 MAX_MBPS = 10**6
 KernelCmdline = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": PLAIN_PATTERN, "maxLength": 1024})]
 
 
 class Placement(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """Which hosts of the fleet may have a VM. What hosts and VMs have is known as of some seconds ago."""
+    """The hosts of the fleet on which a VM may run. Facts about hosts and VMs are some seconds old."""
 
     zone: Annotated[str, msgspec.Meta(extra_json_schema={"pattern": PLAIN_PATTERN, "maxLength": 128})] | None = None
-    """Those in this zone."""
+    """Only hosts in this zone."""
     labels: Labels = {}
-    """Those with these labels."""
+    """Only hosts with these labels."""
     affinity: Labels = {}
-    """Those that have a VM of the project with all of these labels."""
+    """Only hosts with a VM of the project that has all of these labels."""
     anti_affinity: Labels = {}
-    """Those that have none with all of these labels."""
+    """Only hosts without a VM of the project that has all of these labels."""
 
 
 MAX_REPLICAS = 3
 
 
 class Replicate(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
-    """How often a VM is copied to other hosts, and to how many."""
+    """How often a VM is copied to other hosts, and to how many of them."""
 
     every: Duration
     """A duration from `10s` to `1d`."""
     to: Annotated[int, msgspec.Meta(ge=1, le=MAX_REPLICAS)] = 1
-    """So many other hosts have its newest copy."""
+    """The number of other hosts with its newest copy."""
 
 
 class CreateVm(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -181,161 +181,163 @@ class CreateVm(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
 
     name: Name
     cpu_cores: Annotated[int, msgspec.Meta(ge=1, le=256)] | None = None
-    """None: the plugin's; 1 for `base`."""
+    """The number of CPU cores. Null for the plugin's; 1 for `base`."""
     memory_mb: Annotated[int, msgspec.Meta(ge=64, le=16 * 1024 * 1024)] | None = None
-    """None: the plugin's; 256 for `base`, 512 with an `image`."""
+    """The memory in MiB. Null for the plugin's; 256 for `base`, 512 with an `image`."""
     plugin: Name = "base"
     image: Annotated[str, msgspec.Meta(min_length=1, max_length=1024)] | None = None
     """An OCI image in place of a plugin: `name:tag`, `registry:5000/name:tag`, `name@sha256:…`, or a file of the
-    daemon's host, as `oci:/path`, `oci-archive:/path` or `docker-archive:/path`. What it means is decided now, and the
-    members from `registry_secret` to `publish_all` are only for it. Each replaces what the image says."""
+    daemon's host as `oci:/path`, `oci-archive:/path` or `docker-archive:/path`. The request resolves it. The members
+    from `registry_secret` to `publish_all` are only for images; each overrides the image's own setting."""
     registry_secret: Name | None = None
     """A secret of the project: an auth file with credentials for the image's registry, instead of
     `Volant-Registry-Auth`. It is read when the image is fetched."""
     command: Arguments | None = None
-    """The arguments of the image's entrypoint; without one, the program and its arguments."""
+    """The arguments of the image's entrypoint; without an entrypoint, the program and its arguments."""
     entrypoint: Arguments | None = None
-    """Replaces the image's command, too. An empty one: there is none."""
+    """The entrypoint. It replaces the image's command too. Empty for no entrypoint."""
     user: Annotated[str, msgspec.Meta(max_length=256)] | None = None
-    """`user`, `uid`, `user:group` or `uid:gid`; names are those of the image."""
+    """`user`, `uid`, `user:group` or `uid:gid`, with names from the image."""
     workdir: Annotated[str, msgspec.Meta(max_length=4095)] | None = None
     """An absolute path in the image."""
     stop_signal: Annotated[str, msgspec.Meta(max_length=32)] | None = None
-    """Sent to the program when the VM stops; a name or a number. Default: the image's, else SIGTERM."""
+    """The signal that stops the program when the VM stops: a name or a number. Defaults to the image's, otherwise to
+    SIGTERM."""
     health_check: HealthCheck | Literal["none"] | None = None
-    """How the agent checks the program; `none`: not at all."""
+    """The agent's health check of the program; `none` for no check."""
     start_workload: bool = True
     """Whether the image's program starts with the VM."""
     attach: bool = False
     """Whether the program waits in the first boot until a client attaches to it
-    (`GET /api/v1/vms/{name}/agent/v1/exec?workload=true`), so that it gets a terminal or standard input and no output
-    is lost. It fails if no client has come after a minute. In later boots it starts with the VM."""
+    (`GET /api/v1/vms/{name}/agent/v1/exec?workload=true`), so that it has a terminal or standard input and no output is
+    lost. It fails if no client attaches within a minute. In later boots it starts with the VM."""
     on_exit: OnExit = "stop"
-    """What happens to the VM when the program has ended. `keep`: it runs on. `stop`: it stops. `delete`: it stops and
-    is deleted, as it is whenever it has stopped for good. A VM that has crashed is kept."""
+    """The fate of the VM when the program has ended. `keep`: it runs on. `stop`: it stops. `delete`: it stops and is
+    deleted, as it is whenever it has stopped for good. A VM that has crashed is kept."""
     publish_all: bool = False
     """Whether each port that the image exposes gets a free port of the host."""
     runtime: Name | None = None
     kernel_cmdline: KernelCmdline = ""
-    """Appended to the daemon's own. Every user of the host can read it."""
+    """Appended to the daemon's own kernel command line. Every user of the host can read it."""
     labels: Labels = {}
     env: EnvWithSecrets = {}
-    """For the workload. Overrides the manifest's or the image's. `{"secret": "name"}` in place of a value is that of a
-    secret of the VM's project, as it is when the VM boots."""
+    """The environment of the workload. It overrides the manifest's or the image's. A value of the form
+    `{"secret": "name"}` is that secret of the VM's project, read at each boot."""
     restart_policy: RestartPolicy = "never"
     boot: BootMode = "auto"
     """Whether a boot may clone a template, or must."""
     ttl: Duration | None = None
-    """A duration from `1s` to `366d`. The VM is deleted so long after its creation."""
+    """The lifetime after which the VM is deleted: a duration from `1s` to `366d`."""
     disk_mb: Annotated[int, msgspec.Meta(ge=1, le=MAX_DISK_MB)] | None = None
-    """The size of its disk, and so the limit on the host. None: the size of the plugin's root filesystem; 10240 with
+    """The size of its disk, and so the limit on the host. Null for the size of the plugin's root filesystem; 10240 with
     an `image`."""
     network: Name | None = None
-    """`none`, `bridge`, `user`, or the name of a network; None: the daemon's setting."""
+    """`none`, `bridge`, `user`, or the name of a network; null for the daemon's setting."""
     ports: Annotated[tuple[PortText, ...], msgspec.Meta(extra_json_schema={"maxItems": MAX_PORTS})] = ()
     """Ports of the host that lead to the VM, each as `[host:]host_port:guest_port[/tcp|udp]`. The default is TCP on
     127.0.0.1."""
     egress: EgressRequest | None = None
-    """Where the VM may open connections to: `none`, `all`, or rules, each for a network (`cidr`) or a DNS name
-    (`name`). Unless it is `all`, the daemon answers the VM's DNS queries. None: `all`."""
+    """The destinations that the VM may connect to: `none`, `all`, or rules, each for a network (`cidr`) or a DNS name
+    (`name`). Unless it is `all`, the daemon answers the VM's DNS queries. Null for `all`."""
     volumes: Annotated[tuple[VolumeText, ...], msgspec.Meta(extra_json_schema={"maxItems": MAX_VOLUMES})] = ()
     """Volumes to mount, each as `name:/path`, with `:ro`, `:nocopy` or `:ro,nocopy`, and directories of the host, each
-    as `/host/path:/path`, with `:rw` to write. The VM boots cold. An empty volume receives what the VM has at the path,
-    but with `nocopy`."""
+    as `/host/path:/path`, with `:rw` to write. The VM boots cold. The VM's files at the path are copied to an empty
+    volume, unless it has `nocopy`."""
     secrets: Annotated[tuple[SecretText, ...], msgspec.Meta(extra_json_schema={"maxItems": MAX_SECRETS_OF_VM})] = ()
-    """Secrets of the VM's project that are files in its memory, each as `name`, which is `/run/secrets/name`, or as
+    """Secrets of the VM's project as files in its memory, each as `name`, for `/run/secrets/name`, or as
     `name:/run/path`. The files belong to the workload's user, with the mode 0400."""
     disk_iops: Annotated[int, msgspec.Meta(ge=MIN_IOPS, le=MAX_IOPS)] | None = None
-    """Most reads and writes per second, of its disk and its volumes together."""
+    """Maximum reads and writes per second, of its disk and its volumes together."""
     disk_mbps: Annotated[int, msgspec.Meta(ge=1, le=MAX_MBPS)] | None = None
-    """Most MiB per second that it reads and writes, of its disk and its volumes together."""
+    """Maximum MiB per second read and written, of its disk and its volumes together."""
     failover: Failover = "never"
-    """What happens when its host of the fleet gives no sign of life any more. `restart`: another host boots it again
-    from its image, with an empty disk. `restore`: a host that has its newest replica continues it from that, with
-    memory and disk; none does if there is none. With both it must have no volumes, no directories and no image that is
-    a file. While its host can't reach etcd, it is paused: no VM ever runs on two hosts."""
+    """The action when its host becomes unreachable. `restart`: another host boots it again from its image, with an
+    empty disk. `restore`: a host with its newest replica continues it from that, with memory and disk; without a
+    replica, no host does. Both require that it has no volumes, no directories and no image that is a file. While its
+    host can't reach etcd, it is paused: no VM ever runs on two hosts."""
     replicate: Replicate | None = None
-    """How often other hosts get a replica of it, a copy of its memory and its disk. For `failover` `restore`, which
-    needs it."""
+    """How often other hosts receive a replica of it, a copy of its memory and its disk. Required by `failover`
+    `restore`."""
     placement: Placement | None = None
-    """Which hosts of the fleet may have it, also when another one takes it over. None: any."""
+    """The hosts of the fleet that may run it, also after a failover; null for any."""
 
 
 class Move(msgspec.Struct, frozen=True):
-    """A VM moves from one host to another, or has moved."""
+    """A move of a VM from one host to another, running or completed."""
 
     from_host: str
     to_host: str
     at: Time
-    """When it began, or, of a take-over, when it was done."""
+    """When the move began; for a failover, when it was completed."""
     state: Literal["moving", "moved", "taken_over", "restored"] = "taken_over"
-    """`moving`: it is paused and being copied; `moved`: with memory and disk; `taken_over`: the other host gave no sign
-    of life, so it was booted again; `restored`: likewise, and it went on from its newest replica."""
+    """`moving`: it is paused and being copied; `moved`: it moved with memory and disk; `taken_over`: the other host was
+    unreachable, so it was booted again; `restored`: the other host was unreachable, and it continued from its newest
+    replica."""
 
 
 MOVED, REPLICA = "moved-", "replica-"
-"""How the names of snapshots begin from which VMs go on elsewhere: one that was moved, one whose host is gone. Both
-hosts call the snapshot of a replica so."""
+"""Name prefixes of the snapshots from which VMs continue on another host: after a move, and after the loss of a host.
+Both hosts use this name for a replica's snapshot."""
 
 
 class Leaving(msgspec.Struct, frozen=True, kw_only=True):
-    """A VM is about to go on at another host. It is paused, and boots no more, until it is decided where it goes on.
+    """A VM that is about to continue on another host. It stays paused and does not boot until the move is decided.
 
-    In the snapshot of a replica, how it goes on there once its host is gone; it runs meanwhile.
-    `docs/explanation/fleet.md` says who decides.
+    In a replica's snapshot, it says how the VM continues there after the loss of its host; the VM keeps running. See
+    `docs/explanation/fleet.md` for the decision.
     """
 
     id: str
-    """Identifies the move, or the copy, which is never begun again."""
+    """The id of the move or of the copy, which is never started again."""
     vm: str
-    """What its claim had when the move began, as `epoch`."""
+    """The VM's id in its claim when the move began; `epoch` likewise."""
     epoch: int
     from_host: str
     to_host: str
     at: Time
     desired: Desired
-    """What it should be where it goes on."""
+    """The desired state on the other host."""
     deciding: bool = False
-    """Whether etcd may have been asked to give it to the other host: only etcd knows then."""
+    """Whether etcd may have been asked to give it to the other host. From then on only etcd knows the result."""
     replica: bool = False
-    """Whether it stays, and only a copy leaves."""
+    """Whether the VM stays, and only a copy leaves."""
 
     @property
     def snapshot(self) -> str:
-        """The name of the snapshot that this host takes of it."""
+        """The name of the snapshot that this host takes."""
         return f"move-{self.id}"
 
     @property
     def arrival(self) -> str:
-        """The name of that snapshot on the other host: names are unique in the fleet."""
+        """The name of that snapshot on the other host, as names are unique in the fleet."""
         return f"{REPLICA if self.replica else MOVED}{self.id}"
 
 
 class Replica(msgspec.Struct, frozen=True, kw_only=True):
-    """The newest copies that other hosts have of a VM."""
+    """The newest copies of a VM on other hosts."""
 
     hosts: tuple[str, ...] = ()
-    """Those that have one."""
+    """The hosts that have one."""
     at: Time | None = None
-    """When it was taken: what the VM has done since is lost with its host. null: there is none."""
+    """When it was taken; null if there is none. If its host is lost, the VM loses everything after this time."""
     reason: Reason | None = None
-    """Why there is none, no newer one, or none on more hosts; null: all is well."""
+    """Why there is none, no newer one, or none on more hosts; null if there is no problem."""
 
 
 class Movable(msgspec.Struct, frozen=True, kw_only=True):
-    """What a VM has that another host may start when its own gives no sign of life."""
+    """The data of a VM that another host may start when its own is unreachable."""
 
     id: str
-    """Identifies it in the fleet for good: a VM that is made anew under its name has another one."""
+    """Identifies the VM in the fleet. A new VM with the same name has another id."""
     epoch: int = 1
-    """How many hosts it has had. What comes under an earlier epoch counts for nothing."""
+    """The number of hosts that it has had. Messages with an earlier epoch are ignored."""
     request: CreateVm
-    """What it was made of."""
+    """The request that created it."""
     manifest: Manifest | None = None
-    """What follows from the image of the request; None: the plugin's counts."""
+    """The manifest that follows from the image of the request; None for the plugin's."""
     expires_at: Time | None = None
     move: Move | None = None
-    """The last one."""
+    """The last move."""
 
 
 class BuildTemplate(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -343,16 +345,16 @@ class BuildTemplate(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_
 
     plugin: Name = "base"
     cpu_cores: Annotated[int, msgspec.Meta(ge=1, le=256)] | None = None
-    """None: the plugin's."""
+    """The number of CPU cores; null for the plugin's."""
     memory_mb: Annotated[int, msgspec.Meta(ge=64, le=16 * 1024 * 1024)] | None = None
-    """None: the plugin's."""
+    """The memory in MiB; null for the plugin's."""
     kernel_cmdline: KernelCmdline = ""
     env: Env = {}
-    """Only counts with `template.after: workload`."""
+    """The environment. It only matters with `template.after: workload`."""
     disk_mb: Annotated[int, msgspec.Meta(ge=1, le=MAX_DISK_MB)] | None = None
-    """The size of their disks. None: the size of the plugin's root filesystem."""
+    """The size of the clones' disks; null for the size of the plugin's root filesystem."""
     network: Name | None = None
-    """`none`, or another one: all of these have the same template. None: the daemon's setting."""
+    """`none` or another network: all others share one template. Null for the daemon's setting."""
 
 
 class VmRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -366,7 +368,7 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
     plugin: str
     runtime: str
     manifest: Manifest
-    """As it was when the VM was created; with an OCI image, what follows from the image and the request."""
+    """The manifest at the VM's creation. With an OCI image, it follows from the image and the request."""
     start_workload: bool = True
     """Whether the manifest's workload starts with the VM."""
     attach: bool = False
@@ -377,53 +379,53 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
     secret_env: dict[str, str] = {}
     """The names of secrets, by the environment variables whose values they are."""
     secrets: tuple[SecretFile, ...] = ()
-    """Secrets that are files."""
+    """The secrets that are files."""
     registry_secret: str | None = None
-    """The secret with credentials for the registry of its image, in case a boot has to fetch it; None: it needs none.
-    The guest does not get it."""
+    """The secret with credentials for the registry of its image, in case a boot has to fetch it; None if none is
+    needed. The guest does not receive it."""
     restart_policy: RestartPolicy = "never"
     boot: BootMode = "auto"
     placement: Placement | None = None
-    """As it was requested."""
+    """The placement of the request."""
     movable: Movable | None = None
-    """None: no other host ever starts it by itself."""
+    """None if no other host ever starts it by itself."""
     leaving: Leaving | None = None
-    """None: it stays here."""
+    """None unless it moves to another host or is replicated."""
     move: Move | None = None
-    """How it came here, if it was moved with its memory."""
+    """The move that brought it here, if it moved with its memory."""
     arrived: str = ""
     """The id of that move."""
     replica: Replica | None = None
-    """Its copies on other hosts; None: none was made since it came here."""
+    """Its copies on other hosts; None if none was made since it came here."""
     created_at: datetime
     updated_at: datetime
     expires_at: datetime | None = None
     layer: str = ""
     """The name of its copy-on-write layer over the manifest's root filesystem. It is never used again, so neither a new
-    nor a restored database gives a VM the disk of another. Empty: it has none."""
+    nor a restored database gives a VM the disk of another. Empty if it has no layer."""
     disk_mb: int | None = None
-    """The size of its disk. None: the size of the root filesystem."""
+    """The size of its disk; None for the size of the root filesystem."""
     network: str = NONE
     """`none`, `bridge`, `user`, or the name of a network. This and the following members never change."""
     network_reason: str = "it was created before there were networks"
-    """Why it has this network."""
+    """The reason for its network."""
     network_fallback: bool = False
-    """Whether it is less than an operator would expect."""
+    """Whether the network provides less than an operator would expect."""
     lease: Lease | None = None
-    """None: it has no NIC."""
+    """None if it has no NIC."""
     ports: tuple[PublishedPort, ...] = ()
     egress: Egress = EGRESS_ALL
-    """Where it may open connections to."""
+    """The destinations that it may connect to."""
     volumes: tuple[VolumeMount, ...] = ()
-    """Parents before what is mounted in them."""
+    """Its volumes, parents before mounts inside them."""
     directories: tuple[DirectoryMount, ...] = ()
-    """Likewise."""
+    """Its directories, parents before mounts inside them."""
     disk_iops: int | None = None
     disk_mbps: int | None = None
 
     desired: Desired = Desired.RUNNING
     generation: int = 1
-    """The number of the desired boot. `start` and `restart` raise it."""
+    """The number of the desired boot. `start` and `restart` increase it."""
     grace_s: float = 10.0
     """How long the guest may take to shut down."""
 
@@ -431,27 +433,28 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
     phase: Phase = Phase.NONE
     reason: Reason | None = None
     booted: int = 0
-    """The generation of the last boot that was tried."""
+    """The generation of the last attempted boot."""
     boots: int = 0
-    """The number of launched processes."""
+    """The number of processes that were launched."""
     restarts: int = 0
-    """Restarts by the restart policy since the last `start` by a client."""
+    """The number of restarts by the restart policy since the last `start` by a client."""
     started_at: datetime | None = None
     image: str | None = None
     """The digest of the last boot's image."""
     template: str | None = None
-    """What the newest boot goes on from: the digest of a template, or of a checkpoint; None: it is a cold one."""
+    """The digest of the template, or the name of the checkpoint, that the newest boot continues from; None for a cold
+    boot."""
     fallback: Reason | None = None
-    """Why the last boot is a cold one, although there was a template."""
+    """Why the last boot was cold although there was a template."""
     balloon: bool = False
-    """Whether the machine of the last boot has the device that returns freed memory to the host. A copy of it must have
-    one too."""
+    """Whether the machine of the last boot has the device that returns freed memory to the host. A copy of it needs one
+    too."""
     origin: Origin | None = None
-    """The guest that it is a copy of; None: it is no copy."""
+    """The guest that it is a copy of; None if it is no copy."""
     checkpoint: str | None = None
     """The name of the checkpoint that its first boot continues from; None once it has run."""
     disk_from: str | None = None
-    """The name of the checkpoint that has its disk, with which it came from another host; None once it has booted
+    """The name of the checkpoint that contains its disk after a move from another host; None once it has booted
     here."""
     tag: str = ""
     """The process tag of the last boot, committed before the launch. Empty once nothing of the process is left."""
@@ -461,39 +464,39 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
     hypervisor: str | None = None
     accelerator: Literal["kvm", "tcg"] | None = None
     agent_seen: bool = False
-    """Whether the agent of this process has ever answered."""
+    """Whether the agent of this process has answered."""
     workload: WorkloadView | None = None
-    """The last reported state of this boot's workload; None: it has none, or has not reported yet. Of a VM that does
-    not run: how its workload ended, if the VM stopped with it."""
+    """The last reported state of this boot's workload; None if it has none, or has not reported yet. For a stopped VM:
+    the state with which its workload ended, if the VM stopped with it."""
     found_boot: int = 0
-    """The number of the boot that was adopted as an orphan, so what its guest was sent is unknown. 0: none."""
+    """The number of the boot that was adopted as an orphan, with unknown data sent to its guest; 0 if none was."""
     revision: int = 0
-    """Raised by the journal with each commit."""
+    """Increased by the journal with each commit."""
 
     @property
     def key(self) -> Key:
-        """Finds it by name."""
+        """Its project and name."""
         return Key(self.project, self.name)
 
     @property
     def network_key(self) -> Key:
-        """Finds its network, if that is a named one."""
+        """The project and name of its network, if that is a named one."""
         return Key(self.project, self.network)
 
     @property
     def source(self) -> str:
-        """What it is made from: the reference of its OCI image, or the name of its plugin."""
+        """The reference of its OCI image, or the name of its plugin."""
         image = self.manifest.image
         return self.plugin if image is None else image.reference
 
     @property
     def ip_address(self) -> str:
-        """Empty: it has none."""
+        """Its address; empty if it has none."""
         return self.lease.address if self.lease is not None else ""
 
     @property
     def is_finished(self) -> bool:
-        """Whether the workload has ended, and the VM with it."""
+        """Whether the VM has stopped, or stops, because its workload has ended."""
         return (
             self.workload is not None
             and self.workload.has_ended
@@ -503,12 +506,12 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_removed_at_rest(self) -> bool:
-        """Whether it is deleted once it has stopped for good."""
+        """Whether the VM is deleted once it has stopped for good."""
         return self.manifest.workload is not None and self.manifest.workload.on_exit == "delete"
 
     @property
     def waits_for_client(self) -> bool:
-        """Whether its workload waits in this boot for a client that attaches to it."""
+        """Whether the workload waits in this boot for a client that attaches to it."""
         return self.attach and self.generation == 1
 
     @property
@@ -523,11 +526,11 @@ class ImageOfVm(msgspec.Struct, frozen=True):
     reference: str
     digest: str
     command: tuple[str, ...] = ()
-    """Its program with all arguments, as the VM's request has changed it."""
+    """The program with all arguments, including changes by the VM's request."""
 
 
 class VmView(msgspec.Struct, frozen=True, kw_only=True):
-    """The view of a VM that clients get."""
+    """A VM as the API shows it."""
 
     id: int
     name: str
@@ -551,9 +554,9 @@ class VmView(msgspec.Struct, frozen=True, kw_only=True):
     boots: int
     boot: BootMode
     booted_from: Literal["cold", "template", "snapshot", "fork"] | None
-    """The last boot; None before the first one."""
+    """The kind of the last boot; null before the first one."""
     fallback: Reason | None
-    """Why the last boot is a cold one, although it began as a clone."""
+    """Why the last boot was cold although it began as a clone."""
     disk: Literal["none", "overlay"]
     created_at: Time
     updated_at: Time
@@ -561,51 +564,51 @@ class VmView(msgspec.Struct, frozen=True, kw_only=True):
     disk_mb: int | None = None
     """The requested size of the disk; null: the size of the root filesystem."""
     origin: Origin | None = None
-    """The guest that it is a copy of; null: it is no copy."""
+    """The guest that it is a copy of; null if it is no copy."""
     network: str = NONE
     """`none`, `bridge`, `user`, or the name of a network."""
     network_reason: str = ""
-    """Why it has this network."""
+    """The reason for its network."""
     ports: tuple[str, ...] = ()
-    """Of the host that lead to its own, each as `host:host_port:guest_port/protocol`."""
+    """The host ports that lead to its own, each as `host:host_port:guest_port/protocol`."""
     egress: Egress = EGRESS_ALL
-    """Where it may open connections to: `none`, `all`, or the rules that allow some."""
+    """The destinations that it may connect to: `none`, `all`, or the rules that allow some."""
     volumes: tuple[str, ...] = ()
-    """Those it mounts, each as `name:/path`, with `:ro`, `:nocopy` or `:ro,nocopy`, and directories of the host, each
+    """Its volumes, each as `name:/path`, with `:ro`, `:nocopy` or `:ro,nocopy`, and its directories of the host, each
     as `/host/path:/path:ro` or `:rw`."""
     secrets: tuple[str, ...] = ()
-    """The names of the secrets that it gets, as environment variables or as files."""
+    """The names of its secrets, as environment variables or as files."""
     disk_iops: int | None = None
-    """The limit of reads and writes per second; null: none."""
+    """Maximum reads and writes per second; null for no limit."""
     disk_mbps: int | None = None
-    """The limit of MiB per second; null: none."""
+    """Maximum MiB per second; null for no limit."""
     image: ImageOfVm | None = None
     """Its OCI image; null if it has none."""
     workload: WorkloadView | None = None
     """The state of its workload; null if the VM has none or does not run. A VM that has stopped with its workload
     (`on_exit`) keeps it until the next boot."""
     expires_at: Time | None = None
-    """When it is deleted automatically; null: never."""
+    """When it is deleted automatically; null if never."""
     warnings: tuple[str, ...] = ()
-    """What the VM lacks that you would expect, and what to do."""
+    """Expected features that the VM lacks, and the fixes."""
     project: str = DEFAULT_PROJECT
     failover: Failover = "never"
-    """What happens when its host of the fleet gives no sign of life any more."""
+    """The action when its host becomes unreachable."""
     replicate: Replicate | None = None
-    """How often other hosts get a copy of it; null: never."""
+    """How often other hosts receive a copy of it; null if never."""
     replica: Replica | None = None
-    """Its newest copies on other hosts; null: it is to have none."""
+    """Its newest copies on other hosts; null if it needs none."""
     move: Move | None = None
-    """The move to another host that it is in, or else its last one; null: there was none."""
+    """Its current or last move to another host; null if it never moved."""
     placement: Placement | None = None
-    """Which hosts of the fleet may have it, as it was requested; null: any."""
+    """The hosts of the fleet that may run it, as requested; null for any."""
     unreachable: str | None = None
-    """The host of the fleet that has it, if that gives no sign of life: then this is what it last reported, and only in
-    part. null: all of this is true now."""
+    """Its host, if that is unreachable. All other members are then from its last report, and incomplete. Null if they
+    are current."""
 
 
 def view(row: VmRow) -> VmView:
-    """Returns what clients see of `row`."""
+    """Returns the view of `row`."""
     return VmView(
         id=row.id,
         name=row.name,
@@ -658,7 +661,7 @@ def view(row: VmRow) -> VmView:
 
 
 def shown_replica(row: VmRow) -> Replica | None:
-    """Returns what clients see of a VM's replicas; None: it is to have none."""
+    """Returns the VM's replicas as clients see them; None if it needs none."""
     if row.movable is None or row.movable.request.replicate is None:
         return None
     return row.replica or Replica(reason=Reason("replica_due", "none was made yet since the VM came to its host"))
@@ -678,7 +681,7 @@ def _image(row: VmRow) -> ImageOfVm | None:
 
 
 def visible_workload(row: VmRow) -> WorkloadView | None:
-    """Returns what clients see of the workload's state."""
+    """Returns the workload's state as clients see it."""
     if row.manifest.workload is None or not row.start_workload:
         return None
     if row.status in (Status.RUNNING, Status.PAUSED):

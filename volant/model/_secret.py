@@ -1,4 +1,4 @@
-"""Secrets: values with names that VMs get, and that nobody can read back. Which ones a VM gets, and where."""
+"""Secrets: named values that VMs receive and that the API never returns."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ from ._text import NAME_PATTERN, Name, Time, check_name, is_name
 from ._volume import SHORT_PATH, DirectoryMount, VolumeMount, is_short_path
 
 MAX_SECRET_BYTES = 64 * 1024
-"""The longest value. What is longer is a file, and belongs into a volume."""
+"""Maximum length of a value. Longer data belongs in a file on a volume."""
 MAX_SECRETS = 1000
-"""Most secrets of a daemon. All their rows are in memory."""
+"""Maximum per daemon. All their rows are in memory."""
 MAX_SECRETS_OF_VM = 32
-"""Most variables and files of one VM that are secrets, together."""
+"""Maximum per VM, variables and files together."""
 _DIRECTORY = "/run/secrets"
-"""Where files of secrets are, unless their VM says otherwise; as with Docker."""
+"""The default directory for files of secrets, as in Docker."""
 _IN_MEMORY = "/run/"
 _AGENTS = "/run/volant"
-"""What begins so belongs to the agent."""
+"""Paths with this prefix belong to the agent."""
 
 SecretText = Annotated[
     str, msgspec.Meta(extra_json_schema={"pattern": rf"^{NAME_PATTERN.strip('^$')}(:/run{SHORT_PATH})?$"})
 ]
-"""Only for the schema; `parse_secrets` decides."""
+"""The pattern is only for the schema; `parse_secrets` decides."""
 
 
 class SetSecret(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """The body of `PUT /api/v1/secrets/{name}`."""
 
     value: str
-    """At most 64 KiB, and not empty."""
+    """The value, which is not empty and has at most 64 KiB."""
     encoding: Literal["text", "base64"] = "text"
-    """`base64`: `value` is the base64 of the bytes."""
+    """With `base64`, `value` is the base64 of the bytes."""
 
     def __repr__(self) -> str:
         return "SetSecret(…)"
 
 
 class SecretRef(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """The value of an environment variable that is that of a secret."""
+    """A secret as the value of an environment variable."""
 
     secret: Name
 
 
 class SecretFile(msgspec.Struct, frozen=True):
-    """A secret that a VM has as a file."""
+    """A secret as a file of a VM."""
 
     name: str
     path: str
@@ -67,9 +67,9 @@ class Secret(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     project: str = DEFAULT_PROJECT
     version: int
-    """1 when it is new. Each value that is set raises it."""
+    """1 for a new secret. Each new value increases it."""
     key_id: str
-    """The first digits of a digest of the key that it is encrypted with."""
+    """The first digits of the digest of the encryption key."""
     sealed: bytes
     """The nonce, and the encrypted value."""
     created_at: datetime
@@ -77,7 +77,7 @@ class Secret(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def key(self) -> Key:
-        """Finds it by name."""
+        """Its project and name."""
         return Key(self.project, self.name)
 
 
@@ -86,14 +86,14 @@ class SecretView(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     version: int
-    """Raised by each value that is set."""
+    """Increased by each new value."""
     readable: bool
-    """Whether the daemon has the key that it is encrypted with."""
+    """Whether the daemon has the encryption key."""
     used_by: tuple[str, ...]
     """The names of VMs that refer to it, running or not."""
     created_at: Time
     updated_at: Time
-    """When its value was set."""
+    """When the value was set."""
     project: str = DEFAULT_PROJECT
 
 
@@ -103,11 +103,11 @@ class ReencryptedSecrets(msgspec.Struct, frozen=True):
     reencrypted: int
     """The number of secrets that were encrypted with another key before."""
     unreadable: tuple[str, ...]
-    """Those whose key is not there, each as `project/name`."""
+    """The secrets without their key, each as `project/name`."""
 
 
 class HasSecrets(Protocol):
-    """The row of a VM."""
+    """A VM row, as far as this module needs it."""
 
     @property
     def secret_env(self) -> Mapping[str, str]: ...
@@ -122,7 +122,7 @@ def secrets_of(vm: HasSecrets) -> tuple[str, ...]:
 
 
 def value_of(request: SetSecret) -> bytes:
-    """Returns the bytes of a value. :raises Problem: 400, without a part of it in the text."""
+    """Returns the bytes of a value. :raises Problem: 400; its text contains no part of the value."""
     try:
         if request.encoding == "base64":
             value = binascii.a2b_base64(request.value.encode("ascii"), strict_mode=True)
@@ -149,9 +149,9 @@ def split_env(env: Mapping[str, str | SecretRef]) -> tuple[dict[str, str], dict[
 
 
 def parse_secrets(texts: Sequence[str]) -> tuple[SecretFile, ...]:
-    """Parses the files of a VM that are secrets, each as `name` or `name:/run/path`.
+    """Parses the secrets of a VM that are files, each as `name` or `name:/run/path`.
 
-    :raises Problem: 400 when one is malformed; 422 two have one path.
+    :raises Problem: 400, one is malformed; 422, two have the same path.
     """
     # First, as each is compared with each.
     _check_number(len(texts))
@@ -179,16 +179,16 @@ def parse_secrets(texts: Sequence[str]) -> tuple[SecretFile, ...]:
 
 
 def is_secret_path(path: str) -> bool:
-    """Returns whether a secret can be a file there: an absolute path in its shortest form, in the guest's memory."""
+    """Returns whether a secret's file can have this path: absolute, in its shortest form, and in the guest's memory."""
     return is_short_path(path) and path.startswith(_IN_MEMORY) and not path.startswith(_AGENTS)
 
 
 def check_secrets(
     env: Mapping[str, str], files: Sequence[SecretFile], mounts: Iterable[VolumeMount | DirectoryMount]
 ) -> None:
-    """Checks the secrets of a VM. `env`: their names by variable; `mounts`: its volumes and directories of the host.
+    """Checks the secrets of a VM. `env` has their names by variable, `mounts` its volumes and directories.
 
-    :raises Problem: 400; 422 a file would be on a volume.
+    :raises Problem: 400; 422, a file would be on a volume.
     """
     for variable, name in env.items():
         check_name(name, f"env.{variable[:80]}.secret")
@@ -211,7 +211,7 @@ def _is_below(path: str, directory: str) -> bool:
 
 
 def secret_view(secret: Secret, *, readable: bool, used_by: Iterable[str]) -> SecretView:
-    """Returns what clients see of `secret`."""
+    """Returns the view of `secret`."""
     return SecretView(
         name=secret.name,
         version=secret.version,

@@ -1,4 +1,4 @@
-"""What a VM's actor sees, and clients request: the input of `decide`."""
+"""The input of `decide`: observations of a VM's actor, and requests of clients."""
 
 from __future__ import annotations
 
@@ -29,44 +29,44 @@ class CommandRequest(msgspec.Struct, frozen=True):
     command: Command
     grace_s: float = 10.0
     aside: bool = False
-    """With `RESTART`: a VM that should be paused is paused after the boot."""
+    """With `RESTART`: whether a VM that should be paused is paused after the boot."""
     cause: Cause | None = None
-    """Who requests it, for the record and the first event that follows."""
+    """The requester, for the record and the first event that follows."""
 
 
 class Leaves(msgspec.Struct, frozen=True):
-    """It is to go on at another host, or is about to be given to it (`deciding`)."""
+    """The VM is to continue on another host, or is about to be given to it (`deciding`)."""
 
     leaving: Leaving
 
 
 class Stays(msgspec.Struct, frozen=True):
-    """It goes on here after all."""
+    """The VM continues on this host after all."""
 
     id: str
-    """Of the move."""
+    """The id of the move."""
     reason: str
-    """For people."""
+    """The reason, for people."""
 
 
 class Left(msgspec.Struct, frozen=True):
-    """It is another host's, so it ends here."""
+    """The VM belongs to another host, so it ends here."""
 
     to_host: str
 
 
 class Replicated(msgspec.Struct, frozen=True):
-    """Other hosts have newer copies of it, or it is known why not."""
+    """Other hosts have newer copies of the VM, or the reason why not is known."""
 
     replica: Replica
 
 
 class Woke(msgspec.Struct, frozen=True):
-    """The actor starts. `process` is the one that the host has with the row's tag."""
+    """The actor starts. `process` is the host's process with the row's tag."""
 
     process: ProcessIdentity | None
     rebooted: bool = False
-    """Whether the host was rebooted since the VM's process was started."""
+    """Whether the host has rebooted since the VM's process was started."""
 
 
 class ImageReady(msgspec.Struct, frozen=True):
@@ -77,9 +77,9 @@ class ImageReady(msgspec.Struct, frozen=True):
     serial_socket: str | None = None
     """The path of the socket for that process's serial console."""
     template: str | None = None
-    """The template or checkpoint that the boot continues from; None: a cold boot."""
+    """The template or checkpoint that the boot continues from; None for a cold boot."""
     origin: Origin | None = None
-    """The origin with the facts that are known now."""
+    """The origin with the facts known now."""
     balloon: bool = False
     """See `VmRow`."""
 
@@ -93,7 +93,7 @@ class Launched(msgspec.Struct, frozen=True):
 
 
 class AgentAnswered(msgspec.Struct, frozen=True):
-    """The agent in the guest has answered and has got its workload."""
+    """The agent in the guest has answered and has received its workload."""
 
 
 class Paused(msgspec.Struct, frozen=True):
@@ -113,7 +113,7 @@ class StepFailed(msgspec.Struct, frozen=True):
 
 
 class EndKind(StrEnum):
-    """How a guest or its hypervisor ended."""
+    """The way in which a guest or its hypervisor ended."""
 
     SHUTDOWN = "shutdown"
     RESET = "reset"
@@ -145,7 +145,7 @@ class RestartDue(msgspec.Struct, frozen=True):
 
 
 class WorkloadChanged(msgspec.Struct, frozen=True):
-    """The agent reports a new state of the workload; None: there is none."""
+    """The agent reports a new state of the workload; None if there is no workload."""
 
     workload: WorkloadView | None
 

@@ -1,4 +1,5 @@
-"""Snapshots and forks: copies of a running guest. A snapshot stays; a fork's checkpoint goes once its copies run."""
+"""Snapshots and forks: copies of a running guest. A snapshot is kept; a fork's checkpoint is removed once its copies
+run."""
 
 from __future__ import annotations
 
@@ -18,9 +19,9 @@ from ._text import Duration, Labels, Name, Plain, Time, check_labels, check_name
 from ._volume import Volume, VolumeMount
 
 MAX_COPIES = 32
-"""Of one fork."""
+"""Maximum copies per fork."""
 FIRST_FOREIGN_ID = 10**14
-"""The VMs of snapshots that were pulled have ids from here on: far above those of VMs of any host."""
+"""The first VM id for VMs of pulled snapshots: far above the ids of any host's VMs."""
 _NAME_CHARACTERS = 63
 
 SnapshotReference = Annotated[
@@ -35,25 +36,25 @@ class TakeSnapshot(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     """The body of `POST /api/v1/vms/{name}/snapshots`."""
 
     name: Name | None = None
-    """None: the VM's name and the time."""
+    """The snapshot's name. Null for the VM's name and the time."""
     description: Plain = ""
     labels: Labels = {}
     volumes: bool = False
-    """Whether to copy the volumes that the VM writes to, too. The guest is paused for as long as that takes."""
+    """Whether to copy the volumes that the VM writes to as well. The guest is paused for the copy."""
 
 
 class ForkVm(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """The body of `POST /api/v1/vms/{name}/fork`."""
 
     count: Annotated[int, msgspec.Meta(ge=1, le=MAX_COPIES)] | None = None
-    """The number of copies. None: the number of names, or one."""
+    """The number of copies. Null for the number of names, or one."""
     names: Annotated[list[Name], msgspec.Meta(min_length=1, max_length=MAX_COPIES)] | None = None
-    """Names of the copies. None: `<name>-fork-1` and so on, as far as they are free."""
+    """The names of the copies. Null for `<name>-fork-1` and so on, skipping names in use."""
 
 
 class RestoreVm(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """The body of `POST /api/v1/vms` for a VM that continues from a snapshot. Members that the snapshot decides may be
-    left out, and must agree otherwise."""
+    left out; otherwise they must match."""
 
     name: Name
     from_snapshot: Name
@@ -63,9 +64,9 @@ class RestoreVm(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only
     labels: Labels = {}
     restart_policy: RestartPolicy = "never"
     boot: BootMode = "auto"
-    """For the boots after the first one."""
+    """The boot mode after the first boot."""
     ttl: Duration | None = None
-    """A duration from `1s` to `366d`. The VM is deleted so long after its creation."""
+    """The lifetime after which the VM is deleted: a duration from `1s` to `366d`."""
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,7 +77,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     status: Literal["creating", "ready"] = "creating"
     vm: VmRow
-    """The row of its VM at that time."""
+    """The VM's row at that time."""
     volumes: bool = False
     """Whether it has the volumes that the VM wrote to."""
     description: str = ""
@@ -85,12 +86,13 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     paused_ms: float | None = None
     """How long the guest was paused."""
     size_bytes: int = 0
-    """The size on the disk."""
+    """The size on disk."""
     move: str = ""
-    """The id of the move or the replica that it is a part of, with which it goes; empty: of none."""
+    """The id of the move or the replica that it is part of, and with which it is removed; empty if it is part of
+    none."""
     source: str = ""
-    """The reference and the digest that it was pulled from; empty: it was taken on this host. The VM of one
-    that was pulled was never here, and has an id that no VM of this host gets."""
+    """The reference and the digest that it was pulled from; empty if it was taken on this host. The VM of a pulled
+    snapshot was never here, and has an id that no VM of this host gets."""
 
     @property
     def project(self) -> str:
@@ -98,7 +100,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def key(self) -> Key:
-        """Finds it by name."""
+        """Its project and name."""
         return Key(self.project, self.name)
 
     @property
@@ -108,22 +110,23 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_replica(self) -> bool:
-        """Whether another host has it, or is to get it, in case that of its VM dies."""
+        """Whether it is a replica, for a failover."""
         return bool(self.move) and self.name.startswith(REPLICA)
 
     @property
     def has_memory(self) -> bool:
-        """Whether a VM can go on from it; else it has the disk of a VM at rest, which moves from host to host."""
+        """Whether a VM can continue from it. Otherwise it has only the disk of a VM at rest that moves to another
+        host."""
         return not self.move or not is_at_rest(self.vm)
 
     @property
     def is_listed(self) -> bool:
-        """Whether clients see it in lists and events; else it is a part of its VM."""
+        """Whether clients see it in lists and events. Otherwise it belongs to a move or a replica."""
         return self.has_memory and not self.is_replica
 
 
 class PushSnapshot(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """Where to send a snapshot."""
+    """The destination of a snapshot."""
 
     reference: SnapshotReference
     registry_secret: Name | None = None
@@ -131,59 +134,59 @@ class PushSnapshot(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class PullSnapshot(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """Which snapshot to receive."""
+    """The snapshot to pull."""
 
     reference: SnapshotReference
     name: Name | None = None
-    """Its name here. None: the name that it had when it was pushed."""
+    """Its name on this host. Null for its name when it was pushed."""
     registry_secret: Name | None = None
     """A secret of the project: an auth file with credentials for the registry, instead of `Volant-Registry-Auth`."""
 
 
 class RegistrySnapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """A snapshot that a registry has."""
+    """A snapshot in a registry."""
 
     reference: str
-    """The complete name."""
+    """The complete reference."""
     digest: str
-    """`sha256:…` of its manifest: a name that never means another snapshot."""
+    """The digest of its manifest, as `sha256:…`. It always identifies this snapshot."""
     size_bytes: int
-    """Of its chunks, before compression."""
+    """The size of its chunks, before compression."""
     sent_bytes: int
-    """What the registry lacked, as it was sent."""
+    """The bytes sent, because the registry lacked them."""
     chunks: int
     sent_chunks: int
-    """Those that the registry lacked."""
+    """The number of chunks sent, because the registry lacked them."""
 
 
 class TransferView(msgspec.Struct, frozen=True, kw_only=True):
-    """A snapshot that is on its way to or from a registry."""
+    """A transfer of a snapshot to or from a registry."""
 
     kind: Literal["push", "pull"]
     project: str
     snapshot: str
-    """Its name here; empty until it is known."""
+    """The snapshot's name here; empty until known."""
     reference: str
     phase: Literal["waiting", "preparing", "moving", "finishing"]
-    """`preparing`: the files are read, or what the snapshot relies on is fetched."""
+    """`preparing`: files are read, or the layers and templates that the snapshot needs are fetched."""
     done_bytes: int
-    """Of the chunks that are where they are to be, before compression."""
+    """The size of the chunks that have arrived, before compression."""
     total_bytes: int
-    """0: not known yet."""
+    """The size of all chunks; 0 if not known yet."""
     moved_bytes: int
-    """What was sent or received, as it is on the wire."""
+    """The bytes sent or received, as transferred."""
     done_chunks: int
     total_chunks: int
     moved_chunks: int
 
 
 class SnapshotView(msgspec.Struct, frozen=True, kw_only=True):
-    """The view of a snapshot that clients get."""
+    """A snapshot as the API shows it."""
 
     name: str
     status: Literal["creating", "ready"]
     vm: str
-    """The name of its VM, which may be gone."""
+    """The name of its VM, which may be deleted."""
     vm_id: int
     plugin: str
     cpu_cores: int
@@ -195,18 +198,18 @@ class SnapshotView(msgspec.Struct, frozen=True, kw_only=True):
     paused_ms: float | None
     """How long the guest was paused."""
     size_bytes: int
-    """The size on the disk; 0 until it is ready."""
+    """The size on disk; 0 until it is ready."""
     volumes: tuple[str, ...] = ()
-    """The names of the volumes that it has copies of. A VM that goes on from it gets volumes of its own."""
+    """The names of the volumes that it has copies of. A VM that continues from it gets volumes of its own."""
     secrets: tuple[str, ...] = ()
-    """The names of the secrets that its VM had. Their values may be in the memory and on the disk that it holds."""
+    """The names of its VM's secrets. Their values may be in the memory and on the disk of the snapshot."""
     project: str = DEFAULT_PROJECT
     source: str | None = None
-    """Where it was pulled from, with the digest; null: it was taken on this host."""
+    """The reference and digest that it was pulled from; null if it was taken on this host."""
 
 
 def snapshot_view(snapshot: Snapshot) -> SnapshotView:
-    """Returns what clients see of `snapshot`."""
+    """Returns the view of `snapshot`."""
     vm = snapshot.vm
     return SnapshotView(
         name=snapshot.name,
@@ -240,18 +243,18 @@ def written_volumes(vm: VmRow) -> tuple[VolumeMount, ...]:
 
 
 def name_of_copy(vm: str, volume: str) -> str:
-    """Returns the name of the volume that the VM `vm` gets as its own copy of one of a snapshot."""
+    """Returns the name of the VM's own copy of a snapshot's volume."""
     return f"{vm}-{volume}"[:_NAME_CHARACTERS].rstrip("-")
 
 
 def snapshot_name(vm: VmRow, snapshot_id: str, now: datetime) -> str:
-    """Returns the name of a snapshot that was given none."""
+    """Returns the default name of a snapshot."""
     return f"{vm.name[:40].rstrip('-')}-{now:%Y%m%d-%H%M%S}-{snapshot_id[:4]}"
 
 
 def new_snapshot(request: TakeSnapshot, vm: VmRow, *, snapshot_id: str, now: datetime, move: str = "") -> Snapshot:
-    """Returns the row of a new snapshot of `vm`, for a move if that is given. :raises Problem: 400; 409 see
-    `check_copyable`; one that moves may also be at rest."""
+    """Returns the row of a new snapshot of `vm`, which may also be at rest if it is for a move. :raises Problem: 400;
+    409, see `check_copyable`."""
     check_take(request)
     if not move or not is_at_rest(vm):
         check_copyable(vm, volumes=request.volumes)
@@ -313,8 +316,8 @@ def restored_row(
 ) -> VmRow:
     """Returns the row of a new VM that continues from `snapshot`.
 
-    :param volumes: the VM's own copies of `copied_volumes`, by the ids of those
-    :raises Problem: 400; 409 it is not ready.
+    :param volumes: the VM's own copies of `copied_volumes`, by the ids of the originals
+    :raises Problem: 400; 409, it is not ready.
     """
     check_restore(request)
     if not snapshot.has_memory:
@@ -356,7 +359,7 @@ def _own(mount: VolumeMount, volumes: Mapping[str, Volume]) -> VolumeMount:
 
 
 def fork_names(request: ForkVm, vm: str, taken: Collection[str]) -> tuple[str, ...]:
-    """Returns the names of the copies. :raises Problem: 409 one is taken."""
+    """Returns the names of the copies. :raises Problem: 409, a name is in use."""
     if request.names is not None:
         for name in request.names:
             if name in taken:
@@ -374,7 +377,7 @@ def fork_names(request: ForkVm, vm: str, taken: Collection[str]) -> tuple[str, .
 
 
 def check_fork(request: ForkVm) -> None:
-    """Checks what the types of `ForkVm` can't say. :raises Problem: 400 that names the field."""
+    """Checks the rules that the types of `ForkVm` can't express. :raises Problem: 400 that names the field."""
     names = request.names
     if names is None:
         return
@@ -387,7 +390,7 @@ def check_fork(request: ForkVm) -> None:
 
 
 def check_take(request: TakeSnapshot) -> None:
-    """Checks what the types of `TakeSnapshot` can't say. :raises Problem: 400 that names the field."""
+    """Checks the rules that the types of `TakeSnapshot` can't express. :raises Problem: 400 that names the field."""
     if request.name is not None:
         check_name(request.name, "name")
     check_plain(request.description, "description")
@@ -395,7 +398,7 @@ def check_take(request: TakeSnapshot) -> None:
 
 
 def check_restore(request: RestoreVm) -> None:
-    """Checks what the types of `RestoreVm` can't say. :raises Problem: 400 that names the field."""
+    """Checks the rules that the types of `RestoreVm` can't express. :raises Problem: 400 that names the field."""
     check_name(request.name, "name")
     check_name(request.from_snapshot, "from_snapshot")
     if request.plugin is not None:
@@ -405,8 +408,8 @@ def check_restore(request: RestoreVm) -> None:
 
 
 def check_copyable(vm: VmRow, *, volumes: bool = False) -> None:
-    """:raises Problem: 409 the guest can't be copied: it does not run, mounts a directory of the host, or writes to a
-    volume and `volumes`, whether these are copied, too, is false."""
+    """Checks that a guest can be copied. :raises Problem: 409, it does not run, mounts a directory of the host, or
+    writes to a volume without `volumes`, the flag for copying these too."""
     if not is_copyable(vm):
         shown = vm.status.value if vm.desired.value == vm.status.value else f"{vm.status.value}, to be {vm.desired}"
         raise Problem(
@@ -436,23 +439,23 @@ def check_copyable(vm: VmRow, *, volumes: bool = False) -> None:
 
 
 def is_copyable(vm: VmRow) -> bool:
-    """Returns whether the guest runs or is paused, and should stay so."""
+    """Returns whether the guest runs or is paused, and should stay in that state."""
     return vm.status in (Status.RUNNING, Status.PAUSED) and vm.desired.value == vm.status.value and not vm.phase
 
 
 def has_disk_to_move(vm: VmRow) -> bool:
-    """Returns whether a VM at rest has a disk of its own; else it has none, or its first boot makes it."""
+    """Returns whether a VM at rest has a disk to move. Otherwise it has none, or its first boot creates it."""
     has_booted = vm.boots > 0 and not has_failed_as_clone(vm)
     return bool(vm.layer) and (has_booted or vm.disk_from is not None)
 
 
 def has_failed_as_clone(vm: VmRow) -> bool:
-    """Returns whether its only boot was that of a clone, which failed and leaves a disk of unknown content."""
+    """Returns whether the VM's only boot was a failed clone, which leaves a disk of unknown content."""
     return vm.fallback is not None and vm.boots == 1
 
 
 def waits_for(vm: VmRow, checkpoint: str) -> bool:
-    """Returns whether a VM is about to continue from a checkpoint, or has its disk there."""
+    """Returns whether a VM is about to continue from a checkpoint, or its disk is there."""
     is_booting = vm.status in (Status.PENDING, Status.STARTING)
     return vm.disk_from == checkpoint or (vm.checkpoint == checkpoint and is_booting)
 

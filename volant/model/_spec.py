@@ -1,4 +1,4 @@
-"""Makes the first row of a VM from a request."""
+"""Creates the first row of a VM from a request."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from ._text import check_labels, check_name, check_plain, parse_duration
 
 _MAX_TTL_S = 366 * 86400.0
 _MIN_REPLICATE_S, _MAX_REPLICATE_S = 10.0, 86400.0
-"""Each replica pauses the guest for a moment, and reads all of its memory."""
+"""The lower limit exists because each replica pauses the guest briefly and reads all of its memory."""
 _NO_NETWORKING = Networking()
 
 
 DEFAULT_MEMORY_MB = 256
-"""For VMs of `base`. The minimum of its image is little to work with."""
+"""For VMs of `base`. The minimum of its image leaves little for programs."""
 IMAGE_MEMORY_MB = 512
 """For VMs of an OCI image."""
 IMAGE_DISK_MB = 10 * 1024
-"""Likewise. The disk takes what is written to it."""
+"""For VMs of an OCI image. The disk only takes up the space that is written."""
 _FILES_OF_ONE_HOST = ("oci:", "oci-archive:", "docker-archive:")
 _ONLY_FOR_IMAGES = (
     "registry_secret",
@@ -41,7 +41,7 @@ _ONLY_FOR_IMAGES = (
 
 
 def size_of(request: CreateVm, manifest: Manifest) -> tuple[int, int]:
-    """Returns the CPU cores and the MiB of memory: those of the request, else of the plugin."""
+    """Returns the CPU cores and the MiB of memory, from the request, otherwise from the plugin."""
     needs = manifest.resources
     memory_mb = needs.memory_mb
     if manifest.name == BASE.name:
@@ -191,21 +191,21 @@ def _check_failover(request: CreateVm) -> None:
 
 
 def replicate_every_s(replicate: Replicate) -> float:
-    """Returns the seconds from one replica to the next. :raises Problem: 400, malformed, too short or too long."""
+    """Returns the seconds between two replicas. :raises Problem: 400, malformed, too short or too long."""
     return parse_duration(
         replicate.every, "replicate.every", minimum_s=_MIN_REPLICATE_S, maximum_s=_MAX_REPLICATE_S
     )  # fmt: skip
 
 
 def parse_ttl(ttl: str | None) -> timedelta | None:
-    """:raises Problem: 400, it is malformed, or too short or long."""
+    """Parses a `ttl`. :raises Problem: 400, it is malformed, too short or too long."""
     if ttl is None:
         return None
     return timedelta(seconds=parse_duration(ttl, "ttl", minimum_s=1, maximum_s=_MAX_TTL_S))
 
 
 def check_create(request: CreateVm) -> None:
-    """Checks what the types of `CreateVm` can't say. :raises Problem: 400 that names the field."""
+    """Checks the rules that the types of `CreateVm` can't express. :raises Problem: 400 that names the field."""
     check_name(request.name, "name")
     check_name(request.plugin, "plugin")
     _check_image(request)

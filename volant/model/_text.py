@@ -12,20 +12,20 @@ import msgspec
 from ._problem import invalid
 
 NAME_PATTERN = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
-"""Names of VMs and plugins (contract: Common)."""
+"""Pattern for names of VMs and plugins (contract: Common)."""
 
 MAX_LABELS = 64
 MAX_TEXT = 4096
 
 Name = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": NAME_PATTERN})]
-"""Only for the schema: `check_name` has better errors."""
+"""The pattern is only for the schema; `check_name` has better errors."""
 
 Duration = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": r"^[0-9]{1,12}(ms|s|m|h|d)$"})]
-"""Only for the schema: `parse_duration` decides."""
+"""The pattern is only for the schema; `parse_duration` decides."""
 
 _CONTROL_CLASS = r"\x00-\x1f\x7f"
 PLAIN_PATTERN = rf"^[^{_CONTROL_CLASS}]*$"
-"""Text of one line (`check_plain`)."""
+"""Pattern for text of one line (`check_plain`)."""
 
 Labels = Annotated[
     dict[
@@ -34,13 +34,13 @@ Labels = Annotated[
     ],
     msgspec.Meta(extra_json_schema={"maxProperties": MAX_LABELS}),
 ]
-"""Only for the schema: `check_labels` has better errors."""
+"""The patterns are only for the schema; `check_labels` has better errors."""
 
 Plain = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": PLAIN_PATTERN, "maxLength": MAX_TEXT})]
-"""Only for the schema: `check_plain` decides."""
+"""The pattern is only for the schema; `check_plain` decides."""
 
 Time = Annotated[datetime, msgspec.Meta(tz=True)]
-"""With a zone: RFC 3339 on the wire."""
+"""A time with a zone, RFC 3339 in JSON."""
 
 _NAME = re.compile(NAME_PATTERN.rstrip("$") + r"\Z")
 _DURATION = re.compile(r"([0-9]{1,12})(ms|s|m|h|d)\Z")
@@ -98,7 +98,7 @@ def check_plain(value: str, field: str, *, maximum: int = MAX_TEXT) -> str:
 
 
 def check_labels(labels: Mapping[str, str], field: str = "labels") -> None:
-    """:raises Problem: 400 when there are too many labels, or one can't be written as `key=value`."""
+    """Checks labels. :raises Problem: 400, there are too many, or one can't be written as `key=value`."""
     if len(labels) > MAX_LABELS:
         raise invalid(field, f"{field} has {len(labels)} members, at most {MAX_LABELS} are allowed")
     for key, value in labels.items():

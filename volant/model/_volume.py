@@ -1,4 +1,4 @@
-"""Volumes: disks with names that outlive VMs. Where a VM mounts one, and who may use it."""
+"""Volumes: named disks that outlive VMs, and their mounts."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from ._project import DEFAULT_PROJECT, Key
 from ._text import NAME_PATTERN, Labels, Name, Time, check_labels, check_name, is_name
 
 MAX_VOLUMES = 8
-"""Most volumes and directories of the host of one VM. Every machine has room for that many devices."""
+"""Maximum volumes and directories of the host per VM. Every machine type has room for that many devices."""
 MAX_ALL_VOLUMES = 10_000
-"""Most volumes of a daemon. All their rows are in memory."""
+"""Maximum volumes per daemon. All their rows are in memory."""
 MIN_VOLUME_MB = 16
-"""ext4 with a journal needs some 8 MiB."""
+"""The minimum for ext4 with a journal, which needs some 8 MiB."""
 MAX_VOLUME_MB = 16 * 1024 * 1024
-"""What ext4 with blocks of 4 KiB can have, and what it may take without a second thought."""
+"""The maximum for ext4 with blocks of 4 KiB."""
 _MAX_PATH = 1024
 _NOT_IN_PATH = r"\x00-\x1f\x7f:/"
 SHORT_PATH = rf"(/([^{_NOT_IN_PATH}.]|\.[^{_NOT_IN_PATH}.]|\.\.[^{_NOT_IN_PATH}])[^{_NOT_IN_PATH}]*)+"
-"""An absolute path in its shortest form, in a text whose parts `:` separates. Without what not all readers of JSON
-Schema know, as assertions."""
+"""An absolute path in its shortest form, as part of a text whose parts `:` separates. Avoids regular expressions that
+not all readers of JSON Schema support, such as assertions."""
 _PATH = re.compile(rf"{SHORT_PATH}\Z")
 _CLOSED = ("/proc", "/sys", "/dev")
-"""The guest's kernel has its own file systems there."""
+"""Directories in which the guest's kernel mounts its own file systems."""
 _OPTIONS = "(ro|rw|nocopy|(ro|rw),nocopy|nocopy,(ro|rw))"
 _NAMED = rf"{NAME_PATTERN.strip('^$')}:{SHORT_PATH}/*(:{_OPTIONS})?"
 _OF_HOST = rf"{SHORT_PATH}:{SHORT_PATH}/*(:(ro|rw))?"
 
 VolumeText = Annotated[str, msgspec.Meta(extra_json_schema={"pattern": f"^({_NAMED}|{_OF_HOST})$"})]
-"""Only for the schema; `parse_mounts` decides."""
+"""The pattern is only for the schema; `parse_mounts` decides."""
 
 VolumeStatus = Literal["creating", "ready", "deleting"]
 
@@ -44,7 +44,7 @@ class CreateVolume(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
 
     name: Name
     size_mb: Annotated[int, msgspec.Meta(ge=MIN_VOLUME_MB, le=MAX_VOLUME_MB)]
-    """The size of the disk, and so the limit on the host, where it only takes what was written."""
+    """The size of the disk, and so the limit on the host. Only written blocks take up space there."""
     labels: Labels = {}
 
 
@@ -52,7 +52,7 @@ class ResizeVolume(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     """The body of `POST /api/v1/volumes/{name}/resize`."""
 
     size_mb: Annotated[int, msgspec.Meta(ge=MIN_VOLUME_MB, le=MAX_VOLUME_MB)]
-    """The new size, which can't be less than the present one."""
+    """The new size, which must not be less than the present one."""
 
 
 class CloneVolume(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -67,21 +67,21 @@ class Volume(msgspec.Struct, frozen=True, kw_only=True):
     """The stored state of a volume."""
 
     id: str
-    """Names its file, and is never used again."""
+    """The name of its file, which is never used again."""
     name: str
     size_mb: int
     status: VolumeStatus = "creating"
     labels: dict[str, str] = {}
     created_at: datetime
     source: str | None = None
-    """The id of the volume that it is a copy of. While this one is `creating`, nothing may write to that."""
+    """The id of the volume that it is a copy of. While this volume is `creating`, nothing may write to the source."""
     writers: int = 0
-    """How often a VM has begun to write to it."""
+    """How often a VM has opened it for writing."""
     project: str = DEFAULT_PROJECT
 
     @property
     def key(self) -> Key:
-        """Finds it by name."""
+        """Its project and name."""
         return Key(self.project, self.name)
 
 
@@ -90,14 +90,15 @@ class VolumeMount(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     id: str = ""
-    """Empty only in a row that the journal has not completed."""
+    """The volume's id; empty only in a row that the journal has not completed."""
     path: str
     """The absolute path in the guest."""
     read_only: bool = False
     nocopy: bool = False
-    """Whether an empty volume stays empty, and does not receive what the VM has at the path."""
+    """Whether the VM's files at the path are not copied to an empty volume."""
     writers: int = 0
-    """The volume's count when the VM opened it last. The memory of a copy fits no other content."""
+    """The volume's `writers` when the VM last opened it. A copied memory only fits the volume's content with this
+    count."""
 
     def __str__(self) -> str:
         options = ",".join([*(["ro"] if self.read_only else []), *(["nocopy"] if self.nocopy else [])])
@@ -124,7 +125,7 @@ class VolumeView(msgspec.Struct, frozen=True, kw_only=True):
     status: VolumeStatus
     size_mb: int
     used_bytes: int | None
-    """The space that it takes on the host. null: its file is missing."""
+    """The space that it takes up on the host; null if its file is missing."""
     labels: dict[str, str]
     used_by: tuple[str, ...]
     """The names of VMs that mount it, running or not."""
@@ -135,7 +136,7 @@ class VolumeView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def parse_volume(text: str) -> VolumeMount:
-    """Parses `name:/path`, which `:` and options may follow: `ro` or `rw`, `nocopy`. :raises Problem: 400."""
+    """Parses `name:/path`, optionally with `:` and options: `ro` or `rw`, `nocopy`. :raises Problem: 400."""
     name, _, rest = text.partition(":")
     path, colon, text_options = rest.partition(":")
     options = text_options.split(",") if colon else []
@@ -181,12 +182,12 @@ def _checked_path(path: str, text: str) -> str:
 
 
 def is_volume_path(path: str) -> bool:
-    """Returns whether a volume can be mounted there: an absolute path in its shortest form, not the root."""
+    """Returns whether a volume can be mounted at this path: absolute, in its shortest form, not the root."""
     return is_short_path(path) and not any(path == closed or path.startswith(f"{closed}/") for closed in _CLOSED)
 
 
 def check_create_volume(request: CreateVolume | CloneVolume) -> None:
-    """Checks what the types can't say. :raises Problem: 400 that names the field."""
+    """Checks the rules that the types can't express. :raises Problem: 400 that names the field."""
     check_name(request.name, "name")
     check_labels(request.labels)
 
@@ -194,7 +195,7 @@ def check_create_volume(request: CreateVolume | CloneVolume) -> None:
 def volume_view(
     volume: Volume, *, used_bytes: int | None, used_by: Iterable[str] = (), writer: str | None = None
 ) -> VolumeView:
-    """Returns what clients see of `volume`."""
+    """Returns the view of `volume`."""
     return VolumeView(
         name=volume.name,
         status=volume.status,
@@ -217,7 +218,7 @@ def no_such_volume(name: str, *, field: str | None = None) -> Problem:
 
 
 def volume_not_ready(volume: Volume, *, field: str | None = None) -> Problem:
-    """Returns the 409 for a volume that is being made or deleted."""
+    """Returns the 409 for a volume that is being created or deleted."""
     doing = "made" if volume.status == "creating" else "deleted"
     return Problem(
         409, "volume-not-ready", f"volume {volume.name!r} is being {doing}", field=field, hint="try again in a moment"

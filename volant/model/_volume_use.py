@@ -1,4 +1,4 @@
-"""Who uses a volume: one VM that writes, or any number that read."""
+"""The users of a volume: one VM that writes, or any number that read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ._row import Status, VmRow
 from ._volume import Volume, VolumeMount
 
 VOLUME_REFUSALS = frozenset({"volume-in-use", "volume-changed"})
-"""Codes of the problems of a VM that can't have its volumes when it is about to be launched."""
+"""Codes of the problems of a VM that can't open its volumes at its launch."""
 
 
 def holds_volumes(row: VmRow) -> bool:
@@ -23,7 +23,7 @@ def claims_volumes(row: VmRow) -> bool:
 
 
 def mount_of(row: VmRow, volume_id: str) -> VolumeMount | None:
-    """Returns how a VM mounts a volume; None: it does not."""
+    """Returns the VM's mount of a volume; None if it does not mount it."""
     return next((mount for mount in row.volumes if mount.id == volume_id), None)
 
 
@@ -46,10 +46,10 @@ def check_volumes_free(
 ) -> None:
     """Checks that a VM can open its volumes.
 
-    :param others: VMs, which may include this one
-    :param volumes: all there are
-    :param is_launched: whether only VMs that have a process count, as this one gets its own now
-    :raises Problem: 409 another VM has one, or it is being copied.
+    :param others: VMs, may include this one
+    :param volumes: all volumes
+    :param is_launched: whether only VMs with a process count, as this VM is being launched
+    :raises Problem: 409, another VM uses one, or one is being copied.
     """
     if not row.volumes:
         return
@@ -66,9 +66,9 @@ def check_volumes_free(
 
 
 def check_unchanged(row: VmRow, volumes: Iterable[Volume]) -> None:
-    """Checks that the volumes of a VM that goes on from a checkpoint are as they were.
+    """Checks that the volumes of a VM that continues from a checkpoint are unchanged.
 
-    :raises Problem: 409 one was written to since, is being deleted, or is gone.
+    :raises Problem: 409, one was written to since, is being deleted, or does not exist.
     """
     counts = {volume.id: volume.writers for volume in volumes if volume.status != "deleting"}
     for mount in row.volumes:

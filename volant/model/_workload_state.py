@@ -1,4 +1,4 @@
-"""The states of a workload. Apart from `agent_types`, whose types take long to make and are for checkers only."""
+"""The states of a workload. Separate from `agent_types`, whose types are slow to create and only for checkers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""IP addresses in one form, those of metadata services, and who holds a TCP connection on this host (sock_diag(7))."""
+"""IP addresses in one form, metadata services, and the holders of TCP connections on this host (sock_diag(7))."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MESSAGE = struct.Struct("=4x48xIIIII")
 AZURE = "168.63.129.16"
 """Azure's metadata service. Azure's DNS server has the same address."""
 METADATA = ("169.254.0.0/16", AZURE, "100.100.100.200", "192.0.0.192")
-"""Metadata services, which give credentials to a cloud's machines: of most clouds, Azure, Alibaba, Oracle."""
+"""Metadata services, which return credentials to a cloud's machines: of most clouds, Azure, Alibaba, Oracle."""
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 End = tuple[str, int]
@@ -25,16 +25,17 @@ End = tuple[str, int]
 
 
 class Holder(NamedTuple):
-    """Who holds a socket."""
+    """The holder of a socket."""
 
     uid: int
     inode: int
-    """0: no process does: it has exited, or has not accepted the connection yet. Then `uid` means nothing."""
+    """The socket's inode; 0 if no process holds it: it has exited, or has not accepted the connection yet. `uid` is
+    then meaningless."""
 
 
 def holder(end: End, other: End) -> Holder | None:
-    """Returns who holds the end `end` of a connection, on loopback of this network namespace; None: nobody there has
-    such a one. Raises OSError and ValueError where that can't be found out."""
+    """Returns the holder of the end `end` of a connection on loopback of this network namespace; None if there is none.
+    Raises OSError and ValueError if the kernel can't be asked."""
     here, there = plain_address(end[0]), plain_address(other[0])
     if here.version != there.version:
         raise ValueError(f"{here} and {there} are addresses of two kinds")
@@ -58,8 +59,8 @@ def holder(end: End, other: End) -> Holder | None:
 
 
 def server_of(client: End, server: End) -> int | None:
-    """Returns the user whose process serves a connection, or listens where it was not accepted yet; None: no process of
-    this network namespace does. Raises what `holder` does."""
+    """Returns the user whose process serves a connection, or listens if it was not accepted yet; None if no process of
+    this network namespace does. Raises the same errors as `holder`."""
     found = holder(server, client)
     if found is not None and not found.inode:
         # The one that listens, on that address or on all.
@@ -68,11 +69,12 @@ def server_of(client: End, server: End) -> int | None:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an address is one of loopback. Raises ValueError: it is none."""
+    """Returns whether an address is on loopback. Raises ValueError if it is malformed."""
     return plain_address(address).is_loopback
 
 
 def plain_address(text: str) -> Address:
-    """Returns an address; `::ffff:192.0.2.1`, as an IPv6 socket shows it, is IPv4. :raises ValueError: it is none"""
+    """Returns an address. `::ffff:192.0.2.1`, as an IPv6 socket shows it, becomes IPv4. :raises ValueError: it is
+    malformed."""
     address = ipaddress.ip_address(text)
     return getattr(address, "ipv4_mapped", None) or address

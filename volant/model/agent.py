@@ -1,11 +1,11 @@
-"""The protocol between the host and the guest's agent: the one module that both sides import.
+"""The protocol between the host and the guest's agent, imported by both sides.
 
 The guest has neither msgspec nor trio, and every import costs time in each boot. So this module uses little of the
 standard library, JSON bodies are plain dictionaries (`agent_types.py` describes them), and each side checks what it
 reads.
 
 A request is one byte stream to `AGENT_PORT` with one HTTP/1.1 exchange: no keep-alive, the stream ends with the answer.
-A half close only ends the request. A client that closes or resets the stream has left, and its request is cancelled.
+A half close only ends the request. When a client closes or resets the stream, its request is cancelled.
 `CONNECT 127.0.0.1:PORT` makes the stream a connection to the guest's loopback, which passes on half closes.
 
 Versions: daemon and agent may be of different releases. `/v1/info` has `protocol: {"min", "max"}`, and the highest
@@ -40,51 +40,53 @@ SECRETS_SINCE: Final = 5
 AGENT_PORT: Final = 1024
 """The vsock port on which the agent listens; over virtio-serial, the `:authority` of the CONNECT."""
 SERIAL_PORT_NAME: Final = "volant.agent.0"
-"""The name of the virtio-serial port that carries the multiplexer."""
+"""The name of the virtio-serial port for the multiplexer."""
 
 RESYNC_MAGIC: Final = b"volant-resync-1\n"
-"""Follows the zero bytes that a host sends when it connects to the serial port, see `volant/guest/_mux.py`."""
+"""The bytes that follow the zeros which a host sends when it connects to the serial port, see
+`volant/guest/_mux.py`."""
 RESYNC_NONCE_BYTES: Final = 16
-"""How many random bytes follow the magic; the agent sends them back before its first frame."""
+"""The number of random bytes after the magic; the agent sends them back before its first frame."""
 
 HEALTHZ: Final = "/healthz"
 AGENT_PREFIX: Final = "/v1/"
-"""Everything below it is the agent's own, except `WORKLOAD_PREFIX`."""
+"""The prefix of the agent's own routes, except `WORKLOAD_PREFIX`."""
 INFO: Final = "/v1/info"
 EXEC: Final = "/v1/exec"
 """`POST`: a command, its output as NDJSON. `GET`: a WebSocket to an interactive command; see `EXEC_SESSIONS`."""
 EXEC_SESSIONS: Final = "/v1/exec/sessions"
-"""`GET`: the commands that were started by `GET /v1/exec?detach=true`. Below it each by its id: `GET`, `DELETE` to kill
-and remove it. `GET /v1/exec?attach=ID&from=POSITION` attaches to it."""
+"""`GET`: the commands that `GET /v1/exec?detach=true` has started. Each has a route below it with its id: `GET`, or
+`DELETE` to kill and remove it. `GET /v1/exec?attach=ID&from=POSITION` attaches to it."""
 WORKLOAD_SESSION: Final = "workload"
-"""The id under which a workload that waited for its first client is in that list. `GET /v1/exec?workload=true` is that
-client: its first message has no command, and the workload starts."""
+"""The id in that list of a workload that waited for its first client. `GET /v1/exec?workload=true` is that client: its
+first message has no command, and the workload starts."""
 FILES: Final = "/v1/files/"
 """Below it, each file and directory of the guest: `GET`, `HEAD`, `PUT` and `DELETE`."""
 WORKLOAD_PREFIX: Final = "/v1/workload/"
-"""`/v1/workload/x` is the workload's `/x`, also where a route of the agent hides that."""
+"""The prefix of the workload's routes: `/v1/workload/x` is the workload's `/x`, even if a route of the agent hides
+it."""
 DAEMON_PREFIX: Final = "/v1/daemon/"
-"""For the daemon only: its API must not relay anything below it."""
+"""The prefix of routes for the daemon only. Its API must not relay them."""
 DAEMON_WORKLOAD: Final = "/v1/daemon/workload"
-"""`PUT` a `WorkloadSpec`: the same one again is accepted, another one is a 409. `GET`: the `WorkloadStatus`."""
+"""`PUT` a `WorkloadSpec`: the same spec again is accepted, a different one is a 409. `GET`: the `WorkloadStatus`."""
 DAEMON_MANIFEST: Final = "/v1/daemon/manifest"
 """`PUT` the manifest of the VM's plugin, without `boot`. Older agents answer 404."""
 DAEMON_IDENTITY: Final = "/v1/daemon/identity"
 """`PUT` an `Identity`, the first request to a guest that was restored from a template. Answered with an `Identified`
 once the guest has that identity. 500: the system refuses; 503: the workload is not healthy."""
 DAEMON_CLOCK: Final = "/v1/daemon/clock"
-"""`PUT {"time_ns"}` sets the wall clock, `{"step_ns"}` moves it; answered with the new time."""
+"""`PUT {"time_ns"}` sets the wall clock, `{"step_ns"}` moves it. The answer has the new time."""
 DAEMON_HOSTS: Final = "/v1/daemon/hosts"
 """`PUT {"hosts": {NAME: ADDRESS}}`: replaces the daemon's part of `/etc/hosts`."""
 DAEMON_VOLUMES: Final = "/v1/daemon/volumes"
 """`PUT {"volumes": [GuestVolume]}`: mounts those that are not mounted yet, in this order, and grows each filesystem to
 the size of its disk. 409: one can't be mounted, and why."""
 DAEMON_SECRETS: Final = "/v1/daemon/secrets"
-"""`PUT` a `GuestSecrets`: puts files into memory, and adds variables to the environment of the workload, and to that of
-commands if the manifest has `exec`. It precedes both, and a clone's `Identity`. `GET`, and the answer to `PUT`:
-`{"boot"}` for which the values were sent, or null. 409: a file can't be made, and why."""
+"""`PUT` a `GuestSecrets`: puts files into memory, and adds variables to the environment of the workload, and of
+commands if the manifest has `exec`. It precedes both, and a clone's `Identity`. `GET` and `PUT` answer with the
+`{"boot"}` for which the values were sent, or null. 409: a file can't be created, and why."""
 DAEMON_SETTLE: Final = "/v1/daemon/settle"
-"""`POST`: prepares the guest for becoming a template; waits until it is set up and has written everything."""
+"""`POST`: prepares the guest for becoming a template. Waits until the guest is set up and has written everything."""
 CLONE_FILE: Final = "/run/volant-clone.json"
 """The identity of a clone, for programs in it: `instance_id`, `hostname`, `machine_id`, `vm_id`, `time_ns`."""
 MANIFEST_FILE: Final = "/run/volant-manifest.json"
@@ -100,8 +102,8 @@ shuts down. One reader at a time: a new one replaces the old one. After a restar
 `Volant-Log-Id` of the answer and all positions are new."""
 DAEMON_SHUTDOWN: Final = "/v1/daemon/shutdown"
 DAEMON_ROOT: Final = "/v1/daemon/root"
-"""`GET`: the state of the root filesystem, `{"state": "none"|"pending"|"mounted"|"failed", "detail"}`. Waits a while
-until the guest is set up."""
+"""`GET`: the state of the root filesystem, `{"state": "none"|"pending"|"mounted"|"failed", "detail"}`. Waits some time
+for the guest to be set up."""
 
 ROOT_PARAMETER: Final = "volant.root"
 """The kernel parameter with the serial number of the root filesystem's disk."""
@@ -124,26 +126,26 @@ HOP_BY_HOP: Final = frozenset(
         *(b"proxy-authenticate", b"proxy-authorization", b"proxy-connection"),
     )
 )
-"""Header fields of one connection, which no relay passes on."""
+"""Header fields of one connection, which relays do not pass on."""
 MAX_HEAD_BYTES: Final = 64 * 1024
-"""The longest head of a request or of a workload's answer."""
+"""Maximum length of the head of a request or of a workload's answer."""
 MAX_JSON_BYTES: Final = 1024 * 1024
-"""The longest body of the agent's own routes."""
+"""Maximum length of a body of the agent's own routes."""
 MAX_STREAMS: Final = 128
-"""Streams that may be open at once; the next is answered with 503. `/healthz` and the daemon's routes have
+"""Maximum number of open streams; the next one is answered with 503. `/healthz` and the daemon's routes have
 `RESERVED_STREAMS` more."""
 RESERVED_STREAMS: Final = 16
 DEFAULT_GRACE_S: Final = 10.0
 MAX_GRACE_S: Final = 600.0
 RING_BYTES: Final = 1024 * 1024
-"""How much of each of the workload's streams the agent keeps."""
+"""Bytes that the agent keeps of each of the workload's streams."""
 
 FRAME_STDOUT: Final = 1
 FRAME_STDERR: Final = 2
 FRAME_STDOUT_GAP: Final = 3
 FRAME_STDERR_GAP: Final = 4
 MAX_FRAME_BYTES: Final = 64 * 1024
-"""The longest data of one frame."""
+"""Maximum length of the data in one frame."""
 
 DEFAULT_STOP_SIGNAL: Final = "SIGTERM"
 MAX_USER_CHARACTERS: Final = 256
@@ -154,7 +156,7 @@ _GAP: Final = struct.Struct("!Q")
 
 
 def signal_number(text: str) -> int | None:
-    """Returns the number of a signal: `SIGINT`, `INT`, `SIGRTMIN+3` or `2`; None: there is no such signal."""
+    """Returns the number of a signal: `SIGINT`, `INT`, `SIGRTMIN+3` or `2`; None if there is no such signal."""
     if text.isascii() and text.isdecimal():
         number = int(text) if len(text) < 4 else 0
         return number if 1 <= number <= signal.SIGRTMAX else None
@@ -170,12 +172,12 @@ def signal_number(text: str) -> int | None:
 
 
 def encode_log_frame(kind: int, position: int, time_ns: int, data: bytes) -> bytes:
-    """Returns a frame."""
+    """Returns an encoded log frame."""
     return LOG_HEADER.pack(kind, position, time_ns, len(data)) + data
 
 
 def encode_gap(kind: int, position: int, time_ns: int, length: int) -> bytes:
-    """Returns the frame of a gap: `length` bytes from `position` on are lost. `kind` is one of the gaps."""
+    """Returns the frame of a gap: `length` lost bytes from `position` on. `kind` is one of the gaps."""
     return encode_log_frame(kind, position, time_ns, _GAP.pack(length))
 
 
@@ -201,7 +203,7 @@ class LogDecoder:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[tuple[int, int, int, bytes]]:
-        """Takes the next bytes; returns the frames that are complete now, as the fields of a `LogFrame`.
+        """Adds the next bytes, and returns the complete frames as the fields of a `LogFrame`.
 
         :raises ValueError: a frame is malformed; nothing after it can be decoded
         """
@@ -227,5 +229,5 @@ class LogDecoder:
 
     @property
     def pending(self) -> int:
-        """How many bytes of an incomplete frame there are."""
+        """The number of bytes of an incomplete frame."""
         return len(self._buffer)

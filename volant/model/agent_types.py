@@ -11,21 +11,20 @@ from ._workload_state import WorkloadState
 
 
 class WorkloadStatus(TypedDict):
-    """What `/healthz` and `/v1/daemon/workload` tell of the workload."""
+    """The state of the workload in answers of `/healthz` and `/v1/daemon/workload`."""
 
     state: WorkloadState
-    """`none`: there is none. `starting`: it has not been healthy since it was started, or waits for a restart.
-    `healthy`: its check passes, or it runs and has no check. `unhealthy`: its check failed `retries` times
-    in a row. `exited`: it ended with 0 and stays so. `failed`: it ended otherwise or can't be started, and stays
-    so."""
+    """`none`: there is no workload. `starting`: it has not been healthy since it was started, or waits for a restart.
+    `healthy`: its check passes, or it runs and has no check. `unhealthy`: its check failed `retries` times in a row.
+    `exited`: it exited with 0 and stays so. `failed`: it failed or can't be started, and stays so."""
     pid: int | None
     restarts: int
     exit_code: NotRequired[int]
-    """Of the last run, when it ended by itself."""
+    """The exit code of the last run, if it ended by itself."""
     signal: NotRequired[int]
     """The number of the signal that ended the last run."""
     error: NotRequired[str]
-    """Why it could not be started, or what the last failing check said. For people."""
+    """Why it could not be started, or the output of the last failing check. For people."""
     since_s: NotRequired[float]
     """Seconds since `state` last changed."""
 
@@ -48,20 +47,20 @@ class ProtocolRange(TypedDict):
 
 
 class Memory(TypedDict):
-    """The guest's own view of its memory, in MiB."""
+    """The guest's own figures for its memory, in MiB."""
 
     total_mb: int
     available_mb: int
 
 
 class PluginInfo(TypedDict):
-    """Of which plugin the VM is."""
+    """The VM's plugin."""
 
     name: str
     version: str
     labels: dict[str, str]
     actions: list[str]
-    """Their names."""
+    """The names of its actions."""
 
 
 class Info(TypedDict):
@@ -73,37 +72,38 @@ class Info(TypedDict):
     hostname: str
     boot_id: str
     instance_id: NotRequired[str]
-    """Of this boot or clone, and of no other."""
+    """An id that only this boot or clone has."""
     uptime_s: float
     cpus: int
     memory: Memory
     disk: NotRequired[Memory | None]
-    """The root filesystem; None without one."""
+    """The root filesystem; null without one."""
     workload: WorkloadStatus
     plugin: NotRequired[PluginInfo]
 
 
 class ExecRequest(TypedDict):
-    """The body of `POST /v1/exec`. Answered by NDJSON: output as it comes, then exactly one last line."""
+    """The body of `POST /v1/exec`. The answer is NDJSON: output as it arrives, then exactly one last line."""
 
     command: list[str]
     env: NotRequired[dict[str, str]]
-    """Added to the agent's own small environment and to the `env` of the manifest's `exec`, and overrides both."""
+    """Variables added to the agent's own small environment and to the `env` of the manifest's `exec`. They override
+    both."""
     cwd: NotRequired[str]
-    """Default: the `workdir` of the manifest's `exec`, else `/`."""
+    """The working directory. Defaults to the `workdir` of the manifest's `exec`, otherwise to `/`."""
     user: NotRequired[str | None]
-    """A name or a number, optionally `:` and a group. None: the `user` of the manifest's `exec`, else root."""
+    """A name or a number, optionally `:` and a group. Null for the `user` of the manifest's `exec`, otherwise root."""
     timeout_s: NotRequired[float | None]
-    """The whole process group is killed after that many seconds. None: no limit."""
+    """The whole process group is killed after that many seconds. Null for no limit."""
     stdin: NotRequired[str | None]
-    """Base64. None: an empty standard input."""
+    """The standard input in base64; null for an empty one."""
 
 
 class ExecStart(ExecRequest):
     """The first message of a WebSocket to `GET /v1/exec`."""
 
     tty: NotRequired[bool]
-    """Whether the command gets a terminal: then all its output comes as standard output."""
+    """Whether the command gets a terminal. All its output is then standard output."""
     rows: NotRequired[int]
     cols: NotRequired[int]
 
@@ -112,9 +112,9 @@ class WorkloadStart(TypedDict):
     """The first message of a WebSocket to `GET /v1/exec?workload=true`."""
 
     env: NotRequired[dict[str, str]]
-    """Added to the workload's, such as `TERM`."""
+    """Variables added to the workload's environment, such as `TERM`."""
     tty: NotRequired[bool]
-    """As in `ExecStart`."""
+    """See `ExecStart`."""
     rows: NotRequired[int]
     cols: NotRequired[int]
 
@@ -123,14 +123,14 @@ class ExecHello(TypedDict):
     """The first message to a client of a detached command."""
 
     id: str
-    """For `?attach=`."""
+    """The id for `?attach=`."""
     tty: bool
     position: int
-    """How many bytes of output, of both channels together, came before what follows."""
+    """The number of earlier bytes of output, of both channels together."""
 
 
 class ExecGap(TypedDict):
-    """A message to a client that attaches: these bytes of output are not kept any more."""
+    """A message to a client that attaches: these bytes of output have expired."""
 
     gap: dict[Literal["from", "to"], int]
     """Positions, both included."""
@@ -141,7 +141,7 @@ class ExecOutput(TypedDict):
 
     stream: Literal["stdout", "stderr"]
     data: str
-    """Base64."""
+    """The output in base64."""
 
 
 class ExecEnd(TypedDict):
@@ -154,7 +154,7 @@ class ExecEnd(TypedDict):
     """Beside `error`: `timeout`, `not_found`, `not_executable`, `no_such_directory`, `no_such_user`,
     `spawn_failed` or `agent_error`; over a WebSocket also `invalid_request`."""
     field: NotRequired[str]
-    """With `invalid_request`: which field of the request is wrong."""
+    """With `invalid_request`: the wrong field of the request."""
 
 
 class ExecSession(TypedDict):
@@ -162,15 +162,15 @@ class ExecSession(TypedDict):
 
     id: str
     command: list[str]
-    """Shortened, when it is long."""
+    """The command, shortened if it is long."""
     tty: bool
     user: str | None
     attached: bool
     age_s: float
     position: int
-    """How many bytes it has written, to both channels together."""
+    """The number of bytes that it has written, to both channels together."""
     pid: int | None
-    """While it runs."""
+    """The process id while it runs."""
     end: ExecEnd | None
     ended_s: NotRequired[float]
     """Seconds since its end."""
@@ -187,13 +187,13 @@ class HealthCheckSpec(TypedDict):
 
     path: NotRequired[str | None]
     port: NotRequired[int | None]
-    """None: the workload's."""
+    """Null for the workload's port."""
     command: NotRequired[list[str]]
     interval_s: NotRequired[float]
     timeout_s: NotRequired[float]
     retries: NotRequired[int]
     start_period_s: NotRequired[float]
-    """An agent without this member refuses the request."""
+    """An agent that does not know this member refuses the request."""
 
 
 class WorkloadSpec(TypedDict):
@@ -202,69 +202,69 @@ class WorkloadSpec(TypedDict):
     entrypoint: list[str]
     env: NotRequired[dict[str, str]]
     workdir: NotRequired[str]
-    """Made if it does not exist."""
+    """The working directory, created if it does not exist."""
     user: NotRequired[str | None]
-    """A name or a number, optionally `:` and a group. None: root. An agent without this member or the next refuses
-    the request."""
+    """A name or a number, optionally `:` and a group. Null for root. An agent that does not know this member or the
+    next refuses the request."""
     stop_signal: NotRequired[str]
-    """What `signal_number` takes."""
+    """A signal in a form that `signal_number` accepts."""
     port: NotRequired[int | None]
     restart: NotRequired[Literal["never", "on-failure", "always"]]
     health_check: NotRequired[HealthCheckSpec | None]
     attach: NotRequired[bool]
-    """Whether its first run waits for a client, who decides whether it has a terminal."""
+    """Whether its first run waits for a client, which decides whether it has a terminal."""
 
 
 class GuestNetwork(TypedDict):
     """Settings of a guest's NIC."""
 
     mac: str
-    """Six pairs of hexadecimal digits, with colons in between."""
+    """Six pairs of hexadecimal digits, separated by colons."""
     address: str
-    """IPv4."""
+    """An IPv4 address."""
     prefix: int
     gateway: str
     nameservers: NotRequired[list[str]]
-    """Addresses of DNS servers. Missing: `/etc/resolv.conf` stays."""
+    """Addresses of DNS servers. If missing, `/etc/resolv.conf` stays as it is."""
     hosts: NotRequired[dict[str, str]]
-    """As by `PUT /v1/daemon/hosts`."""
+    """The hosts entries, as in `PUT /v1/daemon/hosts`."""
 
 
 class GuestSecretFile(TypedDict):
     """A file with the value of a secret."""
 
     path: str
-    """In a directory that is in memory."""
+    """A path in a directory that is in memory."""
     data: str
-    """Base64."""
+    """The value in base64."""
 
 
 class GuestSecrets(TypedDict):
     """The body of `PUT /v1/daemon/secrets`."""
 
     boot: str
-    """For which boot of which VM the values are; the agent returns it."""
+    """The boot and the VM for which the values are. The agent returns it."""
     env: dict[str, str]
-    """The base64 of values by environment variable."""
+    """The values in base64, by environment variable."""
     files: list[GuestSecretFile]
     user: NotRequired[str | None]
-    """The owner of the files, as in `WorkloadSpec`. None: root."""
+    """The owner of the files, as in `WorkloadSpec`. Null for root."""
 
 
 class GuestVolume(TypedDict):
     """A volume or a directory of the host to mount; it has either `serial` or `tag`."""
 
     serial: NotRequired[str]
-    """Of the volume's disk."""
+    """The serial number of the volume's disk."""
     tag: NotRequired[str]
-    """Of the directory's virtiofs device."""
+    """The tag of the directory's virtiofs device."""
     path: str
-    """Absolute, with the VM's root as `/`."""
+    """An absolute path, with the VM's root as `/`."""
     read_only: bool
     nocopy: NotRequired[bool]
-    """An empty volume stays empty. Missing or false: it receives what the root has at the path."""
+    """Whether an empty volume stays empty. If missing or false, the files at the path are copied to it."""
     bytes: NotRequired[int]
-    """The size that the disk will have in a moment, as it was grown."""
+    """The size of the disk after the growth that is under way."""
 
 
 class Volumes(TypedDict):
@@ -277,7 +277,7 @@ class Hosts(TypedDict):
     """The body of `PUT /v1/daemon/hosts`."""
 
     hosts: dict[str, str]
-    """Addresses by name. They replace all names from before."""
+    """Addresses by name. They replace all earlier names."""
 
 
 class Identity(TypedDict):
@@ -287,17 +287,17 @@ class Identity(TypedDict):
     machine_id: str
     """32 hexadecimal digits."""
     entropy: str
-    """Base64 of 64 to 512 bytes."""
+    """64 to 512 random bytes in base64."""
     time_ns: int
     """Nanoseconds since 1970."""
     vm_id: int
     signal: NotRequired[Literal["SIGHUP", "SIGUSR1", "SIGUSR2"] | None]
     """The signal for a running workload."""
     manifest: NotRequired[dict[str, Any]]
-    """As by `PUT /v1/daemon/manifest`. It and `workload` since `IDENTITY_WORKLOAD_SINCE`."""
+    """See `PUT /v1/daemon/manifest`. It and `workload` exist since `IDENTITY_WORKLOAD_SINCE`."""
     workload: NotRequired[WorkloadSpec]
-    """As by `PUT /v1/daemon/workload`."""
+    """See `PUT /v1/daemon/workload`."""
     network: NotRequired[GuestNetwork]
-    """New settings of the NIC; missing: the NIC stays as it is. Since `IDENTITY_NETWORK_SINCE`."""
+    """New settings of the NIC. If missing, the NIC stays as it is. Since `IDENTITY_NETWORK_SINCE`."""
     as_it_is: NotRequired[bool]
-    """Do not check the health of the workload. Since `IDENTITY_AS_IT_IS_SINCE`."""
+    """Whether to skip the health check of the workload. Since `IDENTITY_AS_IT_IS_SINCE`."""

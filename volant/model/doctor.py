@@ -26,7 +26,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """The results of all checks."""
 
     user: str
-    """The user that ran the checks, as other users may have other rights."""
+    """The user that ran the checks. Other users may have other rights."""
     findings: list[Finding]
 
     @property
@@ -41,11 +41,11 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FleetReport(msgspec.Struct, frozen=True, kw_only=True):
-    """The fleet that a host can be one of."""
+    """The fleet that a host can join."""
 
     host: str
     """The name of the host."""
     address: str
-    """Where other hosts reach it."""
+    """The address at which other hosts reach it."""
     hosts: tuple[str, ...]
-    """The names of all, with it."""
+    """The names of all hosts, including this one."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 
 MAX_FIELDS = 100
-"""Of a head that a client or a guest sends. Servers of other projects allow about as many: 100 (Apache, hyper)."""
+"""Maximum fields in the head of a client or a guest. Other servers allow about as many: 100 (Apache, hyper)."""
 _END = re.compile(rb"\n\r?\n")
 
 
 def head_of(received: bytes | bytearray) -> tuple[int, int | None]:
-    """Returns how many fields have begun, and where the head ends; None: its end has not arrived."""
+    """Returns the number of fields that have begun, and the end of the head; None if the end has not arrived."""
     end = _END.search(received)
     if end is None:
         # Not the line before them.

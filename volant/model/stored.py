@@ -1,7 +1,7 @@
 """Checks the rows of a database before the daemon uses them.
 
-A backup may come from anybody. Members of its rows become paths, arguments of programs and processes that are
-signalled. So each such member must have the form that volantd gives it, or the row is refused.
+A backup is not trusted. Members of its rows become paths, arguments of programs and ids of processes to signal. A row
+is refused unless each such member has the form that volantd gives it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ._volume import (
 )
 
 MAX_ID = 10**15
-"""The limit for ids and counters, far above any real value and far below SQLite's limit."""
+"""Maximum for ids and counters, far above any real value and far below SQLite's limit."""
 _LAYER = re.compile(r"([1-9][0-9]{0,17})-[A-Za-z0-9][A-Za-z0-9.]{0,63}\Z")
 _TAG = re.compile(r"volant-[0-9a-z]{1,32}-(?:([1-9][0-9]{0,17})\.[1-9][0-9]{0,17}|s\.[0-9a-f]{1,32})\Z")
 _IMAGE = re.compile(r"(?:[0-9a-f]{64}|custom)\Z")
@@ -44,7 +44,7 @@ _SNAPSHOT_ID = re.compile(r"[0-9A-Za-z-]{1,64}\Z")
 _VOLUME_ID = re.compile(r"[0-9a-f]{16}\Z")
 _SECRET_KEY_ID = re.compile(r"[0-9a-f]{8}\Z")
 _SEAL_BYTES = 64
-"""More than a nonce and a tag."""
+"""The most bytes that encryption adds: more than a nonce and a tag."""
 _KEY_ID = re.compile(r"[0-9a-f]{32}\Z")
 _SOCKET = re.compile(r"/[^\x00-\x1f\x7f]{1,4095}\Z")
 _MAC = re.compile(r"[0-9a-f]{2}(?::[0-9a-f]{2}){5}\Z")
@@ -55,7 +55,7 @@ _SHOWN = 80
 
 
 class BadMember(Exception):
-    """volantd can't have written a member of a stored row. The text names it, its value and what is wrong."""
+    """A member of a stored row that volantd can't have written. The text names it, its value and the problem."""
 
     def __init__(self, member: str, value: object, why: str) -> None:
         text = repr(value)
@@ -65,7 +65,8 @@ class BadMember(Exception):
 
 
 def check_stored_vm(row: VmRow) -> None:
-    """:raises BadMember: a path, a process, a device or an argument has a form that volantd does not use."""
+    """Checks a VM. :raises BadMember: a path, a process, a device or an argument has a form that volantd does not
+    use."""
     if not 1 <= row.id <= MAX_ID:
         raise BadMember("id", row.id, f"and ids are from 1 to {MAX_ID}")
     for member in ("name", "project", "plugin", "runtime", "network"):
@@ -124,7 +125,7 @@ def check_stored_vm(row: VmRow) -> None:
 
 
 def check_stored_snapshot(snapshot: Snapshot) -> None:
-    """:raises BadMember: see `check_stored_vm`."""
+    """Checks a snapshot. :raises BadMember: see `check_stored_vm`."""
     _text("id", snapshot.id, _SNAPSHOT_ID, "which is no id of a snapshot: letters, digits and hyphens")
     _name("name", snapshot.name)
     check_stored_time("created_at", snapshot.created_at)
@@ -136,7 +137,7 @@ def check_stored_snapshot(snapshot: Snapshot) -> None:
 
 
 def check_stored_network(network: Network) -> None:
-    """:raises BadMember: see `check_stored_vm`."""
+    """Checks a network. :raises BadMember: see `check_stored_vm`."""
     _name("name", network.name)
     _name("project", network.project)
     if network.name in KINDS:
@@ -145,7 +146,7 @@ def check_stored_network(network: Network) -> None:
 
 
 def check_stored_volume(volume: Volume) -> None:
-    """:raises BadMember: see `check_stored_vm`."""
+    """Checks a volume. :raises BadMember: see `check_stored_vm`."""
     _text("id", volume.id, _VOLUME_ID, "which is no id of a volume")
     _text("source", volume.source, _VOLUME_ID, "which is no id of a volume")
     _name("name", volume.name)
@@ -158,7 +159,7 @@ def check_stored_volume(volume: Volume) -> None:
 
 
 def check_stored_secret(secret: Secret) -> None:
-    """:raises BadMember: see `check_stored_vm`."""
+    """Checks a secret. :raises BadMember: see `check_stored_vm`."""
     _name("name", secret.name)
     _name("project", secret.project)
     _text("key_id", secret.key_id, _SECRET_KEY_ID, "which is no id of a key")
@@ -171,7 +172,7 @@ def check_stored_secret(secret: Secret) -> None:
 
 
 def check_stored_key(key: ApiKey) -> None:
-    """:raises BadMember: see `check_stored_vm`."""
+    """Checks an API key. :raises BadMember: see `check_stored_vm`."""
     _text("digest", key.digest, _SHA256, "which is no SHA-256")
     _text("id", key.id, _KEY_ID, "which is no id of a key")
     _name("name", key.name)
@@ -188,7 +189,7 @@ def check_stored_key(key: ApiKey) -> None:
 
 
 def check_stored_manifest(manifest: Manifest, prefix: str = "") -> None:
-    """Checks what becomes a path. :raises BadMember:"""
+    """Checks the members that become paths. :raises BadMember: one is not safe."""
     _name(f"{prefix}name", manifest.name)
     _name(f"{prefix}runtime", manifest.runtime)
     boot = manifest.boot
@@ -203,27 +204,28 @@ def check_stored_manifest(manifest: Manifest, prefix: str = "") -> None:
 
 
 def check_stored_plugin(manifest: Manifest) -> None:
-    """:raises BadMember: see `check_stored_manifest`; it would take the place of the built-in one."""
+    """Checks a stored plugin, which must not replace the built-in one. :raises BadMember: see
+    `check_stored_manifest`."""
     check_stored_manifest(manifest)
     if manifest.name == BASE.name:
         raise BadMember("name", manifest.name, "which is the plugin that is built in")
 
 
 def check_stored_epoch(epoch: object) -> str:
-    """Returns the epoch, which is part of file names. :raises BadMember:"""
+    """Returns the epoch, which is part of file names. :raises BadMember: it is malformed."""
     if not isinstance(epoch, str) or _EPOCH.match(epoch) is None:
         raise BadMember("value", epoch, "which is no epoch of events")
     return epoch
 
 
 def check_stored_time(member: str, at: datetime | None) -> None:
-    """:raises BadMember: it has no time zone."""
+    """Checks a time. :raises BadMember: it has no time zone."""
     if at is not None and at.tzinfo is None:
         raise BadMember(member, at.isoformat(), "which has no time zone")
 
 
 def check_addresses_differ(rows: Iterable[VmRow]) -> None:
-    """:raises BadMember: two VMs on the bridge have one address."""
+    """Checks that no two VMs on the bridge have the same address. :raises BadMember: two do."""
     owners: dict[str, VmRow] = {}
     for row in rows:
         if row.lease is not None and row.lease.tap:
@@ -275,7 +277,7 @@ def _port(member: str, port: PublishedPort) -> None:
 
 
 def check_stored_egress(egress: Egress) -> None:
-    """Its members become rules of the firewall. :raises BadMember:"""
+    """Checks members that become firewall rules. :raises BadMember: one is malformed."""
     try:
         if parse_egress(egress) == egress:
             return
