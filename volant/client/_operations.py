@@ -88,11 +88,11 @@ class VmsOperations(Operations):
     ) -> Sequence[VmView]:
         """List VMs, by id.
 
-        :param status: in one of these states
-        :param plugin: of one of these plugins
-        :param labels: `key=value`; all of them must hold
-        :param limit: at most so many
-        :param cursor: as in the `Link` before; opaque
+        :param status: only VMs in one of these states
+        :param plugin: only VMs of one of these plugins
+        :param labels: only VMs with all of these labels, as `key=value`
+        :param limit: maximum number of results
+        :param cursor: opaque cursor from the previous `Link` header
         """
         return await self._transport.get(
             "/api/v1/vms",
@@ -107,13 +107,12 @@ class VmsOperations(Operations):
         registry_auth: str | None = None,
         idempotency_key: str | None = None,
     ) -> VmView:
-        """Create a VM; it is durable when this is answered.
+        """Create a VM; it is durable when the request returns.
 
-        With `image`, the image's manifest and configuration are fetched before this is answered, and its layers as
-        the VM boots; what the image's configuration says of the program, the body may replace.  With
-        `from_snapshot` its first boot continues from that snapshot, as a copy with an identity of its own. Every
-        later boot is an ordinary one, with the disk as it was left. If the first fails the VM is `crashed`; no cold
-        boot follows.
+        With `image`, the image's manifest and configuration are fetched before the request returns, and its layers
+        while the VM boots. The body can override the image's configuration of the program.  With `from_snapshot`,
+        the first boot continues from that snapshot, as a copy with its own identity. Every later boot is an
+        ordinary one with the VM's disk. If the first boot fails, the VM is `crashed`; it does not boot cold.
 
         :param registry_auth: credentials for registries: the base64 of an auth file
         """
@@ -131,22 +130,23 @@ class VmsOperations(Operations):
     async def delete(self, name: str, *, timeout_s: float = 75) -> None:
         """Delete a VM.
 
-        A second request joins the first. A client that leaves cancels nothing; past 60 s it is 503.
+        A second request joins the first. The deletion continues if the client disconnects; after 60 s the answer is
+        503.
 
         :param timeout_s: how long to wait for the answer
         """
         await self._transport.send(Request("DELETE", f"/api/v1/vms/{check_name(name, 'name')}"), timeout_s=timeout_s)
 
     async def start(self, name: str, *, idempotency_key: str | None = None) -> VmView:
-        """Start a VM; nothing happens to one that runs."""
+        """Start a VM; does nothing if it runs."""
         return decode(
             await self._transport.once(f"/api/v1/vms/{check_name(name, 'name')}/start", key=idempotency_key), VmView
         )
 
     async def stop(self, name: str, *, grace_s: float | None = None, idempotency_key: str | None = None) -> VmView:
-        """Ask the guest to shut down, then kill it; nothing happens to a VM that is stopped.
+        """Ask the guest to shut down, then kill it; does nothing if the VM is stopped.
 
-        :param grace_s: how long the guest has before it is killed: default `10s`, at most `10m`
+        :param grace_s: how long the guest may take to shut down before it is killed: default `10s`, at most `10m`
         """
         return decode(
             await self._transport.once(
@@ -158,7 +158,7 @@ class VmsOperations(Operations):
     async def restart(self, name: str, *, grace_s: float | None = None, idempotency_key: str | None = None) -> VmView:
         """Stop a VM and start it again.
 
-        :param grace_s: how long the guest has before it is killed: default `10s`, at most `10m`
+        :param grace_s: how long the guest may take to shut down before it is killed: default `10s`, at most `10m`
         """
         return decode(
             await self._transport.once(
@@ -182,7 +182,7 @@ class VmsOperations(Operations):
         )
 
     async def recover(self, name: str, *, idempotency_key: str | None = None) -> VmView:
-        """Take control again of a VM whose reason is `control_lost`."""
+        """Regain control of a VM whose reason is `control_lost`."""
         return decode(
             await self._transport.once(f"/api/v1/vms/{check_name(name, 'name')}/recover", key=idempotency_key), VmView
         )
@@ -195,10 +195,10 @@ class VmsOperations(Operations):
         idempotency_key: str | None = None,
         timeout_s: float = 600,
     ) -> Sequence[VmView]:
-        """Create VMs that continue from where this one is; it keeps running itself.
+        """Create VMs that continue from this VM's present state; it keeps running.
 
-        Each has the memory and disk of this one, and receives its own identity before it is `running`. The VM has
-        to be running or paused. With `wait`, `Volant-Wait` is `met` when it is for all.
+        Each has this VM's memory and disk, and receives its own identity before it is `running`. The VM must be
+        running or paused. With `wait`, `Volant-Wait` is `met` when all of them are in a wanted state.
 
         :param timeout_s: how long to wait for the answer
         """
@@ -213,29 +213,31 @@ class VmsOperations(Operations):
         )
 
     async def inspect(self, name: str) -> dict[str, Any]:
-        """Show what the daemon does with a VM, to find a fault; its shape is no contract."""
+        """Show the daemon's internal state of a VM, to find a fault. The format may change."""
         return await self._transport.get(f"/api/v1/vms/{check_name(name, 'name')}/inspect", dict[str, Any])
 
     async def memory(self, name: str) -> VmMemory:
         """Measure the memory of a VM, as its guest and as the host sees it.
 
-        Costs the kernel some milliseconds for each GiB, so it is not for every second. 409: there is no process.
+        A measurement costs the kernel some milliseconds for each GiB, so don't repeat it every second. 409 if the
+        VM has no process.
         """
         return await self._transport.get(f"/api/v1/vms/{check_name(name, 'name')}/memory", VmMemory)
 
     async def stats(self) -> Sequence[VmStats]:
-        """Measure what each VM uses of the host: processor, memory, disks, network.
+        """Measure each VM's use of the host: processor, memory, disks, network.
 
-        The figures count from the start of the VM's process: two measurements give the use between them.
+        The figures count from the start of the VM's process; the difference of two measurements is the use between
+        them.
         """
         return await self._transport.get("/api/v1/stats/vms", list[VmStats])
 
     async def open_port(self, name: str, request: OpenPort | Mapping[str, Any]) -> PortOriginView:
         """Open a port of a VM at an origin of its own, where the scripts and cookies of its pages work.
 
-        On loopback that is `{port}-{id}.localhost`; else it is below a name of `*.` in the daemon's
-        `allowed_hosts`, and 409 without one, or if another host of the fleet has the VM. Where keys are in force,
-        the link hands over a grant, which lasts as long as the credentials of this request, 12 hours at most.
+        On loopback the origin is `{port}-{id}.localhost`. Otherwise it is below a name with `*.` in the daemon's
+        `allowed_hosts`; 409 if there is none, or if the VM is on another host of the fleet. If keys are required,
+        the link carries a grant that is valid as long as the credentials of this request, at most 12 hours.
         """
         return decode(
             await self._transport.send(
@@ -254,11 +256,11 @@ class SnapshotsOperations(Operations):
         idempotency_key: str | None = None,
         timeout_s: float = 600,
     ) -> SnapshotView:
-        """Keep a VM as it is now: memory, devices and disk.
+        """Save a VM's present memory, devices and disk.
 
-        The guest is paused for a moment, and what is copied then is written to the disk while it runs again. A
-        client that leaves cancels nothing. The VM has to be running or paused; a command that ends that ends this
-        too.
+        The guest is paused briefly, and the copy is written to the disk while it runs again. The snapshot continues
+        if the client disconnects. The VM must be running or paused; a command that ends this state also ends the
+        snapshot.
 
         :param timeout_s: how long to wait for the answer
         """
@@ -277,7 +279,7 @@ class SnapshotsOperations(Operations):
         return await self._transport.get(f"/api/v1/vms/{check_name(name, 'name')}/snapshots", list[SnapshotView])
 
     async def list(self) -> Sequence[SnapshotView]:
-        """List all snapshots, also those of deleted VMs, but for replicas: these belong to their VMs."""
+        """List all snapshots, including those of deleted VMs. Replicas are not listed, as they belong to their VMs."""
         return await self._transport.get("/api/v1/snapshots", list[SnapshotView])
 
     async def pull(
@@ -290,10 +292,9 @@ class SnapshotsOperations(Operations):
     ) -> SnapshotView:
         """Fetch a snapshot from a registry, and wait until it is on the disk.
 
-        What this host has already is not fetched: chunks of its template and of other snapshots of the project, and
-        what an earlier call has received. A client that leaves ends the transfer. The files that the snapshot
-        relies on are matched by digest; an OCI image that this host lacks is fetched, and what can't be had is
-        named in the error.
+        Chunks that this host already has are not fetched: those of its template, of other snapshots of the project,
+        and of an earlier call. The transfer ends if the client disconnects. The files that the snapshot needs are
+        matched by digest. A missing OCI image is fetched; the error names any other missing file.
 
         :param registry_auth: credentials for registries: the base64 of an auth file
         :param timeout_s: how long to wait for the answer
@@ -317,11 +318,11 @@ class SnapshotsOperations(Operations):
         registry_auth: str | None = None,
         timeout_s: float = 21660.0,
     ) -> RegistrySnapshot:
-        """Send a snapshot to a registry, and wait until all of it is there.
+        """Send a snapshot to a registry, and wait until it is completely there.
 
-        What the registry has already is not sent, such as chunks of other snapshots in the same repository. A
-        client that leaves ends the transfer; the next one goes on. The snapshot contains the guest's memory, with
-        what is secret in it.
+        Chunks that the registry already has are not sent, such as those of other snapshots in the same repository.
+        The transfer ends if the client disconnects; the next call continues it. The snapshot contains the guest's
+        memory, including its secrets.
 
         :param registry_auth: credentials for registries: the base64 of an auth file
         :param timeout_s: how long to wait for the answer
@@ -340,7 +341,7 @@ class SnapshotsOperations(Operations):
         )
 
     async def transfers(self) -> Sequence[TransferView]:
-        """List the snapshots that are on their way to or from a registry."""
+        """List the running transfers of snapshots to and from registries."""
         return await self._transport.get("/api/v1/transfers", list[TransferView])
 
     async def get(self, snapshot: str) -> SnapshotView:
@@ -356,11 +357,11 @@ class ForksOperations(Operations):
     async def list(self, *, limit: int | None = None, cursor: str | None = None) -> ForkTree:
         """Show the fork tree: VMs and snapshots that are copies or were copied, sources first.
 
-        It also has those that are deleted, as long as events are kept. A VM that is no copy and was not copied is
-        not in it.
+        It includes deleted ones, as long as their events are kept, and leaves out VMs that are no copy and were
+        never copied.
 
-        :param limit: at most so many nodes; default 100
-        :param cursor: the `next_cursor` of the page before
+        :param limit: maximum number of nodes; default 100
+        :param cursor: the `next_cursor` of the previous page
         """
         return await self._transport.get("/api/v1/forks", ForkTree, query={"limit": limit, "cursor": cursor})
 
@@ -399,11 +400,11 @@ class PluginsOperations(Operations):
         await self._transport.send(Request("DELETE", f"/api/v1/plugins/{check_name(name, 'name')}"))
 
     async def manifest(self, name: str) -> Manifest:
-        """Get what a plugin was installed from."""
+        """Get the manifest of a plugin."""
         return await self._transport.get(f"/api/v1/plugins/{check_name(name, 'name')}/manifest", Manifest)
 
     async def enable(self, name: str, enabled: bool, *, idempotency_key: str | None = None) -> PluginView:
-        """Let new VMs use a plugin, or not."""
+        """Allow or forbid new VMs to use a plugin."""
         return decode(
             await self._transport.once(
                 f"/api/v1/plugins/{check_name(name, 'name')}/enabled", key=idempotency_key, body={"enabled": enabled}
@@ -420,7 +421,7 @@ class NetworksOperations(Operations):
     async def create(self, name: str, *, idempotency_key: str | None = None) -> NetworkView:
         """Create a network.
 
-        VMs that are created with its name as `network` are in it, and reach each other there, by their names.
+        VMs created with its name as `network` reach each other in it by their names.
         """
         return decode(
             await self._transport.once("/api/v1/networks", key=idempotency_key, body={"name": name}), NetworkView
@@ -439,7 +440,7 @@ class ImagesOperations(Operations):
     async def list(self, *, reference: str | None = None) -> Sequence[ImageView]:
         """List the OCI images in the cache.
 
-        :param reference: only the one that this reference resolved to last
+        :param reference: only the image that this reference last resolved to
         """
         return await self._transport.get("/api/v1/images", list[ImageView], query={"reference": reference})
 
@@ -452,8 +453,8 @@ class ImagesOperations(Operations):
     ) -> ImageView:
         """Fetch an OCI image, and wait until it is in the cache.
 
-        A tag that the cache knows is not asked for again, unless `refresh` is set. If the client leaves, the fetch
-        goes on for 10 minutes; another request for the same image waits for it.
+        The registry is not asked about a tag that the cache knows, unless `refresh` is set. If the client
+        disconnects, the fetch continues for 10 minutes, and another request for the same image waits for it.
 
         :param registry_auth: credentials for registries: the base64 of an auth file
         :param timeout_s: how long to wait for the answer
@@ -478,9 +479,9 @@ class ImagesOperations(Operations):
         """Remove OCI images that no VM and no snapshot uses, the least recently used first.
 
         :param reference: only this reference, and its image unless something else needs it
-        :param max_mb: only until all images take at most so many MiB; default 0
-        :param unused_for_s: only images that were not used for so long: `12h`
-        :param dry_run: say what would go, and remove nothing
+        :param max_mb: stop once all images together take up at most this many MiB; default 0
+        :param unused_for_s: only images that were not used for this time: `12h`
+        :param dry_run: report what would be removed, without removing it
         :param timeout_s: how long to wait for the answer
         """
         return decode(
@@ -507,7 +508,7 @@ class ImagesOperations(Operations):
     async def delete(self, digest: str) -> None:
         """Delete an OCI image that no VM and no snapshot uses.
 
-        With a project, others that have it keep it.
+        If the request is for a project, other projects keep the image.
         """
         await self._transport.send(Request("DELETE", f"/api/v1/images/{part(digest, 'digest')}"))
 
@@ -520,9 +521,9 @@ class VolumesOperations(Operations):
     async def create(
         self, request: CreateVolume | Mapping[str, Any], *, idempotency_key: str | None = None, timeout_s: float = 150
     ) -> VolumeView:
-        """Create a volume: an ext4 filesystem in a file of the host, which only takes the space that was written.
+        """Create a volume: an ext4 filesystem in a file of the host, which takes up only the space that was written.
 
-        VMs that are created with `name:/path` in `volumes` mount it there. It stays when they are deleted.
+        VMs created with `name:/path` in `volumes` mount it there. It is kept when they are deleted.
 
         :param timeout_s: how long to wait for the answer
         """
@@ -542,7 +543,7 @@ class VolumesOperations(Operations):
         await self._transport.send(Request("DELETE", f"/api/v1/volumes/{check_name(name, 'name')}"))
 
     async def resize(self, name: str, size_mb: int, *, idempotency_key: str | None = None) -> VolumeView:
-        """Grow a volume, and the filesystem in a VM that writes to it. It can't shrink."""
+        """Grow a volume, and the filesystem in a VM that writes to it. A volume can't shrink."""
         return decode(
             await self._transport.once(
                 f"/api/v1/volumes/{check_name(name, 'name')}/resize", key=idempotency_key, body={"size_mb": size_mb}
@@ -560,7 +561,7 @@ class VolumesOperations(Operations):
     ) -> VolumeView:
         """Copy a volume that no VM writes to.
 
-        Where the host's file system can, the copy takes no space until one of both is written to.
+        If the host's file system supports it, the copy takes up no space until either volume is written to.
 
         :param timeout_s: how long to wait for the answer
         """
@@ -577,17 +578,17 @@ class VolumesOperations(Operations):
 
 class SecretsOperations(Operations):
     async def list(self) -> Sequence[SecretView]:
-        """List secrets, which VMs get as environment variables or files. Their values are never shown."""
+        """List secrets, which VMs receive as environment variables or files. Their values are never shown."""
         return await self._transport.get("/api/v1/secrets", list[SecretView])
 
     async def get(self, name: str) -> SecretView:
-        """Get what is known of a secret, and the VMs that refer to it. Its value is never shown."""
+        """Get a secret's metadata and the VMs that refer to it. Its value is never shown."""
         return await self._transport.get(f"/api/v1/secrets/{check_name(name, 'name')}", SecretView)
 
     async def set(self, name: str, request: SetSecret | Mapping[str, Any]) -> SecretView:
-        """Set the value of a secret, which is new or gets another one.
+        """Set the value of a new or present secret.
 
-        It is stored encrypted. VMs that refer to it get the value with their next boot.
+        It is stored encrypted. VMs that refer to it receive the value at their next boot.
         """
         return decode(
             await self._transport.send(
@@ -603,7 +604,7 @@ class SecretsOperations(Operations):
     async def reencrypt(self, *, timeout_s: float = 300) -> ReencryptedSecrets:
         """Re-encrypt the secrets of all projects with the first key of the key file. Put the new key there first.
 
-        A request that breaks off can be sent again.
+        An interrupted request can be repeated.
 
         :param timeout_s: how long to wait for the answer
         """
@@ -617,17 +618,17 @@ class TemplatesOperations(Operations):
     async def list(self) -> Sequence[TemplateView]:
         """List the templates that new VMs are cloned from.
 
-        With a project, those for plugins that it has.
+        If the request is for a project, only templates for its plugins.
         """
         return await self._transport.get("/api/v1/templates", list[TemplateView])
 
     async def build(
         self, request: BuildTemplate | Mapping[str, Any] | None = None, *, timeout_s: float = 600
     ) -> TemplateView:
-        """Build the template of a kind of VM, and wait for it.
+        """Build the template for a plugin and a VM size, and wait for it.
 
-        One that is there is returned at once; one that is being built is waited for. A client that leaves cancels
-        nothing. For the limits of the project a build counts as the creation of such a VM.
+        An existing template is returned at once; the request waits for one that is being built. The build continues
+        if the client disconnects. For the limits of the project, a build counts as the creation of such a VM.
 
         :param timeout_s: how long to wait for the answer
         """
@@ -645,15 +646,16 @@ class TemplatesOperations(Operations):
 
 class ProjectsOperations(Operations):
     async def list(self) -> Sequence[ProjectView]:
-        """List projects: for an administrator all, for others their own."""
+        """List projects: all for an administrator, otherwise the caller's own."""
         return await self._transport.get("/api/v1/projects", list[ProjectView])
 
     async def create(
         self, request: CreateProject | Mapping[str, Any], *, idempotency_key: str | None = None
     ) -> ProjectView:
-        """Create a project: a separate set of names, with limits.
+        """Create a project: a separate namespace with limits.
 
-        A key has one project. An administrator chooses with the header `Volant-Project`, or `project` in the query.
+        A key has one project. An administrator chooses one with the header `Volant-Project`, or `project` in the
+        query.
         """
         return decode(
             await self._transport.once("/api/v1/projects", key=idempotency_key, body=body_of(request)), ProjectView
@@ -664,10 +666,10 @@ class ProjectsOperations(Operations):
         return await self._transport.get(f"/api/v1/projects/{check_name(name, 'name')}", ProjectView)
 
     async def set_quota(self, name: str, request: Quota | Mapping[str, Any] | None = None) -> ProjectView:
-        """Replace the limits of a project; a member that is left out or null is no limit.
+        """Replace the limits of a project; a missing or null member means no limit.
 
-        VMs, disks and snapshots that already exceed a new limit stay. Further ones are refused: 409
-        `quota-exceeded`; 429 for creates within a minute.
+        VMs, disks and snapshots that already exceed a new limit stay. Further ones get 409 `quota-exceeded`, or 429
+        for too many creates per minute.
         """
         return decode(
             await self._transport.send(
@@ -677,10 +679,10 @@ class ProjectsOperations(Operations):
         )
 
     async def set_egress(self, name: str, request: SetEgress | Mapping[str, Any]) -> ProjectView:
-        """Replace the egress policy of a project: what its VMs may connect to.
+        """Replace the egress policy of a project, which limits the destinations of its VMs.
 
-        New VMs that ask for no policy have this one. Those that ask for more get 409 `egress-not-allowed`, and so
-        do forks and VMs from a snapshot whose original may connect to more. VMs that are there keep their policies.
+        New VMs without a policy of their own use it. Requests for more get 409 `egress-not-allowed`, as do forks
+        and restored VMs whose original may connect to more. Present VMs keep their policies.
         """
         return decode(
             await self._transport.send(
@@ -692,7 +694,7 @@ class ProjectsOperations(Operations):
     async def delete(self, name: str) -> None:
         """Delete an empty project that no key belongs to.
 
-        This also deletes the logs of its deleted VMs and its names of images. A new project of the same name starts
+        This also deletes the logs of its deleted VMs and its image names. A new project with the same name starts
         empty.
         """
         await self._transport.send(Request("DELETE", f"/api/v1/projects/{check_name(name, 'name')}"))
@@ -712,7 +714,7 @@ class KeysOperations(Operations):
     async def create(self, request: CreateApiKey | Mapping[str, Any]) -> NewApiKey:
         """Create an API key with a role, and show it once.
 
-        The first one has to be an administrator's, unless the daemon's settings name one: from then on clients over
+        The first key must be an administrator's, unless the daemon's settings have one. From then on clients over
         TCP need a key, also after a restart.
         """
         return decode(await self._transport.send(Request("POST", "/api/v1/keys", body=body_of(request))), NewApiKey)
@@ -724,14 +726,14 @@ class KeysOperations(Operations):
     async def delete(self, name: str) -> None:
         """Delete an API key, and end its requests and streams.
 
-        409: it is the last administrator's, and the daemon's settings name none.
+        409 if it is the last administrator's key and the daemon's settings have none.
         """
         await self._transport.send(Request("DELETE", f"/api/v1/keys/{check_name(name, 'name')}"))
 
     async def rotate(self, name: str, request: RotateApiKey | Mapping[str, Any] | None = None) -> NewApiKey:
-        """Replace an API key by a new one of the same name, role and project, and show it once.
+        """Replace an API key by a new one with the same name, role and project, and show it once.
 
-        The present key goes on for `overlap_s`. Without an overlap it ends at once, as do those before it.
+        The present key stays valid for `overlap_s`. Without an overlap it ends at once, like the keys before it.
         """
         return decode(
             await self._transport.send(
@@ -745,17 +747,17 @@ class KeysOperations(Operations):
 
 class FleetOperations(Operations):
     async def get(self) -> FleetView:
-        """Show the fleet, as the host that answers sees it."""
+        """Show the fleet, as seen by the host that answers."""
         return await self._transport.get("/api/v1/fleet", FleetView)
 
     async def leave(self, *, keep_vms: bool = False) -> None:
-        """Take the host that answers out of its fleet. The fleet forgets it and what it has, whose names are free
-        then.
+        """Remove the host that answers from its fleet. The fleet forgets the host and its objects, whose names become
+        free.
 
-        Its VMs run on. It refuses what the fleet had to agree on, such as new VMs, until `volantd` is restarted
-        without the settings of the fleet. `volar fleet leave` removes these, too.
+        Its VMs keep running. Until `volantd` is restarted without the settings of the fleet, the host refuses
+        requests that need the fleet's agreement, such as new VMs. `volar fleet leave` also removes these settings.
 
-        :param keep_vms: keep its VMs, snapshots and volumes, as this host's alone
+        :param keep_vms: keep its VMs, snapshots and volumes on this host
         """
         await self._transport.send(Request("POST", "/api/v1/fleet/leave", query={"keep_vms": flag(keep_vms)}))
 
@@ -770,13 +772,12 @@ class HostsOperations(Operations):
         return await self._transport.get(f"/api/v1/hosts/{check_name(name, 'name')}", HostView)
 
     async def drain(self, name: str, *, keep_vms: bool = False) -> HostView:
-        """Let a host get no new VMs, and move those that it has to other hosts, until `undrain`.
+        """Give a host no new VMs, and move its VMs to other hosts, until `undrain`.
 
-        Each VM is paused while it is copied, two at a time, and goes on where it was, with memory and disk. VMs
-        that can't move stay, and `moves` says why. The drain goes on without the client, and when a daemon is
-        restarted.
+        Each VM is paused while it is copied, two at a time, and continues with memory and disk. VMs that can't move
+        stay, and `moves` says why. The drain continues if the client disconnects or a daemon restarts.
 
-        :param keep_vms: let the VMs that it has run on
+        :param keep_vms: keep its VMs running on it
         """
         return decode(
             await self._transport.send(
@@ -786,20 +787,21 @@ class HostsOperations(Operations):
         )
 
     async def undrain(self, name: str) -> HostView:
-        """Let a host get new VMs again, and keep those that it has. A VM that is being copied goes on where it was."""
+        """Give a host new VMs again, and stop moving its VMs away. A VM that is being copied continues on its old
+        host.
+        """
         return decode(
             await self._transport.send(Request("POST", f"/api/v1/hosts/{check_name(name, 'name')}/undrain")), HostView
         )
 
     async def moves(self, name: str) -> HostMoves:
-        """Show what becomes of the VMs of a host that is being drained: which wait, move, or stay, and why."""
+        """Show the moves of the VMs of a draining host: which wait, move or stay, and why."""
         return await self._transport.get(f"/api/v1/hosts/{check_name(name, 'name')}/moves", HostMoves)
 
     async def delete(self, name: str) -> None:
-        """Forget a host that is gone for good. The names of its VMs are free then.
+        """Remove a permanently lost host from the fleet. The names of its VMs become free.
 
-        A host that gives a sign of life can't be deleted. If one that was deleted comes back, it is a new host,
-        with its VMs.
+        A reachable host can't be deleted. If a deleted host returns, it is a new host, with its VMs.
         """
         await self._transport.send(Request("DELETE", f"/api/v1/hosts/{check_name(name, 'name')}"))
 
@@ -810,14 +812,15 @@ class SystemOperations(Operations):
         return await self._transport.get("/api/v1/system/status", SystemStatus)
 
     async def drain(self, *, stop_vms: bool = False, grace_s: float | None = None) -> SystemStatus:
-        """Let no VM be created or start, for maintenance.
+        """Prevent VMs from being created or started, for maintenance.
 
-        What would create or start a VM is 503, `urn:volant:error:draining`. Running VMs keep running. One whose
-        restart policy is due, or whose host or guest has rebooted, waits. Asked again, `draining_since` stays. The
-        answer comes before VMs have stopped: their events, or `GET /api/v1/vms/{name}?wait=stopped`, report that.
+        Requests that would create or start a VM get 503, `urn:volant:error:draining`. Running VMs keep running. A
+        VM waits if its restart policy is due, or if its host or guest has rebooted. Another drain keeps
+        `draining_since`. The request returns before VMs have stopped: their events, or `GET
+        /api/v1/vms/{name}?wait=stopped`, report that.
 
-        :param stop_vms: stop VMs that are up, some at a time; they start again after `undrain`
-        :param grace_s: with `stop_vms`, for each guest: default `10s`, at most `10m`
+        :param stop_vms: stop running VMs, some at a time; they start again after `undrain`
+        :param grace_s: with `stop_vms`: how long each guest may take to shut down; default `10s`, at most `10m`
         """
         return decode(
             await self._transport.send(
@@ -827,26 +830,26 @@ class SystemOperations(Operations):
         )
 
     async def undrain(self) -> SystemStatus:
-        """Let VMs start again; those that waited do."""
+        """Allow VMs to start again; waiting VMs boot now."""
         return decode(await self._transport.send(Request("POST", "/api/v1/system/undrain")), SystemStatus)
 
     async def info(self) -> dict[str, Any]:
-        """Show versions, addresses, the accelerator and the reason for it."""
+        """Show versions, addresses, and the accelerator with the reason for its choice."""
         return await self._transport.get("/api/v1/system/info", dict[str, Any])
 
     async def orphans(self) -> Sequence[OrphanView]:
-        """List hypervisors that run and that no VM owns.
+        """List running hypervisors that no VM owns.
 
-        The daemon never touches them. Adopt one, or kill it.
+        The daemon never touches them. Adopt or kill them.
         """
         return await self._transport.get("/api/v1/system/orphans", list[OrphanView])
 
     async def adopt_orphan(self, tag: str, *, name: str | None = None) -> VmView:
-        """Make a VM of an orphaned hypervisor, in the project of the request.
+        """Make a VM from an orphaned hypervisor, in the project of the request.
 
-        Name, size and disk are as its command line says; plugin `base`, no labels, no restart policy.
+        Name, size and disk come from its command line; it has the plugin `base`, no labels and no restart policy.
 
-        :param name: instead of its own name
+        :param name: a name for the VM instead of its former one
         """
         return decode(
             await self._transport.send(
@@ -864,7 +867,7 @@ class SystemOperations(Operations):
         return await self._transport.get("/api/v1/system/tree", dict[str, Any])
 
     async def df(self) -> Usage:
-        """Show what takes space on the host for the daemon."""
+        """Show the disk space that the daemon's files take up on the host."""
         return await self._transport.get("/api/v1/system/df", Usage)
 
     async def prune(
@@ -875,14 +878,14 @@ class SystemOperations(Operations):
         unused_for_s: float | None = None,
         timeout_s: float = 330,
     ) -> Pruned:
-        """Remove what nothing uses.
+        """Remove unused files.
 
-        What a VM, a plugin or a process uses stays, also when that begins meanwhile.
+        Files that a VM, a plugin or a process uses are kept, also if the use begins meanwhile.
 
-        :param dry_run: say what would go, and remove nothing
-        :param kinds: only these; default `log`, `image`, `artifact`, `template`, `leftover`; `disk`, `snapshot`,
-            `database` only when named
-        :param unused_for_s: of templates only those from which no VM began for so long: `12h`
+        :param dry_run: report what would be removed, without removing it
+        :param kinds: kinds to remove; default `log`, `image`, `artifact`, `template`, `leftover`; `disk`,
+            `snapshot` and `database` only if listed
+        :param unused_for_s: only templates from which no VM was cloned for this time: `12h`
         :param timeout_s: how long to wait for the answer
         """
         return decode(
@@ -900,7 +903,8 @@ class SystemOperations(Operations):
     async def ticket(self, path: str | None = None) -> Ticket:
         """Create a ticket for a browser, which can't set headers on some streams.
 
-        With a project, the ticket is for that one, also at a path whose query is a guest's.
+        If the request names a project, the ticket is for that project, also for a path whose query belongs to a
+        guest.
         """
         return decode(
             await self._transport.send(Request("POST", "/api/v1/tickets", body=body_of(WantTicket(path)))), Ticket

@@ -1,6 +1,6 @@
-"""What clients can do: each operation once, and what adapters need to offer it.
+"""The operations that clients can call, each declared once, and helpers for the adapters that offer them.
 
-`TABLE` holds all of them. Importing this package fills it, but for what `agui/` and `mcp/` add of their own.
+`TABLE` holds all of them. Importing this package fills it, except for the additions of `agui/` and `mcp/`.
 """
 
 from ._admission import Admission as Admission, acting as acting, begin as begin, name_target as name_target

@@ -1,4 +1,4 @@
-"""What the table of operations says of a request: whether its caller may do it, and what is recorded of it."""
+"""Admission of requests by the table of operations: permissions and audit records."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ._context import Context
 from ._table import Operation, Recorded, Table
 
 AUTHENTICATE = "authenticate"
-"""Stands for the operation in records of callers that were not let in."""
+"""The operation in records of callers that were rejected."""
 _GUESTS = ("/api/v1/vms/", "/ws/v1/vms/")
 
 
@@ -27,14 +27,13 @@ class Admission:
         self._recorder = recorder
 
     def find(self, call: Call, path: str) -> Operation | None:
-        """Returns the operation that a request is for, by its path as it is routed. Routes of streams take a slash at
-        the end, too."""
+        """Returns the operation of a request by its routed path. Routes of streams also accept a final slash."""
         found = self._table.find(call.method, path) or self._table.find(call.method, path.rstrip("/"))
         return found or self._find_in_guest(path)
 
     def _find_in_guest(self, path: str) -> Operation | None:
-        """Returns the operation for a path into a guest that documents don't show: guests take any method, and some
-        clients append slashes, or `/devtools/` once more."""
+        """Returns the operation for a path into a guest that documents don't show. Guests accept any method, and some
+        clients append slashes or repeat `/devtools/`."""
         if path.startswith(_GUESTS):
             for other in (path, path.rstrip("/"), f"{path}/", path.replace("/devtools/devtools/", "/devtools/", 1)):
                 found = self._table.find("GET", other)
@@ -43,7 +42,8 @@ class Admission:
         return None
 
     def cause(self, call: Call, path: str, operation: Operation | None) -> Cause | None:
-        """Returns what is recorded of a request; None: it only reads. The project follows, once it is known."""
+        """Returns the cause of a request for its records; None if it only reads. The project is added once it is
+        known."""
         if operation is None or operation.recorded is Recorded.NOT:
             return None
         assert call.caller is not None
@@ -53,20 +53,20 @@ class Admission:
         return found
 
     def rejected(self, call: Call, caller: Caller) -> Cause:
-        """Returns what is recorded of a request whose caller is known and not let in."""
+        """Returns the cause of a request whose caller is known but rejected."""
         return Cause(operation=AUTHENTICATE, caller=caller, request_id=call.request_id, each_minute=True)
 
     def check(self, caller: Caller, operation: Operation | None) -> None:
-        """:raises Problem: 403 the caller lacks the permission of an operation."""
+        """Checks the permission. :raises Problem: 403, the caller lacks the permission of an operation."""
         check_operation(caller, operation)
 
     async def answer(self, cause: Cause, problem: Problem | None) -> None:
-        """See `Recorder.answer`."""
+        """Passes the outcome to `Recorder.answer`."""
         await self._recorder.answer(cause, problem)
 
 
 def check_operation(caller: Caller, operation: Operation | None) -> None:
-    """:raises Problem: 403 the caller lacks the permission of an operation."""
+    """Checks the permission. :raises Problem: 403, the caller lacks the permission of an operation."""
     # A path that nothing is at is of no use to a caller with fewer permissions, and may be a bug of the table.
     permission = Permission.ADMIN if operation is None else operation.permission
     if permission is not Permission.PUBLIC and not caller.may(permission):
@@ -95,9 +95,9 @@ def cause_of(operation: Operation, caller: Caller, request_id: str, project: str
 
 @asynccontextmanager
 async def acting(context: Context, operation: Operation, target: str = "") -> AsyncIterator[None]:
-    """Calls an operation in the block, for an adapter that calls several in one request, and records it.
+    """Records an operation that the block calls, for an adapter that calls several in one request.
 
-    :raises Problem: 403 the caller lacks its permission; 503 it can't be recorded
+    :raises Problem: 403, the caller lacks its permission; 503, it can't be recorded
     """
     cause = None
     if operation.recorded is not Recorded.NOT:
@@ -124,7 +124,7 @@ async def acting(context: Context, operation: Operation, target: str = "") -> As
 
 
 def name_target(path: Sequence[str], body: Any) -> None:
-    """Notes what an operation is about, for its record: the names in its path, and those in its body."""
+    """Adds the target of an operation to its record: the names in its path and in its body."""
     cause = current_cause.get()
     if cause is not None:
         names = [*path, *_names(body)]
@@ -133,9 +133,9 @@ def name_target(path: Sequence[str], body: Any) -> None:
 
 
 async def begin(context: Context, operation: Operation) -> None:
-    """Records that an operation is about to be done, unless its change is recorded with it.
+    """Records that an operation is about to start, unless its change includes the record.
 
-    :raises Problem: 503 it can't be recorded
+    :raises Problem: 503, it can't be recorded
     """
     if not operation.journaled:
         await context.deps.recorder.begin()
@@ -150,7 +150,7 @@ def _names(body: Any) -> list[str]:
 
 
 def _target(operation: Operation, path: str) -> str:
-    """Returns the first name in a path; empty: there is none."""
+    """Returns the first name in a path; empty if it has none."""
     for part, given in zip(operation.path.split("/"), path.split("/"), strict=False):
         if part.startswith("{") and part != "{path}":
             return unquote(given)

@@ -1,7 +1,7 @@
-"""The client's methods, written as Python from the table of operations, so that type checkers and editors know them.
+"""Generates the client's methods from the table of operations as Python, for type checkers and editors.
 
-`docs/build.py` keeps the text in `volant/client/_operations.py`. The client can't import the table: that would bring
-the daemon with it.
+`docs/build.py` writes the text to `volant/client/_operations.py`. The client can't import the table, which would import
+the daemon.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def _lower(text: str) -> str:
 
 
 def _path(operation: Operation) -> str:
-    """Returns an expression for the path, in which nothing that is given can be another path."""
+    """Returns an expression for the path that escapes its arguments, so that they can't lead to another path."""
 
     def part(found: re.Match[str]) -> str:
         name = found[1]
@@ -166,9 +166,9 @@ def _body(operation: Operation) -> tuple[str, str] | None:
 
 
 def _only_member(body: type[msgspec.Struct]) -> FieldInfo | None:
-    """Returns the member of a body that has only this one, which clients pass by itself; None: they pass the body.
+    """Returns the only member of a body, which clients pass by itself; None if they pass the whole body.
 
-    One of several types is passed in its body, which can be a mapping.
+    A body of one of several types is passed whole, and can be a mapping.
     """
     fields = msgspec.structs.fields(body)
     if len(fields) != 1:

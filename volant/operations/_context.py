@@ -1,4 +1,4 @@
-"""What an operation is called with, besides its parameters."""
+"""The context of a call of an operation."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class Context:
 
     deps: ApiDeps
     scope: Any
-    """Of ASGI: who calls, and from where."""
+    """The ASGI scope, with the caller and its address."""
     key: IdempotencyKey | None = None
-    """For the journal, of a request that may be sent again."""
+    """The idempotency key of a request that may be repeated, for the journal."""
     versions: Collection[Version] | None = None
-    """States of the VM of which the caller wants one to be the present one; None when any will do."""
+    """The versions of the VM that the caller accepts; None for any."""
     missing_hosts: set[str] = field(default_factory=set)
-    """Hosts of the fleet that did not say what they have, so the result lacks it."""
+    """Hosts of the fleet that did not answer, so the result lacks their part."""
     since: EventId = field(init=False)
     """The newest event when the call began."""
 
@@ -43,21 +43,21 @@ class Context:
 
     @property
     def project(self) -> str:
-        """The project that names are looked up in. :raises Problem: 400 the caller asks for all of them."""
+        """The project in which names are looked up. :raises Problem: 400, the caller asks for all projects."""
         return one_project(self.scope)
 
     @property
     def listed(self) -> str | None:
-        """The project whose things are listed; None: those of all."""
+        """The project whose objects are listed; None for all projects."""
         return listed_project(self.scope)
 
     @property
     def seen(self) -> str | None:
-        """The project whose part is shown of what all projects share; None: all of it."""
+        """The project whose part of shared objects is shown; None for all parts."""
         return seen_project(self.scope)
 
     def named(self, name: str) -> Key:
-        """Returns what finds that name in the project. :raises Problem: see `project`."""
+        """Returns the key of a name in the project. :raises Problem: see `project`."""
         return Key(self.project, name)
 
     @property
@@ -69,7 +69,7 @@ class Context:
     async def unless_stopping(self, wait: Callable[[], Awaitable[T]], otherwise: str = "the daemon stops") -> T:
         """Waits for something that may take long.
 
-        :raises Problem: 503 the daemon stops meanwhile, 401 the caller's credentials end
+        :raises Problem: 503, the daemon stops meanwhile; 401, the caller's credentials end
         """
         done: list[T] = []
 

@@ -1,4 +1,4 @@
-"""What the API uses of the rest of the daemon, handed in."""
+"""The dependencies of the API on the rest of the daemon."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ Health = Literal["ok", "starting", "stopping", "degraded"]
 
 
 class DaemonInfo(Protocol):
-    """The daemon, as far as it tells about itself."""
+    """The daemon's information about itself."""
 
     started_at: datetime
     adoption_s: float | None
-    """How long it took at the start to take up the VMs there were; None until that is done."""
+    """How long the adoption of VMs took at the start; None until it is done."""
 
     def health(self) -> Health:
-        """`ok` when the supervisor tree is whole."""
+        """Returns `ok` if the supervisor tree is healthy."""
 
     def tree(self) -> Mapping[str, object]:
-        """The supervisor tree, ready for JSON."""
+        """Returns the supervisor tree, ready for JSON."""
 
     def info(self) -> Mapping[str, object]:
-        """Addresses, versions, accelerator and why, ready for JSON."""
+        """Returns addresses, versions, and the accelerator with the reason for it, ready for JSON."""
 
 
 class ApiDeps(msgspec.Struct, frozen=True, kw_only=True):
-    """What operations and their adapters use of the daemon."""
+    """The dependencies of operations and their adapters."""
 
     vms: Vms
     journal: JournalRef
@@ -57,7 +57,7 @@ class ApiDeps(msgspec.Struct, frozen=True, kw_only=True):
     access: Access
     keys: NamedKeys
     egress: EgressActivity
-    """What VMs with an egress policy were denied."""
+    """Denied connections of VMs with an egress policy."""
     recorder: Recorder
     fleet: Fleet | None = None
-    """None: the host is in no fleet."""
+    """None if the host is in no fleet."""

@@ -1,4 +1,4 @@
-"""What all operations with OCI images share: credentials, files of this host, errors, views."""
+"""Shared parts of the operations with OCI images: credentials, files of this host, errors, views."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ _STATUS = {
     "too_large": (422, "snapshot-too-large"),
     "disk_full": (507, "disk-full"),
 }
-"""Statuses and codes of problems. What is not here is 503, under its own name: a client can do nothing but try again,
-or tell the operator."""
+"""Statuses and codes of problems. Other errors are 503, under their own names: a client can only retry or tell the
+operator."""
 _LOOKUP_S = 10.0
 _RETRY_AFTER_S = {
     "registry_busy": 60,
@@ -77,8 +77,8 @@ _RETRY_AFTER_S = {
 
 @contextmanager
 def image_problems(field: str | None = None) -> Iterator[None]:
-    """:raises Problem: instead of errors of images, transfers and chunks. `field`: the member of the body that names
-    what is in a registry"""
+    """Converts errors of images, transfers and chunks to Problems. `field` is the member of the body that names the
+    object in a registry."""
     try:
         yield
     except (OciError, TransferError, ChunkError) as error:
@@ -86,7 +86,7 @@ def image_problems(field: str | None = None) -> Iterator[None]:
 
 
 def image_problem(error: CodedError, field: str | None = None) -> Problem:
-    """Returns the problem for such an error."""
+    """Returns the problem for an error."""
     status, code = _STATUS.get(error.code, (503, error.code.replace("_", "-")))
     return Problem(
         status, code, error.message, field=field, hint=error.hint or None, retry_after_s=_RETRY_AFTER_S.get(error.code)
@@ -94,11 +94,12 @@ def image_problem(error: CodedError, field: str | None = None) -> Problem:
 
 
 async def registry_auth(context: Context, secret: str | None) -> bytes | None:
-    """Returns the credentials for registries that came with a request or that it names, as the content of an auth file.
-    They are for one fetch: never stored, logged, or part of a text.
+    """Returns a request's credentials for registries, from its header or a secret, as the content of an auth file. They
+    are for one fetch, and never stored, logged, or part of a text.
 
     :param secret: `registry_secret`, the name of a secret of the project
-    :raises Problem: 400 they can't be read; 404 there is no such secret; 422 both; 503 the secret can't be decrypted
+    :raises Problem: 400, they can't be parsed; 404, there is no such secret; 422, both are given; 503, the secret can't
+    be decrypted
     """
     given = [value for name, value in context.scope["headers"] if name == REGISTRY_AUTH]
     if secret is not None:
@@ -120,9 +121,9 @@ async def registry_auth(context: Context, secret: str | None) -> bytes | None:
 
 
 async def admit_image(context: Context, reference: str, field: str = "reference") -> None:
-    """Checks that a client may name an image: one in a file of this host only below `artifact_dirs`.
+    """Checks that a client may name an image. It may name a file of this host only below `artifact_dirs`.
 
-    :raises Problem: 400 it is no reference; 403 the client may not name that file
+    :raises Problem: 400, it is no reference; 403, the client may not name that file
     """
     with image_problems(field):
         found = oci.parse_reference(reference)
@@ -146,8 +147,8 @@ def may_name(context: Context, path: Path) -> bool:
 
 
 async def _admit_registry(context: Context, reference: str, registry: str, field: str) -> None:
-    """An administrator may name any registry, and everybody what their project has in the cache. Otherwise they could
-    look for services of the host and its network.
+    """Checks that a caller may contact a registry. Administrators may contact any registry, others only refer to images
+    in their project's cache. Otherwise they could probe the host's network for services.
 
     :raises Problem: 403
     """
@@ -164,7 +165,7 @@ async def _admit_registry(context: Context, reference: str, registry: str, field
 
 
 def image_view(image: CachedImage, users: Mapping[str, Sequence[ImageUser]], project: str | None) -> ImageView:
-    """Returns what clients of a project see of an image; None: of all."""
+    """Returns the view of an image for clients of a project; None for all projects."""
     config = image.config
     return ImageView(
         digest=image.digest,
@@ -190,7 +191,7 @@ def image_view(image: CachedImage, users: Mapping[str, Sequence[ImageUser]], pro
 
 
 def pull_view(pull: Pull) -> PullView:
-    """Returns what clients see of a fetch."""
+    """Returns the view of a fetch."""
     report = pull.report
     return PullView(
         reference=pull.reference,

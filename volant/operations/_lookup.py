@@ -1,4 +1,4 @@
-"""Finds what a request names: VMs, their logs and their actions; and waits for what it has begun."""
+"""Finds the objects of a request: VMs, their logs and their actions; and waits for VMs to reach a state."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ._context import Context
 from ._deps import ApiDeps
 
 Waited = Literal["met", "failed", "timeout"]
-"""`met`: all VMs are, or since the call began were, in one of the states. `failed`: one came to rest in another one, or
-is gone."""
+"""`met`: all VMs are or, since the call began, were in one of the states. `failed`: one is at rest in another state, or
+deleted."""
 
 
 async def wait_for(context: Context, result: Any, states: Collection[str], timeout_s: float) -> tuple[Any, Waited]:
-    """Waits for the VMs of a result; returns them as they are then, and how the wait ended.
+    """Waits for the VMs of a result. Returns their new state and how the wait ended.
 
-    A daemon that stops ends the wait, as if the time were up: the client can wait on when it is back.
+    When the daemon stops, the wait ends as with a timeout, and the client can repeat it after the restart.
 
-    :raises Problem: 401 the caller's credentials ended
+    :raises Problem: 401, the caller's credentials ended
     """
     vms, store = context.deps.vms, context.deps.store
     ids = [vm.id for vm in result.copies] if isinstance(result, VmForked) else [result.vm.id]
@@ -60,15 +60,15 @@ _SHOWN = 20
 
 
 def find_vm(deps: ApiDeps, vm: Key) -> VmRow:
-    """The row of a VM. :raises Problem: 404."""
+    """Returns the row of a VM. :raises Problem: 404."""
     return deps.store.projection.require(vm)
 
 
 async def enter(deps: ApiDeps, vm: Key, detail: str = "") -> tuple[VmRow, AgentClient]:
     """Returns a VM and a client of its agent, and records the access.
 
-    :param detail: what is reached, for the record
-    :raises Problem: 404; 409 it does not run; 503 the access can't be recorded.
+    :param detail: the part of the guest, for the record
+    :raises Problem: 404; 409, it does not run; 503, the access can't be recorded.
     """
     row = find_vm(deps, vm)
     client = deps.vms.guests.agent(vm)
@@ -77,14 +77,14 @@ async def enter(deps: ApiDeps, vm: Key, detail: str = "") -> tuple[VmRow, AgentC
 
 
 async def record_access(deps: ApiDeps, row: VmRow, detail: str = "") -> None:
-    """Records that the caller is about to reach into a guest. :raises Problem: 503 it can't be recorded."""
+    """Records that the caller is about to access a guest. :raises Problem: 503, it can't be recorded."""
     if current_cause.get() is None:
         raise RuntimeError(f"access to VM {row.name} has no cause to record")
     await deps.recorder.begin(row.id, detail)
 
 
 def require_project(deps: ApiDeps, name: str) -> None:
-    """:raises Problem: 404 there is no such project."""
+    """Checks that a project exists. :raises Problem: 404."""
     if deps.store.projection.project(name) is None:
         raise no_such_project(name)
 
@@ -97,8 +97,8 @@ def select_vms(
     plugins: Collection[str] = (),
     labels: Mapping[str, str] | None = None,
 ) -> list[VmRow]:
-    """The VMs of a project (None: of all) in one of these states, of one of these plugins, with all of these labels; by
-    id."""
+    """Returns the VMs of a project (None for all projects) with one of these states, one of these plugins, and all of
+    these labels, by id."""
     wanted = (labels or {}).items()
     return [
         row
@@ -111,7 +111,7 @@ def select_vms(
 
 
 def open_log(deps: ApiDeps, row: VmRow) -> VmLog:
-    """The log of a VM. :raises Problem: 503 the disk can't be read."""
+    """Returns the log of a VM. :raises Problem: 503, the disk can't be read."""
     with unreadable(row.name):
         return deps.logs.open(row.id, row.key)
 
@@ -125,9 +125,9 @@ def unreadable(name: str) -> Iterator[None]:
 
 
 def find_action(row: VmRow, plugin: str, wanted: str) -> tuple[Action, int]:
-    """An action of a VM, and the port at which the workload does it.
+    """Returns an action of a VM, and the workload's port.
 
-    :raises Problem: 404 it is another plugin's VM, or the plugin has no such action.
+    :raises Problem: 404, the VM has another plugin, or the plugin has no such action.
     """
     if plugin != row.plugin:
         raise Problem(

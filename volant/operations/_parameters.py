@@ -1,4 +1,4 @@
-"""Kinds of query parameters: how one is read from a request, described to clients, and sent by ours.
+"""Kinds of query parameters: their parsing, their description, and their encoding by the client.
 
 An operation names its parameters in its signature: `grace_s: Annotated[float, Seconds("How long …", 600)] = 10.0`.
 """
@@ -19,22 +19,22 @@ _DURATION = "^[0-9]{1,12}(ms|s|m|h|d)$"
 TEN_MINUTES = (
     "^(0{0,6}([0-9]{1,5}|[1-5][0-9]{5}|600000)ms|0{0,9}([0-9]{1,2}|[1-5][0-9]{2}|600)s|0{0,10}([0-9]|10)m|0{1,12}[hd])$"
 )
-"""A duration of at most that, for schemas."""
+"""The pattern of durations up to ten minutes, for schemas."""
 _PATTERNS = {600.0: TEN_MINUTES, math.inf: _DURATION}
 
 
 class QueryParameter(msgspec.Struct, frozen=True, kw_only=True):
-    """One parameter. `name`: in the query, where it differs from the name in Python."""
+    """A query parameter. `name` is its name in the query, if that differs from the name in Python."""
 
     help: str
     name: str = ""
 
     repeated = False
-    """Whether it is given once for each value."""
+    """Whether a parameter with several values is repeated for each."""
     client_type = "str | None"
-    """Its annotation in the client."""
+    """Its type annotation in the client."""
     encoder: ClassVar[str | None] = None
-    """The function of the client that makes text of a value."""
+    """The client's function that encodes a value as text."""
 
     @property
     def schema(self) -> Any:
@@ -52,12 +52,12 @@ class QueryParameter(msgspec.Struct, frozen=True, kw_only=True):
         return default if text is None else text
 
     def texts(self, value: Any) -> list[str]:
-        """Returns the texts in a query that `read` makes this value of."""
+        """Returns the query texts that `read` parses as this value."""
         return [] if value is None else [str(value)]
 
 
 class Text(QueryParameter, frozen=True, kw_only=True):
-    """Text, or with `of` a narrower type of text, which the operation checks."""
+    """Text. `of` can be a narrower type, which the operation checks."""
 
     of: Any = str
 
@@ -89,7 +89,7 @@ class Integer(QueryParameter, frozen=True, kw_only=True):
     minimum: int = 0
     maximum: int = MAX_INTEGER
     tool_maximum: int | None = None
-    """The bound for models, where it is lower."""
+    """The maximum for models, if it is lower."""
 
     client_type = "int | None"
 
@@ -130,7 +130,7 @@ class Seconds(QueryParameter, frozen=True, kw_only=True):
 
 
 class Words(QueryParameter, frozen=True, kw_only=True):
-    """Some of a set of words, comma-separated or repeated. `of`: an enumeration, a `Literal`, or the words."""
+    """Some words of a set, comma-separated or repeated. `of` is an enumeration, a `Literal`, or the words."""
 
     of: Any
 

@@ -1,4 +1,4 @@
-"""What operations return, and what of it clients see: a view, and headers or links beside it."""
+"""The results of operations, and their views with headers and links."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ class Page(Generic[T], msgspec.Struct, frozen=True):
 
     items: Sequence[T]
     total: int | None
-    """How many fit, on all pages; None: not all hosts of the fleet were asked."""
+    """The number of items on all pages; None if not all hosts of the fleet were asked."""
     next_cursor: int | None
     """None on the last page."""
     event_id: str
-    """The event up to which the list is true."""
+    """The last event that the list includes."""
     cursors: Sequence[int]
-    """For each item, what continues after it."""
+    """For each item, the cursor after it."""
 
 
 class Shown(msgspec.Struct, frozen=True):
-    """A result as clients see it."""
+    """The view of a result, with its headers."""
 
     view: Any
     etag: str | None = None
@@ -54,7 +54,7 @@ def etag(vm_id: int, revision: int) -> str:
 
 
 def show(result: Any) -> Shown:
-    """Returns what clients see of a result."""
+    """Returns the view of a result."""
     match result:
         case VmCreated(vm=vm, revision=revision):
             return Shown(vm, etag(vm.id, revision), f"/api/v1/vms/{quote(vm.name)}")
@@ -96,17 +96,17 @@ _VIEWS: dict[Any, Any] = {
 
 
 def view_type(result: Any) -> Any:
-    """Returns the type of the view of a type of results; None where there is nothing to see."""
+    """Returns the type of the view for a type of results; None if it has no view."""
     if get_origin(result) is Page:
         return GenericAlias(list, get_args(result))
     return None if result is type(None) else _VIEWS.get(result, result)
 
 
 def has_etag(result: Any) -> bool:
-    """Whether results of a type have an `ETag`."""
+    """Returns whether results of a type have an `ETag`."""
     return result in (VmCreated, VmChanged)
 
 
 def has_location(result: Any) -> bool:
-    """Whether results of a type are something new, with a path of its own."""
+    """Returns whether results of a type are new objects with a path."""
     return result in (VmCreated, SnapshotTaken, NetworkCreated, ProjectCreated, VolumeCreated, PluginInstalled)

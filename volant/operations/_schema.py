@@ -1,4 +1,4 @@
-"""JSON Schemas of structs, with the texts that stand under their members."""
+"""JSON Schemas of structs, with the docstrings of their members."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ import msgspec
 Schema = dict[str, Any]
 
 _SYNTAX_TREES = threading.Lock()
-"""Held by a thread while it makes syntax trees. On Python 3.11, all threads share one count of the depth, so two at
-once may fail with a SystemError: garbage collection can run Python code half-way, and another thread goes on there."""
+"""Held by a thread while it creates syntax trees. On Python 3.11 all threads share one counter of the depth, so two at
+once may fail with a SystemError: garbage collection can run Python code in the middle, and another thread continues
+there."""
 
 
 def standalone(kind: type[msgspec.Struct]) -> Schema:
-    """The schema of one struct, with what it refers to in its place: not everybody follows references."""
+    """Returns the schema of one struct, with references replaced by their targets: not all readers follow
+    references."""
     _, components = msgspec.json.schema_components([kind], ref_template="{name}")
     for owner in owners(kind):
         for base in reversed(owner.__mro__):
@@ -41,7 +43,7 @@ def standalone(kind: type[msgspec.Struct]) -> Schema:
 
 
 def owners(kind: Any) -> Iterator[type]:
-    """The structs and typed dictionaries that a type is made of."""
+    """Yields the structs and typed dictionaries that a type consists of."""
     if isinstance(kind, type) and (issubclass(kind, msgspec.Struct) or is_typeddict(kind)):
         yield kind
         for hint in get_type_hints(kind).values():
@@ -51,7 +53,7 @@ def owners(kind: Any) -> Iterator[type]:
 
 
 def describe(owner: type, schema: Schema) -> None:
-    """Put the text under each member, that of the class, and what its types can't say into its schema."""
+    """Adds the docstrings of a class and its members, and the rules that its types can't express, to its schema."""
     texts = _member_texts(owner)
     if texts is None:
         return
@@ -69,9 +71,9 @@ def describe(owner: type, schema: Schema) -> None:
 
 @cache
 def _member_texts(owner: type) -> dict[str, str] | None:
-    """Returns the text under each member of a class; None for a class without source.
+    """Returns the docstring of each member of a class; None for a class without source.
 
-    A type that is made by a call, as its members' names are no names of Python's, has no source.
+    A type created by a call, whose members' names are not valid in Python, has no source.
     """
     # On Python 3.11, `getsource` parses the whole module.
     with _SYNTAX_TREES:

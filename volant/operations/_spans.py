@@ -1,8 +1,8 @@
-"""Operations whose result is that of all hosts of the fleet together.
+"""Operations whose result combines all hosts of the fleet.
 
-Each host is asked for its own part, by the same operation. Without a limit all are asked at once. With one they are
-asked in the order of their numbers, as many at a time as are likely to have what is missing on the page; a cursor is
-the host's number and that host's own cursor.
+Each host answers the same operation for its own part. Without a limit all hosts are asked at once. With a limit they
+are asked in the order of their numbers, as many at a time as are likely to fill the page; a cursor consists of the
+host's number and that host's own cursor.
 
 A host that does not answer delays the others by a few seconds at most, and is named in `Context.missing_hosts`.
 """
@@ -36,17 +36,20 @@ T = TypeVar("T")
 _ASK_S = 5.0
 _AT_ONCE = 32
 _CURSORS = 10**12
-"""More than any cursor of one host: ids of VMs have at most 12 digits."""
+"""More than any cursor of one host, as ids of VMs have at most 12 digits."""
 _logger = logging.getLogger("volant.api")
 
 Part = tuple["Member", T]
 
 
 class Spans(Generic[T]):
-    """How the results of hosts become one. This one is for plain lists, which are not divided into pages."""
+    """Joins the results of hosts. This class is for plain lists without pages."""
 
     def __init__(self, of: Any, key: Any) -> None:
-        """:param of: the type of an item; `key`: what the list is sorted by"""
+        """Creates it.
+
+        :param of: the type of an item
+        :param key: the sort key of the list"""
         self._of = of
         self._key = key
 
@@ -55,29 +58,29 @@ class Spans(Generic[T]):
         return msgspec.json.decode(answer.body, type=GenericAlias(list, self._of))
 
     def last_known(self, context: Context, fleet: Fleet, host: str, parameters: Mapping[str, Any]) -> Any:
-        """Returns what is known of a host that does not answer; None: nothing."""
+        """Returns the last known data of a host that does not answer; None if there is none."""
         return None
 
     def size(self, result: Any) -> int:
-        """Returns how many items it has."""
+        """Returns the number of items."""
         return len(result)
 
     def next_cursor(self, result: Any) -> Any:
-        """Returns the cursor of the host for its next page; None: this is its last."""
+        """Returns the host's cursor for its next page; None if this is its last page."""
         return None
 
     def join(self, parts: Sequence[Part[Any]], next_cursor: Any, whole: bool, fleet: Fleet) -> Any:
-        """Returns the result of all.
+        """Returns the result of all hosts.
 
         :param parts: in the order of the hosts' numbers
-        :param next_cursor: for the whole list; None: this is the last page
+        :param next_cursor: for the whole list; None if this is the last page
         :param whole: whether all hosts were asked from their beginnings
         """
         return sorted((item for _, result in parts for item in result), key=self._key)
 
 
 class PageSpans(Spans[Any]):
-    """For lists that are divided into pages."""
+    """Joins lists that are divided into pages."""
 
     def __init__(
         self,
@@ -85,7 +88,9 @@ class PageSpans(Spans[Any]):
         cursor: Callable[[Any], int],
         last_known: Callable[[Context, Fleet, str, Mapping[str, Any]], Page[Any]],
     ) -> None:
-        """:param cursor: returns what continues after an item, on its host"""
+        """Creates it.
+
+        :param cursor: returns the cursor after an item, on its host"""
         super().__init__(of, cursor)
         self._last_known = last_known
 
@@ -121,8 +126,8 @@ class PageSpans(Spans[Any]):
 
 
 def event_id_of(fleet: Fleet, known: Mapping[int, str]) -> str:
-    """Returns the event up to which a list of several hosts is true. For a host that was not asked, that is the one
-    that it has reported last: older rather than newer, so a client that follows events from there misses none."""
+    """Returns the last event that a list of several hosts includes. For a host that was not asked, that is the last
+    event it has reported: older rather than newer, so a client that follows events from there misses none."""
     from volant.fleet import position_text
 
     positions = {member.number: member.head for member in fleet.members()}
@@ -135,7 +140,7 @@ Call = Callable[..., Awaitable[Any]]
 
 
 def spanning(call: Call, path: str, query: Mapping[str, QueryParameter], spans: Spans[Any]) -> Call:
-    """Returns the operation `call` for all hosts of the fleet together; `path` and `query` are its own."""
+    """Returns the operation `call` for all hosts of the fleet together; `path` and `query` belong to it."""
 
     defaults = {name: each.default for name, each in inspect.signature(call).parameters.items() if name in query}
 
@@ -154,7 +159,7 @@ def spanning(call: Call, path: str, query: Mapping[str, QueryParameter], spans: 
 
 
 class _Asked:
-    """One call, at all hosts."""
+    """One call to all hosts."""
 
     def __init__(
         self,
@@ -184,7 +189,7 @@ class _Asked:
         return self._spans.join(parts, None, not first, self._fleet)
 
     async def page(self) -> Any:
-        """Asks hosts in turn, until the page is full."""
+        """Asks hosts in order, until the page is full."""
         first, cursor = self._begin()
         members = [member for member in await self._fleet.known_members() if member.number >= first]
         parts: list[Part[Any]] = []
@@ -209,7 +214,7 @@ class _Asked:
         return self._spans.join(parts, None if following is None else _cursor(*following), False, self._fleet)
 
     def _begin(self) -> tuple[int, Any]:
-        """Returns the number of the host to begin with, and its cursor. :raises Problem: 400 the cursor is malformed"""
+        """Returns the number of the first host, and its cursor. :raises Problem: 400, the cursor is malformed."""
         given = self._parameters.get("cursor")
         if isinstance(given, int):
             return divmod(given, _CURSORS)
@@ -219,7 +224,7 @@ class _Asked:
         return int(number or 0), own
 
     async def _ask(self, members: Sequence[Member], limit: int | None, cursors: Mapping[int, Any]) -> list[Part[Any]]:
-        """Returns what hosts have, in their order: from a cursor on, or from the beginning."""
+        """Returns the results of hosts, in their order: from a cursor on, or from the beginning."""
         found: dict[int, Any] = {}
         places = trio.CapacityLimiter(_AT_ONCE)
 
@@ -249,7 +254,7 @@ class _Asked:
         return [(member, found[member.number]) for member in members if member.number in found]
 
     async def _ask_one(self, member: Member, parameters: Mapping[str, Any]) -> Any:
-        """Returns the result of a host; None: it gives none."""
+        """Returns the result of a host; None if it gives none."""
         if member.name == self._fleet.host:
             return await self._call(self._context, **parameters)
         from volant.fleet import request_headers
@@ -281,7 +286,8 @@ class _Asked:
 
 
 def _enough(members: Sequence[Member], wanted: int) -> int:
-    """Returns how many hosts to ask at once: those that together have as much as is wanted, by their last reports."""
+    """Returns how many hosts to ask at once, so that together they have as many items as are wanted, by their last
+    reports."""
     number = 0
     while number < min(len(members), _AT_ONCE):
         wanted -= members[number].vms

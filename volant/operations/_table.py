@@ -1,8 +1,8 @@
-"""The table of operations: what clients can do, each said once.
+"""The table of operations: everything that clients can do, declared once.
 
 An operation is a function with a declaration. From the two come its REST route, its entry in the OpenAPI document and
-in the reference, its MCP tool and the method of the client. What an adapter serves by hand, such as a stream, is
-declared without a function, so that permissions and documents are complete.
+in the reference, its MCP tool and the client's method. An operation that an adapter implements itself, such as a
+stream, is declared without a function, so that permissions and documents are complete.
 """
 
 from __future__ import annotations
@@ -31,33 +31,33 @@ OCTETS = "application/octet-stream"
 SQLITE = "application/vnd.sqlite3"
 
 JsonObject = Mapping[str, Any]
-"""A JSON object whose shape is no contract."""
+"""A JSON object of no fixed shape."""
 
 MAX_WAIT_S = 600.0
 DEFAULT_WAIT_S = 60.0
 
-WAIT = Words(help="Answer once the VM is in, or since the request was in, one of these states", of=WAIT_STATES)
-TIMEOUT = Seconds(help="How long to wait: default `60s`, at most `10m`", maximum=MAX_WAIT_S)
+WAIT = Words(help="Wait until the VM has reached one of these states since the request", of=WAIT_STATES)
+TIMEOUT = Seconds(help="Maximum wait: default `60s`, at most `10m`", maximum=MAX_WAIT_S)
 
 _IF_MATCH = Parameter(
     "If-Match",
     Annotated[str, msgspec.Meta(pattern=r"[^\s,]")],
-    "Only if the VM's `ETag` is one of these",
+    "Fail with 412 unless the VM's `ETag` is one of these",
     place="header",
 )
-_IF_NONE_MATCH = Parameter("If-None-Match", str, "The `ETag` of what the client has", place="header")
+_IF_NONE_MATCH = Parameter("If-None-Match", str, "The `ETag` of the client's copy", place="header")
 _IDEMPOTENCY_KEY = Parameter(
     "Idempotency-Key",
     Annotated[str, msgspec.Meta(pattern="^[!-~]{1,255}$")],
-    "With the same key the request can be sent again and is done once; the first answer counts for 24 h",
+    "Makes retries safe: a request with the same key is executed once, and its answer is repeated for 24 h",
     place="header",
 )
 
 _REGISTRY_AUTH = Parameter(
     "Volant-Registry-Auth",
     str,
-    "Credentials for registries: the base64 of a file as `skopeo login --authfile` writes it. Used for this image "
-    "alone, and not kept",
+    "Credentials for registries: the base64 of a file as `skopeo login --authfile` writes it. Used only for this "
+    "image, and not stored",
     place="header",
 )
 
@@ -69,9 +69,10 @@ class OneOf(msgspec.Struct, frozen=True):
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """A successful response. `type` None: no body. `items`: what a line, message or event of a stream can be.
+    """A successful response. `type` is None without a body. `items` are the types of the lines, messages or events of a
+    stream.
 
-    Under the status of an error it stands beside `ProblemDetails`.
+    With the status of an error it is an alternative to `ProblemDetails`.
     """
 
     text: str
@@ -80,33 +81,33 @@ class Answer(msgspec.Struct, frozen=True):
     headers: tuple[str, ...] = ()
     items: tuple[Any, ...] = ()
     streams: bool = False
-    """Whether it may also come as server-sent events, one JSON object each."""
+    """Whether the result can also be server-sent events, one JSON object each."""
     lines: bool = False
-    """Whether it may also come as lines, one JSON object each."""
+    """Whether the result can also be lines, one JSON object each."""
 
 
 class Tool(msgspec.Struct, frozen=True):
-    """How models see an operation. Empty texts are those of the operation."""
+    """An operation as models see it. Empty texts default to those of the operation."""
 
     name: str = ""
     title: str = ""
     description: str = ""
     destructive: bool = False
-    """Whether it can lose something that was there."""
+    """Whether it can destroy something."""
     idempotent: bool = False
-    """Whether doing it twice does no more than doing it once."""
+    """Whether a repeated call has no further effect."""
     body: type[msgspec.Struct] | None = None
-    """Of an operation that takes one of several bodies, which one."""
+    """The body type of the tool, for an operation with several."""
 
 
 class Recorded(Enum):
-    """What the audit log has of an operation (docs/explanation/audit.md)."""
+    """The records of an operation in the audit log (docs/explanation/audit.md)."""
 
     NOT = "not"
-    """Nothing: it only reads what the daemon knows."""
+    """No record: it only reads data of the daemon."""
     CHANGE = "change"
     ACCESS = "access"
-    """It reaches into a guest."""
+    """A record for access to a guest."""
 
 
 class Operation(msgspec.Struct, frozen=True, eq=False, kw_only=True, dict=True):
@@ -115,51 +116,52 @@ class Operation(msgspec.Struct, frozen=True, eq=False, kw_only=True, dict=True):
     method: str
     path: str
     name: str
-    """Unique; `operationId` in the OpenAPI document."""
+    """The unique name, which is `operationId` in the OpenAPI document."""
     permission: Permission
     summary: str
     details: str = ""
     answers: Mapping[int | Literal["default"], Answer]
     body: Any = None
-    """The type of the body. `Nothing` may be left out."""
+    """The type of the body. A body of type `Nothing` may be left out."""
     body_media: str | None = None
-    """The only type of content that is taken; the body must be there then."""
+    """The only content type accepted; the body is then required."""
     body_optional: bool = False
     examples: Mapping[str, JsonObject] = msgspec.field(default_factory=dict)
-    """Bodies to begin with, by what they are for."""
+    """Example bodies, by title."""
     query: Mapping[str, QueryParameter] = msgspec.field(default_factory=dict)
-    """By the name in Python."""
+    """The query parameters by their names in Python."""
     documented: tuple[Parameter, ...] = ()
-    """Parameters of one that is served by hand."""
+    """Parameters of an operation that an adapter implements."""
     errors: tuple[int, ...] = ()
-    """Statuses beside those that follow from the rest."""
+    """Error statuses besides those that follow from the other members."""
     credentials_in_query: bool = False
     """Whether browsers open it without headers."""
     call: Callable[..., Awaitable[Any]] | None = None
-    """What does it, `call(context, *path, **parameters)`; None: an adapter serves it by hand."""
+    """The function that implements it, `call(context, *path, **parameters)`; None if an adapter implements it."""
     idempotent: bool = False
     waits_for: Status | None = None
-    """The status that the VM is on its way to afterwards; clients may wait for it."""
+    """The status that the VM reaches afterwards; clients may wait for it."""
     if_match: bool = False
     registry_auth: bool = False
-    """Whether it may come with credentials for registries."""
+    """Whether the request may contain credentials for registries."""
     secret: bool = False
-    """Whether the answer holds a secret, so that nothing on its way may keep it."""
+    """Whether the answer contains a secret, so that no cache may keep it."""
     journaled: bool = False
-    """Whether its change is a transaction of the journal, which has its record, so that none is needed before it."""
+    """Whether its change is a transaction of the journal that includes the record, so that no earlier record is
+    needed."""
     vm_in_query: bool = False
-    """Whether the parameter `vm` names the VM that it is about."""
+    """Whether the parameter `vm` names the VM that it concerns."""
     spans: bool = False
-    """Whether, in a fleet, its result is that of all hosts together."""
+    """Whether, in a fleet, its result comes from all hosts together."""
     only_reads: bool = False
-    """Whether it needs more than `view` and still only reads what the daemon has, so that it has no record."""
+    """Whether it needs more than `view` but still only reads data of the daemon, so that it has no record."""
     each_minute: bool = False
-    """Whether one record a minute is enough, for each caller and place: it is used in large numbers."""
+    """Whether one record a minute is enough for each caller and place, as calls are frequent."""
     tools: tuple[Tool, ...] = ()
     client: str | None = None
-    """The method of the client: `vms.pause`."""
+    """The client's method: `vms.pause`."""
     client_timeout_s: float | None = None
-    """How long the client waits for the answer; None: as for any."""
+    """How long the client waits for the answer; None for the client's default."""
 
     @cached_property
     def arguments(self) -> tuple[str, ...]:
@@ -168,7 +170,7 @@ class Operation(msgspec.Struct, frozen=True, eq=False, kw_only=True, dict=True):
 
     @cached_property
     def recorded(self) -> Recorded:
-        """What the audit log has of it, which follows from the permission."""
+        """The records in the audit log, which follow from the permission."""
         if self.only_reads or self.permission in (Permission.PUBLIC, Permission.VIEW):
             return Recorded.NOT
         if self.permission is Permission.USE:
@@ -177,14 +179,14 @@ class Operation(msgspec.Struct, frozen=True, eq=False, kw_only=True, dict=True):
 
     @cached_property
     def status(self) -> int:
-        """Of the answer when all is well."""
+        """The success status code."""
         (status, *_) = self.answers
         assert isinstance(status, int)
         return status
 
     @cached_property
     def defaults(self) -> Mapping[str, Any]:
-        """What the parameters of the query are when they are not given."""
+        """The defaults of the query parameters."""
         assert self.call is not None
         signature = inspect.signature(self.call).parameters
         return {name: signature[name].default for name in self.query}
@@ -195,7 +197,7 @@ class Operation(msgspec.Struct, frozen=True, eq=False, kw_only=True, dict=True):
 
     @cached_property
     def parameters(self) -> tuple[Parameter, ...]:
-        """Those of the query and of headers, as the document shows them."""
+        """The parameters of the query and of headers, as the OpenAPI document shows them."""
         shown = []
         if self.waits_for is not None:
             shown += [_described("wait", WAIT), _described("timeout", TIMEOUT)]
@@ -228,7 +230,7 @@ class Table:
         return self._operations[name]
 
     def find(self, method: str, path: str) -> Operation | None:
-        """Returns the operation that a request is for."""
+        """Returns the operation of a request."""
         node, rest = self._routes, None
         for part in path.split("/"):
             rest = node.get(_REST, rest)
@@ -242,11 +244,11 @@ class Table:
         return found
 
     def copy(self) -> Table:
-        """Returns a table that can be added to alone."""
+        """Returns a copy to which operations can be added."""
         return Table(tuple(self))
 
     def add(self, operation: Operation) -> Operation:
-        """Adds one. :raises ValueError: there is one of that name already."""
+        """Adds an operation. :raises ValueError: its name is in use."""
         if operation.name in self._operations:
             raise ValueError(f"there are two operations named {operation.name!r}")
         self._operations[operation.name] = operation
@@ -258,7 +260,8 @@ class Table:
         return operation
 
     def declare(self, route: str, name: str, permission: Permission, summary: str, **more: Any) -> Operation:
-        """Adds one that an adapter serves by hand. `route`: a method and a path; `more`: as of `Operation`."""
+        """Adds an operation that an adapter implements. `route` is a method and a path; `more` are members of
+        `Operation`."""
         method, path = route.split(" ")
         return self.add(Operation(method=method, path=path, name=name, permission=permission, summary=summary, **more))
 
@@ -283,18 +286,18 @@ class Table:
         client: str | None = None,
         client_timeout_s: float | None = None,
     ) -> Callable[[F], F]:
-        """Adds the decorated function, which takes a `Context`, what the path names, perhaps `body`, and parameters.
+        """Adds the decorated function, which takes a `Context`, the names in the path, perhaps `body`, and parameters.
 
-        Its name is the operation's, its docstring the summary and the details, its annotations the rest.
+        Its name is the operation's name, its docstring the summary and the details, and its annotations the rest.
 
         :param route: a method and a path
-        :param answer: what a successful response holds
-        :param status: of that; default 200, or 204 for a function that returns None
-        :param spans: in a fleet, the result is that of all hosts together, made in this way; None: that of one host
-        :param examples: bodies to begin with, by what they are for
-        :param tool: how models see it; True: by its own texts
-        :param client: the method of the client, where it does not follow from the name
-        :raises ValueError: something that the declaration promises can't be derived from the function
+        :param answer: the content of a successful response
+        :param status: the success status; default 200, or 204 for a function that returns None
+        :param spans: how a fleet joins the results of all hosts; None for the result of one host
+        :param examples: example bodies, by title
+        :param tool: how models see it; True for its own texts
+        :param client: the client's method, if it does not follow from the name
+        :raises ValueError: the function does not fit the declaration
         """
         method, path = route.split(" ")
 
@@ -335,7 +338,7 @@ class Table:
             code = status or (204 if of is None else 200)
             answers: dict[int | Literal["default"], Answer] = {code: Answer(answer, of, headers=shown)}
             if method == "GET" and has_etag(gives):
-                answers[304] = Answer("The client has it already", headers=("ETag",))
+                answers[304] = Answer("The client's copy is current", headers=("ETag",))
             summary, _, details = inspect.cleandoc(function.__doc__ or "").partition("\n\n")
             name = function.__name__
             query = {
@@ -393,7 +396,7 @@ _REQUIRED = inspect.Parameter("body", inspect.Parameter.KEYWORD_ONLY)
 
 
 def _end(method: str) -> str:
-    """Returns the key of an operation at the end of its path. No part of a path is the same, as it has a slash."""
+    """Returns the key of an operation at the end of its path. It differs from all parts of paths, as it has a slash."""
     return f"/{'GET' if method == 'HEAD' else method}"
 
 
@@ -409,7 +412,7 @@ def _body_of(hints: Mapping[str, Any], method: str) -> Any:
 
 
 def _client_name(name: str, path: str) -> str:
-    """Returns `vms.pause` for `pause_vm`: the resource, and the name without it."""
+    """Returns `vms.pause` for `pause_vm`: the resource, and the name without the resource."""
     resource = path.removeprefix("/api/v1/").split("/")[0]
     words = [word for word in name.split("_") if word not in (resource, resource.removesuffix("s"))]
     return f"{resource}.{'_'.join(words)}"
@@ -417,7 +420,7 @@ def _client_name(name: str, path: str) -> str:
 
 _ANY_PART = "{}"
 _REST = "{path}"
-"""The rest of a path, slashes and all."""
+"""The rest of a path, including slashes."""
 
 TABLE = Table()
-"""What this daemon offers."""
+"""All operations of this daemon."""

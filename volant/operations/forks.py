@@ -1,4 +1,4 @@
-"""The fork tree: which VM or snapshot is a copy of which."""
+"""The fork tree: VMs, snapshots, and the copies made of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class _TreeSpans(Spans[ForkTree]):
-    """A VM and its copies are on one host."""
+    """A VM and its copies are on the same host."""
 
     def read(self, answer: PeerAnswer) -> ForkTree:
         return msgspec.json.decode(answer.body, type=ForkTree)
@@ -42,28 +42,28 @@ class _TreeSpans(Spans[ForkTree]):
 @TABLE.operation(
     "GET /api/v1/forks",
     permission=Permission.VIEW,
-    answer="A page of it",
+    answer="A page of the tree",
     errors=(503,),
     spans=_TreeSpans(ForkTree, None),
     tool=Tool(
         "forks_list",
-        "Show which VM is a copy of which",
+        "Show the fork tree",
         "See which VMs were forked from which, which snapshots were taken of them, and which VMs were restored from "
-        "those, also of what is deleted meanwhile: nodes, and the edge that leads to each copy.",
+        "these, including deleted ones: nodes, and the edge that leads to each copy.",
     ),
 )
 async def list_forks(
     context: Context,
     *,
     limit: Annotated[
-        int, Integer(help="At most so many nodes; default 100", minimum=1, maximum=1000, tool_maximum=100)
+        int, Integer(help="Maximum number of nodes; default 100", minimum=1, maximum=1000, tool_maximum=100)
     ] = 100,
-    cursor: Annotated[str, Text(help="The `next_cursor` of the page before")] = "",
+    cursor: Annotated[str, Text(help="The `next_cursor` of the previous page")] = "",
 ) -> ForkTree:
     """Show the fork tree: VMs and snapshots that are copies or were copied, sources first.
 
-    It also has those that are deleted, as long as events are kept. A VM that is no copy and was not copied is not in
-    it.
+    It includes deleted ones, as long as their events are kept, and leaves out VMs that are no copy and were never
+    copied.
     """
     projection, listed = context.deps.store.projection, context.listed
     rows = [row for row in projection.rows() if listed in (None, row.project)]

@@ -1,4 +1,4 @@
-"""Into a VM: its agent, files, console, ports, browser and workload. Adapters serve nearly all of it by hand."""
+"""Access to VMs: agent, files, console, ports, browser and workload. Adapters implement nearly all of it."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ TABLE.declare(
     f"GET {_VM}/agent/healthz",
     "agent_healthz",
     _USE,
-    "Check the agent and its workload",
-    answers={200: Answer("The agent has answered", Healthz)},
+    "Check the health of the agent and the workload",
+    answers={200: Answer("The agent's health", Healthz)},
     errors=(409, 502),
     each_minute=True,
 )
@@ -42,7 +42,7 @@ TABLE.declare(
     f"GET {_VM}/agent/v1/info",
     "agent_info",
     _USE,
-    "Show the guest",
+    "Show information about the guest",
     answers={200: Answer("Kernel, uptime, memory, workload", Info)},
     errors=(409, 502),
     each_minute=True,
@@ -54,7 +54,10 @@ TABLE.declare(
     "Run a command in the guest",
     answers={
         200: Answer(
-            "One JSON object a line, the last an `ExecEnd`", str, "application/x-ndjson", items=(ExecOutput, ExecEnd)
+            "One JSON object per line, the last one an `ExecEnd`",
+            str,
+            "application/x-ndjson",
+            items=(ExecOutput, ExecEnd),
         )
     },
     body=ExecRequest,
@@ -63,22 +66,26 @@ TABLE.declare(
         "A shell": {"command": ["sh", "-c", "ls | wc -l"], "cwd": "/etc", "timeout_s": 10},
     },
     errors=(409, 502, 503),
-    details="A client that leaves ends the command.",
+    details="The command ends if the client disconnects.",
 )
 TABLE.declare(
     f"GET {_VM}/agent/v1/exec",
     "agent_exec_websocket",
     _USE,
-    "Run a command and talk to it, as a WebSocket",
+    "Run an interactive command (WebSocket)",
     answers={
         101: Answer(
-            "Binary messages: a byte for the channel, and bytes. Texts: JSON, the last an `ExecEnd`",
+            "Binary messages: one byte for the channel, then data. Text messages: JSON, the last one an `ExecEnd`",
             items=(ExecHello, ExecGap, ExecEnd),
         )
     },
     documented=(
-        Parameter("detach", bool, "The command keeps running when the client leaves; the first message says its `id`"),
-        Parameter("attach", str, "Attach to the detached command of this `id`; the previous client gets code 4000"),
+        Parameter(
+            "detach", bool, "Keep the command running when the client disconnects; the first message has its `id`"
+        ),
+        Parameter(
+            "attach", str, "Attach to the detached command with this `id`; its previous client is closed with 4000"
+        ),
         Parameter(
             "workload",
             bool,
@@ -87,18 +94,18 @@ TABLE.declare(
         Parameter(
             "from",
             Annotated[int, msgspec.Meta(ge=0, le=10**15 - 1)],
-            "With `attach`: the `position` up to which the output is known; default: all that is kept",
+            "With `attach`: the `position` after which output is wanted; default: all stored output",
         ),
     ),
     errors=(409, 426, 502, 503),
     credentials_in_query=True,
-    details="First a text message, the body of `POST` with `tty`, `rows` and `cols` besides. Then channel 0 is "
-    "standard input, 1 and 2 are standard output and error, and a channel without bytes is its end. A client "
-    'may send the texts `{"resize":[rows,cols]}` and `{"signal":n}`. A client that leaves ends the command '
-    "unless it is detached. Closes with 1000 after the last text, 1002, 1007, 1008 or 1009 when a client "
-    "breaks the rules (a message has at most 1 MiB), 1001 when the daemon stops. With `workload` the first "
-    "message has only `env`, `tty`, `rows` and `cols`; output goes into the VM's log, too, and the program keeps "
-    "running when the client leaves.",
+    details="The first message is a text: the body of `POST`, with `tty`, `rows` and `cols` in addition. Then channel "
+    "0 is standard input, and 1 and 2 are standard output and error; a message without data ends its channel. A client "
+    'may send the texts `{"resize":[rows,cols]}` and `{"signal":n}`. If the client disconnects, the command ends '
+    "unless it is detached. Close codes: 1000 after the last text; 1002, 1007, 1008 or 1009 for invalid messages "
+    "(a message has at most 1 MiB); 1001 when the daemon stops. With `workload` the first message has only `env`, "
+    "`tty`, `rows` and `cols`; the output also goes into the VM's log, and the program keeps running when the client "
+    "disconnects.",
 )
 TABLE.declare(
     f"GET {_VM}/agent/v1/exec/sessions",
@@ -106,7 +113,7 @@ TABLE.declare(
     _USE,
     "List the detached commands",
     answers={
-        200: Answer("At most 16, the oldest first; one that has ended is kept for 10 minutes", ExecSessions),
+        200: Answer("At most 16 commands, oldest first; an ended one is listed for 10 minutes", ExecSessions),
     },
     errors=(409, 502, 503),
     each_minute=True,
@@ -124,8 +131,8 @@ TABLE.declare(
     f"DELETE {_VM}/agent/v1/exec/sessions/{{id}}",
     "end_agent_exec_session",
     _USE,
-    "Kill and forget a command",
-    answers={204: Answer("Its whole session has been killed")},
+    "Kill and remove a detached command",
+    answers={204: Answer("All processes of its session are killed")},
     errors=(409, 502, 503),
 )
 
@@ -138,83 +145,87 @@ TABLE.declare(
     "Read a file of the guest, or a directory as tar",
     answers={
         200: Answer("The bytes; a directory is `application/x-tar`", bytes, ANY, headers=_FILE_HEADERS),
-        206: Answer("The part that `Range` asks for", bytes, ANY, headers=_FILE_HEADERS),
-        304: Answer("The client has it already", headers=_FILE_HEADERS),
+        206: Answer("The part requested by `Range`", bytes, ANY, headers=_FILE_HEADERS),
+        304: Answer("The client's copy is current", headers=_FILE_HEADERS),
     },
     documented=(
         Parameter("Range", str, "`bytes=FIRST-LAST`, one range of a file", place="header"),
-        Parameter("If-Range", str, "The range only if the file still has this `ETag`", place="header"),
-        Parameter("If-None-Match", str, "The `ETag` of what the client has", place="header"),
+        Parameter("If-Range", str, "Return the range only if the file still has this `ETag`", place="header"),
+        Parameter("If-None-Match", str, "The `ETag` of the client's copy", place="header"),
     ),
     errors=(403, 409, 416, 502, 503),
-    details="HEAD too. The path is absolute, without its first slash.",
+    details="`HEAD` works too. The path is absolute, without its first slash.",
 )
 TABLE.declare(
     f"PUT {_VM}/agent/v1/files/{{path}}",
     "write_file",
     _USE,
     "Write a file, or unpack a tar into a directory",
-    answers={201: Answer("It is new", headers=("ETag",)), 204: Answer("It was there", headers=("ETag",))},
+    answers={201: Answer("Created", headers=("ETag",)), 204: Answer("Replaced", headers=("ETag",))},
     body=bytes,
     documented=(
         Parameter(
             "mode",
             Annotated[str, msgspec.Meta(pattern="^[0-7]{1,5}$")],
-            "Of a file, octal: default that of the file before, else `0644`",
+            "The mode of a file, in octal. Defaults to the mode of the replaced file, otherwise `0644`",
         ),
         Parameter(
-            "user", str, "The owner, perhaps with `:GROUP`: default the owner before, or that of a tar's entry, or root"
+            "user",
+            str,
+            "The owner, optionally with `:GROUP`. Defaults to the replaced file's owner, the owner in the tar, or root",
         ),
     ),
     errors=(403, 409, 413, 415, 502, 503, 507),
-    details="With `Content-Type: application/x-tar` the body is unpacked into the directory, else it is the file. A "
-    "file, and a directory that is new, is there whole or not at all. Of any length.",
+    details="With `Content-Type: application/x-tar` the body is unpacked into the directory, otherwise it is the file. "
+    "Files and new directories are written atomically. The length is not limited.",
 )
 TABLE.declare(
     f"DELETE {_VM}/agent/v1/files/{{path}}",
     "delete_file",
     _USE,
     "Delete a file or a directory",
-    answers={204: Answer("It is removed")},
-    documented=(Parameter("recursive", bool, "A directory with all that is in it"),),
+    answers={204: Answer("Deleted")},
+    documented=(Parameter("recursive", bool, "Delete a directory with its content"),),
     errors=(403, 409, 502, 503),
 )
 TABLE.declare(
     "GET /ws/v1/vms/{name}/console",
     "vm_console",
     _USE,
-    "Use the serial console, as a WebSocket",
-    answers={101: Answer("Binary messages are the console's bytes, both ways", items=(ConsoleGap,))},
+    "Use the serial console (WebSocket)",
+    answers={101: Answer("Binary messages with the console's bytes, in both directions", items=(ConsoleGap,))},
     documented=(
-        Parameter("tail", Annotated[int, msgspec.Meta(ge=0, le=1000)], "First the last so many lines: default 25"),
-        Parameter("write", bool, "To type: 409 while another client does"),
-        Parameter("take", bool, "To type, and take the keyboard from the client that has it"),
+        Parameter(
+            "tail", Annotated[int, msgspec.Meta(ge=0, le=1000)], "Number of earlier lines to send first; default 25"
+        ),
+        Parameter("write", bool, "Allow input; 409 while another client may type"),
+        Parameter("take", bool, "Allow input, and disconnect the client that may type"),
     ),
     errors=(409, 426, 503),
     credentials_in_query=True,
-    details="What a client sends, in binary or in text, is typed. A text message from the daemon is a `ConsoleGap`. "
-    "Closes with 1000 when the VM is down or deleted, 1001 when the daemon stops, 1008 when a client types without "
-    "`write`, 1009 for a message over 64 KiB, 1012 when the console is connected anew (connect again), 1013 when the "
-    "guest does not read, 4000 when another client took the keyboard.",
+    details="Messages of the client, binary or text, are typed. A text message from the daemon is a `ConsoleGap`. "
+    "Close codes: 1000 when the VM is down or deleted, 1001 when the daemon stops, 1008 when a client types without "
+    "`write`, 1009 for a message over 64 KiB, 1012 when the console was reconnected (connect again), 1013 when the "
+    "guest does not read, 4000 when another client took over the input.",
 )
 TABLE.declare(
     "GET /ws/v1/vms/{name}/tcp/{port}",
     "vm_tcp",
     _USE,
-    "Open one TCP connection to a port of the guest's loopback, as a WebSocket",
+    "Open a TCP connection to a port of the guest's loopback (WebSocket)",
     answers={
-        101: Answer("Binary messages are the bytes, both ways; an empty one is the end of its direction"),
+        101: Answer("Binary messages with data, in both directions; an empty one ends its direction"),
     },
     errors=(409, 426, 502),
     credentials_in_query=True,
-    details="Messages of a client have at most 64 KiB. Closes with 1000 when both directions have ended, 1001 when the "
-    "daemon stops, 1002 for bytes after the end, 1003 for text, 1009 for a message over 64 KiB, 1011 when the "
+    details="Messages of a client have at most 64 KiB. Close codes: 1000 when both directions have ended, 1001 when "
+    "the daemon stops, 1002 for data after the end, 1003 for text, 1009 for a message over 64 KiB, 1011 when the "
     "connection breaks.",
 )
 
 
 def _relayed(resource: str, path: str, summary: str) -> None:
-    answers: Mapping[int | Literal["default"], Answer] = {"default": Answer("What the guest answers", bytes, ANY)}
+    answers: Mapping[int | Literal["default"], Answer] = {"default": Answer("The guest's answer", bytes, ANY)}
     for method in ("GET", "POST", "PUT", "PATCH", "DELETE"):
         TABLE.declare(
             f"{method} {path}",
@@ -225,15 +236,15 @@ def _relayed(resource: str, path: str, summary: str) -> None:
             body=bytes if method in ("POST", "PUT", "PATCH") else None,
             errors=(409, 502),
             each_minute=True,
-            details="WebSockets too. The last part of the path may have slashes, and may be empty.",
+            details="WebSockets work too. The last part of the path may contain slashes, and may be empty.",
         )
 
 
 _relayed("agent", f"{_VM}/agent/{{path}}", "Call a route of the agent or, if it has none, of the workload")
-_relayed("port", f"{_VM}/ports/{{port}}/{{path}}", "Send HTTP to a port of the guest's loopback")
+_relayed("port", f"{_VM}/ports/{{port}}/{{path}}", "Send an HTTP request to a port of the guest's loopback")
 
 _CDP = Answer("Messages of the Chrome DevTools Protocol, byte for byte")
-_DONE = Answer("Done, in the browser's words", str, "text/plain")
+_DONE = Answer("The browser's confirmation", str, "text/plain")
 
 
 def _devtools(route: str, name: str, summary: str, answer: Answer, *errors: int) -> None:
@@ -253,16 +264,16 @@ def _devtools(route: str, name: str, summary: str, answer: Answer, *errors: int)
 _devtools(
     "GET json/version",
     "version",
-    "Show the browser in a VM, and where it is controlled",
+    "Show the version and control URL of the browser in a VM",
     Answer("Its `webSocketDebuggerUrl` leads through this daemon", JsonObject),
 )
 _devtools(
     "GET json/list",
     "list",
     "List the pages of the browser",
-    Answer("Each with its `webSocketDebuggerUrl` and `devtoolsFrontendUrl`", list[JsonObject]),
+    Answer("The pages, each with its `webSocketDebuggerUrl` and `devtoolsFrontendUrl`", list[JsonObject]),
 )
-_devtools("GET json", "json", "The same", Answer("As of `json/list`", list[JsonObject]))
+_devtools("GET json", "json", "List the pages of the browser, as `json/list`", Answer("The pages", list[JsonObject]))
 _devtools(
     "PUT json/new", "new", "Open a page; the query is its address, percent-encoded", Answer("The page", JsonObject)
 )
@@ -270,12 +281,12 @@ _devtools(
     "GET json/protocol",
     "protocol",
     "Show the protocol that the browser speaks",
-    Answer("Its domains, commands and types, as the browser has them", JsonObject),
+    Answer("The browser's domains, commands and types", JsonObject),
 )
 _devtools("GET json/activate/{target}", "activate", "Bring a page to the front", _DONE)
 _devtools("GET json/close/{target}", "close", "Close a page", _DONE)
 _devtools("GET browser", "websocket", "Control the browser (WebSocket)", _CDP, 426)
-_devtools("GET browser/{target}", "browser_websocket", "The same, by the browser's id (WebSocket)", _CDP, 426)
+_devtools("GET browser/{target}", "browser_websocket", "Control the browser by its id (WebSocket)", _CDP, 426)
 _devtools("GET page/{target}", "page_websocket", "Control a page (WebSocket)", _CDP, 426)
 
 
@@ -290,9 +301,9 @@ _devtools("GET page/{target}", "page_websocket", "Control a page (WebSocket)", _
 async def open_port(context: Context, name: str, *, body: OpenPort) -> PortOriginView:
     """Open a port of a VM at an origin of its own, where the scripts and cookies of its pages work.
 
-    On loopback that is `{port}-{id}.localhost`; else it is below a name of `*.` in the daemon's `allowed_hosts`, and
-    409 without one, or if another host of the fleet has the VM. Where keys are in force, the link hands over a grant,
-    which lasts as long as the credentials of this request, 12 hours at most.
+    On loopback the origin is `{port}-{id}.localhost`. Otherwise it is below a name with `*.` in the daemon's
+    `allowed_hosts`; 409 if there is none, or if the VM is on another host of the fleet. If keys are required, the link
+    carries a grant that is valid as long as the credentials of this request, at most 12 hours.
     """
     row = find_vm(context.deps, context.named(name))
     access, fleet = context.deps.access, context.deps.fleet
@@ -319,20 +330,20 @@ TABLE.declare(
     f"POST {_VM}/actions/{{plugin}}/{{action}}",
     "call_action",
     _USE,
-    "Call an action that the plugin's manifest names",
-    answers={"default": Answer("What the workload answers", bytes, ANY)},
+    "Call an action of the plugin's manifest",
+    answers={"default": Answer("The workload's answer", bytes, ANY)},
     body=bytes,
     errors=(409, 502),
-    details="Body, content type and query go to the workload, with the method and the path of the manifest.",
+    details="Body, content type and query are passed to the workload, with the method and the path in the manifest.",
 )
 TABLE.declare(
     f"GET {_VM}/openapi",
     "workload_openapi",
     _USE,
     "Get the workload's own OpenAPI document",
-    answers={200: Answer("With its servers reached through the daemon", JsonObject)},
+    answers={200: Answer("The document, with server URLs that lead through the daemon", JsonObject)},
     errors=(502,),
-    details="A running workload is asked first, at the path of the manifest or at `/openapi.json`; if it has no valid "
-    "one, the manifest's own counts.",
+    details="A running workload is asked first, at the manifest's path or at `/openapi.json`. If it has no valid "
+    "document, the manifest's own document is returned.",
     each_minute=True,
 )

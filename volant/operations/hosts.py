@@ -1,4 +1,4 @@
-"""Hosts of a fleet: look at them, and drain them."""
+"""Hosts of a fleet: inspect and drain them."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ _ASK_S = 5.0
 
 @TABLE.operation("GET /api/v1/fleet", permission=Permission.VIEW, answer="The fleet", errors=(409,))
 async def get_fleet(context: Context) -> FleetView:
-    """Show the fleet, as the host that answers sees it."""
+    """Show the fleet, as seen by the host that answers."""
     return _fleet(context).view()
 
 
 @TABLE.operation(
     "POST /api/v1/fleet/leave",
     permission=Permission.ADMIN,
-    answer="The fleet does not know the host any more",
+    answer="The host is removed from the fleet",
     errors=(409, 503),
 )
 async def leave_fleet(
     context: Context,
     *,
-    keep_vms: Annotated[bool, Flag(help="Keep its VMs, snapshots and volumes, as this host's alone")] = False,
+    keep_vms: Annotated[bool, Flag(help="Keep its VMs, snapshots and volumes on this host")] = False,
 ) -> None:
-    """Take the host that answers out of its fleet. The fleet forgets it and what it has, whose names are free then.
+    """Remove the host that answers from its fleet. The fleet forgets the host and its objects, whose names become free.
 
-    Its VMs run on. It refuses what the fleet had to agree on, such as new VMs, until `volantd` is restarted without the
-    settings of the fleet. `volar fleet leave` removes these, too.
+    Its VMs keep running. Until `volantd` is restarted without the settings of the fleet, the host refuses requests that
+    need the fleet's agreement, such as new VMs. `volar fleet leave` also removes these settings.
     """
     await _member(context).leave(keep_vms=keep_vms)
 
 
-@TABLE.operation("GET /api/v1/hosts", permission=Permission.VIEW, answer="By name", errors=(409,))
+@TABLE.operation("GET /api/v1/hosts", permission=Permission.VIEW, answer="The hosts, by name", errors=(409,))
 async def list_hosts(context: Context) -> list[HostView]:
     """List the hosts of the fleet."""
     return _fleet(context).hosts()
@@ -61,31 +61,31 @@ async def drain_host(
     context: Context,
     name: str,
     *,
-    keep_vms: Annotated[bool, Flag(help="Let the VMs that it has run on")] = False,
+    keep_vms: Annotated[bool, Flag(help="Keep its VMs running on it")] = False,
 ) -> HostView:
-    """Let a host get no new VMs, and move those that it has to other hosts, until `undrain`.
+    """Give a host no new VMs, and move its VMs to other hosts, until `undrain`.
 
-    Each VM is paused while it is copied, two at a time, and goes on where it was, with memory and disk. VMs that can't
-    move stay, and `moves` says why. The drain goes on without the client, and when a daemon is restarted.
+    Each VM is paused while it is copied, two at a time, and continues with memory and disk. VMs that can't move stay,
+    and `moves` says why. The drain continues if the client disconnects or a daemon restarts.
     """
     return await _fleet(context).drain(name, keep_vms=keep_vms)
 
 
 @TABLE.operation(f"POST {_HOST}/undrain", permission=Permission.ADMIN, answer="The host", errors=(409, 503))
 async def undrain_host(context: Context, name: str) -> HostView:
-    """Let a host get new VMs again, and keep those that it has. A VM that is being copied goes on where it was."""
+    """Give a host new VMs again, and stop moving its VMs away. A VM that is being copied continues on its old host."""
     return await _fleet(context).undrain(name)
 
 
 @TABLE.operation(
     f"GET {_HOST}/moves",
     permission=Permission.ADMIN,
-    answer="Its VMs while it is drained",
+    answer="The moves of its VMs",
     errors=(409, 503),
     client="hosts.moves",
 )
 async def host_moves(context: Context, name: str) -> HostMoves:
-    """Show what becomes of the VMs of a host that is being drained: which wait, move, or stay, and why."""
+    """Show the moves of the VMs of a draining host: which wait, move or stay, and why."""
     fleet = _fleet(context)
     if name == fleet.host:
         return fleet.moves()
@@ -103,19 +103,18 @@ async def host_moves(context: Context, name: str) -> HostMoves:
 
 
 @TABLE.operation(
-    f"DELETE {_HOST}", permission=Permission.ADMIN, answer="The fleet does not know it any more", errors=(409, 503)
+    f"DELETE {_HOST}", permission=Permission.ADMIN, answer="The host is removed from the fleet", errors=(409, 503)
 )
 async def delete_host(context: Context, name: str) -> None:
-    """Forget a host that is gone for good. The names of its VMs are free then.
+    """Remove a permanently lost host from the fleet. The names of its VMs become free.
 
-    A host that gives a sign of life can't be deleted. If one that was deleted comes back, it is a new host, with its
-    VMs.
+    A reachable host can't be deleted. If a deleted host returns, it is a new host, with its VMs.
     """
     await _fleet(context).delete(name)
 
 
 def _fleet(context: Context) -> Fleet:
-    """:raises Problem: 409 the host is in no fleet."""
+    """Returns the fleet. :raises Problem: 409, the host is in no fleet."""
     fleet = _member(context)
     if fleet.left:
         raise Problem(409, "no-fleet", "this host has left its fleet", hint="restart volantd to use it without one")
@@ -123,7 +122,7 @@ def _fleet(context: Context) -> Fleet:
 
 
 def _member(context: Context) -> Fleet:
-    """Returns also a fleet that the host has left. :raises Problem: 409 the host is in no fleet."""
+    """Returns the fleet, even if the host has left it. :raises Problem: 409, the host is in no fleet."""
     fleet = context.deps.fleet
     if fleet is None:
         raise Problem(409, "no-fleet", "this host is in no fleet", hint="`volar fleet join` makes it one of a fleet")

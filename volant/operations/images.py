@@ -1,4 +1,4 @@
-"""OCI images: fetch, list, remove. `docs/explanation/oci.md` says how they are kept."""
+"""OCI images: fetch, list and remove them. `docs/explanation/oci.md` explains their storage."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ _PULL_S = 3600.0
 @TABLE.operation(
     "GET /api/v1/images",
     permission=Permission.VIEW,
-    answer="The most recently used first",
+    answer="The images, most recently used first",
     errors=(503,),
     tool=Tool(
         "images_list",
         "List images",
-        "List the OCI images in the cache of this host, from which VMs start without fetching anything.",
+        "List the OCI images in the cache of this host, from which VMs start without a fetch.",
     ),
 )
 async def list_images(
     context: Context,
     *,
     reference: Annotated[
-        str | None, Text(help="Only the one that this reference resolved to last", of=ImageReference)
+        str | None, Text(help="Only the image that this reference last resolved to", of=ImageReference)
     ] = None,
 ) -> list[ImageView]:
     """List the OCI images in the cache."""
@@ -53,7 +53,7 @@ async def list_images(
 
 
 @TABLE.operation(
-    "GET /api/v1/images/pulls", permission=Permission.VIEW, answer="Those under way", client="images.pulls"
+    "GET /api/v1/images/pulls", permission=Permission.VIEW, answer="The running fetches", client="images.pulls"
 )
 async def list_pulls(context: Context) -> list[PullView]:
     """List the fetches of OCI images that are under way."""
@@ -64,14 +64,14 @@ async def list_pulls(context: Context) -> list[PullView]:
 @TABLE.operation(
     "POST /api/v1/images/pull",
     permission=Permission.CONTROL,
-    answer="It is in the cache",
+    answer="The image in the cache",
     errors=(403, 404, 422, 503, 507),
     registry_auth=True,
     tool=Tool(
         "images_pull",
         "Fetch an image",
-        "Fetch an OCI image from its registry, so that VMs start from it at once. It may take minutes: if the call is "
-        "cut off, call it again, and it waits for the same fetch.",
+        "Fetch an OCI image from its registry, so that VMs start from it at once. It may take minutes. If the call is "
+        "interrupted, call it again: it waits for the same fetch.",
         idempotent=True,
     ),
     client_timeout_s=_PULL_S,
@@ -80,8 +80,8 @@ async def list_pulls(context: Context) -> list[PullView]:
 async def pull_image(context: Context, *, body: PullImage) -> ImageView:
     """Fetch an OCI image, and wait until it is in the cache.
 
-    A tag that the cache knows is not asked for again, unless `refresh` is set. If the client leaves, the fetch goes on
-    for 10 minutes; another request for the same image waits for it.
+    The registry is not asked about a tag that the cache knows, unless `refresh` is set. If the client disconnects, the
+    fetch continues for 10 minutes, and another request for the same image waits for it.
     """
     oci, project = context.deps.oci, context.project
     require_project(context.deps, project)
@@ -99,7 +99,7 @@ async def pull_image(context: Context, *, body: PullImage) -> ImageView:
 @TABLE.operation(
     "POST /api/v1/images/prune",
     permission=Permission.ADMIN,
-    answer="What was removed, or with `dry_run` would be",
+    answer="The removed images; with `dry_run`, the images that would be removed",
     errors=(404, 409, 503),
     client_timeout_s=330,
 )
@@ -111,13 +111,16 @@ async def prune_images(
         Text(help="Only this reference, and its image unless something else needs it", of=ImageReference),
     ] = None,
     max_mb: Annotated[
-        int, Integer(help="Only until all images take at most so many MiB; default 0", minimum=0, maximum=_MAX_MB)
+        int,
+        Integer(
+            help="Stop once all images together take up at most this many MiB; default 0", minimum=0, maximum=_MAX_MB
+        ),
     ] = 0,
     unused_for_s: Annotated[
         float,
-        Seconds(name="unused_for", help="Only images that were not used for so long: `12h`", maximum=math.inf),
+        Seconds(name="unused_for", help="Only images that were not used for this time: `12h`", maximum=math.inf),
     ] = 0.0,
-    dry_run: Annotated[bool, Flag(help="Say what would go, and remove nothing")] = False,
+    dry_run: Annotated[bool, Flag(help="Report what would be removed, without removing it")] = False,
 ) -> PrunedImages:
     """Remove OCI images that no VM and no snapshot uses, the least recently used first."""
     oci = context.deps.oci
@@ -154,12 +157,15 @@ async def get_image(context: Context, digest: str) -> ImageView:
 
 
 @TABLE.operation(
-    f"DELETE {_IMAGE}", permission=Permission.CONTROL, answer="It is gone, with its references", errors=(404, 409, 503)
+    f"DELETE {_IMAGE}",
+    permission=Permission.CONTROL,
+    answer="The image and its references are deleted",
+    errors=(404, 409, 503),
 )
 async def delete_image(context: Context, digest: str) -> None:
     """Delete an OCI image that no VM and no snapshot uses.
 
-    With a project, others that have it keep it.
+    If the request is for a project, other projects keep the image.
     """
     image, project = await _find(context, digest), context.seen
     with image_problems():
@@ -185,13 +191,13 @@ TABLE.declare(
     "PUT /api/v1/images/archive",
     "put_image",
     Permission.CONTROL,
-    "Send an OCI image as an archive",
-    answers={201: Answer("It is in the cache", ImageView)},
+    "Upload an OCI image as an archive",
+    answers={201: Answer("The image in the cache", ImageView)},
     body=bytes,
     body_media=OCTETS,
-    documented=(Parameter("reference", ImageReference, "Its name from now on, with a tag: `team/app:1.2`"),),
+    documented=(Parameter("reference", ImageReference, "The reference for the image, with a tag: `team/app:1.2`"),),
     errors=(404, 408, 422, 503, 507),
-    details="An archive as `docker save`, `podman save` or `skopeo copy … oci-archive:FILE` makes it, with one image. "
-    "At most `oci_max_mb`; four at a time, for one more it is 503. The name is that of a registry, and counts instead "
-    "of what the registry has, until the image is pulled with `refresh`.",
+    details="The body is an archive with one image, made by `docker save`, `podman save` or `skopeo copy … "
+    "oci-archive:FILE`. The maximum size is `oci_max_mb`. More than four uploads at a time get 503. The reference may "
+    "be that of a registry, and then replaces the registry's image until it is pulled with `refresh`.",
 )

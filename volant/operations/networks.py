@@ -9,7 +9,7 @@ from ._context import Context
 from ._table import TABLE, Tool
 
 
-@TABLE.operation("GET /api/v1/networks", permission=Permission.VIEW, answer="By name")
+@TABLE.operation("GET /api/v1/networks", permission=Permission.VIEW, answer="The networks, by name")
 async def list_networks(context: Context) -> list[NetworkView]:
     """List networks in which VMs reach each other."""
     return shown_networks(context.deps.store.projection, context.listed)
@@ -19,14 +19,14 @@ async def list_networks(context: Context) -> list[NetworkView]:
     "POST /api/v1/networks",
     permission=Permission.CONTROL,
     status=201,
-    answer="It is there",
+    answer="The network",
     errors=(404, 503),
     idempotent=True,
     tool=Tool(
         "networks_create",
         "Make a network",
-        "Make a network in which VMs reach each other by their names; pass its name as `network` to vms_create. VMs "
-        "elsewhere do not reach those in it.",
+        "Make a network in which VMs reach each other by their names; pass its name as `network` to vms_create. Other "
+        "VMs can't reach them.",
     ),
     journaled=True,
     examples={"A network": {"name": "back"}},
@@ -34,7 +34,7 @@ async def list_networks(context: Context) -> list[NetworkView]:
 async def create_network(context: Context, *, body: CreateNetwork) -> NetworkCreated:
     """Create a network.
 
-    VMs that are created with its name as `network` are in it, and reach each other there, by their names.
+    VMs created with its name as `network` reach each other in it by their names.
     """
     return NetworkCreated.of(await ask_journal(context.deps.journal, AddNetwork(body, context.project, context.key)))
 
@@ -57,7 +57,7 @@ async def get_network(context: Context, name: str) -> NetworkView:
     tool=Tool(
         "networks_delete",
         "Delete a network",
-        "Delete a network that no VM is in; while one is, delete that first, with vms_delete.",
+        "Delete a network without VMs; delete its VMs first, with vms_delete.",
         destructive=True,
         idempotent=True,
     ),
@@ -69,7 +69,7 @@ async def delete_network(context: Context, name: str) -> None:
 
 
 def shown_networks(projection: Projection, project: str | None) -> list[NetworkView]:
-    """Returns those of a project, by name; None: of all projects."""
+    """Returns the networks of a project, by name; None for all projects."""
     networks = sorted(projection.networks.items())
     return [_shown(network, projection) for key, network in networks if project in (None, key.project)]
 

@@ -1,4 +1,4 @@
-"""Plugins: kinds of VMs."""
+"""Plugins, which define kinds of VMs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Enabled(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     enabled: bool
 
 
-@TABLE.operation("GET /api/v1/plugins", permission=Permission.VIEW, answer="All")
+@TABLE.operation("GET /api/v1/plugins", permission=Permission.VIEW, answer="The plugins")
 async def list_plugins(context: Context) -> list[PluginView]:
     """List plugins."""
     return [plugin_view(plugin) for plugin in context.deps.store.projection.plugins_of(context.listed)]
@@ -50,7 +50,7 @@ async def list_plugins(context: Context) -> list[PluginView]:
     "POST /api/v1/plugins",
     permission=Permission.CONTROL,
     status=201,
-    answer="Installed",
+    answer="The plugin",
     errors=(404, 503, 507),
     idempotent=True,
     client_timeout_s=900,
@@ -66,11 +66,10 @@ async def list_plugins(context: Context) -> list[PluginView]:
 async def install_plugin(context: Context, *, body: Manifest) -> PluginInstalled:
     """Install a plugin from its manifest.
 
-    `boot` names files by URL, or by path. A path is one of the daemon's host: administrators may name those below a
-    directory of the setting `artifact_dirs`, which are read when a VM boots. Otherwise it is 403
-    `artifact-not-allowed`: send the file with `PUT /api/v1/artifacts/{sha256}`, then install the plugin. An OCI image
-    in a file of the host has to be below `artifact_dirs`, too. A plugin of a fleet names no files: 422
-    `file-of-one-host`.
+    `boot` names files by URL or by path. Administrators may name files of the daemon's host by path, below a directory
+    of the setting `artifact_dirs`; they are read when a VM boots. Other paths get 403 `artifact-not-allowed`: send the
+    file with `PUT /api/v1/artifacts/{sha256}`, then install the plugin. An OCI image in a file of the host must be below
+    `artifact_dirs`, too. A plugin of a fleet can't name files: 422 `file-of-one-host`.
     """
     manifest = check_manifest(body)
     if context.deps.fleet is not None:
@@ -100,7 +99,7 @@ async def delete_plugin(context: Context, name: str) -> None:
     "GET /api/v1/plugins/{name}/manifest", permission=Permission.VIEW, answer="The manifest", client="plugins.manifest"
 )
 async def get_manifest(context: Context, name: str) -> Manifest:
-    """Get what a plugin was installed from."""
+    """Get the manifest of a plugin."""
     return _plugin(context, name).manifest
 
 
@@ -114,7 +113,7 @@ async def get_manifest(context: Context, name: str) -> Manifest:
     examples={"Disable": {"enabled": False}},
 )
 async def enable_plugin(context: Context, name: str, *, body: Enabled) -> PluginChanged:
-    """Let new VMs use a plugin, or not."""
+    """Allow or forbid new VMs to use a plugin."""
     message = EnablePlugin(_key_of(context, name), body.enabled, context.key)
     return PluginChanged.of(await ask_journal(context.deps.journal, message))
 
@@ -127,7 +126,7 @@ def _plugin(context: Context, name: str) -> Plugin:
 
 
 def _key_of(context: Context, name: str) -> Key:
-    """:raises Problem: 404 no plugin can have this name."""
+    """Returns the key of a plugin. :raises Problem: 404, no plugin can have this name."""
     if not is_name(name):
         raise no_such_plugin(name)
     return context.named(name)

@@ -1,4 +1,4 @@
-"""Projects: sets of names, with limits."""
+"""Projects: namespaces with limits."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from ._table import TABLE
 _PROJECT = "/api/v1/projects/{name}"
 
 
-@TABLE.operation("GET /api/v1/projects", permission=Permission.VIEW, answer="By name")
+@TABLE.operation("GET /api/v1/projects", permission=Permission.VIEW, answer="The projects, by name")
 async def list_projects(context: Context) -> list[ProjectView]:
-    """List projects: for an administrator all, for others their own."""
+    """List projects: all for an administrator, otherwise the caller's own."""
     names = {"default", *(project.name for project in context.deps.store.projection.projects.values())}
     own = context.caller.project
     return [_shown(context, name) for name in sorted(names) if own in (None, name)]
 
 
 @TABLE.operation(
-    "POST /api/v1/projects", permission=Permission.ADMIN, status=201, answer="It is there", errors=(503,),
+    "POST /api/v1/projects", permission=Permission.ADMIN, status=201, answer="The project", errors=(503,),
     idempotent=True, journaled=True,
     examples={"Ten VMs at most": {"name": "shop", "quota": {"vms": 10, "memory_mb": 8192}}},
 )  # fmt: skip
 async def create_project(context: Context, *, body: CreateProject) -> ProjectCreated:
-    """Create a project: a separate set of names, with limits.
+    """Create a project: a separate namespace with limits.
 
-    A key has one project. An administrator chooses with the header `Volant-Project`, or `project` in the query.
+    A key has one project. An administrator chooses one with the header `Volant-Project`, or `project` in the query.
     """
     if context.deps.store.projection.project(body.name) is None:
         # A daemon that was killed may have left something, and a fetch may have ended after its project.
@@ -52,10 +52,10 @@ async def get_project(context: Context, name: str) -> ProjectView:
     examples={"Ten VMs at most": {"vms": 10, "memory_mb": 8192}},
 )
 async def set_quota(context: Context, name: str, *, body: Quota) -> ProjectView:
-    """Replace the limits of a project; a member that is left out or null is no limit.
+    """Replace the limits of a project; a missing or null member means no limit.
 
-    VMs, disks and snapshots that already exceed a new limit stay. Further ones are refused: 409 `quota-exceeded`; 429
-    for creates within a minute.
+    VMs, disks and snapshots that already exceed a new limit stay. Further ones get 409 `quota-exceeded`, or 429 for too
+    many creates per minute.
     """
     await ask_journal(context.deps.journal, SetQuota(name, body))
     return _shown(context, name)
@@ -73,10 +73,10 @@ async def set_quota(context: Context, name: str, *, body: Quota) -> ProjectView:
     },
 )
 async def set_project_egress(context: Context, name: str, *, body: SetEgress) -> ProjectView:
-    """Replace the egress policy of a project: what its VMs may connect to.
+    """Replace the egress policy of a project, which limits the destinations of its VMs.
 
-    New VMs that ask for no policy have this one. Those that ask for more get 409 `egress-not-allowed`, and so do forks
-    and VMs from a snapshot whose original may connect to more. VMs that are there keep their policies.
+    New VMs without a policy of their own use it. Requests for more get 409 `egress-not-allowed`, as do forks and
+    restored VMs whose original may connect to more. Present VMs keep their policies.
     """
     await ask_journal(context.deps.journal, SetProjectEgress(name, body.egress))
     return _shown(context, name)
@@ -86,14 +86,14 @@ async def set_project_egress(context: Context, name: str, *, body: SetEgress) ->
 async def delete_project(context: Context, name: str) -> None:
     """Delete an empty project that no key belongs to.
 
-    This also deletes the logs of its deleted VMs and its names of images. A new project of the same name starts empty.
+    This also deletes the logs of its deleted VMs and its image names. A new project with the same name starts empty.
     """
     await ask_journal(context.deps.journal, RemoveProject(name))
     await clear_project(context.deps.logs, context.deps.oci, name, "deleted")
 
 
 async def clear_project(logs: VmLogs, oci: ImageLibrary, name: str, state: str = "deleted") -> None:
-    """Removes what a deleted project has left on this host. :raises Problem: 503 the disk fails."""
+    """Removes the logs and image names of a deleted project on this host. :raises Problem: 503, the disk fails."""
     try:
         await logs.discard_project(name)
         await oci.forget_project(name)

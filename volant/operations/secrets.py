@@ -1,4 +1,4 @@
-"""Secrets: values that VMs get, and that nobody can read back."""
+"""Secrets: values that VMs receive and that the API never returns."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from ._table import TABLE
 _ONE = "/api/v1/secrets/{name}"
 
 
-@TABLE.operation("GET /api/v1/secrets", permission=Permission.VIEW, answer="By name, without values")
+@TABLE.operation("GET /api/v1/secrets", permission=Permission.VIEW, answer="The secrets without their values, by name")
 async def list_secrets(context: Context) -> list[SecretView]:
-    """List secrets, which VMs get as environment variables or files. Their values are never shown."""
+    """List secrets, which VMs receive as environment variables or files. Their values are never shown."""
     return await context.deps.vms.secrets.views(context.listed)
 
 
 @TABLE.operation(f"GET {_ONE}", permission=Permission.VIEW, answer="The secret, without its value")
 async def get_secret(context: Context, name: str) -> SecretView:
-    """Get what is known of a secret, and the VMs that refer to it. Its value is never shown."""
+    """Get a secret's metadata and the VMs that refer to it. Its value is never shown."""
     return await context.deps.vms.secrets.view(context.named(name))
 
 
@@ -31,9 +31,9 @@ async def get_secret(context: Context, name: str) -> SecretView:
     examples={"Text": {"value": "correct horse battery staple"}},
 )
 async def set_secret(context: Context, name: str, *, body: SetSecret) -> SecretView:
-    """Set the value of a secret, which is new or gets another one.
+    """Set the value of a new or present secret.
 
-    It is stored encrypted. VMs that refer to it get the value with their next boot.
+    It is stored encrypted. VMs that refer to it receive the value at their next boot.
     """
     return await context.deps.vms.secrets.set(context.named(name), body)
 
@@ -48,7 +48,7 @@ async def delete_secret(context: Context, name: str) -> None:
     # Not below `/secrets`, where a secret may have any name.
     "POST /api/v1/system/secrets/reencrypt",
     permission=Permission.ADMIN,
-    answer="What was done",
+    answer="The result",
     errors=(503,),
     client="secrets.reencrypt",
     client_timeout_s=300,
@@ -56,6 +56,6 @@ async def delete_secret(context: Context, name: str) -> None:
 async def reencrypt_secrets(context: Context) -> ReencryptedSecrets:
     """Re-encrypt the secrets of all projects with the first key of the key file. Put the new key there first.
 
-    A request that breaks off can be sent again.
+    An interrupted request can be repeated.
     """
     return await context.deps.vms.secrets.reencrypt()

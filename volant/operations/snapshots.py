@@ -1,4 +1,4 @@
-"""Snapshots: copies of VMs that are kept."""
+"""Snapshots: stored copies of VMs."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ _TRANSFER_S = 6 * 3600 + 60.0
     idempotent=True,
     tool=Tool(
         "vms_snapshot",
-        "Keep a VM as it is now",
-        "Keep a copy of a running or paused VM, memory and disk, on the host, to go back to it with vms_restore, also "
-        "after the VM is deleted. Take one before something that may break the VM.",
+        "Take a snapshot of a VM",
+        "Save the memory and disk of a running or paused VM on the host, to return to this state with vms_restore, "
+        "even after the VM is deleted. Take one before an action that may break the VM.",
     ),
     client="snapshots.take",
     client_timeout_s=600,
@@ -50,10 +50,10 @@ _TRANSFER_S = 6 * 3600 + 60.0
     examples={"A name": {"name": "prepared", "description": "All packages are installed"}},
 )
 async def take_snapshot(context: Context, name: str, *, body: TakeSnapshot) -> SnapshotTaken:
-    """Keep a VM as it is now: memory, devices and disk.
+    """Save a VM's present memory, devices and disk.
 
-    The guest is paused for a moment, and what is copied then is written to the disk while it runs again. A client that
-    leaves cancels nothing. The VM has to be running or paused; a command that ends that ends this too.
+    The guest is paused briefly, and the copy is written to the disk while it runs again. The snapshot continues if the
+    client disconnects. The VM must be running or paused; a command that ends this state also ends the snapshot.
     """
     check_take(body)
     take = partial(context.deps.vms.copies.take_snapshot, context.named(name), body, key=context.key)
@@ -63,7 +63,7 @@ async def take_snapshot(context: Context, name: str, *, body: TakeSnapshot) -> S
 @TABLE.operation(
     "GET /api/v1/vms/{name}/snapshots",
     permission=Permission.VIEW,
-    answer="The oldest first",
+    answer="The snapshots, oldest first",
     client="snapshots.list_of_vm",
 )
 async def list_vm_snapshots(context: Context, name: str) -> list[SnapshotView]:
@@ -75,11 +75,11 @@ async def list_vm_snapshots(context: Context, name: str) -> list[SnapshotView]:
 @TABLE.operation(
     "GET /api/v1/snapshots",
     permission=Permission.VIEW,
-    answer="The oldest first",
+    answer="The snapshots, oldest first",
     spans=Spans(SnapshotView, lambda one: (one.created_at, one.project, one.name)),
 )
 async def list_snapshots(context: Context) -> list[SnapshotView]:
-    """List all snapshots, also those of deleted VMs, but for replicas: these belong to their VMs."""
+    """List all snapshots, including those of deleted VMs. Replicas are not listed, as they belong to their VMs."""
     listed = context.listed
     snapshots = context.deps.store.projection.snapshots.values()
     return _by_age(one for one in snapshots if listed in (None, one.project))
@@ -96,8 +96,8 @@ async def list_snapshots(context: Context) -> list[SnapshotView]:
     tool=Tool(
         "snapshots_pull",
         "Fetch a snapshot",
-        "Fetch a snapshot from a registry to this host, to make VMs from it with vms_restore. It may take minutes: if "
-        "the call is cut off, call it again, and it goes on where it was.",
+        "Fetch a snapshot from a registry to this host, to make VMs from it with vms_restore. It may take minutes. If "
+        "the call is interrupted, call it again to continue the transfer.",
     ),
     client_timeout_s=_TRANSFER_S,
     examples={"A tag": {"reference": "registry.example.com:5000/team/app:1"}},
@@ -105,9 +105,9 @@ async def list_snapshots(context: Context) -> list[SnapshotView]:
 async def pull_snapshot(context: Context, *, body: PullSnapshot) -> SnapshotTaken:
     """Fetch a snapshot from a registry, and wait until it is on the disk.
 
-    What this host has already is not fetched: chunks of its template and of other snapshots of the project, and what an
-    earlier call has received. A client that leaves ends the transfer. The files that the snapshot relies on are matched
-    by digest; an OCI image that this host lacks is fetched, and what can't be had is named in the error.
+    Chunks that this host already has are not fetched: those of its template, of other snapshots of the project, and of
+    an earlier call. The transfer ends if the client disconnects. The files that the snapshot needs are matched by
+    digest. A missing OCI image is fetched; the error names any other missing file.
     """
     require_project(context.deps, context.project)
     client = await _client(context, body.reference, body.registry_secret)
@@ -125,24 +125,25 @@ async def pull_snapshot(context: Context, *, body: PullSnapshot) -> SnapshotTake
 @TABLE.operation(
     "POST /api/v1/snapshots/{snapshot}/push",
     permission=Permission.CONTROL,
-    answer="All of it is in the registry",
+    answer="The snapshot in the registry",
     errors=(403, 404, 409, 422, 503),
     registry_auth=True,
     tool=Tool(
         "snapshots_push",
         "Send a snapshot to a registry",
-        "Send a snapshot to a registry, from which other hosts can fetch it. It may take minutes: if the call is cut "
-        "off, call it again, and it goes on where it was.",
+        "Send a snapshot to a registry, from which other hosts can fetch it. It may take minutes. If the call is "
+        "interrupted, call it again to continue the transfer.",
         idempotent=True,
     ),
     client_timeout_s=_TRANSFER_S,
     examples={"A tag": {"reference": "registry.example.com:5000/team/app:1"}},
 )
 async def push_snapshot(context: Context, snapshot: str, *, body: PushSnapshot) -> RegistrySnapshot:
-    """Send a snapshot to a registry, and wait until all of it is there.
+    """Send a snapshot to a registry, and wait until it is completely there.
 
-    What the registry has already is not sent, such as chunks of other snapshots in the same repository. A client that
-    leaves ends the transfer; the next one goes on. The snapshot contains the guest's memory, with what is secret in it.
+    Chunks that the registry already has are not sent, such as those of other snapshots in the same repository. The
+    transfer ends if the client disconnects; the next call continues it. The snapshot contains the guest's memory,
+    including its secrets.
     """
     client = await _client(context, body.reference, body.registry_secret)
     push = partial(context.deps.transfers.push, context.named(snapshot), body.reference, client)
@@ -157,10 +158,10 @@ async def _client(context: Context, reference: str, secret: str | None) -> Clien
 
 
 @TABLE.operation(
-    "GET /api/v1/transfers", permission=Permission.VIEW, answer="Those under way", client="snapshots.transfers"
+    "GET /api/v1/transfers", permission=Permission.VIEW, answer="The running transfers", client="snapshots.transfers"
 )
 async def list_transfers(context: Context) -> list[TransferView]:
-    """List the snapshots that are on their way to or from a registry."""
+    """List the running transfers of snapshots to and from registries."""
     return context.deps.transfers.under_way(context.seen)
 
 
@@ -176,12 +177,12 @@ async def get_snapshot(context: Context, snapshot: str) -> SnapshotView:
 @TABLE.operation(
     "DELETE /api/v1/snapshots/{snapshot}",
     permission=Permission.CONTROL,
-    answer="Nothing of it is left",
+    answer="The snapshot is deleted",
     errors=(409, 503),
     tool=Tool(
         "snapshots_delete",
         "Delete a snapshot",
-        "Destroy a snapshot, for good. VMs that were made from it keep running.",
+        "Delete a snapshot permanently. VMs made from it keep running.",
         destructive=True,
         idempotent=True,
     ),

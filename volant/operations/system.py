@@ -39,7 +39,7 @@ from ._table import ANY, OCTETS, SQLITE, TABLE, Answer, JsonObject
 _ORPHAN = "/api/v1/system/orphans/{tag}"
 
 
-@TABLE.operation("GET /api/v1/system/status", permission=Permission.VIEW, answer="Measured now")
+@TABLE.operation("GET /api/v1/system/status", permission=Permission.VIEW, answer="The current figures")
 async def system_status(context: Context) -> SystemStatus:
     """Show figures of the daemon and its host."""
     deps = context.deps
@@ -63,7 +63,7 @@ async def system_status(context: Context) -> SystemStatus:
 @TABLE.operation(
     "POST /api/v1/system/drain",
     permission=Permission.ADMIN,
-    answer="Durable, over restarts of the daemon and of the host",
+    answer="The daemon drains, also after restarts of the daemon and the host",
     errors=(503,),
     client="system.drain",
     journaled=True,
@@ -71,21 +71,21 @@ async def system_status(context: Context) -> SystemStatus:
 async def drain(
     context: Context,
     *,
-    stop_vms: Annotated[
-        bool, Flag(help="Stop VMs that are up, some at a time; they start again after `undrain`")
-    ] = False,
+    stop_vms: Annotated[bool, Flag(help="Stop running VMs, some at a time; they start again after `undrain`")] = False,
     grace_s: Annotated[
         float,
         Seconds(
-            name="grace", help="With `stop_vms`, for each guest: default `10s`, at most `10m`", maximum=MAX_GRACE_S
+            name="grace",
+            help="With `stop_vms`: how long each guest may take to shut down; default `10s`, at most `10m`",
+            maximum=MAX_GRACE_S,
         ),
     ] = DEFAULT_GRACE_S,
 ) -> SystemStatus:
-    """Let no VM be created or start, for maintenance.
+    """Prevent VMs from being created or started, for maintenance.
 
-    What would create or start a VM is 503, `urn:volant:error:draining`. Running VMs keep running. One whose restart
-    policy is due, or whose host or guest has rebooted, waits. Asked again, `draining_since` stays. The answer comes
-    before VMs have stopped: their events, or `GET /api/v1/vms/{name}?wait=stopped`, report that.
+    Requests that would create or start a VM get 503, `urn:volant:error:draining`. Running VMs keep running. A VM waits
+    if its restart policy is due, or if its host or guest has rebooted. Another drain keeps `draining_since`. The
+    request returns before VMs have stopped: their events, or `GET /api/v1/vms/{name}?wait=stopped`, report that.
     """
     await context.deps.vms.drain(grace_s if stop_vms else None)
     return await system_status(context)
@@ -94,33 +94,33 @@ async def drain(
 @TABLE.operation(
     "POST /api/v1/system/undrain",
     permission=Permission.ADMIN,
-    answer="Durable",
+    answer="VMs may start",
     errors=(503,),
     client="system.undrain",
     journaled=True,
 )
 async def undrain(context: Context) -> SystemStatus:
-    """Let VMs start again; those that waited do."""
+    """Allow VMs to start again; waiting VMs boot now."""
     await context.deps.vms.undrain()
     return await system_status(context)
 
 
-@TABLE.operation("GET /api/v1/system/info", permission=Permission.ADMIN, answer="Its shape is no contract")
+@TABLE.operation("GET /api/v1/system/info", permission=Permission.ADMIN, answer="Details; the format may change")
 async def system_info(context: Context) -> JsonObject:
-    """Show versions, addresses, the accelerator and the reason for it."""
+    """Show versions, addresses, and the accelerator with the reason for its choice."""
     return context.deps.system.info()
 
 
 @TABLE.operation(
     "GET /api/v1/system/orphans",
     permission=Permission.ADMIN,
-    answer="All of them",
+    answer="The orphaned hypervisors",
     client="system.orphans",
 )
 async def list_orphans(context: Context) -> list[OrphanView]:
-    """List hypervisors that run and that no VM owns.
+    """List running hypervisors that no VM owns.
 
-    The daemon never touches them. Adopt one, or kill it.
+    The daemon never touches them. Adopt or kill them.
     """
     return [orphan.view() for orphan in await context.deps.vms.orphans.list()]
 
@@ -129,7 +129,7 @@ async def list_orphans(context: Context) -> list[OrphanView]:
     f"POST {_ORPHAN}/adopt",
     permission=Permission.ADMIN,
     status=201,
-    answer="The VM, running, under its old id",
+    answer="The VM, running, with its old id",
     errors=(404, 409, 503),
     client="system.adopt_orphan",
     journaled=True,
@@ -138,11 +138,11 @@ async def adopt_orphan(
     context: Context,
     tag: str,
     *,
-    name: Annotated[str | None, Text(help="Instead of its own name", of=Name)] = None,
+    name: Annotated[str | None, Text(help="A name for the VM instead of its former one", of=Name)] = None,
 ) -> VmCreated:
-    """Make a VM of an orphaned hypervisor, in the project of the request.
+    """Make a VM from an orphaned hypervisor, in the project of the request.
 
-    Name, size and disk are as its command line says; plugin `base`, no labels, no restart policy.
+    Name, size and disk come from its command line; it has the plugin `base`, no labels and no restart policy.
     """
     name = None if name is None else check_name(name, "name")
     return VmCreated.of(await context.deps.vms.orphans.adopt(tag, context.project, name))
@@ -151,7 +151,7 @@ async def adopt_orphan(
 @TABLE.operation(
     f"POST {_ORPHAN}/kill",
     permission=Permission.ADMIN,
-    answer="Its process has ended and its files are removed",
+    answer="Its process is killed and its files are removed",
     errors=(404, 503),
     client="system.kill_orphan",
 )
@@ -160,7 +160,7 @@ async def kill_orphan(context: Context, tag: str) -> None:
     await context.deps.vms.orphans.kill(tag)
 
 
-@TABLE.operation("GET /api/v1/system/tree", permission=Permission.ADMIN, answer="Its shape is no contract")
+@TABLE.operation("GET /api/v1/system/tree", permission=Permission.ADMIN, answer="The tree; the format may change")
 async def system_tree(context: Context) -> JsonObject:
     """Show the supervisor tree."""
     return context.deps.system.tree()
@@ -169,12 +169,12 @@ async def system_tree(context: Context) -> JsonObject:
 @TABLE.operation(
     "GET /api/v1/system/df",
     permission=Permission.ADMIN,
-    answer="The largest first, with who uses it",
+    answer="The items with their users, largest first",
     errors=(503,),
     client="system.df",
 )
 async def disk_usage(context: Context) -> Usage:
-    """Show what takes space on the host for the daemon."""
+    """Show the disk space that the daemon's files take up on the host."""
     with _disk():
         return await context.deps.vms.storage.usage()
 
@@ -182,7 +182,7 @@ async def disk_usage(context: Context) -> Usage:
 @TABLE.operation(
     "POST /api/v1/system/prune",
     permission=Permission.ADMIN,
-    answer="What was removed, or with `dry_run` would be",
+    answer="The removed items; with `dry_run`, the items that would be removed",
     errors=(503,),
     client="system.prune",
     client_timeout_s=330,
@@ -190,13 +190,13 @@ async def disk_usage(context: Context) -> Usage:
 async def prune(
     context: Context,
     *,
-    dry_run: Annotated[bool, Flag(help="Say what would go, and remove nothing")] = False,
+    dry_run: Annotated[bool, Flag(help="Report what would be removed, without removing it")] = False,
     kinds: Annotated[
         Collection[str],
         Words(
             name="kind",
-            help="Only these; default `log`, `image`, `artifact`, `template`, `leftover`; `disk`, `snapshot`, "
-            "`database` only when named",
+            help="Kinds to remove; default `log`, `image`, `artifact`, `template`, `leftover`; `disk`, `snapshot` and "
+            "`database` only if listed",
             of=StoredKind,
         ),
     ] = (),
@@ -204,14 +204,14 @@ async def prune(
         float,
         Seconds(
             name="unused_for",
-            help="Of templates only those from which no VM began for so long: `12h`",
+            help="Only templates from which no VM was cloned for this time: `12h`",
             maximum=math.inf,
         ),
     ] = 0.0,
 ) -> Pruned:
-    """Remove what nothing uses.
+    """Remove unused files.
 
-    What a VM, a plugin or a process uses stays, also when that begins meanwhile.
+    Files that a VM, a plugin or a process uses are kept, also if the use begins meanwhile.
     """
     only = cast("frozenset[StoredKind]", frozenset(kinds)) or None
     with _disk():
@@ -222,7 +222,7 @@ async def prune(
     "POST /api/v1/tickets",
     permission=Permission.VIEW,
     status=201,
-    answer="For one use",
+    answer="The ticket, for one use",
     secret=True,
     client="system.ticket",
     examples={"For the log of a VM": {"path": "/ws/v1/vms/web/logs"}},
@@ -230,7 +230,7 @@ async def prune(
 async def create_ticket(context: Context, *, body: WantTicket = WantTicket()) -> Ticket:  # noqa: B008 - frozen
     """Create a ticket for a browser, which can't set headers on some streams.
 
-    With a project, the ticket is for that one, also at a path whose query is a guest's.
+    If the request names a project, the ticket is for that project, also for a path whose query belongs to a guest.
     """
     caller = for_ticket(context.scope, context.caller)
     if names_project(context.scope):
@@ -241,7 +241,7 @@ async def create_ticket(context: Context, *, body: WantTicket = WantTicket()) ->
 
 @contextmanager
 def _disk() -> Iterator[None]:
-    """:raises Problem: 503 instead of OSError."""
+    """Converts OSError. :raises Problem: 503."""
     try:
         yield
     except OSError as error:
@@ -254,41 +254,42 @@ TABLE.declare(
     "PUT /api/v1/artifacts/{sha256}",
     "put_artifact",
     Permission.CONTROL,
-    "Send a file that a manifest names",
+    "Upload a file for a manifest",
     answers={
         201: Answer(
-            "It is in the cache, and stays until it is pruned, which happens to none that a plugin names", ArtifactView
+            "The file in the cache. It is kept until it is pruned, and never pruned while a plugin names it",
+            ArtifactView,
         )
     },
     body=bytes,
     body_media=OCTETS,
     errors=(408, 413, 503, 507),
-    details="400 `artifact-mismatch` when what comes has another SHA-256. At most `artifact_max_mb`; four at a time, "
-    "for one more it is 503.",
+    details="400 `artifact-mismatch` if the data has another SHA-256. The maximum size is `artifact_max_mb`. More than "
+    "four uploads at a time get 503.",
 )
 TABLE.declare(
     "GET /healthz",
     "healthz",
     Permission.PUBLIC,
-    "Check whether the daemon is whole",
-    answers={200: Answer("It is", Health), 503: Answer("It starts, stops or is degraded", Health)},
+    "Check the daemon's health",
+    answers={200: Answer("Healthy", Health), 503: Answer("Starting, stopping or degraded", Health)},
 )
 TABLE.declare(
     "GET /api/v1/system/tasks",
     "system_tasks",
     Permission.ADMIN,
     "Show what every task and thread of the daemon is doing",
-    answers={200: Answer("Where each one waits: for people, its shape is no contract", str, "text/plain")},
-    details="Files, lines and functions, and no values. Also in the log, after `SIGUSR1`.",
+    answers={200: Answer("The position of each task and thread, for people; the format may change", str, "text/plain")},
+    details="Contains files, lines and functions, but no values. `SIGUSR1` writes it to the log.",
 )
 TABLE.declare(
     "POST /api/v1/system/backup",
     "backup",
     Permission.ADMIN,
-    "Take a consistent copy of all that the daemon must not lose",
+    "Make a consistent backup of the daemon's state",
     answers={
         200: Answer(
-            "An SQLite database: VMs, plugins, events, stored responses; no disks, no logs",
+            "An SQLite database with VMs, plugins, events and stored responses, but no disks and no logs",
             bytes,
             SQLITE,
             headers=("Content-Disposition", "Repr-Digest"),
@@ -296,40 +297,40 @@ TABLE.declare(
     },
     body=Nothing,
     errors=(409, 503),
-    details="Commits and readers continue meanwhile. `Content-Length` and `Repr-Digest` show whether it came whole.",
+    details="Reads and writes continue meanwhile. Check the copy with `Content-Length` and `Repr-Digest`.",
 )
 TABLE.declare(
     "GET /metrics",
     "metrics",
     Permission.VIEW,
-    "Get figures for Prometheus",
-    answers={200: Answer("Text 0.0.4; OpenMetrics for clients that accept it", str, "text/plain")},
+    "Get metrics for Prometheus",
+    answers={200: Answer("Metrics in text format 0.0.4, or OpenMetrics for clients that accept it", str, "text/plain")},
 )
 TABLE.declare(
     "GET /openapi.json",
     "openapi",
     Permission.VIEW,
     "Get this document",
-    answers={200: Answer("OpenAPI 3.1", JsonObject)},
+    answers={200: Answer("The document, OpenAPI 3.1", JsonObject)},
 )
 TABLE.declare(
     "GET /docs",
     "docs",
     Permission.PUBLIC,
-    "Read this document, and try what it has; needs no network",
+    "Browse this document and try its operations; needs no internet access",
     answers={
         200: Answer("A page", str, "text/html", headers=("ETag",)),
-        304: Answer("The client has it already", headers=("ETag",)),
+        304: Answer("The client's copy is current", headers=("ETag",)),
     },
 )
 TABLE.declare(
     "GET /",
     "console",
     Permission.PUBLIC,
-    "Open the console: a page that shows all of this live, and needs no network",
+    "Open the web console; needs no internet access",
     answers={
         200: Answer("A page", str, "text/html", headers=("ETag",)),
-        304: Answer("The client has it already", headers=("ETag",)),
+        304: Answer("The client's copy is current", headers=("ETag",)),
     },
 )
 TABLE.declare(
@@ -338,8 +339,8 @@ TABLE.declare(
     Permission.PUBLIC,
     "Get a file of the console",
     answers={
-        200: Answer("A file, which never changes under its address", bytes, ANY, headers=("ETag",)),
-        304: Answer("The client has it already", headers=("ETag",)),
+        200: Answer("A file that never changes at this path", bytes, ANY, headers=("ETag",)),
+        304: Answer("The client's copy is current", headers=("ETag",)),
     },
-    details="404: this daemon has another version of the console; load its page again.",
+    details="404 if this daemon has another version of the console; reload its page.",
 )

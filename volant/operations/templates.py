@@ -11,13 +11,13 @@ from ._table import TABLE
 @TABLE.operation(
     "GET /api/v1/templates",
     permission=Permission.VIEW,
-    answer="All, also those that are being built or could not be",
+    answer="The templates, including those that are being built or failed",
     errors=(503,),
 )
 async def list_templates(context: Context) -> list[TemplateView]:
     """List the templates that new VMs are cloned from.
 
-    With a project, those for plugins that it has.
+    If the request is for a project, only templates for its plugins.
     """
     templates = await context.deps.vms.templates.list()
     if context.seen is None:
@@ -30,16 +30,16 @@ async def list_templates(context: Context) -> list[TemplateView]:
     "POST /api/v1/templates",
     permission=Permission.CONTROL,
     status=201,
-    answer="It is there",
+    answer="The template",
     errors=(404, 409, 422, 503),
     client_timeout_s=600,
     examples={"A size": {"memory_mb": 128}},
 )
 async def build_template(context: Context, *, body: BuildTemplate) -> TemplateView:
-    """Build the template of a kind of VM, and wait for it.
+    """Build the template for a plugin and a VM size, and wait for it.
 
-    One that is there is returned at once; one that is being built is waited for. A client that leaves cancels nothing.
-    For the limits of the project a build counts as the creation of such a VM.
+    An existing template is returned at once; the request waits for one that is being built. The build continues if the
+    client disconnects. For the limits of the project, a build counts as the creation of such a VM.
     """
     return await context.deps.vms.templates.build(body, context.project)
 

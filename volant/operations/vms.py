@@ -1,4 +1,4 @@
-"""VMs: create, watch, change, delete; and copies of running ones."""
+"""VMs: create, watch, change and delete them, and copy running ones."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ Grace = Annotated[
     float,
     Seconds(
         name="grace",
-        help="How long the guest has before it is killed: default `10s`, at most `10m`",
+        help="How long the guest may take to shut down before it is killed: default `10s`, at most `10m`",
         maximum=MAX_GRACE_S,
     ),
 ]
 
 
 def _last_known(context: Context, fleet: Fleet, host: str, parameters: Mapping[str, Any]) -> Page[VmView]:
-    """Returns the VMs of a host that does not answer, as it has reported them."""
+    """Returns the VMs of an unreachable host, from its last report."""
     listed, limit = context.listed, parameters["limit"]
     fits = [
         vm
@@ -71,24 +71,28 @@ def _last_known(context: Context, fleet: Fleet, host: str, parameters: Mapping[s
 @TABLE.operation(
     "GET /api/v1/vms",
     permission=Permission.VIEW,
-    answer="All that fit, unless there is a `limit`",
+    answer="The matching VMs, oldest first",
     headers=("Volant-Event-Id", "Link"),
     spans=PageSpans(VmView, lambda vm: vm.id, _last_known),
     tool=Tool(
         "vms_list",
         "List VMs",
         "List the microVMs with their state, size, plugin and labels, oldest first. Use it to find a VM's "
-        "name, or to see what runs; for one VM whose name you know use vms_get.",
+        "name, or to see which VMs run; for one VM whose name you know use vms_get.",
     ),
 )
 async def list_vms(
     context: Context,
     *,
-    status: Annotated[Collection[str], Words(help="In one of these states", of=Status)] = (),
-    plugin: Annotated[Collection[str], Names(help="Of one of these plugins")] = (),
-    labels: Annotated[Mapping[str, str], LabelPairs(name="label", help="`key=value`; all of them must hold")] = {},
-    limit: Annotated[int | None, Integer(help="At most so many", minimum=1, maximum=1000, tool_maximum=200)] = None,
-    cursor: Annotated[int, Integer(help="As in the `Link` before; opaque")] = 0,
+    status: Annotated[Collection[str], Words(help="Only VMs in one of these states", of=Status)] = (),
+    plugin: Annotated[Collection[str], Names(help="Only VMs of one of these plugins")] = (),
+    labels: Annotated[
+        Mapping[str, str], LabelPairs(name="label", help="Only VMs with all of these labels, as `key=value`")
+    ] = {},
+    limit: Annotated[
+        int | None, Integer(help="Maximum number of results", minimum=1, maximum=1000, tool_maximum=200)
+    ] = None,
+    cursor: Annotated[int, Integer(help="Opaque cursor from the previous `Link` header")] = 0,
 ) -> Page[VmView]:
     """List VMs, by id."""
     rows = select_vms(context.deps, context.listed, states=status, plugins=plugin, labels=labels)
@@ -126,8 +130,8 @@ async def list_vms(
         Tool(
             "vms_restore",
             "Make a VM from a snapshot",
-            "Make a new VM that continues from a snapshot (snapshots_list). The VM that the snapshot is of is not "
-            "touched; `name` must be new.",
+            "Make a new VM that continues from a snapshot (snapshots_list). The snapshot's VM is not changed; "
+            "`name` must be new.",
             body=RestoreVm,
         ),
     ),
@@ -139,13 +143,13 @@ async def list_vms(
     },
 )
 async def create_vm(context: Context, *, body: RestoreVm | CreateVm) -> VmCreated:
-    """Create a VM; it is durable when this is answered.
+    """Create a VM; it is durable when the request returns.
 
-    With `image`, the image's manifest and configuration are fetched before this is answered, and its layers as the VM
-    boots; what the image's configuration says of the program, the body may replace.
+    With `image`, the image's manifest and configuration are fetched before the request returns, and its layers while
+    the VM boots. The body can override the image's configuration of the program.
 
-    With `from_snapshot` its first boot continues from that snapshot, as a copy with an identity of its own. Every later
-    boot is an ordinary one, with the disk as it was left. If the first fails the VM is `crashed`; no cold boot follows.
+    With `from_snapshot`, the first boot continues from that snapshot, as a copy with its own identity. Every later boot
+    is an ordinary one with the VM's disk. If the first boot fails, the VM is `crashed`; it does not boot cold.
     """
     if isinstance(body, RestoreVm):
         check_restore(body)
@@ -175,13 +179,13 @@ async def create_vm(context: Context, *, body: RestoreVm | CreateVm) -> VmCreate
 @TABLE.operation(
     f"GET {_VM}",
     permission=Permission.VIEW,
-    answer="The VM as it now is",
+    answer="The VM",
     waits_for=Status.RUNNING,
     tool=Tool(
         "vms_get",
-        "Look at a VM",
-        "One VM as it is now: its `status` (pending, starting, running, paused, stopping, stopped, crashed, deleting), "
-        "its size, and in `reason` why it failed, with the last lines of its console.",
+        "Get a VM",
+        "The present state of a VM: its `status` (pending, starting, running, paused, stopping, stopped, crashed, "
+        "deleting), its size, and in `reason` why it failed, with the last lines of its console.",
     ),
 )
 async def get_vm(context: Context, name: str) -> VmChanged:
@@ -192,7 +196,7 @@ async def get_vm(context: Context, name: str) -> VmChanged:
 @TABLE.operation(
     f"DELETE {_VM}",
     permission=Permission.CONTROL,
-    answer="Nothing of it is left on the host",
+    answer="The VM is completely removed from the host",
     errors=(503,),
     if_match=True,
     tool=Tool(
@@ -208,7 +212,7 @@ async def get_vm(context: Context, name: str) -> VmChanged:
 async def delete_vm(context: Context, name: str) -> None:
     """Delete a VM.
 
-    A second request joins the first. A client that leaves cancels nothing; past 60 s it is 503.
+    A second request joins the first. The deletion continues if the client disconnects; after 60 s the answer is 503.
     """
     vm = context.named(name)
     await context.unless_stopping(
@@ -218,10 +222,10 @@ async def delete_vm(context: Context, name: str) -> None:
 
 
 def _command_at(word: str, to: Status, tool: str | None = None, **more: Any) -> Callable[[F], F]:
-    """Declares a command that brings a VM to a status.
+    """Declares a command that changes a VM's status.
 
-    :param tool: what models read of it; None: they don't have it
-    :param more: as of `Tool`
+    :param tool: the description for models; None for no tool
+    :param more: members of `Tool`
     """
     return TABLE.operation(
         f"POST {_VM}/{word}",
@@ -245,31 +249,31 @@ async def _command(context: Context, name: str, command: Command, grace_s: float
 @_command_at(
     "start",
     Status.RUNNING,
-    "Boot a VM that is stopped or crashed, or resume a paused one. Does nothing to one that runs.",
+    "Boot a stopped or crashed VM, or resume a paused one. Does nothing if it runs.",
     idempotent=True,
 )
 async def start_vm(context: Context, name: str) -> VmChanged:
-    """Start a VM; nothing happens to one that runs."""
+    """Start a VM; does nothing if it runs."""
     return await _command(context, name, Command.START)
 
 
 @_command_at(
     "stop",
     Status.STOPPED,
-    "Shut a VM down and keep it for vms_start. What it has in memory is lost, and with it its files unless it has "
-    'a disk (`"disk": "overlay"`). Does nothing to one that is stopped.',
+    "Shut a VM down and keep it for vms_start. Its memory is lost, and so are its files unless it has a disk "
+    '(`"disk": "overlay"`). Does nothing if it is stopped.',
     destructive=True,
     idempotent=True,
 )
 async def stop_vm(context: Context, name: str, *, grace_s: Grace = _DEFAULT_GRACE_S) -> VmChanged:
-    """Ask the guest to shut down, then kill it; nothing happens to a VM that is stopped."""
+    """Ask the guest to shut down, then kill it; does nothing if the VM is stopped."""
     return await _command(context, name, Command.STOP, grace_s)
 
 
 @_command_at(
     "restart",
     Status.RUNNING,
-    "Shut a VM down and boot it again; what is lost is what vms_stop loses. For a VM that hangs, give `grace_s` 0.",
+    "Shut a VM down and boot it again; it loses the same data as with vms_stop. For a VM that hangs, use `grace_s` 0.",
     destructive=True,
 )
 async def restart_vm(context: Context, name: str, *, grace_s: Grace = _DEFAULT_GRACE_S) -> VmChanged:
@@ -280,9 +284,9 @@ async def restart_vm(context: Context, name: str, *, grace_s: Grace = _DEFAULT_G
 @_command_at(
     "pause",
     Status.PAUSED,
-    "Pause a VM, to resume it later at the same instant: programs, memory, connections stay, and it takes no "
-    "processor time. While it is paused nothing works in it, vms_exec neither. Its memory stays taken; to free "
-    "that, use vms_stop.",
+    "Pause a VM, to resume it later from the same state: it keeps programs, memory and connections, and uses no "
+    "processor time. While it is paused, nothing works in it, including vms_exec. Its memory stays allocated; to "
+    "free it, use vms_stop.",
     idempotent=True,
 )
 async def pause_vm(context: Context, name: str) -> VmChanged:
@@ -293,7 +297,7 @@ async def pause_vm(context: Context, name: str) -> VmChanged:
 @_command_at(
     "resume",
     Status.RUNNING,
-    "Resume a paused VM; its clock is set. Does nothing to one that runs.",
+    "Resume a paused VM and set its clock. Does nothing if it runs.",
     idempotent=True,
 )
 async def resume_vm(context: Context, name: str) -> VmChanged:
@@ -303,7 +307,7 @@ async def resume_vm(context: Context, name: str) -> VmChanged:
 
 @_command_at("recover", Status.RUNNING)
 async def recover_vm(context: Context, name: str) -> VmChanged:
-    """Take control again of a VM whose reason is `control_lost`."""
+    """Regain control of a VM whose reason is `control_lost`."""
     return await _command(context, name, Command.RECOVER)
 
 
@@ -318,26 +322,26 @@ async def recover_vm(context: Context, name: str) -> VmChanged:
     tool=Tool(
         "vms_fork",
         "Copy a running VM",
-        "Make new VMs that continue from where a running or paused VM is now: programs, memory and disk are the same, "
-        "name and ids their own; the VM itself keeps running. Use it to try several things from one point.",
+        "Make new VMs that continue from the present state of a running or paused VM: with the same programs, memory "
+        "and disk, but their own name and ids. The VM keeps running. Use it to try several things from one state.",
     ),
     client_timeout_s=600,
     journaled=True,
     examples={"Three copies": {"count": 3}, "Copies by name": {"names": ["try-1", "try-2"]}},
 )
 async def fork_vm(context: Context, name: str, *, body: ForkVm) -> VmForked:
-    """Create VMs that continue from where this one is; it keeps running itself.
+    """Create VMs that continue from this VM's present state; it keeps running.
 
-    Each has the memory and disk of this one, and receives its own identity before it is `running`. The VM has to be
-    running or paused. With `wait`, `Volant-Wait` is `met` when it is for all.
+    Each has this VM's memory and disk, and receives its own identity before it is `running`. The VM must be running or
+    paused. With `wait`, `Volant-Wait` is `met` when all of them are in a wanted state.
     """
     check_fork(body)
     return VmForked.of(await context.deps.vms.copies.fork(context.named(name), body, key=context.key))
 
 
-@TABLE.operation(f"GET {_VM}/inspect", permission=Permission.VIEW, answer="What is known")
+@TABLE.operation(f"GET {_VM}/inspect", permission=Permission.VIEW, answer="The daemon's internal state of the VM")
 async def inspect_vm(context: Context, name: str) -> JsonObject:
-    """Show what the daemon does with a VM, to find a fault; its shape is no contract."""
+    """Show the daemon's internal state of a VM, to find a fault. The format may change."""
     key = context.named(name)
     found = context.deps.vms.guests.inspect(key)
     return {**found, "egress": await context.deps.egress.describe(find_vm(context.deps, key))}
@@ -346,20 +350,21 @@ async def inspect_vm(context: Context, name: str) -> JsonObject:
 @TABLE.operation(
     f"GET {_VM}/memory",
     permission=Permission.VIEW,
-    answer="Measured now",
+    answer="The current figures",
     errors=(409, 503),
     tool=Tool(
         "vms_memory",
         "Measure the memory of a VM",
-        "How much memory a VM takes now, in MiB: `guest` as its own kernel sees it (null when it does not answer), "
-        "`host` what its hypervisor takes of this host. Use it when a VM seems short of memory, or to find which one "
-        "takes most.",
+        "Get a VM's present memory use in MiB: `guest` is its own kernel's view (null if it does not answer), `host` "
+        "the memory that its hypervisor uses on this host. Use it when a VM seems short of memory, or to find the VM "
+        "that uses most.",
     ),
 )
 async def vm_memory(context: Context, name: str) -> VmMemory:
     """Measure the memory of a VM, as its guest and as the host sees it.
 
-    Costs the kernel some milliseconds for each GiB, so it is not for every second. 409: there is no process.
+    A measurement costs the kernel some milliseconds for each GiB, so don't repeat it every second. 409 if the VM has no
+    process.
     """
     return await context.deps.vms.guests.memory(context.named(name))
 
@@ -368,20 +373,20 @@ async def vm_memory(context: Context, name: str) -> VmMemory:
     # Not below `/vms`, where a VM may have any name.
     "GET /api/v1/stats/vms",
     permission=Permission.VIEW,
-    answer="Measured now; VMs without a process are left out",
+    answer="The current figures, without VMs that have no process",
     spans=Spans(VmStats, lambda vm: vm.name),
     client="vms.stats",
 )
 async def vm_stats(context: Context) -> list[VmStats]:
-    """Measure what each VM uses of the host: processor, memory, disks, network.
+    """Measure each VM's use of the host: processor, memory, disks, network.
 
-    The figures count from the start of the VM's process: two measurements give the use between them.
+    The figures count from the start of the VM's process; the difference of two measurements is the use between them.
     """
     return await context.deps.vms.guests.stats(select_vms(context.deps, context.listed))
 
 
 def _check_directories(context: Context, request: CreateVm) -> None:
-    """:raises Problem: 403 the VM would have a directory of the host, which belongs to no project."""
+    """Checks the directories of a VM, as host directories belong to no project. :raises Problem: 403."""
     directories = parse_mounts(request.volumes).directories
     if directories and not context.caller.may(Permission.ADMIN):
         raise Problem(

@@ -1,4 +1,4 @@
-"""Volumes: disks with names that outlive VMs."""
+"""Volumes: named disks that outlive VMs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _COPY_S = 3700
 @TABLE.operation(
     "GET /api/v1/volumes",
     permission=Permission.VIEW,
-    answer="By name",
+    answer="The volumes, by name",
     spans=Spans(VolumeView, lambda one: (one.project, one.name)),
 )
 async def list_volumes(context: Context) -> list[VolumeView]:
@@ -28,23 +28,23 @@ async def list_volumes(context: Context) -> list[VolumeView]:
     "POST /api/v1/volumes",
     permission=Permission.CONTROL,
     status=201,
-    answer="It is there, formatted and empty",
+    answer="The volume, formatted and empty",
     errors=(404, 503),
     idempotent=True,
     tool=Tool(
         "volumes_create",
         "Make a volume",
-        "Make an empty disk that outlives VMs; pass `NAME:/path` in `volumes` to vms_create, which mounts it there. "
-        "One VM can write to it, or any number can read it (`NAME:/path:ro`).",
+        "Make an empty disk that outlives VMs; pass `NAME:/path` in `volumes` to vms_create to mount it. One VM can "
+        "write to it, or any number of VMs can read it (`NAME:/path:ro`).",
     ),
     client_timeout_s=150,
     journaled=True,
     examples={"1 GiB": {"name": "data", "size_mb": 1024}},
 )
 async def create_volume(context: Context, *, body: CreateVolume) -> VolumeCreated:
-    """Create a volume: an ext4 filesystem in a file of the host, which only takes the space that was written.
+    """Create a volume: an ext4 filesystem in a file of the host, which takes up only the space that was written.
 
-    VMs that are created with `name:/path` in `volumes` mount it there. It stays when they are deleted.
+    VMs created with `name:/path` in `volumes` mount it there. It is kept when they are deleted.
     """
     return VolumeCreated.of(await context.deps.vms.volumes.create(body, context.project, key=context.key))
 
@@ -58,12 +58,12 @@ async def get_volume(context: Context, name: str) -> VolumeView:
 @TABLE.operation(
     f"DELETE {_VOLUME}",
     permission=Permission.CONTROL,
-    answer="Removed, with all that is in it",
+    answer="The volume and its content are deleted",
     errors=(409, 503),
     tool=Tool(
         "volumes_delete",
         "Delete a volume",
-        "Remove a volume that no VM refers to, with all that is in it, for good.",
+        "Delete a volume that no VM refers to, with its content, permanently.",
         destructive=True,
         idempotent=True,
     ),
@@ -77,14 +77,14 @@ async def delete_volume(context: Context, name: str) -> None:
 @TABLE.operation(
     f"POST {_VOLUME}/resize",
     permission=Permission.CONTROL,
-    answer="It has the new size",
+    answer="The volume, with the new size",
     errors=(409, 503),
     idempotent=True,
     journaled=True,
     examples={"2 GiB": {"size_mb": 2048}},
 )
 async def resize_volume(context: Context, name: str, *, body: ResizeVolume) -> VolumeChanged:
-    """Grow a volume, and the filesystem in a VM that writes to it. It can't shrink."""
+    """Grow a volume, and the filesystem in a VM that writes to it. A volume can't shrink."""
     return VolumeChanged.of(await context.deps.vms.volumes.resize(context.named(name), body, key=context.key))
 
 
@@ -92,7 +92,7 @@ async def resize_volume(context: Context, name: str, *, body: ResizeVolume) -> V
     f"POST {_VOLUME}/clone",
     permission=Permission.CONTROL,
     status=201,
-    answer="The copy is there",
+    answer="The copy",
     errors=(503,),
     idempotent=True,
     client_timeout_s=_COPY_S,
@@ -102,6 +102,6 @@ async def resize_volume(context: Context, name: str, *, body: ResizeVolume) -> V
 async def clone_volume(context: Context, name: str, *, body: CloneVolume) -> VolumeCreated:
     """Copy a volume that no VM writes to.
 
-    Where the host's file system can, the copy takes no space until one of both is written to.
+    If the host's file system supports it, the copy takes up no space until either volume is written to.
     """
     return VolumeCreated.of(await context.deps.vms.volumes.clone(context.named(name), body, key=context.key))
