@@ -60,15 +60,15 @@ TABLE.declare(
     "POST /api/v1/agui",
     "agui",
     Permission.VIEW,
-    "Follow what happens to VMs, as an AG-UI run",
+    "Follow the events of VMs as an AG-UI run",
     answers={
-        200: Answer("Server-sent events, one AG-UI event each", str, "text/event-stream", items=get_args(AguiEvent))
+        200: Answer("Server-sent events with one AG-UI event each", str, "text/event-stream", items=get_args(AguiEvent))
     },
     body=RunAgentInput,
     examples={"A run": {"threadId": "vms", "runId": "1"}},
     documented=(
-        Parameter("vm", Name, "Only this VM: the run is its boot, and ends with it"),
-        Parameter("duration", _DURATION, "When the run ends: by default `60s` without `vm`, at most `10m`"),
+        Parameter("vm", Name, "Only events of this VM. The run is its boot, and ends with it"),
+        Parameter("duration", _DURATION, "How long the run lasts: default `60s` without `vm`, at most `10m`"),
     ),
     errors=(404,),
     vm_in_query=True,
@@ -77,19 +77,19 @@ TABLE.declare(
     "GET /ws/v1/agui",
     "agui_websocket",
     Permission.VIEW,
-    "The same as a WebSocket",
-    answers={101: Answer("One AG-UI event a text message", items=get_args(AguiEvent))},
+    "Follow the events of VMs as AG-UI runs (WebSocket)",
+    answers={101: Answer("One AG-UI event per text message", items=get_args(AguiEvent))},
     documented=(
-        Parameter("vm", Name, "Only this VM: each of its boots is a run"),
+        Parameter("vm", Name, "Only events of this VM. Each of its boots is a run"),
         Parameter("thread_id", str, "The thread of the runs; at most 200 characters"),
         Parameter("run_id", str, "The id of the first run; at most 200 characters"),
-        Parameter("resume", bool, "Continue that run, which began on an earlier connection"),
-        Parameter("step", str, "With `resume` and `vm`: the step that the client has open, empty for none"),
+        Parameter("resume", bool, "Continue the run, which began on an earlier connection"),
+        Parameter("step", str, "With `resume` and `vm`: the client's open step, empty for none"),
     ),
     errors=(404, 426),
     credentials_in_query=True,
     vm_in_query=True,
-    details="Closes with 1000 when the VM of `vm` is deleted, with 1001 when the daemon stops.",
+    details="Close codes: 1000 when the VM of `vm` is deleted, 1001 when the daemon stops.",
 )
 
 

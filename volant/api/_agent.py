@@ -1,9 +1,9 @@
 """Relays to servers inside a VM: `/api/v1/vms/{name}/agent/*`, `ports/{port}/*` and `actions/{plugin}/{action}`.
 
 An action is a name for a request to the workload's port, so it is a relay with the manifest's method and path. The
-manifest is the VM's own, from when the VM was created: a plugin that was removed and installed again changes nothing
-for existing VMs. Unlike other relays an action has a deadline, which the manifest sets: it is a call, and its caller
-waits for the end. It covers the whole exchange, with the client's body, as it is not visible what a workload waits for.
+manifest is the VM's own, from the VM's creation: existing VMs ignore that a plugin is removed and installed again.
+Unlike other relays an action has a deadline, which the manifest sets, because its caller waits for the end. It covers
+the whole exchange, including the client's body, as the daemon can't see what a workload waits for.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from ._session import moved
 
 _AGENT = re.compile(r"/api/v1/vms/([^/]*)/agent(?:/.*)?\Z")
 _NO_ROUTE = "the agent has no "
-"""How agents of all versions begin the 404 for a route that they don't have."""
+"""The start of the 404 for an unknown route, in agents of all versions."""
 _NO_WEBSOCKET = "not with GET"
-"""How the first agents began the 405 of exec for a WebSocket."""
+"""The start of the first agents' 405 for a WebSocket to exec."""
 _ENCODED_SLASH = re.compile("%2f", re.IGNORECASE)
 _ACTIONS = re.compile(r"/api/v1/vms/([^/]*)/actions/([^/]*)/([^/]*)\Z")
 _PORTS = re.compile(r"/api/v1/vms/([^/]*)/ports/([^/]*)(?:/.*)?\Z")
 
 
 def routes(deps: ApiDeps, relay: Relay) -> list[StreamRoute]:
-    """The routes of this resource."""
+    """Returns the routes of this resource."""
 
     async def agent(call: Call) -> None:
         vm = call.named(call.args[0])
@@ -92,13 +92,13 @@ def _server(deps: ApiDeps, call: Call, row: VmRow, port: int) -> GuestServer:
 
 
 def _file_of(target: str) -> str:
-    """Returns the path of the file that a request is about, for its record; empty: it is about none."""
+    """Returns the path of the file in a request, for its record; empty if it has none."""
     path = target.partition("?")[0]
     return "/" + unquote(path.removeprefix(FILES)) if path.startswith(FILES) else ""
 
 
 def _target(call: Call, *, depth: int, credentials: bool = False) -> str:
-    """Returns what follows the first `depth` slashes of the path, byte for byte, and the query, as a rule without
+    """Returns the rest of the path after the first `depth` slashes, byte for byte, and the query, by default without
     credentials."""
     path = call.scope["raw_path"].decode("ascii")
     rest = path.split("/", depth)[depth] if path.count("/") >= depth else ""
@@ -117,13 +117,14 @@ def _with_slashes(target: str) -> str:
 
 
 def _may_be_newer(target: str) -> bool:
-    """Whether the agent of a guest that an older daemon started may lack this route."""
+    """Returns whether the agent of a guest that an older daemon started may lack this route."""
     path = target.partition("?")[0]
     return path in (EXEC, EXEC_SESSIONS) or path.startswith((EXEC_SESSIONS + "/", FILES))
 
 
 def _explain(vm: str, target: str, status: int, body: bytes) -> Problem | None:
-    """Returns 502 if the agent lacks this route; None if the answer means something else, such as a missing file."""
+    """Returns the 502 if the agent lacks this route; None if the answer means something else, such as a missing
+    file."""
     try:
         detail = str(msgspec.json.decode(body, type=dict[str, Any]).get("detail"))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -137,7 +138,7 @@ def _explain(vm: str, target: str, status: int, body: bytes) -> Problem | None:
 
 
 def _is_the_daemons(target: str) -> bool:
-    """Whether `target`, in any spelling, is one of the agent's routes that only the daemon may use."""
+    """Returns whether `target`, in any spelling, is one of the agent's routes for the daemon only."""
     path = target.partition("?")[0]
     for _ in range(3):
         path = unquote(path)

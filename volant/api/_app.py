@@ -32,13 +32,13 @@ from . import (
 )
 
 _SOON_S = 1.0
-"""The first probe of a supervisor is answered by then."""
+"""The time within which the first probe of a supervisor is answered."""
 _RETRY_MAX_S = 30.0
 _RETRY_AFTER_S = 1
 
 
 def create_app(deps: ApiDeps, limits: Limits | None = None, table: Table = TABLE) -> Middleware:
-    """Returns the app that serves a table of operations, to be handed to `volant.http.serve`."""
+    """Returns the app that serves a table of operations, for `volant.http.serve`."""
     limits = limits or Limits()
     share = FairShare()
     relay = Relay(share)
@@ -76,7 +76,7 @@ def create_app(deps: ApiDeps, limits: Limits | None = None, table: Table = TABLE
 
 
 def _probes(deps: ApiDeps) -> list[StreamRoute]:
-    """Returns `/healthz` and `/api/v1/system/tasks`, which answer without Quart: a supervisor waits for them."""
+    """Returns `/healthz` and `/api/v1/system/tasks`, which answer without Quart, as supervisors wait for them."""
 
     async def healthz(call: Call) -> None:
         health = deps.system.health()
@@ -98,10 +98,10 @@ async def _answer(call: Call, status: int, content_type: str, body: bytes) -> No
 
 
 class _Late:
-    """An ASGI app that is made in a thread: at its first request, else a moment after the start.
+    """An ASGI app that a thread creates at its first request, or a moment after the start.
 
-    Whoever starts the daemon asks for `/healthz` first, and an import slows all that runs beside it. It does not wait
-    for a request, as an upgrade may replace the program's files.
+    Supervisors ask for `/healthz` first, and a concurrent import would slow that down. It does not wait for a request,
+    because an upgrade may replace the program's files.
     """
 
     def __init__(self, host: Host, make: Callable[[], AsgiApp]) -> None:
@@ -129,7 +129,8 @@ class _Late:
                 await self._made()
 
     async def _made(self) -> AsgiApp:
-        """:raises Problem: 503 the program's files can't be read, as the process is short of descriptors, say."""
+        """Returns the app. :raises Problem: 503, the program's files can't be read, for example for lack of file
+        descriptors."""
         async with self._making:
             if self._app is None:
                 try:

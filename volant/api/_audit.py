@@ -1,7 +1,7 @@
-"""`/api/v1/audit`: the audit log, a page of it as JSON, all of it as lines of JSON, or as server-sent events.
+"""`/api/v1/audit`: the audit log as a page of JSON, as lines of JSON, or as server-sent events.
 
-A stream first reads what is stored, in pages, and continues with what is published; it takes up its place in the log
-before it reads, so it misses nothing in between. A reader that is behind retention gets a gap.
+A stream reads the stored records in pages, and then continues with published ones. It takes its position in the log
+before it reads, so it misses nothing in between. A reader that has fallen behind retention gets a gap.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 def routes(deps: ApiDeps) -> list[StreamRoute]:
-    """The routes of this resource."""
+    """Returns the routes of this resource."""
 
     async def audit(call: Call) -> None:
         log = deps.store.audit
@@ -64,11 +64,11 @@ def routes(deps: ApiDeps) -> list[StreamRoute]:
 
 
 class _Wanted(msgspec.Struct, frozen=True, kw_only=True):
-    """What a client asks for."""
+    """The parameters of a request."""
 
     filter: AuditFilter
     after: int
-    """Records after this number."""
+    """The number after which records are wanted."""
     is_resumed: bool
     """Whether the client knows that record, so that a gap after it matters."""
     tail: int | None
@@ -77,7 +77,7 @@ class _Wanted(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, call: Call) -> _Wanted:
-        """:raises Problem: 400."""
+        """Parses a request. :raises Problem: 400."""
         query = call.query(credentials=True)
         wanted = AuditFilter(
             project=_project(call),
@@ -109,7 +109,7 @@ class _Wanted(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _project(call: Call) -> str | None:
-    """Returns the project that the request names; None: it names none, or all."""
+    """Returns the project that the request names; None if it names none, or all."""
     return call.listed if names_project(call.scope) else None
 
 
@@ -119,7 +119,7 @@ def _time(query: Query, name: str) -> datetime | None:
 
 
 def _media(call: Call) -> str:
-    """Returns the type of the answer: the first in `Accept` that is one of ours, else JSON."""
+    """Returns the type of the answer: the first supported one in `Accept`, otherwise JSON."""
     for part in (call.header(b"accept") or "").split(","):
         media = part.partition(";")[0].strip().lower()
         if media in _HEADERS:
@@ -128,7 +128,7 @@ def _media(call: Call) -> str:
 
 
 async def _find(log: AuditLog, wanted: _Wanted, after: int, limit: int, *, newest: bool = False) -> AuditPage:
-    """:raises Problem: 503 the disk can't be read."""
+    """Returns the matching records. :raises Problem: 503, the disk can't be read."""
     try:
         return await log.find(wanted.filter, after=after, limit=limit, newest=newest)
     except (apsw.Error, msgspec.MsgspecError) as error:
@@ -214,7 +214,7 @@ async def _write(call: Call, frames: Sequence[AuditFrame], show: _Show) -> None:
 
 
 class _Show(Protocol):
-    """How a stream looks."""
+    """The format of a stream."""
 
     follows: bool
     """Whether it always continues with new records."""

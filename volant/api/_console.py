@@ -1,8 +1,8 @@
 """`/ws/v1/vms/{name}/console`: the serial console of a VM.
 
-Binary messages are the console's bytes, both ways. A text message from the client is typed too, as terminals in a
-browser send text; a text message from the daemon is about the stream. A client that wants to type declares it in the
-URL: a second one gets 409 before the WebSocket opens, and one that only reads never types by mistake.
+Binary messages are the console's bytes, in both directions. A text message from the client is typed too, as terminals
+in a browser send text; a text message from the daemon is about the stream. A client that wants to type declares it in
+the URL: a second such client gets 409 before the WebSocket opens, and a client that only reads never types by mistake.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from ._session import Session, moved
 
 NOT_ALLOWED = 1008
 COME_AGAIN = 1012
-"""The VM runs on, and the client can connect again at once."""
+"""The VM is still running, and the client can connect again at once."""
 OVERLOADED = 1013
-"""The guest does not read what is typed."""
+"""The guest does not read its input."""
 KEYBOARD_TAKEN = 4000
 
 _PATH = re.compile(r"/ws/v1/vms/([^/]*)/console/?\Z")
@@ -37,7 +37,7 @@ _MAX_TAIL = 1000
 
 
 def routes(deps: ApiDeps, share: FairShare) -> list[StreamRoute]:
-    """The routes of this resource."""
+    """Returns the routes of this resource."""
 
     async def console(call: Call) -> None:
         name = call.args[0]

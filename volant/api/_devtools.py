@@ -1,13 +1,13 @@
 """`/ws/v1/vms/{name}/devtools/*`: the browser in a VM, for clients of the Chrome DevTools Protocol (CDP).
 
-Such a client takes two steps: over HTTP it reads where the browser's WebSockets are, then it opens one. `Relay` passes
-the WebSockets on as bytes, with messages of any length. The HTTP answers contain addresses inside the guest, so they
-are decoded, within limits, and each address becomes ours. An address that has no equivalent here is removed, so that a
-guest can't send a client somewhere else.
+Such a client gets the URLs of the browser's WebSockets over HTTP, then it opens one. `Relay` passes the WebSockets on
+as bytes, with messages of any length. The HTTP answers contain addresses inside the guest, so they are decoded, within
+limits, and each address is replaced by the daemon's. An address without an equivalent is removed, so that a guest can't
+lead a client elsewhere.
 
-A browser listens some seconds after its VM runs, and clients ask only once. So a request waits, up to a minute in all:
-for a VM that is starting, and for the browser of one that has just started. Once a VM has been running for longer, a
-closed port is answered at once.
+A browser listens some seconds after its VM runs, and clients ask only once. So a request waits up to a minute for a VM
+that is starting, and for the browser of a VM that has just started. Once a VM has been running for longer, a closed
+port is reported at once.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from volant.relay import SANDBOX, GuestServer, Relay, first_text, to_port
 from ._session import moved
 
 WAIT_S = 60.0
-"""How long a request waits for a VM and its browser, and how long a browser may take after its VM runs."""
+"""The time that a request waits for a VM and its browser, and that a browser may take after its VM runs."""
 _ANSWER_S = 30.0
 _MAX_ANSWER = 4 * 1024 * 1024
-"""A page's address may be a `data:` URL of 2 MB."""
+"""Maximum size of an HTTP answer. A page's address may be a `data:` URL of 2 MB."""
 _MAX_PAGES = 1_000
-"""In a list of pages, as each is rewritten, and may cost a ticket."""
+"""Maximum pages in a list, as each is rewritten and may need a ticket."""
 _ANSWERS_AT_ONCE = 4
-"""Answers of one VM that are read at once, as each is held in memory."""
+"""Maximum answers of one VM that are read at once, as each is held in memory."""
 _FIRST_PAUSE_S = 0.1
 _LAST_PAUSE_S = 1.0
 
@@ -48,27 +48,27 @@ _NEW = re.compile(r"/ws/v1/vms/([^/]*)/devtools/(json/new/?)\Z")
 _ROUTE = re.compile(r"/ws/v1/vms/([^/]*)/devtools(?:/(.*))?\Z", re.DOTALL)
 _SOCKET = r"(?:browser|page)/[A-Za-z0-9._-]{1,128}"
 _SOCKET_PATH = re.compile(rf"(?:devtools/)?({_SOCKET})\Z")
-"""Clients that don't expect a prefix append `/devtools/` to it once more."""
+"""The path of a WebSocket. Some clients prepend `/devtools/` to it once more."""
 _SOCKET_URL = re.compile(rf"wss?://[^/?#]*/devtools/({_SOCKET})\Z")
 _FRONTEND_SOCKET = re.compile(rf"[^/]*/devtools/({_SOCKET})\Z")
 _MAX_ADDRESS = 2048
-"""Characters of an address that a browser reports of itself."""
+"""Maximum length of an address that a browser reports about itself, in characters."""
 _BUNDLED_FRONTEND = "devtools://devtools/bundled/inspector.html"
-"""The frontend in every Chromium. The one that a guest names is never passed on: a page that a user opens there would
-control the browser in the VM, and the daemon if its origin is allowed. On the site that hosts Chromium's frontends, a
-guest could choose an old one."""
+"""The frontend in every Chromium. The frontend that a guest names is never passed on: it would control the browser in
+the VM, and the daemon if its origin is allowed. On the site that hosts Chromium's frontends, a guest could choose an
+old version."""
 _ADDRESSES = ("webSocketDebuggerUrl", "devtoolsFrontendUrl")
 _ANSWERED = re.compile(r"json(?:/(?:version|list|protocol|new)/?|/(?:activate|close)/[A-Za-z0-9._-]{1,128}|/?)\Z")
 
 
 class Place(msgspec.Struct, frozen=True):
-    """Where clients find the browser of one VM."""
+    """The daemon's address for the browser of one VM."""
 
     secure: bool
     base: str
     """Host, port and path up to `…/devtools`."""
     ticket: Callable[[], str] | None = None
-    """Makes a ticket for one WebSocket, if a key is required."""
+    """Creates a ticket for one WebSocket, if a key is required."""
 
     def of(self, path: str) -> str:
         """Returns the address of a WebSocket, without its scheme."""
@@ -76,7 +76,7 @@ class Place(msgspec.Struct, frozen=True):
 
 
 def routes(deps: ApiDeps, relay: Relay, share: FairShare) -> list[StreamRoute]:
-    """The routes of this resource."""
+    """Returns the routes of this resource."""
     browsers = _Browsers(deps, relay, share)
     return [
         # PUT, as a page of another origin can make a browser send a GET.
@@ -121,7 +121,7 @@ class _Browsers:
     # Waiting
 
     async def _wait(self, call: Call, browser: _Browser) -> None:
-        """Waits until the browser listens, or can't be expected to. :raises Problem: 503 the daemon stops."""
+        """Waits until the browser listens, or until it should have. :raises Problem: 503, the daemon stops."""
         async with interruptible(call.stopping) as waits:
             over = await waits.until(partial(self._until_it_listens, browser))
         if not over:
@@ -186,7 +186,7 @@ class _Browsers:
         return found[1]
 
     async def _answer(self, call: Call, browser: _Browser, path: str) -> None:
-        """Answers an HTTP request, with our addresses in place of the guest's."""
+        """Answers an HTTP request, with the daemon's addresses in place of the guest's."""
         limiter = self._answers.setdefault(browser.vm_id, trio.CapacityLimiter(_ANSWERS_AT_ONCE))
         async with limiter:
             body = await self._ask(browser, call.method, _with_query(f"/{path}", call))
@@ -210,7 +210,7 @@ class _Browsers:
         return Place(secure, netloc + path, issue if self._access.asks_for_key else None)
 
     async def _ask(self, browser: _Browser, method: str, target: str) -> bytes:
-        """Returns the browser's answer if it is a 200. :raises Problem: 404, 409 and 502."""
+        """Returns the browser's answer if its status is 200. :raises Problem: 404, 409 and 502."""
         try:
             with trio.fail_after(_ANSWER_S):
                 status, body = await self._exchange(browser, method, target)
@@ -241,7 +241,7 @@ class _Browsers:
 
 
 class _Browser(msgspec.Struct, frozen=True):
-    """The browser that a request is for."""
+    """The browser that a request addresses."""
 
     vm_id: int
     key: Key
@@ -253,18 +253,18 @@ class _Browser(msgspec.Struct, frozen=True):
 
     @property
     def host(self) -> bytes:
-        """The `Host` that the browser accepts: it refuses other names (DNS rebinding)."""
+        """The `Host` that the browser accepts; it refuses other names because of DNS rebinding."""
         return b"localhost:%d" % self.port
 
     def problem(self, what: str) -> Problem:
-        """502."""
+        """Returns the 502 for a browser that can't be used."""
         return Problem(
             502, "browser-failed", f"what listens on port {self.port} in VM {self.vm!r} {what}", vm=self.vm
         )  # fmt: skip
 
 
 def _check(call: Call, path: str) -> None:
-    """:raises Problem: 404 no such route, 426 only a WebSocket"""
+    """Checks the path of a request. :raises Problem: 404, no such route; 426, it only accepts a WebSocket."""
     is_socket = path == "browser" or _SOCKET_PATH.match(path) is not None
     if is_socket and not call.is_websocket:
         raise Problem(426, "upgrade-required", "this is a WebSocket", hint="connect with ws://")
@@ -301,7 +301,7 @@ def _address(answer: Mapping[str, Any], name: str) -> str:
 
 
 def _frontend_socket(url: str) -> str | None:
-    """Returns the path of the WebSocket that a frontend's address names."""
+    """Returns the path of the WebSocket in a frontend's address."""
     try:
         query = urlsplit(url).query
     except ValueError:

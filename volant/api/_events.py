@@ -1,7 +1,7 @@
 """`/api/v1/events/vms` and `/api/v1/events/images`: events of VMs and of OCI images, as server-sent events.
 
-In a fleet they are those of all hosts, and ids are places in all of them (`volant/fleet/_events.py`), unless another
-host asks, or the request names a host.
+In a fleet, a stream has the events of all hosts, and an id is a position in all of their streams
+(`volant/fleet/_events.py`), unless another host asks, or the request names a host.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _MAX_ID = 200
 
 
 def routes(deps: ApiDeps) -> list[StreamRoute]:
-    """The routes of this resource."""
+    """Returns the routes of this resource."""
     blocks = _Blocks()
 
     async def events(call: Call) -> None:
@@ -95,14 +95,14 @@ async def _answer(call: Call, position: str, stream: Callable[[], Awaitable[None
 
 
 class _Blocks:
-    """The events that were sent last, as one piece: as a rule all readers get the same ones at the same time."""
+    """The last sent events, encoded once, because readers usually get the same ones at the same time."""
 
     def __init__(self) -> None:
         self._frames: list[EventFrame] = []
         self._piece: Piece | None = None
 
     def of(self, frames: list[EventFrame]) -> Piece | None:
-        """Returns the SSE blocks of all events of VMs in `frames`, if there is one."""
+        """Returns the SSE blocks of all events of VMs in `frames`, if there are any."""
         if frames is not self._frames:
             self._frames = frames
             blocks = [frame.sse for frame in frames if frame.event.image is None]
@@ -111,7 +111,7 @@ class _Blocks:
 
 
 class _Filter:
-    """Which events a client wants. :raises Problem: 400."""
+    """The events that a client wants. :raises Problem: 400."""
 
     def __init__(
         self,
@@ -144,19 +144,19 @@ class _Filter:
         self.strict = strict is not None
 
     def of(self, frames: list[EventFrame]) -> Piece | None:
-        """Returns the SSE blocks of the events that match, if there is one."""
+        """Returns the SSE blocks of the matching events, if there are any."""
         if self._all:
             return self._blocks.of(frames)
         found = [frame.sse for frame in self.matching(frames)]
         return Piece(b"".join(found)) if found else None
 
     def matching(self, frames: list[EventFrame]) -> list[EventFrame]:
-        """Returns the events that match."""
+        """Returns the matching events."""
         return [frame for frame in frames if self._wants(frame)]
 
     @property
     def query(self) -> dict[str, str | list[str]]:
-        """The parameters that give the same filter; the project is not one of them."""
+        """The query parameters of the same filter, without the project."""
         found: dict[str, str | list[str]] = {"label": [f"{key}={value}" for key, value in self._labels]}
         if self._vm is not None:
             found["vm"] = self._vm
@@ -176,7 +176,8 @@ class _Filter:
 
 
 def _after(header: str | None, last_event_id: str | None, since: str | None) -> str | None:
-    """Returns where to begin. The header wins, as an `EventSource` reconnects with its first URL."""
+    """Returns the event after which to begin. The header has priority, as an `EventSource` reconnects with its first
+    URL."""
     if not header and not last_event_id and since == "0":
         return "oldest"
     given = header or last_event_id or since
@@ -187,8 +188,8 @@ def _after(header: str | None, last_event_id: str | None, since: str | None) -> 
 async def _stream(call: Call, cursor: EventCursor, wanted: _Filter, newest: Callable[[], EventId] | None) -> None:
     """Sends events until the daemon stops.
 
-    :param newest: returns the newest event, for a reader that gets its id as soon as there is nothing before it; None:
-        others get it from time to time
+    :param newest: returns the newest event, for a reader that gets its id as soon as it has all earlier ones; None for
+    readers that get it periodically
     """
     sent_to = cursor.position
     if newest is not None and cursor.position == newest():

@@ -1,4 +1,4 @@
-"""Bodies that are files: artifacts and images that clients send, and backups that they get.
+"""Bodies that are files: uploads of artifacts and images, and downloads of backups.
 
 `PUT /api/v1/artifacts/{sha256}`, `PUT /api/v1/images/archive` and `POST /api/v1/system/backup`.
 """
@@ -21,7 +21,7 @@ BACKUP = "application/vnd.sqlite3"
 _ARTIFACT_STATUS = {"artifact_too_large": 413, "artifact_mismatch": 400, "timeout": 408, "cache_full": 507}
 """Statuses of what a client can do something about; all others are 503."""
 _MAX_NAME = 4096
-"""Characters of an image's reference."""
+"""Maximum length of an image's reference, in characters."""
 
 
 def routes(deps: ApiDeps, limits: Limits) -> list[StreamRoute]:

@@ -1,9 +1,9 @@
-"""`Idempotency-Key`: a repeated POST is carried out once, and gets the first response again.
+"""`Idempotency-Key`: a repeated POST is executed once, and gets the first response again.
 
-The journal stores a result in the transaction of the change itself, and alone decides whether a request is a repeated
-one (docs/explanation/journal.md). This module computes the digests of a request. A malformed request (400, 408, 413,
-415) is refused before that and not stored: its response is the same each time, and there is no decoded body to compare.
-Tickets are not stored either, as no secret belongs on the disk.
+The journal stores a result in the transaction of the change, and only the journal decides whether a request is repeated
+(docs/explanation/journal.md). This module computes the digests of a request. A malformed request (400, 408, 413, 415)
+is refused before that and not stored: its response is the same each time, and there is no decoded body to compare.
+Tickets are not stored either, as secrets must not be written to the disk.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ _encode = msgspec.json.Encoder(order="sorted").encode
 
 
 class Outcome(NamedTuple, Generic[R]):
-    """The result of a request; `replayed`: it is the stored one of the first time."""
+    """The result of a request; `replayed` if it is the stored one of the first request."""
 
     result: R
     replayed: bool = False
 
 
 class Repeats:
-    """Recognises repeated requests."""
+    """Detects repeated requests."""
 
     def __init__(self, deps: ApiDeps) -> None:
         self._deps = deps
         self._running: set[bytes] = set()
 
     async def run(self, content: object, act: Callable[[IdempotencyKey | None], Awaitable[R]]) -> Outcome[R]:
-        """Carries out the current request, unless that was done before.
+        """Executes the current request, unless it was executed before.
 
-        :param content: what of the request, beside its path, must be the same when it is sent again
-        :param act: carries it out; passes its argument on to the journal
-        :raises Problem: 400 the key is malformed, 409 the first request is still running, 422 the key was used for
-            another request; and what `act` raises
+        :param content: the parts of the request, besides its path, that must be equal in a repetition
+        :param act: executes it; passes its argument to the journal
+        :raises Problem: 400, the key is malformed; 409, the first request is still running; 422, the key was used for
+        another request; and the errors of `act`
         """
         text = _key()
         if text is None:

@@ -1,4 +1,4 @@
-"""Bodies of requests and answers of Quart's routes, as JSON."""
+"""JSON bodies of requests and answers of Quart's routes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _encoder = msgspec.json.Encoder()
 
 
 def empty_response(status: int) -> Response:
-    """An answer without a body: 204, 304."""
+    """Returns an answer without a body: 204, 304."""
     response = Response(b"", status=status)
     for name in ("Content-Type", "Content-Length"):
         response.headers.pop(name, None)
@@ -24,12 +24,12 @@ def empty_response(status: int) -> Response:
 
 
 def json_response(value: object, status: int = 200) -> Response:
-    """`value` as JSON: structs, dataclasses, plain data."""
+    """Returns `value` as JSON: structs, dataclasses, plain data."""
     return Response(_encoder.encode(value), status=status, content_type=JSON)
 
 
 def no_query() -> None:
-    """:raises Problem: 400 the current request has a parameter."""
+    """Checks the current request. :raises Problem: 400, it has a parameter."""
     if request.query_string:
         Query(request.query_string).done()
 
@@ -37,20 +37,22 @@ def no_query() -> None:
 async def read_body(kind: type[T]) -> T:
     """Decodes the body of the current request.
 
-    :raises Problem: 400 no JSON, or not of this kind; 415 another content type. Quart raises 408 and 413.
+    :raises Problem: 400, not JSON, or not of this type; 415, another content type. Quart raises 408 and 413.
     """
     return decode_body(await _read(), request.mimetype, kind)
 
 
 async def read_body_or(otherwise: T) -> T:
     """Decodes the body of the current request as the type of `otherwise`; returns `otherwise` if there is no body.
+    :raises Problem: see `read_body`.
     :raises Problem: as `read_body`."""
     data = await _read()
     return decode_body(data, request.mimetype, type(otherwise)) if data else otherwise
 
 
 async def read_one_of(member: str, kind: type[T], otherwise: type[U]) -> T | U:
-    """Decodes the body of the current request: as `kind` if it is an object with that member, else as `otherwise`.
+    """Decodes the body of the current request: as `kind` if it is an object with that member, otherwise as the type of
+    `otherwise`. :raises Problem: see `read_body`.
     :raises Problem: as `read_body`."""
     data = await _read()
     try:

@@ -29,7 +29,7 @@ _BATCH = 64 * 1024
 
 
 def routes(deps: ApiDeps, share: FairShare) -> list[StreamRoute]:
-    """The routes of this resource."""
+    """Returns the routes of this resource."""
 
     async def websocket(call: Call) -> None:
         log, wanted = _find(deps, call, tail=_DEFAULT_TAIL, follow=True)
@@ -65,7 +65,7 @@ def routes(deps: ApiDeps, share: FairShare) -> list[StreamRoute]:
 
 
 class _Wanted(msgspec.Struct, frozen=True):
-    """Which lines a client wants."""
+    """The lines that a client wants."""
 
     since_seq: int | None
     since_time: datetime | None
@@ -74,7 +74,7 @@ class _Wanted(msgspec.Struct, frozen=True):
     streams: frozenset[LogStream]
 
     def cursor(self, log: VmLog) -> AbstractAsyncContextManager[LogCursor]:
-        """:raises OSError: the disk can't be read."""
+        """Opens a cursor at the first wanted line. :raises OSError: the disk can't be read."""
         return log.cursor(
             since_seq=self.since_seq,
             since_time=self.since_time,
@@ -125,7 +125,7 @@ def _wanted(query: Query, tail: int | None, follow: bool) -> _Wanted:
 async def _send(
     call: Call, cursor: LogCursor, share: FairShare, vm_id: int, send: Callable[[list[bytes]], Awaitable[None]]
 ) -> bool:
-    """Sends lines until the log or its wanted part ends (True) or the daemon stops (False)."""
+    """Sends lines until the log or its requested part ends (True) or the daemon stops (False)."""
     ended = False
     async with interruptible(call.stopping) as waits:
         while (taken := await waits.until(partial(cursor.take, _BATCH))) is not None:

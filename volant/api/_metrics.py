@@ -1,10 +1,9 @@
-"""`/metrics`: what operators alert on, as Prometheus text or OpenMetrics, by the scraper's `Accept`.
+"""`/metrics`: metrics for alerts, as Prometheus text or OpenMetrics, depending on the scraper's `Accept`.
 
-Gauges are read at each scrape; counters are kept where their events happen (`journal`). Only restarts and what
-egress policies denied are labelled with a VM's name, and only while they are not 0, as names are created and deleted
-all the time.
+Gauges are read at each scrape; counters are kept where their events happen (`journal`). Only restarts and denied
+connections are labelled with a VM's name, and only while they are not 0, as names are created and deleted all the time.
 
-A caller that sees one project gets the figures of its VMs; the others are of the daemon and of all VMs.
+A caller that sees one project gets the figures of its VMs; the other figures cover the daemon and all VMs.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def add_routes(app: QuartTrio, deps: ApiDeps) -> None:
-    """The routes of this resource."""
+    """Adds the routes of this resource."""
     registries: list[CollectorRegistry] = []
     # Denied connections by VM, read before each scrape.
     denied: dict[int, int] = {}
@@ -172,7 +171,7 @@ def _collect(deps: ApiDeps, denied: Mapping[int, int]) -> Iterator[Metric]:
 
 
 def _of_vms(deps: ApiDeps, denied: Mapping[int, int], project: str | None) -> Iterator[Metric]:
-    """The figures of the VMs of a project; None: of all."""
+    """Yields the figures of the VMs of a project; None for all VMs."""
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
     rows = [row for row in deps.store.projection.rows() if project in (None, row.project)]
@@ -219,7 +218,7 @@ def _of_vms(deps: ApiDeps, denied: Mapping[int, int], project: str | None) -> It
 
 
 def _mailboxes(tree: Mapping[str, Any]) -> dict[str, list[Mapping[str, Any]]]:
-    """Returns the mailboxes of the tree, by the root's child below which they are."""
+    """Returns the mailboxes of the tree, by the child of the root that contains them."""
     found: dict[str, list[Mapping[str, Any]]] = {}
 
     def look(node: Mapping[str, Any], actor: str) -> None:

@@ -30,29 +30,33 @@ Schema = dict[str, Any]
 _REFERENCE = "#/components/schemas/{name}"
 _ABOUT = "\n\n".join(
     (
-        "Errors are `application/problem+json`. Every answer has `X-Request-Id`; a client's own is kept when it is 1 "
-        "to 64 letters, digits and `._:-`. Sizes are MiB, times RFC 3339 in UTC, durations text such as `500ms`, "
-        "`10s`, `2m`. Integers are written without a fraction: `80`, not `80.0`.",
-        "Names belong to projects. A caller has one; an administrator names it with `Volant-Project`, or with "
-        "`project` in the query where that is not a guest's, and `*` lists those of all.",
-        "Before it looks for a route, the server itself may answer 400 (not HTTP), 408 (headers over 10 s), 431 "
-        "(headers over 32 KiB or 100 fields), 503 (more than 2,000 connections) or 505.",
+        "Errors are `application/problem+json`. Every answer has `X-Request-Id`; the client's own id is kept if it has "
+        "1 to 64 letters, digits and `._:-`. Sizes are in MiB, times are RFC 3339 in UTC, durations are text such as "
+        "`500ms`, `10s`, `2m`. Integers are written without a fraction: `80`, not `80.0`.",
+        "Names belong to projects. A caller has one project; an administrator selects one with `Volant-Project`, or "
+        "with `project` in the query unless the query belongs to a guest. `*` lists the objects of all projects.",
+        "Before routing, the server may answer 400 (not HTTP), 408 (headers took over 10 s), 431 (headers over 32 KiB "
+        "or 100 fields), 503 (more than 2,000 connections) or 505.",
     )
 )
 _IN_PATH = {
     "digest": (str, "The template's digest", "2fd4e1c67a2d28fced849ee1bb76e739"),
-    "name": (Name, "Its name", "web"),
+    "name": (Name, "The object's name", "web"),
     "sha256": (Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")], "The file's SHA-256", "0" * 64),
     "port": (Annotated[int, msgspec.Meta(ge=1, le=65535)], "A port of the guest's loopback", 8080),
     "path": (
         str,
-        "The rest of the path, with its slashes: of a file or route in the guest, or of a file of the console",
+        "The rest of the path, including slashes: a file or route in the guest, or a file of the console",
         "etc/os-release",
     ),
     "plugin": (Name, "The VM's plugin", "browser"),
-    "snapshot": (Name, "Its name", "prepared"),
-    "action": (Name, "One that the plugin's manifest names", "screenshot"),
-    "id": (Annotated[str, msgspec.Meta(pattern="^[^/]+$")], "The `id` in the first message of its WebSocket", "1"),
+    "snapshot": (Name, "The snapshot's name", "prepared"),
+    "action": (Name, "An action of the plugin's manifest", "screenshot"),
+    "id": (
+        Annotated[str, msgspec.Meta(pattern="^[^/]+$")],
+        "The command's `id`, from the first message of its WebSocket",
+        "1",
+    ),
     "tag": (
         Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9._:@-]{1,100}$")],
         "The hypervisor's process tag",
@@ -60,68 +64,68 @@ _IN_PATH = {
     ),
     "target": (
         Annotated[str, msgspec.Meta(pattern="^[A-Za-z0-9._-]{1,128}$")],
-        "The browser's name for it",
+        "The browser's id of the page or of itself",
         "E1D2C3B4",
     ),
 }
-"""Types, meanings and examples of what paths name."""
+"""Types, descriptions and examples of path parameters."""
 _EVERYWHERE = (400, 401, 403, 421, 429)
 _WITH_BODY = (408, 413, 415)
 _OF_GUESTS = "Inside a VM"
 
 
 PROBLEMS = {
-    400: "A body that is no JSON, a wrong, unknown or missing field; an unknown, repeated or malformed parameter",
-    401: "The credentials are missing or not valid",
-    403: "An address that is not allowed, a foreign `Origin`, or a registry refuses to give an image",
-    404: "Nothing has this name",
-    406: "There is no representation that the client accepts",
+    400: "The body is not JSON, a field is wrong, unknown or missing, or a parameter is unknown, repeated or malformed",
+    401: "The credentials are missing or invalid",
+    403: "The client's address, its role or its `Origin` is not allowed, or a registry denies access to an image",
+    404: "There is no object with this name",
+    406: "The client accepts none of the available content types",
     408: "The body took longer than 30 s",
     409: "Not possible in the current state",
-    410: "The events after that one are not kept",
+    410: "The events after the requested one have expired",
     412: "The VM has changed since `If-Match`",
-    413: "The body is larger than 1 MiB, or than what the route takes",
+    413: "The body is larger than 1 MiB, or than the route's limit",
     415: "The body is not JSON",
     416: "The file has no such range",
     421: "`Host` is not a name of this daemon",
     422: "The `Idempotency-Key` was used for another request, members contradict each other, or an image can't be used",
-    426: "This is a WebSocket",
+    426: "The route only accepts WebSockets",
     429: "The caller sent too many requests, or its project created too many VMs; `Retry-After` says when to try again",
     502: "The guest, its agent or its port does not answer",
-    503: "Not possible now: no capacity, the daemon stops, or its disk does not take the change",
+    503: "Not possible now: no capacity, the daemon is stopping, or it can't write to its disk",
     504: "A registry or a guest does not answer in time",
     507: "The guest's or the cache's disk is full",
 }
-"""What each error status means; the body is always `ProblemDetails`."""
+"""The meaning of each error status. The body is always `ProblemDetails`."""
 
 HEADERS = {
     "Content-Disposition": "A name for the file",
     "Repr-Digest": "`sha-256=:…:` (RFC 9530)",
-    "Volant-File-Mode": "The file's mode, octal",
+    "Volant-File-Mode": "The file's mode, in octal",
     "ETag": "Changes with every change of the VM, or of the file; for `If-Match` and `If-None-Match`",
-    "Location": "The path of the new resource, or of the page at which a browser goes on",
-    "Set-Cookie": "The half of a session that scripts of the page don't see",
+    "Location": "The path of the new resource, or the page to which a browser is redirected",
+    "Set-Cookie": "The part of a session that scripts of the page can't read",
     "Volant-Wait": "With `wait`: `met`, `failed` (it ended in another state, or was deleted) or `timeout`",
-    "Volant-Event-Id": "The last event in the list. Follow the events from there to miss nothing",
-    "Volant-Missing-Hosts": "Hosts of the fleet that did not answer: what they have is missing, or as last reported",
-    "Idempotency-Replayed": "`true` for a repeated request: nothing was done now, and this is the first answer",
-    "Link": '`<…>; rel="next"` if there are more',
+    "Volant-Event-Id": "The last event that the list includes. Follow the events from there to miss none",
+    "Volant-Missing-Hosts": "Hosts of the fleet that did not answer: their objects are missing, or as last reported",
+    "Idempotency-Replayed": "`true` for a repeated request, which was not executed again: this is the first answer",
+    "Link": 'The next page, `<…>; rel="next"`, if there is one',
 }
 
 TAGS = {
     "VMs": "Create, change and watch VMs",
-    _OF_GUESTS: "The agent, the workload and ports of a guest. Path, query and bodies pass byte for byte",
-    "Snapshots": "Stored copies of VMs that new VMs can start from, and what is a copy of what",
+    _OF_GUESTS: "The agent, the workload and ports of a guest. Path, query and bodies are passed on byte for byte",
+    "Snapshots": "Stored copies of VMs that new VMs can start from, and the fork tree",
     "Images": "OCI images that VMs boot from",
     "Plugins": "Kinds of VMs",
     "Templates": "Booted guests that new VMs are cloned from",
     "Volumes": "Disks that outlive VMs",
     "Networks": "Named networks in which VMs reach each other",
-    "Secrets": "Values that VMs get, and that nobody can read back",
-    "Projects": "Sets of names, with limits",
-    "Access": "Keys, sessions and tickets, and the record of what was done with them",
+    "Secrets": "Values that VMs receive and that the API never returns",
+    "Projects": "Namespaces with limits",
+    "Access": "Keys, sessions and tickets, and the audit log",
     "Fleet": "Hosts that share VMs",
-    "MCP and AG-UI": "For models and for applications that show what models do",
+    "MCP and AG-UI": "Interfaces for models, and for applications that show their actions",
     "System": "The daemon itself",
 }
 _TAGGED = (
@@ -140,7 +144,7 @@ _TAGGED = (
     (r"/(mcp|agui)\b", "MCP and AG-UI"),
     ("", "System"),
 )
-"""Which paths have which tag; the first counts that is in the path."""
+"""The tags of paths; the first match counts."""
 
 
 @cache
@@ -186,7 +190,7 @@ def _document(table: Table) -> Schema:
 _PROJECT: Schema = {
     "name": "Volant-Project",
     "in": "header",
-    "description": "The project in which names are looked up; only administrators can choose it, without it `default`",
+    "description": "The project in which names are looked up, by default `default`; only administrators can choose it",
     "schema": {"type": "string", "pattern": rf"^(\*|{NAME_PATTERN.strip('^$')})?$"},
 }
 
@@ -195,7 +199,7 @@ _SCHEMES = {
     "key": {"type": "apiKey", "in": "header", "name": "X-Volant-API-Key"},
     "bearer": {"type": "http", "scheme": "bearer", "description": "The same key"},
     "keyInQuery": {"type": "apiKey", "in": "query", "name": "api_key", "description": "The same key, for browsers"},
-    "ticket": {"type": "apiKey", "in": "query", "name": "ticket", "description": "For one use, within 60 s"},
+    "ticket": {"type": "apiKey", "in": "query", "name": "ticket", "description": "A ticket for one use within 60 s"},
 }
 _HEADER_KEYS: list[dict[str, list[str]]] = [{}, {"key": []}, {"bearer": []}]
 """The first is for a daemon without `VOLANT_API_KEY`, which requires no key."""
@@ -225,7 +229,7 @@ class _Kinds:
             _describe_defaults(schema)
 
     def schema(self, kind: Any) -> Schema:
-        """The schema of a type, or a reference to it."""
+        """Returns the schema of a type, or a reference to it."""
         if isinstance(kind, OneOf):
             return {"anyOf": [self.schema(single) for single in kind.types]}
         return {} if kind is bytes else dict(self._schemas[repr(kind)])

@@ -1,7 +1,8 @@
 """Servers in guests at origins of their own: `http://8080-12.localhost:7777/` is port 8080 of the VM with the id 12.
 
-A request there is the one below `/api/v1/vms/{name}/ports/{port}/`, with the same permission, limits and record. What
-differs is that the guest's answer is not sandboxed, as it is in nobody's way (`volant.relay.OwnOrigin`).
+A request there works like one below `/api/v1/vms/{name}/ports/{port}/`, with the same permission, limits and record.
+The only difference is that the guest's answer is not sandboxed, as it has an origin of its own
+(`volant.relay.OwnOrigin`).
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ _PAGE_HEADERS = [
 
 
 class PortOrigins:
-    """Leads requests at the origins of ports to the VMs."""
+    """Routes requests at the origins of ports to the VMs."""
 
     def __init__(self, deps: ApiDeps) -> None:
         self._deps = deps
 
     async def enter(self, call: Call, origin: PortOrigin) -> bool:
-        """See `volant.http.Ports`."""
+        """Implements `volant.http.Ports`."""
         if not origin.vm.isdecimal():
             await self._lead_on(call, origin)
             return False
@@ -61,7 +62,7 @@ class PortOrigins:
         return True
 
     async def _open(self, call: Call, path: str, vm_id: int, port: int) -> None:
-        """Redeems a ticket for a grant, and goes on to where its link leads."""
+        """Redeems a ticket for a grant, and redirects to the link's destination."""
         if path != _OPEN or call.is_websocket or call.method != "GET":
             raise Problem(404, "not-found", "the paths below /.volant/ are the daemon's own")
         query = parse_qs(call.scope["query_string"].decode("ascii", "replace"))
@@ -80,7 +81,8 @@ class PortOrigins:
         )
 
     async def _lead_on(self, call: Call, origin: PortOrigin) -> None:
-        """Leads from the name of a VM to its id. Where keys are in force only a grant opens it, and says no name."""
+        """Redirects from the name of a VM to its id. If keys are required, only a grant allows it, and no name is
+        revealed."""
         access = self._deps.access
         if access.asks_for_key and not call.scope["state"].get("unix"):
             raise Problem(
@@ -96,14 +98,14 @@ class PortOrigins:
 
 
 def _local(to: str) -> bytes:
-    """Returns a path of this origin, and no address of another one."""
+    """Returns a path on this origin, never an address of another one."""
     # Browsers drop some of these characters, which must not make two slashes of one.
     text = to.encode("ascii", "ignore").translate(None, bytes(range(0x21)) + b"\x7f")
     return text if _PATH.match(text) else b"/"
 
 
 def _below_api(call: Call, row: VmRow, port: int) -> None:
-    """Makes a request one to our path of a port. The guest's page does not choose a project."""
+    """Rewrites a request to the daemon's path of a port. The guest's page does not choose a project."""
     scope = call.scope
     prefix = f"/api/v1/vms/{row.name}/ports/{port}"
     scope["raw_path"] = prefix.encode("ascii") + scope["raw_path"]

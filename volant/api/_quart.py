@@ -1,6 +1,7 @@
-"""The Quart app: all that takes a request as a whole and gives one answer.
+"""The Quart app, for operations with a whole request and a single answer.
 
-Only `_app.py` imports this module, and late: Quart and its dependencies take as long to import as half of the daemon.
+Only `_app.py` imports this module, and late, because Quart and its dependencies take as long to import as half of the
+daemon.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _log = logging.getLogger("volant.api")
 
 
 def quart_app(deps: ApiDeps, limits: Limits, table: Table) -> QuartTrio:
-    """Returns the app that serves those operations of a table that have no route of their own."""
+    """Returns the app that serves the operations of a table without a route of their own."""
     app = _App("volant.api", static_folder=None)
     app.config.update(MAX_CONTENT_LENGTH=limits.json_body, RESPONSE_TIMEOUT=None, BODY_TIMEOUT=30)
     # A proxied path must stay as it is, and redirects help no client of an API.
@@ -41,7 +42,7 @@ def quart_app(deps: ApiDeps, limits: Limits, table: Table) -> QuartTrio:
 
 
 def _add_document(app: QuartTrio, deps: ApiDeps, table: Table) -> None:
-    """Adds `/openapi.json`. The page `/docs` shows it to people (`volant.web`)."""
+    """Adds `/openapi.json`, which the page `/docs` shows (`volant.web`)."""
     encoded = b""
 
     @app.get("/openapi.json")
@@ -54,10 +55,10 @@ def _add_document(app: QuartTrio, deps: ApiDeps, table: Table) -> None:
 
 
 class _Rule(QuartRule):
-    """The rule of a route whose addresses nobody builds.
+    """The rule of a route for which `url_for` is not used.
 
-    For `url_for`, Werkzeug compiles two functions of each rule from syntax trees. That took nine tenths of the time in
-    which the app is made, and it is work that a daemon does when it has just started.
+    For `url_for`, Werkzeug compiles two functions per rule from syntax trees. That took nine tenths of the time to
+    create the app, right after the daemon's start.
     """
 
     def _compile_builder(self, append_unknown: bool = True) -> Callable[..., tuple[str, str]]:

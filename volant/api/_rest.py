@@ -1,4 +1,4 @@
-"""The REST route of each operation: reads a request as its declaration says, calls it, renders what it returns."""
+"""The REST route of each operation: parses a request by its declaration, calls it, and renders the result."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ _ETAG = re.compile(r'"(\d{1,18})-(\d{1,18})"\Z', re.ASCII)
 
 
 def if_match() -> Collection[Version] | None:
-    """Returns the versions of a VM in `If-Match`, one of which must be the present one; None: any version.
+    """Returns the versions of a VM in `If-Match`, one of which must be the present one; None for any version.
 
-    An `ETag` that is not ours, weak ones too (RFC 9110, 13.1.1), matches no version.
+    A foreign or weak `ETag` matches no version (RFC 9110, 13.1.1).
 
-    :raises Problem: 400 the header is empty
+    :raises Problem: 400, the header is empty
     """
     given = request.headers.getlist("If-Match")
     if not given:
@@ -64,7 +64,7 @@ def if_none_match(etag: str) -> bool:
 
 
 def add_routes(app: QuartTrio, deps: ApiDeps, table: Table) -> None:
-    """Adds the route of each operation of a table that is not served by hand."""
+    """Adds the route of each operation of a table that has a function."""
     repeats = Repeats(deps)
     for operation in table:
         if operation.call is not None:
@@ -118,7 +118,7 @@ class _Route:
         return response
 
     def _parameters(self) -> tuple[Collection[str], float, dict[str, Any]]:
-        """Returns the states to wait for, how long, and the operation's own parameters."""
+        """Returns the states to wait for, the maximum wait, and the operation's own parameters."""
         operation = self._operation
         parameters = dict(operation.defaults)
         if not request.query_string:

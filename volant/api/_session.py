@@ -1,4 +1,4 @@
-"""WebSockets to a VM: two directions over one, and how they end when the VM moves to another host."""
+"""WebSockets to a VM: two directions over one socket, and their end when the VM moves to another host."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOVED = 4307
 
 
 def moved(deps: ApiDeps, vm_id: int, vm: Key) -> Callable[[], tuple[int, str] | None]:
-    """Returns what gives the code and the reason once another host has a VM that this one has now; None: none has it.
+    """Returns a function that returns the close code and the reason once another host has the VM, before that None.
 
     Call it before the WebSocket opens. Later, another VM may have the name, here or on another host.
     """
@@ -44,17 +44,17 @@ def moved(deps: ApiDeps, vm_id: int, vm: Key) -> Callable[[], tuple[int, str] | 
 
 
 class Session(ABC):
-    """One client. It ends between two messages, never in the middle of one, unless the client has left."""
+    """One client. The session ends between two messages, never within one, unless the client has disconnected."""
 
     def __init__(self, call: Call) -> None:
         self.call = call
         self.over = trio.Event()
-        """Set once it is to end."""
+        """Set when the session is about to end."""
         self._ending: tuple[int, str] | None = None
         self._left = False
 
     async def run(self) -> None:
-        """Runs until one of the sides ends, or one of `ends` happens."""
+        """Runs until one of the sides ends, or one of the events of `ends` happens."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._stop)
             for end in self.ends():
@@ -66,13 +66,13 @@ class Session(ABC):
             await self.call.close(*(self._ending or self.reason()))
 
     def end(self, code: int, reason: str) -> None:
-        """Ends it; the first reason counts."""
+        """Ends the session; the first reason counts."""
         if self._ending is None:
             self._ending = code, reason
             self.over.set()
 
     def ends(self) -> Iterator[tuple[trio.Event, int, str]]:
-        """Yields what ends it besides the end of every request, with code and reason."""
+        """Yields events that end the session, with code and reason, besides the end of every request."""
         yield from ()
 
     async def _stop(self) -> None:
@@ -92,12 +92,12 @@ class Session(ABC):
 
     @abstractmethod
     async def send_all(self) -> None:
-        """Sends to the client until `over` is set, or all is sent."""
+        """Sends to the client until `over` is set, or everything is sent."""
 
     @abstractmethod
     async def take(self, message: Mapping[str, Any]) -> None:
-        """Takes a message of the client."""
+        """Handles a message of the client."""
 
     @abstractmethod
     def reason(self) -> tuple[int, str]:
-        """Returns code and reason for the end of `send_all`."""
+        """Returns code and reason after `send_all` has ended."""

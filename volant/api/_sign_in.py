@@ -1,4 +1,4 @@
-"""`/api/v1/session`: browsers sign in and out. By hand, as the answers set cookies."""
+"""`/api/v1/session`: browsers sign in and out. The routes are streams because their answers set cookies."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _FINISH = re.compile(r"/api/v1/session/oidc/finish\Z")
 _TAKEN = frozenset({"code", "state", "iss", "error", "error_description"})
 _MAX_PARAMETERS = 50
 _CONSOLE = b"/#/"
-"""With a fragment, as a browser would otherwise append the one that the issuer may have added."""
+"""The console's path. The empty fragment keeps browsers from appending a fragment that the issuer may have added."""
 
 
 def routes(deps: ApiDeps, limits: Limits) -> list[StreamRoute]:
-    """The routes of this resource."""
+    """Returns the routes of this resource."""
     access = deps.access
 
     def view(caller: Caller) -> SessionView:
@@ -102,7 +102,8 @@ def routes(deps: ApiDeps, limits: Limits) -> list[StreamRoute]:
 
 
 def _parameters(query: bytes) -> dict[str, str]:
-    """Returns the parameters of an issuer's answer; others are ignored, and all if one is repeated (RFC 6749, 3.1)."""
+    """Returns the parameters of an issuer's answer; unknown ones are ignored, and all if one is repeated (RFC 6749,
+    3.1)."""
     try:
         pairs = parse_qsl(query.decode("ascii"), keep_blank_values=True, max_num_fields=_MAX_PARAMETERS)
     except ValueError:

@@ -1,11 +1,11 @@
 """`/ws/v1/vms/{name}/tcp/{port}`: one TCP connection to a port of a guest's loopback, as a WebSocket.
 
-Binary messages are the bytes; their boundaries mean nothing. WebSocket has no half-close, and many TCP programs need
-one (`nc`, rsync, a request that ends with the end of input), so **an empty message is the end of one direction**, as in
-the streams of exec. To close the WebSocket at the end of the first direction, as websockify and Kubernetes' port
-forward do, was rejected: it cuts off the answer.
+Binary messages carry the data; their boundaries have no meaning. WebSocket has no half-close, and many TCP programs
+need one (`nc`, rsync, a request that ends with the end of input), so **an empty message is the end of one direction**,
+as in the streams of exec. Rejected: closing the WebSocket at the end of the first direction, like websockify and
+Kubernetes' port forward, as it cuts off the answer.
 
-Messages are decoded here, unlike those of relays, as the guest's end is plain TCP.
+Unlike in relays, messages are decoded here, as the guest's end is plain TCP.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SEND_S = 300.0
 
 
 def routes(deps: ApiDeps, share: FairShare) -> list[StreamRoute]:
-    """The routes of this resource."""
+    """Returns the routes of this resource."""
 
     async def tcp(call: Call) -> None:
         name = call.args[0]
@@ -52,7 +52,7 @@ def routes(deps: ApiDeps, share: FairShare) -> list[StreamRoute]:
 
 
 class _Session(Session):
-    """One connection, both ways."""
+    """One connection, in both directions."""
 
     def __init__(
         self,

@@ -1,14 +1,14 @@
 """`GET /api/v1/vms/{name}/openapi`: the OpenAPI document of a VM's workload, rewritten for clients outside.
 
-A running workload is the best source. It is asked first, at the path that the manifest names, else at `/openapi.json`,
-where most frameworks have it. If it has no usable document, the one in the manifest counts, also while the VM does not
-run. A document from a guest is not trusted: it is read within limits, parsed, and serialized again.
+A running workload is the best source. It is asked first, at the manifest's path or at `/openapi.json`, where most
+frameworks have it. If it has no usable document or does not run, the manifest's own document is used. A document from a
+guest is not trusted: it is read within limits, parsed, and serialized again.
 
 All `servers` in it are rewritten, so that clients call the workload through the daemon. They become paths without a
-host, relative to the address of the document itself, so they are right for any name of the daemon. The agent serves
-`/healthz` and `/v1/…` below `…/agent` itself, so a document with such a path gets the prefix that reaches all paths of
-the workload, `…/agent/v1/workload`. A path with `..` in it is left out: joined to a server, it could lead a client with
-our key to another VM.
+host, relative to the document's address, so they are right for any name of the daemon. The agent serves `/healthz` and
+`/v1/…` below `…/agent` itself, so a document with such a path gets the prefix that reaches all paths of the workload,
+`…/agent/v1/workload`. A path with `..` in it is left out: joined to a server, it could lead a client with the daemon's
+key to another VM.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _ANSWER_S = 10.0
 _MAX_ANSWER = 1024 * 1024
 _MAX_SERVERS = 16
 _MAX_URL = 2048
-"""Characters of a server's address, before and after its variables are filled in: the variables of a hostile document
-could make a text of many gigabytes."""
+"""Maximum length of a server's address, before and after its variables are filled in, in characters: the variables of a
+hostile document could expand to many gigabytes."""
 _MAX_VARIABLE = 256
 _VARIABLE = re.compile(r"{([^{}]*)}")
 _SLASH = re.compile(r"[/\\]")
@@ -47,7 +47,7 @@ _METHODS = ("get", "put", "post", "delete", "options", "head", "patch", "trace",
 
 
 def add_routes(app: QuartTrio, deps: ApiDeps) -> None:
-    """The routes of this resource."""
+    """Adds the routes of this resource."""
 
     @app.get("/api/v1/vms/<name>/openapi")
     async def workload_openapi(name: str) -> Response:
@@ -69,7 +69,7 @@ def add_routes(app: QuartTrio, deps: ApiDeps) -> None:
 
 
 async def _ask_workload(deps: ApiDeps, row: VmRow, path: str, *, promised: bool) -> dict[str, Any]:
-    """Returns the document that the workload serves. :raises Problem: 404 there is none, 502 it can't be read."""
+    """Returns the document that the workload serves. :raises Problem: 404, there is none; 502, it can't be read."""
     port = row.manifest.workload.port if row.manifest.workload is not None else None
     if port is None:
         raise _none(row, "its plugin names none, and no workload that serves HTTP")
@@ -142,7 +142,7 @@ def _broken(row: VmRow, what: str, *, hint: str | None = None) -> Problem:
 
 
 def through_proxy(document: dict[str, Any], vm: str, path: str) -> dict[str, Any]:
-    """Returns the document with servers that are reached through the daemon; `path`: where the workload serves it."""
+    """Returns the document with servers that lead through the daemon. `path` is its path in the workload."""
     agent = f"/api/v1/vms/{vm}/agent"
     bases = {base for owner in _owners(document) for base, _ in _bases(owner.get("servers"), path)} or {""}
     paths = document.get("paths")
@@ -162,8 +162,8 @@ def through_proxy(document: dict[str, Any], vm: str, path: str) -> dict[str, Any
 
 
 def _drop_other_servers(document: dict[str, Any], owners: Collection[int]) -> None:
-    """Removes what else leads a client away from the workload: servers behind references, in callbacks, webhooks and
-    links, and values for parameters that climb out of a path. `owners`: objects whose servers stay."""
+    """Removes everything else that leads a client away from the workload: servers behind references, in callbacks,
+    webhooks and links, and parameter values that climb out of a path. The servers of the objects in `owners` stay."""
     left: list[Any] = [document]
     while left:
         each = left.pop()
@@ -186,9 +186,10 @@ def _is_climbing(value: object) -> bool:
 
 
 def _is_hidden(bases: Collection[str], paths: Collection[str]) -> bool:
-    """Whether the agent has a route of its own where one of these paths is, below one of these bases.
+    """Returns whether a route of the agent hides one of these paths below one of these bases.
 
-    There can be tens of thousands of both. What begins otherwise than the agent's routes needs no look at the paths.
+    There can be tens of thousands of both. A base that begins unlike the agent's routes is skipped without looking at
+    the paths.
     """
     for base in bases:
         if base.startswith(AGENT_PREFIX) and paths:
@@ -230,12 +231,12 @@ def _bases(servers: object, path: str) -> list[tuple[str, str | None]]:
 
 
 def _climbs(path: str) -> bool:
-    """Whether a client that joins the path to a prefix may get outside of the prefix."""
+    """Returns whether a client that joins the path to a prefix may get outside of the prefix."""
     return ".." in _SLASH.split(unquote(path))
 
 
 def _filled(url: str, variables: dict[str, Any]) -> str:
-    """:raises ValueError: it would be too long"""
+    """Fills in the variables of a URL. :raises ValueError: the result would be too long."""
 
     def default(name: re.Match[str]) -> str:
         variable = variables.get(name[1])
