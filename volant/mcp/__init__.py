@@ -1,4 +1,4 @@
-"""The API for models: the Model Context Protocol, and the commands of our own form on the same URL."""
+"""The API for models: the Model Context Protocol, and the API's own commands at the same URL."""
 
 from ._commands import (
     Command as Command,

@@ -1,4 +1,4 @@
-"""Commands of our own form at `POST /api/v1/mcp`: `{"command": …, "params": {…}}`, always answered with 200."""
+"""The API's own commands at `POST /api/v1/mcp`: `{"command": …, "params": {…}}`, always answered with 200."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class RpcMessage(msgspec.Struct, omit_defaults=True):
     """The method, such as `tools/call`."""
     params: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
     id: int | str | msgspec.UnsetType = msgspec.UNSET
-    """A notification has none."""
+    """The id of a request; a notification has none."""
 
 
 class RpcAnswer(msgspec.Struct, omit_defaults=True):
@@ -36,23 +36,23 @@ class RpcAnswer(msgspec.Struct, omit_defaults=True):
 
 
 class Command(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """A command in the API's own form, which is not MCP's."""
+    """A command in the API's own form, not in MCP's."""
 
     command: str
     """`volant.vms.list`, `volant.vms.create`, `volant.vms.get`, `volant.vms.delete` or
     `volant.system.get_capabilities`."""
     params: dict[str, Any] = {}
-    """`create` takes the body of `POST /api/v1/vms`, `get` and `delete` take `name`, `list` takes `status` (an
-    array), `plugin` and `labels`, all optional."""
+    """The parameters: `create` takes the body of `POST /api/v1/vms`, `get` and `delete` take `name`, `list` takes
+    `status` (an array), `plugin` and `labels`, all optional."""
 
 
 class CommandAnswer(msgspec.Struct, frozen=True):
     """The answer to a `Command`."""
 
     result: Any
-    """The answer of the REST route; null for `delete`, and after a failure."""
+    """The result of the REST route; null for `delete`, and after a failure."""
     error: str
-    """Empty if the command succeeded."""
+    """The error; empty if the command succeeded."""
 
 
 class Capabilities(msgspec.Struct, frozen=True):
@@ -61,9 +61,9 @@ class Capabilities(msgspec.Struct, frozen=True):
     version: str
     commands: list[str]
     plugins: list[str]
-    """Those that new VMs may use."""
+    """The plugins that new VMs may use."""
     mcp_versions: list[str]
-    """Versions of the Model Context Protocol, on the same URL."""
+    """The versions of the Model Context Protocol at the same URL."""
 
 
 class _Listed(msgspec.Struct, forbid_unknown_fields=True, frozen=True):

@@ -1,8 +1,8 @@
 """Derives tools from operations, so that their arguments and results can't differ from REST.
 
 A tool takes one flat object: the names in the path, the parameters of the query, the members of the body, and whether
-to wait. Its result is an object, as the protocol requires: a list comes with the number of items that were left out,
-and what has no result says what it did.
+to wait. Its result is an object, as the protocol requires: a list comes with the number of omitted items, and an
+operation without a result reports its action.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class ChangedVm(msgspec.Struct, frozen=True):
 
     vm: VmView
     outcome: Outcome
-    """`done`: it is in the requested state. `failed`: it ended in another one, see `vm.reason`. `under_way`: it is not
-    there yet."""
+    """`done`: it is in the requested state. `failed`: it ended in another state, see `vm.reason`. `under_way`: it has
+    not reached the state yet."""
 
 
 class ForkedVms(msgspec.Struct, frozen=True):
@@ -41,18 +41,19 @@ class ForkedVms(msgspec.Struct, frozen=True):
 
     vms: list[VmView]
     outcome: Outcome
-    """`done`: all run. `failed`: at least one did not start, see its `reason`. `under_way`: they are not there yet."""
+    """`done`: all are running. `failed`: at least one did not start, see its `reason`. `under_way`: some are still
+    starting."""
 
 
 class Deleted(msgspec.Struct, frozen=True):
-    """What was deleted."""
+    """The deleted object."""
 
     name: str
     deleted: Literal[True] = True
 
 
 class Done(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What was done, and with what."""
+    """The action and its arguments."""
 
     done: str
     name: str = ""
@@ -119,10 +120,10 @@ def _described(of: Any, text: str) -> Any:
 
 
 _WAITING = (
-    ("wait", _described(bool, "Answer once it is done, or has failed."), True),
+    ("wait", _described(bool, "Answer once the operation is complete or has failed."), True),
     (
         "timeout_s",
-        _described(Seconds, "How long to wait. After that it continues; check with vms_get."),
+        _described(Seconds, "Maximum wait. The operation continues afterwards; check with vms_get."),
         DEFAULT_S,
     ),
 )
@@ -142,14 +143,14 @@ def _default(value: Any, of: Any) -> Any:
 
 
 def _value(value: Any, name: str, operation: Operation) -> Any:
-    """Returns an argument as the operation takes it: a model passes one name where a query may repeat it."""
+    """Returns an argument in the operation's form: a model may pass one name where a query may repeat it."""
     if value is None and isinstance(operation.defaults[name], tuple):
         return ()
     return (value,) if isinstance(value, str) and isinstance(operation.defaults[name], tuple) else value
 
 
 def _presenter(operation: Operation) -> tuple[type[msgspec.Struct], Callable[[ToolCall, Any, list[str]], Result[Any]]]:
-    """Returns the type of a tool's result, and the function that makes it of the operation's result."""
+    """Returns the type of a tool's result, and the function that creates it from the operation's result."""
     assert operation.client is not None
     resource = operation.client.partition(".")[0]
     if operation.waits_for is not None and operation.method != "GET":
@@ -167,7 +168,10 @@ def _presenter(operation: Operation) -> tuple[type[msgspec.Struct], Callable[[To
             "Page",
             [
                 (resource, answer),
-                ("total", _described(int | None, "How many fit, on all pages. Null if only some hosts were asked.")),
+                (
+                    "total",
+                    _described(int | None, "The number of matches on all pages; null if only some hosts were asked."),
+                ),
                 ("next_cursor", _described(int | None, "Null on the last page."), None),
                 *(_MISSING if operation.spans else ()),
             ],
@@ -184,7 +188,7 @@ def _presenter(operation: Operation) -> tuple[type[msgspec.Struct], Callable[[To
         "Items",
         [
             (resource, answer),
-            ("left_out", _described(int, "How many did not fit.")),
+            ("left_out", _described(int, "The number of items that did not fit.")),
             *(_MISSING if operation.spans else ()),
         ],
         frozen=True,
@@ -209,7 +213,8 @@ def _links(result: Any) -> tuple[Link, ...]:
 
 
 async def _settled(call: ToolCall, operation: Operation, result: Any, wanted: Any) -> Result[Any]:
-    """Returns the VMs, with `wait` once they are in the operation's state, have failed, or the timeout is over."""
+    """Returns the VMs, with `wait` once they have reached the operation's state, have failed, or the timeout is
+    over."""
     state = operation.waits_for
     assert state is not None
     views = result.copies if isinstance(result, VmForked) else (result.vm,)

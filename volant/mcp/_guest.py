@@ -1,5 +1,5 @@
-"""What tools do inside a guest, through the agent's own routes: commands, files, actions. Everything is limited, as a
-model reads the answer and a guest is not trusted."""
+"""Access of tools to a guest through the agent's routes: commands, files, actions. Everything is limited, as a model
+reads the answer and a guest is not trusted."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from volant.relay import first_text, to_port, unreachable
 from ._text import Window
 
 MAX_BLOB = 1024 * 1024
-"""The largest file or image that is returned whole, in bytes."""
+"""Maximum size of a file or image that is returned whole, in bytes."""
 MAX_READ = 64 * 1024 * 1024
-"""Bytes that are read at most to reach an offset in a file without a length."""
+"""Maximum bytes read to reach an offset in a file without a length."""
 FILE_S = 60.0
 _HEAD_S = 30.0
 _LATE_S = 10.0
@@ -73,7 +73,7 @@ class Ran(msgspec.Struct):
 
 
 async def run_command(deps: ApiDeps, vm: Key, request: ExecRequest, timeout_s: float) -> Ran:
-    """Run a command to its end, or for `timeout_s`. :raises Problem: 400, 404, 409, 502."""
+    """Runs a command to its end, or for `timeout_s`. :raises Problem: 400, 404, 409, 502."""
     ran = Ran()
     body = _encoder.encode({**request, "timeout_s": timeout_s})
     _, client = await enter(deps, vm)
@@ -104,7 +104,7 @@ class _Lines:
         self._rest = bytearray()
 
     def feed(self, data: bytes) -> list[_Line]:
-        """:raises AgentProtocolError: the lines are malformed."""
+        """Adds data, and returns the complete lines. :raises AgentProtocolError: the lines are malformed."""
         self._rest += data
         if b"\n" not in data:
             if len(self._rest) > _MAX_LINE:
@@ -123,14 +123,13 @@ class FileRead(msgspec.Struct):
 
     data: bytes
     size: int | None
-    """The size of the whole file; None for one without a length, such as those of `/proc`, if its end was not
-    reached."""
+    """The size of the whole file; None for a file without a length, such as in `/proc`, if its end was not reached."""
     ended: bool
     """Whether `data` reaches the end of the file."""
 
 
 async def read_file(deps: ApiDeps, vm: Key, path: str, *, offset: int = 0, limit: int = MAX_BLOB) -> FileRead:
-    """Read at most `limit` bytes of a file from `offset` on.
+    """Reads at most `limit` bytes of a file from `offset` on.
 
     :raises Problem: 400, 404, 409, 502, and the agent's own problems.
     """
@@ -160,7 +159,7 @@ async def read_file(deps: ApiDeps, vm: Key, path: str, *, offset: int = 0, limit
 
 
 async def write_file(deps: ApiDeps, vm: Key, path: str, data: bytes) -> None:
-    """Writes a file, or replaces it, atomically. :raises Problem: as `read_file` does."""
+    """Writes or replaces a file atomically. :raises Problem: see `read_file`."""
     _, client = await enter(deps, vm, path)
     headers = [(b"content-type", b"application/octet-stream")]
     with _guest_errors(vm.name), trio.move_on_after(FILE_S) as scope:
@@ -219,7 +218,7 @@ def _as_text(value: Any) -> str:
 
 
 async def _check(response: AgentResponse, vm: str) -> None:
-    """:raises Problem: the agent's own, if it refused the request"""
+    """Checks the answer. :raises Problem: the agent's own, if it refused the request."""
     if response.status < 400:
         return
     try:
@@ -246,7 +245,7 @@ def _guest_errors(vm: str) -> Iterator[None]:
 
 
 def from_base64(text: str, name: str) -> bytes:
-    """:raises Problem: 400 that names the field."""
+    """Decodes base64. :raises Problem: 400 that names the field."""
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:

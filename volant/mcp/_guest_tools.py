@@ -20,34 +20,34 @@ _PAGE_BYTES = 48 * 1024
 
 
 class Exec(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """A command."""
+    """A command to run."""
 
     vm: Name
     command: Annotated[list[str], msgspec.Meta(min_length=1)]
     """The program and its arguments. There is no shell: for pipes, globs and `&&` use `["sh", "-c", "…"]`."""
     env: dict[str, str] = {}
-    """Variables to add to a minimal environment."""
+    """Variables added to a minimal environment."""
     cwd: str | None = None
     user: str | None = None
     """A name or a number, optionally `:` and a group. Default: root."""
     stdin: str = ""
     timeout_s: Seconds = DEFAULT_S
-    """The command and its children are killed after it. Start longer ones in the background, with their output in a
-    file."""
+    """The time after which the command and its children are killed. Start longer ones in the background, with their
+    output in a file."""
 
 
 class ExecDone(msgspec.Struct, frozen=True):
-    """How a command ended: one of the first three is not null."""
+    """The end of a command: one of the first three members is not null."""
 
     exit_code: int | None
     signal: int | None
     """The number of the signal that ended it."""
     error: str | None
-    """Why it did not run, or did not end by itself."""
+    """Why it did not run, or was killed."""
     stdout: str
     stderr: str
     stdout_bytes: int
-    """Bytes written in all; more than shown if `truncated`."""
+    """The number of bytes written, more than shown if `truncated`."""
     stderr_bytes: int
     truncated: bool
     """Whether the middle of stdout or stderr is left out."""
@@ -56,8 +56,8 @@ class ExecDone(msgspec.Struct, frozen=True):
 @tool(
     "vms_exec",
     "Run a command in a VM",
-    "Run one command in a running VM, wait for its end, and get its exit code and output. Each call is a process of "
-    "its own: `cd` and variables do not carry over to the next. The middle of long output is left out: write it to a "
+    "Run one command in a running VM, wait for its end, and get its exit code and output. Each call is a separate "
+    "process: `cd` and variables do not carry over to the next. The middle of long output is left out: write it to a "
     "file, and read parts with vms_read_file. To write a file use vms_write_file.",
     operation="agent_exec",
     destructive=True,
@@ -89,14 +89,14 @@ async def execute(call: ToolCall, wanted: Exec) -> Result[ExecDone]:
 
 
 class ReadFile(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """A file, or a part of it."""
+    """The file, or the part of it, to read."""
 
     vm: Name
     path: Path
-    """Absolute."""
+    """An absolute path."""
     offset: Annotated[int, msgspec.Meta(ge=0, le=10**12)] | None = None
-    """Bytes to skip; you get what follows, up to `next_offset`. Without it, you get the whole file, or its head and
-    tail if it is too long."""
+    """The number of bytes to skip; the answer continues from there up to `next_offset`. Without it, you get the whole
+    file, or its head and tail if it is too long."""
 
 
 class FileContent(msgspec.Struct, frozen=True):
@@ -106,7 +106,7 @@ class FileContent(msgspec.Struct, frozen=True):
     content: str
     encoding: Literal["utf-8", "base64"]
     size: int | None
-    """The size of the whole file in bytes; null if it is not known."""
+    """The size of the whole file in bytes; null if unknown."""
     truncated: bool
     """Whether the file has more than is shown."""
     next_offset: int | None = None
@@ -156,7 +156,7 @@ async def read_file(call: ToolCall, wanted: ReadFile) -> Result[FileContent]:
 
 
 def _text_of(data: bytes, whole: bool) -> str | None:
-    """Returns the data as text, None if it is none. A part of a file may end in the middle of a character."""
+    """Returns the data as text, None if it is not text. A part of a file may end within a character."""
     for cut in range(1 if whole else 4):
         try:
             text = data[: len(data) - cut].decode("utf-8")
@@ -167,14 +167,14 @@ def _text_of(data: bytes, whole: bool) -> str | None:
 
 
 class WriteFile(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """A file."""
+    """The file to write."""
 
     vm: Name
     path: Path
-    """Absolute; its directory must exist."""
+    """An absolute path; its directory must exist."""
     content: str
     encoding: Literal["utf-8", "base64"] = "utf-8"
-    """How `content` encodes the file's bytes."""
+    """The encoding of the file's bytes in `content`."""
 
 
 class WrittenFile(msgspec.Struct, frozen=True):
@@ -182,14 +182,14 @@ class WrittenFile(msgspec.Struct, frozen=True):
 
     path: str
     size: int
-    """In bytes."""
+    """The size in bytes."""
 
 
 @tool(
     "vms_write_file",
     "Write a file in a VM",
-    "Write a whole file in a running VM, and replace an existing one; readers see the old or the new file, never a "
-    "part. At most about 700 KiB a call.",
+    "Write a whole file in a running VM, or replace an existing one; readers see the old or the new file, never a "
+    "part. At most about 700 KiB per call.",
     operation="write_file",
     destructive=True,
     idempotent=True,
@@ -209,9 +209,9 @@ class Action(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     vm: Name
     action: Name
-    """One of the actions of the VM's plugin: see plugins_list."""
+    """An action of the VM's plugin, see plugins_list."""
     input: Any = None
-    """Sent to the workload as JSON; null: no body."""
+    """The input, sent to the workload as JSON; null for no body."""
 
 
 class ActionDone(msgspec.Struct, frozen=True):
@@ -221,9 +221,10 @@ class ActionDone(msgspec.Struct, frozen=True):
     """The HTTP status."""
     content_type: str
     output: Any
-    """The answer: data if it is JSON, else text; null for an image, which is sent beside it, and for other bytes."""
+    """The answer: data if it is JSON, otherwise text. Null for an image, which is sent separately, and for other
+    bytes."""
     size: int
-    """In bytes."""
+    """The size in bytes."""
     truncated: bool
 
 

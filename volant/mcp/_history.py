@@ -24,15 +24,15 @@ _LINE_BYTES = 4 * 1024
 
 
 class Logs(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """Which lines."""
+    """The log lines to read."""
 
     vm: Name
     tail: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 100
-    """How many of the last lines."""
+    """The number of lines from the end."""
     since: Annotated[int, msgspec.Meta(ge=0, le=10**18 - 1)] | None = None
-    """Only lines after this `seq`: pass `next_since` of an earlier call to get what is new. Overrides `tail`."""
+    """Only lines after this `seq`: pass `next_since` of an earlier call to get new lines. Overrides `tail`."""
     stream: list[Literal["stdout", "stderr", "console"]] = []
-    """Default: all. `console` is the kernel and the boot, the others are the workload's."""
+    """The streams; default: all. `console` is the kernel and the boot, the others are the workload's."""
 
 
 class LogPage(msgspec.Struct, frozen=True):
@@ -40,17 +40,17 @@ class LogPage(msgspec.Struct, frozen=True):
 
     lines: list[LogLine]
     next_since: int
-    """Pass it as `since` to continue after the last line."""
+    """The `since` that continues after the last line."""
     left_out: int
-    """Requested lines that did not fit: older ones, or with `since` newer ones."""
+    """The number of requested lines that did not fit: older ones, or with `since` newer ones."""
     lost: int = 0
-    """Lines after `since` that are not kept any more."""
+    """The number of lines after `since` that have expired."""
 
 
 @tool(
     "vms_logs",
     "Read the log of a VM",
-    "Read the output of the console (kernel and boot) and the workload of a VM, also of one that is stopped or has "
+    "Read the output of the console (kernel and boot) and the workload of a VM, even if it is stopped or has "
     "crashed. Use it to find out why a VM does not boot or its workload fails. The output of vms_exec is not in it.",
     operation="vm_logs",
     read_only=True,
@@ -93,17 +93,17 @@ async def read_logs(call: ToolCall, wanted: Logs) -> Result[LogPage]:
 
 
 class Events(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """Which events."""
+    """The events to read."""
 
     since: str | None = None
-    """Only events after this one: `next` of an earlier call, or the `id` of an event; `0`: from the oldest that is
-    kept. Without it, the newest ones."""
+    """Only events after this one: `next` of an earlier call, or the `id` of an event; `0` for the oldest one. Without
+    it, the newest ones."""
     vm: Name | None = None
-    """Only of this VM."""
+    """Only events of this VM."""
     types: list[EventType] = []
-    """Default: all."""
+    """The types of events; default: all."""
     limit: Annotated[int, msgspec.Meta(ge=1, le=500)] = 50
-    """How many events to look at."""
+    """The number of events to look at."""
     wait_s: Annotated[float, msgspec.Meta(ge=0, le=50)] = 0.0
     """How long to wait for an event if there is none."""
 
@@ -113,14 +113,14 @@ class EventPage(msgspec.Struct, frozen=True):
 
     events: list[Event]
     next: str
-    """Pass it as `since` to continue after these events."""
+    """The `since` that continues after these events."""
     gap: StreamGap | None = None
-    """Events after `since` that are not kept any more."""
+    """Expired events after `since`."""
 
 
 @tool(
     "vms_events",
-    "See what happened to VMs",
+    "List events of VMs",
     "List events of VMs, in order: created, starting, running, stopped, crashed (and why), deleted. Without `since` "
     "you get the newest. Pass `next` of one call as `since` of the next to miss nothing, and `wait_s` to wait for an "
     "event.",
@@ -169,7 +169,7 @@ async def see_events(call: ToolCall, wanted: Events) -> Result[EventPage]:
 
 
 async def _see_events_of_all(call: ToolCall, fleet: Fleet, wanted: Events) -> Result[EventPage]:
-    """The same for all hosts of the fleet."""
+    """Reads the events of all hosts of the fleet."""
     from volant.fleet import Followed, follow, position_text
 
     is_seen = call.deps.store.projection.sees(call.listed)

@@ -16,7 +16,7 @@ from ._tool import MissingHosts, Result, ToolCall, missing_hosts, tool
 
 
 class ListNetworks(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """Which networks: all, or one."""
+    """The networks to list: all, or one."""
 
     network: Name | None = None
     """Only this one."""
@@ -27,7 +27,7 @@ class NetworkList(msgspec.Struct, frozen=True):
 
     networks: list[NetworkView]
     left_out: int
-    """How many did not fit; ask for them by name."""
+    """The number of networks that did not fit; ask for them by name."""
 
 
 @tool(
@@ -48,25 +48,25 @@ async def list_networks(call: ToolCall, wanted: ListNetworks) -> Result[NetworkL
 
 
 class ListSnapshots(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """Which snapshots."""
+    """The snapshots to list."""
 
     vm: Name | None = None
-    """Only snapshots of VMs with this name, also of deleted ones."""
+    """Only snapshots of VMs with this name, including deleted ones."""
 
 
 class SnapshotList(msgspec.Struct, frozen=True):
-    """Snapshots, the newest first."""
+    """Snapshots, newest first."""
 
     snapshots: list[SnapshotView]
     left_out: int
-    """How many older ones did not fit."""
+    """The number of older snapshots that did not fit."""
     missing_hosts: MissingHosts = UNSET
 
 
 @tool(
     "snapshots_list",
     "List snapshots",
-    "List the snapshots that vms_snapshot has taken, the newest first.",
+    "List the snapshots taken with vms_snapshot, newest first.",
     operation="list_snapshots",
     read_only=True,
 )
@@ -77,7 +77,7 @@ async def list_snapshots(call: ToolCall, wanted: ListSnapshots) -> Result[Snapsh
 
 
 class ListSecrets(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """Which secrets: all."""
+    """The secrets to list: all."""
 
 
 class SecretList(msgspec.Struct, frozen=True):
@@ -85,13 +85,13 @@ class SecretList(msgspec.Struct, frozen=True):
 
     secrets: list[SecretView]
     left_out: int
-    """How many did not fit."""
+    """The number of secrets that did not fit."""
 
 
 @tool(
     "secrets_list",
     "List secrets",
-    'List the names of the secrets that vms_create can give to a VM, in `env` as `{"secret": NAME}` or in `secrets` as '
+    'List the names of the secrets that vms_create can pass to a VM, in `env` as `{"secret": NAME}` or in `secrets` as '
     "the file /run/secrets/NAME. You can't read or set their values; ask a person to run `volar secrets set NAME`.",
     operation="list_secrets",
     read_only=True,
@@ -104,7 +104,7 @@ async def list_secrets(call: ToolCall, wanted: ListSecrets) -> Result[SecretList
 
 
 class ListPlugins(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """Which plugins: all, or one."""
+    """The plugins to list: all, or one."""
 
     plugin: Name | None = None
     """Only this one."""
@@ -116,7 +116,7 @@ class PluginAction(msgspec.Struct, frozen=True):
     name: str
     description: str
     input: dict[str, Any] | None
-    """JSON Schema of `input` of vms_call_action; null if the plugin declares none."""
+    """The JSON Schema of `input` of vms_call_action; null if the plugin declares none."""
 
 
 class PluginSummary(msgspec.Struct, frozen=True):
@@ -128,16 +128,16 @@ class PluginSummary(msgspec.Struct, frozen=True):
     enabled: bool
     """Whether new VMs may use it."""
     memory_mb: int
-    """The least that its VMs need."""
+    """The minimum memory of its VMs."""
     actions: list[PluginAction]
 
 
 class PluginList(msgspec.Struct, frozen=True):
-    """Kinds of VMs."""
+    """The plugins, each a kind of VM."""
 
     plugins: list[PluginSummary]
     left_out: int
-    """How many did not fit; ask for them by name."""
+    """The number of plugins that did not fit; ask for them by name."""
 
 
 @tool(

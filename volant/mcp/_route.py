@@ -1,13 +1,13 @@
-"""`POST /api/v1/mcp`: the Model Context Protocol server, and commands of our own form.
+"""`POST /api/v1/mcp`: the Model Context Protocol server, and the API's own commands.
 
 The official `mcp` package implements the protocol in both its generations: 2026-07-28, where each request is
-independent, and the older versions that begin with `initialize`. We serve those without sessions too: no tool needs
-one, anonymous clients could fill memory with them, and a client with a session would lose it when the daemon restarts.
-So a request is just a task of its connection: each one gets its own session manager of the package, which can run only
-once and owns the tasks of the request, and ends with it. GET and DELETE, which are for sessions, are 405, as both
+independent, and the older versions that begin with `initialize`. The older versions have no sessions here either: no
+tool needs one, anonymous clients could fill memory with them, and a client would lose its session when the daemon
+restarts. So a request is just a task of its connection. It gets its own session manager of the package, which can run
+only once, owns the tasks of the request, and ends with it. GET and DELETE, which are for sessions, are 405, as both
 generations allow.
 
-This module reads the body first, to distinguish the two forms and to limit it, and watches for a client that leaves.
+This module reads the body first, to distinguish the two forms and to limit it, and detects when the client disconnects.
 The package takes half a second to import, so the first request that needs it imports it, in a thread.
 """
 
@@ -53,10 +53,10 @@ TABLE.declare(
     "POST /api/v1/mcp",
     "mcp",
     Permission.VIEW,
-    "Use the Model Context Protocol, or send a command in a form of our own",
+    "Use the Model Context Protocol, or send one of the API's own commands",
     answers={
         200: Answer("The answer to a request, or to a command", OneOf((RpcAnswer, CommandAnswer)), streams=True),
-        202: Answer("A notification or an answer was taken"),
+        202: Answer("A notification or an answer was accepted"),
         **{status: Answer("The protocol's own errors", RpcAnswer) for status in (400, 404, 406, 413, 415)},
     },
     body=OneOf((RpcMessage, Command)),
@@ -65,14 +65,14 @@ TABLE.declare(
         "A command": {"command": "volant.vms.list", "params": {"status": ["running"]}},
     },
     errors=(404, 406, 503),
-    details="Streamable HTTP, without sessions: 2026-07-28, where each request has the headers `MCP-Protocol-Version` "
-    "and `Mcp-Method`, and versions that begin with `initialize`. An object with `command` and without `jsonrpc` is a "
-    "command; its failures are answered with 200 and `error`.",
+    details="Streamable HTTP without sessions: version 2026-07-28, where each request has the headers "
+    "`MCP-Protocol-Version` and `Mcp-Method`, and the versions that begin with `initialize`. An object with `command` "
+    "and without `jsonrpc` is a command; its failures are answered with 200 and `error`.",
 )
 
 
 def routes(deps: ApiDeps, limits: Limits, table: Table) -> list[StreamRoute]:
-    """The routes of this resource."""
+    """Returns the routes of this resource."""
     server: McpServer | None = None
     loading = trio.Lock()
 
@@ -101,10 +101,10 @@ def routes(deps: ApiDeps, limits: Limits, table: Table) -> list[StreamRoute]:
 
 
 def _is_command(call: Call, body: bytes) -> bool:
-    """Whether a body is a command of our own form, and not a message of MCP.
+    """Returns whether a body is one of the API's own commands, not a message of MCP.
 
     :raises Problem: 400 for an object that is neither, and for a request whose `id` is neither an integer nor text,
-        which the package (mcp 2.3) would take for a notification
+    which the package (mcp 2.3) would treat as a notification
     """
     try:
         members = _members.decode(body)
@@ -177,7 +177,7 @@ class _Replay:
         self._body: bytes | None = body
 
     async def receive(self) -> Message:
-        """Returns the body; the second call waits for ever."""
+        """Returns the body; the second call waits forever."""
         await trio.lowlevel.checkpoint()
         if self._body is None:
             await trio.sleep_forever()

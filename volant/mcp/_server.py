@@ -264,7 +264,7 @@ def _entry(tool: Tool) -> ToolEntry:
 
 
 def _arguments(tool: Tool, params: CallToolRequestParams) -> Any:
-    """:raises Problem: 400 that names the field."""
+    """Decodes the arguments of a call. :raises Problem: 400 that names the field."""
     try:
         data = _encode(params.arguments or {})
     except (ValueError, OverflowError, RecursionError):
@@ -296,9 +296,9 @@ def _text(problem: Problem) -> str:
 
 
 def hint_for_a_model(hint: str) -> str:
-    """Returns a hint in which commands of `volar` are replaced by the tools that do the same.
+    """Returns a hint in which commands of `volar` are replaced by the equivalent tools.
 
-    A command without a tool stays, marked as one that the operator has to run, as a model has no command line.
+    A command without a tool is kept and marked for the operator, as a model has no command line.
     """
 
     def tool(found: re.Match[str]) -> str:

@@ -1,7 +1,7 @@
 """Cuts texts for models: the head and the tail of a text that is too long, with a marker between them.
 
 Long texts cost a model money and attention, so each text has a budget. It counts bytes of JSON, in which a control
-character takes six, as that is what the client gets.
+character takes six, as clients get JSON.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import msgspec
 T = TypeVar("T")
 
 MAX_TEXT = 64 * 1024
-"""Bytes of one text in an answer."""
+"""Maximum size of one text in an answer, in bytes."""
 BUDGET = 56 * 1024
-"""Bytes of the variable parts of an answer together, so that the rest of the answer fits too."""
+"""Maximum size of the variable parts of an answer together, in bytes, which leaves room for the rest."""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -33,7 +33,7 @@ class Window:
         self._tail = bytearray()
 
     def add(self, data: bytes) -> None:
-        """Takes the next bytes."""
+        """Adds the next bytes."""
         self.size += len(data)
         room = self._part - len(self._head)
         if room > 0:
@@ -45,7 +45,7 @@ class Window:
 
     @property
     def head(self) -> bytes:
-        """The first bytes; all of them where `is_whole`."""
+        """The first bytes; all of them if `is_whole`."""
         return bytes(self._head + self._tail) if self.is_whole else bytes(self._head)
 
     @property
@@ -54,8 +54,8 @@ class Window:
         return self.size == len(self._head) + len(self._tail)
 
     def text(self, budget: int) -> tuple[str, bool]:
-        """Returns the stream as text of at most `budget` bytes of JSON, and whether that is all of it. Bytes that are
-        not UTF-8 become U+FFFD."""
+        """Returns the stream as text of at most `budget` bytes of JSON, and whether the text is complete. Bytes that
+        are not UTF-8 become U+FFFD."""
         if self.is_whole:
             whole = self.head.decode("utf-8", "replace")
             clipped = clip(whole, budget)
@@ -77,8 +77,8 @@ def clip(text: str, budget: int) -> str:
 
 
 def joined(head: str, tail: str, size: int, budget: int) -> tuple[str, int]:
-    """Returns as much of a head and a tail as fits, with a marker that says how many of `size` bytes are left out; and
-    how many bytes of the head are in it."""
+    """Returns as much of a head and a tail as fits, with a marker for the number of the `size` bytes that are left out;
+    and the number of bytes of the head that fit."""
     half = max(0, (budget - 80) // 2)
     head, tail = prefix(head, half), _suffix(tail, half)
     shown = len(head.encode("utf-8", "replace"))

@@ -26,7 +26,7 @@ Path = Annotated[str, msgspec.Meta(pattern=r"^/[^\x00]*$", max_length=4096)]
 
 MissingHosts = Annotated[
     list[str] | UnsetType,
-    msgspec.Meta(description="Hosts of the fleet that did not answer. What they have is missing, or as last reported."),
+    msgspec.Meta(description="Hosts of the fleet that did not answer. Their objects are missing, or as last reported."),
 ]
 
 
@@ -69,7 +69,7 @@ class ToolCall(Context):
         self.changed.set()
 
     async def until(self, wait: Callable[[], Awaitable[T]]) -> T:
-        """Waits for something that may take long. :raises Problem: 503 the daemon stops."""
+        """Waits for something that may take long. :raises Problem: 503, the daemon stops."""
         return await self.unless_stopping(wait)
 
 
@@ -89,17 +89,17 @@ class Tool(msgspec.Struct, frozen=True, kw_only=True):
     """The operation whose permission it needs."""
     read_only: bool = False
     destructive: bool = False
-    """Whether it can lose something that was there."""
+    """Whether it can destroy something."""
     idempotent: bool = False
-    """Whether doing it twice has the same effect as doing it once."""
+    """Whether a repeated call has no further effect."""
     open_world: bool = False
-    """Whether the effect depends on the guest, which may do anything."""
+    """Whether the effect depends on the guest, which is not trusted."""
 
 
 def tool(name: str, title: str, description: str, **more: Any) -> Callable[[Run], Tool]:
-    """Makes a tool of the decorated function, which takes a call and `wanted`, a struct, and gives a `Result`.
+    """Makes a tool from the decorated function, which takes a call and `wanted`, a struct, and returns a `Result`.
 
-    :param more: as of `Tool`
+    :param more: members of `Tool`
     """
 
     def make(run: Run) -> Tool:

@@ -1,7 +1,7 @@
 """The tools that models can call.
 
-Most are derived from the operations. Those here do more than one REST request: they read or write a whole stream, cut
-what is too long for a model, or filter.
+Most tools are derived from the operations. The tools here do more than one REST request: they read or write a whole
+stream, shorten long results, or filter.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ._tool import Tool
 
 RESOURCE = re.compile(r"volant://vms/([^/]+)(?:/(logs|files)(/.*)?)?\Z", re.DOTALL)
 READ_BY = {"": "get_vm", "logs": "vm_logs", "files": "read_file"}
-"""The operation that reads each kind of resource, and whose permission it needs."""
+"""The operation that reads each kind of resource, and whose permission is required."""
 
 
 def tools(table: Table) -> tuple[Tool, ...]:
