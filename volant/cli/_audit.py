@@ -16,7 +16,7 @@ _TAIL = 50
 
 
 class Moment(click.ParamType[str]):
-    """A time, or how long ago it was."""
+    """A time, or a duration before now."""
 
     name = "time"
 
@@ -34,15 +34,15 @@ class Moment(click.ParamType[str]):
 
 
 @command(None, "audit")
-@click.option("-f", "--follow", is_flag=True, help="Print new records as they come, until interrupted.")
+@click.option("-f", "--follow", is_flag=True, help="Print new records as they are written, until interrupted.")
 @click.option(
-    "--tail", type=click.IntRange(0, 1000), help=f"Start with this many of the newest records; default {_TAIL}."
+    "--tail", type=click.IntRange(0, 1000), help=f"Start with this number of the newest records; default {_TAIL}."
 )
 @click.option("--since", type=Moment(), help="Only records from this time on: 2h (ago), or 2025-09-24T12:34:56Z.")
 @click.option("--until", type=Moment(), help="Only records before this time.")
 @click.option("--caller", help="Only records of this caller, such as key:ci.")
 @click.option("--operation", help="Only records of this operation, such as delete_vm.")
-@click.option("--target", metavar="NAME", help="Only records about a VM or another target of this name.")
+@click.option("--target", metavar="NAME", help="Only records about a VM or another target with this name.")
 @click.option("--request", "request_id", metavar="ID", help="Only records of the request with this id.")
 @click.option("--all", "everything", is_flag=True, help="Start with the oldest record.")
 async def group(

@@ -26,10 +26,9 @@ _POLL_S = 0.1
 async def backup(session: Session, file: Path, force: bool) -> None:
     """Back up the database of a running daemon to FILE: VMs, plugins, events, stored responses.
 
-    VMs' disks, their logs and what they boot from are not in it. If FILE is a directory, the name of the new file
-    contains the last event's id. The file is written atomically, after its digest was checked. To a pipe, such as
-    /dev/stdout, it is written as it comes, and standard
-    output gets nothing else.
+    It does not contain disks of VMs, logs, and the files that VMs boot from. If FILE is a directory, the name of the
+    new file contains the last event's id. The file is written atomically, after its digest was checked. A pipe, such as
+    /dev/stdout, receives the data as it arrives, and standard output contains nothing else.
     """
     async with session.client.system.backup() as taken:
         path = file / taken.name if file.is_dir() else file

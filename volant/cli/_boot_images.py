@@ -48,7 +48,7 @@ def group() -> None:
 
 
 def _command(name: str) -> Callable[[Callable[..., None]], click.Command]:
-    """Makes a function a command of the group; it is given the output and the cache folder."""
+    """Makes a function a command of the group. The function receives the output and the cache folder."""
 
     def decorate(function: Callable[..., None]) -> click.Command:
         @functools.wraps(function)
@@ -74,7 +74,7 @@ def _command(name: str) -> Callable[[Callable[..., None]], click.Command]:
 
 @_command("build")
 @click.option("--mirror", metavar="URL", help="A Debian mirror, instead of this host's apt sources.")
-@click.option("--security-mirror", metavar="URL", help="With --mirror: where security updates come from.")
+@click.option("--security-mirror", metavar="URL", help="With --mirror: the mirror of security updates.")
 @click.option(
     "--keyring", type=click.Path(path_type=Path), metavar="FILE", help="The keys that sign the mirror's packages."
 )
@@ -167,10 +167,10 @@ def fetch_(out: Output, cache: Path, url: str, sha256: str, max_mb: int) -> None
 @_command("delete")
 @click.argument("artifacts", metavar="SHA256...", nargs=-1, required=True)
 def delete(out: Output, cache: Path, artifacts: tuple[str, ...]) -> None:
-    """Delete boot artifacts from the cache; the start of a digest is enough to name one.
+    """Delete boot artifacts from the cache, by digests or their first digits.
 
     An artifact that a running VM uses stays. A VM that boots later fetches it again from the URL in its manifest.
-    Upload a local file again, with `volar plugins upload`, if it is in no directory of the setting artifact_dirs.
+    Upload a local file again with `volar plugins upload`, unless it is in a directory of the setting artifact_dirs.
     """
     found = list_artifacts(cache)
     chosen = []

@@ -29,8 +29,8 @@ _TEXTS = ("text/", "application/json", "application/xml", "application/x-ndjson"
 @click.argument("vm", shell_complete=vm_names)
 @click.argument("action", shell_complete=action_names)
 @click.argument("members", metavar="[KEY=TEXT|KEY:=JSON]...", nargs=-1)
-@click.option("-d", "--data", metavar="BODY", help="The body as text; @FILE: from a file; @-: from standard input.")
-@click.option("--type", "content_type", metavar="TYPE", help="Its content type.  [default: application/json]")
+@click.option("-d", "--data", metavar="BODY", help="The body as text; @FILE reads a file, @- standard input.")
+@click.option("--type", "content_type", metavar="TYPE", help="The body's content type.  [default: application/json]")
 @click.option("-o", "--output", metavar="FILE", type=click.Path(dir_okay=False), help="Write the answer to this file.")
 async def group(
     session: Session,
@@ -90,7 +90,7 @@ def _content(data: str) -> bytes | FileBody:
 
 
 class FileBody:
-    """A file in pieces, read as the daemon takes them."""
+    """A file in pieces, read as fast as the daemon receives them."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd

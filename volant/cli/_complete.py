@@ -1,4 +1,4 @@
-"""`volar completion`, and the names that a shell completes. They are requested from the daemon with a short deadline;
+"""`volar completion`, and completion of names in a shell. Names are requested from the daemon with a short deadline;
 errors are silent.
 """
 
@@ -77,7 +77,7 @@ def network_choices(ctx: click.Context, parameter: click.Parameter, incomplete: 
 
 
 def action_names(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-    """Returns the actions of the VM in the argument before."""
+    """Returns the actions of the VM in the preceding argument."""
     del parameter
     vm = str(ctx.params["vm"])
 

@@ -1,7 +1,7 @@
 """`volar vms console`: connects the terminal to a VM's serial console.
 
-The terminal is raw meanwhile, so that Ctrl-C, Tab and Ctrl-D reach the guest, and is restored however the session ends,
-also by a signal that can be caught. One key leaves: Ctrl-], as in telnet.
+The terminal is raw during the session, so that Ctrl-C, Tab and Ctrl-D reach the guest. It is restored however the
+session ends, also by a signal that can be caught. Ctrl-] ends the session, as in telnet.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ _BELL = b"\a"
 @command(None, "console")
 @name_argument
 @click.option("--read-only", is_flag=True, help="Watch without typing.")
-@click.option("--take", is_flag=True, help="Take the keyboard from the client that has it.")
+@click.option("--take", is_flag=True, help="Disconnect the client that may type.")
 @click.option("--tail", type=click.IntRange(0, 1000), help="Start with this many lines; default 25.")
-@click.option("--escape", type=Escape(), default="^]", show_default=True, help="The key that leaves, or none.")
+@click.option("--escape", type=Escape(), default="^]", show_default=True, help="The key that disconnects, or none.")
 async def console(
     session: Session, name: str, read_only: bool, take: bool, tail: int | None, escape: int
 ) -> int | None:
-    """Connect to the serial console of a VM; Ctrl-] leaves.
+    """Connect to the serial console of a VM; Ctrl-] disconnects.
 
-    Press Enter for the guest's shell. All keys go to the guest, Ctrl-C too. Many clients may watch (--read-only), one
-    may type. If the connection is lost, for instance because the daemon restarts, volar reconnects. If standard input
-    is not a terminal, its content is typed, and the console is shown until the VM is down.
+    Press Enter for the guest's shell. All keys go to the guest, including Ctrl-C. Many clients may watch (--read-only),
+    but only one may type. If the connection is lost, for example because the daemon restarts, volar reconnects. If
+    standard input is not a terminal, its content is typed, and the console is shown until the VM is down.
     """
     if read_only and take:
         raise click.UsageError("--read-only and --take exclude each other")
@@ -96,7 +96,7 @@ async def _show(line: Console, messages: _Messages) -> None:
 
 
 async def _type(line: Console, to: Console | None, escape: int) -> None:
-    """Types the input until its end or the escape key; in a read-only terminal, Ctrl-C leaves too."""
+    """Types the input until its end or the escape key. In a read-only terminal, Ctrl-C also ends it."""
     while data := await read_input():
         at = data.find(escape) if escape >= 0 else -1
         if to is None and _INTERRUPT in data and escape >= 0:
@@ -115,7 +115,7 @@ async def _type(line: Console, to: Console | None, escape: int) -> None:
 
 
 class _Messages:
-    """Messages of `volar` itself, on standard error, apart from the guest's output."""
+    """The messages of `volar` itself, on standard error, separate from the guest's output."""
 
     def __init__(self, out: Output) -> None:
         self.raw = False

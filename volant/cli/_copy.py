@@ -1,7 +1,7 @@
 """`volar vms cp`: files and directories between this machine and a VM.
 
 Data from a VM is not trusted: the agent's own code unpacks directories here. It opens each part of a path relative to
-the directory before it and follows no link; no file gets an owner, a set-user-id bit, or a path outside.
+the directory before it and follows no link. No file gets an owner, a set-user-id bit, or a path outside the target.
 """
 
 # ruff: noqa: ASYNC240 - the command has nothing to do while it waits for the disk
@@ -57,13 +57,13 @@ class _Remote:
 @command(None, "cp")
 @click.argument("source", metavar="SRC", shell_complete=files_here_or_in_a_vm)
 @click.argument("target", metavar="DST", shell_complete=files_here_or_in_a_vm)
-@click.option("--user", help="Owner of what is copied into the VM, with an optional :GROUP; default: root.")
+@click.option("--user", help="Owner of the copies in the VM, with an optional :GROUP; default: root.")
 async def copy(session: Session, source: str, target: str, user: str | None) -> None:
-    """Copy files and directories between here and a VM.
+    """Copy files and directories between this host and a VM.
 
-    One of SRC and DST is VM:/PATH, the other a local path (./a:b for one with a colon) or -, which is standard input
-    or output, with a directory as tar. If DST is an existing directory, SRC is copied into it under its name; otherwise
-    it becomes DST. A file is replaced atomically. Modes are kept; in the VM, root or --user owns all files.
+    One of SRC and DST is VM:/PATH. The other is a local path (./a:b if it contains a colon), or - for standard input or
+    output, where a directory is a tar. If DST is an existing directory, SRC is copied into it with its name; otherwise
+    the copy becomes DST. A file is replaced atomically. Modes are kept; in the VM, root or --user owns all files.
     """
     from_vm, to_vm = _remote(source), _remote(target)
     if (from_vm is None) == (to_vm is None):

@@ -22,7 +22,7 @@ from ._vms_group import name_argument, timeout_option, wait_for_outcome, wait_op
 
 
 class _Text(click.ParamType[Replicate]):
-    """`5m`, or `5m:2` for two hosts. The daemon knows what a duration is."""
+    """`5m`, or `5m:2` for two hosts. The daemon parses the duration."""
 
     name = "every[:hosts]"
 
@@ -36,12 +36,12 @@ class _Text(click.ParamType[Replicate]):
 
 
 def replicate_option(function: F) -> F:
-    """Gives a command the option `--replicate`, as the parameter `replicate`."""
+    """Adds the option `--replicate` to a command, as the parameter `replicate`."""
     return click.option(
         "--replicate",
         type=_Text(),
         metavar="EVERY[:HOSTS]",
-        help="For --failover restore: copy it every 5m, say, to another host; 5m:2 for two hosts.",
+        help="For --failover restore: how often to copy it to another host, such as 5m; 5m:2 for two hosts.",
     )(function)
 
 
@@ -74,14 +74,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _choice(option: str, values: Sequence[str], text: str) -> Callable[[F], F]:
-    """An option with one of these values; the first is the default."""
+    """Returns an option with a choice of values; the first is the default."""
     return click.option(option, type=click.Choice(values), default=values[0], show_default=True, help=text)
 
 
 @command(None, "create")
 @name_argument
 @click.argument("words", metavar="[COMMAND]...", nargs=-1, type=click.UNPROCESSED)
-@click.option("--image", help="An OCI image in place of a plugin. COMMAND replaces what the image runs.")
+@click.option("--image", help="An OCI image in place of a plugin. COMMAND replaces the image's command.")
 @image_options
 @click.option("--no-start", is_flag=True, help="With --image: do not start its program with the VM.")
 @registry_options
@@ -108,13 +108,13 @@ def _choice(option: str, values: Sequence[str], text: str) -> Callable[[F], F]:
 @_choice(
     "--failover",
     ["never", "restart", "restore"],
-    "What happens when its host of a fleet dies: another one boots it (restart) or continues it (restore).",
+    "If its host fails, another host of the fleet boots it (restart) or continues it (restore).",
 )
 @replicate_option
 @click.option("--zone", help="Only on hosts of a fleet in this zone.")
 @click.option("--host-label", "host_labels", type=Pair(), multiple=True, help="Only on hosts with KEY=VALUE.")
-@click.option("--affinity", type=Pair(), multiple=True, help="Only on hosts that have a VM with the label KEY=VALUE.")
-@click.option("--anti-affinity", type=Pair(), multiple=True, help="Only on hosts that have no VM with KEY=VALUE.")
+@click.option("--affinity", type=Pair(), multiple=True, help="Only on hosts with a VM that has the label KEY=VALUE.")
+@click.option("--anti-affinity", type=Pair(), multiple=True, help="Only on hosts without a VM that has KEY=VALUE.")
 @_choice("--boot", ["auto", "cold", "template"], "How to boot: auto clones a template if there is one.")
 @click.option(
     "--from-snapshot",
@@ -140,17 +140,17 @@ def _choice(option: str, values: Sequence[str], text: str) -> Callable[[F], F]:
     "disk_mb",
     type=Size(),
     metavar="SIZE",
-    help="Size of the disk: 10G, or a number of MiB; default: that of the plugin's root filesystem.",
+    help="Size of the disk: 10G, or a number of MiB; default: the size of the plugin's root filesystem.",
 )
-@egress_option("the VM", default="what its project allows")
+@egress_option("the VM", default="the project's policy")
 @volume_option
-@click.option("--disk-iops", type=click.IntRange(min=10), help="Most reads and writes a second, of all its disks.")
-@click.option("--disk-mbps", type=click.IntRange(min=1), help="Most MiB a second, of all its disks.")
+@click.option("--disk-iops", type=click.IntRange(min=10), help="Maximum reads and writes per second, of all its disks.")
+@click.option("--disk-mbps", type=click.IntRange(min=1), help="Maximum MiB per second, of all its disks.")
 @click.option("--ttl", help="Delete the VM after this time: 30m, 2h, …")
 @click.option(
     "--idempotency-key",
     metavar="WORD",
-    help="Run the command again with the same word within a day, and it finds the VM it created.",
+    help="A repetition with the same word within a day returns the VM that was created.",
 )
 @wait_option
 @timeout_option
@@ -197,7 +197,8 @@ async def create(
 ) -> int:
     """Create a VM and boot it, or restore it from a snapshot.
 
-    With --image it runs the program of an OCI image; `volar run` is shorter. Put -- before a COMMAND with options.
+    With --image it runs the program of an OCI image; `volar run` is a shorter form. Put -- before a COMMAND with
+    options.
     """
     members = image_members(words, **program)
     if image is None and (no_start or authfile or registry_secret or any(members.values())):

@@ -1,4 +1,4 @@
-"""`volar debug bundle`: answers of the API in one file, for a bug report."""
+"""`volar debug bundle`: writes answers of the API to one file for a bug report."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _ANSWER_S = 15.0
 _EVENTS = 1000
 _EVENTS_S = 5.0
 _INSPECTED = 50
-"""VMs whose `inspect` is included: those with a reason first, then those that don't run."""
+"""Maximum number of VMs whose `inspect` is included: first VMs with a reason, then stopped ones."""
 
 
 @click.group(name="debug", cls=LazyGroup)
@@ -36,12 +36,17 @@ def group() -> None:
 
 
 @command(group, "bundle")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: volant-debug-<time>.tar.gz here.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="The file.  [default: volant-debug-<time>.tar.gz in the current directory]",
+)
 async def bundle(session: Session, output: Path | None) -> None:
     """Write one file for a bug report: the daemon's answers about itself, its VMs, events and tasks.
 
-    It contains no keys, no secrets, no environments of workloads and no output of guests, but names, labels, paths and
-    addresses. Check it before you share it, and add the daemon's log.
+    It contains names, labels, paths and addresses, but no keys, secrets, environments of workloads or output of guests.
+    Check it before you share it, and add the daemon's log.
     """
     name = f"volant-debug-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     path = output if output is not None else Path(f"{name}.tar.gz")
@@ -116,7 +121,7 @@ def _archive(prefix: str, members: dict[str, bytes]) -> bytes:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Writes a new file that only its owner can read. :raises Failure: it exists, or can't be written"""
+    """Writes a new file that only its owner can read. :raises Failure: it exists, or can't be written."""
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except FileExistsError:

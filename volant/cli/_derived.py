@@ -33,14 +33,14 @@ _HOW: dict[str, dict[str, Any]] = {
 """The arguments of `click.option` for each annotation of a parameter."""
 _SENT_ONCE = "a key of your own: sent again with it, the request is not carried out again"
 _DONE = {"delete": "deleted"}
-"""Words for a method without a result; another one is called done."""
+"""Verbs for the report of a method without a result; others are reported as done."""
 
 
 def add_commands(group: click.Group, resource: str, operations: Any, besides: Collection[str] = ()) -> None:
     """Adds a command for each method of `operations` for which `group` has none.
 
     :param resource: the client's attribute with these methods, such as `networks`
-    :param besides: methods that have a command of another name
+    :param besides: methods whose command has another name
     """
     there = group.list_commands(click.Context(group))
     for name, method in vars(operations).items():
@@ -49,7 +49,7 @@ def add_commands(group: click.Group, resource: str, operations: Any, besides: Co
 
 
 def _add(group: click.Group, resource: str, name: str, method: Any, to: str | None) -> None:
-    """Adds a command. `to`: the status that a VM is on its way to then."""
+    """Adds a command. `to` is the status that the VM reaches afterwards."""
     text = inspect.cleandoc(method.__doc__ or "")
     summary, *more = [part for part in text.split("\n\n") if not part.startswith(":param")]
     helps = {"idempotency_key": _SENT_ONCE, **dict(re.findall(r":param (\w+): (.*(?:\n    .*)*)", text))}
@@ -103,7 +103,7 @@ def _json(text: str) -> dict[str, Any]:
 
 
 def _value(value: Any) -> Any:
-    """Returns a value as the client takes it: pairs become a mapping."""
+    """Returns a value in the client's form: pairs become a mapping."""
     return dict(value) if isinstance(value, tuple) and value and isinstance(value[0], tuple) else value
 
 

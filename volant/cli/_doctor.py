@@ -1,7 +1,7 @@
 """`volar setup --check`: runs `volantd check` and prints its findings.
 
-The daemon's program does the checks, as it would when it runs. It is the program that `volar setup` would install: of
-this installation, with the service's settings if there are any.
+The daemon's program runs the checks under the conditions of the daemon. It is the program that `volar setup` would
+install: from this installation, with the service's settings if there are any.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ._text import safe
 
 _COLOURS = {"ok": "green", "less": "yellow", "fails": "red"}
 _TIMEOUT_S = 60.0
-"""Each check of volantd has its own deadline; the longest is 25 s."""
+"""Longer than the longest deadline of a check in volantd, 25 s."""
 _WRONG_SETTINGS = 2
 
 
@@ -81,7 +81,7 @@ def _lay_out(out: Output, report: Report) -> None:
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """Wraps text to `width`; returns one line if that is too small, as for a pipe."""
+    """Wraps text to `width`; returns one line if that is too small, for example in a pipe."""
     if not text:
         return []
     return textwrap.wrap(safe(text), width, break_long_words=False) if width >= 20 else [safe(text)]

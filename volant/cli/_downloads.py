@@ -1,4 +1,4 @@
-"""Files of this user that appear under their names when they are complete."""
+"""Downloads of this user, which appear under their names when they are complete."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ._text import safe
 
 
 def beside(path: Path) -> Path:
-    """Returns a path in the same directory that nobody can know before, for what is to become `path`."""
+    """Returns an unpredictable path in the same directory, for a file that will become `path`."""
     return path.with_name(f".{path.name[:60]}.volar-{secrets.token_hex(6)}")
 
 
 @contextmanager
 def download(path: Path, mode: int, *, overwrite: bool = True) -> Iterator[BinaryIO]:
-    """Has a new file to write for the length of a block, which becomes `path` at its end, and is removed if it fails.
+    """Opens a new file for the block, which becomes `path` at its end, and is removed if the block fails.
 
-    A device or a pipe, such as /dev/null, is written to, as is what /dev/stdout stands for: no file takes its place.
+    A device or a pipe, such as /dev/null or the target of /dev/stdout, is written directly, not replaced.
 
-    :param mode: of the file, less the umask
+    :param mode: the file's mode, before the umask
     :raises Failure: instead of OSError
     """
     try:
@@ -50,7 +50,7 @@ def download(path: Path, mode: int, *, overwrite: bool = True) -> Iterator[Binar
 
 
 def _is_written_to(path: Path) -> bool:
-    """Whether a path is no name of a file: a device, a pipe, or a link of the system's to an open file."""
+    """Returns whether a path is not a plain file: a device, a pipe, or a link of the system to an open file."""
     if path.exists() and not path.is_file():
         return True
     parent = path.parent.resolve()

@@ -23,12 +23,13 @@ _LOOK_S = 2.0
     "--stop-vms", is_flag=True, help="Also stop running VMs, some at a time; they start again after `undrain`."
 )
 @click.option(
-    "--grace", type=Duration(), metavar="DURATION", help="With --stop-vms: time for each guest to shut down (10s)."
+    "--grace",
+    type=Duration(),
+    metavar="DURATION",
+    help="With --stop-vms: how long each guest may take to shut down (10s).",
 )
 @click.option("--wait", is_flag=True, help="Wait until no VM runs.")
-@click.option(
-    "--timeout", type=Duration(), default=600.0, metavar="DURATION", help="With --wait: how long to wait (10m)."
-)
+@click.option("--timeout", type=Duration(), default=600.0, metavar="DURATION", help="With --wait: maximum wait (10m).")
 async def drain(session: Session, stop_vms: bool, grace: float | None, wait: bool, timeout: float) -> None:
     """Drain the host for maintenance: no VM is created or started until `undrain`.
 
@@ -44,13 +45,13 @@ async def drain(session: Session, stop_vms: bool, grace: float | None, wait: boo
 
 @command(group, "undrain")
 async def undrain(session: Session) -> None:
-    """End the drain; VMs that were held start."""
+    """End the drain; waiting VMs boot now."""
     found = await session.client.system.undrain()
     session.out.result(found, "VMs start again")
 
 
 async def _wait(session: Streaming, timeout_s: float) -> None:
-    """Waits until no VM is up. :raises Failure: VMs are still up after `timeout_s`."""
+    """Waits until no VM is running. :raises Failure: VMs are still running after `timeout_s`."""
     import trio
 
     up: list[str] = []
@@ -69,7 +70,7 @@ async def _wait(session: Streaming, timeout_s: float) -> None:
 
 
 async def _up(client: Client) -> list[str]:
-    """Returns the VMs that have a process on the host, or may have one in a moment."""
+    """Returns the VMs that have a process on the host, or are about to get one."""
     return [vm.name for vm in await client.vms.list() if vm.pid is not None or vm.status in _UNDER_WAY]
 
 

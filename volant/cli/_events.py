@@ -31,12 +31,12 @@ _OPTIONS = (
         multiple=True,
         help="Only events of this type; may be repeated.",
     ),
-    click.option("--since", metavar="ID", help="Start after this event; 0: with the oldest that is kept."),
+    click.option("--since", metavar="ID", help="Start after this event; 0 for the oldest one."),
 )
 
 
 def event_options(function: F) -> F:
-    """Gives a command the options `since`, `types` and `labels` of `follow`."""
+    """Adds the options `since`, `types` and `labels` of `follow` to a command."""
     for option in _OPTIONS:
         function = option(function)
     return function
@@ -48,9 +48,9 @@ def event_options(function: F) -> F:
 async def group(session: Session, /, vm: str | None, **wanted: Any) -> None:
     """Print events of VMs as they happen, until interrupted.
 
-    If the connection is lost, volar reconnects for up to a minute and continues after the last event. If the daemon
-    does not keep the events after that any more, standard error reports it, or with --json a line STREAM_GAP. Each
-    line of --json has the event's id, for --since.
+    If the connection is lost, volar reconnects for up to a minute and continues after the last event. If later events
+    have expired in the meantime, standard error reports it, or with --json a line STREAM_GAP. Each line of --json has
+    the event's id, for --since.
     """
     await follow(session, vm, **wanted)
 

@@ -133,8 +133,8 @@ async def exec_(
 
 
 def need_terminal() -> None:
-    """:raises click.UsageError: standard input is no terminal. The end of a file would be sent as Ctrl-D, which is lost
-    if the guest does not read yet."""
+    """Checks that standard input is a terminal. Otherwise its end would be sent as Ctrl-D, which is lost if the guest
+    does not read yet. :raises click.UsageError: it is no terminal."""
     if not sys.stdin.isatty():
         raise click.UsageError(
             "-t with -i needs a terminal, and standard input is not one; leave out -t to pass on a pipe or a file"
@@ -156,7 +156,7 @@ async def _detach(session: Session, name: str, process: ExecSession, interactive
 
 
 async def _talk(session: Session, name: str, process: ExecSession, interactive: bool, escape: int) -> int:
-    """Passes everything on until the command ends, the user detaches, or a signal ends us; returns the exit code."""
+    """Passes everything on until the command ends, the user detaches, or a signal ends volar; returns the exit code."""
     terminal = process.tty and interactive and sys.stdin.isatty()
     code: int | None = None
     try:
@@ -180,7 +180,8 @@ async def pass_on(
 ) -> int | None:
     """Passes on input, output and the size of the terminal until the command ends.
 
-    Returns the exit code after a signal; None: see `process.end`, which is None if the user detached.
+    Returns the exit code after a signal. Otherwise returns None, and `process.end` has the end, or None if the user
+    detached.
 
     :param endings: whether SIGTERM and SIGHUP end it; otherwise the caller handles signals
     """
@@ -251,7 +252,7 @@ async def _send_size(process: ExecSession) -> None:
 
 
 def terminal_size() -> tuple[int, int] | None:
-    """Returns rows and columns of our own terminal."""
+    """Returns the rows and columns of volar's terminal."""
     try:
         size = os.get_terminal_size(sys.stdin.fileno())
     except OSError:

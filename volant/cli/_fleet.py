@@ -8,19 +8,19 @@ from ._lazy_group import Lazy, LazyGroup
 from ._run import Session, command
 
 _LAZY = {
-    "join": Lazy("_fleet_join:join", "Make this host one of a fleet: check everything, then write the settings."),
-    "leave": Lazy("_fleet_join:leave", "Take this host out of its fleet, and remove the settings."),
+    "join": Lazy("_fleet_join:join", "Add this host to a fleet: check everything, then write the settings."),
+    "leave": Lazy("_fleet_join:leave", "Remove this host from its fleet, and remove the settings."),
 }
 
 
 @click.group(name="fleet", cls=LazyGroup, lazy=_LAZY)
 def group() -> None:
-    """Show the fleet that a host belongs to, join one, leave it."""
+    """Show the fleet of a host, join a fleet, or leave it."""
 
 
 @command(group, "status")
 async def status(session: Session) -> None:
-    """Show the fleet, as the host that answers sees it."""
+    """Show the fleet, as seen by the host that answers."""
     fleet = await session.client.fleet.get()
     if session.out.json:
         session.out.document(fleet)

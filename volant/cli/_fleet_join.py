@@ -1,4 +1,4 @@
-"""`volar fleet join` and `volar fleet leave`: make this host one of a fleet, and undo that."""
+"""`volar fleet join` and `volar fleet leave`: add this host to a fleet, and remove it."""
 
 from __future__ import annotations
 
@@ -25,29 +25,27 @@ from ._text import safe
 _PREFIX = "fleet_"
 _CHECK_S = 60.0
 _FILES = ("cert", "key", "ca", "etcd_password_file")
-_config = click.option(
-    "--config", metavar="FILE", help="The file that `volantd --config` reads (default: that of the service)."
-)
+_config = click.option("--config", metavar="FILE", help="The file of `volantd --config` (default: the service's file).")
 
 
 @click.command(name="join")
 @click.option("--etcd", required=True, metavar="URLS", help="The members of etcd: https://etcd1:2379,https://…")
-@click.option("--listen", required=True, metavar="HOST:PORT", help="Listen there for the other hosts.")
-@click.option("--address", metavar="HOST:PORT", help="Where the other hosts reach it.  [default: --listen]")
-@click.option("--cert", required=True, metavar="FILE", help="Certificate of this host, good for servers and clients.")
+@click.option("--listen", required=True, metavar="HOST:PORT", help="The address to listen on for other hosts.")
+@click.option("--address", metavar="HOST:PORT", help="The address at which other hosts reach it.  [default: --listen]")
+@click.option("--cert", required=True, metavar="FILE", help="Certificate of this host, valid for servers and clients.")
 @click.option("--key", metavar="FILE", help="Its private key.  [default: in --cert]")
-@click.option("--ca", required=True, metavar="FILE", help="CA certificates of hosts and of etcd, and of nobody else.")
+@click.option("--ca", required=True, metavar="FILE", help="CA certificates that sign only the fleet's hosts and etcd.")
 @click.option("--host", metavar="NAME", help="Name of this host in the fleet.  [default: the host name]")
 @click.option("--zone", metavar="NAME", help="Zone of this host, such as a rack.")
 @click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="A label of this host; may be repeated.")
-@click.option("--etcd-user", metavar="NAME", help="User of etcd, if it asks for one.")
+@click.option("--etcd-user", metavar="NAME", help="User of etcd, if it requires one.")
 @click.option("--etcd-password-file", metavar="FILE", help="The file with its password.")
-@click.option("--prefix", metavar="TEXT", help="What the fleet's keys in etcd begin with.  [default: volant/]")
+@click.option("--prefix", metavar="TEXT", help="Prefix of the fleet's keys in etcd.  [default: volant/]")
 @_config
 @common(host=False)
 @pass_options
 def join(options: Options, /, config: str | None, labels: tuple[str, ...], **given: str | None) -> int:
-    """Make this host one of a fleet: check everything, then write the settings.
+    """Add this host to a fleet: check everything, then write the settings.
 
     It checks certificates, etcd and the name. The settings take effect when you restart volantd; VMs keep running.
     You can run it again to change them.
@@ -78,14 +76,14 @@ def join(options: Options, /, config: str | None, labels: tuple[str, ...], **giv
 
 
 @click.command(name="leave")
-@click.option("--keep-vms", is_flag=True, help="Keep its VMs, snapshots and volumes, as this host's alone.")
+@click.option("--keep-vms", is_flag=True, help="Keep its VMs, snapshots and volumes on this host.")
 @_config
 @common()
 @pass_options
 def leave(options: Options, config: str | None, keep_vms: bool) -> int:
-    """Take this host out of its fleet, and remove the settings.
+    """Remove this host from its fleet, and remove the settings.
 
-    The fleet forgets the host and what it has, whose names are free then. VMs keep running. Restart volantd after that.
+    The fleet forgets the host and its objects, whose names become free. VMs keep running. Restart volantd afterwards.
     """
 
     def work() -> int:
@@ -108,7 +106,7 @@ def leave(options: Options, config: str | None, keep_vms: bool) -> int:
 
 
 def _leave(options: Options, keep_vms: bool) -> bool:
-    """Has the daemon leave; returns whether it was in a fleet."""
+    """Makes the daemon leave the fleet; returns whether it was in one."""
     from volant.client._plain import run_plain
 
     try:
@@ -135,7 +133,7 @@ def _settings(given: Mapping[str, str | None]) -> dict[str, str]:
 
 
 def _check_others(file: SettingsFile) -> None:
-    """Checks that all settings of the fleet are ours to write. :raises Failure:"""
+    """Checks that no setting of the fleet was written by someone else. :raises Failure: one was."""
     if others := file.others(_PREFIX):
         raise Failure(
             f"{file.path} has {', '.join(others)}, which `volar fleet join` has not written",
@@ -144,7 +142,7 @@ def _check_others(file: SettingsFile) -> None:
 
 
 def _check_visible(settings: Mapping[str, str]) -> None:
-    """:raises Failure: the service would not find a file."""
+    """Checks that the service can see the files. :raises Failure: it would not find one."""
     for name in _FILES:
         path = settings.get(f"{_PREFIX}{name}")
         if path and any(Path(path).resolve().is_relative_to(hidden) for hidden in _setup.HIDDEN):
@@ -155,7 +153,7 @@ def _check_visible(settings: Mapping[str, str]) -> None:
 
 
 def _ask(file: SettingsFile, text: str) -> FleetReport:
-    """Has volantd check the settings that the file is to have. :raises Failure: they don't fit"""
+    """Lets volantd check the new settings of the file. :raises Failure: they are invalid."""
     program = _setup.command_of("volantd", "volant.daemon.main")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("VOLANT_FLEET_")}
     arguments: list[Any] = ["--config", "/dev/stdin"] if file.toml else []

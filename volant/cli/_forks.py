@@ -1,4 +1,4 @@
-"""`volar forks`: which VM or snapshot is a copy of which, as a tree."""
+"""`volar forks`: the fork tree."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ _DONE = {"fork": "forked", "snapshot": "taken", "restore": "restored"}
 async def forks(session: Session) -> None:
     """Show which VM was forked or restored from which, and the snapshots, as a tree.
 
-    It also has what is deleted, as long as events are kept. A VM that is no copy and was not copied is not in it.
+    It includes deleted ones, as long as their events are kept, and leaves out VMs that are no copy and were never
+    copied.
     """
     tree = page = await session.client.forks.list(limit=_PAGE)
     while page.next_cursor is not None:

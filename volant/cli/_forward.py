@@ -1,4 +1,4 @@
-"""`volar vms forward`: ports of a VM on this machine's loopback."""
+"""`volar vms forward`: forwards local ports on loopback to ports of a VM."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _RESET = struct.pack("ii", 1, 0)
 
 @dataclass(frozen=True)
 class Ports:
-    """A port here, 0 for any, and one in the guest."""
+    """A local port, 0 for any free one, and a port in the guest."""
 
     local: int
     remote: int
@@ -60,8 +60,8 @@ class PortsType(click.ParamType[Ports]):
 async def forward(session: Session, name: str, ports: tuple[Ports, ...]) -> None:
     """Forward local ports to ports of a VM, until interrupted.
 
-    PORT 8080 listens on 127.0.0.1:8080 and [::1]:8080, LOCAL:PORT on another port, 0:PORT on a free one. Each
-    connection here opens one in the guest, at most 128 at once. Forwarding continues when the VM is restarted; while
+    PORT 8080 listens on 127.0.0.1:8080 and [::1]:8080. LOCAL:PORT listens on another port, 0:PORT on a free one. Each
+    local connection opens one in the guest, at most 128 at once. Forwarding continues when the VM is restarted; while
     the VM is down, connections are reset, and standard error shows why.
     """
     vm = await session.client.vms.get(name)
@@ -80,7 +80,7 @@ async def forward(session: Session, name: str, ports: tuple[Ports, ...]) -> None
 
 
 async def _listen(port: int) -> list[trio.SocketListener]:
-    """Listens on the loopback of both families, on one port. :raises Failure: it is taken, or not allowed"""
+    """Listens on the loopback of both families, on one port. :raises Failure: it is in use, or not allowed."""
     for tries_left in reversed(range(_TRIES)):
         listeners: list[trio.SocketListener] = []
         chosen = port
@@ -164,7 +164,7 @@ class _Forwarder:
         await local.aclose()
 
     def _note(self, text: str) -> None:
-        """Prints a problem once, until there is another one or it is over."""
+        """Prints a problem once, until another one occurs or it is resolved."""
         if text != self._trouble:
             self._trouble = text
             self._session.out.note(f"volar: {text}")
@@ -176,7 +176,7 @@ class _Forwarder:
 
 
 async def _splice(local: trio.SocketStream, remote: TcpStream) -> bool:
-    """Passes bytes on both ways; returns whether both directions ended regularly.
+    """Passes bytes on in both directions; returns whether both ended regularly.
 
     :raises trio.BrokenResourceError: the connection to the guest broke
     """

@@ -1,4 +1,4 @@
-"""Helpers of commands that reach into a guest: they wait for a VM that is starting, and report its crash."""
+"""Helpers of commands that access a guest: they wait for a VM that is starting, and report its crash."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ._text import safe
 T = TypeVar("T")
 
 START_S = 60.0
-"""How long to wait for a VM that is starting, as DevTools requests do."""
+"""How long to wait for a VM that is starting, the same as for DevTools requests."""
 _REPORT_S = 5.0
-"""The daemon may notice a crash some moments after the connection into the guest broke."""
+"""How long the daemon may take to notice a crash after the connection to the guest broke."""
 _STARTING = frozenset({Status.PENDING, Status.STARTING})
 _ENDED = (Status.STOPPING, Status.STOPPED, Status.CRASHED, Status.DELETING, "deleted")
 
@@ -68,7 +68,7 @@ async def _reporting_a_crash(session: Session, name: str, attempt: Callable[[], 
 
 
 async def _how_it_ended(session: Session, name: str) -> str | None:
-    """Returns how the VM ended; None if it runs or its state can't be read, so that only the connection broke."""
+    """Returns how the VM ended; None if it is running or its state can't be read, so that only the connection broke."""
     try:
         waited = await session.client.vms.wait(name, _ENDED, timeout_s=_REPORT_S)
     except (ClientError, Problem):

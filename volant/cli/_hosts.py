@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _LOOK_S = 0.5
 _SILENT_S = 60.0
-"""For so long a host that is drained may give no answer: its daemon is restarted, or the one that is asked."""
+"""How long a draining host may not answer: its daemon, or the daemon that volar asks, may be restarting."""
 
 
 @click.group(name="hosts", cls=LazyGroup)
@@ -33,7 +33,7 @@ def group() -> None:
 @command(group, "list")
 @listing
 async def list_(session: Session) -> None:
-    """List hosts, with what they have left."""
+    """List hosts, with their free resources."""
     hosts = await session.client.hosts.list()
     rows = (
         (
@@ -52,16 +52,16 @@ async def list_(session: Session) -> None:
 
 @command(group, "drain")
 @click.argument("name", shell_complete=NAMES.get("hosts"))
-@click.option("--keep-vms", is_flag=True, help="Let the VMs that it has run on.")
-@click.option("--no-wait", is_flag=True, help="Return at once: the host goes on by itself.")
-@click.option("--timeout", type=Duration(), default=3600.0, metavar="DURATION", help="How long to wait (1h).")
+@click.option("--keep-vms", is_flag=True, help="Keep its VMs running on it.")
+@click.option("--no-wait", is_flag=True, help="Return at once; the drain continues in the background.")
+@click.option("--timeout", type=Duration(), default=3600.0, metavar="DURATION", help="Maximum wait (1h).")
 async def drain(session: Session, name: str, keep_vms: bool, no_wait: bool, timeout: float) -> None:
-    """Let a host get no new VMs, and move those that it has to other hosts, until `undrain`.
+    """Give a host no new VMs, and move its VMs to other hosts, until `undrain`.
 
-    Each VM is paused while it is copied, two at a time, and goes on where it was, with memory and disk. Waits until all
-    have moved but those that can't, and says why these stay: then the exit code is 1. It waits on while daemons are
-    restarted, for up to a minute without an answer. A drain that you don't wait for goes on; run it again to see how
-    far it is.
+    Each VM is paused while it is copied, two at a time, and continues with memory and disk. The command waits until all
+    VMs that can move have moved. If some stay, it prints why, and the exit code is 1. It keeps waiting while daemons
+    restart, for up to a minute without an answer. The drain continues if you don't wait for it; run the command again
+    to see its progress.
     """
     found = await session.client.hosts.drain(name, keep_vms=keep_vms)
     if keep_vms or no_wait:
@@ -72,7 +72,7 @@ async def drain(session: Session, name: str, keep_vms: bool, no_wait: bool, time
 
 
 async def _wait(session: Streaming, name: str, timeout_s: float) -> None:
-    """Waits until a host has no VMs any more. :raises Failure: some stay, it still moves some, or does not answer"""
+    """Waits until a host has no VMs left. :raises Failure: some stay, some still move, or the host does not answer."""
     import trio
 
     shown: dict[tuple[str, str], str] = {}
@@ -104,7 +104,7 @@ async def _wait(session: Streaming, name: str, timeout_s: float) -> None:
 
 
 async def _moves(session: Streaming, name: str) -> HostMoves:
-    """Returns what becomes of the VMs of a host, once it says so. :raises Failure: it has not for a minute"""
+    """Returns the moves of a host's VMs. :raises Failure: the host has not answered for a minute."""
     import trio
 
     from volant.client._feed import is_passing

@@ -1,4 +1,4 @@
-"""Options of images: of their programs, for `volar run` and `volar vms create --image`, and of their registries."""
+"""Options for the programs of images, in `volar run` and `volar vms create --image`, and for their registries."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ _OPTIONS = (
     click.option("-P", "--publish-all", is_flag=True, help="Publish all ports that the image exposes, on free ports."),
     click.option("-w", "--workdir", metavar="DIR", help="The working directory.  [default: the image's]"),
     click.option("-u", "--user", help="A name or number, optionally with :GROUP.  [default: the image's]"),
-    click.option("--entrypoint", help="The program instead of the image's; an empty text for none."),
-    click.option("--stop-signal", metavar="SIGNAL", help="What asks the program to end.  [default: the image's]"),
-    click.option("--no-healthcheck", is_flag=True, help="Do not check the program as the image says."),
+    click.option("--entrypoint", help="The program, in place of the image's; empty for none."),
+    click.option("--stop-signal", metavar="SIGNAL", help="The signal that stops the program.  [default: the image's]"),
+    click.option("--no-healthcheck", is_flag=True, help="Disable the image's health check."),
 )
 
 
 def registry_options(function: F) -> F:
-    """Gives a command the options for credentials of registries, as `authfile` and `registry_secret`."""
+    """Adds the options for credentials of registries to a command, as `authfile` and `registry_secret`."""
     authfile = click.option(
         "--authfile",
         type=click.Path(dir_okay=False, path_type=Path),
-        help="Credentials for registries.  [default: $REGISTRY_AUTH_FILE, else ~/.docker/config.json]",
+        help="Credentials for registries.  [default: $REGISTRY_AUTH_FILE, otherwise ~/.docker/config.json]",
     )
     secret = click.option(
         "--registry-secret",
         metavar="NAME",
         shell_complete=secret_names,
-        help="A secret that holds such a file, instead of one of this host.",
+        help="A secret that contains such a file, instead of a file on this host.",
     )
     return authfile(secret(function))
 
 
 def image_options(function: F) -> F:
-    """Gives a command these options; `image_members` makes members of a request of them."""
+    """Adds these options to a command; `image_members` converts them to members of a request."""
     for option in reversed(_OPTIONS):
         function = option(function)
     return function
@@ -55,7 +55,7 @@ def image_members(
     stop_signal: str | None,
     no_healthcheck: bool,
 ) -> dict[str, Any]:
-    """Returns members of `CreateVm`. `words`: the program and its arguments, or the arguments of the entrypoint."""
+    """Returns members of `CreateVm`. `words` are the program and its arguments, or the arguments of the entrypoint."""
     return {
         "command": words or None,
         "entrypoint": None if entrypoint is None else (entrypoint,) if entrypoint else (),

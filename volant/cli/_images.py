@@ -35,7 +35,7 @@ _SHORT = 12
     default="list",
     lazy={
         "build": Lazy(
-            "_stock:build", "Build an image of debian, python or node from Debian's packages; needs no registry."
+            "_stock:build", "Build an image of debian, python or node from Debian's packages, without a registry."
         )
     },
 )
@@ -97,7 +97,7 @@ async def get(session: Session, image: str) -> None:
 
 @command(group, "pull")
 @click.argument("reference")
-@click.option("--refresh", is_flag=True, help="Ask the registry what the tag means now, also if the cache has it.")
+@click.option("--refresh", is_flag=True, help="Resolve the tag at the registry, even if the cache has it.")
 @registry_options
 async def pull(
     session: Session, reference: str, refresh: bool, authfile: Path | None, registry_secret: str | None
@@ -120,7 +120,7 @@ async def pull(
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 @click.argument("reference")
 async def load(session: Session, file: Path, reference: str) -> int | None:
-    """Send the image in FILE, an archive as `docker save` writes it, to the daemon's cache as REFERENCE."""
+    """Upload the image in FILE, an archive made by `docker save`, to the daemon's cache as REFERENCE."""
 
     async def send(streaming: Streaming) -> None:
         from ._upload import send_file
@@ -134,7 +134,7 @@ async def load(session: Session, file: Path, reference: str) -> int | None:
 @command(group, "delete")
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True)
 async def delete(session: Session, images: tuple[str, ...]) -> None:
-    """Delete images that no VM uses, by references or starts of digests.
+    """Delete images that no VM uses, by references or first digits of digests.
 
     If an image has several references, a reference is deleted, and the image with the last one.
     """
@@ -151,8 +151,10 @@ async def delete(session: Session, images: tuple[str, ...]) -> None:
 
 
 @command(group, "prune")
-@click.option("--max", "max_mb", type=Size(0), metavar="SIZE", help="Only until all images take at most this: 20G.")
-@click.option("--unused-for", type=Duration(), help="Only images that were not used for so long: 12h.")
+@click.option(
+    "--max", "max_mb", type=Size(0), metavar="SIZE", help="Stop once all images together take up at most this: 20G."
+)
+@click.option("--unused-for", type=Duration(), help="Only images that were not used for this time: 12h.")
 @click.option("--dry-run", is_flag=True, help="Show what would be deleted; delete nothing.")
 async def prune(session: Session, max_mb: int | None, unused_for: float | None, dry_run: bool) -> None:
     """Delete all images that no VM and no snapshot uses, the least recently used first."""
@@ -167,7 +169,7 @@ async def prune(session: Session, max_mb: int | None, unused_for: float | None, 
 
 
 def _health_check(image: ImageView) -> str:
-    """Returns what a container's health is checked with, and how often."""
+    """Returns a container's health check and its interval."""
     found = image.health_check
     if found is None:
         return ""
@@ -176,7 +178,7 @@ def _health_check(image: ImageView) -> str:
 
 
 async def _find(session: Session, image: str) -> ImageView:
-    """:raises Failure: there is none"""
+    """Returns the image. :raises Failure: there is none."""
     if _DIGEST.match(image):
         return await session.client.images.get(image)
     found = await session.client.images.list(reference=image)
@@ -186,7 +188,7 @@ async def _find(session: Session, image: str) -> ImageView:
 
 
 def _first(references: Sequence[str]) -> str:
-    """Returns the first reference, and how many there are besides."""
+    """Returns the first reference, and the number of others."""
     more = f" and {len(references) - 1} more" if len(references) > 1 else ""
     return f"{references[0]}{more}" if references else ""
 

@@ -60,7 +60,7 @@ async def list_(session: Session) -> None:
 async def create(session: Session, key: str, role: str, expires_in_s: float | None) -> None:
     """Create an API key and print it. It can't be shown again.
 
-    The key is for the project of --project, or else for `default`; with the role admin it is for all projects. The
+    The key is for the project of --project, by default for `default`; with the role admin it is for all projects. The
     first key must have the role admin: from then on, clients over TCP need a key.
     """
     project = None if role == Role.ADMIN else project_of(session.options)
@@ -82,7 +82,7 @@ async def get(session: Session, key: str) -> None:
 )
 @expires_option
 async def rotate(session: Session, key: str, overlap_s: float, expires_in_s: float | None) -> None:
-    """Replace an API key by a new one with the same role, and print that. It can't be shown again.
+    """Replace an API key by a new one with the same role, and print the new key. It can't be shown again.
 
     Without --overlap, the current key becomes invalid at once, and its requests and streams end.
     """

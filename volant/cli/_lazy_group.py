@@ -1,4 +1,4 @@
-"""Groups of commands that import the module of a command when it is used, and know other words for their commands."""
+"""Groups of commands that import a command's module when it is used, and accept aliases."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ import click
 from click.shell_completion import CompletionItem
 
 ALIASES: Mapping[str, str] = {"ls": "list", "show": "get", "rm": "delete", "remove": "delete"}
-"""Words that find a command of a group under another name. Help and completion do not list them."""
+"""Aliases of commands. Help and completion do not list them."""
 
 
 class Lazy(NamedTuple):
     """A command whose module is not imported yet."""
 
     where: str
-    """`module:name` in this package."""
+    """The command's `module:name` in this package."""
     text: str
     """The first sentence of its help."""
 
 
 class LazyGroup(click.Group):
-    """Has commands of its own, and some that it imports when they are used. Help and completion list both alike."""
+    """A group with commands of its own and commands that it imports when they are used. Help and completion list both
+    alike."""
 
     def __init__(
         self, *arguments: Any, lazy: Mapping[str, Lazy] | None = None, default: str | None = None, **named: Any
@@ -31,7 +32,7 @@ class LazyGroup(click.Group):
         super().__init__(*arguments, **named)
         self.lazy = lazy or {}
         self.default = default
-        """The command that runs if none is given: `volar images -q` is `volar images list -q`."""
+        """The command that runs if none is given: `volar images -q` means `volar images list -q`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         is_option = bool(args) and args[0].startswith("-") and args[0] not in ctx.help_option_names
@@ -81,7 +82,7 @@ class LazyGroup(click.Group):
         return [*items, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def _listed(self, ctx: click.Context) -> dict[str, click.Command]:
-        """Returns all commands; those whose modules are not imported have only a name and a text."""
+        """Returns all commands; those whose modules are not imported yet have only a name and a text."""
         return {
             name: click.Command(name, help=self.lazy[name].text) if name in self.lazy else self.commands[name]
             for name in self.list_commands(ctx)

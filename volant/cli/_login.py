@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 def login(options: Options) -> int:
     """Sign in to a daemon at its OpenID Connect issuer.
 
-    The command prints an address and a code: open the address on any device, and enter the code. The token is stored
-    in ~/.config/volant/tokens.json, which only you can read, and is renewed when it expires. Commands with an API key
+    The command prints a URL and a code: open the URL on any device, and enter the code. The token is stored in
+    ~/.config/volant/tokens.json, which only you can read, and is renewed when it expires. Commands with an API key
     don't use the token.
     """
     return guarded(options, lambda: _login(options))

@@ -39,7 +39,7 @@ async def logs(
     streams: tuple[Literal["stdout", "stderr", "console"], ...],
     timestamps: bool,
 ) -> None:
-    """Print the log of a VM: its console and its workload."""
+    """Print the log of a VM's console and workload."""
     if tail is not None and since is not None:
         raise click.UsageError("--tail and --since exclude each other")
     out = session.out

@@ -1,7 +1,7 @@
 """`volar mcp`: the configuration of clients of the Model Context Protocol.
 
-People copy, commit and show configuration files, so they never contain a key, only a reference to where the client
-finds one. Each client has its own syntax for that.
+Configuration files are copied, committed and shown, so they never contain a key, only a reference to its place. Each
+client has its own syntax for such references.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Configuration = Mapping[str, object]
 
 @dataclass(frozen=True)
 class Client:
-    """A client, and how it is configured."""
+    """A client and its configuration."""
 
     title: str
     where: str
@@ -94,19 +94,19 @@ CLIENTS = {
 
 @click.command("mcp")
 @click.option(
-    "--client", type=click.Choice(list(CLIENTS)), help="Only for this client: print its JSON, to be redirected."
+    "--client", type=click.Choice(list(CLIENTS)), help="Print only this client's JSON, for a redirection to a file."
 )
 @click.option(
     "--key/--no-key",
     default=None,
-    help="Whether the daemon needs a key. Default: whether volar has one.",
+    help="Whether the daemon requires a key. Default: whether volar has one.",
 )
 @common()
 @pass_options
 def group(options: Options, client: str | None, key: bool | None) -> int:
     """Print the configuration that MCP clients need.
 
-    Keys are never printed, only where the client finds one.
+    Keys are never printed, only references to their places.
     """
     return guarded(options, lambda: _print(options, client, key))
 

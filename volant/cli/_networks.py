@@ -20,8 +20,8 @@ from ._text import safe
 def group() -> None:
     """Manage networks in which VMs reach each other by name.
 
-    `volar vms create --network NAME` puts a VM into one, where it stays. VMs in different ones, and those with
-    the network `bridge`, do not reach each other.
+    `volar vms create --network NAME` puts a VM into one for good. VMs in different networks, and VMs with the network
+    `bridge`, can't reach each other.
     """
 
 

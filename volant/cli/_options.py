@@ -1,4 +1,4 @@
-"""The options of every command, and sizes as people write them."""
+"""The options of every command, and sizes with units."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _UNITS = {"b": 1, "k": 2**10, "": 2**20, "m": 2**20, "g": 2**30, "t": 2**40}
 
 
 class Size(click.ParamType[int]):
-    """A size, as MiB. Units are powers of 1024, as Docker's; a part of a MiB counts as a whole one.
+    """A size, in MiB. Units are powers of 1024, as in Docker; a part of a MiB counts as a whole one.
 
-    :param minimum: the least that is allowed, in MiB
+    :param minimum: the minimum, in MiB
     """
 
     name = "size"
@@ -54,33 +54,33 @@ class Options:
     client_cert: str | None = None
     client_key: str | None = None
     in_project: str | None = None
-    """What --project says; commands about projects have an argument that is called `project`."""
+    """The project of --project; commands about projects have an argument named `project`."""
     host: str | None = None
-    """The host of a fleet that answers."""
+    """The host of a fleet that is to answer."""
     json: bool = False
     names: bool = False
-    """Print only the names of what is listed."""
+    """Whether to print only the names in a list."""
     debug: bool = False
     failure: int | None = None
-    """The exit code of failures of volar and the daemon, for a command that exits with a program's own code."""
+    """The exit code for failures of volar and the daemon, in a command that exits with a program's own code."""
 
 
 pass_options = click.make_pass_decorator(Options, ensure=True)
 
 
 _TLS = {
-    "--client-key": "The key of --client-cert, if it is in another file (VOLANT_CLIENT_KEY).",
+    "--client-key": "The key of --client-cert, if it is in a separate file (VOLANT_CLIENT_KEY).",
     "--client-cert": "A certificate to show to the daemon, in PEM (VOLANT_CLIENT_CERT).",
     "--ca-file": "Certificates of the authorities to trust for https://, in PEM (VOLANT_CA_FILE).",
 }
-"""The options for TLS, the last first."""
+"""The options for TLS, last one first."""
 
 
 _HOST = partial(
     click.option,
     "--host",
     metavar="NAME",
-    help="In a fleet: the host that answers, for itself alone; `volar hosts list` shows them.",
+    help="In a fleet: the host that is to answer, only for itself; `volar hosts list` shows the names.",
 )
 _OUTPUT = partial(
     click.option, "-o", "--output", type=click.Choice(["text", "json"]), hidden=True, help="json is the same as --json."
@@ -88,7 +88,7 @@ _OUTPUT = partial(
 
 
 def common(*, tls: bool = False, host: bool = True) -> Callable[[F], F]:
-    """Gives a command these options; after the command's name they override those before it.
+    """Adds the common options to a command; after the command's name they override those before it.
 
     :param tls: whether its help shows the options for TLS, which each command has
     :param host: whether it has --host
@@ -129,7 +129,7 @@ def common(*, tls: bool = False, host: bool = True) -> Callable[[F], F]:
                 metavar="NAME",
                 expose_value=False,
                 callback=keep,
-                help="For administrators: the project that names are of; '*' lists all (VOLANT_PROJECT).",
+                help="For administrators: the project of the names; '*' lists all projects (VOLANT_PROJECT).",
             ),
             *((_HOST(expose_value=False, callback=keep),) if host else ()),
             click.option(
@@ -137,7 +137,7 @@ def common(*, tls: bool = False, host: bool = True) -> Callable[[F], F]:
                 metavar="NAME",
                 expose_value=False,
                 callback=keep,
-                help="A daemon that `volar remote add` has added (VOLANT_REMOTE; default: that of `volar remote use`).",
+                help="A daemon added with `volar remote add` (VOLANT_REMOTE; default: see `volar remote use`).",
             ),
             click.option(
                 "--api",
@@ -145,7 +145,7 @@ def common(*, tls: bool = False, host: bool = True) -> Callable[[F], F]:
                 expose_value=False,
                 callback=keep,
                 help="The daemon: http://HOST:PORT, https://HOST:PORT or unix:/PATH "
-                "(VOLANT_API_BASE; default unix:/run/volant/volant.sock if it is there, else http://127.0.0.1:7777).",
+                "(VOLANT_API_BASE; default unix:/run/volant/volant.sock if it exists, otherwise http://127.0.0.1:7777).",
             ),
         ):
             function = option(function)
@@ -167,7 +167,7 @@ def _parse_egress(ctx: click.Context, parameter: click.Parameter, value: tuple[s
 
 
 def listing(function: F) -> F:
-    """Gives a command that lists something the options for its format."""
+    """Adds the options for the format of lists to a command."""
 
     def keep(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:
         options = ctx.ensure_object(Options)
@@ -177,7 +177,7 @@ def listing(function: F) -> F:
             options.names = True
 
     quiet = click.option(
-        "-q", "--quiet", is_flag=True, expose_value=False, callback=keep, help="Print only names, one a line."
+        "-q", "--quiet", is_flag=True, expose_value=False, callback=keep, help="Print only names, one per line."
     )
     output = click.option(
         "-o",
@@ -191,13 +191,13 @@ def listing(function: F) -> F:
 
 
 def egress_option(what: str, *, default: str | None = None) -> Callable[[F], F]:
-    """Gives a command the option `--egress`, as `egress`."""
+    """Adds the option `--egress` to a command, as `egress`."""
     return click.option(
         "--egress",
         multiple=True,
         metavar="none|all|TARGET[:PORTS][/tcp|udp]",
         callback=_parse_egress,
-        help=f"Where {what} may connect to: an IPv4 network or a DNS name, with * for those below it; may be repeated."
+        help=f"Allowed destinations of {what}: an IPv4 network or a DNS name, * for names below it; may be repeated."
         + (f"  [default: {default}]" if default else ""),
     )
 

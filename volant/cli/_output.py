@@ -28,7 +28,7 @@ _STATUS_COLOURS = {
 
 
 def colourful(stream: TextIO) -> bool:
-    """Whether `stream` is a terminal on which colours are wanted."""
+    """Returns whether `stream` is a terminal on which colours are wanted."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
@@ -85,7 +85,7 @@ class Output:
         return styled(safe(text), _STATUS_COLOURS.get(text), sys.stdout)
 
     def result(self, value: object, text: str) -> None:
-        """The result of a command: the document, or a line for people, which is safe already."""
+        """Prints the result of a command: the document, or a line for people, which must be safe already."""
         if self.json:
             self.document(value)
         else:
@@ -94,7 +94,7 @@ class Output:
     def listing(
         self, value: object, titles: Sequence[str], rows: Iterable[Sequence[object]], *, status_column: int = -1
     ) -> None:
-        """What a command lists: the document, a table, or only the first column of it."""
+        """Prints a list: the document, a table, or only its first column."""
         if self.json:
             self.document(value)
         elif self.names:
@@ -104,7 +104,7 @@ class Output:
             self.table(titles, list(rows), status_column=status_column)
 
     def facts(self, value: object, pairs: Sequence[tuple[str, object]]) -> None:
-        """What a command shows: the document, or names and values."""
+        """Prints the properties of an object: the document, or names and values."""
         if self.json:
             self.document(value)
         else:
@@ -144,7 +144,7 @@ class Output:
         Console().print(table)
 
     def fields(self, pairs: Sequence[tuple[str, object]]) -> None:
-        """Prints names and values, one a line; leaves out those without a value."""
+        """Prints names and values, one per line; leaves out names without a value."""
         shown = [(name, value) for name, value in pairs if value not in (None, "", {}, [], ())]
         width = max((len(name) for name, _ in shown), default=0)
         for name, value in shown:

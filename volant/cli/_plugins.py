@@ -23,7 +23,7 @@ from ._text import safe
 _MAX_SHOWN = 200
 
 
-_LAZY = {"upload": Lazy("_upload:upload", "Send FILE, which a manifest names, into the daemon's cache.")}
+_LAZY = {"upload": Lazy("_upload:upload", "Upload FILE, which a manifest names, to the daemon's cache.")}
 
 
 @click.group(name="plugins", cls=LazyGroup, lazy=_LAZY)
@@ -72,7 +72,7 @@ async def install(session: Session, manifest: str) -> None:
 @command(group, "get")
 @click.argument("name", shell_complete=plugin_names)
 async def get(session: Session, name: str) -> None:
-    """Show a plugin; with --json its manifest, as `install` takes it."""
+    """Show a plugin; with --json its manifest, in the form that `install` accepts."""
     manifest = await session.client.plugins.manifest(name)
     if session.out.json:
         session.out.document(manifest)

@@ -1,4 +1,4 @@
-"""Progress bars, of copies and of what the daemon moves."""
+"""Progress bars of copies and of transfers by the daemon."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BAR_FROM = 1024 * 1024
 
 
 class Bar:
-    """Counts the bytes that were copied; drawn only on a terminal."""
+    """Counts copied bytes; draws a bar only on a terminal."""
 
     def __init__(self) -> None:
         self.done = 0
@@ -49,8 +49,8 @@ def progress(out: Output) -> Iterator[Bar]:
 
 @contextmanager
 def described_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """Gives a function that draws a bar on standard error: with a text, the bytes that are done, and all bytes, 0 if
-    that is not known. There is no bar before its first call."""
+    """Yields a function that draws a bar on standard error: with a text, the completed bytes, and all bytes, 0 if
+    unknown. There is no bar before its first call."""
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn

@@ -33,7 +33,7 @@ _LIMITS = (
 
 @click.group(name="projects", cls=LazyGroup)
 def group() -> None:
-    """Manage projects: sets of names, with limits.
+    """Manage projects: namespaces with limits.
 
     VMs, networks, volumes, snapshots and plugins belong to a project, and a key sees one. Administrators choose
     with --project; without it, it is `default`.
@@ -46,14 +46,14 @@ project_argument = click.argument("project", shell_complete=project_names)
 def _limits(function: F) -> F:
     for name, text, of, word in reversed(_LIMITS):
         flag = "--" + name.removesuffix("_mb").replace("cpu_cores", "cpus").replace("_", "-")
-        function = click.option(flag, name, type=of, metavar=word, help=f"The most {text}.")(function)
+        function = click.option(flag, name, type=of, metavar=word, help=f"Maximum {text}.")(function)
     return function
 
 
 @command(group, "list")
 @listing
 async def list_(session: Session) -> None:
-    """List projects, with what they have and may have."""
+    """List projects, with their use and limits."""
     projects = await session.client.projects.list()
     rows = (
         (each.name, *(_of(each, name) for name, _, _, _ in _LIMITS if hasattr(each.used, name))) for each in projects
@@ -75,7 +75,7 @@ async def create(session: Session, /, project: str, egress: Egress | None, **lim
 @command(group, "get")
 @project_argument
 async def get(session: Session, project: str) -> None:
-    """Show a project, with what it has and may have."""
+    """Show a project, with its use and limits."""
     _show(session.out, await session.client.projects.get(project))
 
 
@@ -85,7 +85,7 @@ async def get(session: Session, project: str) -> None:
 @_limits
 @egress_option("its new VMs")
 async def limit(session: Session, /, project: str, none: bool, egress: Egress | None, **limits: int | None) -> None:
-    """Change limits of a project; others stay. What it has already stays, also if it is more."""
+    """Change limits of a project; others stay. Objects that exceed a new limit stay too."""
     projects = session.client.projects
     shown = await projects.get(project)
     quota = msgspec.structs.replace(

@@ -1,4 +1,4 @@
-"""The progress of a fetch of an image, shown while something waits for it."""
+"""The progress of an image fetch, shown while a command waits for it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _Screen(Protocol):
 async def showing_pull(client: Client, out: Output, reference: str, digest: str | None = None) -> AsyncIterator[None]:
     """Shows the fetch of an image on standard error while the block runs: a bar on a terminal, otherwise one line.
 
-    :param digest: of the image; None: the fetch is found by `reference`
+    :param digest: the image's digest; None to find the fetch by `reference`
     """
     if out.json:
         yield
@@ -48,7 +48,7 @@ async def showing_pull(client: Client, out: Output, reference: str, digest: str 
 
 
 async def poll(look: Callable[[], Awaitable[None]]) -> None:
-    """Looks at what the daemon does again and again, until it does not answer."""
+    """Calls `look` repeatedly, until the daemon does not answer."""
     while True:
         try:
             await look()
@@ -59,7 +59,7 @@ async def poll(look: Callable[[], Awaitable[None]]) -> None:
 
 
 def names_of(reference: str) -> set[str]:
-    """Returns a reference as a client has written it, and as the daemon writes it."""
+    """Returns a reference as a client writes it, and as the daemon writes it."""
     from volant.oci import OciError, parse_reference
 
     try:
@@ -69,7 +69,7 @@ def names_of(reference: str) -> set[str]:
 
 
 def find_pull(pulls: Sequence[PullView], reference: str, digest: str | None) -> PullView | None:
-    """Returns the fetch of an image: by its digest if that is known, otherwise by the reference as anyone writes it."""
+    """Returns the fetch of an image: by its digest if known, otherwise by the reference in either spelling."""
     names = names_of(reference)
     for pull in pulls:
         if pull.digest == digest if digest is not None and pull.digest is not None else pull.reference in names:
@@ -92,7 +92,7 @@ def _screen(out: Output, reference: str) -> Iterator[_Screen]:
 
 
 class _Line:
-    """Where there is no terminal, one line says why it takes long."""
+    """Prints one line instead of a bar, if there is no terminal."""
 
     def __init__(self, out: Output, reference: str) -> None:
         self._out = out
@@ -106,7 +106,7 @@ class _Line:
 
 
 def describe(reference: str, pull: PullView) -> str:
-    """Returns what a fetch does, for people."""
+    """Returns the state of a fetch, for people."""
     layers = (
         f", layer {min(pull.layers_done + 1, pull.layers_total)} of {pull.layers_total}" if pull.layers_total else ""
     )

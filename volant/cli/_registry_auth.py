@@ -1,7 +1,7 @@
 """Credentials for the registry of one image, from the files and helpers that Docker and Podman use.
 
-The daemon gets those for this registry and no others. Like Docker: a credential helper for the registry comes first,
-then the store of all credentials, then what the file itself has.
+The daemon receives only the credentials for this registry. The order is Docker's: a credential helper for the registry,
+then the store of all credentials, then the file's own entries.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ._text import safe
 _MAX_FILE = 1024 * 1024
 _MAX_ANSWER = 64 * 1024
 _HELPER_S = 30.0
-"""A helper may ask the user to unlock a key ring."""
+"""A helper may ask the user to unlock a key ring, which takes time."""
 _HELPER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 _NO_USER = "<token>"
-"""The name of the user when a helper has a token."""
+"""The user name of a helper that returns a token."""
 _NOT_FOUND = "credentials not found"
 
 
@@ -45,18 +45,18 @@ class _AuthFile(msgspec.Struct, rename={"helpers": "credHelpers", "store": "cred
 
 
 class _Answer(msgspec.Struct, rename="pascal"):
-    """What a helper prints."""
+    """The output of a helper."""
 
     username: str = ""
     secret: str = ""
 
 
 def registry_auth(reference: str, authfile: Path | None, registry_secret: str | None = None) -> str | None:
-    """Returns an auth file, in base64, with the credentials for an image's registry; None: there are none to be sent.
+    """Returns an auth file, in base64, with the credentials for an image's registry; None if there are none to send.
 
-    :param authfile: the user's choice; None: as `--authfile` says
-    :param registry_secret: the secret that has them
-    :raises click.UsageError: the user has named both, or a file that can't be read.
+    :param authfile: the user's choice; None for the default of `--authfile`
+    :param registry_secret: the secret with the credentials
+    :raises click.UsageError: both are given, or the file can't be read.
     :raises Failure: a file is malformed, or a helper failed.
     """
     from volant.oci import DEFAULT_REGISTRY, OciError, parse_reference
@@ -85,7 +85,7 @@ def registry_auth(reference: str, authfile: Path | None, registry_secret: str | 
 
 
 def _path(authfile: Path | None, environ: Mapping[str, str]) -> tuple[Path, bool]:
-    """Returns the auth file, and whether the user has named it, so that it has to exist."""
+    """Returns the auth file, and whether the user has named it, so that it must exist."""
     if authfile is not None:
         return authfile, True
     if given := environ.get("REGISTRY_AUTH_FILE"):
@@ -130,7 +130,7 @@ def _of_file(read: _AuthFile, places: tuple[str, ...]) -> _Entry | None:
 
 
 def _normal(key: str) -> str:
-    """Returns a key without the URL around it: Docker has written `https://HOST/v1/` for its own registry."""
+    """Returns a key without the URL around it: Docker writes `https://HOST/v1/` for its own registry."""
     from volant.oci import DEFAULT_REGISTRY
 
     text = re.sub(r"\Ahttps?://", "", key)
@@ -146,7 +146,7 @@ def _of_helpers(read: _AuthFile, registry: str, server: str) -> _Entry | None:
 
 
 def _ask(helper: str, server: str) -> _Entry | None:
-    """Runs a credential helper. :raises Failure:"""
+    """Runs a credential helper. :raises Failure: it failed."""
     if not _HELPER.match(helper):
         raise Failure(f"{safe(helper[:80])!r} is no name of a credential helper")
     program = f"docker-credential-{helper}"

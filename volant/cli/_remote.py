@@ -1,4 +1,4 @@
-"""`volar remote`: the daemons that this user knows by name."""
+"""`volar remote`: named daemons of this user."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def group() -> None:
     """Manage the daemons that you use by name.
 
     Without a command, list them; `volar --remote NAME vms list` uses one. They are stored in
-    ~/.config/volant/remotes.json, with paths of keys and without keys.
+    ~/.config/volant/remotes.json, with the paths of keys but not the keys.
     """
 
 
@@ -54,8 +54,8 @@ name_argument = click.argument("name", shell_complete=remote_names)
 def add(options: Options, name: str, url: str, fingerprint: str | None) -> int:
     """Add a daemon, after a request to it has succeeded.
 
-    If no authority has signed its certificate, its fingerprint is shown, and you are asked; a script has to pass it.
-    --api-key-file, --ca-file, --client-cert and --client-key are stored with it, as paths.
+    If its certificate is not signed by a known authority, you are asked to confirm its fingerprint; a script must pass
+    it. --api-key-file, --ca-file, --client-cert and --client-key are stored with it, as paths.
     """
     return guarded(options, lambda: _add(options, name, url, fingerprint))
 
@@ -107,7 +107,7 @@ def _check_unused(name: str, known: _remotes.Remotes) -> None:
 
 
 def _version(options: Options, remote: _remotes.Remote) -> str:
-    """Returns the version of the daemon. :raises ClientError: it can't be reached, or refuses"""
+    """Returns the version of the daemon. :raises ClientError: it can't be reached, or refuses the request."""
     target = target_of(replace(options, api=remote.address), remote)
     try:
         client = PlainClient(target.address, api_key=target.api_key, tls=target.tls)
@@ -117,7 +117,7 @@ def _version(options: Options, remote: _remotes.Remote) -> str:
 
 
 def _trusted(options: Options, remote: _remotes.Remote) -> str:
-    """Returns the fingerprint that the daemon shows, if the user trusts it. :raises Failure: else"""
+    """Returns the daemon's fingerprint if the user trusts it. :raises Failure: the user does not."""
     shown = shown_fingerprint(
         Address.parse(remote.address), Tls(cert_file=remote.client_cert, key_file=remote.client_key)
     )
@@ -179,7 +179,7 @@ def _trust(remote: _remotes.Remote) -> str:
 @common()
 @pass_options
 def get(options: Options, name: str) -> int:
-    """Show what is stored of a remote."""
+    """Show the stored data of a remote."""
 
     def work() -> None:
         remote = _remotes.find(name)
@@ -194,7 +194,7 @@ def get(options: Options, name: str) -> int:
 @common()
 @pass_options
 def use(options: Options, name: str) -> int:
-    """Let commands use this remote from now on; `local` is the daemon on this host."""
+    """Make a remote the default for commands; `local` is the daemon on this host."""
 
     def work() -> None:
         current = None if name == LOCAL else name
@@ -215,7 +215,7 @@ def use(options: Options, name: str) -> int:
 @common()
 @pass_options
 def delete(options: Options, name: str) -> int:
-    """Forget a remote. Nothing changes on its host."""
+    """Delete a remote from the list. Nothing changes on its host."""
 
     def work() -> None:
         def edit(known: _remotes.Remotes) -> _remotes.Remotes:

@@ -1,7 +1,7 @@
-"""The daemons that `volar` knows by name: their addresses, and how each is trusted and addressed.
+"""The named daemons of `volar`: their addresses and credentials.
 
-They are in `remotes.json` in the user's directory for configuration, which only this user may read. It has paths of
-keys, never keys.
+They are stored in `remotes.json` in the user's configuration directory, readable only by this user. It has the paths of
+keys, never the keys.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Remote(msgspec.Struct, frozen=True, omit_defaults=True):
 
     address: str
     fingerprint: str | None = None
-    """SHA-256 of its certificate, if that is pinned."""
+    """The SHA-256 of its certificate, if that is pinned."""
     ca_file: str | None = None
     client_cert: str | None = None
     client_key: str | None = None
@@ -31,15 +31,15 @@ class Remote(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Remotes(msgspec.Struct, frozen=True, omit_defaults=True):
-    """All of them, and the one that commands use."""
+    """All remotes, and the one that commands use."""
 
     remotes: dict[str, Remote] = {}
     current: str | None = None
-    """None: the daemon on this host."""
+    """The remote that commands use; None for the daemon on this host."""
 
 
 def load() -> Remotes:
-    """Returns what is stored. :raises click.UsageError: the file can't be read, or has other contents."""
+    """Returns the stored remotes. :raises click.UsageError: the file can't be read, or is malformed."""
     path = remotes_file()
     try:
         with path.open("rb") as opened:
@@ -53,10 +53,11 @@ def load() -> Remotes:
 
 
 def change(edit: Callable[[Remotes], Remotes]) -> None:
-    """Replaces what is stored by what `edit` makes of it, while no other process changes it. Raises what `edit` raises.
+    """Replaces the stored remotes by the result of `edit`, while no other process changes them. Raises the errors of
+    `edit`.
 
     :raises click.UsageError: the file can't be read or written.
-    :raises click.ClickException: another process changes it for too long.
+    :raises click.ClickException: another process holds the lock for too long.
     """
     from ._user_files import locked, replace_file
 
@@ -65,7 +66,7 @@ def change(edit: Callable[[Remotes], Remotes]) -> None:
 
 
 def find(name: str) -> Remote:
-    """Returns a daemon by its name. :raises click.UsageError: there is none."""
+    """Returns the remote with a name. :raises click.UsageError: there is none."""
     remotes = load().remotes
     if name in remotes:
         return remotes[name]
@@ -75,7 +76,7 @@ def find(name: str) -> Remote:
 
 
 def check_name(name: str) -> str:
-    """Returns `name`. :raises click.UsageError: a remote can't have it."""
+    """Returns `name`. :raises click.UsageError: it is not valid for a remote."""
     if not _NAME.match(name) or name == LOCAL:
         raise click.UsageError(
             f"{name!r} can't be the name of a remote: use lower-case letters, digits and '-', and not {LOCAL!r}"

@@ -1,4 +1,4 @@
-"""Runs a command's function: makes its client, handles interrupts, turns errors into messages and exit codes."""
+"""Runs a command's function: creates its client, handles interrupts, converts errors to messages and exit codes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ UNREACHABLE = 5
 TIMED_OUT = 124
 INTERRUPTED = 130
 NOT_RUN = 125
-"""The exit code of `run` and `exec` when volar or the daemon failed, as Docker's."""
+"""The exit code of `run` and `exec` when volar or the daemon failed, the same as Docker's."""
 _OWN_FAILURES = frozenset({FAILED, NOT_FOUND, CONFLICT, UNREACHABLE})
 _SIMILAR_S = 1.0
 """How long an error message waits for the names of VMs, to suggest one."""
@@ -116,7 +116,7 @@ def plain_client_of(options: Options, within_s: float | None = None) -> PlainCli
 
 
 def asked_for(options: Options, client: Callable[..., S]) -> S:
-    """Returns a client for the daemon of the options. :raises click.UsageError: the address or the key is malformed."""
+    """Returns a client for the daemon in the options. :raises click.UsageError: the address or the key is malformed."""
     target = target_of(options)
     try:
         return client(
@@ -127,12 +127,12 @@ def asked_for(options: Options, client: Callable[..., S]) -> S:
 
 
 def project_of(options: Options) -> str | None:
-    """Returns the project that the options or the environment name; None: neither does."""
+    """Returns the project in the options or the environment; None if there is none."""
     return options.in_project or os.environ.get("VOLANT_PROJECT") or None
 
 
 def guarded(options: Options, work: Callable[[], int | None]) -> int:
-    """Runs `work`; turns what it raises into a message and an exit code."""
+    """Runs `work`; converts its errors to a message and an exit code."""
     if not gc.isenabled():
         # As `main` has started, and all is imported.
         gc.freeze()
@@ -149,7 +149,7 @@ def guarded(options: Options, work: Callable[[], int | None]) -> int:
 
 
 def _first(error: BaseException) -> BaseException:
-    """Returns the error to report, out of nested groups: an interrupt before all others."""
+    """Returns the error to report from nested groups; an interrupt takes precedence."""
     if not isinstance(error, BaseExceptionGroup):
         return error
     members = [_first(member) for member in error.exceptions]
@@ -227,7 +227,8 @@ def _print_error(options: Options, facts: dict[str, object], code: int) -> None:
 
 
 class Passing(click.Command):
-    """A command that exits with the code of a program in a VM. Its own failures, wrong usage too, exit with 125."""
+    """A command that exits with the exit code of a program in a VM. Its own failures, including wrong usage, exit with
+    125."""
 
     def make_context(self, *arguments: Any, **named: Any) -> click.Context:
         with _not_run():
@@ -251,7 +252,7 @@ def _not_run() -> Iterator[None]:
 
 
 class Duration(click.ParamType[float]):
-    """`500ms`, `10s`, `2m`, `1h`: seconds."""
+    """A duration such as `500ms`, `10s`, `2m`, `1h`, in seconds."""
 
     name = "duration"
 
@@ -268,7 +269,7 @@ class Duration(click.ParamType[float]):
 
 
 class States(click.ParamType[tuple[str, ...]]):
-    """`running,crashed`: states to wait for."""
+    """States to wait for, such as `running,crashed`."""
 
     name = "states"
 
@@ -283,7 +284,7 @@ class States(click.ParamType[tuple[str, ...]]):
 
 
 class Pair(click.ParamType[tuple[str, str]]):
-    """`KEY=VALUE`."""
+    """A pair `KEY=VALUE`."""
 
     name = "key=value"
 

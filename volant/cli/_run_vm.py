@@ -2,8 +2,8 @@
 
 In the foreground the program waits in the VM until volar has attached to it. So it has volar's terminal, input and
 signals, and no output is lost. It is the VM's workload: it has a state, events, a health check and a log, and when it
-has ended, the daemon stops or deletes the VM. It goes on if volar is killed, and volar attaches again after a restart
-of the daemon.
+has ended, the daemon stops or deletes the VM. It keeps running if volar is killed, and volar attaches again after a
+restart of the daemon.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ from ._variables import env_file_option, env_option, env_secret_option, secret_o
 from ._vm_output import reason_lines, warn
 
 _START_S = 3600.0
-"""How long to wait for a VM. Its image has half an hour of this, and the limits of the daemon end it earlier."""
+"""How long to wait for a VM. Half an hour of this is for its image; the daemon's limits end the wait earlier."""
 _CLEAN_S = 75.0
 """How long the daemon may take to stop or delete a VM."""
 _ATTACH_AGAIN_S = 30.0
-"""How long to try to attach again when the connection broke: a daemon that is restarted is back by then."""
+"""How long to try to attach again after the connection broke, long enough for a restart of the daemon."""
 _AGAIN_S = 0.5
 _GRACE_S = 10.0
-"""How long the program may go on after SIGTERM or SIGHUP, as Docker's default for `docker stop`."""
+"""How long the program may run after SIGTERM or SIGHUP, the same as the default of `docker stop`."""
 _INTERRUPTS = 3
-"""The third Ctrl-C ends a program that ignores it, as with Docker."""
+"""The number of Ctrl-C that kills a program, the same as in Docker."""
 _NAMES = 8
-"""Attempts at a generated name that is not taken."""
+"""Attempts at a generated name that is not in use."""
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 _ENDING = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT})
 _RESTARTS: dict[str, Literal["never", "on-failure", "always"]] = {
@@ -64,7 +64,7 @@ _RESTARTS: dict[str, Literal["never", "on-failure", "always"]] = {
 
 
 class _Wanted(msgspec.Struct, frozen=True, kw_only=True):
-    """What the user asks for, beside the VM itself."""
+    """The options of the command besides the VM itself."""
 
     request: CreateVm
     image: str
@@ -89,8 +89,8 @@ class _Wanted(msgspec.Struct, frozen=True, kw_only=True):
 @click.argument("words", metavar="[COMMAND]...", nargs=-1, type=click.UNPROCESSED)
 @click.option("-i", "--interactive", is_flag=True, help="Send standard input to the program.")
 @click.option("-t", "--tty", is_flag=True, help="Give the program a terminal.")
-@click.option("--rm", "remove", is_flag=True, help="Delete the VM when the program has ended, or the VM was stopped.")
-@click.option("-d", "--detach", is_flag=True, help="Print the VM's name once it runs, and leave it running.")
+@click.option("--rm", "remove", is_flag=True, help="Delete the VM after the program has ended or the VM was stopped.")
+@click.option("-d", "--detach", is_flag=True, help="Print the VM's name once it is running, and exit.")
 @click.option("--name", help="The VM's name.  [default: two words]")
 @click.option(
     "-p",
@@ -109,7 +109,7 @@ class _Wanted(msgspec.Struct, frozen=True, kw_only=True):
 @image_options
 @click.option("-m", "--memory", "memory_mb", type=Size(64), metavar="SIZE", help="Memory: 512M, 2G.  [default: 512M]")
 @click.option("--cpus", "cpu_cores", type=click.IntRange(min=1), help="vCPUs.  [default: 1]")
-@click.option("--disk", "disk_mb", type=Size(), metavar="SIZE", help="Most that the VM may write.  [default: 10G]")
+@click.option("--disk", "disk_mb", type=Size(), metavar="SIZE", help="Size of the disk.  [default: 10G]")
 @click.option("-l", "--label", "labels", type=Pair(), multiple=True, help="KEY=VALUE; may be repeated.")
 @click.option(
     "--network",
@@ -122,7 +122,7 @@ class _Wanted(msgspec.Struct, frozen=True, kw_only=True):
 )  # fmt: skip
 @click.option(
     "--failover", type=click.Choice(["never", "restart", "restore"]), default="never", show_default=True,
-    help="With -d: when its host of a fleet dies, another one boots it (restart) or continues it (restore).",
+    help="With -d: if its host fails, another host of the fleet boots it (restart) or continues it (restore).",
 )  # fmt: skip
 @replicate_option
 @click.option(
@@ -165,8 +165,8 @@ async def run(
 ) -> int:
     """Run a program of an OCI image in a new VM. Put options before IMAGE.
 
-    Without -d volar passes output, signals and the exit code on, and input with -i; use -it for a shell. When the
-    program has ended the VM stops, and with --rm it is deleted. `volar ps -a` shows VMs that are stopped.
+    Without -d volar passes on output, signals and the exit code, and with -i input; use -it for a shell. When the
+    program has ended, the VM stops, or with --rm is deleted. `volar ps -a` also shows stopped VMs.
 
     The exit code is the program's, 128 + n if signal n ended it, 126 or 127 if it can't be executed or does not exist,
     125 if volar or the daemon failed.
@@ -232,13 +232,14 @@ class _Foreground:
         self._vm: VmView | None = None
         self._process: ExecSession | None = None
         self._at_the_end: Literal["end", "wait", "leave"] = "end"
-        """What to do about the VM: end it; wait until the daemon has, as its program has ended; or leave it running."""
+        """How to treat the VM at the end: end it; wait until the daemon has ended it, as its program has ended; or
+        leave it running."""
         self._scope = trio.CancelScope()
         self._ended_by: int | None = None
         self._interrupts = 0
 
     async def run(self) -> int:
-        """Returns the exit code."""
+        """Runs the program, and returns the exit code."""
         code = NOT_RUN
         async with open_helpers() as helpers:
             await helpers.start(self._watch_signals, helpers)
@@ -287,7 +288,8 @@ class _Foreground:
         return process.end
 
     async def _talk(self, process: ExecSession) -> ConnectionLost | None:
-        """Passes everything on until the program has ended; returns None, or why it is not known how it goes on."""
+        """Passes everything on until the program has ended. Returns None, or the lost connection if the program's state
+        is unknown."""
         wanted = self._wanted
         self._process = process
         try:
@@ -301,10 +303,10 @@ class _Foreground:
         return None
 
     async def _attach_again(self, name: str, process: ExecSession, lost: ConnectionLost) -> ExecSession:
-        """Attaches to a program whose connection broke, as when the daemon is restarted; returns the session that saw
-        its end.
+        """Attaches to a program whose connection broke, for example by a restart of the daemon; returns the session
+        that saw its end.
 
-        :raises ConnectionLost: it can't. The program goes on, if its VM does.
+        :raises ConnectionLost: it can't. The program keeps running if its VM does.
         """
         vms, identifier = self._session.client.vms, process.id
         give_up_at = trio.current_time() + _ATTACH_AGAIN_S
@@ -329,7 +331,7 @@ class _Foreground:
     async def _watch_signals(
         self, helpers: trio.Nursery, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        """Passes signals on to the program. Before it runs, and when it does not end, they end everything."""
+        """Passes signals on to the program. Before it runs, and if it does not end, they end the command."""
         # `nohup`, and shells for jobs in the background, let signals be ignored.
         heard = [number for number in _FORWARDED if signal.getsignal(number) != signal.SIG_IGN]
         with trio.open_signal_receiver(*heard) as signals:
@@ -358,7 +360,7 @@ class _Foreground:
         self._scope.cancel()
 
     async def _clean_up(self) -> None:
-        """Ends the VM, or waits until the daemon has. Errors are reported, and change nothing else."""
+        """Ends the VM, or waits until the daemon has ended it. Errors are only reported."""
         vm = self._vm
         if vm is None or self._at_the_end == "leave":
             return
@@ -381,7 +383,7 @@ class _Foreground:
             self._session.out.note(f"  `volar {'rm -f' if remove else 'stop'} {vm.name}` does it later")
 
     async def _is_over(self, vm: VmView) -> bool:
-        """Waits for the end of a VM whose program has ended; returns whether nothing is left to do."""
+        """Waits for the end of a VM whose program has ended; returns whether no clean-up is left."""
         remove = self._wanted.remove
         states = (Status.CRASHED, "deleted") if remove else (Status.CRASHED, "deleted", Status.STOPPED)
         waited = await self._session.client.vms.wait(vm.name, states, timeout_s=_CLEAN_S / 2)
@@ -393,7 +395,7 @@ class _Foreground:
 
 
 async def _prepare(session: Session, wanted: _Wanted) -> None:
-    """Does what `--pull` says. :raises Failure: `--pull never`, and the image is not in the cache."""
+    """Applies `--pull`. :raises Failure: `--pull never`, and the image is not in the cache."""
     client = session.client
     if wanted.pull == "always":
         async with showing_pull(client, session.out, wanted.image):
@@ -407,8 +409,8 @@ async def _prepare(session: Session, wanted: _Wanted) -> None:
 
 
 async def _create(session: Session, wanted: _Wanted) -> VmView:
-    """Creates the VM, under another name if the one that was generated is taken, or of a stock image if no registry can
-    be reached and the user wants that. Nothing cancels it between the daemon's answer and its return."""
+    """Creates the VM, with another name if the generated one is in use, or from a stock image if no registry can be
+    reached and the user agrees. It can't be cancelled between the daemon's answer and its return."""
     request = wanted.request
     for attempt in range(_NAMES):
         try:
@@ -430,11 +432,11 @@ async def _create(session: Session, wanted: _Wanted) -> VmView:
 
 
 async def _until_running(session: Session, vm: VmView, image: str, keep: bool = True) -> VmView | None:
-    """Waits until a VM runs, and shows the fetch of its image meanwhile. Returns None if it has run and was deleted.
+    """Waits until a VM is running, and shows the fetch of its image. Returns None if it has run and was deleted.
 
-    :param image: its reference, as the user has written it
-    :param keep: whether the VM is there afterwards, so that its log can be read
-    :raises Failure: it does not run
+    :param image: its reference as the user wrote it
+    :param keep: whether the VM exists afterwards, so that its log can be read
+    :raises Failure: the VM does not run
     """
     digest = None if vm.image is None else vm.image.digest
     async with showing_pull(session.client, session.out, image, digest):
@@ -454,7 +456,7 @@ async def _until_running(session: Session, vm: VmView, image: str, keep: bool = 
 
 
 def _has_run(waited: Waited) -> bool:
-    """Returns whether a VM that does not run has already done what it was there for."""
+    """Returns whether a VM that does not run has already done its work."""
     if waited.vm is None:
         return False
     workload = waited.vm.workload

@@ -1,6 +1,6 @@
-"""`volar secrets`, and the options by which a VM gets them.
+"""`volar secrets`, and the options that pass secrets to a VM.
 
-A value comes from standard input alone: every user of the host can read the arguments of a process, and shells keep
+A value is only read from standard input: every user of the host can read the arguments of a process, and shells store
 them.
 """
 
@@ -25,10 +25,10 @@ from ._text import safe
 
 @click.group(name="secrets", cls=LazyGroup)
 def group() -> None:
-    """Manage tokens, passwords and keys that VMs get.
+    """Manage tokens, passwords and keys for VMs.
 
-    `volar run --env-secret TOKEN=NAME` gives one to a VM as an environment variable, `--secret NAME` as the file
-    /run/secrets/NAME. Nobody can read a value back.
+    `volar run --env-secret TOKEN=NAME` passes one to a VM as an environment variable, `--secret NAME` as the file
+    /run/secrets/NAME. Values are never shown.
     """
 
 
@@ -38,10 +38,10 @@ secret_argument = click.argument("secret", shell_complete=secret_names)
 @command(group, "set")
 @secret_argument
 async def set_(session: Session, secret: str) -> None:
-    """Set a secret to what is on standard input, or to what you type without an echo.
+    """Set a secret to the standard input, or to a value that you type without echo.
 
-    The bytes are taken as they are, a line feed at the end too: `printf %s`, not `echo`. VMs that refer to the secret
-    get the value with their next boot.
+    The bytes are stored unchanged, including a final line feed: use `printf %s`, not `echo`. VMs that refer to the
+    secret receive the value at their next boot.
     """
     request = SetSecret(value=base64.b64encode(_value(secret)).decode(), encoding="base64")
     made = await session.client.secrets.set(secret, request)
@@ -81,7 +81,7 @@ async def list_(session: Session) -> None:
 @command(group, "get")
 @secret_argument
 async def get(session: Session, secret: str) -> None:
-    """Show what is known of a secret. Its value is never shown."""
+    """Show a secret's metadata. Its value is never shown."""
     _show(session.out, await session.client.secrets.get(secret))
 
 

@@ -17,7 +17,7 @@ from ._vms_group import name_argument
 @name_argument
 @click.option("--end", metavar="ID", help="Kill this command and remove it from the list.")
 async def sessions(session: Session, name: str, end: str | None) -> None:
-    """List the detached commands in a VM; an ended one is kept for ten minutes."""
+    """List the detached commands in a VM; an ended one is listed for ten minutes."""
     if end is not None:
         await session.client.vms.end_exec_session(name, end)
         if not session.out.json:

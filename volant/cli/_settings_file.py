@@ -1,7 +1,7 @@
-"""Finds the file with the daemon's settings, and edits a part of it that `volar` has written; the rest stays as it is.
+"""Finds the file with the daemon's settings, and edits the part that `volar` has written; the rest is kept.
 
-It is a file in TOML, which `volantd --config` or `VOLANT_CONFIG` names, or that of the service with `VOLANT_*`
-variables, `/etc/default/volantd`.
+It is the TOML file of `volantd --config` or `VOLANT_CONFIG`, or the service's file with `VOLANT_*` variables,
+`/etc/default/volantd`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _PLAIN = re.compile(r"[A-Za-z0-9/._+@:,=\[\]-]+")
 class SettingsFile:
     """A file with settings.
 
-    :param toml: whether it is in TOML; else it has variables
-    :param service: whether the daemon is a service of systemd
+    :param toml: whether it is in TOML; otherwise it has variables
+    :param service: whether the daemon is a systemd service
     """
 
     def __init__(self, path: Path, *, toml: bool, service: bool) -> None:
@@ -43,13 +43,13 @@ class SettingsFile:
             raise Failure(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from None
 
     def others(self, prefix: str) -> list[str]:
-        """Returns the names of settings that somebody else has written, and which begin with a prefix."""
+        """Returns the names of settings with a prefix that `volar` has not written."""
         return sorted(name for name in self._values(self._with({})) if name.startswith(prefix))
 
     def candidate(self, settings: Mapping[str, str]) -> str:
-        """Returns the text of the file with these settings as its part. Without any, the part is removed.
+        """Returns the text of the file with these settings in volar's part. Without settings, the part is removed.
 
-        :raises Failure: the file could not have them
+        :raises Failure: the file can't contain them
         """
         text = self._with(settings)
         if self._values(text) != {**self._values(self._with({})), **settings}:
@@ -60,7 +60,8 @@ class SettingsFile:
         return text
 
     def write(self, text: str) -> bool:
-        """Replaces the file as a whole; returns whether its text changed. Mode and owner stay. :raises Failure:"""
+        """Replaces the whole file; returns whether its text changed. Mode and owner stay. :raises Failure: it can't be
+        written."""
         if text == self.text:
             return False
         fresh = self.path.with_name(f".{self.path.name}.new")
@@ -79,7 +80,7 @@ class SettingsFile:
         return True
 
     def environ(self, text: str) -> dict[str, str]:
-        """Returns the variables that a text of the file sets for the daemon; none if it is in TOML."""
+        """Returns the variables that the file's text sets for the daemon; none if it is in TOML."""
         return {} if self.toml else {f"VOLANT_{name.upper()}": value for name, value in self._values(text).items()}
 
     def _keep_owner(self, descriptor: int) -> None:
@@ -129,8 +130,8 @@ class SettingsFile:
 def find(config: str | None) -> SettingsFile:
     """Returns the file with the settings of this host's daemon.
 
-    :param config: the file that the user names
-    :raises Failure: nothing says which one it is
+    :param config: the user's choice
+    :raises Failure: it can't be determined
     """
     variables = _setup.settings()
     service = (_setup.DIRECTORY / "volantd.service").exists()

@@ -28,10 +28,10 @@ DIRECTORY = Path("/etc/systemd/system")
 _ENABLED = ("volantd.socket", "volant-guests.service", "volantd.service")
 _BOOTED = Path("/run/systemd/system")
 ENVIRONMENT = Path("/etc/default/volantd")
-"""The daemon's settings as a service."""
+"""The settings of the daemon as a service."""
 _RUNTIME = Path("/run/volant")
 _GROUP = "volant"
-"""The group that may use the daemon's socket. It stays when the service is removed, as files may belong to it."""
+"""The group that may use the daemon's socket. It is kept when the service is removed, as files may belong to it."""
 _KEPT = (Path("/var/lib/volant"), Path("/var/lib/volant-keys"), Path("/var/cache/volant"))
 HIDDEN = tuple(map(Path, ("/home", "/root", "/run/user", "/tmp", "/var/tmp")))
 """Directories that the sandbox of the units hides."""
@@ -41,7 +41,7 @@ _WITHOUT = "volantd does not need systemd: run it in a terminal, or under anothe
 
 
 def rendered() -> dict[str, str]:
-    """Returns the text of each unit, for this installation. :raises Failure: a unit can't contain its path"""
+    """Returns the text of each unit, for this installation. :raises Failure: a unit can't contain its path."""
     folder = files("volant") / "daemon" / "units"
     values = {
         "volantd": _program("volantd", "volant.daemon.main"),
@@ -63,7 +63,7 @@ def _program(script: str, module: str) -> str:
 
 
 def command_of(script: str, module: str) -> list[str]:
-    """Returns what runs a program of this installation."""
+    """Returns the command that runs a program of this installation."""
     path = Path(sys.executable).parent / script
     return [str(path)] if path.is_file() else [sys.executable, "-P", "-m", module]
 
@@ -79,7 +79,7 @@ def _plain(path: str | Path) -> str:
 
 
 def _hidden_paths() -> list[Path]:
-    """Returns the directories of Python and of the package that the sandbox would hide, such as those in a home."""
+    """Returns the directories of Python and of the package that the sandbox would hide, such as in a home directory."""
     needed = {
         Path(sys.prefix),
         Path(sys.base_prefix),
@@ -162,7 +162,7 @@ def _run(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def _installation() -> Iterator[_Step]:
-    """Yields what installs the service, or brings it up to date; running VMs keep running."""
+    """Yields the steps that install or update the service; running VMs keep running."""
     units = rendered()
     socket = DIRECTORY / "volantd.socket"
     # The daemon gets its sockets from it, and its addresses may change.
@@ -182,7 +182,7 @@ def _installation() -> Iterator[_Step]:
 
 
 def _removal(purge: bool) -> Iterator[_Step]:
-    """Yields what removes the service."""
+    """Yields the steps that remove the service."""
     yield _systemctl("disable", "--now", "volantd.service", "volantd.socket", may_fail=True)
     # The first shuts guests down, the second kills those that are left.
     yield _systemctl("disable", "--now", "volant-guests.service", may_fail=True)
@@ -237,17 +237,17 @@ def _unquoted(value: str) -> str:
 
 
 @click.command(name="setup")
-@click.option("--check", is_flag=True, help="Only check whether VMs can run here, and what is missing.")
-@click.option("--dry-run", is_flag=True, help="Print the units and what would be done; do nothing.")
-@click.option("--uninstall", is_flag=True, help="Remove the service; what VMs have on disk stays.")
-@click.option("--stop-vms", is_flag=True, help="With --uninstall: shut down guests that run.")
-@click.option("--purge", is_flag=True, help="With --uninstall: remove the database, disks, logs and the cache, too.")
+@click.option("--check", is_flag=True, help="Only check whether VMs can run on this host, and report what is missing.")
+@click.option("--dry-run", is_flag=True, help="Print the units and the steps, without executing them.")
+@click.option("--uninstall", is_flag=True, help="Remove the service; files of VMs are kept.")
+@click.option("--stop-vms", is_flag=True, help="With --uninstall: shut down running guests.")
+@click.option("--purge", is_flag=True, help="With --uninstall: also remove the database, disks, logs and the cache.")
 @common()
 @pass_options
 def group(options: Options, check: bool, dry_run: bool, uninstall: bool, stop_vms: bool, purge: bool) -> int:
     """Install volantd as a systemd service, and start it.
 
-    You can run it again, also after an upgrade: running VMs keep running.
+    You can run it again, for example after an upgrade: running VMs keep running.
 
     --check changes nothing, and needs neither root nor a daemon. It reports each check as `ok`, `less` (VMs run, with
     a limit) or `fails`, with the consequence and what to do. The exit code is 1 if a check fails.

@@ -23,12 +23,12 @@ _REQUEST_S = 15.0
 """Deadline for one request, from looking up the issuer's address to the last byte of the answer."""
 _MAX_BYTES = 512 * 1024
 _LONGEST_S = 1800.0
-"""The longest wait for a user to sign in, whatever the issuer allows."""
+"""Maximum wait for a user to sign in, whatever the issuer allows."""
 _INTERVAL_S = 5.0
 _HEADERS = {"Accept": "application/json", "Accept-Encoding": "identity"}
-"""No compression: a small answer could become a large one."""
+"""Headers without compression: a small answer could otherwise expand to a large one."""
 _SLOWER_S = 5.0
-"""How much `slow_down` adds to the interval (RFC 8628, 3.5)."""
+"""The seconds that `slow_down` adds to the interval (RFC 8628, 3.5)."""
 _MAX_INTERVAL_S = 60.0
 
 
@@ -51,7 +51,7 @@ class Granted(msgspec.Struct):
 
 
 class Refused(Exception):
-    """The issuer answers a request with an error. `code` is the error code of the answer."""
+    """An error answer of the issuer. `code` is its error code."""
 
     def __init__(self, code: str, text: str) -> None:
         super().__init__(text)
@@ -59,7 +59,7 @@ class Refused(Exception):
 
 
 class IssuerClient:
-    """Talks to one issuer. Use it as a context manager."""
+    """A client of one issuer. Use it as a context manager."""
 
     def __init__(self, sign_in: SignIn) -> None:
         self._sign_in = sign_in
@@ -75,7 +75,7 @@ class IssuerClient:
         """Returns the tokens, once the user has signed in.
 
         :param show: shows the user where to sign in and which code to enter
-        :raises Failure: the sign-in was denied or too late, or the issuer has no sign-in by device code.
+        :raises Failure: the sign-in was denied or took too long, or the issuer does not support device codes.
         """
         endpoints = self._discover()
         where = endpoints.get("device_authorization_endpoint")
@@ -143,7 +143,8 @@ class IssuerClient:
         return self._send("POST", url, form)
 
     def _send(self, method: str, url: str, form: dict[str, str] | None = None) -> bytes:
-        """Returns the content of an answer. :raises Refused: it is an error. :raises Failure: there is none in time."""
+        """Returns the content of an answer. :raises Refused: it is an error. :raises Failure: there is no answer in
+        time."""
         try:
             status, content = _within(_REQUEST_S, lambda: self._exchange(method, url, form))
         except TimeoutError:
@@ -172,9 +173,10 @@ class IssuerClient:
 
 
 def _within(seconds: float, work: Callable[[], T]) -> T:
-    """Returns what `work` does, in a thread of its own: httpx has deadlines for each read, and none for them together.
+    """Returns the result of `work`, run in a thread: httpx has deadlines for each read, but none for all reads
+    together.
 
-    :raises TimeoutError: it takes longer; the thread goes on and does not delay the program's end.
+    :raises TimeoutError: it takes longer; the thread continues and does not delay the program's end.
     """
     done: Future[T] = Future()
 

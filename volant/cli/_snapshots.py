@@ -40,7 +40,7 @@ snapshot_argument = click.argument("snapshot", shell_complete=snapshot_names)
 @listing
 @click.option("--vm", shell_complete=vm_names, help="Only snapshots of this VM.")
 async def list_(session: Session, vm: str | None) -> None:
-    """List snapshots, also those of deleted VMs."""
+    """List snapshots, including those of deleted VMs."""
     listed = session.client.snapshots
     snapshots = await (listed.list() if vm is None else listed.list_of_vm(vm))
     rows = (
@@ -75,9 +75,9 @@ async def get(session: Session, snapshot: str) -> None:
 async def push(
     session: Session, snapshot: str, reference: str, authfile: Path | None, registry_secret: str | None
 ) -> int | None:
-    """Send a snapshot to a registry, as REGISTRY/NAME:TAG. What the registry has already is not sent again.
+    """Send a snapshot to a registry, as REGISTRY/NAME:TAG. Data that the registry already has is not sent again.
 
-    The snapshot contains the guest's memory, with what is secret in it: whoever may read the repository has it.
+    The snapshot contains the guest's memory, including its secrets: everyone who may read the repository can read them.
     """
     auth = registry_auth(reference, authfile, registry_secret)
     request = PushSnapshot(reference, registry_secret)
@@ -103,9 +103,9 @@ async def push(
 async def pull(
     session: Session, reference: str, name: str | None, authfile: Path | None, registry_secret: str | None
 ) -> int | None:
-    """Fetch a snapshot from a registry, and call it NAME; default: the name that it had.
+    """Fetch a snapshot from a registry, and name it NAME; by default it keeps its name.
 
-    What this host has already is not fetched again. A transfer that was cut off goes on where it was.
+    Data that this host already has is not fetched again. An interrupted transfer is continued.
     """
     auth = registry_auth(reference, authfile, registry_secret)
     request = PullSnapshot(reference, name, registry_secret)
@@ -127,7 +127,7 @@ async def pull(
 @click.option("--name", "as_name", help="The snapshot's name; default: the VM's name and the time.")
 @click.option("--description", default="", help="A description.")
 @click.option("--label", "labels", type=Pair(), multiple=True, help="KEY=VALUE; may be repeated.")
-@click.option("--volumes", is_flag=True, help="Copy the volumes that the VM writes to, too; it is paused meanwhile.")
+@click.option("--volumes", is_flag=True, help="Also copy the volumes that the VM writes to; it is paused meanwhile.")
 async def snapshot_(
     session: Session,
     name: str,
@@ -136,7 +136,7 @@ async def snapshot_(
     labels: tuple[tuple[str, str], ...],
     volumes: bool,
 ) -> None:
-    """Take a snapshot of a VM: memory, devices and disk. The VM is paused for a moment."""
+    """Take a snapshot of a VM: memory, devices and disk. The VM is paused briefly."""
     wanted = TakeSnapshot(name=as_name, description=description, labels=dict(labels), volumes=volumes)
     taken = await session.client.snapshots.take(name, wanted)
     session.out.result(
@@ -148,7 +148,7 @@ async def snapshot_(
 
 @command(None, "fork")
 @name_argument
-@click.option("-n", "--count", type=click.IntRange(1, MAX_COPIES), help="How many copies; default 1.")
+@click.option("-n", "--count", type=click.IntRange(1, MAX_COPIES), help="Number of copies; default 1.")
 @click.option("--as", "names", multiple=True, metavar="NAME", help="A name for a copy; may be repeated.")
 @click.option("--wait", is_flag=True, help="Wait until all of them run.")
 @timeout_option
@@ -157,7 +157,7 @@ async def fork(
 ) -> int:
     """Fork a running VM: create copies that continue from its current state.
 
-    They have its memory and its disk, and names and ids of their own. The VM itself keeps running.
+    They have its memory and its disk, but their own names and ids. The VM keeps running.
     """
     copies = await session.client.vms.fork(name, ForkVm(count=count, names=list(names) or None))
     code = 0

@@ -24,9 +24,9 @@ from ._text import safe, size
 
 @command(None, "build")
 @click.argument("name", type=click.Choice(sorted(STOCK)))
-@click.option("--reference", metavar="REF", help="Name the image so; the default is `localhost/NAME:VERSION`.")
+@click.option("--reference", metavar="REF", help="The image's reference; the default is `localhost/NAME:VERSION`.")
 @click.option("--mirror", metavar="URL", help="A Debian mirror, instead of this host's apt sources.")
-@click.option("--security-mirror", metavar="URL", help="With --mirror: where security updates come from.")
+@click.option("--security-mirror", metavar="URL", help="With --mirror: the mirror of security updates.")
 @click.option(
     "--keyring", type=click.Path(path_type=Path), metavar="FILE", help="The keys that sign the mirror's packages."
 )
@@ -42,9 +42,9 @@ async def build(
     offline: bool,
     cache: Path | None,
 ) -> None:
-    """Build an image of debian, python or node from Debian's packages; needs no registry.
+    """Build an image of debian, python or node from Debian's packages, without a registry.
 
-    The packages are fetched and the image is built on this machine, without root. Then the daemon gets it.
+    The packages are fetched and the image is built on this machine, without root. Then it is sent to the daemon.
     """
     if security_mirror and not mirror:
         raise click.UsageError("--security-mirror needs --mirror")
@@ -61,7 +61,7 @@ async def built(
     reference: str | None = None,
     work: Callable[..., BuiltStock] = build_stock,
 ) -> tuple[ImageView, str, int]:
-    """Builds a stock image and sends it to the daemon; returns it, its reference and the number of its packages.
+    """Builds a stock image and sends it to the daemon. Returns the image, its reference and the number of its packages.
 
     :raises Failure:
     """
@@ -84,7 +84,7 @@ async def built(
 
 
 def _notes(out: Output) -> Callable[[Progress], None]:
-    """Returns what prints each phase once."""
+    """Returns a function that prints each phase once."""
     shown: set[str] = set()
 
     def note(progress: Progress) -> None:

@@ -1,4 +1,4 @@
-"""`volar run debian` on a host that reaches no registry: offers the stock image of that name."""
+"""`volar run debian` on a host without access to a registry: offers the stock image of that name."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ._text import safe
 
 
 async def stock_instead(session: Session, image: str, problem: Problem) -> str:
-    """Returns the reference of the stock image that the user takes instead of an image; builds it if need be.
+    """Returns the reference of the stock image that the user accepts instead of an image; builds it if necessary.
 
-    Only a person at a terminal is asked: a script must not run another image than the one it names.
+    Only a user at a terminal is asked: a script must not run an image other than the one it names.
 
-    :param problem: why the image can't be had
-    :raises Problem: the same, if no stock image has that name, or the user does not want it; or nobody can be asked,
-        with the command that does it as the hint
+    :param problem: why the image is not available
+    :raises Problem: the same problem, if no stock image has that name or the user declines; if no user can be asked,
+    with the command to build it as the hint
     :raises Failure: it can't be built
     """
     name = _stock_name(image)
@@ -47,7 +47,7 @@ async def stock_instead(session: Session, image: str, problem: Problem) -> str:
 
 
 def _stock_name(image: str) -> str | None:
-    """Returns the name of the stock image that an image with this reference could be replaced by."""
+    """Returns the name of the stock image that can replace an image with this reference."""
     from volant.images import STOCK
     from volant.oci import parse_reference
 

@@ -18,7 +18,7 @@ _KINDS = get_args(StoredKind)
 
 @command(group, "df")
 async def df(session: Session) -> None:
-    """Show disk usage, the largest first, with its users, and how much `volar system prune` can free."""
+    """Show disk usage, largest first, with its users, and how much `volar system prune` can free."""
     found = await session.client.system.df()
     if session.out.json:
         session.out.document(found)
@@ -35,20 +35,20 @@ async def df(session: Session) -> None:
     "--unused-for",
     type=Duration(),
     metavar="DURATION",
-    help="Only templates that were not used for this time, like 12h.",
+    help="Only templates that were not used for this time: 12h.",
 )
-@click.option("--dry-run", is_flag=True, help="Show what would be removed; remove nothing.")
+@click.option("--dry-run", is_flag=True, help="Show what would be removed, without removing it.")
 @click.option(
     "--kind",
     "kinds",
     multiple=True,
     type=click.Choice(_KINDS),
-    help=f"Only this; may be repeated.  [default: {', '.join(PRUNED_KINDS)}]",
+    help=f"Only this kind; may be repeated.  [default: {', '.join(PRUNED_KINDS)}]",
 )
 async def prune(session: Session, dry_run: bool, kinds: tuple[str, ...], unused_for: float | None) -> int | None:
-    """Remove what is not in use: images, artifacts, templates, logs of deleted VMs, leftovers.
+    """Remove unused files: images, artifacts, templates, logs of deleted VMs, leftovers.
 
-    What a VM, a plugin, a snapshot or a process uses stays. Disks without a VM, snapshots that are not in the
+    Files that a VM, a plugin, a snapshot or a process uses are kept. Disks without a VM, snapshots that are not in the
     database, and databases that a restore has replaced are removed only if you name them: --kind disk, snapshot,
     database.
     """

@@ -31,7 +31,7 @@ class Session:
 def command(
     group: click.Group | None, name: str, **attributes: Any
 ) -> Callable[[Callable[Concatenate[Session, P], Coroutine[Any, Any, int | None]]], click.Command]:
-    """Makes an async function a command of `group`, or of none; it may return an exit code."""
+    """Makes an async function a command of `group`, if one is given; it may return an exit code."""
     return made(run, group, name, attributes)
 
 

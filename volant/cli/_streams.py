@@ -9,7 +9,7 @@ import sys
 from typing import Any, TextIO
 
 BROKEN_PIPE = 141
-"""128 + SIGPIPE: the exit code as if the signal had ended us."""
+"""128 + SIGPIPE: the exit code of a process that the signal ends."""
 
 
 class OutputError(Exception):
@@ -31,7 +31,7 @@ class _Output(io.FileIO):
 
 
 class _Messages(io.FileIO):
-    """Standard error: a message that can't be written is dropped, and changes neither the command nor its exit code."""
+    """Standard error: a message that can't be written is dropped, without effect on the command or its exit code."""
 
     def write(self, data: Any, /) -> int:
         try:
@@ -41,7 +41,7 @@ class _Messages(io.FileIO):
 
 
 def prepare() -> None:
-    """Opens standard streams that are closed, and makes failures to write output an `OutputError`."""
+    """Opens standard streams that are closed, and converts failures to write output to `OutputError`."""
     # No file or socket that is opened later may get one of these numbers.
     for fd, flags in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_RDWR)):
         try:
@@ -55,7 +55,7 @@ def prepare() -> None:
 
 
 def discard_output() -> None:
-    """Drops what is buffered for standard output, so that it does not fail again at exit."""
+    """Drops buffered standard output, so that it does not fail again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 

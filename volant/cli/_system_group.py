@@ -1,4 +1,4 @@
-"""`volar system`, whose commands are in several modules."""
+"""`volar system`, with commands from several modules."""
 
 from __future__ import annotations
 

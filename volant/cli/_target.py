@@ -1,4 +1,4 @@
-"""The daemon that a command talks to: its address, the key, and how TLS trusts it."""
+"""The daemon that a command talks to: its address, key and TLS settings."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _MAX_KEY_FILE = 64 * 1024
 
 
 LOCAL = "local"
-"""The name of the daemon on this host; it is not among the stored ones."""
+"""The name of the daemon on this host, which is not stored."""
 
 
 class Target(NamedTuple):
-    """A daemon, and what clients need for it."""
+    """A daemon, and the credentials for it."""
 
     address: str
     api_key: str | None
@@ -33,9 +33,10 @@ class Target(NamedTuple):
 
 
 def target_of(options: Options, remote: Remote | None = None, *, signed_in: bool = True) -> Target:
-    """Returns the daemon of a command: `--remote` and `--api` win over the environment, that over `volar remote use`.
+    """Returns the daemon of a command. `--remote` and `--api` override the environment, which overrides
+    `volar remote use`.
 
-    :param remote: this one, whatever the options say
+    :param remote: use this remote, whatever the options are
     :param signed_in: without a key, use the token of `volar login`
     :raises click.UsageError: the options contradict each other, there is no such remote, or a file can't be read.
     :raises click.ClickException: the sign-in has expired.
@@ -64,8 +65,8 @@ def target_of(options: Options, remote: Remote | None = None, *, signed_in: bool
 
 
 def named(options: Options) -> tuple[str | None, Remote | None]:
-    """Returns the address or the remote that the options, the environment or `volar remote use` name; two None: the
-    daemon of this host."""
+    """Returns the address or the remote of the options, the environment or `volar remote use`; two None for the daemon
+    on this host."""
     address, name = options.api, options.remote
     if address and name:
         raise click.UsageError("--api and --remote both name a daemon; give one of them")
@@ -83,13 +84,13 @@ def named(options: Options) -> tuple[str | None, Remote | None]:
 
 
 def remotes_file() -> Path:
-    """Returns where the remotes are stored."""
+    """Returns the path of the stored remotes."""
     home = os.environ.get("XDG_CONFIG_HOME")
     return (Path(home) if home else Path.home() / ".config") / "volant" / "remotes.json"
 
 
 def tokens_file() -> Path:
-    """Returns where the tokens of `volar login` are stored."""
+    """Returns the path of the stored tokens of `volar login`."""
     return remotes_file().with_name("tokens.json")
 
 
@@ -98,8 +99,8 @@ def _environment(name: str) -> str | None:
 
 
 def _default_address() -> str:
-    """Returns the service's socket if there is one, else the address of a daemon in the foreground. If the socket
-    exists but may not be used, TCP is not tried, as any local user could listen there."""
+    """Returns the service's socket if it exists, otherwise the address of a daemon in the foreground. If the socket
+    exists but access is denied, TCP is not tried, as any local user could listen there."""
     try:
         is_there = stat.S_ISSOCK(os.lstat(SERVICE_SOCKET).st_mode)
     except OSError:
@@ -108,7 +109,7 @@ def _default_address() -> str:
 
 
 def _api_key(file: str | None) -> str | None:
-    """Returns the API key: from `file`, the environment, or a file that the environment names.
+    """Returns the API key: from `file`, the environment, or a file named in the environment.
 
     :raises click.UsageError: the file can't be read, or has no key.
     """

@@ -23,7 +23,7 @@ def group() -> None:
 @command(group, "list")
 @listing
 async def list_(session: Session) -> None:
-    """List templates, also those that are being built or whose build failed."""
+    """List templates, including those that are being built or whose build failed."""
     templates = await session.client.templates.list()
     rows = (
         (
@@ -58,7 +58,7 @@ async def list_(session: Session) -> None:
     metavar="SIZE",
     help="Memory: 512M, 2G, or a number of MiB; default: the plugin's.",
 )
-@click.option("--cmdline", "kernel_cmdline", default="", help="The kernel command line that the VMs are created with.")
+@click.option("--cmdline", "kernel_cmdline", default="", help="The kernel command line of the VMs.")
 @click.option(
     "--disk",
     "--disk-mb",

@@ -1,4 +1,4 @@
-"""The user's terminal: raw while a program in a VM uses it, and restored however that ends."""
+"""The user's terminal: raw while a program in a VM uses it, and always restored."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def written(code: int) -> str:
 
 @contextmanager
 def raw(fd: int) -> Iterator[None]:
-    """Makes a terminal raw while the block runs: each key is read as its bytes."""
+    """Makes a terminal raw for the block: each key is read as its bytes."""
     before = termios.tcgetattr(fd)
     try:
         tty.setraw(fd, termios.TCSADRAIN)

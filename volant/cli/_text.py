@@ -15,7 +15,7 @@ def safe(text: object) -> str:
 
 
 def span(seconds: float) -> str:
-    """Returns a length of time in at most two units, for people."""
+    """Returns a duration in at most two units, for people."""
     left = max(int(seconds), 0)
     for unit, size, smaller, small in (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1)):
         if left >= size:

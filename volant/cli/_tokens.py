@@ -53,7 +53,7 @@ def save(address: str, login: Login | None) -> None:
 
 
 def token_for(address: str) -> str | None:
-    """Returns the token for a daemon, and renews it if it has expired; None: the user has not signed in.
+    """Returns the token for a daemon, and renews it if it has expired; None if the user has not signed in.
 
     :raises click.ClickException: it has expired and can't be renewed.
     """
@@ -89,7 +89,8 @@ def _refreshed(login: Login) -> Login:
 
 
 def _has_expired(login: Login) -> bool:
-    """Whether a token has expired or soon will. The daemon verifies tokens; this only avoids a request that fails."""
+    """Returns whether a token has expired or soon will. The daemon verifies tokens; this only avoids a request that
+    fails."""
     try:
         payload = login.id_token.split(".")[1]
         claims = msgspec.json.decode(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))

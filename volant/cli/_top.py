@@ -1,4 +1,4 @@
-"""`volar top`: what VMs use of the host, redrawn until interrupted."""
+"""`volar top`: the resource use of VMs, redrawn until interrupted."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _CLEAR = "\x1b[H\x1b[J"
 )
 @listing
 async def top(session: Session, names: tuple[str, ...], once: bool, delay: float) -> None:
-    """Show what VMs use of the host, until interrupted.
+    """Show the resource use of VMs, until interrupted.
 
-    100 % is one processor. MEMORY is what the VM's process has of the host's memory; memory that clones share counts
-    for each. With --json, and without a terminal, the figures are printed once; those of --json count from the start
-    of each VM's process.
+    100 % is one processor. MEMORY is the host memory of the VM's process; memory that clones share counts for each.
+    With --json, or without a terminal, the figures are printed once. With --json they count from the start of each VM's
+    process.
     """
     if session.out.json:
         session.out.document(_chosen(await session.client.vms.stats(), names))
@@ -69,7 +69,7 @@ def _chosen(found: Sequence[VmStats], names: tuple[str, ...]) -> list[VmStats]:
 
 
 def _show(out: Output, before: Sequence[VmStats], now: Sequence[VmStats], most: int | None = None) -> None:
-    """Prints the table, the busiest first. `most`: rows that there is room for."""
+    """Prints the table, busiest VMs first. `most` is the number of rows that fit."""
     earlier = {each.name: each for each in before}
     rows = [(_rate(earlier.get(each.name), each, "cpu_s"), each) for each in now]
     rows.sort(key=lambda row: (-(row[0] or 0.0), row[1].name))
@@ -86,7 +86,7 @@ def _show(out: Output, before: Sequence[VmStats], now: Sequence[VmStats], most: 
 
 
 def _rate(before: VmStats | None, now: VmStats, of: str) -> float | None:
-    """Returns the use in a second; None for a VM that was started meanwhile, or of which the host does not know it."""
+    """Returns the use per second; None for a VM that was started in between, or if the host does not know it."""
     if before is None or (more := getattr(now, of)) is None or (less := getattr(before, of)) is None:
         return None
     passed_s = now.clock_s - before.clock_s

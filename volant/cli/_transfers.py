@@ -1,4 +1,4 @@
-"""The progress of a snapshot on its way to or from a registry."""
+"""The progress of a snapshot's transfer to or from a registry."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ async def showing_transfer(client: Client, out: Output, kind: str, reference: st
 
 
 def find_transfer(transfers: Sequence[TransferView], kind: str, reference: str) -> TransferView | None:
-    """Returns a transfer, by the reference as anyone writes it."""
+    """Returns the transfer for a reference in any spelling."""
     names = names_of(reference)
     return next((each for each in transfers if each.kind == kind and each.reference in names), None)
 
 
 def describe(transfer: TransferView) -> str:
-    """Returns what a transfer does, for people."""
+    """Returns the state of a transfer, for people."""
     moving = "Pushing" if transfer.kind == "push" else "Pulling"
     return f"{_PHASES.get(transfer.phase, moving)} {safe(transfer.reference)}"

@@ -1,4 +1,4 @@
-"""Files that manifests name, sent into the daemon's cache; `volar plugins upload`."""
+"""Uploads files of manifests to the daemon's cache; `volar plugins upload`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ T = TypeVar("T")
 @command(None, "upload")
 @click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
 async def upload(session: Session, file: Path) -> None:
-    """Send FILE, which a manifest names, into the daemon's cache."""
+    """Upload FILE, which a manifest names, to the daemon's cache."""
     try:
         sha256 = await trio.to_thread.run_sync(_digest, file, abandon_on_cancel=True)
         sent = await _upload(session, file, sha256)
@@ -39,7 +39,7 @@ async def upload(session: Session, file: Path) -> None:
 
 
 async def upload_files(session: Session, files: Sequence[tuple[str, Path]]) -> None:
-    """Sends files with their digests.
+    """Uploads files with their digests.
 
     :raises OSError: one can't be read.
     :raises Failure: one has another digest.
@@ -55,7 +55,7 @@ async def upload_files(session: Session, files: Sequence[tuple[str, Path]]) -> N
 
 
 def local_files(manifest: Mapping[str, Any]) -> list[tuple[str, Path]]:
-    """Returns the local files that a manifest names, with their digests; none if it is no valid manifest."""
+    """Returns the local files that a manifest names, with their digests; none if the manifest is invalid."""
     try:
         boot = msgspec.convert(manifest.get("boot"), Boot | None)
     except msgspec.ValidationError:
@@ -65,12 +65,12 @@ def local_files(manifest: Mapping[str, Any]) -> list[tuple[str, Path]]:
 
 
 async def _upload(session: Session, path: Path, sha256: str) -> ArtifactView:
-    """:raises OSError: it can't be read"""
+    """Uploads a file. :raises OSError: it can't be read."""
     return await _send(session, path, partial(session.client.plugins.upload, sha256))
 
 
 async def send_file(session: Session, path: Path, send: Callable[[FileBody, int], Awaitable[T]]) -> T:
-    """Calls `send` with the content of a file and its size. :raises Failure: it can't be read"""
+    """Calls `send` with the content of a file and its size. :raises Failure: it can't be read."""
     try:
         return await _send(session, path, send)
     except OSError as error:
@@ -78,7 +78,7 @@ async def send_file(session: Session, path: Path, send: Callable[[FileBody, int]
 
 
 async def _send(session: Session, path: Path, send: Callable[[FileBody, int], Awaitable[T]]) -> T:
-    """:raises OSError: it can't be read"""
+    """Calls `send` with the content of a file and its size. :raises OSError: it can't be read."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         figures = os.fstat(fd)
@@ -91,7 +91,8 @@ async def _send(session: Session, path: Path, send: Callable[[FileBody, int], Aw
 
 
 def _digest(path: Path) -> str:
-    """:raises OSError: it can't be read, or is no regular file, which might have no end"""
+    """Returns the SHA-256 of a file. :raises OSError: it can't be read, or is not a regular file, which might be
+    endless."""
     if not path.is_file():
         raise OSError(errno.EINVAL, "it is no regular file", str(path))
     with path.open("rb") as file:

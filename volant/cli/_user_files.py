@@ -1,4 +1,4 @@
-"""JSON files of this user: replaced as a whole, and changed by one process at a time."""
+"""JSON files of this user: replaced atomically, and changed by one process at a time."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import click
 import msgspec
 
 LOCK_S = 45.0
-"""How long to wait for another process. It may ask an issuer twice meanwhile, for 15 s each."""
+"""How long to wait for another process, which may send two requests of up to 15 s to an issuer."""
 _RETRY_S = 0.05
 
 
 def replace_file(path: Path, content: object) -> None:
-    """Replaces a file that only this user may read, by JSON. :raises click.UsageError: it can't be written."""
+    """Replaces a file that only this user may read by JSON. :raises click.UsageError: it can't be written."""
     part = path.with_name(f"{path.name}.{os.urandom(6).hex()}.part")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -34,9 +34,9 @@ def replace_file(path: Path, content: object) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Excludes other processes that change a file, for the length of a block.
+    """Locks a file against changes by other processes, for the block.
 
-    :raises click.UsageError: the lock beside the file can't be made.
+    :raises click.UsageError: the lock file can't be created.
     :raises click.ClickException: another process holds it for longer than `LOCK_S`.
     """
     lock = path.with_suffix(".lock")

@@ -1,4 +1,4 @@
-"""Environment variables of commands and workloads: `-e KEY=VALUE`, `-e KEY`, and files of them."""
+"""Environment variables of commands and workloads: `-e KEY=VALUE`, `-e KEY`, and files."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ env_option = click.option(
     "env",
     multiple=True,
     metavar="KEY[=VALUE]",
-    help="An environment variable; without VALUE it has that of volar's own. May be repeated.",
+    help="An environment variable; without VALUE, volar's own value. May be repeated.",
 )
 env_file_option = click.option(
     "--env-file",
     "env_files",
     multiple=True,
     type=click.Path(dir_okay=False, path_type=Path),
-    help="A file with a KEY=VALUE in each line; may be repeated.",
+    help="A file with one KEY=VALUE per line; may be repeated.",
 )
 env_secret_option = click.option(
     "--env-secret",
@@ -47,7 +47,7 @@ secret_option = click.option(
 
 
 def variables(given: Iterable[str], files: Iterable[Path] = ()) -> dict[str, str]:
-    """Returns the variables of `--env-file` and `-e`; the latter win.
+    """Returns the variables of `--env-file` and `-e`; the latter override the former.
 
     :raises click.UsageError: one has no name, or a file can't be read.
     """
@@ -88,9 +88,9 @@ def _set(found: dict[str, str], text: str, where: str) -> None:
 
 
 def with_secrets(plain: Mapping[str, str], secrets: Iterable[tuple[str, str]]) -> dict[str, str | SecretRef]:
-    """Returns the variables with those of `--env-secret`.
+    """Returns the variables, including those of `--env-secret`.
 
-    :raises click.UsageError: one has a value, too.
+    :raises click.UsageError: one also has a plain value.
     """
     found: dict[str, str | SecretRef] = dict(plain)
     for variable, secret in secrets:

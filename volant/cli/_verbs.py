@@ -1,4 +1,4 @@
-"""Commands of `volar` itself with the names that Docker's have: `ps`, `start`, `stop`, `restart`, `rm`, `inspect`.
+"""Commands of `volar` itself with Docker's names: `ps`, `start`, `stop`, `restart`, `rm`, `inspect`.
 
 `volar vms` has the complete forms.
 """
@@ -31,12 +31,12 @@ _FILTERS = ("label", "name", "plugin", "status")
 
 names_argument = click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=vm_names)
 _timeout_option = click.option(
-    "--timeout", type=Duration(), default=120.0, show_default="2m", help="How long to wait for each: 10s, 2m, …"
+    "--timeout", type=Duration(), default=120.0, show_default="2m", help="Maximum wait for each VM: 10s, 2m, …"
 )
 
 
 class _Filter(click.ParamType[tuple[str, str]]):
-    """`label=KEY=VALUE`, `status=running`, `name=web`, `plugin=base`."""
+    """A filter such as `label=KEY=VALUE`, `status=running`, `name=web` or `plugin=base`."""
 
     name = "filter"
 
@@ -54,7 +54,7 @@ class _Filter(click.ParamType[tuple[str, str]]):
 
 
 @command(None, "ps")
-@click.option("-a", "--all", "every", is_flag=True, help="Also VMs that are stopped or have crashed.")
+@click.option("-a", "--all", "every", is_flag=True, help="Also stopped and crashed VMs.")
 @click.option(
     "-f",
     "--filter",
@@ -66,7 +66,7 @@ class _Filter(click.ParamType[tuple[str, str]]):
 )
 @listing
 async def ps(session: Session, every: bool, filters: tuple[tuple[str, str], ...]) -> None:
-    """List VMs that run; `volar vms list` has more columns."""
+    """List running VMs; `volar vms list` has more columns."""
     wanted: dict[str, list[str]] = {key: [text for other, text in filters if other == key] for key in _FILTERS}
     # Whoever names a status means VMs in it, whether they run or not.
     status = wanted["status"] or (() if every else _ACTIVE)
@@ -79,19 +79,19 @@ async def ps(session: Session, every: bool, filters: tuple[tuple[str, str], ...]
 
 
 def _image(vm: VmView) -> str:
-    """Returns what a VM was made from."""
+    """Returns the image or plugin of a VM."""
     return vm.plugin if vm.image is None else vm.image.reference
 
 
 @command(None, "inspect")
 @names_argument
 async def inspect(session: Session, names: tuple[str, ...]) -> None:
-    """Print all that the API says of VMs, as JSON."""
+    """Print all properties of VMs, as JSON."""
     session.out.document([await session.client.vms.get(name) for name in names])
 
 
 def _changing(word: Command, state: Status, summary: str, *options: Callable[[Any], Any]) -> click.Command:
-    """Returns a command that brings VMs to a status, one after the other, and prints their names."""
+    """Returns a command that changes VMs to a status, one after the other, and prints their names."""
 
     async def run(session: Session, names: tuple[str, ...], timeout: float, grace: float | None = None) -> int:
         async def each(streaming: Streaming) -> None:
@@ -115,7 +115,7 @@ def _changing(word: Command, state: Status, summary: str, *options: Callable[[An
 
 
 class _Seconds(Duration):
-    """A duration, or a plain number of seconds, as Docker takes it."""
+    """A duration, or a plain number of seconds, as in Docker."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         return super().convert(f"{value}s" if str(value).isdecimal() else value, param, ctx)
@@ -130,17 +130,17 @@ restart = _changing("restart", Status.RUNNING, "Restart VMs, and wait until they
 
 
 @command(None, "rm")
-@click.option("-f", "--force", is_flag=True, help="Also VMs that run, and names of VMs that do not exist.")
+@click.option("-f", "--force", is_flag=True, help="Also delete running VMs, and ignore names that do not exist.")
 @names_argument
 async def rm(session: Session, names: tuple[str, ...], force: bool) -> None:
-    """Delete VMs with their disks; VMs that run only with -f."""
+    """Delete VMs with their disks; running VMs only with -f."""
     for name in names:
         await delete_one(session.client, name, force=force)
         _print_name(session, name, None)
 
 
 async def delete_one(client: Requests, name: str, *, force: bool) -> None:
-    """Deletes a VM. :raises Failure: it runs, and `force` is not given"""
+    """Deletes a VM. :raises Failure: it is running, and `force` is not given."""
     try:
         if not force:
             vm = await client.vms.get(name)

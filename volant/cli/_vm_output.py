@@ -1,4 +1,4 @@
-"""How VMs, their events and outcomes of commands are printed."""
+"""Prints VMs, their events and outcomes of commands."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def event_line(event: Event, terminal: TextIO) -> str:
 
 
 def status_of(vm: VmView) -> str:
-    """Returns the status of a VM for people; `unreachable` if its host gives no sign of life."""
+    """Returns the status of a VM for people; `unreachable` if its host is unreachable."""
     return "unreachable" if vm.unreachable is not None else str(vm.status)
 
 
@@ -131,7 +131,7 @@ def show(out: Output, vm: VmView) -> None:
 
 
 def _replica(replica: Replica) -> str:
-    """Returns how old a VM's newest replica is and where, and why there is no better one."""
+    """Returns the age and the hosts of a VM's newest replica, and why there is no better one."""
     text = (
         "none" if replica.at is None else f"{replica.at}, on {', '.join(map(safe, replica.hosts)) or 'no other host'}"
     )
@@ -139,7 +139,7 @@ def _replica(replica: Replica) -> str:
 
 
 def _placement(wanted: Placement | None) -> str:
-    """Returns a placement as the options of `vms create` say it."""
+    """Returns a placement as options of `vms create`."""
     if wanted is None:
         return ""
     options = [("zone", wanted.zone)] if wanted.zone else []

@@ -29,7 +29,7 @@ __all__ = ["group"]
 @click.option("--status", type=click.Choice([str(state) for state in Status]), help="Only VMs in this status.")
 @click.option("--label", "labels", type=Pair(), multiple=True, help="Only VMs with this label; may be repeated.")
 @click.option("--plugin", shell_complete=plugin_names, help="Only VMs of this plugin.")
-@click.option("--wide", is_flag=True, help="Show workloads and when VMs expire, too.")
+@click.option("--wide", is_flag=True, help="Also show workloads and expiry.")
 async def list_(
     session: Session, status: str | None, labels: tuple[tuple[str, str], ...], plugin: str | None, wide: bool
 ) -> None:
@@ -62,9 +62,9 @@ async def get(session: Session, name: str) -> None:
 async def memory(session: Session, names: tuple[str, ...]) -> None:
     """Show the memory that VMs use.
 
-    GUEST USED is what the guest reports. The other columns are memory of the host: OWN belongs to this VM alone,
-    SHARED is shared with others, as clones share their template, and TAKES is OWN plus the VM's part of SHARED, so
-    the sum of TAKES is what all VMs use together.
+    GUEST USED is the guest's own figure. The other columns are memory of the host: OWN belongs only to this VM, SHARED
+    is shared with others, as clones share their template, and TAKES is OWN plus the VM's part of SHARED, so the sum of
+    TAKES is the use of all VMs together.
     """
     found = {name: await session.client.vms.memory(name) for name in dict.fromkeys(names)}
     rows = ((name, *_memory_row(of)) for name, of in found.items())
@@ -78,7 +78,7 @@ def _memory_row(of: VmMemory) -> tuple[str, ...]:
 
 
 def _add(change: Command, summary: str, *options: Callable[[Any], Any]) -> None:
-    """Adds a command that brings VMs to a status, see `_OUTCOMES`."""
+    """Adds a command that changes VMs to a status, see `_OUTCOMES`."""
 
     async def run(session: Session, name: str, wait: bool, timeout: float, grace: float | None = None) -> int:
         return await _apply(session, name, change, wait, timeout, grace)
@@ -101,7 +101,7 @@ _add("resume", "Resume a paused VM. Its clock is set.")
 @command(group, "orphans")
 @listing
 async def orphans(session: Session) -> None:
-    """List orphaned hypervisors: they run, and no VM owns them."""
+    """List orphaned hypervisors: running hypervisors that no VM owns."""
     found = await session.client.system.orphans()
     rows = (
         (
@@ -119,7 +119,7 @@ async def orphans(session: Session) -> None:
 
 @command(group, "adopt")
 @click.argument("tag")
-@click.option("--name", help="A name for the VM, if another VM has its own name.")
+@click.option("--name", help="A name for the VM, if its own name is in use.")
 async def adopt(session: Session, tag: str, name: str | None) -> None:
     """Adopt an orphaned hypervisor: make it a VM again.
 
@@ -143,7 +143,7 @@ async def kill(session: Session, tag: str) -> None:
 @command(group, "delete")
 @click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=vm_names)
 async def delete(session: Session, names: tuple[str, ...]) -> None:
-    """Delete VMs with their disks; returns when nothing is left of them."""
+    """Delete VMs with their disks; returns when they are completely removed."""
     for name in names:
         await session.client.vms.delete(name)
         if session.out.json:
@@ -157,8 +157,8 @@ async def delete(session: Session, names: tuple[str, ...]) -> None:
 async def devtools(session: Session, name: str) -> None:
     """Show the endpoint for Playwright, Puppeteer and other DevTools clients of the browser in a VM.
 
-    Waits for a VM that has just been started, and for its browser. If the daemon requires an API key, those programs
-    have to send it too.
+    Waits for a VM that has just been started, and for its browser. If the daemon requires an API key, these clients
+    must send it too.
     """
     browser = await session.client.vms.browser(name)
     if session.out.json:

@@ -15,18 +15,18 @@ _SECTIONS = {
     "Use VMs": {
         "run": Lazy("_run_vm:run", "Run a program of an OCI image in a new VM. Put options before IMAGE."),
         "exec": Lazy("_exec:exec_", "Run a command in a VM; put options before NAME. Use -it for a shell."),
-        "ps": Lazy("_verbs:ps", "List VMs that run; `volar vms list` has more columns."),
+        "ps": Lazy("_verbs:ps", "List running VMs; `volar vms list` has more columns."),
         "top": Lazy(
             "_top:top",
-            "Show what VMs use of the host, until interrupted.",
+            "Show the resource use of VMs, until interrupted.",
         ),
-        "logs": Lazy("_logs:logs", "Print the log of a VM: its console and its workload."),
-        "cp": Lazy("_copy:copy", "Copy files and directories between here and a VM."),
+        "logs": Lazy("_logs:logs", "Print the log of a VM's console and workload."),
+        "cp": Lazy("_copy:copy", "Copy files and directories between this host and a VM."),
         "start": Lazy("_verbs:start", "Start VMs, and wait until they run."),
         "stop": Lazy("_verbs:stop", "Stop VMs, and wait until they are stopped."),
         "restart": Lazy("_verbs:restart", "Restart VMs, and wait until they run."),
-        "rm": Lazy("_verbs:rm", "Delete VMs with their disks; VMs that run only with -f."),
-        "inspect": Lazy("_verbs:inspect", "Print all that the API says of VMs, as JSON."),
+        "rm": Lazy("_verbs:rm", "Delete VMs with their disks; running VMs only with -f."),
+        "inspect": Lazy("_verbs:inspect", "Print all properties of VMs, as JSON."),
         "events": Lazy("_events:group", "Print events of VMs as they happen, until interrupted."),
         "call": Lazy("_call:group", "Call an action of a VM's plugin, and print the answer."),
     },
@@ -34,11 +34,11 @@ _SECTIONS = {
         "vms": Lazy("_vms:group", "Create, watch and use VMs: all commands for them."),
         "volumes": Lazy("_volumes:group", "Manage volumes: disks that outlive VMs."),
         "images": Lazy("_images:group", "Manage OCI images, which VMs are made from."),
-        "secrets": Lazy("_secrets:group", "Manage tokens, passwords and keys that VMs get."),
+        "secrets": Lazy("_secrets:group", "Manage tokens, passwords and keys for VMs."),
         "networks": Lazy("_networks:group", "Manage networks in which VMs reach each other by name."),
         "snapshots": Lazy("_snapshots:group", "Manage snapshots of VMs."),
         "forks": Lazy("_forks:forks", "Show which VM was forked or restored from which, and the snapshots, as a tree."),
-        "projects": Lazy("_projects:group", "Manage projects: sets of names, with limits."),
+        "projects": Lazy("_projects:group", "Manage projects: namespaces with limits."),
         "plugins": Lazy("_plugins:group", "Manage plugins: kinds of VMs."),
         "templates": Lazy("_templates:group", "Manage templates, which new VMs are cloned from."),
         "boot-images": Lazy("_boot_images:group", "Manage boot images and artifacts, without a daemon."),
@@ -47,7 +47,7 @@ _SECTIONS = {
         "setup": Lazy("_setup:group", "Install volantd as a systemd service, and start it."),
         "keys": Lazy("_keys:group", "Manage API keys: their roles, projects and expiry."),
         "hosts": Lazy("_hosts:group", "Manage the hosts of a fleet."),
-        "fleet": Lazy("_fleet:group", "Show the fleet that a host belongs to, join one, leave it."),
+        "fleet": Lazy("_fleet:group", "Show the fleet of a host, join a fleet, or leave it."),
         "audit": Lazy("_audit:group", "Print the audit log: changes, refused requests and accesses to guests."),
         "system": Lazy("_system:group", "Inspect, maintain and back up the daemon."),
         "debug": Lazy("_debug:group", "Collect information for a bug report."),
@@ -87,7 +87,7 @@ def volar() -> None:
     \b
     Exit codes: 0 success, 1 failure, 2 wrong usage, 3 not found, 4 conflict with the current state,
     5 daemon unreachable, 124 timeout, 130 interrupted. `run` and `exec` exit with the code of their
-    program, or 128 + n when signal n ended it; with 125 when volar or the daemon failed.
+    program, or 128 + n if signal n ended it; with 125 if volar or the daemon failed.
     """
 
 

@@ -15,20 +15,20 @@ from ._output import Output
 from ._run import Session, command
 from ._text import safe
 
-_LAZY = {"repair": Lazy("_volumes_repair:repair", "Make a volume readable whose last writer was killed.")}
+_LAZY = {"repair": Lazy("_volumes_repair:repair", "Make a volume readable again after its last writer was killed.")}
 
 
 @click.group(name="volumes", cls=LazyGroup, lazy=_LAZY, default="list")
 def group() -> None:
     """Manage volumes: disks that outlive VMs.
 
-    Without a command, list them. `volar vms create --volume NAME:/path` mounts one in a VM; with `:ro` at the end, only
-    to read. One VM can write to a volume, or any number can read it.
+    Without a command, list them. `volar vms create --volume NAME:/path` mounts one in a VM; `:ro` at the end makes it
+    read-only. One VM can write to a volume, or any number can read it.
     """
 
 
 volume_argument = click.argument("volume", shell_complete=volume_names)
-size_option = click.option("--size", "size_mb", type=Size(16), required=True, help="Such as 500M or 10G.")
+size_option = click.option("--size", "size_mb", type=Size(16), required=True, help="The size, such as 500M or 10G.")
 
 
 @command(group, "list")
@@ -60,7 +60,7 @@ async def get(session: Session, volume: str) -> None:
 @volume_argument
 @size_option
 async def resize(session: Session, volume: str, size_mb: int) -> None:
-    """Grow a volume, also while a VM writes to it."""
+    """Grow a volume, even while a VM writes to it."""
     grown = await session.client.volumes.resize(volume, size_mb)
     session.out.result(grown, f"volume {safe(grown.name)} has {_mib(grown.size_mb)}")
 

@@ -15,17 +15,17 @@ from ._streaming import Session, command
 from ._text import safe
 
 _BOOT_S = 600.0
-"""How long the VM may take: the first one of a host builds the boot image."""
+"""How long the VM may take: the first boot on a host builds the boot image."""
 _TTL = "15m"
-"""When the VM goes if this command is killed."""
+"""The lifetime of the VM if this command is killed."""
 
 
 @command(None, "repair")
 @click.argument("volume", shell_complete=volume_names)
 async def repair(session: Session, volume: str) -> None:
-    """Make a volume readable whose last writer was killed.
+    """Make a volume readable again after its last writer was killed.
 
-    A VM that mounts the volume to write is booted, and deleted again. Its kernel replays the journal.
+    A VM that mounts the volume for writing is booted, and then deleted. Its kernel replays the journal.
     """
     vms = session.client.vms
     request = CreateVm(

@@ -33,7 +33,7 @@ from ._vms_group import name_argument, timeout_option
 )
 @timeout_option
 async def wait_for(session: Session, name: str, states: tuple[str, ...], timeout: float) -> int:
-    """Wait until a VM is in one of some states."""
+    """Wait until a VM reaches one of some states."""
     wanted = list(states)
 
     async def waited(client: Client) -> Waited:
@@ -79,7 +79,7 @@ class _EventPrinter:
             return
 
     async def until(self, status: Status) -> None:
-        """Returns once the event of `status` is printed, as it may arrive after the answer to our wait."""
+        """Waits until the event of `status` is printed, as it may arrive after the answer to the wait."""
         with trio.move_on_after(1):
             while self._printed != status:
                 await self._changed.wait()

@@ -1,4 +1,4 @@
-"""The entry point of `volar`. It imports little at first, so that it handles an interrupt as early as possible."""
+"""The entry point of `volar`. It imports few modules at first, so that it handles an interrupt as early as possible."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def main() -> NoReturn:
-    """The command `volar`."""
+    """Runs the command `volar`."""
     from ._streams import BROKEN_PIPE, OutputError, discard_output, prepare
 
     # While modules are imported, collections find nothing, and take a quarter of the time. `guarded` turns them on.
