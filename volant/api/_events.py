@@ -189,7 +189,7 @@ async def _stream(call: Call, cursor: EventCursor, wanted: _Filter, newest: Call
     """Sends events until the daemon stops.
 
     :param newest: returns the newest event, for a reader that gets its id as soon as it has all earlier ones; None for
-    readers that get it periodically
+        readers that get it periodically
     """
     sent_to = cursor.position
     if newest is not None and cursor.position == newest():

@@ -48,7 +48,7 @@ class Repeats:
         :param content: the parts of the request, besides its path, that must be equal in a repetition
         :param act: executes it; passes its argument to the journal
         :raises Problem: 400, the key is malformed; 409, the first request is still running; 422, the key was used for
-        another request; and the errors of `act`
+            another request; and the errors of `act`
         """
         text = _key()
         if text is None:

@@ -21,7 +21,7 @@ async def stock_instead(session: Session, image: str, problem: Problem) -> str:
 
     :param problem: why the image is not available
     :raises Problem: the same problem, if no stock image has that name or the user declines; if no user can be asked,
-    with the command to build it as the hint
+        with the command to build it as the hint
     :raises Failure: it can't be built
     """
     name = _stock_name(image)

@@ -104,7 +104,7 @@ def _is_command(call: Call, body: bytes) -> bool:
     """Returns whether a body is one of the API's own commands, not a message of MCP.
 
     :raises Problem: 400 for an object that is neither, and for a request whose `id` is neither an integer nor text,
-    which the package (mcp 2.3) would treat as a notification
+        which the package (mcp 2.3) would treat as a notification
     """
     try:
         members = _members.decode(body)

@@ -99,7 +99,7 @@ async def registry_auth(context: Context, secret: str | None) -> bytes | None:
 
     :param secret: `registry_secret`, the name of a secret of the project
     :raises Problem: 400, they can't be parsed; 404, there is no such secret; 422, both are given; 503, the secret can't
-    be decrypted
+        be decrypted
     """
     given = [value for name, value in context.scope["headers"] if name == REGISTRY_AUTH]
     if secret is not None:
