@@ -37,7 +37,7 @@ class ActionAnswer:
 
 
 class Pieces(httpx.AsyncByteStream):
-    """The body of a request in pieces. If the request stops half-way, a generator is closed."""
+    """The body of a request in pieces. If the request is aborted, the generator is closed."""
 
     def __init__(self, pieces: AsyncIterable[bytes]) -> None:
         self._pieces = pieces
@@ -55,5 +55,5 @@ class Pieces(httpx.AsyncByteStream):
 
 
 def is_from_guest(headers: Mapping[str, str]) -> bool:
-    """Whether an answer is a guest's: the daemon adds a header to those, which guests can't remove."""
+    """Returns whether an answer comes from a guest: the daemon adds a header to those, which guests can't remove."""
     return "sandbox" in [part.strip() for part in headers.get("content-security-policy", "").split(",")]

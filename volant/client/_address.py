@@ -20,12 +20,12 @@ class Address:
     """A parsed base address."""
 
     text: str
-    """As it was written, for messages."""
+    """The address as written, for messages."""
     host: str
     port: int
     tls: bool = False
     socket_path: str | None = None
-    """A Unix socket, instead of host and port."""
+    """The path of a Unix socket, which replaces host and port."""
     prefix: str = ""
     """A proxy's path before the API's own: percent-encoded, without a slash at its end."""
 
@@ -33,7 +33,7 @@ class Address:
     def parse(cls, text: str) -> Address:
         """Parses `http://HOST[:PORT][/PREFIX]`, `https://…`, `HOST:PORT` or `unix:/PATH`.
 
-        :raises ValueError: it is none of these; the text is meant for people.
+        :raises ValueError: it is none of these; the message is meant for people.
         """
         if text.startswith(_UNIX):
             path = text.removeprefix(_UNIX)
@@ -69,7 +69,7 @@ class Address:
         return f"{'https' if self.tls else 'http'}://{self.host_header}{self.prefix}"
 
     def unreachable(self, reason: str) -> Unreachable:
-        """Returns the error when no connection could be made."""
+        """Returns the error for a connection that could not be made."""
         if self.socket_path is not None and reason == os.strerror(errno.EACCES):
             return Unreachable(
                 f"the daemon can't be reached at {self.text}: {reason}",

@@ -1,4 +1,4 @@
-"""The audit log as lines of JSON, over as many connections as it takes."""
+"""The audit log as lines of JSON, continued over several connections."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def pump_audit(
     channel: trio.MemorySendChannel[AuditRecord | AuditGap],
     started: Callable[[], None],
 ) -> None:
-    """Sends records to `channel`: those that there are, with `follow` also new ones, for ever."""
+    """Sends the stored records to `channel`, and with `follow` also new ones, forever."""
 
     async def connect(opened: Callable[[], None]) -> ConnectionLost | None:
         nonlocal query
@@ -54,13 +54,13 @@ async def pump_audit(
 
 
 class _Lines:
-    """Splits an answer into lines, without the empty ones that keep it alive."""
+    """Splits an answer into lines, and drops the empty keep-alive lines."""
 
     def __init__(self) -> None:
         self._rest = b""
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
-        """:raises UnexpectedAnswer: a line is too long."""
+        """Adds data, and yields complete lines. :raises UnexpectedAnswer: a line is too long."""
         *lines, self._rest = (self._rest + chunk).split(b"\n")
         if len(self._rest) > _MAX_LINE:
             raise UnexpectedAnswer(f"a line of the audit log is longer than {_MAX_LINE} bytes")

@@ -14,18 +14,18 @@ from ._http import Http, chunks_of
 from ._transport import Request
 
 _SILENCE_S = 660.0
-"""Longer than the daemon's limit to copy the database: ten minutes."""
+"""Longer than the daemon's limit for copying the database, ten minutes."""
 _DIGEST = re.compile(r"sha-256=:([A-Za-z0-9+/=]{44}):")
 _NAME = re.compile(r'filename="([A-Za-z0-9._-]{1,200})"')
 
 
 class Backup:
-    """A backup that the daemon sends: `async for` yields it in pieces, once, and raises `UnexpectedAnswer` at its end
-    if its length or digest is wrong."""
+    """A backup from the daemon. `async for` yields it in pieces, once, and raises `UnexpectedAnswer` at its end if its
+    length or digest is wrong."""
 
     def __init__(self, size: int, name: str, sha256: bytes, chunks: AsyncIterator[bytes]) -> None:
         self.size = size
-        """In bytes."""
+        """The size in bytes."""
         self.name = name
         """A name for the file."""
         self._left = size
@@ -50,7 +50,7 @@ class Backup:
 
 @asynccontextmanager
 async def open_backup(http: Http) -> AsyncIterator[Backup]:
-    """Requests a backup, and receives it in the block."""
+    """Requests a backup, which the block receives."""
     async with http.stream(Request("POST", "/api/v1/system/backup"), read_s=_SILENCE_S) as response:
         digest = _DIGEST.search(response.headers.get("Repr-Digest", ""))
         name = _NAME.search(response.headers.get("Content-Disposition", ""))

@@ -23,15 +23,15 @@ class BrowserPage(msgspec.Struct, frozen=True):
 
 
 class Browser(msgspec.Struct, frozen=True):
-    """The browser in a VM, for clients of the Chrome DevTools Protocol. If the daemon requires a key, so do these
-    addresses."""
+    """The browser in a VM, for clients of the Chrome DevTools Protocol. If the daemon requires a key, these addresses
+    require it too."""
 
     name: str
-    """Product and version, as the browser reports them."""
+    """Product and version, as reported by the browser."""
     endpoint: str
-    """For Playwright, @playwright/mcp and others that request `/json/version`."""
+    """The endpoint for Playwright, @playwright/mcp and others that request `/json/version`."""
     websocket: str
-    """For Puppeteer's `browserWSEndpoint` and others that connect directly."""
+    """The endpoint for Puppeteer's `browserWSEndpoint` and others that connect directly."""
     pages: list[BrowserPage]
 
 

@@ -1,4 +1,4 @@
-"""How the client's methods encode their arguments."""
+"""Encodings of the arguments of the client's methods."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from ._errors import UnexpectedAnswer
 
 
 def body_of(request: msgspec.Struct | Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns the members of a body that are not the default: a daemon of another version may lack the others."""
+    """Returns the members of a body that differ from their defaults: a daemon of another version may not know the
+    others."""
     if isinstance(request, Mapping):
         return request
     return {
@@ -31,17 +32,18 @@ def duration(seconds: float | None) -> str | None:
 
 
 def flag(value: bool) -> str | None:
-    """Returns `true`, or nothing for what is the default."""
+    """Returns `true`; None for the default."""
     return "true" if value else None
 
 
 def pairs(values: Mapping[str, str] | None) -> Sequence[str]:
-    """Returns `key=value` for each."""
+    """Returns each pair as `key=value`."""
     return [f"{key}={value}" for key, value in (values or {}).items()]
 
 
 def part(value: str, name: str) -> str:
-    """Returns a value as one part of a path. :raises Problem: 400: empty, `.` or `..`, which would change the path."""
+    """Returns a value as one part of a path. :raises Problem: 400, it is empty, `.` or `..`, which would change the
+    path."""
     if value in ("", ".", ".."):
         raise invalid(name, f"{name} is {value!r}, which names nothing")
     return quote(value.encode("utf-8", "surrogateescape"), safe="")
@@ -53,12 +55,12 @@ def registry_headers(auth: str | None) -> Mapping[str, str]:
 
 
 def words(values: Collection[str]) -> str | None:
-    """Returns words with commas between them, or nothing for none. A single word may be passed as text."""
+    """Returns words separated by commas; None if there are none. A single word may be passed as text."""
     return (values if isinstance(values, str) else ",".join(str(value) for value in values)) or None
 
 
 async def read_whole(chunks: AsyncIterator[bytes], limit: int, what: str) -> bytes:
-    """Returns what is left of a body. :raises UnexpectedAnswer: it is longer than `limit` bytes"""
+    """Returns the rest of a body. :raises UnexpectedAnswer: it is longer than `limit` bytes."""
     body = bytearray()
     async for chunk in chunks:
         body += chunk

@@ -1,4 +1,4 @@
-"""The client itself: one object, its methods grouped as the API's paths are."""
+"""The client: one object, with methods grouped like the API's paths."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ class Client(Requests):
     """A connection to one daemon, for one Trio run: `async with Client("http://127.0.0.1:7777") as client`.
 
     `base_url` may also be `https://…`, `HOST:PORT` or `unix:/PATH`. Every method has a deadline. All raise
-    `ClientProblem` when the daemon answers with an error, and another `ClientError` when there is no usable answer.
+    `ClientProblem` if the daemon answers with an error, and another `ClientError` if there is no usable answer.
 
-    :param tls: which certificates to trust and to show, for `https://…`
-    :param project: which project names are of, for administrators; None: the caller's, or `default`
-    :param host: of a fleet, the host that answers; None: any, with what all hosts have
+    :param tls: the certificates to trust and to present, for `https://…`
+    :param project: the project of names, for administrators; None for the caller's project, or `default`
+    :param host: the host of a fleet that is to answer; None for any host, with the data of all hosts
     :raises ValueError: `base_url` is no address, `project` or `host` no name, or a file of `tls` can't be used.
     """
 
@@ -102,9 +102,9 @@ class Client(Requests):
         patience_s: float = _PATIENCE_S,
         on_retry: OnRetry | None = None,
     ) -> AsyncIterator[Feed[Event | StreamGap]]:
-        """Follows the events of all VMs, or of those that match: each at least once and in order, or a `StreamGap`.
+        """Follows the events of all VMs, or the matching ones: each at least once and in order, or a `StreamGap`.
 
-        :param after: an event's id; `"0"`: from the oldest that is kept; None: from now
+        :param after: an event's id; `"0"` for the oldest event; None for only new events
         :param patience_s: how long to try to reconnect
         :param on_retry: called before each attempt to reconnect
         """
@@ -140,12 +140,12 @@ class Client(Requests):
         patience_s: float = _PATIENCE_S,
         on_retry: OnRetry | None = None,
     ) -> AsyncIterator[Feed[AuditRecord | AuditGap]]:
-        """Reads the audit log, oldest first: the records that match, or an `AuditGap` for those that are not kept.
+        """Reads the audit log, oldest first: the matching records, or an `AuditGap` for expired ones.
 
         :param after: begin after the record with this `seq`
         :param tail: begin with this number of the newest records, at most 1000
-        :param since: begin at this time (RFC 3339); `until`: end before that one
-        :param project: records of this project; None: of all
+        :param since: begin at this time (RFC 3339); `until` ends before that time
+        :param project: records of this project; None for all projects
         :param follow: continue with new records; otherwise the feed ends with the newest one
         """
         query: dict[str, str | int | None] = {
@@ -175,7 +175,8 @@ class _Vms(VmsRequests):
     async def wait(
         self, name: str, states: Collection[Status | str] = (Status.RUNNING,), *, timeout_s: float = 60.0
     ) -> Waited:
-        """Waits until the VM is in one of `states` (`"deleted"` is one too), ends in another, or the time is up."""
+        """Waits until the VM is in one of `states` (which may include `"deleted"`), ends in another state, or the time
+        is up."""
         return await self._wait("GET", name, vm_path(name), states, timeout_s)
 
     async def create_and_wait(
@@ -219,7 +220,7 @@ class _Vms(VmsRequests):
         query: Query | None = None,
         key: str | None = None,
     ) -> Waited:
-        """Waits, with several requests if need be, as the daemon waits for at most 10 minutes."""
+        """Waits, with several requests if necessary, as the daemon waits for at most 10 minutes."""
         wanted = ",".join(str(state) for state in states)
         give_up_at = trio.current_time() + timeout_s
         while True:
@@ -256,7 +257,7 @@ class _Vms(VmsRequests):
     ) -> AsyncIterator[Process]:
         """Runs a command in the guest, with an empty standard input; leaving the block kills it.
 
-        :param timeout_s: the guest kills the command after it; None: no limit
+        :param timeout_s: the time after which the guest kills the command; None for no limit
         """
         body = request_body(list(command), dict(env or {}), cwd, user, timeout_s)
         silence_s = None if timeout_s is None else timeout_s + ANSWER_S
@@ -297,11 +298,11 @@ class _Vms(VmsRequests):
         cols: int = 80,
         env: Mapping[str, str] | None = None,
     ) -> AbstractAsyncContextManager[ExecSession]:
-        """Starts the program of a VM that was created with `attach`, and attaches to it; it goes on when the block is
-        left, and `attach` connects to it again by its `id`.
+        """Starts the program of a VM that was created with `attach`, and attaches to it. The program keeps running
+        after the block, and `attach` connects to it again by its `id`.
 
         :param tty: whether it gets a terminal of `rows` and `cols`
-        :param env: variables over the program's own, such as `TERM`
+        :param env: variables that override the program's own, such as `TERM`
         :raises ClientProblem: 409, the VM does not run
         """
         start: WorkloadStart = {"env": dict(env or {}), "tty": tty, "rows": rows, "cols": cols}
@@ -312,7 +313,8 @@ class _Vms(VmsRequests):
     ) -> AbstractAsyncContextManager[ExecSession]:
         """Attaches to a detached command; a client that was attached before is disconnected.
 
-        :param position: bytes of output to skip, as in `ExecSession.position`; None: begin with the oldest that is kept
+        :param position: bytes of output to skip, as in `ExecSession.position`; None to begin with the oldest stored
+            output
         """
         return attach_session(self._http, f"{vm_path(name)}/agent/v1/exec", name, identifier, position)
 
@@ -337,8 +339,8 @@ class _Vms(VmsRequests):
         """Writes a file of the guest, atomically; returns whether it is new.
 
         :param size: the sum of the pieces in bytes, if it is known
-        :param mode: default: that of the existing file, else 0644
-        :param user: the owner, optionally with `:GROUP`; default: that of the existing file, else root
+        :param mode: default: the mode of the existing file, otherwise 0644
+        :param user: the owner, optionally with `:GROUP`; default: the owner of the existing file, otherwise root
         """
         query = {"mode": None if mode is None else f"{mode:o}", "user": user}
         media = "application/octet-stream"
@@ -378,7 +380,7 @@ class _Vms(VmsRequests):
         """Reads a VM's log. The feed ends when the VM is deleted, or without `follow` at the newest line.
 
         :param tail: begin with this number of lines; default 100 without `since`
-        :param since: begin after the line with that number, or at that time (RFC 3339)
+        :param since: begin after the line with this number, or at this time (RFC 3339)
         """
         query: dict[str, str | int | None] = {
             "tail": tail if since is None else None,
@@ -405,8 +407,8 @@ class _Vms(VmsRequests):
     ) -> AsyncIterator[Console]:
         """Opens a VM's serial console; it reconnects after restarts of the daemon and ends with the boot.
 
-        :param write: whether you want to type; a problem (409) while another client does
-        :param take: to type, and take the keyboard from the client that has it
+        :param write: whether to allow input; a problem (409) while another client may type
+        :param take: whether to allow input, and disconnect the client that may type
         :param tail: begin with this number of earlier lines; default 25
         """
         query = {"write": "true" if write else None, "take": "true" if take else None, "tail": tail}
@@ -424,9 +426,9 @@ class _Vms(VmsRequests):
 
     @asynccontextmanager
     async def tcp(self, name: str, port: int) -> AsyncIterator[TcpStream]:
-        """Opens a TCP connection to a port of the guest's loopback; leaving the block drops it.
+        """Opens a TCP connection to a port of the guest's loopback. Leaving the block drops the connection.
 
-        A connection is closed cleanly once both ends have ended their direction.
+        The connection is closed cleanly once both ends have ended their direction.
         """
         path = f"/ws/v1/vms/{checked(name)}/tcp/{port}"
         async with open_websocket(self._http, path, {}, pings=False) as socket:
@@ -444,14 +446,14 @@ class _Vms(VmsRequests):
         query: Mapping[str, str] | None = None,
         plugin: str | None = None,
     ) -> AsyncIterator[ActionAnswer]:
-        """Calls an action of the workload; the block is entered when the answer begins.
+        """Calls an action of the workload. The block is entered when the answer begins.
 
-        An answer of the workload is returned whatever its status. A `ClientProblem` is the daemon's: there is no such
-        VM or action, the VM does not run, the workload can't be reached or exceeds the action's deadline.
+        An answer of the workload is returned whatever its status. A `ClientProblem` comes from the daemon: there is no
+        such VM or action, the VM does not run, the workload can't be reached or exceeds the action's deadline.
 
         :param body: sent as JSON; or
-        :param content: sent as it is, with its `content_type`
-        :param plugin: the VM's plugin; None: it is looked up first
+        :param content: sent unchanged, with its `content_type`
+        :param plugin: the VM's plugin; None to look it up first
         """
         if plugin is None:
             plugin = (await self.get(name)).plugin
@@ -474,9 +476,9 @@ class _Plugins(PluginsOperations):
         self._http = http
 
     async def upload(self, sha256: str, content: AsyncIterable[bytes], size: int) -> ArtifactView:
-        """Sends a file that a manifest names, of `size` bytes, into the daemon's cache.
+        """Uploads a file for a manifest, of `size` bytes, to the daemon's cache.
 
-        :raises ClientProblem: also `artifact-mismatch`: it has another SHA-256
+        :raises ClientProblem: `artifact-mismatch` if it has another SHA-256, and others
         """
         return await send_artifact(self._http, sha256, content, size)
 
@@ -489,7 +491,7 @@ class _Images(ImagesOperations):
         self._http = http
 
     async def load(self, content: AsyncIterable[bytes], size: int, reference: str) -> ImageView:
-        """Sends an OCI image as an archive of `size` bytes, which is named `reference` from now on."""
+        """Uploads an OCI image as an archive of `size` bytes, with the reference `reference`."""
         return await send_image(self._http, content, size, reference)
 
 
@@ -501,6 +503,6 @@ class _System(SystemRequests):
         self._http = http
 
     def backup(self) -> AbstractAsyncContextManager[Backup]:
-        """Takes a backup of the daemon's database, as one file in pieces: VMs, plugins, events; no disks and no
+        """Makes a backup of the daemon's database, as one file in pieces: VMs, plugins, events; no disks and no
         logs."""
         return open_backup(self._http)

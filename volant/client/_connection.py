@@ -24,7 +24,8 @@ KEEPALIVE = [
 async def connect(http: Http, timeout_s: float) -> trio.abc.Stream:
     """Opens a connection.
 
-    :raises Unreachable: there is no connection within `timeout_s`, or it leads to somebody else (`check_server`).
+    :raises Unreachable: there is no connection within `timeout_s`, or it leads to a program of another user
+        (`check_server`).
     """
     address = http.address
     try:

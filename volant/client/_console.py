@@ -38,7 +38,7 @@ class ConsoleState:
 
 
 class Console:
-    """The guest's output, and a way to type: `async for piece in console`, `await console.send(data)`."""
+    """The guest's output, and a method to send input: `async for piece in console`, `await console.send(data)`."""
 
     def __init__(self, feed: Feed[bytes | ConsoleGap | Reconnected], state: ConsoleState) -> None:
         self._feed = feed
@@ -46,15 +46,15 @@ class Console:
 
     @property
     def end(self) -> str:
-        """Why the console has ended, as the daemon reports it; empty while it has not."""
+        """Why the console has ended, as reported by the daemon; empty before the end."""
         return self._state.end
 
     async def receive(self) -> bytes | ConsoleGap | Reconnected:
         """Returns the next piece of the guest's output, or a gap. May be cancelled without losing one.
 
         :raises trio.EndOfChannel: the VM is down or deleted, see `end`.
-        :raises ClientProblem: the daemon ended the session: another client has the keyboard (409), the guest does not
-            read what is typed (502), the VM is not running any more (409).
+        :raises ClientProblem: the daemon ended the session: another client took over the input (409), the guest does
+            not read its input (502), the VM is not running any more (409).
         :raises ClientError: the daemon could not be reached again in time.
         """
         return await self._feed.receive()
@@ -68,7 +68,7 @@ class Console:
     async def send(self, data: bytes) -> None:
         """Types `data`.
 
-        :raises ConnectionLost: there is no connection at present, or it broke and perhaps only a part has arrived.
+        :raises ConnectionLost: there is no connection at present, or it broke and possibly only a part has arrived.
         """
         socket = self._state.socket
         if socket is None:
@@ -125,7 +125,8 @@ async def pump_console(
 
 
 def _again(problem: Problem) -> bool:
-    """Whether to retry. The keyboard may still be held by our own lost connection, which the daemon has not noticed."""
+    """Returns whether to retry. The client's own lost connection may still hold the input, if the daemon has not
+    noticed the loss."""
     return is_passing(problem) or problem.code == "keyboard-taken"
 
 

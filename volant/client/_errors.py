@@ -1,4 +1,4 @@
-"""The errors of the client, and its types that `volant.model` does not have."""
+"""The errors of the client, and its types that are not in `volant.model`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Command = Literal["start", "stop", "restart", "pause", "resume", "recover"]
 
 
 class Waited(msgspec.Struct, frozen=True):
-    """How a wait ended."""
+    """The outcome of a wait."""
 
     outcome: Literal["met", "failed", "timeout"]
     """`failed`: the VM ended in another state, or was deleted."""
@@ -45,7 +45,7 @@ class ClientProblem(Problem):
 
 
 class ClientError(Exception):
-    """There is no usable answer. `code` is a short stable word, `hint` is what to do, or None."""
+    """An error without a usable answer. `code` is a stable error code, `hint` says what to do, or is None."""
 
     code = "client-error"
 
@@ -62,13 +62,13 @@ class Unreachable(ClientError):
 
 
 class ConnectionLost(ClientError):
-    """The connection broke before the answer was complete; the request may have been carried out."""
+    """The connection broke before the answer was complete; the request may have been executed."""
 
     code = "connection-lost"
 
 
 class DeadlineExceeded(ClientError):
-    """The daemon did not answer before the deadline; the request may have been carried out."""
+    """The daemon did not answer before the deadline; the request may have been executed."""
 
     code = "deadline-exceeded"
 

@@ -29,7 +29,7 @@ async def pump_events(
     channel: trio.MemorySendChannel[Event | StreamGap],
     started: Callable[[], None],
 ) -> None:
-    """Sends the events after `last_event_id` to `channel`, for ever."""
+    """Sends the events after `last_event_id` to `channel`, forever."""
 
     async def connect(opened: Callable[[], None]) -> ConnectionLost:
         nonlocal last_event_id

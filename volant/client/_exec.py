@@ -1,4 +1,4 @@
-"""A command in a guest: its output as it arrives, then how it ended."""
+"""A command in a guest: its output as it arrives, then its end."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class ExecOutput(msgspec.Struct, frozen=True):
 
 
 class ExecEnd(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How the command ended: exactly one of the first three is set."""
+    """The end of a command: exactly one of the first three members is set."""
 
     exit_code: int | None = None
     signal: int | None = None
     error: str | None = None
-    """Why it did not run, or did not end by itself."""
+    """Why it did not run, or was killed."""
     code: str | None = None
     """With `error`: `timeout`, `not_found`, `not_executable`, … (`agent_types.ExecEnd`)."""
 
@@ -78,7 +78,7 @@ class Process:
         self._searched = 0
         self._vm = vm
         self.end: ExecEnd | None = None
-        """How it ended; None while it runs."""
+        """The end of the command; None while it runs."""
 
     def __aiter__(self) -> Process:
         return self
@@ -115,7 +115,7 @@ class Process:
         return line
 
     async def wait(self) -> ExecEnd:
-        """Drops the remaining output, and returns how the command ended."""
+        """Drops the remaining output, and returns the end of the command."""
         async for _ in self:
             pass
         assert self.end is not None
@@ -125,7 +125,7 @@ class Process:
 def request_body(
     command: list[str], env: dict[str, str], cwd: str | None, user: str | None, timeout_s: float | None
 ) -> agent_types.ExecRequest:
-    """Returns the body of the request, without what is not given: the agent has defaults."""
+    """Returns the body of the request, without missing arguments: the agent has defaults."""
     body: agent_types.ExecRequest = {"command": command}
     if env:
         body["env"] = env

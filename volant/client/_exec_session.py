@@ -27,7 +27,7 @@ _TAKEN_OVER = 4000
 
 
 class ExecGap(msgspec.Struct, frozen=True):
-    """Output that is not kept any more, as positions, both included."""
+    """Expired output, as positions, both included."""
 
     gap: LogRange
 
@@ -51,11 +51,11 @@ class ExecSession:
         self.id: str | None = None
         """The id of a detached command, for `attach`."""
         self.tty = tty
-        """Whether it has a terminal: then all of its output is `stdout`."""
+        """Whether it has a terminal. All of its output is then `stdout`."""
         self.position = 0
-        """How many bytes of output have been read, including those before this connection: for `attach`."""
+        """The number of bytes of output read so far, including earlier connections; for `attach`."""
         self.end: ExecEnd | None = None
-        """How it ended; None while it runs."""
+        """The end of the command; None while it runs."""
 
     def __aiter__(self) -> ExecSession:
         return self
@@ -103,11 +103,11 @@ class ExecSession:
         await self._socket.send(json.dumps({"signal": number}))
 
     async def settle(self) -> None:
-        """Returns when the guest has all that was sent, so that you can leave a detached command.
+        """Waits until the guest has received everything that was sent, so that you can leave a detached command.
 
-        Output that arrives meanwhile is dropped; `attach` with `position` returns it again.
+        Output that arrives in the meantime is dropped; `attach` with `position` returns it again.
 
-        :raises ConnectionLost: there is no answer in time, for instance because the command does not read.
+        :raises ConnectionLost: there is no answer in time, for example because the command does not read.
         """
         async with trio.open_nursery() as nursery:
 
@@ -128,7 +128,7 @@ class ExecSession:
             )
 
     async def begin(self) -> None:
-        """Waits for the first message of a command that goes on without its client."""
+        """Waits for the first message of a command that continues without its client."""
         with trio.move_on_after(_HELLO_S) as scope:
             message = await self._receive()
             if isinstance(message, bytes):
@@ -162,7 +162,7 @@ class ExecSession:
 
 @asynccontextmanager
 async def open_session(http: Http, path: str, vm: str, start: ExecStart, *, detach: bool) -> AsyncIterator[ExecSession]:
-    """Starts a command, for the length of a block."""
+    """Starts a command, for the block."""
     query: Query = {"detach": "true" if detach else None}
     async with open_websocket(http, path, query, pings=False) as socket:
         session = ExecSession(socket, vm, tty=bool(start.get("tty")))
@@ -174,7 +174,7 @@ async def open_session(http: Http, path: str, vm: str, start: ExecStart, *, deta
 
 @asynccontextmanager
 async def open_workload(http: Http, path: str, vm: str, start: WorkloadStart) -> AsyncIterator[ExecSession]:
-    """Starts a workload that waits for its first client, for the length of a block."""
+    """Starts a workload that waits for its first client, for the block."""
     async with open_websocket(http, path, {"workload": "true"}, pings=False) as socket:
         session = ExecSession(socket, vm, tty=bool(start.get("tty")))
         await socket.send(json.dumps(start))
@@ -186,7 +186,7 @@ async def open_workload(http: Http, path: str, vm: str, start: WorkloadStart) ->
 async def attach_session(
     http: Http, path: str, vm: str, identifier: str, position: int | None
 ) -> AsyncIterator[ExecSession]:
-    """Attaches to a detached command, for the length of a block."""
+    """Attaches to a detached command, for the block."""
     query: Query = {"attach": identifier, "from": position}
     async with open_websocket(http, path, query, pings=False) as socket:
         session = ExecSession(socket, vm, tty=False)

@@ -1,9 +1,9 @@
 """Streams that continue across reconnects.
 
 A background task holds the connection, reconnects, and puts items into a short channel. So `receive` can be cancelled,
-for instance by a deadline around it, without losing an item or the connection; and a slow reader slows down the daemon
-instead of filling our memory. The task runs in a nursery of the `async with` block, never in an async generator, which
-a caller may leave half-way.
+for example by a deadline around it, without losing an item or the connection; and a slow reader slows down the daemon
+instead of filling the client's memory. The task runs in a nursery of the `async with` block, never in an async
+generator, which a caller may leave in the middle.
 """
 
 from __future__ import annotations
@@ -106,13 +106,13 @@ async def feeding(pump: Pump[T]) -> AsyncIterator[Feed[T]]:
 class Patience:
     """Delays between attempts: they double from 0.2 s up to 5 s, with jitter, for `patience_s` in all.
 
-    Both are reset after a connection that worked, which means that something arrived or that it lasted some seconds. A
-    connection that is accepted and closed at once counts as a refused one.
+    Delay and total are reset after a connection that worked: something arrived, or it lasted some seconds. A connection
+    that is accepted and closed at once counts as refused.
     """
 
     def __init__(self, patience_s: float, on_retry: OnRetry | None) -> None:
         self.at_least_s = 0.0
-        """The least delay, as the daemon requests it with `retry:`."""
+        """The minimum delay, which the daemon can set with `retry:`."""
         self._patience_s = patience_s
         self._on_retry = on_retry
         self._random = SystemRandom()
@@ -125,12 +125,12 @@ class Patience:
         self._give_up_at = trio.current_time() + self._patience_s
 
     def connected(self) -> None:
-        """Notes that a connection is open."""
+        """Records that a connection is open."""
         self._connected_at = trio.current_time()
         self._worked = False
 
     def received(self) -> None:
-        """Notes that something arrived over the connection."""
+        """Records that something arrived over the connection."""
         self._worked = True
 
     async def wait(self, error: ClientError | Problem) -> None:
@@ -149,13 +149,14 @@ class Patience:
 
 
 def is_passing(problem: Problem) -> bool:
-    """Whether this answer is likely temporary: the daemon, or a proxy's daemon, stops or has just started."""
+    """Returns whether this answer is likely temporary: the daemon, or the one behind a proxy, stops or has just
+    started."""
     return problem.status in (502, 503, 504)
 
 
 Connect = Callable[[Callable[[], None]], Awaitable[ClientError | None]]
-"""Holds one connection until it ends, and calls its argument once it is open. Returns how it was lost, or None at the
-end of the stream."""
+"""Holds one connection until it ends, and calls its argument once it is open. Returns the error of a lost connection,
+or None at the end of the stream."""
 
 
 async def keep_connected(
@@ -165,7 +166,7 @@ async def keep_connected(
     *,
     again: Callable[[Problem], bool] = is_passing,
 ) -> None:
-    """Connects again and again until the stream ends; `connect` keeps the position in the stream.
+    """Reconnects until the stream ends; `connect` keeps the position in the stream.
 
     :param started: called when the first connection is open; a failure before that is raised at once
     :param again: whether to retry after an error of the daemon, once there was a connection

@@ -16,7 +16,7 @@ from ._transport import Query, Request
 
 TAR = "application/x-tar"
 SILENCE_S = 630.0
-"""The longest wait for a piece. The agent allows ten minutes, in both directions."""
+"""Maximum wait for a piece. The agent allows ten minutes, in both directions."""
 MAX_READ = 64 * 1024 * 1024
 _MODE = "volant-file-mode"
 
@@ -27,9 +27,10 @@ class FileInfo(msgspec.Struct, frozen=True):
     is_directory: bool
     mode: int
     size: int | None
-    """In bytes; None: a directory, or a file whose size is not known before it is read, such as those of `/proc`."""
+    """The size in bytes; None for a directory, or a file whose size is unknown before it is read, such as in
+    `/proc`."""
     etag: str | None
-    """Changes when the file changes."""
+    """A value that changes when the file changes."""
 
 
 class FileReader:
@@ -74,7 +75,7 @@ async def stat_file(http: Http, url: str) -> FileInfo:
 
 @asynccontextmanager
 async def open_file(http: Http, url: str, path: str, *, directory: bool, start: int = 0) -> AsyncIterator[FileReader]:
-    """Opens a file, or a directory as tar, to be read in the block."""
+    """Opens a file, or a directory as tar, which the block reads."""
     headers = {"Range": f"bytes={start}-"} if start else {}
     async with http.stream(Request("GET", url, headers=headers), read_s=SILENCE_S) as response:
         info = _info(response.headers)

@@ -1,4 +1,4 @@
-"""HTTP requests on Trio, by httpx: whole answers and those that are read piece by piece."""
+"""HTTP requests on Trio with httpx: whole answers, and answers that are read in pieces."""
 
 from __future__ import annotations
 
@@ -74,12 +74,12 @@ class Http(Transport):
     async def stream(
         self, request: Request, *, read_s: float | None, content: bytes | httpx.AsyncByteStream | None = None
     ) -> AsyncIterator[httpx.Response]:
-        """Sends a request whose answer is read piece by piece.
+        """Sends a request whose answer is read in pieces.
 
-        Errors of the connection are raised as those of this package, also from within the block.
+        Errors of the connection are raised as errors of this package, also from within the block.
 
-        :param read_s: the longest wait for a piece of the answer; None: no limit
-        :param content: a body that is sent as it is; in chunks, unless it is bytes or the headers have its length
+        :param read_s: maximum wait for a piece of the answer; None for no limit
+        :param content: a body that is sent unchanged; in chunks, unless it is bytes or the headers have its length
         """
         sent = dict(request.headers)
         if isinstance(content, httpx.AsyncByteStream) and "Content-Length" not in sent:
@@ -119,7 +119,8 @@ class Http(Transport):
                     await content.aclose()
 
     async def _trace(self, event: str, info: Mapping[str, Any]) -> None:
-        """Is called by httpx as it serves a request: before it sends the head over a new connection, too."""
+        """Checks a new connection: httpx calls it while it serves a request, also before it sends the head over a new
+        connection."""
         if event == "connection.connect_tcp.complete":
             stream = info["return_value"]
             try:
@@ -130,7 +131,7 @@ class Http(Transport):
                 raise
 
     async def problem_of(self, response: httpx.Response) -> ClientProblem:
-        """Returns the exception for an error response, of which it reads the body."""
+        """Returns the exception for an error response, whose body it reads."""
         return problem(response.status_code, response.headers, await self._error_body(response))
 
     async def _error_body(self, response: httpx.Response) -> bytes:
@@ -155,8 +156,8 @@ class Http(Transport):
 class RequestBody(httpx.AsyncByteStream):
     """The body of a request, in one piece.
 
-    httpx's own is an async generator. A request that is cancelled while it is sent would leave it half-way, to be
-    closed by the garbage collector.
+    httpx's own class is an async generator. A request that is cancelled while it is sent would leave the generator
+    unfinished, to be closed by the garbage collector.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -175,8 +176,8 @@ class RequestBody(httpx.AsyncByteStream):
 async def chunks_of(response: httpx.Response) -> AsyncIterator[AsyncIterator[bytes]]:
     """Returns the body of an answer in pieces, for a block that may be left at any of them.
 
-    httpx reads through a chain of async generators. If they were dropped half-way, the garbage collector would close
-    them, whenever it runs. Closing the last of them does not close the others; a cancelled read ends them all.
+    httpx reads through a chain of async generators. If they were dropped unfinished, the garbage collector would close
+    them at some time. Closing the last of them does not close the others, but a cancelled read ends all of them.
     """
     chunks = response.aiter_bytes()
     try:

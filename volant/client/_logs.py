@@ -1,4 +1,4 @@
-"""A VM's log over WebSocket, over as many connections as it takes."""
+"""A VM's log over WebSocket, continued over several connections."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""TLS connections to a daemon whose certificate is known by its fingerprint instead of its signature, or not yet."""
+"""TLS connections to a daemon whose certificate is trusted by its fingerprint instead of its signature, or is not
+trusted yet."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ def shown_fingerprint(address: Address, tls: Tls) -> str:
 
 
 class _Pinned(ssl.SSLContext):
-    """A context whose sessions end in the handshake unless the daemon shows the one certificate."""
+    """A context whose sessions end in the handshake unless the daemon presents the pinned certificate."""
 
     fingerprint: str
 

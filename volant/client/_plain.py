@@ -1,6 +1,6 @@
-"""Requests over blocking sockets, for programs that need neither Trio nor httpx, which take long to import.
+"""Requests over blocking sockets, for programs without Trio and httpx, which are slow to import.
 
-Methods are coroutines, as those of every transport, but never wait for an event loop: `run_plain` runs one to its end.
+Methods are coroutines, as in every transport, but never wait for an event loop: `run_plain` runs one to its end.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _MAX_HEAD = 100 * 1024
-"""Bytes of the head of an answer; httpx has the same limit."""
+"""Maximum size of the head of an answer, the same as in httpx."""
 _PIECE = 64 * 1024
 _FULL_S = 0.05
 """How long to wait before another attempt at a Unix socket whose queue is full."""
@@ -35,7 +35,7 @@ _FULL_S = 0.05
 class PlainClient(Requests):
     """A client without streams: `run_plain(PlainClient().vms.list())`.
 
-    :param within_s: deadline for all requests together, in seconds from now; None: each request has its own
+    :param within_s: deadline for all requests together, in seconds from now; None for a separate deadline per request
     :raises ValueError: `base_url` is no address, `api_key` is malformed, or a file of `tls` can't be used.
     """
 
@@ -68,7 +68,7 @@ def run_plain(coroutine: Coroutine[Any, Any, T]) -> T:
 
 
 class Plain(Transport):
-    """Sends each request over a connection of its own."""
+    """Sends each request over a separate connection."""
 
     def __init__(
         self,
@@ -157,7 +157,7 @@ class _Exchange:
         return event
 
     def read_body(self, connection: socket.socket, maximum: int) -> bytes | None:
-        """Returns the body, None if it is longer than `maximum` bytes. Raises what `read_head` does."""
+        """Returns the body; None if it is longer than `maximum` bytes. Raises the same errors as `read_head`."""
         body = bytearray()
         while isinstance(event := self._next(connection), h11.Data):
             body += event.data
@@ -215,7 +215,7 @@ def _connect_unix(path: str, give_up_at: float) -> socket.socket:
 
 
 def _connect_tcp(host: str, port: int, give_up_at: float) -> socket.socket:
-    """Tries the addresses of `host` in turn; each has an equal part of the time that is left."""
+    """Tries the addresses of `host` in order; each gets an equal part of the remaining time."""
     failure: OSError | None = None
     addresses = _resolve(host, port, give_up_at)
     for index, (family, kind, protocol, _, address) in enumerate(addresses):
@@ -236,7 +236,7 @@ def _connect_tcp(host: str, port: int, give_up_at: float) -> socket.socket:
 
 
 def _resolve(host: str, port: int, give_up_at: float) -> list[Any]:
-    """Looks up the addresses of `host` in a thread of its own, as a resolver has no deadline."""
+    """Looks up the addresses of `host` in a separate thread, as a resolver has no deadline."""
     found: list[Any] = []
     failure: list[Exception] = []
 
@@ -267,7 +267,7 @@ def _secured(connection: socket.socket, host: str, give_up_at: float, context: s
 
 
 def _left(give_up_at: float) -> float:
-    """Returns the seconds that are left. :raises TimeoutError: none are."""
+    """Returns the remaining seconds. :raises TimeoutError: the time is up."""
     left_s = give_up_at - time.monotonic()
     if left_s <= 0:
         raise TimeoutError

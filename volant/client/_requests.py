@@ -1,4 +1,4 @@
-"""The client's methods that are one request and one answer, on any transport."""
+"""The client's methods that consist of one request and one answer, on any transport."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from ._transport import Operations, Request, Transport, decode
 
 
 class Requests(Operations):
-    """The methods of a client that need no more than a transport, grouped as the API's paths are."""
+    """The methods of a client that only need a transport, grouped like the API's paths."""
 
     def __init__(self, transport: Transport) -> None:
         super().__init__(transport)
@@ -77,7 +77,7 @@ class VmsRequests(VmsOperations):
         return decode(await self._transport.once(path, key=idempotency_key, query=query), VmView)
 
     async def exec_sessions(self, name: str) -> Sequence[RemoteSession]:
-        """Returns the detached commands of a VM, also those that ended a short time ago; the oldest first."""
+        """Returns the detached commands of a VM, including recently ended ones, oldest first."""
         return (await self._transport.get(f"{vm_path(name)}/agent/v1/exec/sessions", RemoteSessions)).sessions
 
     async def end_exec_session(self, name: str, identifier: str) -> None:
@@ -86,11 +86,11 @@ class VmsRequests(VmsOperations):
         await self._transport.send(Request("DELETE", path))
 
     async def openapi(self, name: str) -> dict[str, Any]:
-        """Returns the workload's own OpenAPI document, with servers that are reached through the daemon."""
+        """Returns the workload's own OpenAPI document, with server URLs that lead through the daemon."""
         return await self._transport.get(f"{vm_path(name)}/openapi", dict[str, Any])
 
     async def browser(self, name: str) -> Browser:
-        """Returns the addresses of the browser in a VM. Waits up to a minute for one that was just started."""
+        """Returns the addresses of the browser in a VM. Waits up to a minute for a browser that was just started."""
         return await find_browser(self._transport, f"/ws/v1/vms/{checked(name)}/devtools")
 
     async def agent_info(self, name: str) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class SystemRequests(SystemOperations):
     """The operations of the daemon, its tasks and its metrics."""
 
     async def tasks(self) -> str:
-        """Returns what every task and thread of the daemon is doing, for people."""
+        """Returns the position of every task and thread of the daemon, for people."""
         return (await self._transport.send(Request("GET", "/api/v1/system/tasks"))).text
 
     async def metrics(self) -> str:
@@ -115,10 +115,11 @@ class SystemRequests(SystemOperations):
 
 
 def checked(name: str) -> str:
-    """Returns the name of a VM, which is checked as it becomes part of a path. :raises Problem: 400 it is no name."""
+    """Returns the name of a VM after a check, as it becomes part of a path. :raises Problem: 400, the name is
+    invalid."""
     return check_name(name, "name")
 
 
 def vm_path(name: str) -> str:
-    """Returns the path of a VM. :raises Problem: 400 it is no name."""
+    """Returns the path of a VM. :raises Problem: 400, the name is invalid."""
     return f"/api/v1/vms/{checked(name)}"

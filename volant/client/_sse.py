@@ -18,9 +18,9 @@ class Message:
 
 
 class SseParser:
-    """Turns chunks of a stream into messages; an incomplete one at the end of the stream is dropped.
+    """Parses chunks of a stream into messages. An incomplete message at the end of the stream is dropped.
 
-    :ivar retry_s: how long the server wants clients to wait before they reconnect, or None
+    :ivar retry_s: the delay before a reconnect that the server has requested, or None
     """
 
     def __init__(self, last_event_id: str = "") -> None:

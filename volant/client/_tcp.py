@@ -13,8 +13,8 @@ _MAX_MESSAGE = 64 * 1024
 class TcpStream(trio.abc.HalfCloseableStream):
     """A Trio stream to a port of the guest's loopback.
 
-    `send_eof` ends only our direction. `aclose` drops the connection. If the connection breaks anywhere between us and
-    the guest's server, methods raise trio.BrokenResourceError with the cause in its text.
+    `send_eof` only ends the client's direction. `aclose` drops the connection. If the connection breaks anywhere
+    between the client and the guest's server, methods raise trio.BrokenResourceError with the cause in its text.
     """
 
     def __init__(self, socket: Socket) -> None:

@@ -1,4 +1,4 @@
-"""How a client knows the daemon over TLS, and shows itself."""
+"""TLS settings of a client: which daemon it trusts, and its own certificate."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ _FINGERPRINT = re.compile(r"[0-9a-f]{64}\Z")
 
 
 class Tls(msgspec.Struct, frozen=True):
-    """What a client trusts, and its own certificate. Paths are of PEM files."""
+    """The certificates that a client trusts, and its own. Paths are of PEM files."""
 
     ca_file: str | None = None
-    """Certificates of the authorities to trust. None: the system's."""
+    """Certificates of trusted authorities; None for the system's."""
     fingerprint: str | None = None
-    """SHA-256 of the daemon's certificate: it is trusted, whoever signed it, and no other is."""
+    """The SHA-256 of the daemon's certificate. Only this certificate is trusted, whoever signed it."""
     cert_file: str | None = None
-    """A certificate to show to the daemon."""
+    """A certificate to present to the daemon."""
     key_file: str | None = None
-    """Its key, if it is in another file."""
+    """Its key, if it is in a separate file."""
 
     def context(self) -> ssl.SSLContext:
-        """Returns a context for connections. :raises ValueError: a file can't be used; the text says which one."""
+        """Returns a context for connections. :raises ValueError: a file can't be used; the message names it."""
         import ssl
 
         from ._pinning import pinned
@@ -54,7 +54,7 @@ class Tls(msgspec.Struct, frozen=True):
 
 
 def normal_fingerprint(text: str) -> str:
-    """Returns a SHA-256 fingerprint as 64 digits, without colons. :raises ValueError: it is none."""
+    """Returns a SHA-256 fingerprint as 64 digits, without colons. :raises ValueError: it is malformed."""
     digits = text.strip().replace(":", "").lower()
     if not _FINGERPRINT.match(digits):
         raise ValueError(f"{text[:100]!r} is no SHA-256 fingerprint: it has 64 hexadecimal digits")

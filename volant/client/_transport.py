@@ -1,4 +1,4 @@
-"""Requests to the daemon, independent of the library that sends them: answers, errors, and repetition."""
+"""Requests to the daemon, independent of the HTTP library: answers, errors, and retries."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ._tls import Tls
 T = TypeVar("T")
 
 Query = Mapping[str, str | int | Sequence[str] | None]
-"""A parameter that is None is left out; a sequence repeats it."""
+"""Parameters of a query. A parameter that is None is left out; a sequence repeats it."""
 
 _KEY = re.compile(r"[\x21-\x7e]{1,1000}\Z")
 _ONCE = re.compile(r"[\x21-\x7e]{1,255}\Z")
@@ -37,29 +37,30 @@ _AGAIN_S = 20.0
 _AGAIN_PAUSE_S = 0.25
 _KEY_HEADER = "X-Volant-API-Key"
 TRUSTED_UIDS = "VOLANT_TRUSTED_UIDS"
-"""The variable that names users of this host whose daemons get a key besides root's and ours: `1001,1002` or `all`."""
+"""The variable with users of this host whose daemons also receive a key, besides root and the client's user:
+`1001,1002` or `all`."""
 
 
 class Request(msgspec.Struct, frozen=True):
-    """A request to the daemon. Its answer is an error unless it is a success or has a status of `also`."""
+    """A request to the daemon. Any answer is an error unless it is a success or its status is in `also`."""
 
     method: str
     path: str
     query: Query | None = None
     body: object = None
-    """Sent as JSON; None: no body."""
+    """The body, sent as JSON; None for no body."""
     headers: Mapping[str, str] = {}
     also: Collection[int] = ()
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """An answer that was read to its end."""
+    """A complete answer."""
 
     request: str
     """Method and path of the request."""
     status: int
     headers: Mapping[str, str]
-    """By name in lower case; values of a repeated header are joined with commas."""
+    """Headers by name in lower case; values of a repeated header are joined with commas."""
     content: bytes
 
     @property
@@ -109,10 +110,10 @@ class Transport(ABC):
             self.headers["Volant-Host"] = host
 
     def check_server(self, connection: _Socket) -> None:
-        """Checks who would get the key over a new connection on loopback: while the daemon is down, any user of this
-        host can listen there.
+        """Checks which user would receive the key over a new connection on loopback: while the daemon is down, any user
+        of this host can listen there.
 
-        :raises Unreachable: it is neither root, nor our own user, nor one that `TRUSTED_UIDS` names.
+        :raises Unreachable: the user is neither root, nor the client's own, nor in `TRUSTED_UIDS`.
         """
         trusted = os.environ.get(TRUSTED_UIDS, "")
         if self.address.tls or _KEY_HEADER not in self.headers or sys.platform != "linux" or trusted == "all":
@@ -148,11 +149,11 @@ class Transport(ABC):
 
     @abstractmethod
     def _now(self) -> float:
-        """Returns the time on a clock that only goes forward, in seconds."""
+        """Returns the time on a monotonic clock, in seconds."""
 
     @abstractmethod
     async def _sleep(self, seconds: float) -> None:
-        """Returns after that time."""
+        """Waits for this time."""
 
     async def get(self, path: str, kind: type[T], query: Query | None = None) -> T:
         """Sends a `GET` and returns its answer, decoded."""
@@ -168,16 +169,16 @@ class Transport(ABC):
         headers: Mapping[str, str] = {},
         timeout_s: float = ANSWER_S,
     ) -> Answer:
-        """Sends a `POST` that is carried out once, even if it has to be sent several times.
+        """Sends a `POST` that is executed once, even if it must be sent several times.
 
-        If the connection breaks before the answer is complete, it is sent again with the same `Idempotency-Key`, for
-        20 s: a daemon that was restarted meanwhile returns the stored response. A daemon that can't be reached at the
-        first attempt is not waited for.
+        If the connection breaks before the answer is complete, the request is sent again with the same
+        `Idempotency-Key`, for 20 s: a daemon that was restarted in between returns the stored response. If the daemon
+        can't be reached at the first attempt, there is no retry.
 
-        :param key: the idempotency key, so that the caller can repeat the request later; None: a new one
-        :raises Problem: 400 `key` is malformed.
+        :param key: the idempotency key, so that the caller can repeat the request later; None for a new one
+        :raises Problem: 400, `key` is malformed.
         :raises ClientProblem: the daemon answered with an error.
-        :raises ClientError: there is no answer; with `ConnectionLost` the request may have been carried out.
+        :raises ClientError: there is no answer; with `ConnectionLost` the request may have been executed.
         """
         if key is not None and not _ONCE.match(key):
             raise invalid("idempotency_key", "the idempotency key is not 1 to 255 visible ASCII characters, no spaces")
@@ -214,7 +215,7 @@ class Transport(ABC):
         return UnexpectedAnswer(f"the answer of {self.address.text} is longer than {maximum} bytes")
 
     def lost(self, reason: str) -> ConnectionLost | Unreachable:
-        """Returns the error for a connection that broke."""
+        """Returns the error for a lost connection."""
         if " alert " in reason and self.address.tls:
             # With TLS 1.3 a client believes that it is connected before the daemon has seen its certificate.
             return self.address.unreachable(reason)
@@ -225,7 +226,7 @@ class Operations:
     """A group of methods that are requests over one transport."""
 
     waits_for: ClassVar[Mapping[str, str]] = {}
-    """The status that a VM is on its way to after a method of that name."""
+    """The status that a VM reaches after a method of that name."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
@@ -233,9 +234,10 @@ class Operations:
 
 @contextmanager
 def encoding() -> Iterator[None]:
-    """Encodes a request in a block. An argument of a command line may be any bytes, which Python has as surrogates.
+    """Converts encoding errors in the block. An argument of a command line may be any bytes, which Python represents as
+    surrogates.
 
-    :raises Problem: 400 a text can't be sent
+    :raises Problem: 400, a text can't be sent
     """
     try:
         yield
@@ -246,12 +248,12 @@ def encoding() -> Iterator[None]:
 
 
 def decode(answer: Answer, kind: type[T]) -> T:
-    """Returns the body of an answer as `kind`. :raises UnexpectedAnswer: it does not follow the contract."""
+    """Returns the body of an answer as `kind`. :raises UnexpectedAnswer: it is malformed."""
     return decode_json(answer.content, kind, f"the answer to {answer.request}")
 
 
 def decode_json(data: bytes | str, kind: type[T], what: str) -> T:
-    """Returns `data` as `kind`. :raises UnexpectedAnswer: it is no JSON, or of other types."""
+    """Returns `data` as `kind`. :raises UnexpectedAnswer: it is not JSON, or has other types."""
     try:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
@@ -272,7 +274,7 @@ class _WireProblem(msgspec.Struct):
 
 
 def problem(status: int, headers: Mapping[str, str], body: bytes) -> ClientProblem:
-    """Returns the exception for an error response, of the daemon or of a proxy."""
+    """Returns the exception for an error response of the daemon or of a proxy."""
     request_id = headers.get("x-request-id")
     try:
         wire = msgspec.json.decode(body, type=_WireProblem)

@@ -1,4 +1,4 @@
-"""Sends a file in pieces, such as an artifact or an image, and reads the short answer to it."""
+"""Uploads a file in pieces, such as an artifact or an image, and reads the short answer."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from ._http import Http, chunks_of
 from ._transport import Request, decode_json
 
 UPLOAD_S = 1800.0
-"""How long the daemon may take to read and verify a file, in seconds: its own `artifact_timeout_s`."""
+"""How long the daemon may take to read and verify a file, the same as its `artifact_timeout_s`."""
 _CONVERTED_S = 1800.0
-"""How long the daemon may take to convert an image: its own `oci_timeout_s`."""
+"""How long the daemon may take to convert an image, the same as its `oci_timeout_s`."""
 _SILENCE_S = 120.0
-"""The daemon writes the end of a large file to the disk before it answers."""
+"""Maximum wait without progress. The daemon writes the end of a large file to the disk before it answers."""
 
 
 async def send_artifact(http: Http, sha256: str, content: AsyncIterable[bytes], size: int) -> ArtifactView:
-    """Sends a file of `size` bytes."""
+    """Uploads a file of `size` bytes."""
     sent = Sent(content, size, "application/octet-stream", _SILENCE_S)
     return await send(http, "PUT", f"/api/v1/artifacts/{part(sha256, 'sha256')}", sent, ArtifactView)
 
 
 async def send_image(http: Http, content: AsyncIterable[bytes], size: int, reference: str) -> ImageView:
-    """Sends an OCI image as an archive of `size` bytes."""
+    """Uploads an OCI image as an archive of `size` bytes."""
     sent = Sent(content, size, "application/octet-stream", _CONVERTED_S, {"reference": reference})
     return await send(http, "PUT", "/api/v1/images/archive", sent, ImageView)
 
@@ -39,7 +39,7 @@ _MAX_ANSWER = 1024 * 1024
 
 
 class Sent(NamedTuple):
-    """The body of an upload, and how to send it."""
+    """The body of an upload, and its parameters."""
 
     content: AsyncIterable[bytes]
     size: int
@@ -51,9 +51,9 @@ class Sent(NamedTuple):
 
 
 async def send(http: Http, method: str, path: str, sent: Sent, kind: type[T]) -> T:
-    """Sends a file and returns the answer, decoded as `kind`.
+    """Uploads a file and returns the answer, decoded as `kind`.
 
-    :raises ClientError: the daemon refuses it, can't be reached, or answers something else
+    :raises ClientError: the daemon refuses it, can't be reached, or its answer is malformed
     """
     body = bytearray()
     headers = {"Content-Type": sent.media_type, "Content-Length": str(sent.size)}

@@ -17,11 +17,11 @@ from ._http import Http
 from ._transport import CONNECT_S, Query, encoding, problem
 
 ABNORMAL = 1006
-"""The code of a connection that broke without being closed."""
+"""The code of a connection that broke without a close frame."""
 
 _HANDSHAKE_S = 60.0
-"""Longer than the daemon takes to open the stream before it answers: 10 s for a port in a guest. A guest answers for
-its commands itself, and may run beside many others on a busy host."""
+"""Longer than the daemon takes to open the stream before it answers: 10 s for a port in a guest. For commands the guest
+answers itself, possibly next to many others on a busy host."""
 _SILENCE_S = 30.0
 _PONG_S = 20.0
 _MAX_MESSAGE = 4 * 1024 * 1024
@@ -60,14 +60,15 @@ class Socket:
             raise self._lost() from None
 
     async def send(self, message: str | bytes) -> None:
-        """Sends a message; waits while the daemon does not read. :raises ConnectionLost: it is closed or broken."""
+        """Sends a message, and waits while the daemon does not read. :raises ConnectionLost: it is closed or broken."""
         try:
             await self._connection.send_message(message)
         except (ConnectionClosed, trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise self._lost() from error
 
     async def ping(self) -> None:
-        """Returns when the other end has read all that was sent before. Another task must receive meanwhile.
+        """Waits until the other end has read everything that was sent before. Another task must receive at the same
+        time.
 
         :raises ConnectionLost: it is closed or broken.
         """
@@ -82,12 +83,12 @@ class Socket:
 
 @asynccontextmanager
 async def open_websocket(http: Http, path: str, query: Query, *, pings: bool = True) -> AsyncIterator[Socket]:
-    """Connects for the length of a block. Leaving it drops the connection at once, without a closing handshake.
+    """Connects for the block. Leaving it drops the connection at once, without a closing handshake.
 
     :param pings: whether to ping a silent daemon. Not for streams to a guest: a daemon that waits for a guest to read
-        answers no pings, and the kernel's keep-alive has to detect dead peers
+        answers no pings, and the kernel's keep-alive must detect dead peers
     :raises ClientProblem: the daemon answered with an error instead of the upgrade.
-    :raises ClientError: the daemon can't be reached, or its answer is no WebSocket.
+    :raises ClientError: the daemon can't be reached, or its answer is not a WebSocket.
     """
     with encoding():
         text = urlencode({key: value for key, value in query.items() if value is not None}, doseq=True)
@@ -134,9 +135,9 @@ async def open_websocket(http: Http, path: str, query: Query, *, pings: bool = T
 
 
 class _Opening(trio.abc.Stream):
-    """A stream that ends the wait for the answer to the handshake when it breaks.
+    """A stream that aborts the handshake when it breaks.
 
-    trio-websocket 0.12 would wait on, for an answer that can't come any more.
+    trio-websocket 0.12 would wait forever for an answer that can't arrive.
     """
 
     def __init__(self, stream: trio.abc.Stream, wait: trio.CancelScope) -> None:
@@ -193,7 +194,7 @@ def _explained(error: Exception, address: Address) -> Exception:
 
 
 def _the_one(group: BaseExceptionGroup[BaseException]) -> Exception | None:
-    """Returns the only cause in nested groups; None if there are several, or if it is no plain exception."""
+    """Returns the only cause in nested groups; None if there are several, or if it is not a plain exception."""
     error: BaseException | None = group.split(trio.Cancelled)[1]
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
@@ -203,7 +204,7 @@ def _the_one(group: BaseExceptionGroup[BaseException]) -> Exception | None:
 async def read_websocket(
     http: Http, path: str, query: Query, opened: Callable[[], None], handle: Callable[[str | bytes], Awaitable[None]]
 ) -> int:
-    """Connects and passes each message to `handle` until the daemon closes; returns the code of the close.
+    """Connects and passes each message to `handle` until the daemon closes. Returns the close code.
 
     :raises ClientProblem: the daemon answered with an error instead of the upgrade.
     :raises ClientError: the daemon can't be reached, or the connection broke.
