@@ -4,16 +4,16 @@ They run in this order, so that a refused client learns as little as possible:
 
 1. The client's address, against `VOLANT_API_ALLOW_CIDR`: 403. Behind a proxy of `VOLANT_TRUSTED_PROXIES` it is the last
    address in `X-Forwarded-For` that is not a trusted proxy's; any client can forge the addresses before that one.
-2. `Host`: 421. A web page that a person has open can send requests to loopback, and can even read the answers by
-   rebinding its name to 127.0.0.1 (DNS rebinding). But its requests still have its own name in `Host`.
+2. `Host`: 421. An open web page can send requests to loopback, and can even read the answers by rebinding its name to
+127.0.0.1 (DNS rebinding). But its requests still have its own name in `Host`.
 3. `Origin` on unsafe methods and WebSockets: 403. `Sec-Fetch-Site` on all requests: a request by a page of another site
    is 403, except for documents that pages may link to, and for origins in `VOLANT_CORS_ORIGINS`.
-4. The API key or the issuer's token, the session of a page that has signed in, or else the client's certificate: 401.
-   Not for a browser's preflight, which can't have a key, for `/healthz`, `/api/v1/auth`, `/docs` and the files of the
-   console, which show nothing of this daemon's VMs, and for what signs a browser in.
+4. The API key or the issuer's token, the session of a page that has signed in, or the client's certificate: 401. There
+is no such check for a browser's preflight, which can't have a key; for `/healthz`, `/api/v1/auth`, `/docs` and the
+files of the console, which show nothing of this daemon's VMs; and for the paths at which a browser signs in.
 
-A Unix socket has permissions of its own and skips the first and the last. All checks together take a few microseconds.
-A reload of the settings replaces them.
+A Unix socket has its own permissions and skips the first and the last check. All checks together take a few
+microseconds. A reload of the settings replaces them.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ _SAFE = frozenset({"GET", "HEAD", "OPTIONS", "TRACE"})
 _REMEMBERED = 256
 _HOST = re.compile(r"(?:\[(?P<address>[0-9a-f:.]+)\]|(?P<name>[^\[\]:@/?#\\\s]+))(?::(?P<port>[0-9]{0,5}))?\Z")
 _OWN_SITE = frozenset({b"same-origin", b"none"})
-"""`Sec-Fetch-Site` of requests by our own pages, and of those that a person started (by typing an address)."""
+"""`Sec-Fetch-Site` of requests by the daemon's own pages, and of requests that a user started by entering an
+address."""
 _OF_GUEST = re.compile(rb"/api/v1/vms/[a-z0-9-]{1,63}/(?:agent|ports/[0-9]{1,5})(?:/|\Z)")
 CALLBACK = "/api/v1/session/oidc/callback"
 """The path to which an issuer sends a browser back."""
@@ -95,7 +96,7 @@ class Access:
         self.running = Running()
         self.use = CallerUse()
         self.failures: Counter[str] = Counter()
-        """How many requests were refused for their credentials, by the code of the problem."""
+        """The number of requests refused for their credentials, by error code."""
 
     @property
     def asks_for_key(self) -> bool:
@@ -119,7 +120,7 @@ class Access:
 
     @property
     def sign_in(self) -> SignIn | None:
-        """Returns what a client needs to get a token; None: no tokens are accepted."""
+        """Returns the data that a client needs to get a token; None if no tokens are accepted."""
         return self._tokens.sign_in
 
     @property
@@ -132,20 +133,20 @@ class Access:
         return bool(self._rules.keys) or self._named.required or self._tokens.accepted
 
     def replace(self, settings: ApiSettings) -> None:
-        """Applies other settings from now on. If the keys change, all tickets become invalid. Requests whose
-        credentials are not valid any more end."""
+        """Applies other settings from now on. If the keys change, all tickets become invalid. Requests with invalid
+        credentials end."""
         if settings.api_keys != self._rules.settings.api_keys:
             self.tickets.clear()
         self._rules = _Rules(settings)
         self.recheck()
 
     def join(self, host: str, others: OtherTickets) -> None:
-        """Makes this daemon a host of a fleet: its tickets are valid at the others, and theirs here."""
+        """Adds this daemon to a fleet: its tickets are valid on the other hosts, and theirs on this one."""
         self.tickets.issuer = host
         self._other_tickets = others
 
     def recheck(self) -> None:
-        """Ends the requests of callers whose credentials are not valid any more."""
+        """Ends the requests of callers whose credentials have become invalid."""
         self.running.recheck(self._ended)
 
     def check(self, scope: Any) -> PortOrigin | None:
@@ -156,9 +157,9 @@ class Access:
         return self._rules.check(scope) if _forwarded(scope) is None else None
 
     async def prepare(self, scope: Any, *, in_query: bool = False) -> None:
-        """Waits until `authenticate` can verify the token or the ticket of a request, if it needs that.
+        """Waits until `authenticate` can verify the token or the ticket of a request, if it has one.
 
-        :raises Problem: 503 too many requests wait for the keys of the issuer.
+        :raises Problem: 503, too many requests wait for the keys of the issuer.
         """
         if in_query and self._other_tickets is not None and self.asks_for_key and _forwarded(scope) is None:
             await self._redeem_elsewhere(self._other_tickets, scope)
@@ -180,7 +181,7 @@ class Access:
                 return
 
     def authenticate(self, scope: Any, *, in_query: bool) -> Caller:
-        """Returns the caller; see `_authenticate`. Counts failures."""
+        """Returns the caller, see `_authenticate`, and counts failures."""
         try:
             return self._authenticate(scope, in_query=in_query)
         except Problem as refused:
@@ -188,11 +189,11 @@ class Access:
             raise
 
     def _authenticate(self, scope: Any, *, in_query: bool) -> Caller:
-        """Returns the caller: by the key, token or ticket of the request, or else by the client's certificate.
+        """Returns the caller, identified by the key, token or ticket of the request, or by the client's certificate.
 
         :param in_query: whether credentials may be in the query, for requests that browsers send without headers
-        :raises Problem: 401 there are no valid credentials; 403 the token has no role; 503 the keys of the issuer are
-            unknown.
+        :raises Problem: 401, there are no valid credentials; 403, the token has no role; 503, the keys of the issuer
+            are unknown.
         """
         if (forwarded := _forwarded(scope)) is not None:
             return forwarded
@@ -256,8 +257,8 @@ class Access:
     async def sign_in_with(self, scope: Any, given: str) -> NewSession:
         """Begins a session for a browser that has sent a key or a token.
 
-        :raises Problem: 401 it is not valid; 403 the token has no role; 409 none is needed; 503 the keys of the issuer
-            are unknown, or there are too many sessions.
+        :raises Problem: 401, it is not valid; 403, the token has no role; 409, no key is required; 503, the keys of the
+            issuer are unknown, or there are too many sessions.
         """
         key = given.strip().encode()
         self._check_needed(scope)
@@ -277,9 +278,9 @@ class Access:
             raise Problem(409, "no-key-needed", "this daemon requires no key here")
 
     async def begin_sign_in(self, scope: Any) -> NewAttempt:
-        """Begins to sign a browser in at the issuer.
+        """Starts signing in a browser at the issuer.
 
-        :raises Problem: 409 no key is needed, or there is no issuer for that; 503 the issuer does not answer.
+        :raises Problem: 409, no key is required, or there is no issuer for browsers; 503, the issuer does not answer.
         """
         self._check_needed(scope)
         secure, netloc = self.own_address(scope)
@@ -287,11 +288,11 @@ class Access:
         return self.sign_ins.begin(request, self.client(scope))
 
     async def take_answer(self, scope: Any, answer: Mapping[str, str]) -> None:
-        """Takes the answer of the issuer with which it has sent a browser back; see `SignIns.take`."""
+        """Handles the issuer's answer with which a browser returns; see `SignIns.take`."""
         await self.sign_ins.take(self._attempts(scope), answer)
 
     def finish_sign_in(self, scope: Any, proof: str) -> NewSession:
-        """Begins the session that a sign-in at the issuer has led to.
+        """Finishes a sign-in at the issuer, and begins the session.
 
         :raises Problem: see `SignIns.finish` and `sign_in_with`.
         """
@@ -309,14 +310,14 @@ class Access:
         return cookies(scope["headers"], self._cookie_name(scope, _ATTEMPT))
 
     def attempt_cookie(self, scope: Any, value: str, max_age_s: float) -> bytes:
-        """Returns the value of `Set-Cookie` for the half of an attempt to sign in that scripts don't see.
+        """Returns the value of `Set-Cookie` for the part of a sign-in attempt that scripts can't read.
 
         The issuer's site sends the browser back, hence `SameSite=Lax`.
         """
         return self._cookie(scope, _ATTEMPT, value, max_age_s, "Lax")
 
     def session_left_s(self, caller: Caller) -> float | None:
-        """Returns how long the session of a caller lasts; None: it has none."""
+        """Returns the remaining seconds of a caller's session; None if it has none."""
         if not caller.credential.startswith(OF_SESSION):
             return None
         return self.sessions.left_s(caller.credential, self._left_s)
@@ -330,9 +331,9 @@ class Access:
             self.sessions.close(caller.credential)
 
     def cookie(self, scope: Any, value: str, max_age_s: float) -> bytes:
-        """Returns the value of `Set-Cookie` for the half of a session that scripts don't see.
+        """Returns the value of `Set-Cookie` for the part of a session that scripts can't read.
 
-        The prefix keeps others, such as a page of this name without TLS, from setting it (RFC 6265bis, 4.1.3).
+        The prefix prevents others, such as a page of this name without TLS, from setting it (RFC 6265bis, 4.1.3).
         """
         return self._cookie(scope, _COOKIE, value, max_age_s, "Strict")
 
@@ -345,8 +346,8 @@ class Access:
         return f"{_SECURE}{name}" if self._rules.is_tls(scope) else name
 
     def port_address(self, scope: Any, vm_id: int, port: int) -> str | None:
-        """Returns the address of a port's own origin, for the client of a checked request: on loopback below
-        `localhost`, else below the name that the client uses, or another one that ports may have. None: there is none.
+        """Returns the address of a port's own origin, for the client of a checked request. It is below `localhost` on
+        loopback, otherwise below the name that the client uses, or another name for ports. None if there is none.
         """
         secure, netloc = self.own_address(scope)
         parts = urlsplit(f"//{netloc}")
@@ -362,7 +363,7 @@ class Access:
         return f"{'https' if secure else 'http'}://{port}-{vm_id}.{domain}{suffix}"
 
     def port_ticket(self, caller: Caller, vm_id: int, port: int) -> str | None:
-        """Returns a ticket for a grant, which the origin of a port redeems; None: no caller needs one."""
+        """Returns a ticket for a grant, which the origin of a port redeems; None if no caller needs one."""
         if not self.asks_for_key:
             return None
         return self.tickets.issue(caller.id, path=f"{_OPEN}/{vm_id}/{port}", caller=caller)
@@ -370,9 +371,9 @@ class Access:
     def grant(self, scope: Any, ticket: str, vm_id: int, port: int) -> bytes:
         """Redeems a ticket at the origin of a port, and returns the `Set-Cookie` of the grant.
 
-        Cross-site links lead to the server in the guest, as they do to any; hence `SameSite=Lax`.
+        `SameSite=Lax`, because cross-site links may lead to the server in the guest, as to any other server.
 
-        :raises Problem: 401 the ticket is not valid.
+        :raises Problem: 401, the ticket is not valid.
         """
         caller = self.tickets.redeem(ticket.encode(), f"{_OPEN}/{vm_id}/{port}")
         if caller is None or self._ended(caller) is not None:
@@ -380,10 +381,10 @@ class Access:
         return self._cookie(scope, _GRANT, self.sessions.grant(caller, (vm_id, port)), SESSION_S, "Lax")
 
     def authenticate_at_port(self, scope: Any, vm_id: int, port: int) -> Caller:
-        """Returns the caller of a request at the origin of a port: that of its grant. Keys and tokens are for the
-        guest there, and don't count.
+        """Returns the caller of a request at the origin of a port, from its grant. Keys and tokens are for the guest
+        there, and are ignored.
 
-        :raises Problem: 401 it has no grant
+        :raises Problem: 401, it has no grant
         """
         if scope["state"].get("unix"):
             user = str(scope["state"]["peer"])
@@ -400,7 +401,8 @@ class Access:
         raise _unauthenticated("this port of a VM needs a grant", "open it from the web console, under Ports of its VM")
 
     def _of_session(self, scope: Any, proof: bytes, address: str) -> Caller:
-        """Returns the caller of the session of a page. :raises Problem: 401 there is none; 403 the page is not ours."""
+        """Returns the caller of the session of a page. :raises Problem: 401, there is none; 403, the page is not the
+        daemon's."""
         self._rules.check_page(scope)
         for value in cookies(scope["headers"], self._cookie_name(scope, _COOKIE)):
             caller = self.sessions.find(value, proof)
@@ -422,7 +424,7 @@ class Access:
         return self._rules.client(scope["client"][0], scope["headers"])[:100]
 
     def _ended(self, caller: Caller) -> str | None:
-        """Returns why a caller's credentials are not valid any more; None: they are valid."""
+        """Returns why a caller's credentials are not valid any more; None if they are valid."""
         if not caller.credential:
             return None
         if caller.credential == ANONYMOUS:
@@ -438,9 +440,9 @@ class Access:
         return self._named.ended(caller.credential)
 
     def _caller(self, given: bytes, address: str) -> Caller | None:
-        """Returns the caller with this key or token; None: no key is like it.
+        """Returns the caller with this key or token; None if no key matches.
 
-        :raises Problem: 401 it has expired; for a token see `Tokens.caller`.
+        :raises Problem: 401, it has expired; for a token see `Tokens.caller`.
         """
         if self._tokens.accepted and is_token(given):
             return self._tokens.caller(given, address)
@@ -456,7 +458,7 @@ class Access:
         return None
 
     def _subject(self, certificate: ClientCertificate | None, address: str) -> Caller:
-        """Returns the caller with this certificate. :raises Problem: 401"""
+        """Returns the caller with this certificate. :raises Problem: 401, there is none."""
         if certificate is None:
             what = "a client certificate" + (" or an API key" if self._has_keys else "")
             raise _unauthenticated(
@@ -471,16 +473,16 @@ class Access:
         return caller
 
     def own_address(self, scope: Any) -> tuple[bool, str]:
-        """Returns how the client of a checked request reaches the daemon, for URLs in answers: whether it uses TLS, and
-        `host[:port]`. That is built from the checked `Host`; TLS is known from the connection, or from the
-        `X-Forwarded-Proto` of a trusted proxy. Another host of the fleet says how its client reaches it."""
+        """Returns the daemon's address as the client of a checked request sees it, for URLs in answers: whether it uses
+        TLS, and `host[:port]`. These come from the checked `Host`, and from the connection or the `X-Forwarded-Proto`
+        of a trusted proxy. For a request passed on by another host of the fleet, that host reports them."""
         forwarded: tuple[bool, str] | None = scope["state"].get("address")
         if forwarded is not None:
             return forwarded
         return self._rules.is_tls(scope), own_netloc(_shown(_header(scope, b"host")))
 
     def cors(self, scope: Any) -> list[Header]:
-        """Returns the CORS headers for the answer, whatever it is. The origin of a port has none of ours."""
+        """Returns the CORS headers for any answer. At the origin of a port there are none."""
         origins = self._rules.origins
         if not origins or self._rules.port_origin(_header(scope, b"host")) is not None:
             return []
@@ -494,7 +496,8 @@ class Access:
         ]
 
     def preflight(self, scope: Any) -> list[Header] | None:
-        """Returns the headers of the answer to a CORS preflight by a page of an allowed origin; None: it is none."""
+        """Returns the headers of the answer to a CORS preflight by a page of an allowed origin; None for other
+        requests."""
         if scope["type"] != "http" or scope["method"] != "OPTIONS" or not self._rules.origins:
             return None
         origin = _header(scope, b"origin")
@@ -530,11 +533,11 @@ class _Rules:
         self._may_ask = lru_cache(_REMEMBERED)(self._find_client)
 
     def port_origin(self, host: bytes | None) -> PortOrigin | None:
-        """Returns the port of a VM that a `Host` names; None: it is something else."""
+        """Returns the port of a VM in a `Host`; None for other hosts."""
         return parse_port_origin(_shown(host).lower(), self.domains)
 
     def check(self, scope: Any) -> PortOrigin | None:
-        """See `Access.check`."""
+        """Implements `Access.check`."""
         host: bytes | None = None
         origin: bytes | None = None
         site: bytes | None = None
@@ -575,7 +578,7 @@ class _Rules:
         return port_origin
 
     def is_tls(self, scope: Any) -> bool:
-        """Whether the client uses TLS, to us or to a trusted proxy."""
+        """Returns whether the client uses TLS, to the daemon or to a trusted proxy."""
         if scope.get("scheme") in ("https", "wss"):
             return True
         if scope["state"].get("unix") or not self._is_proxy(scope["client"][0]):
@@ -585,7 +588,7 @@ class _Rules:
         return protocol in ("https", "wss")
 
     def is_allowed(self, origin: str) -> bool:
-        """Whether `VOLANT_CORS_ORIGINS` has this origin."""
+        """Returns whether this origin is in `VOLANT_CORS_ORIGINS`."""
         return origin.lower().rstrip("/") in self.origins
 
     def client(self, peer: str, headers: Iterable[Header]) -> str:
@@ -671,7 +674,7 @@ class _Rules:
         )
 
     def check_page(self, scope: Any) -> None:
-        """Checks that a request with the session of a page comes from our own page, where it says from which.
+        """Checks that a request with the session of a page comes from the daemon's own page, if it names its page.
 
         :raises Problem: 403
         """
@@ -715,7 +718,7 @@ def _is_loopback(name: str) -> bool:
 
 
 def own_netloc(host: str) -> str:
-    """Returns the name and port of a checked `Host` in their normal form."""
+    """Returns the name and port of a checked `Host` in normal form."""
     parts = urlsplit(f"//{host}")
     name = parts.hostname or ""
     name = f"[{name}]" if ":" in name else name
@@ -728,19 +731,19 @@ def _netloc(netloc: str, scheme: str) -> str:
 
 
 def _forwarded(scope: Any) -> Caller | None:
-    """Returns the caller of a request that another host of the fleet has passed on, and has checked."""
+    """Returns the caller of a request that another host of the fleet has checked and passed on."""
     caller: Caller | None = scope["state"].get("forwarded")
     return caller
 
 
 def for_ticket(scope: Any, caller: Caller) -> Caller:
-    """Returns the caller of tickets that a request asks for. With the credential that another host of the fleet has
-    checked, what a ticket opens ends with that."""
+    """Returns the caller for tickets that a request creates. Its credential is the one that another host of the fleet
+    has checked, if any, so that the ticket's requests end with it."""
     return msgspec.structs.replace(caller, credential=scope["state"].get("credential") or caller.credential)
 
 
 def _is_keyless(scope: Any) -> bool:
-    """Whether a request needs no credentials."""
+    """Returns whether a request needs no credentials."""
     if scope["type"] != "http":
         return False
     path = scope["raw_path"]
@@ -748,7 +751,7 @@ def _is_keyless(scope: Any) -> bool:
 
 
 def cookies(headers: Iterable[Header], wanted: str) -> Iterable[bytes]:
-    """Yields the values of the cookies of a name."""
+    """Yields the values of all cookies with a name."""
     for name, value in headers:
         for pair in value.split(b";") if name == b"cookie" else ():
             key, _, text = pair.partition(b"=")

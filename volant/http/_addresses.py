@@ -1,4 +1,4 @@
-"""Addresses: of clients, of networks that an operator names, and origins of ports in guests."""
+"""Addresses of clients, networks in the settings, and origins of ports in guests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from volant.model.addresses import holder, is_loopback, plain_address
 
 
 LOCAL = "localhost"
-"""Names below it lead browsers to loopback (RFC 6761, 6.3)."""
+"""The domain whose names browsers resolve to loopback (RFC 6761, 6.3)."""
 ANY_BELOW = "*."
 
 _HOST = re.compile(
@@ -29,13 +29,13 @@ _HOST = re.compile(
 
 
 class PortOrigin(msgspec.Struct, frozen=True):
-    """A port of a VM, as the `Host` of a request names it."""
+    """A port of a VM, from the `Host` of a request."""
 
     port: int
     vm: str
-    """The VM's id, or a name."""
+    """The VM's id or name."""
     domain: str
-    """What follows, such as `localhost:7777`."""
+    """The rest of the host, such as `localhost:7777`."""
 
 
 def domains_of(allowed_hosts: Iterable[str]) -> frozenset[str]:
@@ -44,7 +44,7 @@ def domains_of(allowed_hosts: Iterable[str]) -> frozenset[str]:
 
 
 def parse_port_origin(host: str, domains: frozenset[str]) -> PortOrigin | None:
-    """Returns the port of a VM that a `Host` in lower case names; None: it is something else."""
+    """Returns the port of a VM that a `Host` in lower case names; None for other hosts."""
     found = _HOST.match(host)
     if found is None or found["name"] not in domains or max(int(found["port"]), int(found["ours"] or 0)) > 65535:
         return None
@@ -58,7 +58,7 @@ def parse_port_origin(host: str, domains: frozenset[str]) -> PortOrigin | None:
 
 
 def is_abandoned(sock: trio.socket.SocketType) -> bool:
-    """Whether the other end is on loopback, and no process holds it. False where that can't be found out."""
+    """Returns whether the other end is on loopback, and no process holds it. False if that is unknown."""
     try:
         here, there = sock.getsockname()[:2], sock.getpeername()[:2]
         found = holder(there, here) if is_loopback(there[0]) else None
@@ -75,11 +75,11 @@ _MAPPED = ipaddress.IPv6Network("::ffff:0:0/96")
 
 
 def parse_network(text: str) -> Network:
-    """A network such as `192.0.2.0/24`, `2001:db8::/32`, or a single address.
+    """Parses a network such as `192.0.2.0/24` or `2001:db8::/32`, or a single address.
 
     IPv4 written as IPv6 (`::ffff:192.0.2.0/120`) is that IPv4 network.
 
-    :raises ValueError: it is none, or has bits set beyond its prefix; the text is meant for people.
+    :raises ValueError: it is malformed, or has bits set beyond its prefix; the message is meant for people.
     """
     try:
         network = ipaddress.ip_network(text)
@@ -97,11 +97,11 @@ def parse_network(text: str) -> Network:
 
 
 def parse_client(text: str) -> Address:
-    """The address of a client, as the kernel or a proxy writes it: perhaps with a zone, brackets or a port.
+    """Parses the address of a client, as the kernel or a proxy writes it: optionally with a zone, brackets or a port.
 
-    IPv4 that came in over an IPv6 socket is IPv4.
+    IPv4 over an IPv6 socket becomes IPv4.
 
-    :raises ValueError: it is no address.
+    :raises ValueError: it is malformed.
     """
     text = text.strip()
     with_port = _WITH_PORT.match(text)
@@ -111,5 +111,5 @@ def parse_client(text: str) -> Address:
 
 
 def is_in(address: Address, networks: Iterable[Network]) -> bool:
-    """Whether one of `networks` has `address`."""
+    """Returns whether one of `networks` contains `address`."""
     return any(address in network for network in networks)

@@ -1,9 +1,9 @@
 """One budget for the JSON bodies of all requests, counted as they are read.
 
 A body may have a megabyte and take half a minute, so a few hundred clients that never finish would fill the memory. All
-bodies together may hold `Limits.bodies` bytes, from their first byte to the end of their request. The first
-`Limits.small_body` bytes of each are free: the number of connections bounds them, and nearly every request needs no
-more. So clients that hold the whole budget block only other large bodies.
+bodies together may use `Limits.bodies` bytes, from their first byte to the end of their request. The first
+`Limits.small_body` bytes of each are not counted: the number of connections bounds them, and nearly every request needs
+no more. So clients that use up the whole budget only block other large bodies.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Bodies:
         self._free = limits.small_body
 
     def share(self) -> Share:
-        """Returns the share of a new request; nothing yet."""
+        """Returns the share of a new request, which is empty."""
         return Share(self)
 
     def take(self, before: int, size: int) -> int:
-        """Takes what `size` bytes of a body cost after `before` ones. :raises Problem: 503."""
+        """Takes the cost of `size` more bytes after `before` ones of a body. :raises Problem: 503."""
         cost = max(before + size - self._free, 0) - max(before - self._free, 0)
         if cost > self._left:
             raise Problem(
@@ -40,12 +40,12 @@ class Bodies:
         return cost
 
     def give_back(self, cost: int) -> None:
-        """Returns what was taken."""
+        """Returns the cost to the budget."""
         self._left += cost
 
 
 class Share:
-    """What one request holds of the budget."""
+    """The part of the budget that one request uses."""
 
     def __init__(self, bodies: Bodies) -> None:
         self._bodies = bodies
@@ -55,14 +55,14 @@ class Share:
         self._owner: tuple[Caller, CallerUse, CallerLimits] | None = None
 
     def belongs_to(self, caller: Caller, use: CallerUse, limits: CallerLimits) -> None:
-        """Counts the body for a caller, too, if limits count for it."""
+        """Counts the body for a caller as well, if limits apply to it."""
         if caller.limited:
             self._owner = caller, use, limits
 
     def take(self, size: int) -> None:
-        """Counts `size` more bytes, before they are kept.
+        """Counts `size` more bytes, before they are stored.
 
-        :raises Problem: 503 when there is no room for them, 429 when the caller has too many
+        :raises Problem: 503, the budget is used up; 429, the caller's limit is reached
         """
         if size:
             if self._owner is not None:
@@ -73,7 +73,7 @@ class Share:
             self._read += size
 
     def release(self) -> None:
-        """Gives all back; the body is not held any more."""
+        """Returns everything, as the body is not stored any more."""
         self._bodies.give_back(self._cost)
         if self._owned and self._owner is not None:
             self._owner[1].give_back_body(self._owner[0], self._owned)

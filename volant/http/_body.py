@@ -19,9 +19,9 @@ _STEP = re.compile(r"\.([A-Za-z_]\w*)|\[(\d+)\]")
 
 
 def with_member(text: str, data: bytes, kind: type[Any]) -> str:
-    """The text of a ValidationError about `data`, with the name of the member in place of its first `[...]`.
+    """Returns the text of a ValidationError about `data`, with the name of the member in place of its first `[...]`.
 
-    Found by halves, as msgspec keeps it to itself: a dictionary of n members takes log n conversions.
+    msgspec does not reveal the name, so it is found by bisection: a dictionary of n members takes log n conversions.
     """
     found = _MEMBER.search(text)
     if found is None:
@@ -64,37 +64,37 @@ _MISSING = re.compile(r"Object missing required field `(?P<name>.*)`\Z", re.DOTA
 BODY_S = 30
 """Deadline for a body that is held in memory."""
 _SILENCE_S = 60.0
-"""The longest pause within an upload."""
+"""Maximum pause within an upload."""
 _GRACE_S, _LEAST_RATE = 300.0, 32 * 1024
-"""How long an upload may take, beside what its bytes take at that rate (in bytes a second). Few uploads are taken at
-once, and one that trickles would block others."""
+"""Maximum time for an upload, plus the time for its bytes at this rate in bytes per second. Few uploads are accepted at
+once, and a slow one would block others."""
 
 
 class Nothing(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """The body of a command: an empty object, or none at all."""
+    """The body of a command: an empty object, or no body."""
 
 
 async def read_call_body(call: Call, kind: type[T], limits: Limits) -> T:
-    """Decodes the body of a request. :raises Problem: as `decode_body` and `read_call_bytes`."""
+    """Decodes the body of a request. :raises Problem: see `decode_body` and `read_call_bytes`."""
     data = await read_call_bytes(call, limits)
     return decode_body(data, (call.header(b"content-type") or "").partition(";")[0].strip().lower(), kind)
 
 
 class Upload(Protocol):
-    """Receives the bytes of a large body, piece by piece."""
+    """Receives the bytes of a large body in pieces."""
 
     def expect(self, length: int) -> None:
-        """Announces how many bytes will come. Raises if there is no room for them."""
+        """Announces the number of bytes. Raises if there is no room for them."""
 
     async def write(self, data: bytes) -> None:
-        """Takes the next bytes."""
+        """Writes the next bytes."""
 
 
 async def receive_into(call: Call, upload: Upload) -> None:
-    """Passes the body of a request on as it arrives; memory never holds more than one piece of it.
+    """Passes on the body of a request as it arrives. Memory never holds more than one piece of it.
 
-    :raises Problem: 408 when nothing comes for 60 s, or less than 32 KiB/s on average after 5 minutes
-    :raises trio.BrokenResourceError: the client left
+    :raises Problem: 408, nothing arrives for 60 s, or less than 32 KiB/s on average after 5 minutes
+    :raises trio.BrokenResourceError: the client disconnected
     """
     length = call.header(b"content-length")
     if length is not None:
@@ -120,7 +120,8 @@ async def receive_into(call: Call, upload: Upload) -> None:
 
 
 async def read_call_bytes(call: Call, limits: Limits) -> bytes:
-    """Returns the whole body as bytes. :raises Problem: 408, 413, 503; `trio.BrokenResourceError`: the client left."""
+    """Returns the whole body as bytes. :raises Problem: 408, 413, 503; `trio.BrokenResourceError`: the client
+    disconnected."""
     length = call.header(b"content-length")
     if length is not None and int(length) > limits.json_body:
         raise too_large(limits.json_body)
@@ -141,7 +142,7 @@ async def read_call_bytes(call: Call, limits: Limits) -> bytes:
 
 
 def decode_body(data: bytes, content_type: str, kind: type[T]) -> T:
-    """:raises Problem: 400 no JSON, or not of this kind; 415 another content type."""
+    """Decodes a body. :raises Problem: 400, not JSON, or not of this type; 415, another content type."""
     if not data:
         if kind is Nothing:
             return kind()
@@ -152,7 +153,7 @@ def decode_body(data: bytes, content_type: str, kind: type[T]) -> T:
 
 
 def decode(data: bytes, kind: type[T], what: str = "the body") -> T:
-    """:raises Problem: 400 that names the field."""
+    """Decodes JSON. :raises Problem: 400 that names the field."""
     try:
         return _decoder(kind).decode(data)
     except msgspec.ValidationError as error:
@@ -174,7 +175,7 @@ _decoders: dict[type[Any], msgspec.json.Decoder[Any]] = {}
 
 
 def _problem(text: str, body: str) -> Problem:
-    """Makes a problem of a message of msgspec: `Expected `int`, got `str` - at `$.cpu_cores``."""
+    """Converts a message of msgspec to a problem: `Expected `int`, got `str` - at `$.cpu_cores``."""
     at = _AT.match(text)
     what, where = (at["what"], at["where"].removeprefix("$").removeprefix(".")) if at else (text, "")
     for pattern, words in ((_UNKNOWN, "there is no field"), (_MISSING, f"{body} lacks the field")):

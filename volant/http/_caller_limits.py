@@ -1,8 +1,8 @@
-"""Limits for each caller, so that a program that runs wild leaves capacity for others.
+"""Limits for each caller, so that a faulty program leaves capacity for others.
 
 They apply to named keys, client certificates and tokens. They do not apply at the Unix socket, to a key from the
-settings, and where no key is in force: these callers are administrators who can change the limits. A key that replaces
-another one is the same caller.
+settings, and while no key is required: these callers are administrators who can change the limits. A key and its
+replacement are the same caller.
 """
 
 from __future__ import annotations
@@ -16,32 +16,34 @@ from volant.model import Caller, Problem
 
 MIB = 1024 * 1024
 _MOST = 4096
-"""Callers whose rate is kept. The one that was idle longest is removed; by then it has its full burst again."""
+"""Maximum callers whose rate is stored. The one that was idle longest is removed; by then it has its full burst
+again."""
 
 
 class CallerLimits(msgspec.Struct, frozen=True):
-    """The limits of each caller; 0: none."""
+    """The limits of each caller; 0 for no limit."""
 
     requests_per_s: int = 200
-    """Requests a second. After a pause, twice as many may come at once."""
+    """Maximum requests per second. After a pause, twice as many may arrive at once."""
     at_once: int = 200
-    """Requests and streams under way."""
+    """Maximum running requests and streams."""
     body_bytes: int = 4 * MIB
-    """Bytes of JSON bodies of requests under way: a quarter of the limit for all callers together (`Limits.bodies`)."""
+    """Maximum size of JSON bodies of running requests together: a quarter of the limit for all callers
+    (`Limits.bodies`)."""
 
 
 class CallerUse:
-    """Counts what each caller uses."""
+    """Counts the use of each caller."""
 
     def __init__(self) -> None:
         self._rates: OrderedDict[str, tuple[float, float]] = OrderedDict()
         self._at_once: Counter[str] = Counter()
         self._bodies: Counter[str] = Counter()
         self.refused: Counter[str] = Counter()
-        """How many requests were refused, by limit."""
+        """The number of refused requests, by limit."""
 
     def take_request(self, caller: Caller, limits: CallerLimits) -> None:
-        """Counts a request that begins. :raises Problem: 429 the caller has reached a limit."""
+        """Counts a request that begins. :raises Problem: 429, the caller has reached a limit."""
         if not caller.limited:
             return
         self._check_rate(caller, limits.requests_per_s)
@@ -56,7 +58,7 @@ class CallerUse:
             _give_back(self._at_once, caller.id, 1)
 
     def take_body(self, caller: Caller, size: int, limits: CallerLimits) -> None:
-        """Counts `size` more bytes of a body. :raises Problem: 429 the caller has reached the limit."""
+        """Counts `size` more bytes of a body. :raises Problem: 429, the caller has reached the limit."""
         if limits.body_bytes and self._bodies[caller.id] + size > limits.body_bytes:
             self.refused["body_bytes"] += 1
             raise _too_many(

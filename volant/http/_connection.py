@@ -1,25 +1,24 @@
 """One HTTP/1.1 connection: Hypercorn's protocol with limits.
 
-Hypercorn 0.18 parses well and implements ASGI well, but has no limits. Each class here overrides one of its classes
-for one of these reasons (all reproduced in `tests/api/test_serving.py`):
+Hypercorn 0.18 has a good parser and a good ASGI implementation, but no limits. Each class here overrides one of its
+classes for one of these reasons (all reproduced in `tests/api/test_serving.py`):
 
 - A byte after a WebSocket upgrade raises out of the connection and ends the server (hypercorn#225). Here it is
   answered with 400, and *no* exception of a connection leaves it.
-- A send is shielded without a deadline, so one client that stops reading blocks the shutdown for ever. Here sends are
-  not shielded, and each has a deadline. A send that is cancelled half-way closes the connection, as its framing is
-  broken.
+- A send is shielded without a deadline, so one client that stops reading blocks the shutdown forever. Here sends are
+not shielded, and each has a deadline. A cancelled send closes the connection, as its framing is broken.
 - With quart-trio no connection is ever closed or recycled: on the last chunk of a body Hypercorn sends
-  `http.disconnect`, on which quart-trio cancels the task that is just about to recycle. Here what follows the last
-  chunk is shielded, with a deadline.
-- A handler that only sends to a WebSocket whose client has left never reaches a checkpoint and hangs the whole
-  process. Here every send is one.
+`http.disconnect`, on which quart-trio cancels the task that is about to recycle. Here everything after the last chunk
+is shielded, with a deadline.
+- A handler that only sends to a WebSocket whose client has disconnected never reaches a checkpoint and hangs the whole
+process. Here every send is a checkpoint.
 - The answer to a request whose body was not read is lost, because the connection is closed with bytes unread, which
   resets it. Here the rest is read and dropped within limits, and closing lingers.
 - An idle connection costs a sleeping task. Here it costs a deadline of the reader, which also covers slow headers.
-- A client that half-closes after its request loses the answer. Here a client has left only when its connection is
-  reset or closed in both directions.
-- TLS would come as another kind of stream, which can neither half-close nor say that its client has left. Here it is a
-  filter between the socket and the protocol (`_tls.py`), so all of the above is the same with and without it.
+- A client that half-closes after its request loses the answer. Here a client has disconnected only when its connection
+is reset or closed in both directions.
+- TLS would be another kind of stream, which can neither half-close nor report that its client has disconnected. Here it
+is a filter between the socket and the protocol (`_tls.py`), so all of the above is the same with and without it.
 
 HTTP/2 is not supported, neither by upgrade nor by prior knowledge. Hypercorn's implementation ends the server on a
 CONNECT without `:path`, blocks all streams of a connection on the slowest handler, and has no limit on resets. On
@@ -68,31 +67,33 @@ if TYPE_CHECKING:
 _log = logging.getLogger("volant.api.serving")
 
 SLICE = 64 * 1024
-"""Bytes of one read, after which other tasks run; and the bytes that a client must read within `Limits.send_s`."""
+"""Maximum bytes of one read, after which other tasks run; also the bytes that a client must read within
+`Limits.send_s`."""
 _AT_ONCE = 256 * 1024
-"""Bytes of one write, after which other tasks run."""
+"""Maximum bytes of one write, after which other tasks run."""
 
 _RESET = struct.pack("ii", 1, 0)
 _LEFT = select.POLLHUP | select.POLLERR
-"""What poll(2) reports for a connection that is reset, or closed in both directions."""
+"""The poll(2) events of a connection that is reset, or closed in both directions."""
 _LEFT_POLL_S = 1.0
-"""How often to check a client that has closed its direction. Polling, as the end of its input stays readable."""
+"""The interval for checking a client that has closed its direction. Polling is needed, as the end of its input stays
+readable."""
 _HALF_CLOSED_KEEPALIVE_S = 15
-"""When the kernel begins to probe a client that has closed its direction, in case it has exited."""
+"""The time after which the kernel probes a client that has closed its direction, in case it has exited."""
 
 Send = Callable[[Message | None], Awaitable[None]]
 Field = tuple[bytes, bytes]
 
 
 class Standing(msgspec.Struct):
-    """What the access control says of the client of one connection. It is `standing` in the state of its requests."""
+    """The access of the client of one connection. It is `standing` in the state of its requests."""
 
     let_in: bool | None = None
-    """Whether one of its requests was let in; None: none has arrived."""
+    """Whether one of its requests was admitted; None if none has arrived."""
 
 
 class Connection(TCPServer):
-    """Serves one accepted stream until either side ends it. Nothing that happens in it raises."""
+    """Serves one accepted stream until either side ends it. It never raises."""
 
     def __init__(self, server: Server, stream: trio.SocketStream) -> None:
         # Hypercorn annotates an SSL stream and takes any; a plain one is what its own HTTP listeners hand in.
@@ -102,7 +103,7 @@ class Connection(TCPServer):
         self._socket = stream.socket
         self.is_unix = stream.socket.family == socket.AF_UNIX
         self.address = "" if self.is_unix else _address_of(stream.socket)
-        """The client's, on TCP."""
+        """The client's address, on TCP."""
         self.peer = f"uid {_peer_uid(stream.socket)}" if self.is_unix else ""
         """On a Unix socket, the user whose process connected."""
         self._server = server
@@ -111,18 +112,18 @@ class Connection(TCPServer):
         self._reading = trio.CancelScope()
         self.standing = Standing()
         self.busy_since = inf
-        """When the request arrived that is being served."""
+        """The arrival time of the request that is being served."""
         self._idle = True
         self._dropping = False
-        """Whether a request was answered, and what is left of its body is dropped."""
+        """Whether a request was answered, and the rest of its body is dropped."""
         self._header_begun = False
         self._closing = False
         self._torn = False
         self._input_ended = False
         """Whether the client has closed its direction with a request unanswered."""
         self.hold_next = False
-        """Whether the head of the answer is held until the first piece of the body, to write both at once. ASGI expects
-        that of a server."""
+        """Whether the head of the answer is held until the first piece of the body, to write both at once. ASGI
+        requires that of a server."""
         self._held = b""
         self.writes = 0
         """The number of writes; each was a checkpoint."""
@@ -152,7 +153,7 @@ class Connection(TCPServer):
             self._release()
 
     def _release(self) -> None:
-        """Ends the circle of references with the protocol, so that both are freed now.
+        """Breaks the reference cycle with the protocol, so that both are freed now.
 
         A flood of connections would leave the garbage collector hundreds of thousands of objects, and it would stop the
         event loop for half a second at a time.
@@ -163,17 +164,17 @@ class Connection(TCPServer):
 
     @property
     def idle(self) -> bool:
-        """Whether no request waits for an answer, or the rest of one."""
+        """Whether no request is waiting for an answer, or the rest of one."""
         return self._idle or self._dropping or self._closing
 
     @property
     def rests_until(self) -> float:
-        """When it is closed if no request arrives; the sooner, the longer it was idle or sends headers slowly. Of one
-        that sends the rest of a body: when its request began."""
+        """When the connection is closed if no request arrives. It is sooner if the connection was idle longer or sends
+        headers slowly. While it sends the rest of a body: when its request began."""
         return self.busy_since if self._dropping else self._reading.deadline
 
     def drop_rest(self) -> None:
-        """Notes that what is still read of the request is dropped."""
+        """Records that the rest of the request is dropped when it is read."""
         self._dropping = True
 
     def abort(self) -> None:
@@ -192,12 +193,13 @@ class Connection(TCPServer):
         self.abort()
 
     def end_when_idle(self) -> None:
-        """Close as soon as no request is being served; now, if none is."""
+        """Closes as soon as no request is being served; now, if none is."""
         if self._idle:
             self._reading.cancel()
 
     def peer_left(self) -> bool:
-        """Whether the client has left, without a read: its connection is reset, or closed in both directions.
+        """Returns whether the client has disconnected, without a read: its connection is reset, or closed in both
+        directions.
 
         For a WebSocket its own direction is enough, as it can't take part in the closing handshake any more.
         """
@@ -208,7 +210,7 @@ class Connection(TCPServer):
         return bool(poller.poll(0))
 
     def rest_again(self) -> None:
-        """Resets the idle deadline, when the bytes that arrived did not begin a request."""
+        """Resets the idle deadline if the bytes that arrived did not begin a request."""
         if self._idle and not self._closing:
             self._header_begun = False
             self._rest(self.limits.keep_alive_s)
@@ -271,8 +273,9 @@ class Connection(TCPServer):
             raise
 
     async def _write_now(self, data: bytes) -> int:
-        """Writes what fits into the socket's buffer; returns how much that was. It is a checkpoint. Most writes end
-        here and need no deadline, which saves time: an event for five hundred readers is five hundred writes."""
+        """Writes as much as fits into the socket's buffer, and returns the number of bytes. It is a checkpoint. Most
+        writes are complete after this and need no deadline, which saves time: an event for five hundred readers is five
+        hundred writes."""
         await trio.lowlevel.checkpoint_if_cancelled()
         try:
             sent = os.write(self._socket.fileno(), data if len(data) <= _AT_ONCE else memoryview(data)[:_AT_ONCE])
@@ -284,7 +287,7 @@ class Connection(TCPServer):
         return sent
 
     async def _end(self) -> None:
-        """Closes our direction; the reader drops what arrives for a moment longer."""
+        """Closes the server's direction; the reader drops further input for a short time."""
         if self._closing or self._torn:
             return
         self._closing = True
@@ -337,7 +340,7 @@ class Connection(TCPServer):
         await self.http.handle(Closed())
 
     async def _receive(self) -> bytes:
-        """Returns what the client has sent, without TLS; empty at the end."""
+        """Returns the client's input, without TLS; empty at the end."""
         while True:
             if self.tls is None or self._closing:
                 return bytes(await self.stream.receive_some(SLICE))
@@ -352,8 +355,8 @@ class Connection(TCPServer):
             self.tls.feed(bytes(encrypted))
 
     async def _secure(self, tls: Session) -> None:
-        """Does the handshake, or ends our direction. A client that is in the middle of it counts as idle, so it is the
-        first to make room for others."""
+        """Runs the handshake, or ends the server's direction. A client in the middle of its handshake counts as idle,
+        so it is the first to make room for others."""
         self._rest(self.limits.handshake_s)
         try:
             with self._server.shaking_hands(self):
@@ -394,11 +397,12 @@ class Connection(TCPServer):
             self._server.tls.keep(tls, self.tear)
 
     async def _serve_half_closed(self) -> None:
-        """Waits while the current request is served, after the client has closed its direction; until it leaves.
+        """Waits while the current request is served, after the client has closed its direction, until the client
+        disconnects.
 
-        The end of the answer cancels the reading, and this with it. A TCP client that has closed both directions looks
-        the same until it answers a packet with a reset: a write of ours, or a probe of the kernel. On loopback,
-        `is_abandoned` finds it out.
+        The end of the answer cancels the reading, including this wait. A TCP client that has closed both directions
+        looks the same until it answers a packet with a reset: a write, or a probe of the kernel. On loopback,
+        `is_abandoned` detects it.
         """
         if self._idle or self._closing or self.http.is_websocket:
             return
@@ -417,8 +421,8 @@ class Connection(TCPServer):
 
 
 def _free_frames(error: BaseException) -> None:
-    """Ends the circle in which the cause of an error of Trio's streams is: it refers to a frame that has it as a
-    variable, and so to all of a connection."""
+    """Breaks the reference cycle of the cause of an error in Trio's streams: it refers to a frame that has it as a
+    variable, and thereby to the whole connection."""
     if error.__cause__ is not None:
         error.__cause__.__traceback__ = None
 
@@ -429,7 +433,7 @@ def _peer_uid(sock: trio.socket.SocketType) -> int:
 
 
 def _address_of(sock: trio.socket.SocketType) -> str:
-    """Returns the client's address; of IPv6 the network of 64 bits, as one machine may have all addresses in it."""
+    """Returns the client's address; for IPv6 the network of 64 bits, as one machine may have all addresses in it."""
     try:
         address = str(sock.getpeername()[0])
         if sock.family == socket.AF_INET6 and not address.startswith("::ffff:"):
@@ -440,7 +444,7 @@ def _address_of(sock: trio.socket.SocketType) -> str:
 
 
 class Http11(H11Protocol):
-    """HTTP/1.1 on one connection. It is its own task group for the apps that it starts."""
+    """HTTP/1.1 on one connection. It is the task group of the apps that it starts."""
 
     def __init__(
         self,
@@ -472,16 +476,16 @@ class Http11(H11Protocol):
         )
         self.tasks = tasks
         self.waits_to_be_asked = False
-        """Whether the client waits for `100 Continue` (h11 forgets that with our answer)."""
+        """Whether the client waits for `100 Continue` (h11 forgets that when the answer begins)."""
         self._empty_line_dropped = False
         self._closes_after = False
-        """Whether the current request is the last of the connection, as its framing can't be trusted."""
+        """Whether the current request is the last one of the connection, because its framing can't be trusted."""
         self._keeps_alive = False
-        """Whether an HTTP/1.0 client has asked for the connection to be kept."""
+        """Whether an HTTP/1.0 client has requested to keep the connection."""
 
     @property
     def is_websocket(self) -> bool:
-        """Whether the connection is, or is about to become, a WebSocket."""
+        """Whether the connection is or will become a WebSocket."""
         return isinstance(self.connection, H11WSConnection)
 
     async def stream_send(self, event: StreamEvent) -> None:
@@ -496,7 +500,7 @@ class Http11(H11Protocol):
         await super().stream_send(event)
 
     async def ask_for_body(self) -> None:
-        """Answer `Expect: 100-continue`, now that the app wants the body."""
+        """Answers `Expect: 100-continue` once the app wants the body."""
         self.waits_to_be_asked = False
         if self.connection.they_are_waiting_for_100_continue:
             await self._send_h11_event(h11.InformationalResponse(status_code=100, headers=[]))
@@ -513,7 +517,7 @@ class Http11(H11Protocol):
         await self.send(Closed())
 
     def _drop_empty_line(self) -> bool:
-        """Drops one empty line before a request (RFC 9112, 2.2). False if it takes more bytes to decide."""
+        """Drops one empty line before a request (RFC 9112, 2.2). Returns False if more bytes are needed to decide."""
         connection = self.connection
         if not isinstance(connection, h11.Connection) or connection.their_state is not h11.IDLE:
             return True
@@ -568,8 +572,8 @@ class Http11(H11Protocol):
                 await self.stream.handle(event)
 
     async def _take_head(self) -> bool:
-        """Waits until it is this connection's turn to have the head of a request parsed, if one has arrived. False if
-        it has too many fields: they are counted before h11 parses them, which takes it some microseconds each."""
+        """Waits for the connection's turn to have the head of a request parsed, if one has arrived. Returns False if
+        the head has too many fields: they are counted before h11 parses them, as each takes it some microseconds."""
         connection = self.connection
         if not isinstance(connection, h11.Connection) or connection.their_state is not h11.IDLE:
             return True
@@ -581,7 +585,7 @@ class Http11(H11Protocol):
         return True
 
     def _set_persistence(self, request: h11.Request, fields: Sequence[Field]) -> None:
-        """Decide whether the connection may be kept after `request`."""
+        """Decides whether the connection may be kept after `request`."""
         self._empty_line_dropped = False
         names = {name for name, _ in fields}
         old = request.http_version == b"1.0"
@@ -594,7 +598,7 @@ class Http11(H11Protocol):
             self.connection._cstate.keep_alive = True
 
     async def _wait_for_turn(self) -> None:
-        """A pipelined request waits until the one before it is answered."""
+        """Waits until the request before a pipelined one is answered."""
         await self.can_read.clear()
         while not self.can_read.is_set():
             with trio.move_on_after(self.owner.limits.header_s):
@@ -664,7 +668,7 @@ class Tasks:
         return inbox.put
 
     async def drop_rest(self) -> None:
-        """Reads and drops what the app has left of the request's body, within limits."""
+        """Reads and drops the rest of the request's body, within limits."""
         inbox = self.connection.inbox
         if inbox is None or inbox.settled.is_set() or self.connection.http.waits_to_be_asked:
             return
@@ -713,8 +717,8 @@ class Tasks:
 class RequestStream(HTTPStream):
     """One request and its answer.
 
-    A piece of the body may come with `volant.chunk`, the same piece with its chunk's framing: what many clients get is
-    framed once, and passes neither Hypercorn nor h11.
+    A piece of the body may be in `volant.chunk`, with its chunk framing. Data for many clients is framed once this way,
+    without Hypercorn and h11.
     """
 
     tasks: Tasks
@@ -744,9 +748,10 @@ class WebSocketStream(WSStream):
     Deflating on the event loop would delay all clients for one client's traffic, and inflating has no limit on its
     output (wsproto 1.3).
 
-    An app may answer with `volant.websocket.switch` instead of `websocket.accept`: from then on it gets and sends raw
-    bytes (`volant.websocket.bytes`), and does the handshake itself. Relays do, so the bytes between a client and a
-    guest stay unchanged and cost no unmasking here. `volant.websocket.texts` sends many text messages with one write.
+    An app may answer with `volant.websocket.switch` instead of `websocket.accept`: from then on it receives and sends
+    raw bytes (`volant.websocket.bytes`), and does the handshake itself. Relays use this, so that the bytes between a
+    client and a guest are unchanged and need no unmasking here. `volant.websocket.texts` sends many text messages with
+    one write.
     """
 
     tasks: Tasks
@@ -806,7 +811,7 @@ class WebSocketStream(WSStream):
 
 
 def text_frame(text: bytes) -> bytes:
-    """A server's WebSocket frame that is one whole text message (RFC 6455, 5.2)."""
+    """Returns a server's WebSocket frame with one whole text message (RFC 6455, 5.2)."""
     size = len(text)
     if size < 126:
         return b"\x81%c" % size + text

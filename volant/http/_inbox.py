@@ -1,7 +1,7 @@
-"""The queue of what a client has sent and the app has not read yet, for one request, bounded by bytes.
+"""The queue of data that a client has sent and the app has not read yet, for one request, bounded by bytes.
 
 Hypercorn's own queue counts messages, so sixteen-megabyte WebSocket messages count as much as single bytes, and a
-reader that is blocked on it never notices that its client has left. This one counts bytes, can drop what arrives, and
+reader that is blocked on it never notices that its client has disconnected. This one counts bytes, can drop data, and
 accepts a disconnect at any time.
 """
 
@@ -16,14 +16,14 @@ import trio
 Message = dict[str, Any]
 
 _OVERHEAD = 256
-"""What a queued message costs besides its payload, so that empty frames are bounded too."""
+"""The cost of a queued message besides its payload, which bounds empty frames too."""
 
 
 class Inbox:
     """A queue of ASGI messages from the connection's reader to the app.
 
-    `on_first_receive` is awaited before the app gets its first message: it sends `100 Continue` to a client that waits
-    for it. `left()` returns whether the peer has disconnected.
+    `on_first_receive` is awaited before the app receives its first message: it sends `100 Continue` to a client that
+    waits for it. `left()` returns whether the peer has disconnected.
     """
 
     def __init__(
@@ -47,13 +47,13 @@ class Inbox:
         self._arrived = trio.Event()
         self._taken = trio.Event()
         self.settled = trio.Event()
-        """Set once nothing more will come that matters: the body is complete, the client has left, or too much of it
-        was dropped."""
+        """Set once no more relevant data can arrive: the body is complete, the client has disconnected, or too much of
+        the body was dropped."""
 
     async def put(self, message: Message) -> None:
         """Queues `message`; waits while the app is behind.
 
-        :raises trio.BrokenResourceError: the client hung up while we waited.
+        :raises trio.BrokenResourceError: the client disconnected during the wait.
         """
         kind = message["type"]
         if kind in ("http.disconnect", "websocket.disconnect"):
@@ -80,14 +80,14 @@ class Inbox:
             self.settled.set()
 
     def drop(self) -> None:
-        """Drops the body: what has arrived of it and what will."""
+        """Drops the body, both what has arrived and what will arrive."""
         self._dropping = True
         self._messages = deque(entry for entry in self._messages if entry[1]["type"] != "http.request")
         self._bytes = sum(size for size, _ in self._messages)
         self._taken.set()
 
     async def receive(self) -> Message:
-        """The app's `receive`."""
+        """Returns the next message; it is the app's `receive`."""
         if self._on_first_receive is not None:
             ask, self._on_first_receive = self._on_first_receive, None
             await ask()

@@ -1,7 +1,7 @@
 """Credentials of clients: API keys, tickets, and the interfaces for named keys and tokens of an issuer.
 
-Keys and tickets are stored and compared as SHA-256 digests. So the time of a comparison reveals nothing about them, and
-no dump of an object shows one.
+Keys and tickets are stored and compared as SHA-256 digests. So the duration of a comparison reveals nothing about them,
+and no dump of an object shows one.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from volant.model import ANONYMOUS, Caller, Problem, SignIn
 TICKET_S = 60.0
 """How long a ticket is valid."""
 MAX_TICKETS = 10_000
-"""Most unused tickets of all callers and VMs."""
+"""Maximum unused tickets of all callers and VMs."""
 MAX_TICKETS_OF_ONE = 200
-"""Most unused tickets of one caller or VM."""
+"""Maximum unused tickets per caller or VM."""
 OF_ISSUER = "oidc:"
 """Prefix of the names and credentials of callers with a token."""
 NOBODY = Caller(ANONYMOUS, ANONYMOUS, credential=ANONYMOUS)
@@ -38,14 +38,15 @@ class NamedKeys(Protocol):
         """Whether clients need a key, even if the settings have none."""
 
     def caller(self, digest: str, address: str) -> Caller | None:
-        """Returns the caller with the key of this digest; None: no key has it. :raises Problem: 401 it has expired."""
+        """Returns the caller with the key of this digest; None if there is no such key. :raises Problem: 401, it has
+        expired."""
 
     def ended(self, digest: str) -> str | None:
-        """Returns why a key is not valid any more; None: it is valid."""
+        """Returns why a key is not valid any more; None if it is valid."""
 
 
 class NoNamedKeys(NamedKeys):
-    """Has no keys."""
+    """The absence of named keys."""
 
     required = False
 
@@ -61,17 +62,17 @@ class CodeRequest(Protocol):
 
     @property
     def url(self) -> str:
-        """Where the browser goes on, at the issuer."""
+        """The issuer's URL to which the browser goes next."""
 
     @property
     def state(self) -> str:
-        """What the issuer's answer has to bring back."""
+        """The state that the issuer's answer must contain."""
 
     async def finish(self, answer: Mapping[str, str], address: str) -> Caller:
-        """Returns the caller that the issuer's answer is about; may take seconds.
+        """Returns the caller in the issuer's answer; may take seconds.
 
-        :raises Problem: 401 the sign-in has failed; 403 it was denied, or the caller has no role; 503 the issuer does
-            not answer as it should.
+        :raises Problem: 401, the sign-in has failed; 403, it was denied, or the caller has no role; 503, the issuer
+            does not answer correctly.
         """
 
 
@@ -88,36 +89,36 @@ class Tokens(Protocol):
 
     @property
     def sign_in(self) -> SignIn | None:
-        """Returns what a client needs to sign in; None: no issuer is set."""
+        """Returns the data that a client needs to sign in; None if no issuer is set."""
 
     @property
     def signs_in_browsers(self) -> bool:
         """Whether browsers can sign in at the issuer."""
 
     async def begin(self, redirect_uri: str) -> CodeRequest:
-        """Begins a sign-in of a browser, to which the issuer sends it back at `redirect_uri`; may take seconds.
+        """Begins a sign-in of a browser, which the issuer sends back to `redirect_uri`; may take seconds.
 
-        :raises Problem: 409 there is no issuer for that; 503 it does not answer.
+        :raises Problem: 409, there is no issuer for browsers; 503, it does not answer.
         """
 
     async def prepare(self, token: bytes) -> None:
-        """Fetches what is needed to verify a token; may take seconds. :raises Problem: 503 too many requests wait."""
+        """Fetches the keys for verifying a token; may take seconds. :raises Problem: 503, too many requests wait."""
 
     def caller(self, token: bytes, address: str) -> Caller:
         """Returns the caller with this token.
 
-        :raises Problem: 401 the token is not valid; 403 it has no role; 503 the keys of the issuer are unknown.
+        :raises Problem: 401, the token is not valid; 403, it has no role; 503, the keys of the issuer are unknown.
         """
 
     def ended(self, credential: str) -> str | None:
-        """Returns why the token of a caller is not valid any more; None: it is valid."""
+        """Returns why the token of a caller is not valid any more; None if it is valid."""
 
     def left_s(self, credential: str) -> float:
-        """Returns how long the token of a caller is still valid."""
+        """Returns the remaining seconds of a caller's token."""
 
 
 class NoTokens(Tokens):
-    """Accepts no tokens."""
+    """The absence of an issuer: accepts no tokens."""
 
     accepted = False
     has_administrator = False
@@ -140,12 +141,12 @@ class NoTokens(Tokens):
 
 
 def is_token(given: bytes) -> bool:
-    """Whether credentials are a token of an issuer (a JWT) and not an API key."""
+    """Returns whether credentials are a token of an issuer (a JWT) and not an API key."""
     return given.startswith(b"eyJ") and given.count(b".") == 2
 
 
 class Keys:
-    """Holds the API keys of the settings, which have the role `admin`."""
+    """The API keys of the settings, which have the role `admin`."""
 
     def __init__(self, keys: Iterable[str]) -> None:
         self._digests = [digest_of(key.encode()) for key in keys]
@@ -154,7 +155,7 @@ class Keys:
         return bool(self._digests)
 
     def accept(self, digest: bytes) -> bool:
-        """Whether one of the keys has this digest. Takes the same time for either answer."""
+        """Returns whether one of the keys has this digest. Takes the same time for either answer."""
         found = False
         for known in self._digests:
             found |= hmac.compare_digest(digest, known)
@@ -165,23 +166,23 @@ class OtherTickets(Protocol):
     """Tickets that other hosts of a fleet have issued."""
 
     async def redeem(self, host: str, ticket: bytes, path: str) -> Caller | None:
-        """As `Tickets.redeem`, at that host."""
+        """Redeems a ticket at that host, see `Tickets.redeem`."""
 
 
 class _Ticket(msgspec.Struct, frozen=True):
     expires_at: float
-    """On Trio's clock."""
+    """The expiry, on Trio's clock."""
     path: str | None
     caller: Caller
 
 
 class Tickets:
-    """Issues tickets, each of which replaces a key once, within `TICKET_S` seconds. So nobody can use a ticket that a
-    browser's history or a log shows."""
+    """Issues tickets, each of which replaces a key once, within `TICKET_S` seconds. So a ticket in a browser's history
+    or a log is useless."""
 
     def __init__(self, limit: int = MAX_TICKETS) -> None:
         self.issuer = ""
-        """The host of a fleet, which tickets name."""
+        """The host of a fleet that tickets contain."""
         self._limit = limit
         # In the order in which they expire, because all have the same lifetime.
         self._kept: dict[bytes, _Ticket] = {}
@@ -190,11 +191,11 @@ class Tickets:
     def issue(self, owner: int | str | None = None, *, path: str | None = None, caller: Caller = NOBODY) -> str:
         """Returns a new ticket.
 
-        :param owner: the id of the VM or caller that causes it. Each may have `MAX_TICKETS_OF_ONE`; one more removes
+        :param owner: the id of the VM or caller that causes it. Each may have `MAX_TICKETS_OF_ONE`; another one removes
             its oldest. So no guest or caller can use up the tickets of others
-        :param path: the ticket is valid for this path and those below it; None: for any path
+        :param path: the ticket is valid for this path and all below it; None for any path
         :param caller: the caller of requests with the ticket
-        :raises Problem: 503 there are too many unused tickets.
+        :raises Problem: 503, there are too many unused tickets.
         """
         now = trio.current_time()
         while self._kept:
@@ -219,9 +220,9 @@ class Tickets:
         return ticket
 
     def redeem(self, given: bytes, path: str = "") -> Caller | None:
-        """Uses up a ticket. Returns its caller; None: it is unknown, used, expired or for another path.
+        """Uses up a ticket. Returns its caller; None if it is unknown, used, expired or for another path.
 
-        :param path: the path of the request, as it was sent
+        :param path: the path of the request, as sent
         """
         kept = self._kept.pop(digest_of(given), None)
         if kept is None or trio.current_time() >= kept.expires_at:
@@ -245,5 +246,5 @@ class Tickets:
 
 
 def digest_of(value: bytes) -> bytes:
-    """Returns the digest that is stored and compared instead of a secret."""
+    """Returns the digest that is stored and compared in place of a secret."""
     return sha256(value).digest()

@@ -1,7 +1,7 @@
 """The middleware of every request: its id, access control, routing, errors as problems, the log line.
 
-It wraps Quart as ASGI, so it also answers for what Quart does not see, and costs a request that goes to Quart a few
-microseconds.
+It wraps Quart as ASGI, so it also answers requests that Quart does not see, and costs a few microseconds for a request
+to Quart.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}\Z")
 _OF_VM = re.compile(r"/(?:api|ws)/v1/vms/([a-z0-9-]{1,63})(?:/|\Z)")
 _QUIET = frozenset({"/healthz"})
 _QUIET_BELOW = "/console/"
-"""The files of the page are some thirty requests."""
+"""The prefix of the page's files, whose requests are not logged as there are some thirty of them."""
 _ANY = frozenset({"DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT"})
-"""The methods in `Allow` of a route that takes nearly any."""
+"""The methods in `Allow` of a route that accepts nearly any."""
 
 _FIRST = frozenset(
     {"http.response.start", "websocket.http.response.start", "websocket.accept", "volant.websocket.switch"}
@@ -46,43 +46,44 @@ Contra = TypeVar("Contra", contravariant=True)
 
 
 class Admission(Protocol[Op]):
-    """What the operations say of a request."""
+    """Admission of requests by their operations."""
 
     def find(self, call: Call, path: str) -> Op | None:
-        """Returns the operation that a request is for, by its path as it is routed."""
+        """Returns the operation of a request, by its routed path."""
 
     def cause(self, call: Call, path: str, operation: Op | None) -> Cause | None:
-        """Returns what is recorded of a request; None: it only reads."""
+        """Returns the cause of a request for its records; None if it only reads."""
 
     def rejected(self, call: Call, caller: Caller) -> Cause:
-        """Returns what is recorded of a request whose caller is known and not let in."""
+        """Returns the cause of a request whose caller is known but rejected."""
 
     def check(self, caller: Caller, operation: Op | None) -> None:
-        """:raises Problem: 403 the caller must not do that."""
+        """Checks the permission. :raises Problem: 403, the caller lacks it."""
 
     async def answer(self, cause: Cause, problem: Problem | None) -> None:
-        """Records how it ends, before it is answered. :raises Problem: 503 it can't be recorded."""
+        """Records the outcome before the request is answered. :raises Problem: 503, it can't be recorded."""
 
 
 class Router(Protocol[Contra]):
-    """Knows what other hosts have to answer."""
+    """Routes requests to other hosts."""
 
     @property
     def header(self) -> Header:
-        """Added to each answer of this host."""
+        """Returns a header that is added to each answer of this host."""
 
     async def route(self, call: Call, operation: Contra | None, path: str) -> bool:
-        """Answers a request if that is another host's business; returns whether it was. :raises Problem:"""
+        """Answers a request through another host, if that is responsible. Returns whether it was. :raises Problem: the
+        other host failed."""
 
 
 class Ports(Protocol):
-    """What the origins of ports in guests lead to."""
+    """Access to the origins of ports in guests."""
 
     async def enter(self, call: Call, origin: PortOrigin) -> bool:
-        """Makes a request at the origin of a port one to our path of that port, and sets its caller. Returns whether
-        it did, and has not answered the request itself.
+        """Rewrites a request at the origin of a port to the daemon's path of that port, and sets its caller. Returns
+        False if it has answered the request itself.
 
-        :raises Problem: 401 the request has no grant; 404 there is no such VM
+        :raises Problem: 401, the request has no grant; 404, there is no such VM
         """
 
 
@@ -91,7 +92,7 @@ Handler = Callable[[Call], Awaitable[None]]
 
 
 class StreamRoute(msgspec.Struct, frozen=True):
-    """A route that is served without Quart. `methods` None: any but TRACE."""
+    """A route that is served without Quart. With `methods` None it accepts any but TRACE."""
 
     pattern: re.Pattern[str]
     handler: Handler
@@ -99,11 +100,12 @@ class StreamRoute(msgspec.Struct, frozen=True):
     http: bool = True
     websocket: bool = False
     sse: bool = False
-    """Whether it is always an event stream; other routes are one only for clients that accept nothing else."""
+    """Whether it is always an event stream. Other routes are event streams only for clients that accept nothing
+    else."""
     key_in_query: bool = False
-    """Whether the URL may carry the key, as a WebSocket's may, for clients that have nothing but the URL."""
+    """Whether the URL may contain the key, as for a WebSocket, for clients that can only set the URL."""
     query_is_guests: bool = False
-    """Whether the query is for a guest, so that `project` in it is not ours."""
+    """Whether the query belongs to a guest, so that `project` in it is not the daemon's."""
 
 
 class Middleware:
@@ -119,7 +121,7 @@ class Middleware:
         ports: Ports,
         router: Router[Any] | None = None,
     ) -> None:
-        """`router`: None: there are no other hosts."""
+        """Creates the app. `router` is None if there are no other hosts."""
         self._ports = ports
         self._app = app
         self._router = router
@@ -276,7 +278,7 @@ class Middleware:
 
 
 class _Answer:
-    """Has every answer recorded that must be, adds its headers, and remembers its status."""
+    """Records answers that need a record, adds headers, and remembers the status."""
 
     __slots__ = ("_added", "_admission", "_request_id", "_send", "call", "status")
 
@@ -295,7 +297,7 @@ class _Answer:
         self.status = 0
 
     async def send(self, message: Message) -> None:
-        """Sends a part of the answer. :raises Problem: 503 before its first part, as it can't be recorded."""
+        """Sends a part of the answer. :raises Problem: 503 before the first part, it can't be recorded."""
         kind = message["type"]
         call = self.call
         if call is not None and call.cause is not None and kind in _FIRST:
@@ -319,7 +321,8 @@ class _Answer:
 
 
 def _takes_credentials_in_query(call: Call, route: StreamRoute | None) -> bool:
-    """Browsers can't set headers for a WebSocket and an `EventSource`, and for those alone a URL may carry a key."""
+    """Returns whether credentials may be in the query: only for WebSockets and `EventSource`, where browsers can't set
+    headers."""
     if call.is_websocket or (route is not None and route.key_in_query):
         return True
     if route is None or call.method not in ("GET", "HEAD"):
@@ -328,14 +331,14 @@ def _takes_credentials_in_query(call: Call, route: StreamRoute | None) -> bool:
 
 
 def internal_error() -> Problem:
-    """Returns the 500 for a bug, which shows nothing but where to look."""
+    """Returns the 500 for a bug, which only shows where to look."""
     return Problem(
         500, "internal-error", "the request failed inside the daemon", hint="its log has the details under request_id"
     )
 
 
 def first_problem(group: BaseExceptionGroup[Problem]) -> Problem:
-    """Returns the first problem of a group that holds nothing else."""
+    """Returns the first problem of a group that contains only problems."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

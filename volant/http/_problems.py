@@ -1,4 +1,4 @@
-"""How an error looks on the wire: RFC 9457, plus what the contract adds."""
+"""The format of an error: RFC 9457 with the additions of the contract."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _encoder = msgspec.json.Encoder()
 
 
 def new_request_id() -> str:
-    """16 hexadecimal digits, for the header `X-Request-Id`, the log and the error's body."""
+    """Returns 16 hexadecimal digits, for the header `X-Request-Id`, the log and the error's body."""
     return secrets.token_hex(8)
 
 
 def problem_body(problem: Problem, request_id: str) -> bytes:
-    """The body of the answer for `problem`."""
+    """Returns the body of the answer for `problem`."""
     return _encoder.encode(
         ProblemDetails(
             type=f"urn:volant:error:{problem.code}",
@@ -37,7 +37,7 @@ def problem_body(problem: Problem, request_id: str) -> bytes:
 
 
 def problem_headers(body: bytes, request_id: str) -> list[tuple[bytes, bytes]]:
-    """The headers that go with `body`."""
+    """Returns the headers for `body`."""
     return [
         (b"content-type", PROBLEM_JSON),
         (b"content-length", b"%d" % len(body)),
@@ -56,7 +56,7 @@ def not_json(content_type: str) -> Problem:
 
 
 def too_large(limit: int) -> Problem:
-    """413."""
+    """Returns the 413."""
     return Problem(413, "body-too-large", f"the body is larger than {limit} bytes")
 
 

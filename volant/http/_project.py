@@ -1,7 +1,7 @@
-"""The project of a request: the caller's own, or one that an administrator names.
+"""The project of a request: the caller's own, or the choice of an administrator.
 
-The header `Volant-Project` names it, or `?project=` for clients that can't set headers; not where the query belongs to
-a guest.
+The header `Volant-Project` selects it, or `?project=` for clients that can't set headers, unless the query belongs to a
+guest.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _PARAMETER = b"project"
 
 
 def choose_project(scope: Any, own: str | None, *, in_query: bool) -> None:
-    """Stores the project of a request in its scope, and removes the parameter that names it from the query.
+    """Stores the project of a request in its scope, and removes the parameter from the query.
 
-    :param own: the only project that the caller may use; None: it may use all
+    :param own: the only project that the caller may use; None for all
     :param in_query: whether the query may name the project
-    :raises Problem: 400 the name is invalid, or two are given; 403 it is another project than the caller's, whether it
-        exists or not.
+    :raises Problem: 400, the name is invalid, or two are given; 403, it is another project than the caller's, whether
+        it exists or not.
     """
     given = {value.strip() for name, value in scope["headers"] if name == _HEADER}
     if in_query and b"project" in scope["query_string"]:
@@ -54,8 +54,8 @@ def _chosen(given: list[str], own: str | None) -> str:
 
 
 def seen_project(scope: Any) -> str | None:
-    """Returns the project that a view of shared things is limited to; None: it shows all of them, to administrators
-    who name no project."""
+    """Returns the project to which a view of shared objects is limited; None for all of them, for administrators
+    without a project."""
     if not names_project(scope):
         own: str | None = scope["state"]["caller"].project
         return own
@@ -68,13 +68,13 @@ def project_of_link(scope: Any) -> list[tuple[str, str]]:
 
 
 def names_project(scope: Any) -> bool:
-    """Whether a request names a project."""
+    """Returns whether a request names a project."""
     named: bool = scope["state"]["names_project"]
     return named
 
 
 def one_project(scope: Any) -> str:
-    """Returns the project to look names up in. :raises Problem: 400 the request is for all projects."""
+    """Returns the project in which names are looked up. :raises Problem: 400, the request is for all projects."""
     project: str = scope["state"]["project"]
     if project == EVERY_PROJECT:
         raise invalid("project", "project is '*', and this is about one project", hint="name it; '*' is for lists")
@@ -82,6 +82,6 @@ def one_project(scope: Any) -> str:
 
 
 def listed_project(scope: Any) -> str | None:
-    """Returns the project to list; None: all projects."""
+    """Returns the project to list; None for all projects."""
     project: str = scope["state"]["project"]
     return None if project == EVERY_PROJECT else project

@@ -1,4 +1,4 @@
-"""Query parameters: a route reads each by its name, and one that no route reads is an error that names it."""
+"""Query parameters. A route reads each by its name, and an unread parameter is an error that names it."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from urllib.parse import parse_qsl
 from volant.model import Problem, invalid, is_name, parse_duration
 
 MAX_INTEGER = 10**18 - 1
-"""The largest that a parameter can be."""
+"""The maximum of a parameter."""
 
 _MAX_FIELDS = 100
 _INTEGER = re.compile(r"[0-9]{1,18}\Z")
 
 
 class Query:
-    """The parameters of one request. Read all that the route takes, then call `done()`.
+    """The parameters of one request. Read all that the route accepts, then call `done()`.
 
     With `credentials`, `api_key` and `ticket` are allowed: access control reads them, as browsers can't set headers.
 
-    :raises Problem: 400 for what is no query string.
+    :raises Problem: 400, the query string is malformed.
     """
 
     def __init__(self, raw: bytes, *, credentials: bool = False) -> None:
@@ -38,26 +38,26 @@ class Query:
             self._values.setdefault(name, []).append(value)
 
     def all(self, name: str) -> list[str]:
-        """Every value of a parameter that may be repeated."""
+        """Returns every value of a parameter that may be repeated."""
         self._known.add(name)
         return self._values.get(name, [])
 
     def names(self, name: str) -> list[str]:
-        """As `all`. :raises Problem: 400 when one can't be the name of a VM or a plugin."""
+        """Returns every value like `all`. :raises Problem: 400, one can't be the name of a VM or a plugin."""
         for value in (values := self.all(name)):
             if not is_name(value):
                 raise invalid(name, f"the parameter {name} is {value[:80]!r}, not a name")
         return values
 
     def text(self, name: str) -> str | None:
-        """:raises Problem: 400 when it is given more than once."""
+        """Returns the value. :raises Problem: 400, it is given more than once."""
         values = self.all(name)
         if len(values) > 1:
             raise invalid(name, f"the parameter {name} is given {len(values)} times")
         return values[0] if values else None
 
     def integer(self, name: str, *, minimum: int = 0, maximum: int = MAX_INTEGER) -> int | None:
-        """:raises Problem: 400 when it is no integer in the range."""
+        """Returns the value as an integer. :raises Problem: 400, it is not an integer in the range."""
         text = self.text(name)
         if text is None:
             return None
@@ -66,7 +66,7 @@ class Query:
         return int(text)
 
     def flag(self, name: str, default: bool) -> bool:
-        """:raises Problem: 400 when it is neither `true` nor `false`."""
+        """Returns the value as a flag. :raises Problem: 400, it is neither `true` nor `false`."""
         text = self.text(name)
         if text is None:
             return default
@@ -77,12 +77,13 @@ class Query:
         raise invalid(name, f"the parameter {name} is {text[:40]!r}, neither true nor false")
 
     def duration(self, name: str, default_s: float, *, maximum_s: float) -> float:
-        """Seconds. :raises Problem: 400 when it is no duration, or too long."""
+        """Returns the value in seconds. :raises Problem: 400, it is not a duration, or too long."""
         text = self.text(name)
         return default_s if text is None else parse_duration(text, name, maximum_s=maximum_s)
 
     def words(self, name: str, allowed: frozenset[str]) -> frozenset[str]:
-        """Comma-separated or repeated words; empty when it is not given. :raises Problem: 400 for another word."""
+        """Returns comma-separated or repeated words; empty if there are none. :raises Problem: 400, for another
+        word."""
         given = [word for text in self.all(name) for word in text.split(",")]
         for word in given:
             if word not in allowed:
@@ -92,7 +93,7 @@ class Query:
         return frozenset(given)
 
     def labels(self, name: str = "label") -> dict[str, str]:
-        """`key=value`, perhaps repeated. :raises Problem: 400 when one is not of that form."""
+        """Returns labels, each as `key=value`, which may be repeated. :raises Problem: 400, one is malformed."""
         labels = {}
         for text in self.all(name):
             key, equals, value = text.partition("=")
@@ -102,7 +103,8 @@ class Query:
         return labels
 
     def done(self) -> None:
-        """:raises Problem: 400 that names a parameter which the route does not take."""
+        """Checks that all parameters were read. :raises Problem: 400 that names a parameter which the route does not
+        accept."""
         for name in self._values:
             if name not in self._known:
                 known = sorted(self._known - {"api_key", "ticket"})
@@ -114,7 +116,7 @@ class Query:
 
 
 def parse_time(text: str, field: str) -> datetime:
-    """An RFC 3339 time. :raises Problem: 400."""
+    """Returns an RFC 3339 time. :raises Problem: 400."""
     try:
         time = datetime.fromisoformat(text)
     except ValueError:

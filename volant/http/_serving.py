@@ -1,15 +1,15 @@
-"""The server: accepts on listeners that are already bound, and stops within a second or so.
+"""The server: accepts connections on bound listeners, and stops within about a second.
 
-Hypercorn's own `serve()` binds, accepts, and stops in the wrong order: the app can shut down only after all streams
-have ended, and those wait for the app to notify them. So this module accepts connections and ends them:
+Hypercorn's own `serve()` stops in the wrong order: the app can shut down only after all streams have ended, which wait
+for the app to notify them. So this module accepts connections and ends them:
 
 1. `stopping` is set: every stream can see it in `scope["state"]["stopping"]` and ends in its own way (an event stream
    with its last block, a WebSocket with 1001); nothing more is accepted; idle connections are closed.
-2. What has not ended after `Limits.grace_s` is cut, sockets first, so that no shield can hold us up.
+2. Connections that have not ended after `Limits.grace_s` are cut, sockets first, so that no shield can delay the stop.
 3. Then the app's own shutdown runs.
 
-`trio.serve_listeners` closes its listeners, and a supervisor may start us again: each incarnation works on duplicates
-of the sockets, and connections that arrive in between wait in the kernel's queue.
+`trio.serve_listeners` closes its listeners, but a supervisor may restart the server: each incarnation works on
+duplicates of the sockets, and connections that arrive in between wait in the kernel's queue.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ _log = logging.getLogger("volant.api.serving")
 
 _NO_DESCRIPTOR = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 _OF_UNIX_SOCKETS = 64
-"""Connections beside those of TCP that Unix sockets may have."""
+"""Maximum connections of Unix sockets, in addition to those of TCP."""
 _FULL_S, _FULL_MAX_S = 0.05, 1.0
-"""Between two tries to accept a connection while there is no descriptor for it."""
+"""The delays between two attempts to accept a connection while there is no free descriptor."""
 _FULL_SILENCE_S = 60.0
 _FAILED_SILENCE_S = 1.0
-"""Between two log lines about handshakes that failed, as any client can cause them."""
+"""The interval of log lines about failed handshakes, as any client can cause them."""
 
 AsgiApp = Callable[[Any, Any, Any], Awaitable[None]]
 
@@ -61,10 +61,10 @@ async def serve(
     tls: Tls | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Serve `app` on listening `sockets` until `stopping` is set, then end everything and return.
+    """Serves `app` on listening `sockets` until `stopping` is set, then ends everything and returns.
 
-    With `tls`, TCP is served with TLS alone; Unix sockets never are. The sockets stay open and belong to the caller.
-    Started once connections are accepted. Cancelling cuts every connection at once.
+    With `tls`, TCP is served only with TLS; Unix sockets are always served without. The sockets stay open and belong to
+    the caller. The task counts as started once connections are accepted. Cancelling cuts every connection at once.
 
     :raises hypercorn.utils.LifespanFailureError: the app could not start, or took too long.
     """
@@ -102,11 +102,11 @@ class Server:
         self._stopping = stopping
         self._connections: set[Connection] = set()
         self._of_address: dict[str, set[Connection]] = {}
-        """Those of each address of TCP."""
+        """The connections of each TCP address."""
         self._unread: dict[Connection, int] = {}
-        """The bytes of answers that wait for their clients, the one that waits longest first."""
+        """The bytes of answers that wait for their clients, the longest wait first."""
         self._shaking: dict[Connection, None] = {}
-        """The connections in the middle of their handshake, the oldest first."""
+        """The connections in the middle of their handshake, oldest first."""
         self._gone = trio.Event()
         self._refused = 0
         self._silent_until = -math.inf
@@ -115,7 +115,7 @@ class Server:
 
     @contextmanager
     def shaking_hands(self, connection: Connection) -> Iterator[None]:
-        """Counts a handshake while the block runs. Of too many, the oldest is cut."""
+        """Counts a handshake while the block runs. If there are too many, the oldest is cut."""
         if len(self._shaking) >= self.limits.handshakes:
             oldest = next(iter(self._shaking))
             del self._shaking[oldest]
@@ -127,7 +127,7 @@ class Server:
             self._shaking.pop(connection, None)
 
     def handshake_failed(self, client: tuple[str, int] | None, error: ssl.SSLError) -> None:
-        """Logs why a handshake failed, at most one line in `_FAILED_SILENCE_S`."""
+        """Logs why a handshake failed, at most one line per `_FAILED_SILENCE_S`."""
         self._failed += 1
         now = trio.current_time()
         if now < self._failures_silent_until:
@@ -174,7 +174,7 @@ class Server:
                 connections.start_soon(self._handle, stream)
 
     def _warn_of_no_descriptor(self, error: OSError) -> None:
-        """Logs a warning, at most one in `_FULL_SILENCE_S`, as a line for each try would fill the log."""
+        """Logs a warning, at most one per `_FULL_SILENCE_S`, as a line for each attempt would fill the log."""
         now = trio.current_time()
         if now < self._silent_until:
             return
@@ -246,8 +246,9 @@ class Server:
             self._unread.pop(connection, None)
 
     def _make_room(self, among: Collection[Connection]) -> bool:
-        """Closes the connection that was idle longest, so that a client with many idle ones can't block others; or else
-        the longest busy one of a client that was not let in, which may be reading its answers very slowly."""
+        """Closes the connection that was idle longest, so that a client with many idle ones can't block others. If none
+        is idle, closes the longest busy one of a client without access, which may be reading its answers very
+        slowly."""
         idle = min((one for one in among if one.idle), key=lambda one: one.rests_until, default=None)
         strangers = (one for one in among if one.standing.let_in is False)
         closed = idle or min(strangers, key=lambda one: one.busy_since, default=None)
@@ -280,8 +281,8 @@ class Server:
 
 
 class _Terminated(EventWrapper):
-    """Hypercorn's `terminated`, which is `stopping` itself. So an answer after it closes its connection, whichever task
-    runs first."""
+    """Hypercorn's `terminated`, which is the same as `stopping`. So an answer after it closes its connection, whichever
+    task runs first."""
 
     def __init__(self, stopping: trio.Event) -> None:
         self._event = stopping
@@ -297,7 +298,7 @@ def _duplicates(sockets: Sequence[socket.socket]) -> list[trio.SocketListener]:
 
 
 def _watch_peer(stream: trio.SocketStream, silence_s: float) -> None:
-    """Makes the kernel detect dead peers: an idle WebSocket has no other deadline, and what an event stream sends fits
+    """Makes the kernel detect dead peers. An idle WebSocket has no other deadline, and the data of an event stream fits
     into the kernel's buffer for hours."""
     if stream.socket.family in (socket.AF_INET, socket.AF_INET6):
         stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

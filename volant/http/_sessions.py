@@ -1,15 +1,15 @@
-"""Sessions of browsers that have signed in: what stands for a key in a page that never holds one.
+"""Sessions of browsers that have signed in, which replace the key in a page.
 
-A session has two halves. The *cookie* is hidden from scripts, and the browser sends it by itself, to every port of the
-host: cookies know no ports. The *proof* is kept by the page, in the storage of its own origin, and sent in a header.
-Neither opens anything alone. So a server on another port of the host, which may be a guest's, can do nothing with the
-cookies that it gets; what a script of the page could take away is no use elsewhere; and no form or link of another page
-has an effect, as it can't send the header.
+A session has two parts. The *cookie* is hidden from scripts, and the browser sends it automatically, to every port of
+the host, as cookies ignore ports. The *proof* is kept by the page, in the storage of its own origin, and sent in a
+header. Neither is valid alone. So a server on another port of the host, which may be a guest's, can't use the cookies
+that it receives; a proof that a script of the page steals is useless elsewhere; and forms and links of other pages have
+no effect, as they can't send the header.
 
-A *grant* opens one port of one VM at the origin of that port, and has a cookie alone: its scripts are the guest's, and
-what it opens is that guest.
+A *grant* opens one port of one VM at the origin of that port, and has only a cookie: the scripts there are the guest's,
+and it opens only that guest.
 
-Sessions are kept in memory, as digests: they end with the daemon.
+Sessions are kept in memory, as digests, and end with the daemon.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from ._keys import digest_of
 SESSION_S = 12 * 3600.0
 """How long a session lasts: a working day."""
 MAX_SESSIONS = 10_000
-"""Most sessions of all callers."""
+"""Maximum sessions of all callers."""
 MAX_SESSIONS_OF_ONE = 50
-"""Most sessions of one caller; one more ends its oldest."""
+"""Maximum sessions per caller; another one ends the oldest."""
 OF_SESSION = "session:"
-"""Begins the credentials of callers with a session."""
+"""The prefix of the credentials of callers with a session."""
 
 _ENDED = "this session has ended"
 
 
 class NewSession(msgspec.Struct, frozen=True):
-    """What a browser gets when it has signed in."""
+    """A new session, for a browser that has signed in."""
 
     cookie: str
     proof: str
@@ -45,25 +45,25 @@ class NewSession(msgspec.Struct, frozen=True):
 
 
 Place = tuple[int, int]
-"""The id of a VM and a port of it."""
+"""The id of a VM and one of its ports."""
 
 
 class _Session(msgspec.Struct, frozen=True):
     proof: bytes | None
     """None for a grant."""
     place: Place | None
-    """What a grant is for."""
+    """The place of a grant."""
     expires_at: float
-    """On Trio's clock."""
+    """The expiry, on Trio's clock."""
     caller: Caller
-    """The caller that signed in or was given the grant, by its own credentials."""
+    """The caller that signed in or received the grant, with its own credentials."""
 
 
 class Sessions:
     """The sessions of this daemon."""
 
     def __init__(self, recheck: Callable[[], None], limit: int = MAX_SESSIONS) -> None:
-        """:param recheck: ends the requests of callers whose sessions have ended"""
+        """Creates it. `recheck` ends the requests of callers whose sessions have ended."""
         self._recheck = recheck
         self._limit = limit
         # By the digest of the cookie, in the order in which they expire, because all have the same lifetime.
@@ -71,16 +71,16 @@ class Sessions:
         self._first = trio.Event()
 
     def open(self, caller: Caller) -> NewSession:
-        """Begins a session for a caller that has shown its credentials.
+        """Begins a session for a caller that has presented its credentials.
 
-        :raises Problem: 503 there are too many sessions.
+        :raises Problem: 503, there are too many sessions.
         """
         cookie, proof = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
         kept = self._keep(cookie, caller, digest_of(proof.encode()), None)
         return NewSession(cookie, proof, kept)
 
     def grant(self, caller: Caller, place: Place) -> str:
-        """Begins a grant, and returns its cookie. :raises Problem: as `open`."""
+        """Begins a grant, and returns its cookie. :raises Problem: see `open`."""
         cookie = secrets.token_urlsafe(32)
         self._keep(cookie, caller, None, place)
         return cookie
@@ -106,7 +106,7 @@ class Sessions:
         return _caller_of(digest, session)
 
     def find(self, cookie: bytes, proof: bytes) -> Caller | None:
-        """Returns the caller of a session; None: it has ended, or these are not its halves."""
+        """Returns the caller of a session; None if it has ended, or the parts don't belong together."""
         digest = digest_of(cookie)
         session = self._valid(digest)
         if session is None or session.proof is None or not secrets.compare_digest(session.proof, digest_of(proof)):
@@ -114,20 +114,20 @@ class Sessions:
         return _caller_of(digest, session)
 
     def find_grant(self, cookie: bytes, place: Place) -> Caller | None:
-        """Returns the caller of a grant; None: it has ended, or is for another place."""
+        """Returns the caller of a grant; None if it has ended, or is for another place."""
         digest = digest_of(cookie)
         session = self._valid(digest)
         return None if session is None or session.place != place else _caller_of(digest, session)
 
     def close(self, credential: str) -> None:
-        """Ends the session with this credential, if there is one, with its requests and streams."""
+        """Ends the session with this credential, if there is one, including its requests and streams."""
         self._kept.pop(_digest(credential), None)
         self._recheck()
 
     def left_s(self, credential: str, left_s: Callable[[Caller], float]) -> float:
-        """Returns how long a session still lasts; 0: it has ended.
+        """Returns the remaining seconds of a session; 0 if it has ended.
 
-        :param left_s: returns how long the credentials are valid at least that a caller has signed in with
+        :param left_s: returns the minimum remaining seconds of the credentials with which a caller has signed in
         """
         session = self._kept.get(_digest(credential))
         return (
@@ -135,15 +135,15 @@ class Sessions:
         )
 
     def ended(self, credential: str, ended: Callable[[Caller], str | None]) -> str | None:
-        """Returns why a session has ended; None: it lasts.
+        """Returns why a session has ended; None if it has not.
 
-        :param ended: returns why the credentials that a caller has signed in with are not valid any more
+        :param ended: returns why the credentials with which a caller has signed in are not valid any more
         """
         session = self._valid(_digest(credential))
         return _ENDED if session is None else ended(session.caller)
 
     async def keep(self) -> None:
-        """Ends sessions when they expire, with their requests and streams."""
+        """Ends sessions when they expire, including their requests and streams."""
         while True:
             while not self._kept:
                 self._first = trio.Event()

@@ -1,11 +1,11 @@
-"""Sign-ins of browsers at an issuer, from the click until the page has its session.
+"""Sign-ins of browsers at an issuer, from the first click to the page's session.
 
-An attempt has two halves, as the session has that it leads to: a *cookie* that is hidden from scripts, and a *proof*
-that the page keeps. The issuer's answer counts only in the browser with the cookie, so nobody is signed in by a link
-that another person has begun. And what it leads to is given only to the page with the proof: cookies know no ports, so
-a server on another port of the host, which may be a guest's, gets the cookie. Neither half stands in any URL.
+An attempt has two parts, like a session: a *cookie* that is hidden from scripts, and a *proof* that the page keeps. The
+issuer's answer is only valid in the browser with the cookie, so a link from another person's attempt signs in no one.
+The resulting session is only given to the page with the proof: cookies ignore ports, so a server on another port of the
+host, which may be a guest's, receives the cookie. Neither part is in any URL.
 
-Attempts are kept in memory, for minutes, and the halves as digests.
+Attempts are kept in memory for minutes, and their parts as digests.
 """
 
 from __future__ import annotations
@@ -21,39 +21,39 @@ from volant.model import Caller, Problem
 from ._keys import CodeRequest, digest_of
 
 ATTEMPT_S = 300.0
-"""How long a person may take at the issuer."""
+"""How long a user may take at the issuer."""
 FINISH_S = 60.0
-"""How long the page may take to get what the issuer's answer has led to: it does so at once."""
+"""How long the page may take to fetch the result of the issuer's answer, which it does at once."""
 MAX_ATTEMPTS = 500
-"""Most attempts of all browsers; one more drops the oldest. Anybody can begin one."""
+"""Maximum attempts of all browsers; another one drops the oldest. Any client can begin one."""
 MAX_ATTEMPTS_OF_ONE = 100
-"""Most attempts of one address, behind which there may be many people; one more drops its oldest."""
+"""Maximum attempts per address, which many users may share; another one drops its oldest."""
 MAX_EXCHANGES = 32
-"""Most answers of the issuer that are checked at the same time, each of which is a request to it."""
+"""Maximum answers of the issuer that are checked at the same time, each with a request to it."""
 
 
 class NewAttempt(msgspec.Struct, frozen=True):
-    """What a browser gets when it begins to sign in."""
+    """A new attempt, for the browser."""
 
     cookie: str
     proof: str
     url: str
-    """Where it goes on, at the issuer."""
+    """The issuer's URL to which the browser goes next."""
 
 
 class _Attempt(msgspec.Struct):
     proof: bytes
     address: str
     expires_at: float
-    """On Trio's clock."""
+    """The expiry, on Trio's clock."""
     request: CodeRequest | None
-    """None: the issuer's answer came."""
+    """The request to the issuer; None once its answer has arrived."""
     outcome: Caller | Problem | None = None
-    """Of the issuer's answer; None: it is not known yet."""
+    """The result of the issuer's answer; None until it is known."""
 
 
 class SignIns:
-    """The attempts to sign in at this daemon."""
+    """The attempts to sign in to this daemon."""
 
     def __init__(self) -> None:
         # By the digest of the cookie, in the order in which they began.
@@ -75,11 +75,11 @@ class SignIns:
         return NewAttempt(cookie, proof, request.url)
 
     async def take(self, cookies: Iterable[bytes], answer: Mapping[str, str]) -> None:
-        """Takes the answer of the issuer, once. What it leads to is for `finish`, errors too.
+        """Handles the issuer's answer, once. `finish` returns the result, including errors.
 
-        Nothing happens unless it is the answer to an attempt of this browser.
+        An answer that belongs to no attempt of this browser is ignored.
 
-        :param answer: the parameters that the issuer's redirect has brought
+        :param answer: the parameters of the issuer's redirect
         """
         state = answer.get("state", "").encode()
         for cookie in cookies:
@@ -108,7 +108,7 @@ class SignIns:
     def finish(self, cookies: Iterable[bytes], proof: str) -> Caller:
         """Returns the caller that has signed in, once.
 
-        :raises Problem: 401 there is no such attempt; 409 the issuer's answer is still to come; any other as
+        :raises Problem: 401, there is no such attempt; 409, the issuer has not answered yet; others see
             `CodeRequest.finish`.
         """
         given = digest_of(proof.encode())
@@ -132,5 +132,5 @@ class SignIns:
 
 
 def _same(one: bytes, other: bytes) -> bool:
-    """Whether two texts are the same; takes the same time for any."""
+    """Returns whether two texts are equal, in constant time."""
     return secrets.compare_digest(digest_of(one), digest_of(other))

@@ -1,4 +1,4 @@
-"""Client certificates: which of their names has which role."""
+"""Client certificates and the roles of their names."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from ._tls import ClientCertificate
 
 _KINDS = ("CN", "DNS", "URI", "EMAIL")
 PREFIX = "tls:"
-"""Begins the names and the credentials of callers with a certificate."""
+"""The prefix of the names and the credentials of callers with a certificate."""
 
 
 class Subject(msgspec.Struct, frozen=True):
-    """A name in certificates, and what a client with it may do."""
+    """A name in certificates, and the role of clients with it."""
 
     name: str
     """`CN=ci`, `DNS=ci.example`, `URI=spiffe://example/ci` or `EMAIL=ci@example`."""
     role: Role
     project: str | None
-    """None: all projects."""
+    """None for all projects."""
 
     @property
     def credential(self) -> str:
-        """What the credential of its callers begins with: another text if the role or the project changes."""
+        """The start of its callers' credentials, which changes with the role or the project."""
         return f"{PREFIX}{self.name}:{self.role}:{self.project or ''}"
 
 
 def parse_subject(text: str) -> Subject:
     """Parses `NAME:ROLE` or `NAME:ROLE:PROJECT`; the name may have colons.
 
-    :raises ValueError: it is neither, or can be read as both; the text is meant for people.
+    :raises ValueError: the text has neither form, or fits both; the message is meant for people.
     """
     grant = parse_role_grant(text, form="CN=NAME", example="CN=ci:operator:web")
     if grant.key not in _KINDS:
@@ -43,7 +43,7 @@ def parse_subject(text: str) -> Subject:
 
 
 class Subjects:
-    """The subjects in force. Without any, certificates say nothing."""
+    """The subjects of the settings. Without any, certificates are ignored."""
 
     def __init__(self, subjects: Iterable[Subject]) -> None:
         self._by_name = {subject.name: subject for subject in subjects}
@@ -54,18 +54,18 @@ class Subjects:
 
     @property
     def has_administrator(self) -> bool:
-        """Whether one of them is an administrator."""
+        """Whether one of the subjects is an administrator."""
         return any(subject.role is Role.ADMIN for subject in self._by_name.values())
 
     def find(self, certificate: ClientCertificate) -> Subject | None:
-        """Returns the subject of a certificate: that of its first name that has one; None if it has none or has
+        """Returns the subject of a certificate, by its first name that has one; None if no name has one, or it has
         expired."""
         if certificate.is_expired:
             return None
         return next((self._by_name[name] for name in certificate.names if name in self._by_name), None)
 
     def caller(self, certificate: ClientCertificate, address: str) -> Caller | None:
-        """Returns the caller that has shown a certificate; None if no subject is in it."""
+        """Returns the caller that has presented a certificate; None if it has no subject."""
         subject = self.find(certificate)
         if subject is None:
             return None
@@ -74,7 +74,7 @@ class Subjects:
         return Caller(name, name, subject.role, subject.project, address, credential, limited=True)
 
     def ended(self, credential: str) -> str | None:
-        """Returns why the certificate of a caller is not valid any more; None: it is valid."""
+        """Returns why the certificate of a caller is not valid any more; None if it is valid."""
         subject, _, expires_at = credential.rpartition(" ")
         if time.time() >= float(expires_at):
             return "the client certificate has expired"

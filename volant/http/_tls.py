@@ -1,8 +1,8 @@
 """TLS for the server: the certificate that it presents, and the session of each client.
 
 A session is a filter between the bytes of a socket and those of HTTP, and does no I/O. So deadlines, half-closes and
-the detection of clients that left work as on plain connections. The certificate can be replaced at any time: a session
-keeps the one that it began with.
+the detection of disconnected clients work as on plain connections. The certificate can be replaced at any time: a
+session keeps the one with which it began.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class ClientCertificate(msgspec.Struct, frozen=True):
     """The certificate of a client, verified with the authorities of `client_ca`."""
 
     names: tuple[str, ...]
-    """Its common names and those in its `subjectAltName`: `CN=ci`, `URI=spiffe://example/ci`, `DNS=ci.example`,
+    """Its common names and the names in its `subjectAltName`: `CN=ci`, `URI=spiffe://example/ci`, `DNS=ci.example`,
     `EMAIL=ci@example`."""
     expires_at: float
-    """In seconds since the epoch."""
+    """The expiry, in seconds since the epoch."""
 
     @property
     def is_expired(self) -> bool:
@@ -47,14 +47,14 @@ class Credentials(msgspec.Struct, frozen=True):
 
     context: ssl.SSLContext
     authorities: frozenset[bytes] = frozenset()
-    """CA certificates for clients, in DER. If there are none, the server asks clients for no certificate."""
+    """CA certificates for clients, in DER. Without any, the server requests no certificate from clients."""
 
 
 class Tls:
-    """Holds the credentials in force, and the sessions of clients that have shown a certificate.
+    """Holds the current credentials, and the sessions of clients that have presented a certificate.
 
-    :param required: returns whether clients must show a certificate; called for each handshake, as API keys are made
-        and deleted while the server runs
+    :param required: returns whether clients must present a certificate; called for each handshake, as API keys are
+        created and deleted while the server runs
     """
 
     def __init__(self, credentials: Credentials, required: Callable[[], bool] = lambda: False) -> None:
@@ -76,7 +76,7 @@ class Tls:
 
     def replace(self, credentials: Credentials) -> int:
         """Uses other credentials for new sessions, and cuts the connections of clients whose certificate was issued by
-        an authority that was removed. Returns how many were cut."""
+        a removed authority. Returns the number of cut connections."""
         self._credentials = credentials
         refused = [end for session, end in self._known.items() if not session.is_of(credentials)]
         for end in refused:
@@ -84,7 +84,7 @@ class Tls:
         return len(refused)
 
     def keep(self, session: Session, end: Callable[[], None]) -> None:
-        """Adds a session to those that `replace` checks, if its client has shown a certificate.
+        """Adds a session to the ones that `replace` checks, if its client has presented a certificate.
 
         :param end: cuts its connection
         """
@@ -112,13 +112,13 @@ class Session:
         self._authority: bytes | None = None
         self._drained = True
         self.certificate: ClientCertificate | None = None
-        """The client's certificate, after the handshake; None: it has shown none."""
+        """The client's certificate, after the handshake; None if it has presented none."""
         self.ended = False
         """Whether the client has closed its direction."""
 
     @property
     def has_output(self) -> bool:
-        """Whether TLS itself has bytes to send to the client."""
+        """Whether TLS has bytes to send to the client."""
         return self._outgoing.pending > 0
 
     def feed(self, data: bytes) -> None:
@@ -137,7 +137,8 @@ class Session:
         return True
 
     def read(self) -> bytes:
-        """Returns decrypted bytes from the client, about 64 KiB at most. Empty: it has to be fed, or `ended`."""
+        """Returns decrypted bytes from the client, about 64 KiB at most. Empty if it must be fed first, or has
+        `ended`."""
         if self._drained or self.ended:
             return b""
         pieces: list[bytes] = []
@@ -156,13 +157,13 @@ class Session:
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def encrypt(self, data: bytes) -> bytes:
-        """Returns the bytes to send for `data`, with those that TLS has to send before them."""
+        """Returns the bytes to send for `data`, including pending bytes of TLS."""
         if data:
             self._object.write(data)
         return self._outgoing.read()
 
     def close(self) -> bytes:
-        """Returns the bytes to send last: an alert, or the message that this is the end (`close_notify`)."""
+        """Returns the last bytes to send: an alert, or the end of the session (`close_notify`)."""
         try:
             self._object.unwrap()
         except ssl.SSLError:
@@ -171,8 +172,8 @@ class Session:
         return self._outgoing.read()
 
     def is_of(self, credentials: Credentials) -> bool:
-        """Whether `credentials` trust the authority that verified the client's certificate. A resumed session has no
-        chain, so they have to trust all authorities of the context that it is from: any of them may be the one."""
+        """Returns whether `credentials` trust the authority that verified the client's certificate. A resumed session
+        has no chain, so they must trust all authorities of its original context, any of which may be the one."""
         if self._authority is None:
             return self._credentials.authorities <= credentials.authorities
         return self._authority in credentials.authorities
@@ -201,12 +202,12 @@ def server_context(certificate: Path, key: Path | None, authorities: str = "") -
 
 
 def looks_like_http(data: bytes) -> bool:
-    """Whether the first bytes of a client are an HTTP request in plain text, not a handshake."""
+    """Returns whether the first bytes of a client are an HTTP request in plain text, not a handshake."""
     return data[:1].isalpha() and data[:1].isupper() and data[:8].partition(b" ")[0].isalpha()
 
 
 def _verified(session: ssl.SSLObject) -> tuple[ClientCertificate | None, bytes | None]:
-    """Returns the client's certificate, and the authority that it was verified with, in DER."""
+    """Returns the client's certificate, and the authority that verified it, in DER."""
     shown: Any = session.getpeercert()
     if not shown:
         return None, None
