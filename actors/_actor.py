@@ -94,7 +94,7 @@ class TaskHandle:
         return self._done.is_set()
 
     def cancel(self) -> None:
-        """Cancels the task. It is no failure, and the actor goes on."""
+        """Cancels the task. That is no failure, and the actor continues."""
         self._scope.cancel()
 
     async def wait(self) -> None:
@@ -104,7 +104,7 @@ class TaskHandle:
 
 @final
 class Context:
-    """What one incarnation may use."""
+    """The context of one incarnation."""
 
     __slots__ = ("_cell", "_closed", "_idle", "_monitored", "_stack", "_tasks", "_timers")
 
@@ -189,7 +189,7 @@ class Context:
             self._monitored[ref] = None
 
     def demonitor(self, ref: Ref[Any]) -> None:
-        """Ends what `monitor` began. A `Down` that is on its way still arrives."""
+        """Ends the effect of `monitor`. A `Down` that was already sent still arrives."""
         self._monitored.pop(ref, None)
         ref._mailbox.watchers.pop(self.self_ref._mailbox, None)
 
@@ -238,7 +238,7 @@ class Context:
                 await self._close_stack(self._stack, exc)
 
     async def _wait_for_tasks(self) -> None:
-        """Waits, as a nursery would, for child tasks that shield themselves for longer than the budget."""
+        """Waits, like a nursery, for child tasks that shield themselves for longer than the budget."""
         if self._tasks and self._idle is not None:
             with trio.CancelScope(shield=True):
                 await self._idle.wait()

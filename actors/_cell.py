@@ -80,7 +80,7 @@ class Startable(Protocol):
 
 
 class SupervisorBase(ABC):
-    """What cells know of supervisors."""
+    """The part of a supervisor that cells use."""
 
     kind: str
 
@@ -94,7 +94,7 @@ class SupervisorBase(ABC):
 
     @abstractmethod
     def _budget_s(self) -> float:
-        """Returns the most seconds that stopping the children takes, if each keeps to its budget."""
+        """Returns the maximum number of seconds for stopping the children, if each keeps to its budget."""
 
     @abstractmethod
     def statistics(self) -> dict[str, Any]:
@@ -277,7 +277,7 @@ class Cell:
         return self.state not in (State.NEW, State.EXITED)
 
     def prepare(self, parent: Cell | None, runtime: Runtime, nursery: trio.Nursery) -> None:
-        """:raises RuntimeError: the child runs already."""
+        """Prepares the cell. :raises RuntimeError: the child runs already."""
         if self.alive:
             raise RuntimeError(f"{self.label} runs already; one Child cannot be in two places")
         self.runtime = runtime
@@ -359,7 +359,7 @@ class Cell:
         self._show(TapKind.STARTED)
 
     def finish_start(self) -> None:
-        """Wakes whoever waits for the start."""
+        """Wakes the tasks that wait for the start."""
         self.start_finished.set()
         self.start_finished = _FINISHED  # an idle child keeps no event
 
@@ -402,7 +402,7 @@ class Cell:
                 self.ref._mailbox.close(reason)
 
     def interrupt(self) -> None:
-        """Cancels what runs: the handler of an actor, else the whole start, function or supervisor."""
+        """Cancels the running part: the handler of an actor, otherwise the whole start, function or supervisor."""
         if self.loop is not None:
             self.loop.cancel()
         elif not self.closing:
@@ -530,7 +530,7 @@ def _is_async(start: object) -> bool:
 
 @final
 class _StartDeadline:
-    """The deadline of one start. It may stay in the heap when it is over, and keeps nothing alive."""
+    """The deadline of one start. It may stay in the heap when it is over, and keeps no objects alive."""
 
     __slots__ = ("cell",)
 

@@ -23,7 +23,7 @@ class Entry(Protocol):
     """An ask, a start or a timer."""
 
     def over(self) -> bool:
-        """Returns whether nothing waits for the deadline any more."""
+        """Returns whether no task waits for the deadline any more."""
         ...
 
     def expire(self) -> None:

@@ -48,7 +48,7 @@ class MailboxFull(ActorError):
 
 
 class SelfAsk(ActorError):
-    """An actor asked itself from the task that has to answer, and would wait for ever."""
+    """An actor asked itself from the task that has to answer, and would wait forever."""
 
     def __init__(self, name: str) -> None:
         super().__init__(f"{name} asked itself: call the method, or ask from a task of `ctx.spawn`")
@@ -56,7 +56,7 @@ class SelfAsk(ActorError):
 
 
 class Unhandled(ActorError, TypeError):
-    """The target has no handler for a message of that type. The mistake is the sender's, so the sender gets it."""
+    """The target has no handler for a message of that type. The sender gets the error, as the mistake is its own."""
 
 
 class StartFailed(ActorError):

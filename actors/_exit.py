@@ -1,4 +1,4 @@
-"""How an incarnation ends, and the exception groups that it leaves behind."""
+"""Ends of incarnations, and the exception groups that they leave behind."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import trio
 
 
 class ExitKind(enum.StrEnum):
-    """How an incarnation ended."""
+    """The way in which an incarnation ended."""
 
     NOT_STARTED = "not started"
     """There has been no incarnation yet."""
     NORMAL = "finished"
     """It ended by itself, without an exception."""
     STOPPED = "stopped"
-    """Its supervisor, or the end of the system, stopped it. What it raises while it stops is no crash."""
+    """Its supervisor, or the end of the system, stopped it. Errors that it raises while it stops are no crash."""
     CRASHED = "crashed"
     """It raised an exception."""
     KILLED = "killed"
@@ -27,14 +27,15 @@ class ExitKind(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """Why an incarnation ended. `exception` is what it raised; a group keeps its shape, less `trio.Cancelled`."""
+    """The end of an incarnation. `exception` is the error that it raised; a group keeps its shape, without
+    `trio.Cancelled`."""
 
     kind: ExitKind
     exception: BaseException | None = None
 
     @property
     def abnormal(self) -> bool:
-        """Whether a `TRANSIENT` child is started again after this."""
+        """Whether a `TRANSIENT` child restarts after this."""
         return self.kind in (ExitKind.CRASHED, ExitKind.KILLED)
 
     def __str__(self) -> str:

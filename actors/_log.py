@@ -18,7 +18,7 @@ from trio.lowlevel import ParkingLot, cancel_shielded_checkpoint, checkpoint_if_
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """Says that frames are gone: those after `after` and before `oldest`.
+    """Reports that frames have expired: those after `after` and before `oldest`.
 
     `newest` is the newest frame. `oldest` is `newest + 1` when the ring is empty.
     """
@@ -122,7 +122,7 @@ class Log:
         return Cursor(self, after)
 
     async def wait(self, *, after: int) -> None:
-        """Returns once a reader at `after` has something to take, be it a gap or the end. It is always a checkpoint."""
+        """Waits until a reader at `after` can take frames, a gap or the end. It is always a checkpoint."""
         await checkpoint_if_cancelled()
         if self._has(after):
             await cancel_shielded_checkpoint()
@@ -130,7 +130,7 @@ class Log:
             await self._lot.park()
 
     def _has(self, after: int) -> bool:
-        """Returns whether a reader at `after` has something to take."""
+        """Returns whether a reader at `after` can take frames, a gap or the end."""
         return self._closed or after < self._next - 1
 
     def close(self) -> None:
@@ -184,7 +184,7 @@ class Cursor:
         return self.take_nowait(max_bytes)
 
     def take_nowait(self, max_bytes: int) -> list[tuple[int, bytes]] | Gap:
-        """Takes as `take` does, without waiting.
+        """Takes frames like `take`, without waiting.
 
         :raises trio.WouldBlock: everything is read, and the log is open.
         """

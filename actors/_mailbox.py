@@ -42,17 +42,17 @@ if TYPE_CHECKING:
     from ._tap import Tap
 
 BURST: Final = 256
-"""The most messages between two checkpoints of the loop."""
+"""Maximum messages between two checkpoints of the loop."""
 BURST_S: Final = 0.0005
-"""The most seconds between two checkpoints of the loop, unless one handler takes longer."""
+"""Maximum seconds between two checkpoints of the loop, unless one handler takes longer."""
 RECENT: Final = 100
-"""Messages that `System.trace` shows."""
+"""Number of messages that `System.trace` shows."""
 _NONE: Mapping[type, Handler] = {}
 _NOT_STARTED: Final = Exit(ExitKind.NOT_STARTED)
 
 
 class Ask:
-    """A request in the queue, and the slot for its reply. `task` is None once nobody waits for it."""
+    """A request in the queue, and the slot for its reply. `task` is None once no task waits for it."""
 
     __slots__ = ("at_s", "begun", "error", "mailbox", "message", "sender", "task", "timeout_s", "value")
 
@@ -92,7 +92,7 @@ class Ask:
         reschedule(task)
 
     def take(self) -> object:
-        """Returns the message for its handler; None when nobody waits for the reply."""
+        """Returns the message for its handler; None if no task waits for the reply."""
         if self.task is None:
             return None
         self.begun = True
@@ -124,7 +124,7 @@ class Ask:
 
 @final
 class Deferred(Generic[R]):
-    """Sends a reply later. The first reply counts; one whose asker has left is dropped.
+    """Sends a reply later. The first reply counts; a reply without an asker is dropped.
 
     When the incarnation ends first, the asker gets `ActorDown`.
     """
@@ -317,7 +317,7 @@ class Mailbox:
         self.wake()
 
     def reply_too_late(self, ask: Ask) -> None:
-        """Records a reply to an asker that has left."""
+        """Records a reply that came after its asker had left."""
         self.late_replies += 1
         if self.runtime is not None:
             self.runtime.dead_letter(self.name, ask.message, ask.sender, "answered too late")
@@ -328,7 +328,7 @@ class Mailbox:
             self.runtime.show(kind, self.name, sender, what)
 
     async def handle_messages(self, actor: object) -> None:
-        """Handles messages until `finish()`, and raises what a handler raises and its request does not declare."""
+        """Handles messages until `finish()`, and raises the errors of handlers that their requests do not declare."""
         queue, system, overflow, deferred, known = self.queue, self.system, self.overflow, self.deferred, self.times
         clock, tap, recent = self.clock, self.tap, self.recent
         entry: Any
@@ -418,7 +418,7 @@ class Mailbox:
         return Deferred(self, ask)
 
     def oldest_s(self) -> float | None:
-        """Returns the age of the oldest message that waits, in seconds; None when none waits."""
+        """Returns the age of the oldest waiting message, in seconds; None if none waits."""
         for entry in self.queue:
             if type(entry) is tuple:
                 return self._age_s(entry[0])

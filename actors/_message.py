@@ -51,7 +51,7 @@ class Request(Generic[R_co]):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Down:
-    """What `ctx.monitor` delivers once: the watched incarnation of `ref` has ended and is cleaned up."""
+    """The message that `ctx.monitor` delivers once: the watched incarnation of `ref` has ended and is cleaned up."""
 
     ref: Ref[Any]
     reason: Exit

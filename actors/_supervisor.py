@@ -30,20 +30,20 @@ from ._fence import check_fence, current_fence
 from ._ref import Ref
 
 _GRACE_S: Final = 1.0
-"""How much longer than its budget a supervisor waits for a child before it turns to the next."""
+"""The seconds beyond its budget that a supervisor waits for a child before it turns to the next."""
 _KEPT: Final = 16
 _logger = logging.getLogger("actors")
 
 
 class Strategy(enum.Enum):
-    """Which children restart when one has to."""
+    """The children that restart when one has to."""
 
     ONE_FOR_ONE = "one_for_one"
-    """That child."""
+    """Only the failed child."""
     ONE_FOR_ALL = "one_for_all"
     """All children."""
     REST_FOR_ONE = "rest_for_one"
-    """That child and those that start after it."""
+    """The failed child and those that start after it."""
 
 
 ONE_FOR_ONE = Strategy.ONE_FOR_ONE
@@ -53,7 +53,7 @@ REST_FOR_ONE = Strategy.REST_FOR_ONE
 
 @dataclass(frozen=True, slots=True)
 class Backoff:
-    """How long a restart waits, in seconds. The first within the intensity's period does not wait.
+    """The delay of a restart, in seconds. The first within the intensity's period does not wait.
 
     The n-th waits `base_s * factor ** (n - 2)`, at most `cap_s`, less a random share of up to a half.
     """
@@ -72,7 +72,7 @@ class Backoff:
 
 @dataclass(frozen=True, slots=True)
 class GaveUp:
-    """Says that a `DynamicSupervisor` has given up a child, which crashed more often than the intensity allows."""
+    """Reports that a `DynamicSupervisor` has given up a child, which crashed more often than the intensity allows."""
 
     name: str
     reason: Exit
@@ -105,7 +105,7 @@ class _Supervisor(SupervisorBase):
                 await self._stop_all()
 
     async def _start_all(self) -> None:
-        """Starts the children that the supervisor begins with."""
+        """Starts the children of the supervisor's declaration."""
 
     async def _watch(self) -> None:
         """Runs until the supervisor is cancelled, or raises when it gives up."""
@@ -115,7 +115,7 @@ class _Supervisor(SupervisorBase):
         raise NotImplementedError
 
     async def _launch(self, cell: Cell) -> None:
-        """Starts a child. When the start fails, raises why; then nothing of the child is left."""
+        """Starts a child. If the start fails, raises its error, and the child is completely removed."""
         nursery, parent = self._nursery, self._cell
         if nursery is None or parent is None:
             raise self._down()
@@ -359,7 +359,7 @@ class DynamicSupervisor(_Supervisor):
     @overload
     async def start_child(self, child: Child[None]) -> None: ...
     async def start_child(self, child: Child[Any]) -> Ref[Any] | None:
-        """Starts a child, and returns once it has started: the ref of an actor, else None.
+        """Starts a child, and returns once it has started: the ref of an actor, otherwise None.
 
         It raises what the child raises before it has started. Then, or when the caller is cancelled first, nothing of
         the child is left.
@@ -382,7 +382,7 @@ class DynamicSupervisor(_Supervisor):
         return cell.ref
 
     async def stop_child(self, name: str) -> None:
-        """Stops a child and waits until nothing of it is left. Then its name is free.
+        """Stops a child and waits until it is completely removed. Its name is then free.
 
         That takes the child's `shutdown_s` at most, unless it shields itself for longer.
 

@@ -95,7 +95,7 @@ class System:
         return ref._mailbox.trace(last)
 
     def dead_letters(self) -> dict[str, Any]:
-        """Returns what was never handled or answered, ready for JSON: the total, by reason, and the last 128.
+        """Returns messages that were never handled or answered, ready for JSON: the total, by reason, and the last 128.
 
         These are tells to an actor that was down, tells that were queued when an incarnation ended, and replies whose
         asker had left.

@@ -20,11 +20,11 @@ from typing import NamedTuple, TypeAlias
 
 
 current_faults: ContextVar[Callable[[str], bool] | None] = ContextVar("actors.faults", default=None)
-"""Decides for this task and for all that it starts; None outside of a simulation."""
+"""Decides about faults for this task and all tasks that it starts; None outside of a simulation."""
 
 
 def fault(site: str) -> bool:
-    """Raises what the simulation has planned for `site`, or returns whether it fires. Call it before the action.
+    """Raises the simulation's planned error for `site`, or returns whether it fires. Call it before the action.
 
     True means: behave as if the action had failed, came late or stopped half-way. Outside of a simulation it is always
     False.
@@ -75,7 +75,7 @@ class TapEvent(NamedTuple):
 
 
 Tap: TypeAlias = Callable[[TapEvent], None]
-"""Must return at once and must not raise: what it raises fails the event itself."""
+"""A callback for events. It must return at once and must not raise: an error fails the event itself."""
 
 ambient_tap: ContextVar[Tap | None] = ContextVar("actors.tap", default=None)
 """The tap of systems that are opened without one."""

@@ -33,7 +33,7 @@ class Timer:
 
     @property
     def pending(self) -> bool:
-        """Whether the message is neither cancelled nor has its handler begun."""
+        """Whether the message was neither cancelled nor handled yet."""
         return self._waiting
 
     def cancel(self) -> None:
@@ -43,7 +43,7 @@ class Timer:
             self._end()
 
     def take(self) -> object:
-        """Returns the message for its handler; None when it is cancelled."""
+        """Returns the message for its handler; None if it was cancelled."""
         self._end()
         return self.message
 

@@ -1,4 +1,4 @@
-"""Runs whole systems on virtual time, decided by a seed; and stands in for actors, to test one alone."""
+"""Runs whole systems on virtual time, decided by a seed; and replaces actors by probes, to test one alone."""
 
 from ._errors import NotDeterministic, RealWorld, SimulationError, Stuck
 from ._faults import Effect, FaultReport, Faults, Plan, SiteReport

@@ -1,7 +1,7 @@
 """Virtual time, which jumps to the next deadline as soon as every task waits.
 
-`trio.testing.MockClock` does the same, in a second turn of Trio's loop for each jump: it looks first whether something
-else happens meanwhile. In a simulation nothing does, except in `allow_real`, which holds the clock.
+`trio.testing.MockClock` does the same, in a second turn of Trio's loop for each jump: it first checks whether something
+else happens in between. In a simulation nothing does, except in `allow_real`, which holds the clock.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def seeded_scheduling(random: Random) -> Iterator[None]:
 
 
 def waits_for_idle() -> bool:
-    """Whether a task of this run waits in `wait_all_tasks_blocked`. It goes on before time does."""
+    """Returns whether a task of this run waits in `wait_all_tasks_blocked`. It goes on before time does."""
     run: Any = trio._core._run
     return bool(run.GLOBAL_RUN_CONTEXT.runner.waiting_for_idle)
 
@@ -51,12 +51,12 @@ _LONG_S = 86_400.0
 
 
 class JumpingClock(trio.abc.Clock):
-    """Begins at 0."""
+    """A virtual clock that begins at 0."""
 
     def __init__(self) -> None:
         self._now_s = 0.0
         self.held = False
-        """Whether it stands, as something real is under way."""
+        """Whether the clock is stopped, as real work is in progress."""
 
     def start_clock(self) -> None:
         pass

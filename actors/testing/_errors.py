@@ -12,7 +12,7 @@ class RealWorld(SimulationError):
 
 
 class Stuck(SimulationError):
-    """Every task waits for ever, or the run is past a limit."""
+    """Every task waits forever, or the run has passed a limit."""
 
 
 class NotDeterministic(SimulationError):

@@ -1,8 +1,8 @@
-"""Which fault sites fire in a run, how often, and with what effect.
+"""The fault sites of a run: whether they fire, how often, and with which effect.
 
-A site is a name in the program: `fault("journal.commit")`. The program says where something may fail, the run decides
-whether it does. Each site has a random stream of its own, from the seed and its name, so a new site, or one more visit,
-changes nothing at other sites.
+A site is a name in the program: `fault("journal.commit")`. The program declares where an action may fail, and the run
+decides whether it does. Each site has its own random stream, from the seed and its name, so a new site, or another
+visit, changes nothing at other sites.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from random import Random
 from typing import TypeAlias, final
 
 Effect: TypeAlias = Callable[[], object]
-"""Is called when a site fires. An exception that it returns is raised at the site, so it may be an exception class."""
+"""Called when a site fires. An exception that it returns is raised at the site, so it may be an exception class."""
 Plan: TypeAlias = Mapping[str, float | tuple[float, Effect]]
-"""Sites, or patterns such as `journal.*`, with a probability and perhaps an effect."""
+"""Sites, or patterns such as `journal.*`, with a probability and optionally an effect."""
 
 
 @dataclass(slots=True)
@@ -56,9 +56,9 @@ class Faults:
 
         The rule that was turned on last counts.
 
-        :param effect: is called when the site fires. An exception that it returns is raised there: `OSError`, or
+        :param effect: called when the site fires. An exception that it returns is raised there: `OSError`, or
             `partial(OSError, ENOSPC, "disk full")`. Without an effect `fault()` returns True.
-        :param times: the most times that it fires.
+        :param times: the maximum number of times that it fires.
         :raises ValueError: the probability is not between 0 and 1, or `times` is below 1.
         """
         if not 0 <= probability <= 1:
@@ -77,9 +77,9 @@ class Faults:
         self._applying.clear()
 
     def plan(self, plan: Plan) -> None:
-        """`turn_on` for each entry.
+        """Calls `turn_on` for each entry.
 
-        :raises ValueError: as `turn_on`.
+        :raises ValueError: see `turn_on`.
         """
         for site, what in plan.items():
             if isinstance(what, tuple):
@@ -88,7 +88,7 @@ class Faults:
                 self.turn_on(site, what)
 
     def hit(self, site: str) -> bool:
-        """Decides whether `site` fires, and raises what its effect returns."""
+        """Decides whether `site` fires, and raises the exception that its effect returns."""
         report = self._sites.get(site)
         if report is None:
             report = self._sites[site] = SiteReport()
@@ -115,14 +115,14 @@ class Faults:
         return True
 
     def report(self) -> FaultReport:
-        """Returns which sites the run has passed, and which fired."""
+        """Returns the sites that the run has passed, and those that fired."""
         sites = {site: SiteReport(seen.seen, seen.fired) for site, seen in sorted(self._sites.items())}
         return FaultReport(sites, tuple(sorted(self._planned)))
 
 
 @dataclass(frozen=True, slots=True)
 class FaultReport:
-    """Which sites were passed and which fired, in one run or in several (`+`)."""
+    """The sites that were passed and that fired, in one run or in several (`+`)."""
 
     sites: Mapping[str, SiteReport]
     planned: tuple[str, ...] = ()

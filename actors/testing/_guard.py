@@ -1,7 +1,7 @@
 """Real time, randomness, threads and I/O are errors in a simulation.
 
-They would not break the run, but the next one would differ, and nobody would know why. So the guard finds them where
-they happen, and the error names the place. It has two mechanisms:
+They would not break the run, but the next one would differ for no visible reason. So the guard detects them where they
+happen, and the error names the place. It has two mechanisms:
 
 - **Calls** that read a clock or a random number raise no audit event. From Python 3.12 on `sys.monitoring` shows each
   call of Python code, under whatever name it imported the function. It skips a place that was harmless once, so it
@@ -44,7 +44,7 @@ import trio
 from ._errors import RealWorld
 
 Kind: TypeAlias = Literal["time", "randomness", "threads", "processes", "network", "files"]
-"""The kinds of real things that `allow_real` allows."""
+"""The kinds of real actions that `allow_real` allows."""
 
 _INSTEAD: Final[dict[Kind, str]] = {
     "time": "Use trio.current_time() and trio.sleep(), or pass a wall clock in from outside",
@@ -177,7 +177,7 @@ class Guard:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """:raises RuntimeError: a simulation runs in this process already."""
+        """Watches the thread during the block. :raises RuntimeError: a simulation already runs in this process."""
         global _active
         if _active is not None:
             raise RuntimeError("a simulation runs already, and one process can only hold one at a time")
@@ -213,7 +213,7 @@ class Guard:
         self.check(kind, what, frame.f_back)
 
     def check(self, kind: Kind, what: str, frame: FrameType | None) -> None:
-        """:raises RealWorld: unless Python, Trio or the test runner acts for itself."""
+        """Checks a call. :raises RealWorld: unless Python, Trio or the test runner acts for itself."""
         culprit = _culprit(frame)
         if culprit is None:
             return
@@ -234,10 +234,11 @@ _hooked = False
 
 @contextmanager
 def allow_real(*kinds: Kind) -> Iterator[None]:
-    """Allows the named kinds of real things in a simulation, during the block.
+    """Allows these kinds of real actions in a simulation, during the block.
 
-    Then the seed alone no longer decides the run: use it for what makes no difference, such as a file that never
-    changes. Virtual time does not advance during the block; don't sleep in it. It has no effect outside a simulation.
+    The seed alone then no longer decides the run: only use it for actions that make no difference, such as reading a
+    file that never changes. Virtual time does not advance during the block; don't sleep in it. It has no effect outside
+    a simulation.
 
     :raises ValueError: no kind is named, or an unknown one.
     """
@@ -276,7 +277,7 @@ _StartCheck: TypeAlias = tuple[Kind, str, Callable[[FrameType], bool]]
 
 
 def _start_checks() -> dict[CodeType, _StartCheck]:
-    """Returns checks for functions in Python, by their code: it starts whoever calls them."""
+    """Returns checks for functions in Python, by their code. Each runs at the start of its function."""
 
     def always(frame: FrameType) -> bool:
         return True

@@ -1,7 +1,7 @@
-"""Stands in for an actor, to test another one alone.
+"""Replaces an actor, to test another one alone.
 
-A probe is an actor in a small system of its own. Its `Ref` is a real one for `ask`, `tell` and `monitor`; only the
-handlers belong to the test.
+A probe is an actor in its own small system. Its `Ref` is a real one for `ask`, `tell` and `monitor`; only the handlers
+belong to the test.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ R = TypeVar("R")
 
 @final
 class Probe(Generic[A]):
-    """Stands in for an actor of class `A`: takes its messages, keeps them, and answers as the test says.
+    """Replaces an actor of class `A`: receives its messages, keeps them, and answers according to the test.
 
     It has no public constructor: `open_probe` makes it.
     """
@@ -67,7 +67,7 @@ class Probe(Generic[A]):
     async def expect(self, message: type[M], *, timeout_s: float = 10.0) -> M:
         """Waits for a message of this type and takes it, the oldest first.
 
-        :raises AssertionError: none came within `timeout_s` seconds; the text says what came instead.
+        :raises AssertionError: none arrived within `timeout_s` seconds; the text names the messages that did.
         """
         with trio.move_on_after(timeout_s):
             while True:
@@ -82,7 +82,7 @@ class Probe(Generic[A]):
     async def expect_nothing(self, *, within_s: float) -> None:
         """Waits `within_s` seconds.
 
-        :raises AssertionError: a message came, or was there, that no `expect` took.
+        :raises AssertionError: a message arrived, or was present, that no `expect` took.
         """
         with trio.move_on_after(within_s):
             while not self._untaken:
@@ -93,19 +93,19 @@ class Probe(Generic[A]):
     def reply(self, message: Request[R], value: R) -> None:
         """Answers a request that `expect` took.
 
-        :raises LookupError: nobody waits for its answer.
+        :raises LookupError: no task waits for its answer.
         """
         self._take_owed(message).reply(value)
 
     def refuse(self, message: Request[Any], error: Exception) -> None:
         """Raises `error` in the asker of a request that `expect` took.
 
-        :raises LookupError: nobody waits for its answer.
+        :raises LookupError: no task waits for its answer.
         """
         self._take_owed(message).fail(error)
 
     async def crash(self, error: Exception | None = None) -> None:
-        """Crashes with `error` and restarts, as under a supervisor. Askers and monitors learn of it."""
+        """Crashes with `error` and restarts, as under a supervisor. Askers and monitors are notified."""
         actor = self._child._cell.actor
         assert actor is not None
         self._born = trio.Event()

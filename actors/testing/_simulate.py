@@ -1,9 +1,9 @@
 """Runs a whole program on virtual time, decided by a seed.
 
-A seed decides three things, each by a random stream of its own: the order of tasks that are ready at the same time, the
+A seed decides three things, each with its own random stream: the order of tasks that are ready at the same time, the
 numbers from `sim.rng`, and which fault sites fire. Time is virtual: when every task waits, the clock jumps to the next
-deadline. So a run is a function of its seed, in any process and under any PYTHONHASHSEED, unless the program lets
-something else decide. Most of that is an error at once (`_guard.py`); `check_deterministic` finds the rest.
+deadline. So a run is a function of its seed, in any process and under any PYTHONHASHSEED, unless the program depends on
+something else. Most such dependencies are errors at once (`_guard.py`); `check_deterministic` finds the rest.
 
 The garbage collector runs at fixed steps during a run. Otherwise its time would depend on the rest of the process, and
 it closes asynchronous generators, which is work for the scheduler.
@@ -41,11 +41,11 @@ class _ClosedFence(Fence):
 
 
 def kill(system: System, path: str) -> None:
-    """Ends one incarnation as `kill -9` ends a process; of a supervisor, with all below it.
+    """Ends one incarnation like `kill -9` ends a process; for a supervisor, with all below it.
 
-    Nothing that its clean-up calls has an effect (`check_fence`), and `on_stop` does not run. Its supervisor treats the
-    end as a crash. With the path "" the whole system dies: nothing is restarted, and the block of `open_system` still
-    has to be left.
+    Calls of its clean-up have no effect (`check_fence`), and `on_stop` does not run. Its supervisor treats the end as a
+    crash. With the path "" the whole system dies: nothing is restarted, and the block of `open_system` still has to be
+    left.
 
     :raises KeyError: nothing is at `path`.
     """
@@ -107,12 +107,13 @@ class Simulation:
 
     @property
     def rng(self) -> Random:
-        """The program's random numbers: pass it to `open_system(…, rng=sim.rng)` and to all that needs some."""
+        """The program's random numbers. Pass it to `open_system(…, rng=sim.rng)` and to all other users of
+        randomness."""
         return self._rng
 
     @property
     def faults(self) -> Faults:
-        """Which fault sites fire."""
+        """The fault sites."""
         return self._faults
 
     @property
@@ -208,14 +209,14 @@ def simulate(
     steps.
 
     :param faults: sites that fire from the beginning, as for `Faults.turn_on`: `{"journal.commit": (0.1, OSError)}`.
-    :param limit_s: the most virtual seconds.
-    :param limit_steps: the most steps of tasks.
+    :param limit_s: the maximum number of virtual seconds.
+    :param limit_steps: the maximum number of steps of tasks.
     :raises RealWorld: the program used real time, randomness, threads or I/O.
-    :raises Stuck: every task waits for ever, or a limit is passed.
+    :raises Stuck: every task waits forever, or a limit is passed.
     :raises ValueError: a limit is not positive, or a probability is not between 0 and 1.
     :raises RuntimeError: Trio runs already in this thread, or another simulation in this process.
 
-    Besides, what `main` raises.
+    Also raises the errors of `main`.
     """
     return Simulation(seed, faults, limit_s, limit_steps)._run(main)
 
@@ -235,7 +236,7 @@ def check_deterministic(
 
     :raises NotDeterministic: the two runs differ. The second ends at the first difference.
 
-    Besides, what `simulate` raises, when both runs raise it.
+    Also raises the errors of `simulate`, if both runs raise them.
     """
     first = Simulation(seed, faults, limit_s, limit_steps, keep_all=True)
     ended: BaseException | None = None

@@ -1,7 +1,7 @@
-"""The trace of a run: which task ran when, and notes. It must be the same for the same seed.
+"""The trace of a run: the order and times of its tasks, and notes. It must be the same for the same seed.
 
-The run folds its trace into one number, and keeps the last entries for people. The same instrument finds a run that is
-stuck: with a clock that jumps, Trio spins for ever when every task waits for ever.
+The run folds its trace into one number, and keeps the last entries for people. The same instrument detects a stuck run:
+with a clock that jumps, Trio spins forever when every task waits forever.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Trace(trio.abc.Instrument):
         return f"{self._hash & _MASK:016x}"
 
     def note(self, text: str, detail: object = None) -> None:
-        """Adds a note. `detail` is for comparing two runs, and no part of the digest."""
+        """Adds a note. `detail` is for comparing two runs, and not part of the digest."""
         if " at 0x" in text:
             text = _ADDRESS.sub("", text)
         self._hash = hash((self._hash, self._now_s, _checksum(text)))

@@ -1,8 +1,8 @@
-"""A pytest plugin for simulated tests, beside pytest-trio.
+"""A pytest plugin for simulated tests, in addition to pytest-trio.
 
-A test with the mark `simulated` is an async function of a `Simulation`. It runs once for each seed, and so does what a
-plain test passes to the fixture `simulations`. One test is one item, whatever the number of seeds: two hundred items
-would cost more than two hundred runs.
+A test with the mark `simulated` is an async function of a `Simulation`. It runs once for each seed, and so does a
+function that a plain test passes to the fixture `simulations`. One test is one item, whatever the number of seeds: two
+hundred items would cost more than two hundred runs.
 
 The plugin takes part in all test runs where it is installed, so until it finds such a test it imports nothing.
 """
@@ -120,9 +120,9 @@ class Simulations:
     ) -> list[T]:
         """Runs `main` with each seed, and returns the results. A failure has a note with the command to replay it.
 
-        :param seeds: a number of seeds from 0 on, or a sequence; `--sim-seed` and `--sim-seeds` overrule it.
+        :param seeds: a number of seeds from 0 on, or a sequence; `--sim-seed` and `--sim-seeds` override it.
 
-        The other parameters are those of `simulate`.
+        For the other parameters see `simulate`.
         """
         __tracebackhide__ = True
         from ._simulate import check_deterministic, simulate
@@ -171,7 +171,7 @@ def _python() -> str:
 
 @pytest.fixture
 def sim() -> Any:
-    """Stands for the `Simulation` of each run in a test with the mark `simulated`."""
+    """Returns the `Simulation` of each run in a test with the mark `simulated`."""
     return None
 
 
