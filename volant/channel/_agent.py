@@ -1,9 +1,9 @@
 """HTTP/1.1 to the agent: one byte stream, one request.
 
-No keep-alive and no pool: opening a stream costs nothing, its end tells the agent that the client has left, and no
-connection can get out of step with its requests. Streams to other hosts cost a handshake, and are used again
-(`ChannelStream.is_persistent`). A task of its own sends the request's body, so that the agent may
-answer early. The answer is read as the caller takes it: the stream's flow control is the only buffer.
+No keep-alive and no pool: opening a stream costs nothing, its end notifies the agent that the client has disconnected,
+and no connection can get out of sync with its requests. Streams to other hosts cost a handshake, and are reused
+(`ChannelStream.is_persistent`). A separate task sends the request's body, so that the agent may answer early. The
+answer is read as the caller consumes it: the stream's flow control is the only buffer.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from ._stream import WHY_CHARACTERS, AgentProtocolError, AgentUnreachable, Chann
 Header = tuple[bytes, bytes]
 
 _RECEIVE = 256 * 1024
-"""How much of a body to receive at once."""
+"""Maximum bytes of a body to receive at once."""
 _RECEIVE_HEAD = 8 * 1024
-"""How much of a head to receive at once. Small, as h11 does not bound a head that comes in one piece."""
+"""Maximum bytes of a head to receive at once. Small, as h11 does not limit a head that arrives in one piece."""
 _MAX_INFORMATIONAL = 16
 _CLOSE_BODY_S = 1.0
 
@@ -42,13 +42,13 @@ class AgentAnswer(msgspec.Struct, frozen=True):
 
 
 class AgentResponse:
-    """The head of an answer, and access to its body. `AgentClient.stream` makes it."""
+    """The head of an answer, and access to its body. `AgentClient.stream` creates it."""
 
     def __init__(self, exchange: _Exchange, status: int, reason: bytes, headers: list[Header]) -> None:
         self.status = status
         self.reason = reason
         self.headers = headers
-        """As the agent sent them, in their order, names in lower case."""
+        """The headers as sent by the agent, in order, with names in lower case."""
         self._exchange = exchange
 
     @property
@@ -57,9 +57,9 @@ class AgentResponse:
         return self._exchange.switched
 
     async def receive(self) -> bytes:
-        """Returns the next piece of the body, empty at its end. Raises what the request's body raised, too.
+        """Returns the next piece of the body, empty at its end. Also raises the errors of the request's body.
 
-        :raises AgentUnreachable: the body breaks off
+        :raises AgentUnreachable: the body is interrupted
         :raises AgentProtocolError: the answer is malformed
         """
         return await self._exchange.receive_body()
@@ -74,7 +74,7 @@ class AgentResponse:
         return data
 
     async def read(self, limit: int) -> bytes:
-        """Returns the whole body. Raises as `receive` does.
+        """Returns the whole body. Raises the errors of `receive`.
 
         :raises AgentProtocolError: the body is longer than `limit` bytes
         """
@@ -86,7 +86,7 @@ class AgentResponse:
         return bytes(body)
 
     def upgraded(self) -> ChannelStream:
-        """Returns the raw stream after a switch of protocols, with the bytes that were read already in front. The block
+        """Returns the raw stream after a switch of protocols, preceded by the bytes that were read already. The block
         of `AgentClient.stream` closes it."""
         return self._exchange.upgraded()
 
@@ -102,8 +102,8 @@ class AgentClient:
     ) -> AgentAnswer:
         """Sends one of the daemon's own requests; returns the JSON answer, whatever its status.
 
-        :param body: the value of the JSON body; None: no body
-        :param timeout_s: for all of it
+        :param body: the value of the JSON body; None for no body
+        :param timeout_s: the deadline for the whole request
         :raises AgentUnreachable: there was no complete answer in time
         :raises AgentProtocolError: the answer is malformed
         """
@@ -136,13 +136,13 @@ class AgentClient:
         timeout_s: float,
         reserved: bool = False,
     ) -> AsyncIterator[AgentResponse]:
-        """Sends a request, streamed both ways; the block begins with the head of the answer. Leaving the block closes
-        the stream, which cancels the request in the guest. Raises what `body` raised, too.
+        """Sends a request, streamed in both directions; the block begins with the head of the answer. Leaving the block
+        closes the stream, which cancels the request in the guest. Also raises the errors of `body`.
 
-        :param headers: sent unchanged; without hop-by-hop fields but `Upgrade` and its `Connection`. `host` is added
+        :param headers: sent unchanged; without hop-by-hop fields except `Upgrade` and its `Connection`. `host` is added
         :param body: sent in chunks if there is no `content-length`
-        :param timeout_s: for the head of the answer; the body has no deadline here
-        :raises AgentUnreachable: there was no answer in time, or it breaks off
+        :param timeout_s: the deadline for the head of the answer; the body has none
+        :raises AgentUnreachable: there was no answer in time, or it was interrupted
         :raises AgentProtocolError: the answer is malformed
         :raises ValueError: HTTP does not allow this request
         """
@@ -181,8 +181,8 @@ class _Exchange:
         self._is_answered = False
         self._may_persist = False
         self._left: int | None = None
-        """How much of the body is left to receive, if its length is known. Without a body (`HEAD`) h11 reports its end
-        before anything is received."""
+        """The remaining length of the body, if known. For an answer without a body (`HEAD`) h11 reports its end before
+        anything is received."""
 
     async def begin(
         self,
@@ -305,7 +305,7 @@ class _Exchange:
         return event
 
     def _parse(self) -> Any:
-        """Returns the next event of what was received. Raises what the request's body raised, too."""
+        """Returns the next event of the received data. Also raises the errors of the request's body."""
         if self._body_error is not None:
             raise self._body_error
         begun = self._conn.their_state is h11.SEND_BODY
@@ -320,7 +320,7 @@ class _Exchange:
             raise AgentProtocolError(f"the agent broke HTTP: {str(error)[:WHY_CHARACTERS]}") from error
 
     async def _receive(self, max_bytes: int) -> bytes:
-        """Returns the next bytes of the stream, empty at its end. Raises what the request's body raised, too."""
+        """Returns the next bytes of the stream, empty at its end. Also raises the errors of the request's body."""
         with trio.CancelScope() as self._receiver:
             try:
                 data = await self._stream.receive_some(max_bytes)
@@ -345,7 +345,7 @@ def _closes(headers: Iterable[Header]) -> bool:
 
 
 def _length(headers: Iterable[Header]) -> int | None:
-    """Returns the length of a body, None if that shows only at its end. h11 has checked these fields."""
+    """Returns the length of a body, None if only its end shows it. h11 has checked these fields."""
     fields = dict(headers)
     length = fields.get(b"content-length")
     return None if length is None or b"transfer-encoding" in fields else int(length)

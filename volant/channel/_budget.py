@@ -3,7 +3,7 @@
 Flow control bounds bytes, not frames. A guest can send millions of frames without data (pings, empty data, settings),
 each of which costs the daemon as much time as 16 KiB of data; 16 KiB of settings take 10 ms to parse. So each frame has
 a price before it is parsed: data pays for its own frame, other frames cost by their size. A guest that exceeds its
-budget is read more slowly, which delays itself only. Rejected: closing the link, as a busy honest guest with short
+budget is read more slowly, which only delays itself. Rejected: closing the link, as a busy honest guest with short
 lines would lose all its streams.
 """
 
@@ -19,9 +19,9 @@ FRAME_LIMIT = 16384
 _HEADER = 9
 _DATA = 0
 _DATA_BYTES = 2048
-"""So many bytes of data pay for their frame."""
+"""The bytes of data that pay for their frame."""
 _OTHER_BYTES = 32
-"""So many bytes of another frame cost as much as the frame itself. Honest ones have about as many."""
+"""The bytes of another frame that cost as much as the frame itself. Honest frames have about as many."""
 
 
 class FrameCounter:
@@ -32,8 +32,7 @@ class FrameCounter:
         self._body = 0  # bytes of the current frame still to come
 
     def take(self, data: bytes, limit: int) -> tuple[int, int, float]:
-        """Counts up to `limit` frames in `data`; returns how many bytes they have, how many begin there, and their
-        price.
+        """Counts up to `limit` frames in `data`; returns their bytes, the number that begin there, and their price.
 
         :raises LinkLost: a header announces more than `FRAME_LIMIT` bytes; h2 would first wait for all of them, up to
             16 MiB
@@ -64,5 +63,5 @@ class FrameCounter:
 
 
 def frame_budget() -> TokenBucket:
-    """Returns the budget: 2,500 frames a second without data."""
+    """Returns the budget: 2,500 frames per second without data."""
     return TokenBucket(2500.0, 2500.0)

@@ -31,19 +31,19 @@ from ._stream import (
 
 CONNECT_S = 5.0
 TAKE_S = 0.1
-"""How long a running guest gets to read what was sent already, before a hold."""
+"""How long a running guest may take to read sent data, before a hold."""
 RETRY_MIN_S = 0.02
 RETRY_MAX_S = 5.0
-"""The longest pause before the link is made again."""
+"""Maximum delay before the link is opened again."""
 RETRY_CONNECT_MAX_S = 0.5
-"""The longest pause before a stream that is a connection is tried again."""
+"""Maximum delay before the connection of a stream is retried."""
 STEADY_S = 10.0
-"""After a link of this age the next one is tried at once."""
+"""After a link of this age the next one is opened at once."""
 _CHECK_S = 0.001
 
 
 class ParkedLink:
-    """A link that no channel uses at present: `Channel.park` makes it, and `open_channel` takes it."""
+    """A link that is not in use: `Channel.park` creates it, and `open_channel` takes it."""
 
     def __init__(self, stream: trio.SocketStream, link: Link) -> None:
         self.stream = stream
@@ -58,7 +58,7 @@ class ChannelStatistics(msgspec.Struct, frozen=True):
 
     transport: str
     connected: bool
-    """Whether the link to the agent is up. Without a link (vsock) always true."""
+    """Whether the link to the agent is up; always true without a link (vsock)."""
     links: int
     """How often the link came up."""
     streams: int
@@ -69,7 +69,7 @@ class ChannelStatistics(msgspec.Struct, frozen=True):
 
 
 class Channel:
-    """Byte streams into one guest. `run_channel` or `open_channel` makes it."""
+    """Byte streams into one guest. `run_channel` or `open_channel` creates it."""
 
     def __init__(self, host: Host, address: Address, nursery: trio.Nursery) -> None:
         self.address = address
@@ -89,10 +89,10 @@ class Channel:
         self._last_loss: str | None = None
 
     async def open_stream(self, port: int = AGENT_PORT, *, timeout_s: float, reserved: bool = False) -> ChannelStream:
-        """Opens a stream to a port of the guest. If nobody listens there, perhaps only the first receive fails.
+        """Opens a stream to a port of the guest. If nothing listens there, possibly only the first receive fails.
 
         :param timeout_s: how long to wait for the guest's agent and for one of `MAX_STREAMS` slots
-        :param reserved: take one of the slots for the daemon's own requests
+        :param reserved: whether to use a slot for the daemon's own requests
         :raises AgentUnreachable: there is no stream
         """
         slot = None
@@ -108,7 +108,7 @@ class Channel:
         raise AgentUnreachable(f"the guest's agent could not be reached within {timeout_s:g} s{self._because()}")
 
     async def ready(self) -> None:
-        """Returns once the link is up and the guest is not paused. Has no deadline.
+        """Waits until the link is up and the guest is not paused. Has no deadline.
 
         :raises AgentUnreachable: the channel is closed
         """
@@ -119,20 +119,20 @@ class Channel:
         await trio.lowlevel.checkpoint()
 
     def set_paused(self, paused: bool) -> None:
-        """Sets whether the guest is paused. Then no stream is opened, and open ones wait without a deadline."""
+        """Sets whether the guest is paused. While it is, no stream is opened, and open ones wait without a deadline."""
         self._paused = paused
         self._let_stall(paused)
         self._wake()
 
     @asynccontextmanager
     async def hold(self) -> AsyncIterator[Callable[[], tuple[int, int]]]:
-        """Keeps the host's end of the agent's port unused for the length of a block, see `PortHold`. Streams stay open
-        and their users wait; the caller bounds the time. A vsock is not held: the kernel stops it with its machine.
+        """Keeps the host's end of the agent's port unused during the block, see `PortHold`. Streams stay open and their
+        users wait; the caller sets the deadline. A vsock is not held: the kernel stops it with its machine.
 
-        Gives a function that returns how many bytes the hypervisor has not read yet, and how many it has sent that were
-        not read here.
+        Yields a function that returns the number of bytes that the hypervisor has not read yet, and the number of its
+        bytes that were not read here.
 
-        :raises trio.BrokenResourceError: the channel was closed meanwhile
+        :raises trio.BrokenResourceError: the channel was closed in the meantime
         """
         with trio.move_on_after(TAKE_S):
             # Optional: bytes that the guest reads now need not be saved while it is paused.
@@ -148,9 +148,9 @@ class Channel:
             raise trio.BrokenResourceError("the channel to the guest was closed while it was held")
 
     def park(self) -> ParkedLink | None:
-        """Keeps the link for another channel to the same port, which spares the guest the work of a new one. The guest
-        must be paused, and this channel is closed before anything is awaited. None: the link can't be kept, as
-        something is under way on it.
+        """Keeps the link for another channel to the same port, which saves the guest the work for a new one. The guest
+        must be paused, and this channel is closed before anything is awaited. Returns None if the link can't be kept,
+        because it is in use.
         """
         if self._link is None or self._socket is None or not self._link.park():
             return None
@@ -166,7 +166,7 @@ class Channel:
             self._link.set_paused(paused)
 
     async def closed(self) -> None:
-        """Returns once the channel and all its streams are closed."""
+        """Waits until the channel and all its streams are closed."""
         await self._closed.wait()
 
     @property
@@ -175,8 +175,8 @@ class Channel:
 
     @property
     def link(self) -> int | None:
-        """The number of the present link: while it stays the same, so does the agent. None: the link is down, or there
-        is none (vsock)."""
+        """The number of the present link: while it stays the same, so does the agent. None if the link is down, or
+        there is none (vsock)."""
         return None if self._link is None else self._links
 
     def statistics(self) -> ChannelStatistics:
@@ -215,7 +215,7 @@ class Channel:
                     await self._changed.wait()
 
     async def _connect(self, slot: Slot, connect: Callable[[], Awaitable[trio.SocketStream]]) -> ChannelStream:
-        """Retries until somebody listens, as the agent may be about to start. The caller sets the deadline."""
+        """Retries until the agent listens, as it may be about to start. The caller sets the deadline."""
         backoff = Backoff(RETRY_MIN_S, RETRY_CONNECT_MAX_S)
         while True:
             await self.ready()
@@ -232,7 +232,7 @@ class Channel:
             return SocketChannelStream(slot, stream, self._sockets)
 
     async def _keep(self, path: Path, parked: ParkedLink | None) -> None:
-        """Makes one link after the other; `parked` is the first."""
+        """Opens one link after the other; `parked` is the first."""
         backoff = Backoff(RETRY_MIN_S, RETRY_MAX_S, steady_s=STEADY_S)
         if parked is not None:
             parked.link.go_on(HoldablePort(parked.stream, self._hold))
@@ -291,8 +291,8 @@ async def run_channel(
 ) -> None:
     """Keeps a channel open while this task lives: `channel = await nursery.start(run_channel, host, address)`.
 
-    It starts at once, even if the guest boots or the hypervisor is not there yet. A lost link breaks its streams and is
-    made again, at first at once, later after up to `RETRY_MAX_S`. `parked`: its first link.
+    It starts at once, even if the guest is booting or the hypervisor does not exist yet. A lost link breaks its streams
+    and is opened again, at first at once, later after up to `RETRY_MAX_S`. `parked` is its first link.
     """
     async with trio.open_nursery() as nursery:
         channel = Channel(host, address, nursery)
@@ -308,7 +308,7 @@ async def run_channel(
 
 @asynccontextmanager
 async def open_channel(host: Host, address: Address, parked: ParkedLink | None = None) -> AsyncIterator[Channel]:
-    """Keeps a channel open for the length of a block. `parked`: its first link, which it closes in any case."""
+    """Keeps a channel open for the block. `parked` is its first link, which it closes in any case."""
     async with open_helpers() as helpers:
         channel: Channel = await helpers.start(run_channel, host, address, parked)
         yield channel

@@ -1,8 +1,8 @@
-"""A port of the guest whose host's end can be held: nobody sends, receives, connects or closes there for a while.
+"""A port of the guest whose host's end can be held, which stops all sending, receiving, connecting and closing there.
 
 While a paused machine is copied, QEMU reads its memory and its devices one after the other. virtio-serial writes to the
 guest's memory on every event at the host's end of the port, even while the machine is paused: bytes arrive, there is
-room for bytes again, a host connects or leaves. An event in between would be in one of the two only. So tasks that
+room for bytes again, a host connects or disconnects. An event in between would be in only one of the two. So tasks that
 want to use the port wait until the hold ends.
 """
 
@@ -29,7 +29,7 @@ class PortHold:
 
     @asynccontextmanager
     async def hold(self) -> AsyncIterator[None]:
-        """Keeps the port unused for the length of a block. The caller bounds the time."""
+        """Keeps the port unused during the block. The caller sets the deadline."""
         async with self._lock:
             released = self._released = trio.Event()
             try:
@@ -44,13 +44,13 @@ class PortHold:
                 released.set()
 
     async def wait_released(self) -> None:
-        """Returns once the port may be used."""
+        """Waits until the port may be used."""
         while self._released is not None:
             await self._released.wait()
 
     async def run(self, operation: Callable[[], Awaitable[T]]) -> T:
-        """Returns the result of an operation on the port. A hold cancels it, and it runs again afterwards: so it must
-        have had no effect when it is cancelled."""
+        """Returns the result of an operation on the port. A hold cancels it, and it runs again afterwards, so a
+        cancelled operation must have had no effect."""
         while True:
             await self.wait_released()
             with trio.CancelScope() as scope:
@@ -63,7 +63,7 @@ class PortHold:
 
 
 class HoldablePort(trio.abc.Stream):
-    """A connection to the port. Sending and receiving wait for a hold to end; closing does not, see
+    """A connection to the port. Sending and receiving wait for the end of a hold, but closing does not, see
     `PortHold.wait_released`."""
 
     def __init__(self, stream: trio.abc.Stream, hold: PortHold) -> None:

@@ -1,11 +1,11 @@
 """Many byte streams over one: HTTP/2 on the host's end of a virtio-serial port.
 
-`volant/guest/_mux.py` is the other side, and explains how the two find each other at any byte. On this side:
+`volant/guest/_mux.py` is the other side, and explains how the two synchronize at any byte. On this side:
 
 - **A guest is not trusted.** h2 checks every header. Frames are measured and counted before h2 sees them. Answers to
-  the guest are bounded, as nothing is read while the output is full. Anything strange ends the link, never the daemon.
+  the guest are bounded, as nothing is read while the output is full. Invalid data ends the link, never the daemon.
 - **A stuck stream blocks no other.** The window of the connection is as large as those of all streams together, so a
-  reader that sleeps uses up its own window only. (HTTP/2's default for the connection is 65,535 bytes.) Bytes are
+  reader that sleeps only uses up its own window. (HTTP/2's default for the connection is 65,535 bytes.) Bytes are
   acknowledged when a reader takes them. Output is queued frame by frame while little is queued, so a bulk sender delays
   the others by milliseconds.
 - **Opening a stream waits for nothing.** If the guest refuses it, the stream breaks. That saves a round trip of 4 ms.
@@ -47,9 +47,9 @@ OUTPUT_HIGH = 64 * 1024
 OUTPUT_LIMIT = 512 * 1024
 RESYNC_ZEROS = FRAME_LIMIT + 2 * 9
 MAX_SETTINGS = 64
-"""How many settings a guest may send. HTTP/2 and its extensions have about ten."""
+"""Maximum settings that a guest may send. HTTP/2 and its extensions have about ten."""
 STALL_S = 60.0
-"""How long a guest may take none of its input before the link is lost."""
+"""How long a guest may read none of its input before the link is lost."""
 
 _READ = 64 * 1024
 _FRAMES_PER_TURN = 64
@@ -89,10 +89,10 @@ class Link:
         self._is_up = False
         self._is_feeding = self._is_sending = False
         self.is_parked = False
-        """Whether the end of `run` leaves the connection as it is."""
+        """Whether the connection stays open at the end of `run`."""
 
     async def run(self, on_ready: Callable[[], None]) -> NoReturn:
-        """Finds the guest's agent, calls `on_ready`, and carries streams. :raises LinkLost: in the end."""
+        """Finds the guest's agent, calls `on_ready`, and carries streams. :raises LinkLost: at its end."""
         self.is_parked = False
         try:
             rest = b"" if self._is_up else await self._begin()
@@ -112,7 +112,7 @@ class Link:
         raise LinkLost(self._lost)
 
     async def _begin(self) -> bytes:
-        """Finds the guest's agent and begins HTTP/2; returns the first bytes from there."""
+        """Finds the guest's agent and begins HTTP/2; returns the first bytes after that."""
         rest = await self._resync()
         self._conn.initiate_connection()
         self._conn.increment_flow_control_window(CONNECTION_WINDOW - self._conn.inbound_flow_control_window)
@@ -121,8 +121,8 @@ class Link:
         return rest
 
     def park(self) -> bool:
-        """Lets a cancelled `run` leave the connection as it is, for another `run`. False: something is under way on
-        it, which would be lost."""
+        """Makes a cancelled `run` keep the connection open, for another `run`. Returns False if the link is in use, and
+        data would be lost."""
         moves = self._streams or self._out or self._is_feeding or self._is_sending
         self.is_parked = self._is_up and self._lost is None and not moves
         return self.is_parked
@@ -153,14 +153,14 @@ class Link:
         return stream
 
     def set_paused(self, paused: bool) -> None:
-        """Sets whether the guest is paused: then it may take no input for any time."""
+        """Sets whether the guest is paused; it may then read no input for any time."""
         self._paused = paused
         self._stall.deadline = math.inf if paused else trio.current_time() + STALL_S
 
     # Finding each other
 
     async def _resync(self) -> bytes:
-        """Asks the guest to begin HTTP/2 again, until it answers; returns the bytes behind the answer."""
+        """Requests a new start of HTTP/2 from the guest, until it answers; returns the bytes after the answer."""
         request = bytes(RESYNC_ZEROS) + RESYNC_MAGIC + self._nonce
         hello = RESYNC_MAGIC + _NO_NONCE
         await self._stream.send_all(request)
@@ -324,7 +324,7 @@ class Link:
         self._forget_if_over(stream)
 
     def acknowledge(self, stream: MuxStream, count: int) -> None:
-        """Lets the guest send `count` more bytes, as many have left the stream's buffer."""
+        """Lets the guest send `count` more bytes, as this number has left the stream's buffer."""
         if self._lost is None:
             self._conn.acknowledge_received_data(count, stream.stream_id)
             self._flush()

@@ -117,7 +117,7 @@ class MuxStream(ChannelStream):
         self._window.set()
 
     def end_input(self) -> None:
-        """Records that the guest sends no more. After a refusal that is not the end of the data."""
+        """Records that the guest sends no more. After a refusal this is not the end of the data."""
         if self._failure is None:
             self.input_over = True
             self.wake_receiver()
@@ -133,12 +133,12 @@ class MuxStream(ChannelStream):
             self.fail(f"the guest reset the stream (code {code})")
 
     def fail(self, why: str) -> None:
-        """Breaks the stream. Received data can still be taken; the first reason stays."""
+        """Breaks the stream. Received data can still be read; the first reason stays."""
         self._failure = self._failure or why
         self.finish()
 
     def finish(self) -> None:
-        """Frees the slot and wakes both sides: nothing will come or go any more."""
+        """Frees the slot and wakes both sides, as no more data will be transferred."""
         self._slot.release()
         self.wake_receiver()
         self.wake_sender()

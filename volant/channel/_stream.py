@@ -52,7 +52,7 @@ class VirtioSerial(msgspec.Struct, frozen=True):
 
 
 class Vsock(msgspec.Struct, frozen=True):
-    """A guest with a vhost-vsock device: a stream is a connection of its own."""
+    """A guest with a vhost-vsock device, where each stream is a separate connection."""
 
     cid: int
 
@@ -61,29 +61,29 @@ Address = VirtioSerial | Vsock
 
 
 WHY_CHARACTERS = 300
-"""The longest text of a parser's error. It may quote a whole head of the guest, and gets into rows and events."""
+"""Maximum length of a parser's error. It may quote a whole head of the guest, and is included in rows and events."""
 
 
 class AgentUnreachable(Exception):
-    """No byte stream into the guest could be opened, or it broke before the answer was whole.
+    """No byte stream into the guest could be opened, or it broke before the answer was complete.
 
     The guest may be booting, hung or gone. A request that was sent may have had an effect.
     """
 
 
 class AgentProtocolError(Exception):
-    """The agent's answer is malformed. Not our bug, as a guest is not trusted."""
+    """The agent's answer is malformed. That is no bug of the daemon, as a guest is not trusted."""
 
 
 class LinkLost(Exception):
-    """A link has ended, and its streams are broken. The channel makes the next one."""
+    """A link has ended, and its streams are broken. The channel opens the next one."""
 
 
 Bytes = bytes | bytearray | memoryview
 
 
 class ChannelStream(trio.abc.HalfCloseableStream):
-    """One connection to a port of the guest, whatever carries it.
+    """One connection to a port of the guest, over any transport.
 
     As with a socket, one task may send while another receives. `send_eof` ends one direction, `aclose` both, which
     cancels the request in the guest. trio.BrokenResourceError means that the guest or its link is gone. Operations
@@ -91,7 +91,7 @@ class ChannelStream(trio.abc.HalfCloseableStream):
     """
 
     is_persistent = False
-    """Whether it may carry one request after the other, and so none asks for its end."""
+    """Whether it may carry several requests one after the other, so that no request ends it."""
     is_free = False
     """Whether the last request and its answer ended, so that the next one may follow on a persistent stream."""
 
@@ -101,7 +101,7 @@ class ChannelStream(trio.abc.HalfCloseableStream):
 
 
 class Sockets:
-    """The streams of a channel that have a socket each, and the bytes that they have carried."""
+    """The streams of a channel with a socket each, and the number of bytes that they have carried."""
 
     def __init__(self) -> None:
         self.bytes_in = 0
@@ -115,7 +115,7 @@ class Sockets:
 
 
 class SocketChannelStream(ChannelStream):
-    """A stream that has a socket to itself."""
+    """A stream with its own socket."""
 
     def __init__(self, slot: Slot, stream: trio.SocketStream, sockets: Sockets) -> None:
         self._slot = slot
@@ -155,7 +155,7 @@ class SocketChannelStream(ChannelStream):
         await self._stream.aclose()
 
     def fail(self, why: str) -> None:
-        """Breaks the stream. Received data can still be taken."""
+        """Breaks the stream. Received data can still be read."""
         self._failure = why
         self._over()
         with suppress(OSError):
@@ -171,7 +171,7 @@ class SocketChannelStream(ChannelStream):
 
 
 class PrefixedStream(ChannelStream):
-    """A stream with bytes in front that were read from it already."""
+    """A stream preceded by bytes that were already read from it."""
 
     def __init__(self, prefix: bytes, stream: ChannelStream) -> None:
         self._prefix = prefix

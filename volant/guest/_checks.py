@@ -1,4 +1,4 @@
-"""Strict checks of requests: of their JSON, and of queries and percent-encoding. What is ambiguous is refused."""
+"""Strict checks of requests: of their JSON, and of queries and percent-encoding. Ambiguous input is refused."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ _MAX_ITEMS = 4096
 
 
 def decode_json(body: bytes, fields: set[str]) -> dict[str, Any]:
-    """Returns the JSON object of a body that has no fields but `fields`."""
+    """Returns the JSON object of a body that only has the members `fields`."""
     import json
 
     try:
@@ -73,7 +73,7 @@ def decode_json(body: bytes, fields: set[str]) -> dict[str, Any]:
 
 
 def check_object(value: object, fields: set[str], what: str, prefix: str = "") -> dict[str, Any]:
-    """Returns an object that has no fields but `fields`; `prefix` stands before their names in errors."""
+    """Returns an object that only has the members `fields`; `prefix` precedes their names in errors."""
     if not isinstance(value, dict):
         raise Problem(400, f"{what} is not a JSON object", field=prefix.removesuffix("."))
     for name in value:
@@ -110,7 +110,7 @@ def check_directory(value: object, field: str) -> str:
 
 
 def check_user(value: object, field: str) -> str | None:
-    """Returns a user as `_root.account` takes it, or None if there is none."""
+    """Returns a user in the form of `_root.account`, or None if there is none."""
     if value is not None and (
         not isinstance(value, str) or not value or "\0" in value or len(value) > MAX_USER_CHARACTERS
     ):

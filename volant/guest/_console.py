@@ -1,10 +1,11 @@
 """The shell on the serial console, for people.
 
 The console is also the log of a boot, so nothing is written to it without a request: a process of some kilobytes waits
-for a first line, and becomes a shell that runs it. Rejected: a shell from the start, as a getty has. Its prompt would
-be an unfinished line in every VM's log, and it would cost every VM memory for the few consoles that are used.
+for a first line, and becomes a shell that runs it. Rejected: a shell from the start, like a getty. Its prompt would be
+an unfinished line in every VM's log, and it would cost every VM memory for the few consoles that are used.
 
-The shell is the root filesystem's, else BusyBox's. Whoever reaches the console is root by `exec` already.
+The shell is the root filesystem's, otherwise BusyBox's. A user with access to the console already is root through
+`exec`.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Console:
 
     def __init__(self, busybox: str, root: str, state_file: str, say: Callable[[str], None]) -> None:
         self.pid = 0
-        """0: there is no process."""
+        """The process id; 0 if there is no process."""
         self._busybox = busybox
         # A session of its own on the terminal itself, for Ctrl-C and jobs: /dev/console can't be a controlling one.
         self._command = ["busybox", "setsid", "busybox", "cttyhack", "sh", "-c", _WAIT, "sh", root, state_file]
@@ -42,7 +43,7 @@ class Console:
         self._starts: list[float] = []
 
     def start(self) -> None:
-        """Starts the process that waits for a first line, also after a shell has ended."""
+        """Starts the process that waits for a first line, also after the end of a shell."""
         self.pid = 0
         now = time.monotonic()
         self._starts = [start for start in self._starts if now - start < _WINDOW_S]
@@ -57,7 +58,7 @@ class Console:
             self._say(f"the console has no shell: {error}")
 
     def hang_up(self) -> None:
-        """Sends SIGHUP, as a closed terminal does: an interactive shell ignores SIGTERM."""
+        """Sends SIGHUP, like a closed terminal: an interactive shell ignores SIGTERM."""
         if self.pid:
             try:
                 os.kill(self.pid, signal.SIGHUP)

@@ -1,7 +1,7 @@
-"""Copies what the VM's root has at a path into the empty volume that is mounted there, as Docker does.
+"""Copies the VM's files at a path into the empty volume that is mounted there, like Docker.
 
-A copy that was cut off must not be taken for content: while it is made, a marker lies in the volume. Whoever finds the
-marker removes all there is and begins again, as nothing but a copy has been written yet.
+An interrupted copy must not be mistaken for content, so a marker is in the volume during the copy. If the marker
+exists, the volume only contains an unfinished copy, which is removed and repeated.
 """
 
 # ruff: noqa: PTH101, PTH102, PTH106, PTH108, PTH114, PTH115, PTH116, PTH208, PTH211 - importing pathlib would cost every boot a good part of a second
@@ -18,15 +18,15 @@ _PIECE = 2**30
 
 
 def is_unfinished(volume: str) -> bool:
-    """Returns whether a copy into a volume was cut off."""
+    """Returns whether a copy into a volume was interrupted."""
     return os.path.lexists(f"{volume}/{MARKER}")
 
 
 def copy_up(source: str | None, volume: str) -> None:
     """Copies a directory into a volume if that is empty, with owners, modes, times, links and extended attributes.
 
-    :param source: a path of what the volume hides; None: only make the volume as empty as it should be
-    :param volume: where the volume is mounted; like the other, a path that does not end in a link
+    :param source: a path of the files that the volume hides; None to only empty the volume
+    :param volume: the mount point of the volume; like `source`, a path that does not end in a link
     :raises OSError: the volume is too small, or a disk fails
     """
     marker = f"{volume}/{MARKER}"
@@ -48,8 +48,8 @@ def copy_up(source: str | None, volume: str) -> None:
 
 
 def _make_empty(volume: str) -> bool:
-    """Returns whether a volume has no content. The directory that `mke2fs` leaves in one is removed: programs such as
-    databases want an empty directory to begin with."""
+    """Returns whether a volume has no content. Removes the directory that `mke2fs` creates in it: programs such as
+    databases need an empty directory."""
     names = os.listdir(volume)
     if names != [_LOST]:
         return not names
@@ -63,7 +63,7 @@ def _make_empty(volume: str) -> bool:
 
 
 def _clear(volume: str) -> None:
-    """Removes all but the marker."""
+    """Removes everything except the marker."""
     for path, directories, files in os.walk(volume, topdown=False):
         for name in files + directories:
             full = f"{path}/{name}"
@@ -74,7 +74,7 @@ def _clear(volume: str) -> None:
 
 
 def _copy_tree(source: str, target: str) -> None:
-    """Copies what is in a directory; nothing of a filesystem that is mounted in it. No link is followed."""
+    """Copies the content of a directory, without filesystems that are mounted in it. Follows no link."""
     device = os.stat(source).st_dev
     links: dict[tuple[int, int], str] = {}
     directories: list[tuple[str, os.stat_result]] = []

@@ -1,11 +1,11 @@
 """`POST /v1/exec`: runs a command, streams its output, and reports how it ended.
 
-One thread and one poll loop for each command. It reads no more output than the client takes, so a slow client slows the
-command down instead of filling memory. When the client leaves or the time is over, the whole process group gets
-SIGKILL before its leader is reaped, as its number could belong to another process afterwards.
+One thread and one poll loop for each command. It reads no more output than the client accepts, so a slow client slows
+down the command instead of filling memory. When the client disconnects or the time is over, the whole process group
+receives SIGKILL before its leader is reaped, as its number could belong to another process afterwards.
 
-The answer ends with the command itself. Processes that it left in the background keep its pipes open and are not waited
-for: the agent only reads what the pipes hold by then.
+The answer ends with the command itself. Processes that it left in the background keep its pipes open, but the agent
+does not wait for them: it only reads the present content of the pipes.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
 
 _FIELDS = {"command", "env", "cwd", "user", "timeout_s", "stdin"}
 _TOGETHER_S = 0.02
-"""A command that ends within it is answered by one write."""
+"""A command that ends within this time is answered by one write."""
 _LITTLE = 16 * 1024
-"""Output that can wait for that."""
+"""Maximum output that is delayed for that."""
 
 
 def handle(stream: Stream, request: Request, defaults: Setting) -> None:
     """Answers `POST /v1/exec`.
 
-    :param defaults: for what the request does not say
+    :param defaults: the defaults for missing members of the request
     :raises Problem: 400, before anything was started
-    :raises Gone: the client left
+    :raises Gone: the client disconnected
     """
     command = Command(decode_json(stream.read_body(request), _FIELDS), defaults)
     deadline = None if command.timeout_s is None else time.monotonic() + command.timeout_s
@@ -64,23 +64,24 @@ def _line(value: object) -> bytes:
 
 
 class _Run:
-    """A command that runs, and the client that gets its output."""
+    """A running command, and the client that receives its output."""
 
     def __init__(self, command: Command, stream: Stream, deadline: float | None, head: bytes) -> None:
-        """`head`: of the answer. :raises SpawnError: the command does not start."""
+        """Creates it. `head` is the head of the answer. :raises SpawnError: the command does not start."""
         self._command = command
         self._deadline = deadline
         self._output = OutputHistory(0)
         self.unsent = bytearray(head)
-        """What the client has not got yet."""
+        """Output that was not sent yet."""
         self._program = Program(command, self._output)
         self._program.add_input(b"")
         self._client = Client(stream.sock)
 
     def loop(self) -> dict[str, int] | dict[str, str]:
-        """Streams until the command has ended; returns how. What is `unsent` then is little, and goes with that.
+        """Streams until the command has ended, and returns its end. The remaining `unsent` is small, and sent with the
+        end.
 
-        :raises Gone: the client left.
+        :raises Gone: the client disconnected.
         """
         program = self._program
         together_until = time.monotonic() + _TOGETHER_S
@@ -121,8 +122,8 @@ class _Run:
         del self.unsent[:sent]
 
     def _flush_within(self, stall_s: float) -> None:
-        """Writes the rest of the output but for a little. :raises Gone: the client left, or took nothing for
-        `stall_s`."""
+        """Writes the rest of the output except a small part. :raises Gone: the client disconnected, or accepted nothing
+        for `stall_s`."""
         self._encode()
         while len(self.unsent) >= _LITTLE:
             if not self._client.wait({}, stall_s, writable=True):

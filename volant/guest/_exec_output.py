@@ -1,4 +1,4 @@
-"""The output of a command: what is kept of it, and how far each WebSocket client has got."""
+"""The output of a command: the stored part, and the progress of each WebSocket client."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ if TYPE_CHECKING:
     from ._websocket import WebSocket
 
 MAX_UNSENT = 256 * 1024
-"""How much output waits in a client's buffer. While it is full, the command is not read."""
+"""Maximum output in a client's buffer. While it is full, the command's output is not read."""
 STALL_S = 600.0
-"""How long a client may take nothing of the output."""
+"""How long a client may accept no output."""
 _PIECE_COST = 64
-"""What a piece costs besides its bytes."""
+"""The cost of a piece besides its bytes."""
 _PIECE = 16 * 1024
 
 
 class OutputHistory:
-    """The output of a command in order: everything that `release` has not given up, and the last `keep` bytes.
+    """The output of a command in order: everything after `release`, and at least the last `keep` bytes.
 
     A position counts the bytes of both channels since the start.
     """
 
     def __init__(self, keep: int, also: Callable[[int, bytes], None] | None = None) -> None:
-        """:param also: is called with all output too, channel by channel"""
+        """Creates it. `also` is called with all output too, channel by channel."""
         self._also = also
         self.position = 0
-        """How many bytes there were in all."""
+        """The total number of bytes so far."""
         self.ends: dict[int, int] = {}
-        """The position at which a channel has ended."""
+        """The end position of each ended channel."""
         self._keep = keep
         self._held = 0
         self._pieces: deque[tuple[int, int, bytearray]] = deque()
 
     @property
     def oldest(self) -> int:
-        """The position of the first byte that is kept."""
+        """The position of the first stored byte."""
         return self._pieces[0][0] if self._pieces else self.position
 
     def add(self, channel: int, data: bytes) -> None:
-        """Appends what was read from a channel."""
+        """Appends output of a channel."""
         if self._also is not None:
             self._also(channel, data)
         self.position += len(data)
@@ -64,7 +64,7 @@ class OutputHistory:
         self._held += _PIECE_COST
 
     def release(self, position: int) -> None:
-        """Drops what lies before `position`, but for the last `keep` bytes."""
+        """Drops output before `position`, except the last `keep` bytes."""
         while self._held > self._keep and self._pieces:
             begin, _, data = self._pieces[0]
             if begin + len(data) > position:
@@ -73,7 +73,7 @@ class OutputHistory:
             self._pieces.popleft()
 
     def take_all(self) -> list[tuple[int, bytes]]:
-        """Returns channels and bytes of everything that is held, and drops it."""
+        """Returns channels and bytes of all stored output, and drops it."""
         pieces = [(channel, bytes(data)) for _, channel, data in self._pieces]
         self._pieces.clear()
         self._held = 0
@@ -97,31 +97,32 @@ class OutputHistory:
 
 
 class Peer:
-    """A client that is attached to a command, or wants to be."""
+    """A client that is or will be attached to a command."""
 
     def __init__(self, socket: WebSocket, position: int | None) -> None:
-        """:param position: how many bytes of output it has; None: send everything that is kept"""
+        """Creates it. `position` is the number of bytes of output that the client has; None to send all stored
+        output."""
         self.socket = socket
         self.cursor = -1 if position is None else position
         self.sent_end = False
         self.released = threading.Event()
-        """Set when the session no longer uses the connection."""
+        """Set when the session has released the connection."""
         self._sent_hello = False
         self._sent_ends: set[int] = set()
         self._progress_at = time.monotonic()
 
     @property
     def stalls_in_s(self) -> float:
-        """Seconds until it has taken nothing for too long."""
+        """Returns the seconds until it has accepted nothing for too long."""
         return self._progress_at + STALL_S - time.monotonic()
 
     def flush(self) -> None:
-        """Writes what the socket takes. :raises Gone: the client has left."""
+        """Writes as much as the socket accepts. :raises Gone: the client has disconnected."""
         if self.socket.flush():
             self._progress_at = time.monotonic()
 
     def send_output(self, output: OutputHistory, hello: dict[str, Any] | None) -> None:
-        """Puts output into the client's buffer, until that is full. The first time, `hello` goes before it."""
+        """Puts output into the client's buffer, until that is full, preceded by `hello` the first time."""
         import json
 
         if not self._sent_hello:
@@ -142,7 +143,7 @@ class Peer:
                 self.socket.send(bytes((channel,)))
 
     def send_end(self, output: OutputHistory, end: dict[str, Any] | None) -> None:
-        """Sends how the command ended, once all of its output was sent, and closes the WebSocket."""
+        """Sends the command's end, once all of its output was sent, and closes the WebSocket."""
         import json
 
         if self.cursor >= output.position and not self.sent_end:
@@ -151,7 +152,7 @@ class Peer:
             self.socket.close(_websocket.NORMAL)
 
     def replay(self, output: OutputHistory, hello: dict[str, Any] | None, end: dict[str, Any] | None) -> None:
-        """Sends everything that an ended command has left, in the client's own thread."""
+        """Sends all stored output of an ended command, in the client's own thread."""
         self._progress_at = time.monotonic()
         try:
             while not self.sent_end or self.socket.out:

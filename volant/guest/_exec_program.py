@@ -1,4 +1,4 @@
-"""A command and its process, with pipes or a terminal. Nothing here blocks but `reap`."""
+"""A command and its process, with pipes or a terminal. Only `reap` blocks here."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
 STDIN, STDOUT, STDERR = 0, 1, 2
 MAX_INPUT = 1024 * 1024
-"""How much input is kept for a command that does not read it. Also the longest message of a client."""
+"""Maximum input stored for a command that does not read it. Also the maximum length of a client's message."""
 REAP_S = 5.0
 """How long a killed process may take to end."""
 _READ = 64 * 1024
 _MAX_PIPE = 1024 * 1024
-"""The most that a pipe holds."""
+"""Maximum content of a pipe."""
 _HANG_UP_S = 1.0
 _MAX_TIMEOUT_S = 7 * 86400.0
 
@@ -44,7 +44,7 @@ class Command:
 
     def __init__(self, value: dict[str, Any], defaults: Setting) -> None:
         """
-        :param defaults: for what the request does not say
+        :param defaults: the defaults for missing members of the request
         :raises Problem: 400, a field is wrong
         """
         if "command" not in value:
@@ -72,7 +72,7 @@ class Command:
             env.setdefault("TERM", "xterm")
 
     def timed_out(self) -> dict[str, str]:
-        """Returns the end of a command whose time was over."""
+        """Returns the end of a command whose time is over."""
         text = f"the command was killed, as it had not ended after {self.timeout_s:g} s"
         return {"error": text, "code": "timeout"}
 
@@ -86,7 +86,7 @@ class Program:
 
         self._output = output
         self.process: subprocess.Popen[bytes]
-        """Leads a session of its own."""
+        """The process, which leads its own session."""
         self._input = bytearray(command.stdin)
         self._input_ends = False
         self._in_a_line = False
@@ -117,7 +117,7 @@ class Program:
 
     @property
     def pid(self) -> int:
-        """The process. Its number is valid until the process is reaped."""
+        """The process id. It is valid until the process is reaped."""
         return self.process.pid
 
     @property
@@ -126,7 +126,7 @@ class Program:
         return len(self._input) < MAX_INPUT
 
     def masks(self, *, read: bool) -> dict[int, int]:
-        """Returns the descriptors and events to poll for; `read`: its output, too."""
+        """Returns the descriptors and events to poll for; with `read` also those of its output."""
         masks = {self.pidfd: select.POLLIN}
         if read:
             masks.update(dict.fromkeys(self._channels, select.POLLIN))
@@ -142,7 +142,7 @@ class Program:
                 self._read(fd)
 
     def drain(self) -> None:
-        """Reads the rest of the output, at most what a pipe can hold, and ends the channels."""
+        """Reads the rest of the output, at most the content of a pipe, and ends the channels."""
         for fd in list(self._channels):
             for _ in range(_MAX_PIPE // _READ):
                 if not self._read(fd):
@@ -152,7 +152,7 @@ class Program:
         self._channels.clear()
 
     def _read(self, fd: int) -> bool:
-        """Reads once; returns whether there was anything."""
+        """Reads once; returns whether there was any data."""
         try:
             data = os.read(fd, _READ)
         except BlockingIOError:
@@ -166,7 +166,7 @@ class Program:
         return False
 
     def add_input(self, data: bytes) -> None:
-        """Appends to the input; nothing ends it. :raises ValueError: the input was ended already."""
+        """Appends to the input; empty data ends it. :raises ValueError: the input has already ended."""
         if self._input_ends:
             raise ValueError("the channel 0 has been ended")
         if self._input_fd < 0:
@@ -223,7 +223,7 @@ class Program:
         kill_session(self.process)
 
     def hang_up(self) -> None:
-        """Sends SIGHUP, as a terminal that closes does, and SIGKILL a second later."""
+        """Sends SIGHUP, like a closing terminal, and SIGKILL a second later."""
         self.send_signal(signal.SIGHUP)
         self.send_signal(signal.SIGCONT)
         poll({self.pidfd: select.POLLIN}, _HANG_UP_S)
@@ -235,7 +235,7 @@ class Program:
         kill_group(self.process)
 
     def reap(self) -> dict[str, int] | dict[str, str]:
-        """Waits at most 5 s for the process; returns how it ended."""
+        """Waits at most 5 s for the process; returns its end."""
         import subprocess
 
         self._input.clear()

@@ -1,18 +1,19 @@
-"""A command over WebSockets. Clients attach one after the other; a detached command goes on without any.
+"""A command over WebSockets. Clients attach one after the other; a detached command continues without any.
 
 One thread and one poll loop per command own its process, its output and the connection of the attached client. The
-client's own thread only hands its connection over and waits until it is released. So no two threads use the same
+client's own thread only hands over its connection and waits until it is released. So no two threads use the same
 descriptor, and attaching, taking over and ending are each one step of one loop. Rejected: a thread for each direction,
 where closing depends on which one notices first.
 
-**Positions.** The last output of a detached command is kept (`OutputHistory`). A client that names its position goes on
-exactly there. Output that is no longer kept is reported as a gap.
+**Positions.** The last output of a detached command is stored (`OutputHistory`). A client that sends its position
+continues exactly there. Expired output is reported as a gap.
 
-**Back-pressure.** While a client is attached, the command is read only as fast as the client takes the output, and the
-client only as fast as the command takes its input. Without one, a detached command runs on and loses its oldest output.
+**Back-pressure.** While a client is attached, the command's output is read only as fast as the client accepts it, and
+the client's input only as fast as the command reads it. Without a client, a detached command continues and loses its
+oldest output.
 
-**A second client takes over** (close code 4000 to the first). Usually the first connection is dead and nobody has
-noticed; refusing would lock its owner out until the kernel does.
+**A second client takes over** (close code 4000 to the first). Usually the first connection is dead and undetected; a
+refusal would lock out its owner until the kernel detects that.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ if TYPE_CHECKING:
     from ._output import Output
 
 KEPT_BYTES = 512 * 1024
-"""How much output of a detached command is kept."""
+"""Maximum stored output of a detached command."""
 
 
 class Session:
-    """A command and whoever is attached to it. `run` is its loop."""
+    """A command and its attached client. `run` is its loop."""
 
     def __init__(
         self,
@@ -52,9 +53,9 @@ class Session:
     ) -> None:
         """Starts the command.
 
-        :param identifier: the id of a detached command; None: it ends with its client
-        :param log: gets the output, too; then the session goes on until its client has read how the command ended
-        :param reap: waits for the process, which has ended or was killed, and returns how
+        :param identifier: the id of a detached command; None for one that ends with its client
+        :param log: also receives the output; the session then continues until its client has read the command's end
+        :param reap: waits for the process, which has ended or was killed, and returns its end
         :raises SpawnError: the command does not start
         """
         self.identifier = identifier
@@ -62,7 +63,7 @@ class Session:
         self.started = time.monotonic()
         self.ended: float | None = None
         self.end: dict[str, Any] | None = None
-        """How it ended."""
+        """The end of the command."""
         self.output = OutputHistory(KEPT_BYTES if identifier is not None else 0, None if log is None else log.write)
         self._lingers = log is not None
         self._reap = reap
@@ -80,7 +81,7 @@ class Session:
 
     @property
     def pid(self) -> int:
-        """The process; its number is valid while the command runs."""
+        """The process id, which is valid while the command runs."""
         return self._program.pid
 
     @property
@@ -96,7 +97,7 @@ class Session:
         return self._peer is not None
 
     def attach(self, peer: Peer) -> None:
-        """Hands over a client's connection, and returns when the session no longer uses it."""
+        """Hands over a client's connection, and returns when the session has released it."""
         with self._lock:
             over = self._over
             before = None
@@ -112,7 +113,7 @@ class Session:
             peer.released.wait()
 
     def ended_within(self, timeout_s: float) -> bool:
-        """Waits for the end of the command; returns whether it came."""
+        """Waits for the end of the command; returns whether it has ended."""
         return self._ended.wait(timeout_s)
 
     def kill(self) -> None:
@@ -126,8 +127,8 @@ class Session:
     # The loop
 
     def run(self, peer: Peer | None = None) -> None:
-        """Runs until the command has ended and the attached client knows. A command that is not detached is ended when
-        its client leaves.
+        """Runs until the command has ended and the attached client has been notified. A command that is not detached is
+        ended when its client disconnects.
 
         :param peer: the client of a command that is not detached
         """
@@ -243,7 +244,7 @@ class Session:
             peer.socket.close(_websocket.POLICY, str(error))
 
     def _handle_control(self, text: str) -> None:
-        """:raises ValueError: the text is neither a resize nor a signal"""
+        """Handles a control message. :raises ValueError: the text is neither a resize nor a signal."""
         import json
 
         try:
@@ -262,14 +263,15 @@ class Session:
         return None if self.identifier is None else {"id": self.identifier, "tty": self.command.tty}
 
     def _send_output(self) -> None:
-        """Puts output into the attached client's buffer, and drops what is no longer needed."""
+        """Puts output into the attached client's buffer, and drops output that is no longer needed."""
         peer = self._peer
         if peer is not None:
             peer.send_output(self.output, self._hello())
         self.output.release(self.output.position if peer is None else peer.cursor)
 
     def _report_end(self) -> None:
-        """Sends the attached client the rest and how the command ended; releases it when it has that, or stalls."""
+        """Sends the rest and the command's end to the attached client, and releases the client when it has received
+        that, or stalls."""
         self._take_over()
         peer = self._peer
         if peer is None:
@@ -299,7 +301,7 @@ class Session:
     # The end
 
     def _conclude(self) -> None:
-        """Reaps the process and records how it ended."""
+        """Reaps the process and records its end."""
         end = self._reap(self._program)
         self._record_end(self.command.timed_out() if self._timed_out else end)
 

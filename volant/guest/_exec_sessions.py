@@ -1,7 +1,7 @@
 """`GET /v1/exec`: commands over WebSockets, and the table of detached commands.
 
 A detached command belongs to the agent, not to a connection: clients, the daemon and the channel may come and go. It
-ends with the agent, because PID 1 kills all processes of an agent that died. Nothing is kept on a disk.
+ends with the agent, because PID 1 kills all processes of a dead agent. Nothing is stored on a disk.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from ._workload import Workload
 
 MAX_SESSIONS = 16
-"""How many detached commands there may be, ended ones included."""
+"""Maximum detached commands, including ended ones."""
 KEPT_S = 600.0
-"""How long an ended command stays in the table."""
+"""How long an ended command is listed."""
 
 _FIELDS = {"command", "env", "cwd", "user", "timeout_s", "stdin", "tty", "rows", "cols"}
 _FIELDS_OF_WORKLOAD = {"env", "tty", "rows", "cols"}
@@ -53,15 +53,15 @@ class Sessions:
         self._workload = workload
         self._lock = threading.Lock()
         self._sessions: dict[str, Session | None] = {}
-        """In the order of their starts. None: reserved for a command that has not started yet."""
+        """Sessions in the order of their starts; None is reserved for a command that has not started yet."""
 
     def serve_websocket(self, stream: Stream, request: Request, set_up: Callable[[], None], defaults: Setting) -> None:
         """Answers `GET /v1/exec`.
 
         :param set_up: waits until the guest is set up
-        :param defaults: for what the request does not say
+        :param defaults: the defaults for missing members of the request
         :raises Problem: 400, 404, 426 or 503, instead of the upgrade
-        :raises Gone: the client left
+        :raises Gone: the client disconnected
         """
         query = parse_query(request.query, {"detach", "attach", "from", "workload"})
         identifier = query.get("attach")
@@ -138,7 +138,7 @@ class Sessions:
             peer.released.wait()
 
     def list(self) -> list[dict[str, Any]]:
-        """Returns `agent_types.ExecSession`s, the oldest first."""
+        """Returns the `agent_types.ExecSession`s, oldest first."""
         with self._lock:
             self._forget_old()
             sessions = [session for session in self._sessions.values() if session is not None]
@@ -213,7 +213,8 @@ def _describe(session: Session) -> dict[str, Any]:
 
 
 def _first_message(socket: _websocket.WebSocket) -> bytes:
-    """Returns the first message, which is the command. :raises Gone: the client left, or sent something else."""
+    """Returns the first message, which is the command. :raises Gone: the client disconnected, or sent something
+    else."""
     deadline = time.monotonic() + HEAD_TIMEOUT_S
     while True:
         left = deadline - time.monotonic()
@@ -252,7 +253,7 @@ def _send_last(socket: _websocket.WebSocket, value: dict[str, Any]) -> None:
 
 
 def _flush(socket: _websocket.WebSocket) -> None:
-    """Writes everything that waits. :raises Gone: the client has left or does not read."""
+    """Writes all pending data. :raises Gone: the client has disconnected or does not read."""
     deadline = time.monotonic() + _LAST_FRAME_S
     while socket.out:
         if not poll({socket.sock.fileno(): select.POLLOUT}, deadline - time.monotonic()):

@@ -1,4 +1,4 @@
-"""Writing files for clients, and what to answer when the system refuses: shared by single files and tars."""
+"""Writes files for clients, and answers errors of the system; shared by single files and tars."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ._http import Problem
 from ._system import memory
 
 _SPARE_MB = 12
-"""Stays free of the guest's memory: a file system in RAM would take the last of it, and the kernel kill the agent."""
+"""Memory of the guest that stays free: a file system in RAM would use up the rest, and the kernel kill the agent."""
 _SHOWN_PATH = 200
 _STATUSES = {
     errno.ENOENT: (404, "there is no {}"),
@@ -35,7 +35,7 @@ _HINTS = {
 
 
 def show(path: bytes) -> str:
-    """Returns a path for people, at most 200 characters of it."""
+    """Returns at most 200 characters of a path, for people."""
     text = path.decode(errors="backslashreplace")
     return text if len(text) <= _SHOWN_PATH else text[:_SHOWN_PATH] + "…"
 
@@ -57,7 +57,7 @@ def temporary_name(name: bytes) -> bytes:
 def write(fd: int, data: bytes) -> None:
     """Writes all of `data`.
 
-    :raises OSError: the system refuses; ENOSPC also when less than 12 MiB of the guest's memory are free
+    :raises OSError: the system refuses; ENOSPC also if less than 12 MiB of the guest's memory are free
     """
     left = memory()
     if left["total_mb"] and left["available_mb"] < _SPARE_MB:
@@ -68,7 +68,7 @@ def write(fd: int, data: bytes) -> None:
 
 
 def set_owner_and_mode(fd: int, mode: int, owner: tuple[int, int] | None) -> None:
-    """Sets both of a new file. The owner first: changing it clears bits of the mode."""
+    """Sets owner and mode of a new file. The owner is first: changing it clears bits of the mode."""
     if owner is not None:
         found = os.fstat(fd)
         if (found.st_uid, found.st_gid) != owner:

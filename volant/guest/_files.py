@@ -1,14 +1,14 @@
 """`/v1/files/{path}`: reads, writes and deletes the guest's files, streamed.
 
 Everything happens inside the workload's root (`_root.inside`): the kernel resolves every `..` and every symbolic link,
-and no path is put together from strings. So a link in the root filesystem leads where it leads for the workload, and
-never to the agent's own files.
+and no path is built from strings. So a link in the root filesystem has the same target as for the workload, and never
+leads to the agent's own files.
 
-**A written file is whole or absent.** The agent writes it under another name in the same directory, flushes it to the
-disk, and renames it. A body that breaks off leaves the old file. If the agent dies, a file whose name begins with a dot
-and contains `.volant-` stays behind.
+**A written file is complete or absent.** The agent writes it under another name in the same directory, flushes it to
+the disk, and renames it. An interrupted body leaves the old file. If the agent dies, a file remains whose name begins
+with a dot and contains `.volant-`.
 
-Bodies are copied in pieces of at most 256 KiB; no file is ever in memory as a whole.
+Bodies are copied in pieces of at most 256 KiB; a whole file is never in memory.
 """
 
 # ruff: noqa: PTH106, PTH108, PTH116 - importing pathlib would cost every boot a good part of a second
@@ -44,14 +44,14 @@ _PIECE = 256 * 1024
 _MAX_PATH = 4095
 
 Answer = tuple[int, list[tuple[str, str]]]
-"""Status and headers of an answer without a body. Status 0: the answer was already sent."""
+"""Status and headers of an answer without a body. Status 0 means that the answer was already sent."""
 
 
 def handle(stream: Stream, request: Request, encoded: str) -> None:
     """Answers a request for the percent-encoded path `encoded`.
 
-    :raises Problem: 400, 403, 404, 405, 409, 413, 416 or 507, and which path
-    :raises Gone: the client left
+    :raises Problem: 400, 403, 404, 405, 409, 413, 416 or 507, with the path
+    :raises Gone: the client disconnected
     """
     path = decode_path(encoded)
     if request.method in ("GET", "HEAD"):
@@ -171,7 +171,7 @@ def _mode_text(found: os.stat_result) -> str:
 
 
 def _range(value: bytes, size: int) -> tuple[int, int] | None:
-    """Returns begin and end of the one requested range; None: send the whole file."""
+    """Returns begin and end of the one requested range; None for the whole file."""
     unit, _, text = value.partition(b"=")
     first, dash, last = text.strip().partition(b"-")
     if unit.strip().lower() != b"bytes" or not dash or len(text) > 40:
@@ -273,7 +273,7 @@ def _put_directory(
 
 @contextlib.contextmanager
 def _renaming(temporary: bytes, name: bytes, directory: int, remove: Callable[..., None]) -> Iterator[None]:
-    """Gives what a block has written its name, durably, or removes it if the block fails."""
+    """Renames the block's file durably, or removes it if the block fails."""
     try:
         yield
         os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)

@@ -17,7 +17,7 @@ class HealthCheck:
 
     def __init__(self, value: object, port: int | None, setting: Setting) -> None:
         """
-        :param port: where the workload serves HTTP; the default for a check by path
+        :param port: the workload's HTTP port; the default for a check by path
         :param setting: for a check by command
         :raises Problem: 400, a field is wrong
         """
@@ -41,7 +41,7 @@ class HealthCheck:
         self.retries = int(check_number(fields.get("retries", 3), f"{_NAME}.retries", 1, 100))
         start_s = check_number(fields.get("start_period_s", 0.0), f"{_NAME}.start_period_s", 0, 3600)
         self.starts_within_s = start_s + self.interval_s * self.retries
-        """How long failures before the first success do not count."""
+        """How long failures before the first success are ignored."""
 
     def run(self) -> str:
         """Runs the check; returns why it failed, or an empty text."""

@@ -1,9 +1,9 @@
-"""HTTP/1.1 messages: the head of a request, what it says about its body, and where that body ends.
+"""HTTP/1.1 messages: the head of a request, the framing of its body, and the end of that body.
 
-Not the standard library's `http.server`: it imports `email`, `html` and `socketserver`, half a second under emulation,
-and it is lenient. Requests to a workload pass two parsers, and a head that the two read differently lets a client
-smuggle a second request (RFC 9112, section 11). So everything unusual is refused: line ends other than CRLF, folded
-lines, two lengths, a length together with chunks, any other transfer coding.
+Rejected: the standard library's `http.server`, which imports `email`, `html` and `socketserver`, taking half a second
+under emulation, and is lenient. Requests to a workload pass two parsers, and a head that the two read differently lets
+a client smuggle a second request (RFC 9112, section 11). So unusual heads are refused: line ends other than CRLF,
+folded lines, two lengths, a length together with chunks, any other transfer coding.
 """
 
 from __future__ import annotations
@@ -86,11 +86,11 @@ class Problem(Exception):
 
 
 class Gone(Exception):
-    """The client has left; there is nobody to answer."""
+    """The client has disconnected, so there is no answer."""
 
 
 class Framing:
-    """How a body ends: after `length` bytes, with its last chunk, or (`length` None) with the stream."""
+    """The end of a body: after `length` bytes, with its last chunk, or with the stream if `length` is None."""
 
     __slots__ = ("chunked", "length")
 
@@ -112,9 +112,9 @@ class Request:
     def __init__(self, method: str, target: str, headers: Headers, framing: Framing) -> None:
         self.method = method
         self.target = target
-        """Unchanged: path and query, or `host:port` for CONNECT."""
+        """The unchanged target: path and query, or `host:port` for CONNECT."""
         self.headers = headers
-        """In order, names in lower case."""
+        """The fields in order, with names in lower case."""
         self.framing = framing
 
     @property
@@ -124,7 +124,7 @@ class Request:
 
     @property
     def query(self) -> str:
-        """The part behind the `?`, unchanged."""
+        """The part after the `?`, unchanged."""
         return self.target.partition("?")[2]
 
     def header(self, name: bytes) -> bytes:
@@ -133,7 +133,7 @@ class Request:
 
 
 def parse_head(data: bytes) -> tuple[bytes, Headers]:
-    """Returns the first line and the fields of a head, which comes without its empty line.
+    """Returns the first line and the fields of a head, which is given without its empty line.
 
     :raises ValueError: the head is malformed
     """
@@ -154,7 +154,7 @@ def parse_head(data: bytes) -> tuple[bytes, Headers]:
 
 
 def framing_of(headers: Headers) -> Framing | None:
-    """Returns what the fields say about the body, or None if they say nothing.
+    """Returns the framing of the body according to the fields, or None if they have none.
 
     :raises ValueError: the fields contradict each other, or name an unknown coding
     """
@@ -175,7 +175,7 @@ def framing_of(headers: Headers) -> Framing | None:
 
 
 def parse_request(data: bytes) -> Request:
-    """Returns the request of a head. :raises Problem: 400 malformed, 505 not HTTP/1.1."""
+    """Returns the request of a head. :raises Problem: 400, malformed; 505, not HTTP/1.1."""
     try:
         line, headers = parse_head(data)
         words = line.split(b" ")
@@ -203,7 +203,7 @@ def parse_request(data: bytes) -> Request:
 class BodyFilter:
     """Finds the end of a body in a stream, and checks its chunks.
 
-    With `raw` it outputs the bytes unchanged, chunk lines included, for a relay; otherwise the content.
+    With `raw` it outputs the bytes unchanged, including chunk lines, for a relay; otherwise the content.
     """
 
     def __init__(self, framing: Framing, *, raw: bool = False) -> None:
@@ -222,7 +222,7 @@ class BodyFilter:
         return not self._chunked and self._left is None
 
     def feed(self, data: bytes | bytearray, out: bytearray) -> int:
-        """Appends the part of `data` that belongs to the body to `out`; returns how many bytes of `data` it used.
+        """Appends the part of `data` that belongs to the body to `out`; returns the number of bytes used.
 
         :raises ValueError: a chunk is malformed
         """

@@ -1,7 +1,7 @@
 """Assigns an identity to a clone: its clock, entropy, names and ids.
 
-A guest that was restored from a template has the memory of that template, and so have its siblings. Before it is used,
-the daemon sends its identity. `docs/explanation/templates.md` lists what differs between clones afterwards.
+All guests that were restored from a template have the same memory. Before such a guest is used, the daemon sends its
+identity. `docs/explanation/templates.md` lists the differences between clones afterwards.
 """
 
 # ruff: noqa: PTH123, PTH208 - importing pathlib would cost every boot a good part of a second
@@ -55,7 +55,7 @@ _notified_for = ""
 
 
 def instance_id() -> str:
-    """Returns an id that no other boot and no other clone has."""
+    """Returns an id that is unique to this boot or clone."""
     global _instance_id
     with _lock:
         if not _instance_id:
@@ -66,8 +66,8 @@ def instance_id() -> str:
 def serve_identity(stream: Stream, request: Request, output: Output, workload: Workload, plugin: Plugin) -> None:
     """Answers `PUT /v1/daemon/identity`.
 
-    :raises Problem: 400 malformed, 409 the guest has another workload, 500 the system refuses, 503 the workload is not
-        healthy
+    :raises Problem: 400, malformed; 409, the guest has another workload; 500, the system refuses; 503, the workload is
+        not healthy
     """
     global _notified_for
     import json
@@ -123,7 +123,7 @@ def serve_identity(stream: Stream, request: Request, output: Output, workload: W
 def serve_clock(stream: Stream, request: Request) -> None:
     """Answers `PUT /v1/daemon/clock`: sets the clock to `time_ns`, or moves it by `step_ns`.
 
-    :raises Problem: 400 malformed, 500 the system refuses
+    :raises Problem: 400, malformed; 500, the system refuses
     """
     import json
 
@@ -141,8 +141,8 @@ def serve_clock(stream: Stream, request: Request) -> None:
 def serve_hosts(stream: Stream, request: Request) -> None:
     """Answers `PUT /v1/daemon/hosts`.
 
-    :raises Problem: 400 malformed, 500 the system refuses
-    :raises Gone: the client has left, and nothing was written
+    :raises Problem: 400, malformed; 500, the system refuses
+    :raises Gone: the client has disconnected, and nothing was written
     """
     from . import _network
 
@@ -161,7 +161,8 @@ def serve_hosts(stream: Stream, request: Request) -> None:
 
 
 def settle() -> None:
-    """Prepares the guest for a snapshot: imports what every clone will need, and writes all data to the disk."""
+    """Prepares the guest for a snapshot: imports modules that every clone will need, and writes all data to the
+    disk."""
     from . import _exec, _exec_sessions, _files, _network, _relay, _secrets
 
     del _exec, _exec_sessions, _files, _network, _relay, _secrets
@@ -198,14 +199,14 @@ def add_entropy(entropy: bytes) -> None:
 
 
 def set_hostname(name: str) -> None:
-    """:raises OSError:"""
+    """Sets the host name. :raises OSError:"""
     import socket
 
     socket.sethostname(name)
 
 
 def set_network(hostname: str, interface: Interface, nameservers: list[str] | None, hosts: dict[str, str]) -> None:
-    """:raises OSError:"""
+    """Sets the network interface and its names. :raises OSError:"""
     from . import _network
 
     _network.apply(interface)
@@ -221,7 +222,7 @@ def set_network(hostname: str, interface: Interface, nameservers: list[str] | No
 
 def keep_freed_memory() -> None:
     """Unbinds the balloon, which returns freed memory to the host: QEMU can't return memory that a copy shares with its
-    template, and would log that each time."""
+    template, and would log each attempt."""
     try:
         for name in os.listdir(_BALLOON):
             if name.startswith("virtio"):
@@ -267,7 +268,7 @@ def _assign_instance(identifier: str, output: Output) -> None:
 
 
 def _read_clone_file() -> str:
-    """Returns the instance id that this clone got before its agent was restarted."""
+    """Returns the instance id that this clone received before its agent was restarted."""
     import json
 
     try:

@@ -1,12 +1,13 @@
-"""PID 1: brings the guest up, restarts the agent, and shuts the guest down.
+"""PID 1: sets up the guest, restarts the agent, and shuts down the guest.
 
-In Python and not BusyBox's init: the agent needs the interpreter anyway, PID 1 starts it once and forks the agent from
-it. BusyBox's init would also run a shell and an inittab first; it waits fixed seconds at a shutdown, respawns without
-end, and does not distinguish a shutdown that hangs. The price: an exception here is a kernel panic. So this module is
-short, imports little, and does the rest through BusyBox. The daemon sees a panic best, so PID 1 gives up by one, too.
+It is in Python and not BusyBox's init: the agent needs the interpreter anyway, and PID 1 starts it once and forks the
+agent from it. BusyBox's init would also run a shell and an inittab first; it waits fixed seconds at a shutdown,
+respawns without end, and does not detect a shutdown that hangs. The price is that an exception here is a kernel panic.
+So this module is short, imports little, and does the rest through BusyBox. As the daemon detects a panic best, PID 1
+also gives up with one.
 
-Order decides how long a boot takes, as there may be one slow CPU: first what makes the agent reachable, then the fork,
-and the rest once the agent has answered its first request.
+The order decides the duration of a boot, as there may be one slow CPU: first the setup that makes the agent reachable,
+then the fork, and the rest once the agent has answered its first request.
 """
 
 # ruff: noqa: PTH102, PTH103, PTH123, PTH208, PTH211, S606 - pathlib would cost every boot more than this module does
@@ -61,17 +62,17 @@ _QUIET = {
     "vm/compaction_proactiveness": "0",  # twice a second; memory is still compacted when an allocation needs it
     "vm/stat_interval": "60",  # each second
 }
-"""Settings of the kernel below /proc/sys that stop timers which would wake an idle guest."""
+"""Kernel settings below /proc/sys that stop timers which would wake an idle guest."""
 _FAIR_SERVERS = f"{_DEBUGFS}/sched/fair_server"
-"""The time that the scheduler reserves beside real-time programs, for each processor. Whatever wakes an idle guest
+"""The time that the scheduler reserves next to real-time programs, for each processor. Each wake-up of an idle guest
 starts a timer for it, which wakes the guest again a second later."""
 _PVPANIC = ("0x1b36", "0x0011")
 _PVPANIC_ISA = "QEMU0001"
-"""Of machines without PCI, and not only of ISA."""
+"""The ACPI id of pvpanic on machines without PCI, not only on ISA."""
 
 
 def main() -> NoReturn:
-    """Brings the guest up, keeps the agent running, and powers off or reboots on a signal."""
+    """Sets up the guest, keeps the agent running, and powers off or reboots on a signal."""
     if os.getpid() != 1:
         raise SystemExit("this is PID 1's program")
     os.environ.clear()
@@ -165,7 +166,7 @@ def _virtio_ids() -> set[int]:
 
 
 def _load_channel_modules() -> None:
-    """Loads the modules of the device by which the agent is reached."""
+    """Loads the modules of the device that carries the agent's channel."""
     devices = [word for word in kernel_parameters() if word.startswith("virtio_mmio.device=")]
     if devices or any(name.startswith("LNRO0005") for name in _list("/sys/bus/acpi/devices")):
         _load(["virtio_mmio"], {"virtio_mmio": [word.split(".", 1)[1] for word in devices]})
@@ -184,7 +185,7 @@ def _wait_for(ready: int) -> None:
 
 
 def _finish_setup() -> None:
-    """Does the rest. A failure is reported on the console, and the boot goes on."""
+    """Finishes the setup. A failure is reported on the console, and the boot continues."""
     present = _virtio_ids() - {_VIRTIO_VSOCK}
     try:
         modules = []
@@ -224,7 +225,8 @@ def _finish_setup() -> None:
 
 
 def _quiet_timers() -> None:
-    """Sets `_QUIET`, except for what the kernel's command line sets, and reserves no time beside real-time programs."""
+    """Sets `_QUIET`, except for settings on the kernel's command line, and reserves no time next to real-time
+    programs."""
     chosen = {word.partition("=")[0].replace(".", "/") for word in kernel_parameters()}
     wanted = {f"/proc/sys/{name}": value for name, value in _QUIET.items() if f"sysctl/{name}" not in chosen}
     wanted |= {f"{_FAIR_SERVERS}/{cpu}/runtime": "0" for cpu in _list(_FAIR_SERVERS)}
@@ -322,7 +324,7 @@ def _signal_all(number: signal.Signals) -> None:
 
 
 def _ask_to_end() -> None:
-    """Sends SIGTERM to all processes but those of the workload, which gets its stop signal from the agent."""
+    """Sends SIGTERM to all processes except those of the workload, which receives its stop signal from the agent."""
     workload = read_text(WORKLOAD_FILE)
     if not workload:
         _signal_all(signal.SIGTERM)
@@ -341,7 +343,7 @@ def _ask_to_end() -> None:
 
 
 def _shut_down(agent: int, how: str) -> NoReturn:
-    """Asks all processes to end, waits for the grace period, sends SIGKILL, and runs `how` of BusyBox.
+    """Asks all processes to end, waits for the grace period, sends SIGKILL, and runs BusyBox's `how`.
 
     The agent gets a little longer than the rest.
     """
@@ -377,8 +379,8 @@ def _shut_down(agent: int, how: str) -> NoReturn:
 
 
 def _unmount_volumes(root: str) -> None:
-    """Unmounts directories of the host, and the filesystems on disks but the root, so that their journals have nothing
-    to replay."""
+    """Unmounts directories of the host, and the filesystems on disks except the root, so that their journals need no
+    replay."""
     with open("/proc/mounts", errors="surrogateescape") as handle:
         lines = handle.read().splitlines()
     for line in reversed(lines):
@@ -394,7 +396,7 @@ def _unmount_volumes(root: str) -> None:
 
 
 def _wait_for_all(timeout_s: float) -> bool:
-    """Waits for all processes but PID 1; returns whether they ended within `timeout_s`."""
+    """Waits for all processes except PID 1; returns whether they ended within `timeout_s`."""
     end = time.monotonic() + timeout_s
     while True:
         try:

@@ -33,7 +33,7 @@ _OOM_SCORE = "-900"
 def main(ready: int = -1, set_up: int = -1) -> NoReturn:
     """Serves until PID 1 sends SIGTERM, then stops the workload and exits.
 
-    :param ready: a pipe to PID 1, closed once the first requests were answered, or none came
+    :param ready: a pipe to PID 1, closed once the first requests were answered, or none arrived
     :param set_up: a pipe that PID 1 closes once the guest is set up
     """
     # A handler and not a blocked signal: programs that the agent starts would inherit the mask and ignore SIGTERM.
@@ -85,7 +85,7 @@ def _protect() -> None:
 
 
 def _warm_up() -> None:
-    """Imports what the first command needs, while nobody waits."""
+    """Imports modules for the first command, while no request waits."""
     from . import _exec, _relay
 
     del _exec, _relay
@@ -101,7 +101,7 @@ def _begin_shutdown(grace_s: float) -> None:
 
 
 def _note_workload(leader: int | None) -> None:
-    """Notes the workload's session for PID 1."""
+    """Records the workload's session for PID 1."""
     with open(WORKLOAD_FILE, "w") as handle:
         handle.write("" if leader is None else f"{leader}\n")
 

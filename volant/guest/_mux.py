@@ -1,16 +1,16 @@
 """Byte streams for the agent over one virtio-serial port, multiplexed by HTTP/2 (RFC 9113).
 
 For guests without vsock. The host opens a stream by an HTTP/2 CONNECT whose `:authority` is the vsock port. Each stream
-becomes one end of a socketpair, so that the server can't tell it from a connection. HTTP/2 brings flow control for each
-stream: a reader that sleeps stops its own sender only.
+becomes one end of a socketpair, so that the server can't tell it from a connection. HTTP/2 has flow control for each
+stream: a reader that sleeps only stops its own sender.
 
 **The port is not a connection.** The host's process may die at any byte and be replaced before the guest notices, so
-the guest may wait for the rest of a frame that will never come. A host that connects therefore sends more zero bytes
-than the longest frame has, `RESYNC_MAGIC` and a random nonce. The zeros complete any partial frame and are not a valid
-frame themselves, so HTTP/2 fails here at the latest. After any failure the guest *hunts* for the magic (`Hunt`),
-and answers with the nonce. The host drops everything before that, and both begin HTTP/2 again. An agent that starts,
-or loses sync while the host does not notice, sends zeros, the magic and a nonce of zeros: then the host's HTTP/2
-fails, or it asks again.
+the guest may wait for the rest of a frame that never arrives. A host that connects therefore sends more zero bytes than
+the longest frame has, `RESYNC_MAGIC` and a random nonce. The zeros complete any partial frame and are not a valid frame
+themselves, so HTTP/2 fails here at the latest. After any failure the guest *hunts* for the magic (`Hunt`), and answers
+with the nonce. The host drops everything before that, and both begin HTTP/2 again. An agent that starts, or loses sync
+while the host does not notice, sends zeros, the magic and a nonce of zeros: then the host's HTTP/2 fails, or it asks
+again.
 
 **One thread, edge-triggered.** Without a host the port polls as hung up all the time, and a level-triggered loop would
 spin. So epoll is edge-triggered, and readiness is remembered until EAGAIN. One thread has all the state of HTTP/2; only
@@ -42,7 +42,7 @@ from volant.model.agent import AGENT_PORT, MAX_STREAMS, RESERVED_STREAMS, RESYNC
 FRAME = 16384
 """HTTP/2's default for the longest frame, which neither side raises."""
 RESYNC_ZEROS = FRAME + 2 * 9
-"""Completes the longest frame, a partial header behind it, and one more header."""
+"""Completes the longest frame, a partial header after it, and one more header."""
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 _NO_NONCE = bytes(RESYNC_NONCE_BYTES)
@@ -58,12 +58,13 @@ class Hunt:
         self._nonce = b""  # answered last; empty: none since the link was lost
 
     def begin(self) -> None:
-        """Begins anew, as the link is lost."""
+        """Begins again, as the link is lost."""
         self._data.clear()
         self._nonce = b""
 
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
-        """Takes what has arrived. Returns what to send back, and all from the start of HTTP/2 on: empty before it."""
+        """Processes received data. Returns the bytes to send back, and everything from the start of HTTP/2 on, which is
+        empty before that."""
         self._data += data
         answers = b""
         while True:
@@ -96,7 +97,7 @@ if TYPE_CHECKING:
 
 STREAM_WINDOW = 128 * 1024
 CONNECTION_WINDOW = STREAM_WINDOW * (MAX_STREAMS + RESERVED_STREAMS)
-"""The windows of all streams together. With less, stalled streams would block the others."""
+"""The windows of all streams together. With a smaller window, stalled streams would block the others."""
 OUTPUT_HIGH = 128 * 1024
 OUTPUT_LIMIT = 4 * 1024 * 1024
 
@@ -112,13 +113,13 @@ hyperframe.frame.Frame.__repr__ = object.__repr__  # type: ignore[method-assign]
 
 
 def run(open_port: Callable[[], int], serve: Callable[[socket.socket], None]) -> NoReturn:
-    """Serves streams for ever, on the calling thread.
+    """Serves streams forever, on the calling thread.
 
     :param open_port: returns a new descriptor of the port, which is closed here; after an OSError it is called again a
         second later
-    :param serve: takes a connected, blocking Unix stream socket, and must not block. If it raises, the stream is
-        refused. When the host has left, the socket polls as POLLHUP; when it has only ended its request, the socket
-        reads as end of file
+    :param serve: receives a connected, blocking Unix stream socket, and must not block. If it raises, the stream is
+        refused. When the host has disconnected, the socket polls as POLLHUP; when it has only ended its request, the
+        socket reads as end of file
     """
     while True:
         try:
@@ -137,7 +138,7 @@ def run(open_port: Callable[[], int], serve: Callable[[socket.socket], None]) ->
 
 
 class _Stream:
-    """One HTTP/2 stream and our end of its socketpair."""
+    """One HTTP/2 stream and this end of its socketpair."""
 
     __slots__ = ("ended", "gone", "held", "id", "input_over", "readable", "sock", "writable")
 
@@ -167,7 +168,7 @@ class _Mux:
         self.accepted: list[tuple[_Stream, socket.socket]] = []
         """New streams, with the server's end."""
         self.together_until = 0.0
-        """Until then the output is an acceptance that can wait."""
+        """The time until which an acceptance in the output can wait."""
 
     def loop(self) -> None:
         os.set_blocking(self.fd, False)
@@ -195,7 +196,7 @@ class _Mux:
             self.epoll.close()
 
     def turn(self) -> bool:
-        """Moves a bounded amount in each direction; returns whether more can be done at once."""
+        """Moves a bounded amount in each direction; returns whether more can be moved at once."""
         if self.port_readable:
             self.read_port()
         more = False
@@ -297,7 +298,7 @@ class _Mux:
             self.hunt(data)
 
     def lose(self) -> None:
-        """Drops the link, and tells the host."""
+        """Drops the link, and notifies the host."""
         self.drop_streams()
         self.conn = None
         self.hunting.begin()
@@ -347,7 +348,8 @@ class _Mux:
         self.accepted.append((stream, theirs))
 
     def pass_accepted(self) -> None:
-        """Passes new streams to the server, after the bytes that came with them: then it waits for none of these."""
+        """Passes new streams to the server, after the bytes that arrived with them, so that it waits for none of
+        these."""
         if not self.accepted:
             return
         accepted, self.accepted = self.accepted, []
@@ -363,7 +365,7 @@ class _Mux:
             self.together_until = time.monotonic() + _TOGETHER_S
 
     def to_server(self, stream: _Stream) -> None:
-        """Writes what the host has sent, as far as the server reads it."""
+        """Writes received data, as far as the server reads it."""
         assert self.conn is not None
         try:
             while stream.held:
@@ -438,7 +440,7 @@ class _Mux:
 
 
 def _socketpair() -> tuple[socket.socket, socket.socket] | None:
-    """Returns our end of a new stream and the server's, or None on failure."""
+    """Returns this end of a new stream and the server's, or None on failure."""
     try:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     except OSError:

@@ -1,7 +1,7 @@
 """The guest's network interface, its `/etc/hosts` and its `/etc/resolv.conf`.
 
-At a cold boot PID 1 reads the settings from the kernel's command line (Debian's kernel ignores `ip=`); a clone gets
-them from the daemon with its identity. All by ioctls: no program is started, and next to nothing imported.
+At a cold boot PID 1 reads the settings from the kernel's command line (Debian's kernel ignores `ip=`); a clone receives
+them from the daemon with its identity. All settings are made with ioctls, without other programs and with few imports.
 
 **In a template the interface is unbound.** The command line has no settings, and the driver is loaded without a device.
 Each clone binds it later: the interface then starts with the clone's MAC address and the features of its own backend,
@@ -40,14 +40,14 @@ _ARP_NOTIFY = "/proc/sys/net/ipv4/conf/{}/arp_notify"
 _BEGIN = "# What follows is Volant's, and written anew with each change."
 _END = "# Until here."
 _MAX_HOSTS = 1024 * 1024
-"""The longest `/etc/hosts` of a root filesystem to add names to."""
+"""Maximum size of a root filesystem's `/etc/hosts` to which names are added."""
 
 
 class Interface:
     """Checked settings of the network interface."""
 
     def __init__(self, address: str, prefix: int, gateway: str, mac: str) -> None:
-        """:raises ValueError: a setting is wrong"""
+        """Creates it. :raises ValueError: a setting is wrong."""
         if not 1 <= prefix <= 30:
             raise ValueError(f"prefix {prefix} is not from 1 to 30")
         self.address = check_address(address, "address")
@@ -65,7 +65,7 @@ class Interface:
 
 
 def check_address(text: str, what: str) -> str:
-    """Returns an IPv4 address. :raises ValueError: the text is none."""
+    """Returns an IPv4 address. :raises ValueError: the text is not one."""
     try:
         _packed(text)
     except (OSError, ValueError):
@@ -74,14 +74,14 @@ def check_address(text: str, what: str) -> str:
 
 
 def check_name(text: str) -> str:
-    """Returns a host name. :raises ValueError: the text is none."""
+    """Returns a host name. :raises ValueError: the text is not one."""
     if not 0 < len(text) < 64 or not text.isascii() or not text.replace("-", "").replace(".", "").isalnum():
         raise ValueError(f"{text[:80]!r} is not a host name")
     return text
 
 
 def boot(network: str, nameservers: str, load_driver: Callable[[], None], say: Callable[[str], None]) -> None:
-    """Configures the network as the kernel's command line says; called by PID 1.
+    """Configures the network from the kernel's command line; called by PID 1.
 
     :param say: writes to the console
     """
@@ -103,7 +103,7 @@ def boot(network: str, nameservers: str, load_driver: Callable[[], None], say: C
 
 
 def apply(interface: Interface) -> None:
-    """Configures the interface and the default route, and drops everything from before.
+    """Configures the interface and the default route, and drops earlier settings.
 
     :raises OSError: the system refuses, or there is no interface
     """
@@ -135,7 +135,7 @@ def apply(interface: Interface) -> None:
 
 
 def own_names() -> dict[str, str]:
-    """Returns the guest's name and address, nothing without an address."""
+    """Returns the guest's name and address; empty without an address."""
     control = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM)
     try:
         answer = fcntl.ioctl(control.fileno(), _SIOCGIFADDR, struct.pack("16s24x", _interface_name().encode()))
@@ -187,7 +187,7 @@ def _replace(path: str, text: str) -> None:
 
 
 def _in_child(root: str, call: Callable[[], None]) -> bool:
-    """Calls something in a child process whose `/` is `root`; returns whether it succeeded."""
+    """Runs a call in a child process whose `/` is `root`; returns whether it succeeded."""
     pid = os.fork()
     if not pid:
         try:
@@ -201,7 +201,7 @@ def _in_child(root: str, call: Callable[[], None]) -> bool:
 
 
 def _load_unbound(load_driver: Callable[[], None]) -> None:
-    """Loads the driver, and keeps it from binding the device."""
+    """Loads the driver, and prevents it from binding the device."""
     with open(f"{_BUS}/drivers_autoprobe", "w") as handle:
         handle.write("0")
     try:

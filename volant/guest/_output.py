@@ -2,14 +2,14 @@
 
 Without a reader the oldest output is overwritten: a workload must not stop because the daemon is away. A slow reader
 loses nothing: the pumps stop reading the workload's pipes when the reader is a whole ring behind, and then the kernel
-blocks the workload. A reader that takes nothing for `HOLD_BACK_S` no longer blocks the workload, as it may be dead, and
-gets a gap instead.
+blocks the workload. A reader that accepts nothing for `HOLD_BACK_S` may be dead, so it no longer blocks the workload,
+and gets a gap instead.
 
-A position counts the bytes since the agent's start. A reader that reconnects names its positions, and gets either the
+A position counts the bytes since the agent's start. A reader that reconnects sends its positions, and gets either the
 rest or a gap.
 
-At the end of the guest the agent waits for its reader, and for one that has not come yet: the daemon begins to read a
-clone a moment after it has given it its identity, and a short job may have ended by then.
+At the end of the guest the agent waits for its reader, even if that has not connected yet: the daemon begins to read a
+clone's output shortly after it has sent its identity, and a short job may have ended by then.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ._stream import Stream
 
 HOLD_BACK_S = 30.0
-"""How long a reader that takes nothing may block the workload."""
+"""How long a reader that accepts nothing may block the workload."""
 _MERGE_NS = 5_000_000
 _MERGE_BYTES = 4096
 _MAX_CHUNKS = 8192
@@ -44,7 +44,7 @@ _GAPS = {agent.FRAME_STDOUT: agent.FRAME_STDOUT_GAP, agent.FRAME_STDERR: agent.F
 
 
 class _Ring:
-    """The last bytes of one stream, in pieces with the time at which they were read."""
+    """The last bytes of one stream, in pieces with the times at which they were read."""
 
     __slots__ = ("end", "pieces", "start")
 
@@ -77,7 +77,7 @@ class _Ring:
             del self.pieces[:drop]
 
     def after(self, position: int) -> tuple[int, int, bytes] | None:
-        """Returns position, time and bytes of what was read first after `position`; None: there is nothing."""
+        """Returns position, time and bytes of the first piece after `position`; None if there is none."""
         low, high = 0, len(self.pieces)
         while low < high:
             middle = (low + high) // 2
@@ -92,7 +92,7 @@ class _Ring:
         return start + skip, time_ns, data[skip : skip + agent.MAX_FRAME_BYTES]
 
     def is_full_for(self, position: int, count: int) -> bool:
-        """Whether appending `count` bytes would overwrite bytes after `position`."""
+        """Returns whether appending `count` bytes would overwrite bytes after `position`."""
         if self.end + count - max(position, self.start) > agent.RING_BYTES:
             return True
         return len(self.pieces) >= _MAX_CHUNKS and self.pieces[0][0] + len(self.pieces[0][2]) > position
@@ -103,7 +103,7 @@ class _Reader:
         self.positions = positions
         self.wakeup = Wakeup()
         self.stalled_at: float | None = None
-        """Since when it has taken nothing of the waiting output."""
+        """Since when it has accepted none of the pending output."""
         self.displaced = False
 
 
@@ -115,13 +115,13 @@ class Output:
         self._rings = {kind: _Ring() for kind in _NAMES.values()}
         self._reader: _Reader | None = None
         self._sent = dict.fromkeys(_NAMES.values(), 0)
-        """Up to where the last reader has been sent each stream."""
+        """The position up to which each stream was sent to the last reader."""
         self._finished = False
         # Not os.urandom, which may wait for entropy early in a boot.
         self.id = f"{time.time_ns():x}-{os.getpid():x}"
 
     def rename(self, identifier: str) -> None:
-        """Changes the id, in a clone of a guest that had the old one, before anybody reads."""
+        """Changes the id, in a clone of a guest with the old id, before the first read."""
         self.id = identifier
 
     def write(self, kind: int, data: bytes) -> None:
@@ -142,7 +142,7 @@ class Output:
                 self._reader.wakeup.wake()
 
     def finish(self, timeout_s: float) -> None:
-        """Ends the output, and waits until a reader has all of it and has left."""
+        """Ends the output, and waits until a reader has received all of it and has disconnected."""
         end = time.monotonic() + timeout_s
         with self._changed:
             self._finished = True
@@ -156,7 +156,7 @@ class Output:
         return any(ring.end > self._sent[kind] for kind, ring in self._rings.items())
 
     def statistics(self) -> dict[str, int]:
-        """Returns for each stream how many bytes there were and how many are kept."""
+        """Returns the number of bytes of each stream, in total and stored."""
         with self._changed:
             out, err = self._rings[agent.FRAME_STDOUT], self._rings[agent.FRAME_STDERR]
             return {
@@ -170,7 +170,7 @@ class Output:
         """Answers `GET /v1/daemon/logs`.
 
         :raises Problem: 400, a position is malformed
-        :raises Gone: the client left
+        :raises Gone: the client disconnected
         """
         reader = _Reader(parse_positions(request.query))
         with self._changed:
@@ -220,7 +220,7 @@ class Output:
             pass
 
     def _take(self, reader: _Reader) -> tuple[bytes, bool]:
-        """Returns the next frames, the oldest of both streams first, and whether the output has ended."""
+        """Returns the next frames, oldest of both streams first, and whether the output has ended."""
         frames: list[bytes] = []
         size = 0
         with self._changed:
@@ -261,7 +261,7 @@ class Output:
 
 
 def parse_positions(query: str) -> dict[int, int]:
-    """Returns the positions that a reader begins at, by stream. :raises Problem: 400, the query is malformed."""
+    """Returns the positions at which a reader begins, by stream. :raises Problem: 400, the query is malformed."""
     positions = dict.fromkeys(_NAMES.values(), 0)
     for part in query.split("&") if query else ():
         name, _, text = part.partition("=")

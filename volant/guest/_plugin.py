@@ -1,8 +1,8 @@
 """The manifest of the VM's plugin: for clients of the agent, and in a file for programs in the guest.
 
 The daemon sends it with its first requests, before everything is mounted. So it is kept in memory, and written to its
-file at the first request for a command, workload or file, which waits until the guest is set up. Then its directories
-are made, too.
+file at the first request for a command, workload or file, which waits until the guest is set up. Its directories are
+created at the same time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Plugin:
         self._directories: list[str] = []
         self._secret_env: dict[str, str] = {}
         self.secrets_boot: str | None = None
-        """For which boot the daemon has sent the values of secrets."""
+        """The boot for which the daemon has sent the values of secrets."""
 
     def take_secrets(self, boot: str, env: dict[str, str]) -> None:
         """Stores the environment variables whose values are secrets, for programs that start from now on."""
@@ -64,7 +64,7 @@ class Plugin:
     def take(self, value: object, text: bytes) -> None:
         """Stores a manifest.
 
-        :param text: what to write to the file
+        :param text: the text for the file
         :raises Problem: 400, the value is not a manifest
         """
         if not isinstance(value, dict) or not isinstance(value.get("name"), str):
@@ -93,19 +93,19 @@ class Plugin:
                 setting.secrets = self.secret_env
 
     def info(self) -> dict[str, object] | None:
-        """Returns an `agent_types.PluginInfo`, or None before the manifest has come."""
+        """Returns an `agent_types.PluginInfo`, or None before the manifest has arrived."""
         return self._known
 
     def exec_defaults(self) -> Setting:
-        """Returns what commands start with whose requests do not say otherwise."""
+        """Returns the defaults of commands."""
         return self._exec
 
     def environment(self) -> dict[str, str]:
-        """Returns the variable with the file's path; nothing if the file was not written."""
+        """Returns the variable with the file's path; empty if the file was not written."""
         return {agent.MANIFEST_VARIABLE: agent.MANIFEST_FILE} if self._written else {}
 
     def write(self) -> None:
-        """Writes the file and makes the directories, in the workload's root. The guest must be set up."""
+        """Writes the file and creates the directories, in the workload's root. The guest must be set up."""
         with self._lock:
             text = self._text
             if text == self._written:

@@ -1,4 +1,4 @@
-"""Starting and killing programs in the root filesystem."""
+"""Starts and kills programs in the root filesystem."""
 
 # ruff: noqa: PTH103, PTH112, PTH113, PTH118, PTH123, PTH208 - importing pathlib would cost every boot a good part of a second
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def base_environment() -> dict[str, str]:
-    """Returns the environment that every command and workload starts with."""
+    """Returns the initial environment of every command and workload."""
     return {
         "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         "HOME": "/root",
@@ -34,29 +34,29 @@ class SpawnError(Exception):
 
 
 class Setting:
-    """The environment, user and working directory that programs start with."""
+    """The environment, user and working directory of programs."""
 
     def __init__(self, env: dict[str, str], user: str | None, workdir: str, *, makes_workdir: bool) -> None:
         """
-        :param env: variables over those of `base_environment`
-        :param user: as for `_root.account`; None: root
-        :param makes_workdir: whether to make the working directory if it does not exist
+        :param env: variables that override those of `base_environment`
+        :param user: see `_root.account`; None for root
+        :param makes_workdir: whether to create the working directory if it does not exist
         """
         self.env = env
         self.user = user
         self.workdir = workdir
         self.makes_workdir = makes_workdir
         self.secrets: Callable[[], dict[str, str]] = dict
-        """Returns variables over those of `env`."""
+        """Returns variables that override those of `env`."""
 
 
 def spawn(
     command: list[str], setting: Setting, stdin: int, stdout: int, stderr: int, *, terminal: bool = False
 ) -> subprocess.Popen[bytes]:
-    """Starts a program as the leader of a session of its own.
+    """Starts a program as the leader of its own session.
 
-    A program without a slash in its name is searched in the `PATH` of `setting`, and one with a relative path in its
-    working directory.
+    A program without a slash in its name is searched for in the `PATH` of `setting`, and one with a relative path in
+    its working directory.
 
     :param stdin: a descriptor, or `PIPE` or `DEVNULL` of `subprocess`; likewise the other two
     :param terminal: `stdin` is a terminal, and becomes the controlling terminal of the session
@@ -118,10 +118,10 @@ def spawn(
 
 
 class _Pipes:
-    """The standard streams of a program that is started.
+    """The standard streams of a program that is being started.
 
-    Programs open theirs again by name, as `/dev/stdout`. So pipes and terminals belong to the user that the program
-    runs as, before it runs: for another user than root, pipes are made here and not by `subprocess`.
+    Programs may open their streams again by name, such as `/dev/stdout`. So pipes and terminals belong to the program's
+    user before it runs: for other users than root, pipes are created here and not by `subprocess`.
     """
 
     def __init__(self, wanted: tuple[int, int, int], owner: int | None) -> None:
@@ -139,14 +139,14 @@ class _Pipes:
                 os.fchown(self.theirs[number], owner, -1)
 
     def hand_over(self, process: subprocess.Popen[bytes]) -> None:
-        """Gives the process our ends, as `subprocess` would have done, and closes the program's."""
+        """Gives this side's ends to the process object, like `subprocess` would, and closes the program's."""
         for number, (name, mode) in enumerate((("stdin", "wb"), ("stdout", "rb"), ("stderr", "rb"))):
             if self._ours[number] >= 0:
                 os.close(self.theirs[number])
                 setattr(process, name, os.fdopen(self._ours[number], mode, buffering=0))
 
     def abandon(self) -> None:
-        """Closes both ends of the pipes that were made here."""
+        """Closes both ends of the pipes that were created here."""
         for ours, theirs in zip(self._ours, self.theirs, strict=True):
             if ours >= 0:
                 os.close(ours)
@@ -154,7 +154,7 @@ class _Pipes:
 
 
 def make_directory(path: str) -> None:
-    """Makes a directory and its parents, as far as that is possible; a program that needs it says what is wrong."""
+    """Creates a directory and its parents, as far as possible; a program that needs it will report an error."""
     try:
         os.makedirs(path, 0o755, exist_ok=True)
     except OSError:
@@ -181,7 +181,7 @@ def _spawn_error(error: BaseException, program: str, workdir: str) -> BaseExcept
 
 
 def signal_group(process: subprocess.Popen[bytes], number: int) -> None:
-    """Sends a signal to the process group of a leader that was not reaped, so its number is still its own."""
+    """Sends a signal to the process group of a leader that was not reaped, so that its number is still valid."""
     try:
         os.killpg(process.pid, number)
     except (ProcessLookupError, PermissionError):
@@ -196,8 +196,7 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
 def kill_session(process: subprocess.Popen[bytes]) -> None:
     """Sends SIGKILL to all processes of the session of a leader that was not reaped.
 
-    A shell with job control gives each job a process group of its own. Processes that began a session of their own
-    (daemons) go on.
+    A shell with job control gives each job its own process group. Processes with their own session (daemons) continue.
     """
     kill_group(process)
     for name in os.listdir("/proc"):

@@ -1,9 +1,9 @@
 """Relays between a client and a port of the guest's loopback: requests to the workload, upgrades, and `CONNECT`.
 
 One thread and one poll loop for each stream, with one bounded buffer for each direction. A side is read only when the
-other has taken everything from before, so a slow side slows the other down.
+other has accepted everything before, so a slow side slows down the other.
 
-A request is forwarded unchanged but for its hop-by-hop fields. Its body and the body of the answer are parsed
+A request is forwarded unchanged except for its hop-by-hop fields. Its body and the body of the answer are parsed
 (`_http.BodyFilter`), so neither can smuggle a second message, and the relay finds the end of the answer even if the
 workload leaves its connection open.
 """
@@ -40,7 +40,7 @@ def connect(stream: Stream, request: Request, is_starting: Callable[[int], bool]
     """Answers `CONNECT`, and relays.
 
     :param is_starting: whether the workload is starting and will listen at a port
-    :raises Problem: 400 or 403, the target is refused; 502 or 504, nobody listens
+    :raises Problem: 400 or 403, the target is refused; 502 or 504, nothing listens
     """
     host, colon, text = request.target.rpartition(":")
     if not colon or not text.isascii() or not text.isdecimal() or len(text) > 5 or not 0 < int(text) < 65536:
@@ -59,7 +59,7 @@ def dial(
     port: int, is_starting: Callable[[int], bool], *, ipv6: bool = False, what: str = "the workload"
 ) -> socket.socket:
     """Connects to a port of the loopback, and waits for a workload that is starting: a VM counts as running when its
-    agent answers, which is when the workload starts.
+    agent answers, before the workload has started.
 
     :raises Problem: 502 or 504
     """
@@ -92,9 +92,9 @@ def _dial(port: int, ipv6: bool, what: str) -> socket.socket:
 def forward(stream: Stream, request: Request, target: str, port: int, is_starting: Callable[[int], bool]) -> None:
     """Forwards a request to the workload at `port` with the path `target`, and the answer back.
 
-    :param is_starting: as in `connect`
+    :param is_starting: see `connect`
     :raises Problem: 502 or 504, the workload did not answer
-    :raises Gone: the client left
+    :raises Gone: the client disconnected
     """
     with dial(port, is_starting) as upstream:
         upgrade = request.header(b"upgrade") if _wants_upgrade(request.headers) else b""
@@ -110,7 +110,7 @@ def forward(stream: Stream, request: Request, target: str, port: int, is_startin
 
 
 def without_hops(headers: Headers) -> Headers:
-    """Returns the fields without the hop-by-hop ones (RFC 9110, section 7.6.1)."""
+    """Returns the fields without hop-by-hop ones (RFC 9110, section 7.6.1)."""
     named: set[bytes] = set()
     for name, value in headers:
         if name == b"connection":
@@ -138,7 +138,7 @@ class _Exchange:
         self.done = False
 
     def from_client(self, data: bytearray, out: bytearray) -> int:
-        """Moves what belongs to the request; returns how many bytes. Nobody reads what follows it."""
+        """Moves the bytes of the request; returns their number. Bytes after it are ignored."""
         return len(data) if self._pass(data, out) else self.request.feed(data, out)
 
     def _pass(self, data: bytearray, out: bytearray) -> bool:
@@ -147,7 +147,7 @@ class _Exchange:
         return self.upgraded
 
     def from_workload(self, data: bytearray, out: bytearray) -> int:
-        """Moves what belongs to the answer; returns how many bytes. :raises ValueError: the answer is malformed."""
+        """Moves the bytes of the answer; returns their number. :raises ValueError: the answer is malformed."""
         used = 0
         while used < len(data) and not self.done:
             rest = data[used:] if used else data
@@ -350,7 +350,7 @@ class _Relay:
             self._upstream_eof = self._read(self._upstream, self._down_raw) is False
 
     def _handle_client(self, events: int) -> None:
-        """Reads from the client. :raises Gone: it has left."""
+        """Reads from the client. :raises Gone: it has disconnected."""
         # Data may be left to read even if both halves are closed.
         if events & select.POLLIN:
             self._client_eof = self._read(self._client, self._up_raw) is False

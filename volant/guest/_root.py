@@ -1,15 +1,15 @@
-"""The root directory of commands, files and workloads: the VM's root filesystem, else the initramfs.
+"""The root directory of commands, files and workloads: the VM's root filesystem, otherwise the initramfs.
 
-The agent lives in the initramfs and needs nothing of the root filesystem, which may lack a shell, Python and libraries.
-Programs and files of clients are those of the root filesystem.
+The agent is in the initramfs and needs nothing from the root filesystem, which may lack a shell, Python and libraries.
+Clients use the programs and files of the root filesystem.
 
-In Linux a root directory belongs to a thread once that thread calls `unshare(CLONE_FS)`. So `inside` makes a call in a
-thread of its own whose `/` is the root filesystem: the kernel resolves every path, link and program in there. Nothing
-can be imported in such a call, as Python would search in there too. Rejected: code between fork and exec (unsafe in a
-process with threads), a `chroot` program in front of each command (a missing program looks like exit code 127), and
-putting paths together (a link could lead to the agent's own files).
+In Linux a root directory belongs to a thread once that thread calls `unshare(CLONE_FS)`. So `inside` runs a call in a
+separate thread whose `/` is the root filesystem: the kernel resolves every path, link and program there. Such a call
+can't import anything, as Python would search there too. Rejected: code between fork and exec (unsafe in a process with
+threads), a `chroot` program in front of each command (a missing program looks like exit code 127), and building paths
+(a link could lead to the agent's own files).
 
-This does not isolate: a workload is root in its VM, and the VM is the boundary.
+This is no isolation: a workload is root in its VM, and the VM is the boundary.
 """
 
 # ruff: noqa: PTH123 - importing pathlib would cost every boot a good part of a second
@@ -48,11 +48,11 @@ _known: tuple[str, str] | None = None
 
 
 class NoSuchUser(Exception):
-    """The root filesystem has no user or no group of that name."""
+    """The root filesystem has no user or no group with that name."""
 
 
 def state() -> tuple[str, str]:
-    """Returns `none` (there is only the initramfs), `pending`, `mounted` or `failed`, and why it failed."""
+    """Returns `none` (there is only the initramfs), `pending`, `mounted` or `failed`, and the reason of the failure."""
     global _known
     if _known is None:
         found, why = "none", ""
@@ -89,7 +89,7 @@ def figures() -> dict[str, int] | None:
 
 
 def inside(call: Callable[[], T]) -> T:
-    """Returns the result of `call()`, made with `root()` as `/` and working directory. Raises what the call raises.
+    """Returns the result of `call()`, run with `root()` as `/` and working directory. Raises the errors of the call.
 
     :raises Problem: 503, the root filesystem is not mounted
     """
@@ -124,16 +124,16 @@ def _enter(where: str) -> None:
 
 
 def identity(user: str) -> Identity:
-    """Returns the identity alone of an `account`, and raises what that raises."""
+    """Returns only the identity of an `account`, and raises the same errors."""
     return account(user)[0]
 
 
 def account(user: str) -> tuple[Identity, str]:
     """Looks up `NAME`, `UID`, `NAME:GROUP` or `UID:GID` in `/etc/passwd` and `/etc/group` of the root filesystem.
 
-    Returns the identity and the home directory, which is `/` for a number that no user has.
+    Returns the identity and the home directory, which is `/` for a number without a user.
 
-    Not with the C library, which would load libraries of the root filesystem for that (NSS).
+    It does not use the C library, which would load libraries of the root filesystem for that (NSS).
 
     :raises NoSuchUser: there is no such user or group
     :raises Problem: 503, the root filesystem is not mounted

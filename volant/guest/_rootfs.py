@@ -1,10 +1,9 @@
 """Mounts the root filesystem, for PID 1.
 
 It is an ext4 filesystem on a whole disk; the kernel's command line has the disk's serial number. If it also has that of
-an OCI image's disk, the image is mounted read-only, and the root filesystem is an overlay: what the guest changes goes
-into a directory of the ext4 filesystem. The guest's own
-`/proc`, `/sys` and `/dev` are bound into it, and a fresh `/run` and `/tmp` in memory mounted, as their content belongs
-to one boot. Missing directories for these are made if possible.
+an OCI image's disk, the image is mounted read-only, and the root filesystem is an overlay: the guest's changes go into
+a directory of the ext4 filesystem. The guest's own `/proc`, `/sys` and `/dev` are bound into it, and a fresh `/run` and
+`/tmp` in memory mounted, as their content belongs to one boot. Missing directories for these are created if possible.
 """
 
 # ruff: noqa: PTH103, PTH104, PTH108, PTH110, PTH114, PTH123, PTH208 - pathlib would cost every boot more than this module does
@@ -21,23 +20,24 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 ROOT = "/mnt"
-"""Where the root filesystem is mounted, if there is one."""
+"""The mount point of the root filesystem, if there is one."""
 DISK = "/run/volant/disk"
 _IMAGE = "/run/volant/image"
-"""Where the two parts of an overlay are mounted. The agent's directory hides them."""
+"""The directory with the two parts of an overlay. The agent's directory hides them."""
 STATE_FILE = "/run/volant/root"
-"""Holds the outcome: `mounted`, or `failed: ` and why."""
+"""The file with the outcome: `mounted`, or `failed: ` and the reason."""
 _DISK_S = 20.0
-"""For the driver of a disk. Without KVM and beside busy guests, seconds pass while the guest does little."""
+"""Maximum wait for the driver of a disk. Without KVM and next to busy guests, seconds pass while the guest makes little
+progress."""
 _SUPERBLOCK_AT = 1024
 _MAGIC_AT, _MAGIC = _SUPERBLOCK_AT + 56, b"\x53\xef"
 _BLOCKS_AT, _BLOCK_SIZE_AT, _BLOCKS_HIGH_AT = 0x04, 0x18, 0x150
 _RESIZE = 0x40086610
 """`EXT4_IOC_RESIZE_FS`: resizes a mounted filesystem to a number of blocks."""
 _MIN_GROWTH = 1024 * 1024
-"""Bytes; a block group without room for its own tables is left out, so a small rest is not worth it."""
+"""Minimum growth in bytes; a block group without room for its own tables is left out, so a small rest is useless."""
 _MAX_KERNEL_LOG = 4096
-"""How many records of the kernel's log to read for the reason of a failure."""
+"""Maximum records of the kernel's log to search for the reason of a failure."""
 _BINDS = ("proc", "sys", "dev")
 _IN_MEMORY = (("run", "0755"), ("tmp", "1777"))
 
@@ -46,7 +46,7 @@ def mount_root(serial: str, image: str, run: Callable[[list[str]], int], say: Ca
     """Mounts the root filesystem, and writes the outcome to `STATE_FILE`.
 
     :param serial: the serial number of the disk that the guest writes to
-    :param image: that of the disk with an OCI image, or an empty text
+    :param image: the serial number of the disk with an OCI image, or an empty text
     :param run: runs BusyBox and returns its exit code
     :param say: writes to the console
     """
@@ -64,7 +64,7 @@ def mount_root(serial: str, image: str, run: Callable[[list[str]], int], say: Ca
 
 
 def replace(path: str, data: bytes, mode: int = 0o444) -> None:
-    """Puts a file with `data` in place of `path`, all or nothing. :raises OSError: the system refuses."""
+    """Replaces `path` by a file with `data`, atomically. :raises OSError: the system refuses."""
     new = path + ".new"
     try:
         os.unlink(new)
@@ -80,8 +80,8 @@ def replace(path: str, data: bytes, mode: int = 0o444) -> None:
 
 
 def overwrite(path: str, data: bytes) -> bool:
-    """Writes `data` over a regular file of the same length with one name; returns False if there is none. Data within
-    one block is written all or nothing.
+    """Overwrites a regular file of the same length and with one name by `data`; returns False if there is none. Data
+    within one block is written atomically.
 
     Cheaper than `replace`: on ext4 under TCG it takes a clone 10 ms instead of 60 ms.
     """
@@ -124,7 +124,7 @@ def _mount_overlay(serial: str, image: str, run: Callable[[list[str]], int], say
 
 
 def _write_hosts(say: Callable[[str], None]) -> None:
-    """Writes `/etc/hosts` if the image has none: whoever runs a container makes it, so images leave it out."""
+    """Writes `/etc/hosts` if the image has none: container runtimes create it, so images leave it out."""
     directory = f"{ROOT}/etc"
     if os.path.islink(directory) or os.path.lexists(f"{directory}/hosts"):
         return
@@ -154,7 +154,7 @@ def _mount(serial: str, where: str, run: Callable[[list[str]], int], say: Callab
 
 
 def _mount_inside(run: Callable[[list[str]], int], say: Callable[[str], None]) -> None:
-    """Mounts in the root filesystem what belongs to the guest, or to one boot."""
+    """Mounts the filesystems that belong to the guest, or to one boot, in the root filesystem."""
     for name in _BINDS:
         _inside(["mount", "-o", "rbind", f"/{name}", f"{ROOT}/{name}"], name, run, say)
     for name, mode in _IN_MEMORY:
@@ -163,7 +163,7 @@ def _mount_inside(run: Callable[[list[str]], int], say: Callable[[str], None]) -
 
 
 def holds_ext4(device: str) -> bool:
-    """Returns whether a disk begins as an ext4 filesystem does. :raises OSError: it can't be read"""
+    """Returns whether a disk begins like an ext4 filesystem. :raises OSError: it can't be read."""
     with open(device, "rb") as handle:
         handle.seek(_MAGIC_AT)
         return handle.read(2) == _MAGIC

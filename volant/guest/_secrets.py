@@ -1,7 +1,8 @@
-"""`/v1/daemon/secrets`: takes the values of the VM's secrets, and puts them where programs find them.
+"""`/v1/daemon/secrets`: receives the values of the VM's secrets, and makes them available to programs.
 
-Files are made with the VM's root as `/` (`_root.inside`), and only in memory: a value must not get onto a disk, where a
-link, a volume or an image's own `/run` could lead. No text that this module returns or raises has a part of a value.
+Files are created with the VM's root as `/` (`_root.inside`), and only in memory: a value must not be written to a disk,
+where a link, a volume or an image's own `/run` could lead. No text that this module returns or raises contains a part
+of a value.
 """
 
 # ruff: noqa: PTH103, PTH123 - importing pathlib would cost every boot a good part of a second
@@ -29,9 +30,9 @@ _lock = threading.Lock()
 
 
 def serve(stream: Stream, request: Request, plugin: Plugin) -> None:
-    """Answers `GET`, with the boot that the present values are for, and `PUT`.
+    """Answers `GET`, with the boot of the present values, and `PUT`.
 
-    :raises Problem: 400 malformed, 409 a file can't be made
+    :raises Problem: 400, malformed; 409, a file can't be made
     """
     import json
 
@@ -92,7 +93,7 @@ def _write_all(files: list[tuple[str, bytes]], user: str | None) -> None:
 
 
 def _write(path: str, data: bytes, owner: tuple[int, int], in_memory: set[int]) -> None:
-    """Puts a file in place, all or nothing. :raises OSError: the system refuses, or it would be on a disk"""
+    """Writes a file atomically. :raises OSError: the system refuses, or the file would be on a disk."""
     directory, name = os.path.split(path)
     os.makedirs(directory, 0o755, exist_ok=True)
     # From here on, whatever the path leads to.

@@ -1,8 +1,8 @@
-"""The agent's server: takes byte streams from the transport, and answers one request on each.
+"""The agent's server: receives byte streams from the transport, and answers one request on each.
 
 Each stream has a thread, with blocking reads, and one poll loop where it talks to two sides. There are at most 144
 streams, so an event loop would only cost the time to import it. 16 of them are reserved for the daemon's own routes: a
-flood of relayed streams can't keep the daemon from asking how the guest is.
+flood of relayed streams can't prevent the daemon from checking the guest.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ _LINGER_S = 2.0
 _SET_UP_S = 15.0
 _MAX_LEFTOVER = 8 * 1024 * 1024
 _SPARE_THREADS = 2
-"""Threads that wait for a stream. To start one takes a guest without KVM one to four milliseconds."""
+"""Threads that wait for a stream. Starting one takes a guest without KVM one to four milliseconds."""
 
 
 class Server:
     """Routes requests, counts streams, and holds the state of the agent."""
 
     def __init__(self, shut_down: Callable[[float], None]) -> None:
-        """:param shut_down: begins the shutdown of the guest, with a grace period in seconds, and returns"""
+        """Creates it. `shut_down` begins the shutdown of the guest, with a grace period in seconds, and returns."""
         self.output = Output()
         self.workload = Workload(self.output)
         self.plugin = Plugin()
@@ -105,14 +105,14 @@ class Server:
             _refuse(sock)
 
     def wait_for_quiet(self, quiet_s: float, at_most_s: float) -> None:
-        """Returns when no stream has come for `quiet_s`, when one waits for `set_up`, or after `at_most_s`."""
+        """Waits until no stream has arrived for `quiet_s`, one waits for `set_up`, or `at_most_s` have passed."""
         end = time.monotonic() + at_most_s
         while (left := min(self._last + quiet_s, end) - time.monotonic()) > 0:
             if self._wanted.wait(left):
                 return
 
     def _wait_until_set_up(self) -> None:
-        """Waits for `set_up`, at most 15 s: after that PID 1 has written to the console why something is missing."""
+        """Waits for `set_up`, at most 15 s: after that PID 1 has written the error to the console."""
         if not self.set_up.is_set():
             self._wanted.set()
             self.answered.set()
@@ -120,7 +120,7 @@ class Server:
         self.plugin.write()
 
     def statistics(self) -> dict[str, int]:
-        """Returns how many streams are open, were open at most, were served and were refused."""
+        """Returns the number of streams that are open, were open at most, were served and were refused."""
         with self._lock:
             return {
                 "streams": self._open,
@@ -202,7 +202,7 @@ class Server:
             raise Problem(404, f"the agent has no {path[:200]}")
 
     def _wait_for_root(self) -> None:
-        """:raises Problem: 503, the root filesystem is not mounted"""
+        """Waits for the root filesystem. :raises Problem: 503, it is not mounted."""
         self._wait_until_set_up()
         _root.root()
 
@@ -356,12 +356,12 @@ class _Spare:
         self._lock.acquire()
 
     def give(self, sock: socket, reserved: bool) -> None:
-        """Gives it a stream, once."""
+        """Gives a stream to the thread, once."""
         self._given.append((sock, reserved))
         self._lock.release()
 
     def wait(self) -> tuple[socket, bool]:
-        """Returns the stream that it is given, in the thread."""
+        """Returns the stream given to the thread; runs in the thread."""
         self._lock.acquire()
         return self._given[0]
 
@@ -404,7 +404,7 @@ def _allow(method: str, *methods: str) -> None:
 def _wait_for_close(stream: Stream) -> None:
     """Ends the answer, and waits at most 2 s until the client closes.
 
-    Closing a socket with unread bytes resets the connection, and the client may lose the answer.
+    Closing a socket with unread bytes resets the connection, so the client may lose the answer.
     """
     import socket
 

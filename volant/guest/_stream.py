@@ -29,17 +29,17 @@ def chunk(data: bytes) -> bytes:
 
 
 class Stream:
-    """A byte stream, and the bytes that were read from it but not used yet."""
+    """A byte stream, and the bytes that were read from it but not processed yet."""
 
     def __init__(self, sock: socket) -> None:
         self.sock = sock
         self.buffer = bytearray()
         self.eof = False
         self.answered = False
-        """Whether the head of the answer was sent. After that no error can be answered."""
+        """Whether the head of the answer was sent. After that errors can't be answered."""
 
     def _fill(self, deadline: float) -> bool:
-        """Reads more; returns False at the end of the stream. Raises as `read_head` does."""
+        """Reads more; returns False at the end of the stream. Raises the errors of `read_head`."""
         left = deadline - time.monotonic()
         if left <= 0:
             raise Problem(408, "the request did not arrive in time")
@@ -60,7 +60,7 @@ class Stream:
         """Returns a head, without the empty line that ends it.
 
         :raises Gone: the stream ended
-        :raises Problem: 408 too slow, 431 too long
+        :raises Problem: 408, too slow; 431, too long
         """
         deadline = time.monotonic() + HEAD_TIMEOUT_S
         seen = 0
@@ -79,7 +79,7 @@ class Stream:
     def read_body(self, request: Request) -> bytes:
         """Returns the body of a request to the agent itself.
 
-        :raises Problem: 413 too long, 408 too slow, 400 malformed
+        :raises Problem: 413, too long; 408, too slow; 400, malformed
         :raises Gone: the stream ended in the body
         """
         limit = agent.MAX_JSON_BYTES
@@ -96,7 +96,7 @@ class Stream:
     def pieces(self, request: Request, silence_s: float) -> Iterator[bytes]:
         """Returns an iterator over a body of any length, in pieces as they arrive.
 
-        :raises Problem: 408 nothing arrived for `silence_s`, 400 malformed
+        :raises Problem: 408, nothing arrived for `silence_s`; 400, malformed
         :raises Gone: the stream ended in the body
         """
         return self._pieces(request, lambda: time.monotonic() + silence_s)
@@ -128,7 +128,7 @@ class Stream:
             raise Problem(417, "this expectation can't be met")
 
     def send(self, data: bytes | bytearray | memoryview, timeout_s: float = WRITE_TIMEOUT_S) -> None:
-        """Writes all of `data`. :raises Gone: the client left, or read nothing for `timeout_s`."""
+        """Writes all of `data`. :raises Gone: the client disconnected, or read nothing for `timeout_s`."""
         try:
             self.sock.settimeout(timeout_s)
             self.sock.sendall(data)

@@ -1,4 +1,4 @@
-"""Small helpers that PID 1 and the agent share."""
+"""Small helpers for PID 1 and the agent."""
 
 # ruff: noqa: PTH123 - importing pathlib would cost every boot a good part of a second
 
@@ -24,10 +24,10 @@ def memory() -> dict[str, int]:
 
 
 GRACE_FILE = "/run/volant/grace"
-"""The agent writes the grace period of a shutdown there, in seconds, before it signals PID 1."""
+"""The file to which the agent writes the grace period of a shutdown, in seconds, before it signals PID 1."""
 WORKLOAD_FILE = "/run/volant/workload"
-"""While the workload runs, the agent keeps the number of its session there. PID 1 does not ask that session to end: the
-agent does, with the workload's own stop signal."""
+"""The file with the number of the workload's session while it runs. PID 1 does not signal that session at a shutdown:
+the agent does, with the workload's own stop signal."""
 
 
 def say(text: str) -> None:
@@ -53,6 +53,6 @@ def kernel_parameters() -> list[str]:
 
 
 def kernel_parameter(name: str) -> str:
-    """Returns the value of a kernel parameter, the last one if there are several, or an empty text."""
+    """Returns the last value of a kernel parameter, or an empty text."""
     words = [word for word in kernel_parameters() if word.startswith(name + "=")]
     return words[-1][len(name) + 1 :] if words else ""

@@ -1,8 +1,9 @@
 """Directories as tar, in both directions, as streams.
 
-The format is the standard library's. Extraction is not: `TarFile.extract` works on paths, and its filters check paths
-before it opens them. Here each part of a member's path is opened from the directory before it, and never through a
-symbolic link. So a member can't leave the directory, whatever links are there, even if they change meanwhile.
+The format code is the standard library's, but not the extraction: `TarFile.extract` works on paths, and its filters
+check paths before it opens them. Here each part of a member's path is opened from the directory before it, and never
+through a symbolic link. So a member can't leave the directory, whatever links it contains, even if they change at the
+same time.
 """
 
 # ruff: noqa: PTH115, PTH116 - importing pathlib would cost every boot a good part of a second
@@ -36,9 +37,9 @@ _BLOCK = 512
 
 
 def pack(top: bytes, send: Callable[[bytes], None], owner: tuple[int, int] | None = None) -> None:
-    """Sends the tar of a directory, piece by piece: files, directories and links of one file system.
+    """Sends the tar of a directory in pieces: files, directories and links of one file system.
 
-    :param owner: user and group of all members, by number; None: as on the disk
+    :param owner: user and group of all members, by number; None for those on the disk
     :raises OSError: something can't be read, or a file became shorter
     """
     out = _Buffer(send, owner)
@@ -134,7 +135,7 @@ class _Buffer:
 
 
 class _Malformed(Exception):
-    """The body is not a tar. Not a `HeaderError`: tarfile takes those for the end of the archive."""
+    """The body is not a tar. It is not a `HeaderError`, which tarfile treats as the end of the archive."""
 
 
 class _Member(tarfile.TarInfo):
@@ -154,7 +155,7 @@ class _Member(tarfile.TarInfo):
 
 
 class _Source:
-    """The file that tarfile reads from: forwards only, and at most 1 MiB at once, whatever a header claims."""
+    """The file that tarfile reads from: forwards only, and at most 1 MiB at once, whatever a header declares."""
 
     def __init__(self, body: Iterator[bytes]) -> None:
         self._body = body
@@ -162,7 +163,7 @@ class _Source:
         self._position = 0
 
     def read(self, size: int) -> bytes:
-        """Returns `size` bytes, fewer only at the end."""
+        """Returns `size` bytes, or fewer at the end."""
         if not 0 <= size <= _MAX_HEADER:
             raise _Malformed("a header is too long")
         out = bytearray()
@@ -194,7 +195,7 @@ class _Source:
 def unpack(body: Iterator[bytes], directory: int, owner: tuple[int, int] | None, *, modes: int = 0o7777) -> None:
     """Unpacks a tar into an open directory: files, directories, symbolic and hard links. Reads all of `body`.
 
-    :param owner: user and group of everything, by number; None: as in the tar
+    :param owner: user and group of all files, by number; None for those in the tar
     :param modes: mask for the modes of files and directories
     :raises Problem: 400, not a tar, or a member of another type; 409, something is in the way; 413; 507
     """

@@ -1,4 +1,4 @@
-"""Accepts byte streams: on vsock if the guest has it, else from the multiplexer on its virtio-serial port."""
+"""Accepts byte streams: on vsock if the guest has it, otherwise from the multiplexer on its virtio-serial port."""
 
 # ruff: noqa: PTH110, PTH208 - importing pathlib would cost every boot a good part of a second
 
@@ -27,7 +27,7 @@ _BACKLOG = 128
 
 
 def listen_on_vsock(serve: Callable[[socket.socket], None]) -> bool:
-    """Starts to accept the host's connections to the agent's vsock port; returns False if this guest has no vsock."""
+    """Starts accepting the host's connections to the agent's vsock port; returns False if this guest has no vsock."""
     if not os.path.exists("/dev/vsock"):
         return False
     try:
@@ -69,7 +69,7 @@ def find_serial_port() -> str | None:
 
 
 def open_serial_port() -> int:
-    """Opens the port, and waits until the guest has it; returns its descriptor.
+    """Waits until the guest has the port, opens it and returns its descriptor.
 
     :raises OSError: the port can't be opened
     """
@@ -89,8 +89,8 @@ def open_serial_port() -> int:
 
 
 def serve_serial_port(serve: Callable[[socket.socket], None], opened: Callable[[], None]) -> None:
-    """Runs the multiplexer on the serial port, in a thread of its own. If it ends, the agent exits and PID 1 starts a
-    new one.
+    """Runs the multiplexer on the serial port, in a separate thread. If it ends, the agent exits and PID 1 starts a new
+    one.
 
     :param opened: called each time the port was opened
     """

@@ -1,4 +1,4 @@
-"""Pseudo-terminals by ioctl: Debian's Python has `termios` in a shared library, which the image lacks."""
+"""Pseudo-terminals with ioctl: Debian's Python has `termios` in a shared library, which the image lacks."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _LOCAL_FLAGS = 3
 _CHARACTERS = 5
 
 become_controlling: Callable[[], object] = partial(fcntl.ioctl, 0, _TIOCSCTTY, 0)
-"""Makes standard input the controlling terminal of the caller's session. For a child between fork and exec: as one call
-of a C function, it needs no lock that another thread may hold."""
+"""Makes standard input the controlling terminal of the caller's session. It is for a child between fork and exec: as
+one call of a C function, it needs no lock that another thread may hold."""
 
 
 def open_terminal(rows: int, cols: int) -> tuple[int, int]:
-    """Returns both ends of a new pseudo-terminal: ours, which does not block, and the command's."""
+    """Returns both ends of a new pseudo-terminal: this side's, which does not block, and the command's."""
     ours, theirs = os.openpty()
     os.set_blocking(ours, False)
     resize(ours, rows, cols)
@@ -39,9 +39,9 @@ def resize(ours: int, rows: int, cols: int) -> None:
 
 
 def end_of_input(ours: int, *, in_a_line: bool) -> bytes:
-    """Returns the characters that end the input, as if typed (VEOF); none if the terminal is not in line mode.
+    """Returns the characters that end the input as if typed (VEOF); empty if the terminal is not in line mode.
 
-    :param in_a_line: a line was begun; then the first VEOF only delivers it, and a second one ends the input
+    :param in_a_line: whether a line was begun; the first VEOF then only delivers it, and a second one ends the input
     """
     found = _TERMIOS.unpack(fcntl.ioctl(ours, _TCGETS, bytes(_TERMIOS.size)))
     if not found[_LOCAL_FLAGS] & _ICANON:

@@ -1,10 +1,10 @@
 """`PUT /v1/daemon/volumes`: mounts the VM's volumes and directories of the host, and grows volumes.
 
-The directory is made and opened with the VM's root as `/` (`_root.inside`), and the volume is mounted on what was
-opened. So the kernel resolves every link inside that root, and a link can't lead to the agent's own files.
+The directory is created and opened with the VM's root as `/` (`_root.inside`), and the volume is mounted on the opened
+directory. So the kernel resolves every link inside that root, and a link can't lead to the agent's own files.
 
-A request can be repeated: a volume that is mounted already stays so. The daemon sends it before each workload, to each
-agent of a boot, and after a volume has grown. An empty volume first receives what it hides (`_copy_up`).
+A request can be repeated: a mounted volume stays mounted. The daemon sends it before each workload, to each agent of a
+boot, and after a volume has grown. The files that an empty volume hides are first copied to it (`_copy_up`).
 """
 
 # ruff: noqa: PTH103, PTH116, PTH123 - importing pathlib would cost every boot a good part of a second
@@ -34,10 +34,10 @@ _MAX_TEXT = {"serial": 20, "tag": 36}
 _MOST = 64
 _MAX_BYTES = 2**62
 _GROWN_S = 5.0
-"""How long the disk may take to have the size that the daemon says."""
+"""How long the disk may take to reach the size in the request."""
 _LOCKED_S = 30.0
 _TARGET = 3
-"""The descriptor of the directory in the program that mounts."""
+"""The descriptor of the directory in the mounting program."""
 
 _UNFINISHED = "what a VM has there was not copied into the volume in whole; start a VM that writes to the volume once"
 
@@ -47,7 +47,7 @@ _lock = threading.Lock()
 def serve_put(stream: Stream, request: Request) -> None:
     """Answers the request.
 
-    :raises Problem: 400 malformed, 409 a volume can't be mounted or grown, 503 they are being mounted
+    :raises Problem: 400, malformed; 409, a volume can't be mounted or grown; 503, they are being mounted
     """
     wanted = decode_json(stream.read_body(request), {"volumes"}).get("volumes")
     if not isinstance(wanted, list) or len(wanted) > _MOST:
@@ -72,7 +72,7 @@ class _Volume:
     """A checked `agent_types.GuestVolume`."""
 
     def __init__(self, value: object, prefix: str) -> None:
-        """:raises Problem: 400, a field is wrong."""
+        """Parses a volume. :raises Problem: 400, a field is wrong."""
         found = check_object(value, _FIELDS, prefix.removesuffix("."), prefix)
         self.kind = "tag" if "tag" in found else "serial"
         device = found.get(self.kind)
@@ -86,8 +86,8 @@ class _Volume:
 
 
 def _mount(volume: _Volume) -> str:
-    """Mounts one volume unless it is, grows it, and fills it if it is empty. Returns why that failed, or an empty text.
-    Raises OSError."""
+    """Mounts one volume unless it is mounted, grows it, and fills it if it is empty. Returns the reason of a failure,
+    or an empty text. Raises OSError."""
     device = _rootfs.find_disk(volume.device)
     if device is None:
         return f"there is no disk with the serial number {volume.device}"
@@ -116,7 +116,7 @@ def _mount(volume: _Volume) -> str:
 
 
 def _grow(volume: _Volume, device: str, there: int) -> None:
-    """Has a mounted volume use its disk to the end. Raises OSError."""
+    """Grows a mounted volume to the end of its disk. Raises OSError."""
     if not volume.read_only:
         _wait_for_size(device, volume.bytes)
         _rootfs.grow(device, _at(there))
@@ -124,7 +124,7 @@ def _grow(volume: _Volume, device: str, there: int) -> None:
 
 @contextlib.contextmanager
 def _directory(path: str) -> Generator[int]:
-    """Makes and opens a directory of the VM's root, or what is mounted there."""
+    """Creates and opens a directory of the VM's root, or the filesystem mounted there."""
 
     def make_and_open() -> int:
         os.makedirs(path, exist_ok=True)
@@ -138,12 +138,13 @@ def _directory(path: str) -> Generator[int]:
 
 
 def _at(directory: int) -> str:
-    """Returns the path of an open directory; not one of what is mounted above it."""
+    """Returns the path of an open directory, not of a filesystem mounted above it."""
     return f"/proc/self/fd/{directory}/."
 
 
 def _mount_directory(volume: _Volume) -> str:
-    """Mounts a directory of the host unless it is. Returns why that failed, or an empty text. Raises OSError."""
+    """Mounts a directory of the host unless it is mounted. Returns the reason of a failure, or an empty text. Raises
+    OSError."""
     with open("/proc/mounts", errors="surrogateescape") as handle:
         if any(line.split(" ")[:3:2] == [volume.device, "virtiofs"] for line in handle):
             return ""

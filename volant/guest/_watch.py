@@ -1,4 +1,4 @@
-"""Waiting for descriptors, for other threads, and for a client to leave."""
+"""Waits for descriptors, for other threads, and for a client to disconnect."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 POLLRDHUP = 0x2000
 CHECK_S = 1.0
-"""How often a half-closed client is checked: a vsock that closes after a half close wakes nobody."""
+"""The interval of checks of a half-closed client: a vsock that closes after a half close wakes no poll."""
 
 
 def poll(masks: dict[int, int], timeout_s: float | None = None) -> dict[int, int]:
-    """Waits for events; returns them by descriptor, nothing when the time is over.
+    """Waits for events; returns them by descriptor, empty when the time is over.
 
     :param masks: descriptors and the events to wait for
-    :param timeout_s: None: no limit; below 0: do not wait
+    :param timeout_s: None for no limit; negative for no wait
     """
     poller = select.poll()
     for fd, mask in masks.items():
@@ -32,7 +32,7 @@ def poll(masks: dict[int, int], timeout_s: float | None = None) -> dict[int, int
 def has_left(sock: socket) -> bool:
     """Returns whether a client whose end of file was read has closed its stream, and not just one half of it.
 
-    Sending nothing fails once the peer reads no more, for Unix sockets and vsock. (For TCP only a real write fails.)
+    Sending no bytes fails once the peer reads no more, for Unix sockets and vsock. (For TCP only a real write fails.)
     """
     try:
         sock.send(b"")
@@ -69,9 +69,9 @@ class Wakeup:
 
 
 class Client:
-    """A client that waits for its answer, and may leave at any time.
+    """A client that waits for its answer, and may disconnect at any time.
 
-    A half close does not count as leaving: the client ends its request and still waits for the answer.
+    A half close is not a disconnect: the client ends its request and still waits for the answer.
     """
 
     def __init__(self, sock: socket) -> None:
@@ -80,11 +80,11 @@ class Client:
         self._half_closed = False
 
     def wait(self, others: dict[int, int], timeout_s: float | None, *, writable: bool = False) -> dict[int, int]:
-        """Waits for events of other descriptors, and with `writable` until the client takes bytes.
+        """Waits for events of other descriptors, and with `writable` until the client accepts bytes.
 
-        Returns the events by descriptor, those of the client's socket included; nothing when the time is over.
+        Returns the events by descriptor, including those of the client's socket; empty when the time is over.
 
-        :raises Gone: the client has left
+        :raises Gone: the client has disconnected
         """
         own = self.sock.fileno()
         end = None if timeout_s is None else time.monotonic() + timeout_s
@@ -107,7 +107,8 @@ class Client:
                 return found
 
     def send_some(self, data: memoryview) -> int:
-        """Writes as much as fits now, perhaps nothing; returns how many bytes. :raises Gone: the client has left."""
+        """Writes as much as fits now, possibly nothing; returns the number of bytes. :raises Gone: the client has
+        disconnected."""
         try:
             return self.sock.send(data)
         except BlockingIOError:

@@ -1,9 +1,9 @@
 """The server's end of a WebSocket (RFC 6455) on a stream whose request has been read.
 
-wsproto does the protocol: frames, masks, fragments, UTF-8, the closing handshake. This module bounds messages, and
-buffers for a socket that never blocks: `receive` reads once, `send` puts frames into `out`, `flush` writes as much of
-`out` as the socket takes. Compression is never negotiated: inside one machine it costs more than it saves, and it makes
-large messages of small frames.
+wsproto implements the protocol: frames, masks, fragments, UTF-8, the closing handshake. This module bounds messages,
+and buffers for a socket that never blocks: `receive` reads once, `send` puts frames into `out`, `flush` writes as much
+of `out` as the socket accepts. Compression is never negotiated: inside one machine it costs more than it saves, and
+small frames could expand to large messages.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ class WebSocket:
         """
         self.sock = stream.sock
         self.out = bytearray()
-        """Bytes that the socket has not taken yet."""
+        """Bytes that the socket has not accepted yet."""
         self.closing = False
-        """Whether either side has sent its closing frame: there are no messages after it."""
+        """Whether either side has sent its closing frame. No messages follow it."""
         self.closed = False
-        """Whether both have: the client has read everything."""
+        """Whether both sides have sent it, so that the client has read everything."""
         self._max = max_message
         self._parts: list[str] | list[bytes] = []
         self._size = 0
@@ -54,9 +54,9 @@ class WebSocket:
         self.sock.setblocking(False)
 
     def receive(self) -> list[str | bytes]:
-        """Reads once; returns the messages that are complete now. Answers to pings go into `out`.
+        """Reads once; returns the complete messages. Answers to pings go into `out`.
 
-        Sets `closing` when the client closes, breaks the protocol, or sends too long a message.
+        Sets `closing` when the client closes, violates the protocol, or sends a message that is too long.
 
         :raises Gone: the stream has ended or broken
         """
@@ -80,7 +80,7 @@ class WebSocket:
         return self._messages()
 
     def _await_close(self, data: bytes) -> None:
-        """Drops messages until the client answers our closing frame."""
+        """Drops messages until the client answers the closing frame."""
         from wsproto.connection import ConnectionState
         from wsproto.events import CloseConnection
 
@@ -90,7 +90,7 @@ class WebSocket:
 
     @property
     def has_early(self) -> bool:
-        """Whether `receive` has data from before, of which no poll tells."""
+        """Returns whether `receive` has earlier data, which poll does not report."""
         return bool(self._early or self._unread)
 
     def unread(self, messages: list[str | bytes]) -> None:
@@ -142,7 +142,7 @@ class WebSocket:
             self.out += self._connection.send(CloseConnection(code=code, reason=reason[:_MAX_REASON]))
 
     def flush(self) -> int:
-        """Writes what the socket takes; returns how many bytes. :raises Gone: the stream has broken."""
+        """Writes as much as the socket accepts; returns the number of bytes. :raises Gone: the stream has broken."""
         if not self.out:
             return 0
         try:
@@ -156,7 +156,7 @@ class WebSocket:
 
 
 def is_upgrade(request: Request) -> bool:
-    """Returns whether a request asks for a WebSocket, valid or not."""
+    """Returns whether a request is for a WebSocket, valid or not."""
     return request.header(b"upgrade").lower() == b"websocket"
 
 

@@ -1,11 +1,11 @@
-"""The workload: the one program that a guest is there for. This module starts, watches, checks and restarts it.
+"""The workload: the main program of a guest. This module starts, watches, checks and restarts it.
 
 The two pipes that it writes to live as long as the agent, so all runs share them and two pump threads are enough. When
 a run has ended, the rest of its process group is killed before the next run: a child left behind would keep the port.
 
-A workload with `attach` waits for its first client instead, and its first run is a command that this client is attached
-to: with a terminal or standard input, and with its output in the log, too. It counts as ended once the client has read
-how it ended, because the daemon may stop the VM then.
+A workload with `attach` waits for its first client instead, and its first run is a command to which this client is
+attached: with a terminal or standard input, and with its output in the log too. It counts as ended once the client has
+read its end, because the daemon may then stop the VM.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 _FIRST_BACKOFF_S = 0.5
 _MAX_BACKOFF_S = 30.0
 _WELL_S = 60.0
-"""A run that lasted so long resets the pause before the next."""
+"""A run of this length resets the delay before the next."""
 _STARTING_CHECK_S = 0.5
 _COPIED_CHECK_S = 0.05
 _READ = 64 * 1024
@@ -60,9 +60,9 @@ _MAX_WATCHERS = 8
 _CLIENT_S = 60.0
 """How long a workload waits for its first client."""
 _CONFIGURED_S = 15.0
-"""How long that client waits for the workload: a VM may be `running` a moment before its agent has it."""
+"""How long that client waits for the workload: a VM may be `running` shortly before its agent has received it."""
 _LAST_WORDS_S = 2.0
-"""How long a shutdown waits until the client has read how the workload ended."""
+"""How long a shutdown waits until the client has read the end of the workload."""
 _FIELDS = {"entrypoint", "env", "workdir", "user", "stop_signal", "port", "restart", "health_check", "attach"}
 _POLICIES = ("never", "on-failure", "always")
 
@@ -71,7 +71,7 @@ class Spec:
     """A checked `agent_types.WorkloadSpec`."""
 
     def __init__(self, value: dict[str, Any]) -> None:
-        """:raises Problem: 400, a field is wrong."""
+        """Parses a spec. :raises Problem: 400, a field is wrong."""
         self.raw = value
         self.entrypoint = check_strings(value.get("entrypoint"), "entrypoint")
         self.setting = Setting(
@@ -100,7 +100,7 @@ class Workload:
 
     def __init__(self, output: Output) -> None:
         self.leader_changed: Callable[[int | None], None] = lambda pid: None
-        """Is called with the process that a run begins with, and with None after the run has ended."""
+        """Called with the first process of a run, and with None after the run has ended."""
         self._output = output
         self._lock = threading.Condition()
         self._spec: Spec | None = None
@@ -108,7 +108,7 @@ class Workload:
         self._waits = False
         """Whether it waits for its first client."""
         self._first: tuple[Session, Peer] | None = None
-        """Its first run and that client, if it has waited for one."""
+        """Its first run and the client that it waited for, if any."""
         self._state = "none"
         self._restarts = 0
         self._last: dict[str, int] = {}
@@ -124,7 +124,7 @@ class Workload:
 
     @property
     def port(self) -> int | None:
-        """The port where it serves HTTP, if it does."""
+        """The port at which it serves HTTP, if any."""
         spec = self._spec
         return spec.port if spec else None
 
@@ -151,14 +151,14 @@ class Workload:
         return status
 
     def serve_put(self, stream: Stream, request: Request, plugin: Plugin) -> None:
-        """Answers `PUT /v1/daemon/workload`. :raises Problem: 400 malformed, 409 the guest has another workload."""
+        """Answers `PUT /v1/daemon/workload`. :raises Problem: 400, malformed; 409, the guest has another workload."""
         import json
 
         self.begin(Spec(decode_json(stream.read_body(request), _FIELDS)), plugin)
         stream.answer(200, json.dumps(self.status()).encode() + b"\n")
 
     def begin(self, spec: Spec, plugin: Plugin) -> None:
-        """Starts supervising a workload; does nothing if it is the same one.
+        """Starts supervising a workload; does nothing if it already supervises it.
 
         :raises Problem: 409, the guest has another workload or shuts down
         """
@@ -181,9 +181,9 @@ class Workload:
     def start_attached(self, message: dict[str, Any], client: Peer) -> Session:
         """Starts a workload that waits for its first client.
 
-        :param message: what the client wants of it: `tty`, `rows`, `cols` and `env`
+        :param message: the client's settings: `tty`, `rows`, `cols` and `env`
         :raises Problem: 400, the message is wrong; 409, the workload does not wait for a client
-        :raises SpawnError: it does not start. It goes on waiting until `fail` says that the client knows.
+        :raises SpawnError: it does not start. It keeps waiting until `fail`, when the client has been notified.
         """
         from ._exec_program import Command
         from ._exec_session import Session
@@ -214,7 +214,7 @@ class Workload:
         """Answers `GET /v1/daemon/watch`.
 
         :raises Problem: 503, too many clients watch
-        :raises Gone: the client left
+        :raises Gone: the client disconnected
         """
         import json
 
@@ -245,8 +245,8 @@ class Workload:
     def notify_copied(self, number: signal.Signals | None, timeout_s: float | None) -> str:
         """Notifies the workload that it runs in a copy, and waits until its health check passes.
 
-        :param number: the signal to send; None: none
-        :param timeout_s: how long the check may fail; None: do not check
+        :param number: the signal to send; None for none
+        :param timeout_s: how long the check may fail; None for no check
         :returns: why the workload is not healthy, or an empty text
         """
         with self._lock:
@@ -266,7 +266,7 @@ class Workload:
         return ""
 
     def stop(self, grace_s: float) -> None:
-        """Sends the stop signal, after `grace_s` SIGKILL, and waits until all output is in the ring buffers.
+        """Sends the stop signal, and SIGKILL after `grace_s`, and waits until all output is in the ring buffers.
 
         The watchers are not notified: the end of the workload belongs to the end of the guest.
         """
@@ -340,7 +340,7 @@ class Workload:
         os.close(fd)
 
     def _run_attached(self, spec: Spec) -> bool:
-        """Runs it once, for the first client; returns whether to start it again."""
+        """Runs it once, for the first client; returns whether to restart it."""
         with self._lock:
             self._lock.wait_for(lambda: not self._waits or self._stopping, _CLIENT_S)
             if self._waits:
@@ -354,7 +354,7 @@ class Workload:
             return self._has_ended(spec)
 
     def _reap(self, program: Program) -> dict[str, Any]:
-        """Ends the rest of the first run's process group; returns how its leader ended."""
+        """Ends the rest of the first run's process group; returns the end of its leader."""
         with self._lock:
             program.kill_group()
             end = program.reap()
@@ -366,7 +366,7 @@ class Workload:
         return end
 
     def _run_in_background(self, spec: Spec) -> bool:
-        """Runs it once; returns whether to start it again."""
+        """Runs it once; returns whether to restart it."""
         import subprocess
 
         if self._pipes is None:
@@ -404,7 +404,7 @@ class Workload:
             threading.Thread(target=self._check, args=arguments, name="check", daemon=True).start()
 
     def _has_ended(self, spec: Spec) -> bool:
-        """Says how a run has ended; returns whether to start it again."""
+        """Records the end of a run; returns whether to restart it."""
         well = self._last.get("exit_code") == 0
         if not self._stopping and (spec.restart == "always" or (spec.restart == "on-failure" and not well)):
             self._set("starting", "it ended, and is started again soon")
@@ -441,7 +441,7 @@ class Workload:
 
 
 def _signal(process: subprocess.Popen[bytes], number: int) -> None:
-    """Sends a signal to a process that was not reaped, and to none of its children."""
+    """Sends a signal to a process that was not reaped, but not to its children."""
     try:
         os.kill(process.pid, number)
     except ProcessLookupError:
