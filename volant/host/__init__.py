@@ -1,8 +1,8 @@
-"""The one seam to the operating system.
+"""The only interface to the operating system.
 
-Everything that other rooms want from the machine goes through a `Host` that is handed to them. `Host` composes facets:
-processes, files, sockets and so on. Each facet is a protocol, which the simulated host of `tests/simulated` implements
-on its own. Nothing here is a global.
+Other packages access the machine through a `Host` that is passed to them. `Host` composes facets: processes, files,
+sockets and so on. Each facet is a protocol, which the simulated host of `tests/simulated` implements separately.
+Nothing here is a global.
 """
 
 from ._access_lists import Grant as Grant

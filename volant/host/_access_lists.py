@@ -1,4 +1,4 @@
-"""POSIX access lists: which users may use a file beside its owner; see acl(5).
+"""POSIX access lists: the users that may use a file besides its owner; see acl(5).
 
 They are written in the kernel's format (posix_acl_xattr.h), as Python has no call for them.
 """
@@ -24,18 +24,18 @@ _STICKY = 0o1000
 
 
 class Grant(msgspec.Struct, frozen=True):
-    """Lets a user or a group use a file. From then on no other user may, but its owner."""
+    """Lets a user or a group use a file. Afterwards no other user may, except its owner."""
 
     path: Path
     who: Literal["user", "group", "others"]
     id: int
     """The id of the user or the group."""
     access: int
-    """`READ`, `WRITE` and `EXECUTE`, added."""
+    """The sum of `READ`, `WRITE` and `EXECUTE`."""
 
 
 def grant(grants: Sequence[Grant], below: Sequence[Path]) -> None:
-    """Applies grants. Directories above the files that are one of `below`, or lie in one, let all users through.
+    """Applies grants. Directories above the files that are one of `below`, or inside one, let all users pass through.
     Follows no link. Raises OSError."""
     for each in grants:
         if each.who == "others":
@@ -48,7 +48,7 @@ def grant(grants: Sequence[Grant], below: Sequence[Path]) -> None:
 
 
 def open_ways(paths: Sequence[Path], below: Sequence[Path]) -> None:
-    """Lets all users through to files, in directories that are one of `below` or in one. Raises OSError."""
+    """Lets all users pass through to files, in directories that are one of `below` or inside one. Raises OSError."""
     for path in paths:
         for parent in path.parents:
             if not any(parent.is_relative_to(place) for place in below):
@@ -57,22 +57,23 @@ def open_ways(paths: Sequence[Path], below: Sequence[Path]) -> None:
 
 
 def lend_directory(path: Path, user: int) -> None:
-    """Lets a user make files in a directory of ours that we can use too, and touch none of ours there."""
+    """Lets a user create files in a directory of the daemon that the daemon can use too, without access to the daemon's
+    files there."""
     path.chmod(_STICKY | 0o700)
     _set(path, _ACCESS, 7, [(_USER, user, 7)], 7)
     _set(path, _DEFAULT, 7, [(_USER, os.geteuid(), 7)], 7)
 
 
 def share_directory(path: Path, user: int) -> None:
-    """Lets a user and us make files in a directory of ours, and use all that the other makes there, as far as its mode
-    lets a group do. Raises OSError."""
+    """Lets a user and the daemon create files in a directory of the daemon, and use each other's files there, as far as
+    the group's mode bits allow. Raises OSError."""
     path.chmod(0o700)
     _set(path, _ACCESS, 7, [(_USER, user, 7)], 7)
     _set(path, _DEFAULT, 7, sorted([(_USER, os.geteuid(), 7), (_USER, user, 7)]), 7)
 
 
 def are_supported(directory: Path) -> bool:
-    """Whether files in a directory can have access lists. True also where a full disk forbids the test."""
+    """Returns whether files in a directory can have access lists. True also if a full disk prevents the test."""
     trial = directory / f".access-list-{os.getpid()}"
     try:
         os.close(os.open(trial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
@@ -98,7 +99,7 @@ def _add_mode(path: Path, access: int) -> None:
 
 
 def closed_directory_above(path: Path) -> Path | None:
-    """Returns the first directory above `path` that does not let all users through. Raises OSError."""
+    """Returns the first directory above `path` that does not let all users pass through. Raises OSError."""
     # By both names, as a link may lead on from somewhere else.
     for parent in dict.fromkeys([*reversed(path.parents), *reversed(path.resolve().parents)]):
         if not parent.stat().st_mode & EXECUTE:

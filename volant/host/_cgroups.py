@@ -1,11 +1,11 @@
 """Limits processes with control groups of version 2.
 
-Where systemd runs the host, it manages the groups, and the daemon asks it for a scope (`_scopes.py`). Elsewhere the
-daemon makes a group for each hypervisor itself, beside its own, as a group with processes in it can't limit groups
-below it. A limit is set where the kernel and the operator leave its controller to the daemon.
+If the host runs systemd, systemd manages the groups, and the daemon requests a scope (`_scopes.py`). Otherwise the
+daemon itself creates a group for each hypervisor, next to its own, as a group with processes in it can't limit groups
+below it. A limit is set if the kernel and the operator have given its controller to the daemon.
 
-A group is removed once its last process has ended. Each call that makes or removes a group also removes all other empty
-groups, such as those of a daemon that was killed.
+A group is removed once its last process has ended. Each call that creates or removes a group also removes all other
+empty groups, such as those of a killed daemon.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _PERIOD_US = 100_000
 _FILES = ("memory.max", "cpu.max", "cpu.weight", "io.weight", "pids.max")
 _EVENTS = "memory.events"
 _EXIT_S, _EXIT_AGAIN_S = 1.0, 0.005
-"""Limits the wait for a process that exits: it takes some 5 ms, more on a busy host."""
+"""Maximum wait for a process that exits, which takes some 5 ms, more on a busy host."""
 MOVABLE, FROZEN = "-movable", "vms"
 """Names of directories of groups: `volant-INSTANCE-movable/vms` is frozen as a whole, with all groups in it."""
 ALL_WEIGHT = 20
-"""CPU weight of all hypervisors together. The daemon has 100, or it would wait for a processor while guests are
-busy."""
+"""The CPU weight of all hypervisors together. The daemon has 100, as otherwise it would wait for a processor while
+guests are busy."""
 
 
 class ResourceLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,7 +36,7 @@ class ResourceLimits(msgspec.Struct, frozen=True, kw_only=True):
 
     memory_mb: int
     cpus: int
-    """Seconds of processor time in a second."""
+    """Seconds of processor time per second."""
     weight: int
     """Its share of a busy processor or disk; 100 is the default of all processes."""
     tasks: int
@@ -44,17 +44,17 @@ class ResourceLimits(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class Cgroups:
-    """Makes control groups in a directory."""
+    """Creates control groups in a directory."""
 
     directory: Path
     stays: bool = False
-    """Whether the directory is neither made nor removed here."""
+    """Whether the directory is neither created nor removed here."""
     _lock: threading.Lock = field(default_factory=threading.Lock, compare=False, repr=False)
-    """Else one thread removes the empty group that another thread is about to fill."""
+    """Prevents one thread from removing the empty group that another thread is about to fill."""
 
     def enclose(self, pid: int, name: str, limits: ResourceLimits | None) -> None:
-        """Moves a process into a group of its own, with `limits` as far as the kernel supports them. An existing group
-        is kept. Raises OSError."""
+        """Moves a process into a separate group, with `limits` as far as the kernel supports them. An existing group is
+        kept. Raises OSError."""
         group = self.directory / name
         with self._lock:
             if not is_in(group, pid):
@@ -76,8 +76,8 @@ class Cgroups:
     def remove_empty(self, ended: str | None = None) -> None:
         """Removes the groups of processes that have ended, and the directory with the last one.
 
-        `ended` names a group whose process ends at present. It is awaited, up to `_EXIT_S` seconds: a process that
-        exits loses its command line, by which it is found, some milliseconds before it leaves its group.
+        `ended` names a group whose process is exiting. Its end is awaited, up to `_EXIT_S` seconds: an exiting process
+        loses its command line, by which it is found, some milliseconds before it leaves its group.
         """
         deadline = time.monotonic() + _EXIT_S
         while True:
@@ -101,7 +101,7 @@ class Cgroups:
 
 
 def is_in(group: Path, pid: int) -> bool:
-    """Whether a process is in a group itself, and not in one below it. Raises OSError."""
+    """Returns whether a process is in a group itself, not in one below it. Raises OSError."""
     try:
         return str(pid) in (group / "cgroup.procs").read_text().split()
     except FileNotFoundError:
@@ -109,8 +109,8 @@ def is_in(group: Path, pid: int) -> bool:
 
 
 def move(pid: int, group: Path) -> None:
-    """Moves a process into a group. It takes the kernel ten milliseconds, in which no process of the host starts or
-    ends. Raises OSError."""
+    """Moves a process into a group. It takes the kernel ten milliseconds, during which no process of the host can start
+    or end. Raises OSError."""
     (group / "cgroup.procs").write_text(str(pid))
 
 
@@ -122,7 +122,7 @@ def limit(group: Path, limits: ResourceLimits) -> None:
 
 
 def enable_controllers(directory: Path) -> None:
-    """Enables those that there are in the groups below a directory."""
+    """Enables all available controllers in the groups below a directory."""
     for controller in _CONTROLLERS:
         # One by one, as a missing controller would fail the others.
         with suppress(OSError):
@@ -140,12 +140,12 @@ def _values(limits: ResourceLimits) -> dict[str, str]:
 
 
 def is_frozen_as_a_whole(directory: Path) -> bool:
-    """Whether it holds the groups of processes that are frozen together (`_freezer.py`)."""
+    """Returns whether a directory contains the groups of processes that are frozen together (`_freezer.py`)."""
     return directory.name == FROZEN and directory.parent.name.removesuffix(".scope").endswith(MOVABLE)
 
 
 def is_frozen(group: Path) -> bool:
-    """Whether a group is frozen, with all processes that it gets. False if there is no such group."""
+    """Returns whether a group is frozen, with all its present and future processes. False if there is no such group."""
     try:
         return "frozen 1" in (group / "cgroup.events").read_text().splitlines()
     except OSError:
@@ -153,7 +153,7 @@ def is_frozen(group: Path) -> bool:
 
 
 def is_to_freeze(group: Path) -> bool:
-    """Whether a group is frozen or about to be. False if there is no such group."""
+    """Returns whether a group is frozen or about to be. False if there is no such group."""
     try:
         return (group / "cgroup.freeze").read_text().strip() == "1"
     except OSError:
@@ -161,7 +161,8 @@ def is_to_freeze(group: Path) -> bool:
 
 
 def mount_of(mountinfo: str) -> tuple[Path, str] | None:
-    """Returns where the hierarchy of version 2 is mounted, and which group of it. See proc_pid_mountinfo(5)."""
+    """Returns the mount point of the version 2 hierarchy, and the group that is mounted there. See
+    proc_pid_mountinfo(5)."""
     found: list[tuple[Path, str]] = []
     for line in mountinfo.splitlines():
         before, _, after = line.partition(" - ")
@@ -177,7 +178,7 @@ def mount_of(mountinfo: str) -> tuple[Path, str] | None:
 
 
 def group_of(pid: int) -> Path | None:
-    """Returns the directory of a process's group; None where it is not visible. Raises OSError."""
+    """Returns the directory of a process's group; None if it is not visible. Raises OSError."""
     found = mount_of(Path("/proc/self/mountinfo").read_text(errors="replace"))
     if found is None:
         return None
@@ -205,7 +206,7 @@ def events_of(group: Path) -> Path | None:
 
 
 def oom_kills(events: str) -> int:
-    """Returns how many processes were killed, by the content of that file."""
+    """Returns the number of killed processes, from the content of that file."""
     for line in events.splitlines():
         name, _, count = line.partition(" ")
         if name == "oom_kill":
@@ -214,7 +215,7 @@ def oom_kills(events: str) -> int:
 
 
 def own_cgroups(name: str) -> Cgroups | None:
-    """Returns where groups can be made without systemd; None: nowhere. `name` is unique to this daemon."""
+    """Returns the place for groups without systemd; None if there is none. `name` is unique to this daemon."""
     if Path("/run/systemd/system").exists():
         # systemd kills what it does not know of.
         return None

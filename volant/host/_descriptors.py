@@ -1,4 +1,4 @@
-"""The facet for open files: reads and writes by descriptor. What is not `async` waits for nothing but the disk."""
+"""The facet for open files: reads and writes by descriptor. Methods that are not `async` only wait for the disk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 
 
 class OpenDirectory(NamedTuple):
-    """A directory of the host that is open, whatever has its name now."""
+    """An open directory of the host, whatever has its name now."""
 
     fd: int
     owner: int
@@ -31,20 +31,20 @@ class Descriptors(Protocol):
     """All methods raise OSError."""
 
     def open(self, path: Path, flags: int, mode: int = 0o600) -> int:
-        """Returns a descriptor that is never inherited and never a controlling terminal. `flags` as for os.open."""
+        """Returns a descriptor that is never inherited and never a controlling terminal. For `flags` see os.open."""
 
     def close(self, fd: int) -> None:
         """Closes a descriptor."""
 
     async def open_directory(self, base: Path, path: Path, timeout_s: float) -> OpenDirectory:
-        """Opens the directory `path`, which is `base` or in it, only to name it. Fails with ELOOP where a part of the
-        way from `base` is a symbolic link, and with ETIMEDOUT where its file system hangs."""
+        """Opens the directory `path`, which is `base` or inside it, only as a reference. Fails with ELOOP if a part of
+        the path from `base` is a symbolic link, and with ETIMEDOUT if its file system hangs."""
 
     def read_at(self, fd: int, limit: int, offset: int) -> bytes:
-        """Returns up to `limit` bytes from `offset`; none at the end."""
+        """Returns up to `limit` bytes from `offset`; empty at the end."""
 
     def write(self, fd: int, data: bytes) -> int:
-        """Writes at the descriptor's position, and returns how many bytes were taken."""
+        """Writes at the descriptor's position, and returns the number of written bytes."""
 
     def punch_hole(self, fd: int, start: int, length: int) -> bool:
         """Frees the space of a range, which then reads as zeros; the file keeps its size. Returns whether the file
@@ -61,7 +61,7 @@ class LinuxDescriptors(Descriptors):
     async def open_directory(self, base: Path, path: Path, timeout_s: float) -> OpenDirectory:
         waits = True
         unclaimed: list[int] = []
-        """Whoever takes the descriptor out closes it, or gives it on."""
+        """The opened descriptor. Code that takes it out must close it or pass it on."""
 
         def close_unclaimed() -> None:
             with suppress(IndexError):

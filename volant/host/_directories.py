@@ -1,9 +1,9 @@
 """Directories that no other user of the host owns, can write in, or can replace.
 
-Every user knows names such as `/dev/shm/volant-<id>`, and a user that makes such a directory first would own what the
-daemon puts there: guests' memory, their sockets. So an existing directory is checked through a descriptor, without
-following a link, before it is used. One check is enough: other users can't replace our entry in a directory that only
-we can write in, or in one with the sticky bit.
+Names such as `/dev/shm/volant-<id>` are predictable, and a user that creates such a directory first would own the files
+that the daemon puts there: guests' memory, their sockets. So an existing directory is checked through a descriptor,
+without following a link, before it is used. One check is enough: other users can't replace the daemon's entry in a
+directory that only the daemon can write in, or in one with the sticky bit.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from pathlib import Path
 _ROOT = 0
 _WRITE_OF_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 _ABOVE = 0o711
-"""Mode of parent directories: hypervisors have users of their own, which must pass through, and list nothing."""
+"""The mode of parent directories: hypervisors have their own users, which must pass through, but not list anything."""
 _ACCESS_LIST = "system.posix_acl_access"
 
 
 class UnsafeDirectory(PermissionError):
-    """Another user owns a directory, can write in it, or can replace it. The text says what to do."""
+    """Another user owns a directory, can write in it, or can replace it. The text has the fix."""
 
     def __init__(self, text: str, path: Path) -> None:
         super().__init__(errno.EACCES, text, str(path))
@@ -34,12 +34,12 @@ class UnsafeDirectory(PermissionError):
 
 
 def make_own_directory(path: Path, mode: int = 0o700) -> str | None:
-    """Makes a directory with exactly this mode, or checks that an existing one is ours.
+    """Creates a directory with exactly this mode, or checks that an existing one belongs to the daemon.
 
-    When other users could write in one of ours, corrects its mode and returns a warning for the operator. Makes missing
-    parents with mode 0711.
+    If other users could write in it, corrects its mode and returns a warning for the operator. Creates missing parents
+    with mode 0711.
 
-    Raises UnsafeDirectory, also when other users have put something into it; OSError when it can't be made.
+    Raises UnsafeDirectory, also if other users have put something into it; OSError if it can't be created.
     """
     for parent in reversed(path.parents):
         if not parent.is_dir():
@@ -64,7 +64,7 @@ def check_way_to(path: Path) -> list[str]:
 
     Parents that belong to other users are the operator's choice; returns a warning for each.
 
-    Raises UnsafeDirectory when every user can replace it. Raises OSError.
+    Raises UnsafeDirectory if every user can replace it. Raises OSError.
     """
     warnings: dict[str, None] = {}
     # By both names, as a link may lead on from somewhere else.
@@ -88,7 +88,8 @@ def check_way_to(path: Path) -> list[str]:
 
 
 def _check_entry(entry: Path) -> None:
-    """Checks an entry of a directory with the sticky bit: all users can make entries, and replace only their own."""
+    """Checks an entry of a directory with the sticky bit, where all users can create entries, but only replace their
+    own."""
     try:
         owner = os.lstat(entry).st_uid
     except FileNotFoundError:

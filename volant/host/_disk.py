@@ -12,29 +12,29 @@ import trio
 
 class Disk(Protocol):
     def free(self, path: Path) -> int:
-        """Returns the bytes that the file system of `path` still has room for. Raises OSError."""
+        """Returns the free bytes on the file system of `path`. Raises OSError."""
 
     def used(self, path: Path) -> int:
-        """Returns the bytes that a file, or a directory with all in it, takes on the disk; 0 where nothing is. Follows
-        no link."""
+        """Returns the bytes that a file, or a directory with its content, takes up on the disk; 0 if it does not exist.
+        Follows no link."""
 
     def unbacked(self, path: Path) -> int:
-        """Returns the bytes by which the files at `path` may still grow on the disk within their size: what their holes
-        lack. 0 where nothing is. Follows no link."""
+        """Returns the bytes by which the files at `path` may still grow on the disk within their size, which is the
+        size of their holes. 0 if nothing exists there. Follows no link."""
 
     def reserve(self, path: Path, size: int) -> None:
-        """Makes a new file that takes `size` bytes of the disk, or none. Raises OSError."""
+        """Creates a file that takes up `size` bytes of the disk, or none at all. Raises OSError."""
 
     async def allocate(self, path: Path, size: int, mode: int = 0o600, *, reserve: bool = True) -> None:
-        """Makes an empty file of `size` bytes, in place of what is there. With `reserve` the file takes all of its
-        space now, so that a later write to a mapping of it cannot fail (SIGBUS).
+        """Creates an empty file of `size` bytes, in place of an existing one. With `reserve` all of its space is
+        allocated now, so that a later write to a mapping of it cannot fail (SIGBUS).
 
-        Raises OSError, with ENOSPC when there is not enough space; then no file is left.
+        Raises OSError, with ENOSPC if there is not enough space; no file is left in that case.
         """
 
     async def extend(self, path: Path, size: int) -> None:
-        """Makes a file `size` bytes long by a hole at its end. Its length is on the disk when this returns. Never makes
-        it shorter. Raises OSError."""
+        """Extends a file to `size` bytes with a hole at its end. Its length is on the disk when this returns. Never
+        shortens it. Raises OSError."""
 
 
 class LinuxDisk(Disk):

@@ -27,11 +27,12 @@ _READ_LIMIT = 16 * 1024 * 1024
 
 
 class Files(Protocol):
-    """All methods raise OSError. Those that are not async are for worker threads, or touch no disk."""
+    """Files and directories. All methods raise OSError. Methods that are not async are for worker threads, or access no
+    disk."""
 
     async def mkdir(self, path: Path, mode: int = 0o700) -> None:
-        """Makes a directory and its parents, with this mode whatever the umask. One that exists must be ours; see
-        `make_own_directory`."""
+        """Creates a directory and its parents, with this mode whatever the umask. An existing one must belong to the
+        daemon; see `make_own_directory`."""
 
     async def read(self, path: Path, limit: int = _READ_LIMIT) -> bytes:
         """Returns the first `limit` bytes of a file."""
@@ -40,42 +41,43 @@ class Files(Protocol):
         """Returns the last `limit` bytes of a file."""
 
     async def write(self, path: Path, data: bytes, mode: int = 0o600, *, durable: bool = True) -> None:
-        """Replaces a file by one with this content: all or nothing, also after a power cut unless not `durable`."""
+        """Replaces a file by one with this content, atomically, even after a power cut unless not `durable`."""
 
     async def copy(self, source: Path, target: Path, mode: int = 0o600) -> None:
-        """Copies a file to a new one: by reference where the file system can, else without its holes, in pieces.
-        Cancelled, it leaves an incomplete copy. The copy is not on the disk before `put_in_place`. Raises OSError, also
-        when `target` exists."""
+        """Copies a file to a new one: by reference if the file system supports it, otherwise without its holes, in
+        pieces. When cancelled, it leaves an incomplete copy. The copy is not on the disk before `put_in_place`. Raises
+        OSError, also if `target` exists."""
 
     async def put_in_place(self, fresh: Path, path: Path) -> None:
-        """Gives a finished file its name in the same directory, in place of what has that name. File and name are on
-        the disk when this returns. A directory whose files are on the disk can be given a free name likewise."""
+        """Renames a finished file in the same directory, in place of an existing one. File and name are on the disk
+        when this returns. A directory whose files are on the disk can be renamed to a free name in the same way."""
 
     async def move_directory(self, path: Path, to: Path) -> None:
         """Renames a directory on its file system, in place of an empty one. Open files and bound sockets in it move
         along."""
 
     async def remove(self, path: Path) -> None:
-        """Removes one file, if it is there. Raises OSError, also for a file that is not ours."""
+        """Removes a file, if it exists. Raises OSError, also for a file that does not belong to the daemon."""
 
     async def remove_tree(self, path: Path) -> None:
-        """Removes a directory and all in it, or a file, if it is there. Follows no link. Raises OSError, also for what
-        is not ours."""
+        """Removes a directory with its content, or a file, if it exists. Follows no link. Raises OSError, also for
+        files that don't belong to the daemon."""
 
     async def empty_if_larger(self, path: Path, limit: int) -> bool:
-        """Truncates a file to nothing when it is larger than `limit` bytes, and returns whether it was.
+        """Truncates a file to zero bytes if it is larger than `limit` bytes, and returns whether it was.
 
-        For a file that another process appends to. To keep its end would race with the writer.
+        For a file that another process appends to. Keeping its end would race with the writer.
         """
 
     async def make_fifo(self, path: Path, mode: int = 0o600) -> None:
-        """Makes a named pipe unless there is one. Raises FileExistsError when the path is something else."""
+        """Creates a named pipe unless there is one. Raises FileExistsError if the path is something else."""
 
     def open_fifo(self, path: Path) -> trio.lowlevel.FdStream:
-        """Returns the writing end of a named pipe; close it. Raises OSError, with ENXIO when no process reads."""
+        """Returns the writing end of a named pipe, which must be closed. Raises OSError, with ENXIO if no process
+        reads."""
 
     def exists(self, path: Path) -> bool:
-        """Whether there is something at `path`."""
+        """Returns whether `path` exists."""
 
     def size(self, path: Path) -> int:
         """Returns the size of a file in bytes."""
@@ -93,14 +95,13 @@ class Files(Protocol):
         """Returns the names in a directory, sorted."""
 
     def rename(self, path: Path, to: Path) -> None:
-        """Renames a file in its directory, in place of what has that name. The name is on the disk when this
-        returns."""
+        """Renames a file in its directory, in place of an existing one. The name is on the disk when this returns."""
 
     def unlink(self, path: Path) -> None:
-        """As `remove`, in a worker thread."""
+        """Removes a file like `remove`, in a worker thread."""
 
     def sync_directory(self, path: Path) -> None:
-        """Returns once the names in a directory are on the disk."""
+        """Writes the names in a directory to the disk."""
 
 
 class LinuxFiles(Files):
@@ -238,7 +239,7 @@ class LinuxFiles(Files):
 
 @contextmanager
 def open_descriptor(path: Path, flags: int, mode: int = 0o600) -> Iterator[int]:
-    """Opens a file for the length of a block. Raises OSError."""
+    """Opens a file for the block. Raises OSError."""
     fd = os.open(path, flags | os.O_CLOEXEC, mode)
     try:
         yield fd
@@ -247,7 +248,7 @@ def open_descriptor(path: Path, flags: int, mode: int = 0o600) -> Iterator[int]:
 
 
 async def copy_in_pieces(reader: int, target: Path, mode: int, size: int | None = None) -> None:
-    """Copies an open file as `Files.copy` does, or its first `size` bytes."""
+    """Copies an open file like `Files.copy`, or its first `size` bytes."""
     with open_descriptor(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode) as writer:
         if await trio.to_thread.run_sync(_share_blocks, reader, writer):
             if size is not None:
@@ -262,7 +263,7 @@ async def copy_in_pieces(reader: int, target: Path, mode: int, size: int | None 
 
 
 def _share_blocks(source: int, target: int) -> bool:
-    """Makes a file a copy that takes no space until one of both is written to, and returns whether that works."""
+    """Makes a file a copy that takes no space until either is written to, and returns whether that is supported."""
     try:
         fcntl.ioctl(target, _FICLONE, source)
     except OSError:

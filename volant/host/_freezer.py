@@ -1,12 +1,12 @@
-"""`Freezer`: the group of the VMs that another host may start. It is frozen as a whole.
+"""`Freezer`: the control group of the movable VMs, which other hosts may start. It is frozen as a whole.
 
-The daemon freezes it when its host may not run them any more, and a second process does so if the daemon can't: the
-watchdog (`_watchdog.py`). Only the daemon thaws it. `docs/explanation/fleet.md` says why.
+The daemon freezes it when its host may not run them any more. If the daemon can't, a second process does so, the
+watchdog (`_watchdog.py`). Only the daemon thaws it. `docs/explanation/fleet.md` has the reasons.
 
 `volant-INSTANCE-movable` has two groups: `watchdog` with the watchdog, and `vms`, which is frozen, with a group for
-each process. Where systemd runs the host it is a scope that systemd has delegated to the daemon; elsewhere the daemon
-makes it beside its other groups. It stays while the host is in a fleet, also without a daemon. The shared memory is a
-file whose name has the id of the boot, as the clock begins anew with each.
+each process. With systemd it is a scope that systemd has delegated to the daemon; otherwise the daemon creates it next
+to its other groups. It is kept while the host is in a fleet, even without a daemon. The shared memory is a file whose
+name contains the id of the boot, as the clock restarts with each.
 """
 
 from __future__ import annotations
@@ -38,41 +38,41 @@ from ._watchdog import Deadline, boottime
 _logger = logging.getLogger("volant.host")
 
 _WATCHDOG = "watchdog"
-"""Name of its group."""
+"""The name of the watchdog's group."""
 _FREEZE = "cgroup.freeze"
 _SHARED = "run-until-"
 _LOG = "watchdog.log"
 _OPEN_S = 20.0
-"""Bounds the start of the watchdog, and systemd's answer."""
+"""Maximum time for the start of the watchdog, and systemd's answer."""
 _FREEZE_S = 5.0
-"""The kernel takes some milliseconds, unless a process waits for a disk or a network file system that does not answer.
-Such a process does not run either."""
+"""Maximum time for freezing. The kernel takes some milliseconds, unless a process waits for a disk or a network file
+system that does not answer. Such a process does not run either."""
 _LOOK_AGAIN_S = 2.0
 _WEIGH_S = 30.0
 _WEIGHT, _MOST_WEIGHT = 100, 10_000
-"""CPU weight of a group by default, and the highest one."""
+"""The default and the maximum CPU weight of a group."""
 _START_TRIES = 5
 _END_S = 5.0
 _FIRST_S = 60
-"""How long the first process of a scope lives at most, should the daemon be killed meanwhile."""
+"""Maximum lifetime of a scope's first process, in case the daemon is killed."""
 _AGAIN_S = 0.02
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S, _STEADY_S = 0.1, 10.0, 60.0
 
 
 class FreezerFailed(Exception):
-    """VMs can't be frozen here, or one of them could not be. The text is for people."""
+    """VMs can't be frozen on this host, or freezing one failed. The text is for people."""
 
 
 def watchdog_tag(instance: str) -> str:
-    """Returns the process tag of the watchdog. No VM has it."""
+    """Returns the process tag of the watchdog, which no VM has."""
     return f"volant-{instance}-watchdog"
 
 
 class Freezer:
-    """The group of the VMs that another host may start, which is frozen as a whole, and its watchdog."""
+    """The control group of the movable VMs, which is frozen as a whole, and its watchdog."""
 
     def __init__(self, host: Host, directory: Path, *, instance: str, scopes: Scopes | None) -> None:
-        """`directory`: for the shared memory; nothing else is in it. `scopes`: as of `host`."""
+        """Creates it. `directory` is only for the shared memory; for `scopes` see `host`."""
         self._host = host
         self._directory = directory
         self._name = f"volant-{instance}{_cgroups.MOVABLE}"
@@ -92,10 +92,10 @@ class Freezer:
         return self._watchdog is not None
 
     async def open(self) -> None:
-        """Makes the group and starts the watchdog, or finds those of the last daemon. A new group is frozen until
+        """Creates the group and starts the watchdog, or finds those of the last daemon. A new group is frozen until
         `last` and `thaw`.
 
-        :raises FreezerFailed: it is not possible here, and why.
+        :raises FreezerFailed: it is not possible on this host, with the reason.
         """
         try:
             async with self._changes:
@@ -113,24 +113,25 @@ class Freezer:
 
     @property
     def until(self) -> float:
-        """The time until which the VMs may run, by CLOCK_BOOTTIME; 0: they may not."""
+        """The time until which the VMs may run, by CLOCK_BOOTTIME; 0 if they may not."""
         return 0.0 if self._deadline is None else self._deadline.get()
 
     def last(self, until: float) -> None:
-        """Lets the VMs run until then; the watchdog freezes them after that. Thaws nothing. Ignored after `close`."""
+        """Lets the VMs run until this time; the watchdog freezes them afterwards. Thaws nothing. Ignored after
+        `close`."""
         if self._is_open and self._deadline is not None:
             self._deadline.set(until)
 
     @property
     def is_frozen(self) -> bool:
-        """Whether all of them are frozen."""
+        """Whether all VMs are frozen."""
         return self._group is not None and _cgroups.is_frozen(self._group)
 
     async def enclose(self, identity: ProcessIdentity, description: str, limits: ResourceLimits | None) -> None:
-        """Moves a process into a group of its own below the frozen one; one that is there stays. `Limits.apply`, before
-        or after it, leaves it there, and does what else it does.
+        """Moves a process into a separate group below the frozen one; an existing one is kept. `Limits.apply`, before
+        or after it, leaves the process there and only applies the rest.
 
-        :raises FreezerFailed: it must not run then.
+        :raises FreezerFailed: the process must not run.
         """
         self._vms()
         try:
@@ -140,14 +141,14 @@ class Freezer:
         await self._weigh()
 
     async def freeze(self) -> None:
-        """Returns once all of them are frozen. :raises FreezerFailed: not all are after 5 s."""
+        """Freezes all VMs, and waits until they are. :raises FreezerFailed: some are not after 5 s."""
         self._is_thawed = False
         await self._write("1")
 
     async def thaw(self, tags: Collection[str] | None = None) -> None:
-        """Lets them go on, those with other process tags than these excepted.
+        """Thaws all VMs, or only those with these process tags.
 
-        :raises FreezerFailed: their time is over, or they don't within 5 s.
+        :raises FreezerFailed: their time is over, or they are not thawed within 5 s.
         """
         if boottime() >= self.until:
             raise FreezerFailed("the VMs stay frozen, as their time is over")
@@ -163,10 +164,10 @@ class Freezer:
         await self._write("0")
 
     async def stopped(self) -> None:
-        """Returns once they are frozen although `thaw` was the last call: by the watchdog, or by hand.
+        """Waits until the VMs are frozen by the watchdog or an operator, after a call of `thaw`.
 
-        Whoever thaws them again has to ask etcd before. The watchdog may also have been late: it read a time that was
-        over, and froze them after `thaw`.
+        The caller must ask etcd before it thaws them again. The watchdog may also have been late: it read an expired
+        time, and froze them after `thaw`.
         """
         while not (self._is_thawed and self.is_frozen):
             # Not without end, as the group may be made anew.
@@ -174,7 +175,7 @@ class Freezer:
                 await self._changed()
 
     async def _changed(self) -> None:
-        """Returns when the kernel reports something of the group."""
+        """Waits until the kernel reports a change of the group."""
         if self._group is not None:
             with suppress(OSError), self._host.watches.open(self._group / "cgroup.events") as watch:
                 while not (self._is_thawed and self.is_frozen):
@@ -183,8 +184,8 @@ class Freezer:
         await trio.sleep_forever()
 
     async def keep(self) -> None:
-        """Keeps a watchdog until cancelled: starts another one when it ends, unless `close` was called. What it can't
-        do, the log says."""
+        """Keeps a watchdog running until cancelled: starts another one when it ends, unless `close` was called. Logs
+        failures."""
         backoff = Backoff(_FIRST_PAUSE_S, _LONGEST_PAUSE_S, steady_s=_STEADY_S)
         while True:
             if self._watchdog is not None:
@@ -203,7 +204,7 @@ class Freezer:
                 _logger.error("nothing freezes VMs that may move if this daemon dies: %s", error)
 
     async def _ended(self, watchdog: ProcessIdentity) -> None:
-        """Returns when it has ended."""
+        """Waits until the watchdog has ended."""
         with suppress(ProcessGone), self._host.processes.open(watchdog) as process:
             while not process.exited:
                 await self._weigh()
@@ -214,9 +215,9 @@ class Freezer:
                         _logger.error("the watchdog of VMs that may move has ended%s", how)
 
     async def close(self) -> None:
-        """Lets all run for ever, as the host has left the fleet, and removes the group and the watchdog if nothing is
-        in it. Otherwise another call removes them. `open` need not have been called: so a daemon without a fleet
-        removes what one in a fleet has left.
+        """Lets all VMs run forever, as the host has left the fleet, and removes the group and the watchdog if the group
+        is empty. Otherwise another call removes them. Works without `open`, so that a daemon without a fleet can remove
+        the remains of one in a fleet.
 
         :raises FreezerFailed:
         """
@@ -228,7 +229,7 @@ class Freezer:
             raise FreezerFailed(f"the group of VMs that may move can't be removed: {error}") from error
 
     async def _leave(self) -> None:
-        """Raises OSError, ScopeError, FreezerFailed."""
+        """Leaves the fleet. Raises OSError, ScopeError, FreezerFailed."""
         try:
             top = await self._find_top()
         except FreezerFailed:
@@ -277,7 +278,7 @@ class Freezer:
         return self._directory / f"{_SHARED}{self._host.processes.boot_id()}"
 
     def _open_shared(self) -> Deadline:
-        """Raises OSError, FreezerFailed."""
+        """Opens the shared memory. Raises OSError, FreezerFailed."""
         if warning := make_own_directory(self._directory):
             _logger.warning("%s", warning)
         if self._directory.is_symlink():
@@ -294,7 +295,7 @@ class Freezer:
     # The groups
 
     async def _establish(self) -> None:
-        """Makes or finds the groups and the watchdog. Raises OSError, FreezerFailed."""
+        """Creates or finds the groups and the watchdog. Raises OSError, FreezerFailed."""
         first: ProcessIdentity | None = None
         try:
             with trio.fail_after(_OPEN_S):
@@ -315,7 +316,7 @@ class Freezer:
                     await self._host.processes.end([first])
 
     async def _find_top(self) -> Path | None:
-        """Raises OSError, ScopeError, FreezerFailed."""
+        """Returns the top group, if it exists. Raises OSError, ScopeError, FreezerFailed."""
         mounted, root = self._mount()
         if self._scopes is None:
             top = mounted / self._name
@@ -327,8 +328,8 @@ class Freezer:
         return top if _is_group(top) else None
 
     async def _make_top(self) -> tuple[Path, ProcessIdentity | None]:
-        """Returns the group, and the process in it without which systemd would remove it; the caller ends that. Raises
-        OSError, ScopeError, FreezerFailed."""
+        """Returns a new top group, and the process without which systemd would remove it, which the caller must end.
+        Raises OSError, ScopeError, FreezerFailed."""
         if self._scopes is None:
             top = self._mount()[0] / self._name
             top.mkdir(exist_ok=True)
@@ -354,8 +355,8 @@ class Freezer:
         return found, first
 
     def _make_groups(self, top: Path, first: ProcessIdentity | None) -> Path:
-        """Returns the group of the VMs. `first`: is moved into the watchdog's group, as the one above could have no
-        groups with limits else. Raises OSError."""
+        """Returns the group of the VMs. `first` is moved into the watchdog's group, as otherwise the top group could
+        have no groups with limits. Raises OSError."""
         watchdog, group = top / _WATCHDOG, top / _cgroups.FROZEN
         _check_own(top, stat.S_IFDIR)
         watchdog.mkdir(exist_ok=True)
@@ -376,7 +377,8 @@ class Freezer:
         return group
 
     def _mount(self) -> tuple[Path, str]:
-        """Returns where the hierarchy is mounted, and which group of it. Raises OSError, FreezerFailed."""
+        """Returns the mount point of the hierarchy, and the group that is mounted there. Raises OSError,
+        FreezerFailed."""
         found = _cgroups.mount_of(Path("/proc/self/mountinfo").read_text(errors="replace"))
         if found is None:
             raise FreezerFailed("VMs can't be frozen on this host, as it has no control groups of version 2")
@@ -388,8 +390,8 @@ class Freezer:
         return found
 
     async def _weigh(self) -> None:
-        """Gives the scope the shares that its processes would have each on its own, beside those that may not move.
-        Elsewhere a directory of groups has the shares of one process anyway."""
+        """Gives the scope the combined shares of its processes, so that they are equal to processes of other VMs.
+        Without systemd a directory of groups has the shares of one process anyway."""
         if self._scopes is None or self._group is None:
             return
         try:
@@ -401,7 +403,7 @@ class Freezer:
             _logger.warning("VMs that may move get little processor time when the host is busy: %s", error)
 
     async def _remove_rest(self, top: Path | None) -> None:
-        """Removes all but the frozen group, which is gone. Raises OSError, FreezerFailed."""
+        """Removes everything except the frozen group, which no longer exists. Raises OSError, FreezerFailed."""
         self._group = self._host.limits.movable = None
         try:
             with trio.fail_after(_END_S):
@@ -456,7 +458,7 @@ class Freezer:
             return False
 
     async def _start(self) -> tuple[ProcessIdentity | None, str]:
-        """Returns the watchdog once it watches; or None, and what it has said. Raises OSError."""
+        """Returns the watchdog once it watches; otherwise None, and its output. Raises OSError."""
         log = self._directory / _LOG
         log.unlink(missing_ok=True)
         ours, its = os.pipe2(os.O_CLOEXEC)
@@ -502,7 +504,8 @@ def _is_group(path: Path) -> bool:
 
 
 def _check_own(path: Path, kind: int, others: int = 0o022) -> None:
-    """Checks that it is ours, that others have none of these rights, and that it is no link. Raises OSError."""
+    """Checks that a path belongs to the daemon, that others have none of these rights, and that it is no link. Raises
+    OSError."""
     found = path.lstat()
     if stat.S_IFMT(found.st_mode) != kind or (kind == stat.S_IFREG and found.st_nlink != 1):
         raise PermissionError(errno.EACCES, "it is not what the daemon makes there; remove it", str(path))

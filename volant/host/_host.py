@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 class Threads(Protocol):
     async def run(self, call: Callable[..., T], *args: object) -> T:
-        """Runs a call that blocks on the disk in a worker thread. It is not cancelled half-way."""
+        """Runs a call that blocks on the disk in a worker thread. It can't be cancelled in the middle."""
 
 
 class LinuxThreads(Threads):
@@ -45,7 +45,7 @@ class Random(Protocol):
         """Returns 32 hexadecimal digits that were never returned before."""
 
     def token_bytes(self, size: int) -> bytes:
-        """Returns `size` random bytes, good enough for keys."""
+        """Returns `size` random bytes, suitable for keys."""
 
 
 class LinuxRandom(Random):
@@ -61,10 +61,10 @@ class Clock(Protocol):
         """Returns the time of day in UTC. It may jump."""
 
     def monotonic(self) -> float:
-        """Returns seconds on a clock that does not jump, to measure with."""
+        """Returns seconds on a monotonic clock, for measurements."""
 
     def boottime(self) -> float:
-        """Returns seconds since the host was booted. Nobody sets this clock, and it goes on while the host sleeps."""
+        """Returns seconds since the host was booted. This clock can't be set, and continues while the host sleeps."""
 
 
 class LinuxClock(Clock):
@@ -79,7 +79,7 @@ class LinuxClock(Clock):
 
 
 class Host:
-    """Composes the facets of the real machine. A daemon has one; a test replaces single facets or all of them."""
+    """The facets of the real machine. A daemon has one; a test replaces single facets or all of them."""
 
     clock: Clock
     random: Random
@@ -105,8 +105,8 @@ class Host:
         *,
         lowers: bool = False,
     ) -> None:
-        """`scopes`: creates a systemd scope for each hypervisor. `groups`: creates a control group for each instead.
-        `users`: users reserved for hypervisors; None: hypervisors run as the daemon's user. `lowers`: whether
+        """Creates it. `scopes` creates a systemd scope for each hypervisor; `groups` creates a control group for each
+        instead. `users` are reserved for hypervisors; None if they run as the daemon's user. `lowers` is whether
         hypervisors get less processor time than the daemon."""
         # Only root can have given processes another user.
         reserved = users if users is not None and os.geteuid() == 0 else range(0)
@@ -127,6 +127,6 @@ class Host:
         self.sockets = LinuxSockets()
 
     def confine(self, directories: Sequence[Path], tag_prefix: str) -> None:
-        """From now on, removes files only below `directories`, and finds, opens and signals only processes whose tag
-        begins with `tag_prefix`, whatever a row, a file or a process says."""
+        """Restricts the daemon: from now on it removes files only below `directories`, and finds, opens and signals
+        only processes whose tag begins with `tag_prefix`, whatever a row, a file or a process contains."""
         self.own.confine(directories, tag_prefix)

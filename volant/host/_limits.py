@@ -1,4 +1,4 @@
-"""The facet that limits what processes take of the machine."""
+"""The facet that limits the resources of processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from ._scopes import ScopeError, Scopes
 _logger = logging.getLogger("volant.host")
 
 _LOWER_AGAIN_S, _LOWER_TRIES = 0.25, 40
-"""The kernel takes ten changes a second of all processes without CAP_SYS_ADMIN."""
+"""The delay and the number of attempts: without CAP_SYS_ADMIN, the kernel accepts ten changes per second for all
+processes."""
 
 
 class Limits(Protocol):
@@ -33,42 +34,41 @@ class Limits(Protocol):
         *,
         spare: bool = False,
     ) -> None:
-        """Moves a process out of the daemon's control group, so that what systemd does to the daemon does not touch it,
-        and limits what it takes, as far as the host can; `limits` None: no limits. Its tag becomes the name of its
-        scope, or of its control group where there is no systemd. Where neither works, the process stays where it is,
-        and the log says so. A process that is in its group already stays there, also after `enclose`. When the host
-        runs out of memory, it is not the first that the kernel ends any more, unless it is `spare`."""
+        """Moves a process out of the daemon's control group, so that systemd's actions on the daemon do not affect it,
+        and limits its resources, as far as the host can; `limits` is None for no limits. Its tag becomes the name of
+        its scope, or of its control group without systemd. If neither works, the process stays in its group, and a
+        warning is logged. A process that is already in its group stays there, also after `enclose`. If the host runs
+        out of memory, the kernel no longer ends the process first, unless it is `spare`."""
 
     movable: Cgroups | None = None
-    """Where `enclose` makes groups; the `Freezer` sets it."""
+    """The place for the groups of `enclose`, set by the `Freezer`."""
 
     async def enclose(self, identity: ProcessIdentity, limits: ResourceLimits | None) -> None:
-        """Moves a process into a group of its own below one that is frozen as a whole. Raises ProcessGone, OSError."""
+        """Moves a process into a separate group below one that is frozen as a whole. Raises ProcessGone, OSError."""
 
     def is_frozen(self, identity: ProcessIdentity) -> bool:
-        """Whether a process is frozen, or is about to be, as its group is. It can only be killed."""
+        """Returns whether a process is frozen, or is about to be, because of its group. It can then only be killed."""
 
     async def remove_empty(self, ended: str | None = None) -> None:
-        """Removes the control groups of processes that have ended, where we made them. `ended`: the tag of a process
-        that ends at present; its group is awaited, up to a second."""
+        """Removes the control groups of ended processes, if the daemon created them. `ended` is the tag of an exiting
+        process; its group is awaited, up to a second."""
 
     def of(self, identity: ProcessIdentity) -> dict[str, str] | None:
         """Returns the limits that the kernel applies to a process, by the names of the files in its control group; None
-        where it has no group of its own."""
+        if it has no separate group."""
 
     def oom_events(self, identity: ProcessIdentity) -> Path | None:
-        """Returns the file that changes when the kernel kills a process for lack of memory; None where there is
-        none."""
+        """Returns the file that changes when the kernel kills a process for lack of memory; None if there is none."""
 
     def oom_kills(self, events: Path) -> int:
-        """Returns how many processes were killed for lack of memory. Raises OSError."""
+        """Returns the number of processes killed for lack of memory. Raises OSError."""
 
 
 class LinuxLimits(Limits):
     def __init__(
         self, processes: Processes, scopes: Scopes | None, groups: Cgroups | None, *, lowers: bool = False
     ) -> None:
-        """`lowers`: whether processes get less processor time than the daemon."""
+        """Creates it. `lowers` is whether processes get less processor time than the daemon."""
         self._processes = processes
         self._scopes = scopes
         self._groups = groups
@@ -101,7 +101,8 @@ class LinuxLimits(Limits):
             await self._lower(identity)
 
     def _moving(self, identity: ProcessIdentity) -> trio.Lock:
-        """Returns what is held while a process is moved, or `apply` would move it out of where `enclose` puts it."""
+        """Returns the lock that is held while a process is moved; it prevents `apply` from moving a process out of its
+        group from `enclose`."""
         return self._moves.setdefault(identity, trio.Lock())
 
     async def enclose(self, identity: ProcessIdentity, limits: ResourceLimits | None) -> None:
@@ -127,7 +128,7 @@ class LinuxLimits(Limits):
             _logger.warning("the limits of %s are not set: %s", group.name, error)
 
     def _end_by_size(self, identity: ProcessIdentity) -> bool:
-        """Returns whether the process is still there."""
+        """Lets the kernel end a process by its size if memory runs out. Returns whether the process still exists."""
         try:
             with self._processes.open(identity) as process:
                 _priorities.end_by_size(process.pid)
@@ -179,7 +180,7 @@ def _own_group(identity: ProcessIdentity) -> Path | None:
 
 
 def _frozen_group(identity: ProcessIdentity) -> Path | None:
-    """Returns the group of a process if it is one of those that are frozen as a whole."""
+    """Returns the group of a process if that is frozen as a whole."""
     try:
         group = _cgroups.group_of(identity.pid)
     except OSError:

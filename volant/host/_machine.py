@@ -1,4 +1,4 @@
-"""The facet for the machine as a whole: its memory and how busy it is."""
+"""The facet for the machine as a whole: its memory and its load."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _CLOCK = Path("/sys/devices/system/clocksource/clocksource0/current_clocksource"
 
 
 class HostFigures(msgspec.Struct, frozen=True):
-    """How busy the machine is."""
+    """The load of the machine."""
 
     cpu_percent: float  #: busy share of all CPUs, 0 to 100, since the previous call (since boot in the first one)
     memory_total_mb: int
@@ -25,42 +25,42 @@ class HostFigures(msgspec.Struct, frozen=True):
 
 _PRESSURE_FILE = Path("/proc/pressure/memory")
 _PRESSURE = 0.1
-"""Programs that wait for memory for this share of the time are slowed down noticeably."""
+"""Programs that wait for memory during this share of the time are slowed down noticeably."""
 _LITTLE = 4
-"""Where a quarter of the memory is available, the machine does not lack it."""
+"""If a quarter of the memory is available, the machine does not lack memory."""
 
 
 class Machine(Protocol):
     def figures(self) -> HostFigures:
-        """Returns how busy the machine is. For one caller: the CPU figure counts from the previous call."""
+        """Returns the load of the machine. For one caller: the CPU figure counts from the previous call."""
 
     def memory_total_mb(self) -> int:
         """Returns the machine's memory in MiB."""
 
     def memory_available_mb(self) -> int:
-        """Returns the memory in MiB that programs can still have without swapping."""
+        """Returns the memory in MiB that is available to programs without swapping."""
 
     def memory_pressure(self) -> float:
-        """Returns for which share of the last ten seconds a program waited for memory; 0 if nothing is known."""
+        """Returns the share of the last ten seconds in which a program waited for memory; 0 if unknown."""
 
     def is_short_of_memory(self) -> bool:
-        """Whether programs wait because the machine lacks memory. A control group at its own limit shows in the same
-        figure of the kernel, so that alone does not count. Raises OSError."""
+        """Returns whether programs wait because the machine lacks memory. A control group at its own limit has the same
+        effect on the kernel's figure, so that figure alone does not count. Raises OSError."""
         waits = self.memory_pressure() > _PRESSURE
         return waits and self.memory_available_mb() < self.memory_total_mb() // _LITTLE
 
     def spare_memory_mb(self, directory: Path) -> int:
-        """Returns `memory_available_mb` minus what files in a directory in RAM may still grow by."""
+        """Returns `memory_available_mb` minus the possible growth of files in a directory in RAM."""
 
     def file_room_mb(self, directory: Path) -> int:
-        """Returns the MiB that a new file may take in a directory in RAM, which need not exist. Raises OSError."""
+        """Returns the MiB that a new file may take up in a directory in RAM, which need not exist. Raises OSError."""
 
     def interface_bytes(self) -> Mapping[str, tuple[int, int]]:
         """Returns the bytes that each network interface of this network namespace has received and sent."""
 
     def tsc_khz(self) -> int:
-        """Returns the rate of the CPU's time stamp counter in kHz if the kernel uses it as its clock, else 0: it has
-        found out, or can't know, whether the counter runs at one rate on all CPUs."""
+        """Returns the rate of the CPU's time stamp counter in kHz if the kernel uses it as its clock, which means that
+        it runs at one rate on all CPUs; otherwise 0."""
 
 
 class LinuxMachine(Machine):
@@ -124,7 +124,7 @@ class LinuxMachine(Machine):
 
 
 def _meminfo(field: str) -> int:
-    """Returns a field of /proc/meminfo in KiB, 0 where it is missing."""
+    """Returns a field of /proc/meminfo in KiB, 0 if it is missing."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         name, _, rest = line.partition(":")
         if name == field:

@@ -1,8 +1,8 @@
 """Copies a guest's memory from its file or from the process that runs it.
 
-A guest that booted cold has its memory in a file of its own. A guest that was restored from a template has a private
+A guest that booted cold has its own file with its memory. A guest that was restored from a template has a private
 mapping of the template's file in its hypervisor's process: a page belongs to the process once it was written to, and to
-the file until then. `/proc/<pid>/pagemap` says which, in eight bytes per page; only the last of them matters here.
+the file until then. `/proc/<pid>/pagemap` shows this in eight bytes per page, of which only the last matters here.
 
 The file may have lost its name, so it is opened through the process's descriptors, and compared with the mapping.
 Copies work in pieces, so that a caller can stop between two of them.
@@ -29,12 +29,12 @@ from . import _procfs
 
 PAGE = mmap.PAGESIZE
 PIECE = 32 * 1024 * 1024
-"""Takes some ten milliseconds."""
+"""The size of a piece, whose copy takes some ten milliseconds."""
 
 _BUFFER = 1024 * 1024
 _ENTRY = 8
 _FILES = 1 << 5
-"""Bit of an entry's last byte: the page belongs to a file, or is shared."""
+"""A bit of an entry's last byte: the page belongs to a file, or is shared."""
 _THERE = 0b11 << 6
 """Bits: the page is in memory, or swapped out."""
 _OWN = bytes(bool(byte & _THERE and not byte & _FILES) for byte in range(256))
@@ -42,22 +42,22 @@ _RUN = re.compile(rb"\x01+")
 
 
 class PrivateMapping(msgspec.Struct, frozen=True):
-    """A file that a process has mapped as memory of its own."""
+    """A file that a process has mapped privately as memory."""
 
     pid: int
     start: int
     size: int
     name: str
-    """The file's name when it was opened."""
+    """The file's name at the time of its opening."""
     identity: str
     """Its device and inode, as `/proc/<pid>/maps` shows them."""
 
     def open_file(self) -> int:
         """Returns a descriptor of the file, which may have lost its name. Raises OSError; FileNotFoundError unless the
-        process has it open, it is ours and it has that size.
+        process has it open, it belongs to the daemon and it has that size.
 
-        A process may have an `O_PATH` descriptor of any file, and put it in the place of another one at any moment. So
-        what was opened is compared with the mapping, which needs the right to read the file.
+        A process may have an `O_PATH` descriptor of any file, and replace a descriptor by it at any time. So the opened
+        file is compared with the mapping, which requires the right to read the file.
         """
         with _procfs.as_user_of(self.pid):
             paths = list(Path(f"/proc/{self.pid}/fd").iterdir())
@@ -125,7 +125,7 @@ class _Mapped(NamedTuple):
     offset: int
     identity: str
     name: str
-    """Empty unless it is of a file."""
+    """The file's name; empty without a file."""
 
 
 def _maps(pid: int | str) -> Iterator[_Mapped]:
@@ -138,7 +138,7 @@ def _maps(pid: int | str) -> Iterator[_Mapped]:
 
 
 def _identity_of(fd: int) -> str:
-    """Returns a file's device and inode as `maps` shows them, which is not in the way of `stat` on every file system
+    """Returns a file's device and inode in the form of `maps`, which differ from those of `stat` on some file systems
     (Btrfs, overlayfs). Raises OSError."""
     with mmap.mmap(fd, PAGE, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE) as mapped:
         first = ctypes.c_char.from_buffer(mapped)
@@ -149,8 +149,8 @@ def _identity_of(fd: int) -> str:
 
 
 def copy_piece(source: int, target: int, start: int, size: int) -> int:
-    """Copies up to `PIECE` of a file's data, from `start` on, to the same places of another file, and returns where to
-    go on; `size` is the end. Raises OSError."""
+    """Copies up to `PIECE` of a file's data, from `start` on, to the same places of another file. Returns the next
+    `start`; `size` is the end. Raises OSError."""
     left = PIECE
     while start < size and left > 0:
         try:
@@ -173,7 +173,7 @@ def copy_piece(source: int, target: int, start: int, size: int) -> int:
 
 def copy_own_piece(mapping: PrivateMapping, memory: int, pagemap: int, target: int, start: int) -> tuple[int, int]:
     """Writes up to `PIECE` of the process's own pages of a mapping, from `start` on, to the same places of a file.
-    Returns where to go on, and how many bytes were written. Raises OSError."""
+    Returns the next `start` and the number of written bytes. Raises OSError."""
     buffer = memoryview(bytearray(_BUFFER))
     copied = 0
     while start < mapping.size and copied < PIECE:

@@ -1,8 +1,8 @@
-"""Which processes the kernel prefers: for processor time, and when memory runs out.
+"""The kernel's priorities of processes, for processor time and for memory shortage.
 
 `nice` is not enough: the kernel first shares processors among sessions (autogroups, see sched(7)), and each hypervisor
-leads a session of its own. So these functions set the weight of a session, as a nice value in `/proc/PID/autogroup`. It
-has no effect in a control group with the cpu controller, where the groups' weights count.
+has its own session. So these functions set the weight of a session, as a nice value in `/proc/PID/autogroup`. It has no
+effect in a control group with the cpu controller, where the groups' weights count.
 """
 
 from __future__ import annotations
@@ -20,25 +20,26 @@ from . import _procfs
 
 
 SPARE = 1000
-"""The kernel ends these first, whatever their size."""
+"""The score of processes that the kernel ends first, whatever their size."""
 NEVER = -1000
 _FILE = "oom_score_adj"
 
 
 def end_first(pid: int) -> None:
-    """Raises OSError."""
+    """Makes the kernel end a process first. Raises OSError."""
     _write(pid, SPARE)
 
 
 def end_by_size(pid: int) -> None:
-    """Raises OSError."""
+    """Makes the kernel rank a process by its size. Raises OSError."""
     own = int((_procfs.PROC / "self" / _FILE).read_text())
     # A daemon without CAP_SYS_RESOURCE can't put a process behind what its own value was at its start.
     _write(pid, max(0, own))
 
 
 def end_last(pid: int) -> None:
-    """As far as this daemon may: without CAP_SYS_RESOURCE, as late as itself. Raises OSError."""
+    """Makes the kernel end a process last, as far as the daemon may: without CAP_SYS_RESOURCE, as late as the daemon.
+    Raises OSError."""
     try:
         _write(pid, NEVER)
     except PermissionError:
@@ -56,9 +57,9 @@ def _write(pid: int, score: int) -> None:
 
 
 OWN = -15
-"""Twenty-eight times the weight of any other session."""
+"""The nice value of the daemon's session: twenty-eight times the weight of any other session."""
 LOWERED = 10
-"""A ninth of the weight of any other session."""
+"""The nice value of hypervisors' sessions: a ninth of the weight of any other session."""
 
 
 def raise_own() -> bool:
@@ -78,6 +79,6 @@ def raise_own() -> bool:
 def lower(pid: int) -> None:
     """Lowers the weight of a process's session below others'.
 
-    Raises BlockingIOError when the kernel wants a retry later, as it takes only a few of these a second; OSError.
+    Raises BlockingIOError if the kernel wants a retry later, as it only accepts a few changes per second; OSError.
     """
     Path(f"/proc/{pid}/autogroup").write_text(str(LOWERED))

@@ -1,7 +1,7 @@
-"""The facet that inspects processes by `/proc`.
+"""The facet that inspects processes in `/proc`.
 
-What a method reads by a pid belongs to the process only if the process had not ended before the read. So each method
-opens a handle first, and checks it afterwards.
+Data read by a pid belongs to the process only if the process had not ended before the read. So each method opens a
+handle first, and checks it afterwards.
 """
 
 from __future__ import annotations
@@ -27,22 +27,23 @@ class ProcessStatus(msgspec.Struct, frozen=True):
     """The rights of a process."""
 
     user: int
-    capabilities: int  #: those that it has or can gain, a bit each
+    capabilities: int  #: the capabilities that it has or can gain, one bit each
     no_new_privileges: bool
     filters: int  #: number of seccomp filters
 
 
 class ProcessUsage(msgspec.Struct, frozen=True):
-    """What a process has used since its start, and its resident memory."""
+    """The resource use of a process since its start, and its resident memory."""
 
     cpu_s: float
     rss_kb: int
-    read_bytes: int  #: from disks; the page cache does not count
+    read_bytes: int  #: bytes read from disks, without the page cache
     written_bytes: int
 
 
 class Proc(Protocol):
-    """Methods with an identity raise ProcessGone when there is no such process, or we may not inspect it."""
+    """Information about processes. Methods with an identity raise ProcessGone if there is no such process, or the
+    daemon may not inspect it."""
 
     def command_line(self, identity: ProcessIdentity) -> list[str]:
         """Returns the arguments of a process."""
@@ -54,17 +55,17 @@ class Proc(Protocol):
         """Returns the rights of a process."""
 
     def wakeups(self, identity: ProcessIdentity) -> int:
-        """Returns how often the threads of a process have waited and were woken. Threads that have ended don't count,
-        so the number may fall."""
+        """Returns how often the threads of a process have waited and were woken. Ended threads don't count, so the
+        number may fall."""
 
     def usage(self, identity: ProcessIdentity) -> ProcessUsage:
-        """Returns what a process has used. Cheap: its mappings are not walked."""
+        """Returns the resource use of a process. Cheap: its mappings are not walked."""
 
     def is_ours(self, identity: ProcessIdentity) -> bool:
-        """Whether a process runs as our user, or as a hypervisor's."""
+        """Returns whether a process runs as the daemon's user, or as a hypervisor's."""
 
     def has_open(self, identity: ProcessIdentity, path: Path) -> bool:
-        """Whether a process has an existing file open. Compares files, not names, as the process may see other
+        """Returns whether a process has an existing file open. Compares files, not names, as the process may see other
         names."""
 
     async def users(self) -> frozenset[int]:
@@ -73,7 +74,7 @@ class Proc(Protocol):
 
 class LinuxProc(Proc):
     def __init__(self, processes: Processes, users: range) -> None:
-        """`users`: users reserved for hypervisors."""
+        """Creates it. `users` are reserved for hypervisors."""
         self._processes = processes
         self._users = users
 

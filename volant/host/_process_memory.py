@@ -1,4 +1,4 @@
-"""The facet for the memory of processes: how much they take, and copies of a guest's memory."""
+"""The facet for the memory of processes: their use, and copies of a guest's memory."""
 
 from __future__ import annotations
 
@@ -20,33 +20,34 @@ from ._procfs import ProcessGone
 
 _PROC = Path("/proc")
 _READERS = 2
-"""Limits the threads that read `smaps_rollup`: the kernel walks all mappings, for milliseconds of a processor each."""
+"""Maximum threads that read `smaps_rollup`: the kernel walks all mappings, which takes each milliseconds of a
+processor."""
 
 
 class MemoryUsage(msgspec.Struct, frozen=True):
-    """What a process takes of the machine's memory."""
+    """The memory use of a process."""
 
     rss_kb: int  #: all mapped pages that are in memory
-    pss_kb: int  #: likewise, with shared pages divided by their users: the sum over all processes is their total
+    pss_kb: int  #: the same, with shared pages divided by their users; the sum over all processes is their total
     private_kb: int  #: mapped by no other process; free once it ends, unless it belongs to a file
     shared_kb: int  #: mapped by other processes too
 
 
 class ProcessMemory(Protocol):
     async def usage(self, identity: ProcessIdentity, timeout_s: float) -> MemoryUsage:
-        """Returns what a process takes of the memory. Costs some milliseconds per GiB, so it is read on demand.
+        """Returns the memory use of a process. Costs some milliseconds per GiB, so it is read on demand.
 
-        Raises ProcessGone, trio.TooSlowError, OSError where the process may not be inspected.
+        Raises ProcessGone, trio.TooSlowError, OSError if the process may not be inspected.
         """
 
     async def copy_mapped_file(self, identity: ProcessIdentity, size: int, target: Path, mode: int = 0o600) -> None:
-        """Copies the file behind the process's one private mapping of `size` bytes to a new file, as `Files.copy` does.
-        Pages that the process has written are not in it. Raises ProcessGone, OSError; PermissionError where the process
-        may not be inspected."""
+        """Copies the file behind the process's only private mapping of `size` bytes to a new file, like `Files.copy`.
+        The copy does not contain pages that the process has written. Raises ProcessGone, OSError; PermissionError if
+        the process may not be inspected."""
 
     async def copy_own_pages(self, identity: ProcessIdentity, size: int, target: Path) -> int:
         """Writes the pages of that mapping that the process has written to the same places of `target`, in pieces.
-        Returns their bytes. Raises as `copy_mapped_file`."""
+        Returns their bytes. Raises the errors of `copy_mapped_file`."""
 
 
 class LinuxProcessMemory(ProcessMemory):
@@ -105,7 +106,7 @@ def _closing(fd: int) -> Iterator[int]:
 
 
 def _check_alive(process: Process) -> None:
-    """What was opened by the pid of a living process belongs to that process. :raises ProcessGone:"""
+    """Checks that a process is alive, so that data opened by its pid belongs to it. :raises ProcessGone:"""
     if process.exited:
         raise ProcessGone(f"process {process.pid} has ended")
 

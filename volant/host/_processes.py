@@ -1,16 +1,16 @@
 """The facet that starts, finds and ends processes.
 
-**An identity names a process, not a pid.** A daemon that comes back finds a number in its row, and by then the number
-may belong to another process. So an identity is pid, start time, boot id and a tag that stands on the command line. A
-handle opens a pidfd first and compares afterwards, so what it compared is what it signals and waits for.
+**An identity is more than a pid.** A restarted daemon finds a number in its row, which may belong to another process by
+then. So an identity consists of pid, start time, boot id and a tag on the command line. A handle opens a pidfd first
+and compares afterwards, so it signals and waits for the compared process.
 
 **Nothing here polls**, except that `spawn()` waits for the command line. A pidfd becomes readable when its process
-ends, also when the process is no child of ours.
+ends, even if the process is not a child of the daemon.
 
 **Children are reaped here.** The first waiter takes the exit status, and every other handle of the same child sees it
-too. A child that nobody watches is collected by the next `spawn()` or `scan()`, and its status kept for a handle that
-is opened later. `subprocess.Popen` is used for its careful fork and exec alone, and forgotten at once: two parties that
-wait for one child steal its status.
+too. An unwatched child is reaped by the next `spawn()` or `scan()`, and its status kept for a handle that is opened
+later. `subprocess.Popen` is only used for its careful fork and exec, and dropped at once: two waiters for one child
+would steal its status from each other.
 """
 
 from __future__ import annotations
@@ -38,15 +38,17 @@ from ._sandbox import Sandbox, start_sandboxed
 
 _TAG = re.compile(r"[A-Za-z0-9._:@-]{4,100}")
 _STATUSES_KEPT = 256
-"""Exit statuses of children that nobody has asked for yet."""
+"""Maximum exit statuses of children that are kept until they are requested."""
 _KILLED_S = 5.0
-"""Bounds the wait for a short program after SIGKILL."""
+"""Maximum wait for a short program after SIGKILL."""
 _EXEC_S, _EXEC_AGAIN_S = 5.0, 0.001
-"""Bounds the wait for the command line of a new process, which takes up to 15 ms on a busy host."""
+"""Maximum wait for the command line of a new process, which takes up to 15 ms on a busy host, and the interval of
+checks."""
 
 
 class Process(Protocol):
-    """A handle on one process, started by us or adopted. A context manager; closing it does nothing to the process."""
+    """A handle of one process, started by the daemon or adopted. It is a context manager; closing it does not affect
+    the process."""
 
     @property
     def identity(self) -> ProcessIdentity: ...
@@ -61,12 +63,12 @@ class Process(Protocol):
     async def wait(self) -> int | None:
         """Waits for the end. Several tasks may wait at once.
 
-        Returns the exit status, 0 to 255, or minus the signal number; None where it is unknown, as the process is no
-        child of ours.
+        Returns the exit status, 0 to 255, or minus the signal number; None if it is unknown, as the process is not a
+        child of the daemon.
         """
 
     def kill(self, signum: int = signal.SIGKILL) -> None:
-        """Sends a signal, unless the process has ended. Raises PermissionError when it belongs to another user."""
+        """Sends a signal, unless the process has ended. Raises PermissionError if it belongs to another user."""
 
     def close(self) -> None: ...
 
@@ -77,7 +79,7 @@ class Process(Protocol):
 
 class Processes(Protocol):
     def boot_id(self) -> str:
-        """Returns the kernel's id of this boot. Pids and start times mean nothing beyond it."""
+        """Returns the kernel's id of this boot. Pids and start times are only valid within it."""
 
     async def spawn(
         self,
@@ -90,16 +92,16 @@ class Processes(Protocol):
         sandbox: Sandbox | None = None,
         descriptors: Sequence[int] = (),
     ) -> ProcessIdentity:
-        """Starts a process that outlives us: own session, no stdin, no core dump, and of our descriptors only
-        `descriptors`, under the same numbers. `sandbox`: what it may do; None: what we may do. Until `Limits.apply` it
-        is the first that the kernel ends when the host runs out of memory.
+        """Starts a process that outlives the daemon: with its own session, without stdin and core dumps, and of the
+        daemon's descriptors only with `descriptors`, under the same numbers. `sandbox` has its rights; None for the
+        daemon's. Until `Limits.apply` the kernel ends it first if the host runs out of memory.
 
-        `tag` must stand on the command line already, as a whole argument or between `,` and `=` of one: 4 to 100
-        letters, digits and `._:@-`. Stdout and stderr are appended to `stdout_path` (created 0600); the caller bounds
-        its size with `Files.empty_if_larger`. Not cancelled half-way. When it returns, `scan` finds the process, also
+        `tag` must already be on the command line, as a whole argument or between `,` and `=` of one: 4 to 100 letters,
+        digits and `._:@-`. Stdout and stderr are appended to `stdout_path` (created 0600); the caller bounds its size
+        with `Files.empty_if_larger`. Can't be cancelled in the middle. When it returns, `scan` finds the process, also
         from another process.
 
-        Raises OSError when the program cannot be started or the sandbox can't be set up, ValueError for a bad tag.
+        Raises OSError if the program cannot be started or the sandbox can't be set up, ValueError for a bad tag.
         """
 
     async def run(
@@ -117,36 +119,34 @@ class Processes(Protocol):
         """Runs a short program to its end, and returns its exit status (minus the signal number), and stdout and stderr
         together.
 
-        It is killed after `timeout_s`, beyond `output_limit` bytes of output, and when its output holds `until`.
-        `sandbox`: as of `spawn`. Raises OSError when it cannot be started or the sandbox can't be set up,
-        trio.TooSlowError.
+        It is killed after `timeout_s`, beyond `output_limit` bytes of output, and when its output contains `until`. For
+        `sandbox` see `spawn`. Raises OSError if it cannot be started or the sandbox can't be set up, trio.TooSlowError.
         """
 
     async def scan(self, tag_prefix: str, *, of_anybody: bool = False) -> list[ProcessIdentity]:
-        """Returns every living process whose tag begins with this prefix; none where such tags are not ours. Reads
-        all of /proc.
+        """Returns every living process whose tag begins with this prefix; none if such tags don't belong to the daemon.
+        Reads all of /proc.
 
-        Any user can start a process that carries a tag. So only processes of our own user and of hypervisors' users
-        count, unless `of_anybody` is set. Only session leaders count, as `spawn` makes them: `pgrep` for a tag is not
-        taken for the process that carries it. Raises OSError when the host has no descriptor or memory left.
+        Any user can start a process with a tag. So only processes of the daemon's user and of hypervisors' users count,
+        unless `of_anybody` is set. Only session leaders count, like those of `spawn`, so that `pgrep` for a tag is not
+        mistaken for the tagged process. Raises OSError if the host has no descriptor or memory left.
         """
 
     def open(self, identity: ProcessIdentity) -> Process:
-        """Opens a handle on the process with this identity. A child that has ended can be opened until its status was
-        seen.
+        """Opens a handle of the process with this identity. An ended child can be opened until its status was read.
 
-        :raises ProcessGone: there is none: another boot, another start time, a tag that is not ours, or another
-            command line, unless it runs as a hypervisor's user.
-        :raises OSError: the host has no descriptor or memory left, so nothing is known of it.
+        :raises ProcessGone: there is none: another boot, another start time, a tag that does not belong to the daemon,
+            or another command line, unless it runs as a hypervisor's user.
+        :raises OSError: the host has no descriptor or memory left, so its state is unknown.
         """
 
     async def find(self, tag: str) -> ProcessIdentity | None:
-        """Returns the oldest living process that carries exactly this tag. Reads all of /proc."""
+        """Returns the oldest living process with exactly this tag. Reads all of /proc."""
         found = [identity for identity in await self.scan(tag) if identity.tag == tag]
         return min(found, key=lambda identity: identity.start_time, default=None)
 
     async def end(self, identities: Iterable[ProcessIdentity]) -> None:
-        """Kills processes and waits until all have ended. The deadline is the caller's. Raises OSError."""
+        """Kills processes and waits until all have ended. The caller sets the deadline. Raises OSError."""
         with ExitStack() as stack:
             handles = []
             for identity in identities:
@@ -159,8 +159,8 @@ class Processes(Protocol):
                 await process.wait()
 
     async def end_all(self, tag: str, known: ProcessIdentity | None = None) -> None:
-        """Kills every process that carries exactly this tag, and `known`, whatever its command line says by now, and
-        waits until all have ended. The deadline is the caller's. Reads all of /proc. Raises OSError."""
+        """Kills every process with exactly this tag, and `known`, whatever its command line is by now, and waits until
+        all have ended. The caller sets the deadline. Reads all of /proc. Raises OSError."""
         found = {identity for identity in await self.scan(tag) if identity.tag == tag}
         if known is not None:
             found.add(known)
@@ -168,7 +168,7 @@ class Processes(Protocol):
 
 
 class _Child:
-    """A process that we started, and its exit status once it was reaped."""
+    """A process that the daemon started, and its exit status once it was reaped."""
 
     __slots__ = ("pidfd", "reaped", "seen", "start_time", "status")
 
@@ -250,7 +250,7 @@ class _PidfdProcess(Process):
 
 class LinuxProcesses(Processes):
     def __init__(self, own: Ownership, users: range) -> None:
-        """`users`: users reserved for hypervisors."""
+        """Creates it. `users` are reserved for hypervisors."""
         self._own = own
         self._users = users
         self._children: dict[int, _Child] = {}
@@ -405,7 +405,8 @@ class LinuxProcesses(Processes):
         return _PidfdProcess(identity, pidfd, None)
 
     def _check(self, identity: ProcessIdentity) -> None:
-        """:raises ProcessGone: the process is another one, or has ended. :raises OSError: it can't be looked at."""
+        """Checks a process. :raises ProcessGone: it is another one, or has ended. :raises OSError: it can't be
+        inspected."""
         pid = identity.pid
         try:
             stat = _procfs.stat(pid)
@@ -423,7 +424,7 @@ class LinuxProcesses(Processes):
 
 
 def runs_as_ours(pid: int, users: range) -> bool:
-    """Whether our own user, or one of `users`, started a process. Raises OSError, ValueError."""
+    """Returns whether the daemon's user, or one of `users`, started a process. Raises OSError, ValueError."""
     user = _procfs.real_user(pid)
     return user in (os.getuid(), os.geteuid()) or user in users
 
@@ -465,7 +466,7 @@ def _start_program(
 
 @contextmanager
 def _memory_file(data: bytes) -> Iterator[int]:
-    """A file in memory for a program to read: unlike a pipe, it needs no task that feeds it."""
+    """Yields a file in memory for a program to read, which, unlike a pipe, needs no task that feeds it."""
     fd = os.memfd_create("stdin", os.MFD_CLOEXEC)
     try:
         with open(fd, "wb", closefd=False) as file:

@@ -1,4 +1,4 @@
-"""Reads `/proc/<pid>`. The functions raise OSError or ValueError when the process has ended."""
+"""Reads `/proc/<pid>`. The functions raise OSError or ValueError if the process has ended."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Stat(NamedTuple):
     """Fields of /proc/<pid>/stat."""
 
     start_time: int
-    """In clock ticks since the boot."""
+    """The start time in clock ticks since the boot."""
     session: int
     state: str
 
@@ -38,16 +38,16 @@ class Stat(NamedTuple):
 
 
 def raise_shortage(error: OSError | ValueError) -> None:
-    """Raises the error again if it says nothing about a process, as the host has no descriptor or memory left to look
-    at one. A process that is taken for gone meanwhile would be started a second time."""
+    """Raises the error again if it only means that the host has no descriptor or memory left to inspect a process. A
+    process that is mistaken for ended would be started a second time."""
     if isinstance(error, OSError) and error.errno in _SHORTAGES:
         raise error
 
 
 @contextmanager
 def as_user_of(pid: int) -> Iterator[None]:
-    """Lets this thread open files with the rights of a process's user, where the daemon may act for that user. The
-    block must not await anything."""
+    """Lets this thread open files with the rights of a process's user, if the daemon may act for that user. The block
+    must not await anything."""
     figures = (PROC / str(pid)).stat()
     _libc.setfsgid(figures.st_gid)
     _libc.setfsuid(figures.st_uid)
@@ -71,7 +71,7 @@ def stat(pid: int) -> Stat:
 
 
 def status(pid: int | str) -> dict[str, list[str]]:
-    """Returns the values of /proc/<pid>/status by their names. `pid`: also `thread-self`."""
+    """Returns the values of /proc/<pid>/status by their names. `pid` may be `thread-self`."""
     lines = (PROC / str(pid) / "status").read_text().splitlines()
     fields = {name: text.split() for name, _, text in (line.partition(":") for line in lines)}
     if "Uid" not in fields:
@@ -80,7 +80,7 @@ def status(pid: int | str) -> dict[str, list[str]]:
 
 
 def own_capabilities() -> int:
-    """Returns the effective capabilities of this thread, a bit each."""
+    """Returns the effective capabilities of this thread, one bit each."""
     return int(status("thread-self")["CapEff"][0], 16)
 
 
@@ -95,12 +95,12 @@ def wakeups(pid: int) -> int:
 
 
 class Usage(NamedTuple):
-    """What a process has used since its start, and its resident memory."""
+    """The resource use of a process since its start, and its resident memory."""
 
     cpu_s: float
     rss_kb: int
     read_bytes: int
-    """From disks: what was in the page cache does not count."""
+    """Bytes read from disks, without reads from the page cache."""
     written_bytes: int
 
 
@@ -116,8 +116,8 @@ def usage(pid: int) -> Usage:
 
 
 def real_user(pid: int) -> int:
-    """Returns the user that started a process. Its effective user proves nothing: any user can run a setuid program,
-    with arguments of their choice."""
+    """Returns the user that started a process. Its effective user proves nothing: any user can run a setuid program
+    with arbitrary arguments."""
     return int(status(pid)["Uid"][0])
 
 

@@ -1,4 +1,4 @@
-"""Other programs: their environment, their users, and a bound for what they print."""
+"""Other programs: their environment, their users, and a limit of their output."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ._host import Host
 
 
 def numbered(users: range, name: str) -> int:
-    """Returns the group that follows from a name, such as the fingerprint of a file."""
+    """Returns the group that is derived from a name, such as the fingerprint of a file."""
     return users[number_of(name) % len(users)]
 
 
 def number_of(name: str) -> int:
-    """Returns a number that follows from a name."""
+    """Returns a number that is derived from a name."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:6])
 
 
@@ -36,17 +36,17 @@ def users_without_vm(users: range) -> range:
 
 
 def users_of_restricted_passt(users: range) -> range:
-    """Returns the users of passts whose destinations have rules of their own: the last quarter, without those above."""
+    """Returns the users of passts with their own rules: the last quarter, without the users above."""
     return users[len(users) * 3 // 4 : -2]
 
 
 LOG_LIMIT = 1024 * 1024
-"""Bytes of a program's own output, as a guest can make it log errors forever."""
+"""Maximum size of a program's log, as a guest can make it log errors forever."""
 LOG_PAUSE_S = 1.0
 
 
 async def bound_log(host: Host, path: Path) -> None:
-    """Keeps a log within `LOG_LIMIT`, until cancelled or its directory is gone."""
+    """Keeps a log within `LOG_LIMIT`, until cancelled or its directory is removed."""
     try:
         while True:
             with host.watches.open(path) as watch:
@@ -66,7 +66,7 @@ class CopyFailed(Exception):
 
 
 async def copy_sparsely(host: Host, source: Path, target: Path, timeout_s: float) -> None:
-    """Copies a file without its pages of zeros, by a process of its own, as that has a lot to read.
+    """Copies a file without its pages of zeros, in a separate process, as it reads a lot.
 
     :raises CopyFailed: :raises OSError:
     """

@@ -1,9 +1,9 @@
 """Starts a process in a sandbox; see `docs/explanation/sandbox.md`.
 
 On Linux credentials, capabilities, Landlock rules and seccomp filters belong to a thread, and a forked process inherits
-them. So a thread of its own enters the sandbox, starts the process and ends; the other threads keep their rights. The C
-library applies `setuid` and the like to all threads, so this module makes the system calls itself. Rejected: code of
-ours between `fork` and `exec` (Python may not run there in a program with threads), and a launcher program (see the
+them. So a separate thread enters the sandbox, starts the process and ends; the other threads keep their rights. The C
+library applies `setuid` and the like to all threads, so this module makes the system calls itself. Rejected: Python
+code between `fork` and `exec`, which must not run there in a program with threads, and a launcher program (see the
 document).
 """
 
@@ -36,9 +36,9 @@ _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 _CLONE_FS = 0x200
 _CAPSET_VERSION = 0x20080522
 _CAPABILITIES = 64
-"""More than the kernel has."""
+"""More than the number of the kernel's capabilities."""
 NEEDED_CAPABILITIES = {"CAP_KILL": 5, "CAP_SETGID": 6, "CAP_SETUID": 7, "CAP_SETPCAP": 8, "CAP_SYS_PTRACE": 19}
-"""Needed to give a process a user of its own, and to end and inspect it afterwards."""
+"""Needed to run a process as a separate user, and to end and inspect it afterwards."""
 
 _NOBODY = 0xFFFFFFFF
 
@@ -46,38 +46,38 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Sandbox(msgspec.Struct, frozen=True, kw_only=True):
-    """What a process may use, beside installed programs and its working directory, where it can make sockets and use
-    existing files."""
+    """The rights of a process, besides installed programs and its working directory, where it can create sockets and
+    use existing files."""
 
     user: int | None = None
-    """Its user; None: the daemon's."""
+    """Its user; None for the daemon's."""
     group: int | None = None
-    """Its group, if it has a user of its own; None: the one with the user's number."""
+    """Its group, if it has a separate user; None for the group with the user's number."""
     groups: tuple[int, ...] = ()
-    """Further groups, if it has a user of its own."""
+    """Further groups, if it has a separate user."""
     landlock: bool = False
-    """Whether Landlock restricts it to the files named here, and keeps it from TCP and from processes outside."""
+    """Whether Landlock restricts it to the files below, and blocks TCP and processes outside."""
     read: tuple[Path, ...] = ()
-    """Files that it may read, and directories with all in them."""
+    """Files that it may read, and directories including their content."""
     write: tuple[Path, ...] = ()
     """Files and devices that it may read and change."""
     make: tuple[Path, ...] = ()
-    """Directories in which it may make, change and remove regular files."""
+    """Directories in which it may create, change and remove regular files."""
     trees: tuple[Path, ...] = ()
-    """Directories in which it may also make, move and remove directories. It may change the mode of files that it has
-    open then."""
+    """Directories in which it may also create, move and remove directories. It may then change the mode of files that
+    it has open."""
     shared: tuple[Path, ...] = ()
-    """Directories in which it may do everything with files, directories, links and modes, but make devices and programs
-    that run with the rights of their owner or group."""
+    """Directories in which it may do everything with files, directories, links and modes, except create devices and
+    programs with set-user-id or set-group-id bits."""
     modes: bool = False
-    """Whether it may change the mode of all files that its user owns. A change of owner does nothing then, and does not
-    fail: programs that unpack archives want to give directories to root."""
+    """Whether it may change the mode of all files that its user owns. A change of owner then succeeds without effect:
+    programs that unpack archives try to give directories to root."""
     tcp: tuple[int, ...] = ()
-    """The ports to which it may connect by TCP; if there are some, it may use no other sockets."""
+    """The ports to which it may connect by TCP; if there are any, it may use no other sockets."""
     no_connect: bool = False
-    """Whether it may use no sockets but those it is given, and streams over Unix sockets, to which others connect."""
+    """Whether it may only use inherited sockets, and streams over Unix sockets to which others connect."""
     no_reservation: bool = False
-    """Whether it may not reserve space for files, which may be beyond their ends."""
+    """Whether it may not reserve space for files, which could be beyond their ends."""
 
 
 # Landlock
@@ -88,7 +88,7 @@ _FS_REMOVE_DIR, _FS_REMOVE_FILE, _FS_MAKE_DIR, _FS_MAKE_REG = 1 << 4, 1 << 5, 1 
 _FS_MAKE_SOCK, _FS_MAKE_FIFO, _FS_MAKE_SYM, _FS_REFER = 1 << 9, 1 << 10, 1 << 12, 1 << 13
 _FS_TRUNCATE, _FS_IOCTL_DEV = 1 << 14, 1 << 15
 TREES_SINCE = 2
-"""The version of Landlock that lets files be moved to another directory."""
+"""The version of Landlock that allows moving files to another directory."""
 _FS_BITS = {1: 13, 2: 14, 3: 15, 4: 15}
 _FS_BITS_NOW = 16
 _OF_FILES = _FS_EXECUTE | _FS_WRITE_FILE | _FS_READ_FILE | _FS_TRUNCATE | _FS_IOCTL_DEV
@@ -96,18 +96,18 @@ _OF_PATH, _OF_PORT = 1, 2
 _TCP, _TCP_CONNECT, _TCP_SINCE = 0b11, 0b10, 4
 _SCOPED, _SCOPED_SINCE = 0b11, 6
 _SYSTEM = ("/usr", "/lib", "/lib64", "/bin", "/nix/store", "/gnu/store", "/etc/ld.so.cache")
-"""Installed programs and their libraries."""
+"""Directories and files with installed programs and their libraries."""
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
 
 def landlock_version() -> int:
-    """Returns the kernel's version of Landlock; 0: none."""
+    """Returns the kernel's version of Landlock; 0 for none."""
     version: int = _libc.syscall(ctypes.c_long(_CREATE_RULESET), None, ctypes.c_size_t(0), ctypes.c_uint32(1))
     return max(0, version)
 
 
 def is_known_machine() -> bool:
-    """Whether the system calls of this kind of processor are known, for `user` and `no_connect`."""
+    """Returns whether the system calls of this processor type are known, for `user` and `no_connect`."""
     return bool(_seccomp.NUMBERS)
 
 
@@ -120,10 +120,10 @@ def start_sandboxed(
     descriptors: Sequence[int] = (),
     stdin: int | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Starts a process in a sandbox, in a session of its own, without core dumps, and with `descriptors`. `stdin`: its
-    input; None: none.
+    """Starts a process in a sandbox, in its own session, without core dumps, and with `descriptors`. `stdin` is its
+    input; None for none.
 
-    :raises OSError: when the sandbox can't be set up completely, or the program can't be started; no process is left.
+    :raises OSError: the sandbox can't be set up completely, or the program can't be started; no process is left.
     """
     if sandbox.user is not None and not _seccomp.NUMBERS:
         raise OSError(errno.ENOSYS, f"no users can be given on {platform.machine()}")
@@ -153,7 +153,7 @@ def start_sandboxed(
 
 
 def confine_self(sandbox: Sandbox, cwd: Path) -> None:
-    """Confines the calling process for good, which must have one thread, and enters a directory.
+    """Confines the calling process permanently, which must have one thread, and enters a directory.
 
     :raises OSError: the sandbox can't be set up completely; a part of it may be
     """
@@ -170,9 +170,9 @@ def confine_self(sandbox: Sandbox, cwd: Path) -> None:
 
 
 def _in_own_thread(work: Callable[[], T], name: str) -> T:
-    """Runs `work` in a thread of its own, which gives up its rights for itself alone, and waits for it.
+    """Runs `work` in a separate thread, which gives up only its own rights, and waits for it.
 
-    Raises what `work` raises.
+    Raises the errors of `work`.
     """
     done: list[T] = []
     failures: list[BaseException] = []
@@ -192,8 +192,8 @@ def _in_own_thread(work: Callable[[], T], name: str) -> T:
 
 
 def as_user(user: int | None, work: Callable[[], T]) -> T:
-    """Returns what `work` returns, which uses files with the rights of a user and a group of that number. None: with
-    ours. Blocks. Raises OSError, and what `work` raises."""
+    """Returns the result of `work`, which uses files with the rights of a user and the group of that number; with None,
+    of the daemon. Blocks. Raises OSError, and the errors of `work`."""
     if user is None:
         return work()
 
@@ -234,7 +234,7 @@ def _enter(sandbox: Sandbox, place: int, rules: int | None) -> None:
 
 
 def _rules(sandbox: Sandbox) -> list[_seccomp.Rule]:
-    """Returns what a sandbox is denied by system calls."""
+    """Returns the system calls that a sandbox denies."""
     denied: list[str] = [*_seccomp.XATTR, "io_uring_setup"]
     rules: list[_seccomp.Rule] = []
     if sandbox.shared:

@@ -1,4 +1,5 @@
-"""The facet that gives sandboxed processes access to files, and says what a sandbox can consist of on this host."""
+"""The facet that gives sandboxed processes access to files, and reports which layers of a sandbox this host
+supports."""
 
 from __future__ import annotations
 
@@ -16,35 +17,35 @@ from ._access_lists import Grant
 
 
 class SandboxSupport(msgspec.Struct, frozen=True):
-    """Holds which layers of the sandbox this host supports, and why not the others."""
+    """The layers of the sandbox that this host supports, and the reasons for missing ones."""
 
-    landlock: int  #: its version; 0: there is none
-    no_connect: bool  #: whether a process can be kept from connecting
-    no_users: str | None  #: why no process can be given a user of its own; None: it can
+    landlock: int  #: its version; 0 for none
+    no_connect: bool  #: whether a process can be prevented from connecting
+    no_users: str | None  #: why processes can't have separate users; None if they can
 
 
 class SandboxAccess(Protocol):
-    """All methods raise OSError."""
+    """Access to files for sandboxes. All methods raise OSError."""
 
     def support(self, directories: Sequence[Path]) -> SandboxSupport | None:
-        """Returns which layers a sandbox can have, for processes that use files in these existing directories; None
-        where a host needs no sandbox."""
+        """Returns the layers that a sandbox can have, for processes that use files in these existing directories; None
+        if a host needs no sandbox."""
 
     def group_of(self, device: Path) -> int | None:
-        """Returns the group whose members may open a device; None: all users may. Raises PermissionError when only its
+        """Returns the group whose members may open a device; None if all users may. Raises PermissionError if only its
         owner may."""
 
     async def grant(self, grants: Sequence[Grant], below: Sequence[Path]) -> None:
         """Lets users or groups use files; apart from them, only the owner may. Directories above the files that are one
-        of `below`, or in one, let all users through from then on, and show no user what is in them."""
+        of `below`, or inside one, let all users pass through from then on, without listing their content."""
 
     async def lend_directory(self, path: Path, user: int, grants: Sequence[Grant], below: Sequence[Path]) -> None:
-        """Lets a user make files in a directory of ours that we can use too, and remove or replace none of ours. Then
-        calls `grant`."""
+        """Lets a user create files in a directory of the daemon that the daemon can use too, without removing or
+        replacing the daemon's files. Then calls `grant`."""
 
     async def share_directory(self, path: Path, user: int, below: Sequence[Path]) -> None:
-        """Lets a user make anything in an empty directory of ours, and us use it: what the user has made there only it
-        can remove. Directories above it, as of `grant`."""
+        """Lets a user create anything in an empty directory of the daemon, and lets the daemon use it; only that user
+        can remove its files. For directories above it see `grant`."""
 
 
 class LinuxSandboxAccess(SandboxAccess):

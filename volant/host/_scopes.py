@@ -1,13 +1,13 @@
-"""Asks systemd for a scope: a unit without a service, so that stopping another unit does not touch its processes.
+"""Requests a scope from systemd: a unit without a service, so that stopping another unit does not affect its processes.
 
 The daemon asks its own manager on the manager's private socket, which answers processes of its user. So this works
 without a message bus and polkit, early in a boot and in a sandbox, for the system's manager and for a user's alike.
 `systemctl` uses the same socket, and the call, `StartTransientUnit`, is public API. Rejected: the system bus (one more
 daemon that must run), `systemd-run` (it starts processes, and can't take a running one), writing to cgroups (systemd
-forbids it where it has not delegated, and kills what it does not know of), and VMs that systemd starts: a VM must also
-start without systemd, and two ways to start one are one too many.
+forbids it without delegation, and kills processes that it does not know), and VMs that systemd starts: a VM must also
+start without systemd, and one way to start it is enough.
 
-Each call opens a connection of its own, as a VM needs one call of a few milliseconds.
+Each call opens a separate connection, as a VM needs one call of a few milliseconds.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _SYSTEMD, _MANAGER = "org.freedesktop.systemd1", "/org/freedesktop/systemd1"
 _UNLIMITED = 2**64 - 1
 _TIMEOUT_S = 15.0
 _MAX_MESSAGES = 10_000
-"""Limits the messages that are read: a busy manager reports many jobs."""
+"""Maximum messages that are read: a busy manager reports many jobs."""
 
 
 class ScopeError(Exception):
-    """systemd did not make the scope."""
+    """systemd did not create the scope."""
 
 
 class Scopes(msgspec.Struct, frozen=True):
-    """Makes scopes."""
+    """Creates scopes."""
 
     socket: Path
     """The manager's private socket."""
@@ -50,8 +50,8 @@ class Scopes(msgspec.Struct, frozen=True):
     async def enclose(
         self, pid: int, name: str, description: str, limits: ResourceLimits | None, *, delegate: bool = False
     ) -> None:
-        """Moves a process into a scope of its own, `<name>.scope`, with `limits` as far as the kernel supports them.
-        An existing scope is kept. `delegate`: the daemon makes groups below the scope's.
+        """Moves a process into a separate scope, `<name>.scope`, with `limits` as far as the kernel supports them. An
+        existing scope is kept. With `delegate` the daemon can create groups below the scope's.
 
         :raises ScopeError: systemd refuses, or does not do it within 15 s.
         """
@@ -82,7 +82,7 @@ class Scopes(msgspec.Struct, frozen=True):
         return str(group)
 
     async def weigh(self, name: str, weight: int) -> None:
-        """Sets the shares of the scope `<name>.scope` of a busy processor or disk.
+        """Sets the share of the scope `<name>.scope` in a busy processor or disk.
 
         :raises ScopeError: systemd refuses, or does not answer within 15 s.
         """
@@ -110,7 +110,7 @@ class Scopes(msgspec.Struct, frozen=True):
 
     @asynccontextmanager
     async def _connected(self, unit: str) -> AsyncIterator[DBusConnection]:
-        """Connects to the manager, and bounds and translates what is done with it. :raises ScopeError:"""
+        """Connects to the manager, with a deadline and converted errors. :raises ScopeError:"""
         # Imported here, as most daemons don't need it.
         from jeepney.auth import BEGIN, Authenticator
         from jeepney.io.trio import DBusConnection
@@ -188,8 +188,8 @@ def _text(body: tuple[object, ...]) -> str:
 
 
 def _units_of(pid: int) -> set[str]:
-    """Returns the units of a process: the names of its innermost control groups; none when it has ended. A host with
-    both versions of control groups has one line for each hierarchy, and systemd uses only one or two of them."""
+    """Returns the units of a process: the names of its innermost control groups; none if it has ended. A host with both
+    versions of control groups has one line for each hierarchy, and systemd uses only one or two of them."""
     try:
         lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
     except OSError:

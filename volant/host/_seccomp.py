@@ -1,8 +1,8 @@
 """Builds the seccomp filter of a sandbox; see `docs/explanation/sandbox.md`.
 
-A filter sees the number of a system call and its arguments, not the memory that they point to. Rules come in order; a
-call that none of them matches is allowed. Rejected: libseccomp, whose Python bindings Debian does not package for each
-Python, for a program of one loop.
+A filter sees the number of a system call and its arguments, not the memory that they point to. Rules apply in order; a
+call that matches none is allowed. Rejected: libseccomp, whose Python bindings Debian does not package for each Python
+version, for a program of one loop.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
 _AUDIT = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-"""What the kernel calls the kind of processor."""
+"""The kernel's ids of processor types."""
 _X32 = 0x40000000
-"""On x86-64, system calls from this number on are others of the same name."""
+"""On x86-64, system calls from this number on are variants of the same names."""
 _NUMBERS = {
     "x86_64": {
         "open": 2, "connect": 42, "socket": 41, "socketpair": 53, "sendto": 44, "sendmsg": 46, "sendmmsg": 307,
@@ -40,17 +40,18 @@ _NUMBERS = {
 _EVERYWHERE = {"io_uring_setup": 425, "openat2": 437, "fchmodat2": 452}
 _machine = platform.machine()
 NUMBERS = _NUMBERS[_machine] | _EVERYWHERE if _machine in _NUMBERS else {}
-"""The system calls of this kind of processor that a sandbox needs; none if it is unknown."""
+"""The system calls of this processor type that a sandbox needs; empty if it is unknown."""
 
 CHMOD = ("chmod", "fchmodat", "fchmodat2")
 CHOWN = ("chown", "fchown", "lchown", "fchownat")
 XATTR = ("setxattr", "lsetxattr", "fsetxattr", "removexattr", "lremovexattr", "fremovexattr")
-"""Change attributes of a file, as do those before and fchmod, which Landlock leaves to processes of the same user."""
+"""System calls that change attributes of a file. Like those above and fchmod, Landlock allows them for processes of the
+same user."""
 MODES = {
     "chmod": 1, "fchmod": 1, "fchmodat": 2, "fchmodat2": 2, "open": 2, "creat": 1, "openat": 3, "mkdir": 1,
     "mkdirat": 2, "mknod": 1, "mknodat": 2,
 }  # fmt: skip
-"""Give a file or directory a mode, with the number of the argument that is the mode."""
+"""System calls that set the mode of a file or directory, with the number of the mode argument."""
 MSG_FASTOPEN = 0x20000000
 _SOCK_TYPE_MASK = 0xF
 _PUNCH_HOLE = 0x02
@@ -68,11 +69,11 @@ class Condition(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """What becomes of system calls whose arguments meet all conditions."""
+    """The result of system calls whose arguments meet all conditions."""
 
     calls: Sequence[str]
     error: int = errno.EPERM
-    """0: the call does nothing, and says that it has done it."""
+    """The error; with 0, the call has no effect, but reports success."""
     conditions: tuple[Condition, ...] = ()
 
 
@@ -80,12 +81,12 @@ SET_ID = [
     Rule((call,), conditions=(Condition(argument, stat.S_ISUID | stat.S_ISGID, 0, equal=False),))
     for call, argument in MODES.items()
 ]
-"""No file may get a set-user-id or set-group-id bit."""
+"""Forbids set-user-id and set-group-id bits on files."""
 NO_FAST_OPEN = [
     Rule(("sendto", "sendmmsg"), conditions=(Condition(3, MSG_FASTOPEN, MSG_FASTOPEN),)),
     Rule(("sendmsg",), conditions=(Condition(2, MSG_FASTOPEN, MSG_FASTOPEN),)),
 ]
-"""Sending connects then, and Landlock is not asked (Linux 6.12)."""
+"""Forbids sending that connects, about which Landlock is not asked (Linux 6.12)."""
 _OTHER_TYPE = Condition(1, _SOCK_TYPE_MASK, socket.SOCK_STREAM, equal=False)
 NO_CONNECT = [
     Rule(("connect",)),
@@ -93,7 +94,7 @@ NO_CONNECT = [
     Rule(("socket", "socketpair"), conditions=(Condition(0, _ALL, socket.AF_UNIX, equal=False),)),
     Rule(("socket", "socketpair"), conditions=(_OTHER_TYPE,)),
 ]
-"""Only streams over Unix sockets, to which others connect."""
+"""Allows only streams over Unix sockets to which others connect."""
 _OTHER_PROTOCOL = tuple(Condition(2, _ALL, each, equal=False) for each in (0, socket.IPPROTO_TCP))
 ONLY_TCP = [
     # Programs ask by netlink which addresses the host has.
@@ -101,13 +102,14 @@ ONLY_TCP = [
     *(Rule(("socket",), conditions=(Condition(0, _ALL, each), _OTHER_TYPE)) for each in _IP),
     *(Rule(("socket",), conditions=(Condition(0, _ALL, each), *_OTHER_PROTOCOL)) for each in _IP),
 ]
-"""No Unix sockets, no datagrams, and no other streams: Landlock does not see those of Multipath TCP."""
+"""Forbids Unix sockets, datagrams, and other streams than TCP, as Landlock does not see those of Multipath TCP."""
 NO_RESERVATION = [Rule(("fallocate",), errno.EOPNOTSUPP, (Condition(1, _PUNCH_HOLE, _PUNCH_HOLE, equal=False),))]
-"""Files may lose space and not get it beyond their ends, where nobody sees it. Programs then write zeros instead."""
+"""Forbids reserving space for files beyond their ends, where it is not visible, but allows punching holes. Programs
+then write zeros instead."""
 
 
 def install(rules: Sequence[Rule]) -> None:
-    """Applies rules to this thread and what it starts, for good. Calls of another architecture fail with EPERM. Raises
+    """Applies rules permanently to this thread and its children. Calls of another architecture fail with EPERM. Raises
     OSError."""
     program = b"".join(struct.pack("=HBBI", *each) for each in _assembled(rules))
     held = ctypes.create_string_buffer(program, len(program))

@@ -21,11 +21,11 @@ _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 
 
 def open_tap(name: str) -> int:
-    """Returns a descriptor of a tap that nobody else has open. Creates the tap if it does not exist.
+    """Returns a descriptor of a tap that no other process has open. Creates the tap if it does not exist.
 
-    A tap that this created is removed with its last descriptor, unless `make_permanent` was called.
+    A tap created here is removed with its last descriptor, unless `make_permanent` was called.
 
-    :raises OSError: `EBUSY` when another process has it open, `EINVAL` when the interface is not a tap.
+    :raises OSError: `EBUSY` if another process has it open, `EINVAL` if the interface is not a tap.
     """
     tun = os.open(TUN, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -43,37 +43,37 @@ def make_permanent(tun: int, user: int) -> None:
 
 
 _FULL_S = 0.005
-"""Between two attempts to connect to a socket whose queue is full."""
+"""The delay between two attempts to connect to a socket whose queue is full."""
 
 
 class Sockets(Protocol):
     async def connect_unix(self, path: Path, timeout_s: float) -> trio.SocketStream:
         """Connects to a Unix stream socket. The path may exceed the kernel's limit of 108 bytes.
 
-        Raises OSError when nothing listens, trio.TooSlowError after `timeout_s`.
+        Raises OSError if nothing listens, trio.TooSlowError after `timeout_s`.
         """
 
     async def open_unix(self, path: Path, timeout_s: float) -> AbstractContextManager[int]:
-        """Connects to a Unix stream socket; the descriptor is open for the length of a block. Raises as
+        """Connects to a Unix stream socket, whose descriptor is open for the block. Raises the errors of
         `connect_unix`."""
 
     def listen_unix(self, path: Path, *, mode: int = 0o600, backlog: int = 16) -> trio.SocketListener:
-        """Listens on a Unix stream socket, in place of what is there. The path may have any length; it stays when the
-        listener is closed. Raises OSError."""
+        """Listens on a Unix stream socket, in place of an existing file. The path may have any length; it stays when
+        the listener is closed. Raises OSError."""
 
     def listen_for(self, path: Path) -> AbstractContextManager[int]:
-        """Listens on a Unix stream socket for a process that is started in the block and inherits the descriptor. Then
-        the socket lives as long as that process. Raises OSError."""
+        """Listens on a Unix stream socket for a process that is started in the block and inherits the descriptor. The
+        socket then lives as long as that process. Raises OSError."""
 
     def unread(self, stream: trio.SocketStream) -> tuple[int, int]:
-        """Returns the bytes of a Unix stream that the peer has not read yet, and those that we have not. Raises
-        OSError."""
+        """Returns the bytes of a Unix stream that the peer has not read yet, and the bytes that this end has not read.
+        Raises OSError."""
 
     async def connect_vsock(self, cid: int, port: int, timeout_s: float) -> trio.SocketStream:
-        """Connects to a port of a guest by vsock. Raises OSError, trio.TooSlowError."""
+        """Connects to a port of a guest over vsock. Raises OSError, trio.TooSlowError."""
 
     def open_tap(self, name: str) -> AbstractContextManager[int]:
-        """Opens an existing tap device that no process has open, for the length of a block. Raises OSError."""
+        """Opens an existing tap device that no process has open, for the block. Raises OSError."""
 
 
 class LinuxSockets(Sockets):
@@ -144,7 +144,7 @@ class LinuxSockets(Sockets):
 
 @contextmanager
 def _short_path(path: Path) -> Iterator[str]:
-    """A name of a path that fits into the address of a Unix socket, for the length of a block."""
+    """Yields a short name of a path that fits into the address of a Unix socket, for the block."""
     directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield f"/proc/self/fd/{directory}/{path.name}"

@@ -1,8 +1,8 @@
 """Opens a path below a directory step by step, so that no link in it leads out.
 
-Each step opens one name in a directory that is open already, and follows no link by itself: a directory that is moved
-meanwhile is still the same one. openat2(2) does this in one call, but does not exist under systemd's
-`RestrictSUIDSGID=`, which the daemon's service has.
+Each step opens one name in an open directory, and follows no link by itself: a directory that is moved in the meantime
+is still the same one. openat2(2) does this in one call, but does not exist under systemd's `RestrictSUIDSGID=`, which
+the daemon's service has.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ _READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY
 """O_NONBLOCK, as to open a pipe would wait for its writer."""
 _STEP = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAX_LINKS = 40
-"""As the kernel's."""
+"""Maximum links on a path, the same as in the kernel."""
 _MAX_DEPTH = 256
-"""Each directory on the way is an open file of the daemon until the end."""
+"""Maximum depth. Each directory on the path is an open file of the daemon until the end."""
 
 
 def open_path(path: Path, flags: int, *, within: Path, links: bool = True) -> int:
     """Opens an absolute path and returns its descriptor, which is not inherited.
 
-    :param within: the path is this directory or lies in it; no link and no `..` may lead out of it
-    :param links: whether links are followed, but for those in `within` itself
-    :raises OSError: as open(2): EXDEV for what leads out of `within`, ELOOP for links that are not followed,
+    :param within: a directory that no link and no `..` may lead out of; the path is this directory or inside it
+    :param links: whether links are followed at all, except those in `within` itself
+    :raises OSError: see open(2); EXDEV for a path that leads out of `within`, ELOOP for links that are not followed,
         ENAMETOOLONG for more than 256 directories in one another
     """
     # Path drops no `..`.

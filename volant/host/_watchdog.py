@@ -1,11 +1,11 @@
-"""The watchdog of a host: a process that freezes VMs when the daemon lets their time run out.
+"""The watchdog of a host: a process that freezes VMs when their time expires without a renewal by the daemon.
 
-It is a program of its own, with the standard library alone, so that it needs little memory, starts at once and shares
-no fate with the daemon: `python -I -S _watchdog.py FILE GROUP TAG READY`. FILE is shared memory with the time until
+It is a separate program that only uses the standard library, so that it needs little memory, starts at once and is
+independent of the daemon: `python -I -S _watchdog.py FILE GROUP TAG READY`. FILE is shared memory with the time until
 which the VMs may run, by CLOCK_BOOTTIME (`Deadline`). GROUP is the directory of a cgroup (version 2) that holds the
 VMs: freezing it stops all of its processes, and those that are put into it later. Only the daemon thaws it, after it
-has written another time and asked etcd. TAG is there to find the process by. READY is the number of a descriptor that
-it writes to when it watches. It ends when the group is removed.
+has written another time and asked etcd. TAG identifies the process. READY is the number of a descriptor that it writes
+to when it watches. It ends when the group is removed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 SIZE = 16
-"""Bytes of the shared memory: the time twice, so that a reader sees whether it is being written."""
+"""Size of the shared memory: it contains the time twice, so that a reader detects a write in progress."""
 LOCKED = 3
 """Exit status when another watchdog has the file."""
 _LONGEST_S = 0.1
@@ -28,10 +28,10 @@ _MCL_CURRENT, _MCL_FUTURE = 1, 2
 
 
 class Deadline:
-    """A time in shared memory. 0: the VMs may not run."""
+    """A time in shared memory; 0 if the VMs may not run."""
 
     def __init__(self, path: Path, *, write: bool = False) -> None:
-        """:raises OSError: the file can't be opened."""
+        """Opens the shared memory. :raises OSError: the file can't be opened."""
         flags = os.O_RDWR | os.O_CREAT if write else os.O_RDONLY
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
@@ -43,24 +43,24 @@ class Deadline:
             os.close(descriptor)
 
     def set(self, at: float) -> None:
-        """Lets the VMs run until then, by CLOCK_BOOTTIME in seconds."""
+        """Lets the VMs run until this time, by CLOCK_BOOTTIME in seconds."""
         one = struct.pack("<d", at)
         self._memory[:8] = one
         self._memory[8:] = one
 
     def get(self) -> float:
-        """Returns the time; 0 while it is being written, as by a daemon that was stopped in the middle."""
+        """Returns the time; 0 during a write, which a stopped daemon may have left unfinished."""
         first, second = struct.unpack("<dd", self._memory[:])
         return float(first) if first == second else 0.0
 
 
 def boottime() -> float:
-    """Returns the time since the host was booted, in seconds, with the time that it slept. Nobody sets it."""
+    """Returns the seconds since the host was booted, including its sleep. This clock can't be set."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def main() -> int:
-    """Watches until the group is gone. Returns `LOCKED` if another watchdog has the file."""
+    """Watches until the group is removed. Returns `LOCKED` if another watchdog has the file."""
     shared, group, ready = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[4])
     # It stays open, as whoever finds this process sees by it which file it watches.
     lock = os.open(shared, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -86,7 +86,7 @@ def main() -> int:
 
 
 def _is_there(freeze: int) -> bool:
-    """Whether the group exists: this one, and not another one that was made in its place."""
+    """Returns whether this group exists, and not another one created in its place."""
     try:
         os.pread(freeze, 2, 0)
     except OSError:
@@ -95,7 +95,7 @@ def _is_there(freeze: int) -> bool:
 
 
 def _be_first() -> None:
-    """Asks for a priority above all VMs, and for memory that is never written to a disk; goes on without."""
+    """Requests a priority above all VMs, and memory that is never written to a disk; continues without them."""
     ctypes.CDLL(None).mlockall(_MCL_CURRENT | _MCL_FUTURE)
     try:
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))

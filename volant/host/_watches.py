@@ -1,7 +1,7 @@
 """The facet that waits for changes of files, with one inotify instance, as a user may have only 128 of them.
 
-No background task reads the instance, as a `Host` has no nursery: one of the waiters reads for all, and hands that on
-when it leaves. The instance stays open once it was needed: to close one blocks the event loop for 8 ms.
+No background task reads the instance, as a `Host` has no nursery: one of the waiters reads for all, and hands over when
+it leaves. The instance stays open after its first use, as closing one blocks the event loop for 8 ms.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class FileWatch(Protocol):
     """A watch on one file or directory, for one task."""
 
     async def wait(self) -> None:
-        """Returns once the file changed after the last `wait()` returned, or after the watch began.
+        """Waits until the file has changed since the last `wait()` returned, or since the watch began.
 
-        Read to the end of the file, then wait, and again: no write in between is missed.
+        Read to the end of the file, then wait, and repeat: no write in between is missed.
         """
 
 
