@@ -1,4 +1,4 @@
-"""Who may call the daemon: by keys, tokens, certificates and addresses. A reload replaces all of them, or none."""
+"""Access to the daemon by keys, tokens, certificates and addresses. A reload replaces all of them, or none."""
 
 from __future__ import annotations
 
@@ -26,23 +26,24 @@ from ._tls import RENEW, Certificate, load_certificate
 _logger = logging.getLogger("volant.daemon")
 _RELOAD_S = 10.0
 _WARN_S = 86400.0
-"""How often the log warns of a certificate that expires."""
+"""The interval of warnings about a certificate that expires."""
 
 Reload = Callable[[], tuple[Settings, list[str]]]
 """Loads the settings again. Returns them and the warnings to log."""
 
 
 class Checked(msgspec.Struct, frozen=True):
-    """Settings that the daemon may run with, and what they name in files."""
+    """Valid settings for the daemon, and the content of files that they name."""
 
     settings: Settings
     protection: Protection
     certificate: Certificate | None
-    """Of the API; None: it has no TLS."""
+    """The certificate of the API; None without TLS."""
 
 
 def checked(settings: Settings, *, as_service: bool) -> Checked:
-    """Returns settings with what they name. :raises SettingsError: when the daemon must not run with them.
+    """Returns settings with the content of files that they name. :raises SettingsError: the daemon must not run with
+    them.
 
     :param as_service: whether a service manager runs the daemon
     """
@@ -53,11 +54,11 @@ def checked(settings: Settings, *, as_service: bool) -> Checked:
 
 
 class Admission:
-    """Decides who may call, by the settings in force and the keys in the journal.
+    """Decides about access, by the current settings and the keys in the journal.
 
-    :param sockets: of the API
-    :param load: loads the settings again; None: they stay
-    :param journal: takes changes of keys
+    :param sockets: the sockets of the API
+    :param load: loads the settings again; None if they never change
+    :param journal: receives changes of keys
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Admission:
 
     @property
     def settings(self) -> Settings:
-        """Those in force."""
+        """The current settings."""
         return self._given.settings
 
     @property
@@ -94,18 +95,20 @@ class Admission:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """Where clients reach the API."""
+        """The addresses at which clients reach the API."""
         return self._addresses(self.settings)
 
     @property
     def is_open(self) -> bool:
-        """Whether another address of this host than loopback is enough to control the daemon, without a key."""
+        """Whether access to another address of this host than loopback is enough to control the daemon, without a
+        key."""
         if self.access.asks_for_key:
             return False
         return bool(self._given.protection.allow_cidr) or any(is_reached_from_outside(sock) for sock in self._sockets)
 
     def children(self, changed: Callable[[], None]) -> list[Child[Any]]:
-        """Returns what applies keys and tokens as they are made and expire. `changed`: is called after keys were."""
+        """Returns the children that apply keys and tokens as they are created and expire. `changed` is called after
+        changes of keys."""
 
         def recheck() -> None:
             self.access.recheck()

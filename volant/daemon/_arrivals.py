@@ -1,7 +1,6 @@
-"""VMs that come to this host from others, to move here or as replicas: it receives what it lacks of them.
+"""VMs that arrive at this host, as moves or replicas: it receives the data that it lacks.
 
-The host that sends a VM asks again and again how far this one is, and so drives it. `docs/explanation/fleet.md` has
-the steps.
+The sending host drives the arrival by polling its progress. `docs/explanation/fleet.md` has the steps.
 """
 
 from __future__ import annotations
@@ -26,57 +25,56 @@ ARRIVALS, DOCUMENTS, CHUNKS = "/fleet/v1/arrivals", "/fleet/v1/documents", "/fle
 """Paths at the port for other hosts."""
 HEADERS = ((b"host", b"localhost"), (b"content-type", b"application/json"))
 _MOST = 4
-"""VMs that arrive at a time."""
+"""Maximum number of VMs that arrive at a time."""
 _REPLICAS = 2
-"""Replicas that are received at a time. Others wait, of each other host at most two."""
+"""Maximum number of replicas that are received at a time. Others wait, at most two for each other host."""
 _UNASKED_S = 30.0
-"""An arrival after which nobody has asked for so long is given up; what there is of it stays for the next try."""
+"""An arrival that was not polled for this time is abandoned; its data is kept for the next attempt."""
 _LOOK_S = 2.0
 _ASK_S = 60.0
 _RETRY_S = 0.5
 NO_MOVE = "no-move"
 _COMES_BACK = ("host-unreachable", NO_MOVE)
-"""Codes of problems of a daemon that is down, or that has just been started."""
+"""Error codes of a daemon that is down, or has just been started."""
 _logger = logging.getLogger("volant.fleet")
 
 
 class WantArrival(msgspec.Struct, frozen=True, kw_only=True):
-    """The body of a request to let a VM or its replica arrive, and to say how far that is. The answer is an
-    `Arrival`."""
+    """The body of a request to receive a VM or its replica, or to report the progress. The answer is an `Arrival`."""
 
     vm: VmRow
-    """With its move (`leaving`)."""
+    """The row, with its move (`leaving`)."""
     bases: Bases
-    """What it relies on."""
+    """The base files that it needs."""
     begin: bool
-    """Whether there is a snapshot of it to be fetched; else this host says whether it could have the VM."""
+    """Whether a snapshot of it is ready to be fetched. Otherwise this host reports whether it could run the VM."""
 
 
 class Arrival(msgspec.Struct, frozen=True, kw_only=True):
-    """How far a VM is on its way to this host."""
+    """The progress of a VM on its way to this host."""
 
     phase: Literal["preparing", "admitted", "copying", "ready"]
-    """`admitted`: it can have the VM; `ready`: it has all of it."""
+    """`admitted`: this host can run the VM; `ready`: it has received all of it."""
     done_bytes: int = 0
     total_bytes: int = 0
     moved_bytes: int = 0
 
 
 class WantDocument(msgspec.Struct, frozen=True):
-    """The body of a request for the document of a snapshot that is moved."""
+    """The body of a request for the document of a moving snapshot."""
 
     move: str
 
 
 class WantChunk(msgspec.Struct, frozen=True):
-    """The body of a request for a chunk of one; the answer is its content."""
+    """The body of a request for a chunk of a snapshot; the answer is its content."""
 
     move: str
     digest: str
 
 
 class _Arriving(msgspec.Struct, eq=False):
-    """A VM that arrives."""
+    """An arriving VM."""
 
     want: WantArrival
     leaving: Leaving
@@ -100,7 +98,7 @@ class _Arriving(msgspec.Struct, eq=False):
 class Arrivals:
     """The VMs that arrive at this host.
 
-    :param fleet, vms, transfers: return parts of the daemon that are made later
+    :param fleet, vms, transfers: return parts of the daemon that are created later
     """
 
     def __init__(
@@ -111,17 +109,17 @@ class Arrivals:
         self._vms = vms
         self._transfers = transfers
         self._arriving: dict[str, _Arriving] = {}
-        """By the ids of their moves."""
+        """Arriving VMs by the ids of their moves."""
         self._replicas = trio.CapacityLimiter(_REPLICAS)
         self._nursery: trio.Nursery | None = None
 
     @property
     def handlers(self) -> Mapping[str, Handler]:
-        """What other hosts ask for."""
+        """Returns the handlers for requests of other hosts."""
         return {ARRIVALS: self._answer}
 
     async def keep(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Receives VMs until cancelled, and gives up those that nobody asks for any more."""
+        """Receives VMs until cancelled, and abandons arrivals that are not polled any more."""
         async with trio.open_nursery() as self._nursery:
             task_status.started()
             try:
@@ -136,11 +134,11 @@ class Arrivals:
                 self._nursery = None
 
     def has(self, move: str) -> bool:
-        """Whether a VM of that move is arriving."""
+        """Returns whether a VM of that move is arriving."""
         return move in self._arriving
 
     async def start(self, key: Key, snapshot: str, epoch: int) -> None:
-        """Lets a VM go on here that this host was given. :raises Problem: it can't now"""
+        """Continues a VM that this host has received. :raises Problem: it can't now."""
         found = self._store.projection.snapshots.get(Key(key.project, snapshot))
         row = self._store.projection.get(key)
         if row is not None and row.arrived and snapshot in (f"{MOVED}{row.arrived}", f"{REPLICA}{row.arrived}"):
@@ -210,13 +208,13 @@ class Arrivals:
         arriving.phase = "ready"
 
     def _arrived(self, vm: Key, leaving: Leaving) -> Snapshot | None:
-        """Returns what has arrived of a VM, if it is whole."""
+        """Returns the snapshot of an arrived VM, if it is complete."""
         snapshot = self._store.projection.snapshots.get(Key(vm.project, leaving.arrival))
         return snapshot if snapshot is not None and snapshot.status == "ready" else None
 
 
 class _HostSource(Source):
-    """The host that a VM comes from, which gives chunks of its snapshot."""
+    """The host from which a VM arrives, as the source of its chunks."""
 
     def __init__(self, fleet: Fleet, transfers: Transfers, leaving: Leaving) -> None:
         self._fleet = fleet
@@ -229,7 +227,7 @@ class _HostSource(Source):
         return Received(data, len(data))
 
     async def ask(self, path: str, want: WantDocument | WantChunk) -> bytes:
-        """Asks until the host answers: its daemon may be restarted, and goes on then. :raises Problem: it refuses"""
+        """Repeats a request until the host answers: its daemon may be restarting. :raises Problem: it refuses."""
         body = msgspec.json.encode(want)
         while True:
             try:
@@ -242,7 +240,7 @@ class _HostSource(Source):
 
 
 def body_of(answer: PeerAnswer) -> bytes:
-    """Returns the body of another host's answer. :raises Problem: it refuses"""
+    """Returns the body of another host's answer. :raises Problem: it refuses."""
     if answer.status == 200:
         return answer.body
     try:

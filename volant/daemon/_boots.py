@@ -1,4 +1,4 @@
-"""What VMs boot from and in: templates, the warm pool, the slots that boots wait for, and the sandbox."""
+"""The resources of boots: templates, the warm pool, boot slots, and the sandbox."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ._settings import Settings, parse_uids
 
 
 def own_places(settings: Settings) -> tuple[Path, ...]:
-    """Returns the daemon's directories, also by other names where links lead there."""
+    """Returns the daemon's directories, including the targets of links."""
     places = (settings.state_dir, settings.runtime_dir, settings.cache_dir, memory_dir(settings))
     return tuple(dict.fromkeys((*places, *(path.resolve() for path in places))))
 
 
 def directory_obstacle(plan: SandboxPlan | None, settings: Settings) -> str | None:
-    """Returns why no VM can have a directory of the host, or None. `plan`: of its hypervisors."""
+    """Returns why no VM can have a directory of the host, or None. `plan` is the sandbox of its hypervisors."""
     if settings.sandbox == "off":
         return "virtiofsd runs only in a sandbox, and the setting sandbox is off"
     if plan is None:
@@ -39,7 +39,7 @@ def directory_obstacle(plan: SandboxPlan | None, settings: Settings) -> str | No
 
 
 def sandbox_plan(host: Host, settings: Settings) -> SandboxPlan | None:
-    """Returns which layers this host supports, or None when the settings turn the sandbox off. The daemon's directories
+    """Returns the layers that this host supports, or None if the settings disable the sandbox. The daemon's directories
     must exist. Raises OSError."""
     places = own_places(settings)
     support = host.sandbox.support(places) if settings.sandbox == "auto" else None
@@ -58,7 +58,7 @@ def sandbox_plan(host: Host, settings: Settings) -> SandboxPlan | None:
 class Boots:
     """The templates and the warm pool of one daemon, with their slots.
 
-    :param instance: of the daemon
+    :param instance: the daemon's instance
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""`volantd check-fleet`: checks whether this host can be one of the fleet of its settings, and changes nothing.
+"""`volantd check-fleet`: checks whether this host can join the fleet in its settings, without changes.
 
 `volar fleet join` runs it before it writes the settings.
 """
@@ -27,7 +27,7 @@ def check_fleet(settings: Settings) -> str:
     """Returns the report as JSON.
 
     :raises SettingsError: there is no fleet, a setting is invalid, or a certificate does not fit
-    :raises DaemonError: etcd can't be used, or the name of this host is another one's
+    :raises DaemonError: etcd can't be used, or another host has the name of this host
     """
     if not settings.fleet_etcd:
         raise SettingsError("fleet_etcd is not set, so this host is in no fleet")
@@ -55,7 +55,7 @@ async def _known_hosts(plan: FleetPlan) -> Mapping[str, HostRecord]:
 
 
 def _check_listen(settings: Settings) -> None:
-    """Checks that this host has the address that it would listen on. Its port may be in use, by its own daemon."""
+    """Checks that this host has the address on which it would listen. Its port may be in use, by its own daemon."""
     name, _ = parse_address(settings.fleet_listen)
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -68,7 +68,7 @@ def _check_listen(settings: Settings) -> None:
 
 
 def _check_certificate(settings: Settings, plan: FleetPlan) -> None:
-    """Connects to itself in memory, as other hosts will: one certificate has to be good for servers and for clients.
+    """Connects to itself in memory, like other hosts will: the certificate must be valid for servers and for clients.
 
     :raises SettingsError: it is not
     """

@@ -57,32 +57,32 @@ GROUPS = {
     ),
     "daemon": ("cpu_priority", "ephemeral", "audit_max_records", "audit_max_age_s", "log_level"),
 }
-"""The settings that are flags, as `volantd --help` groups them. `api_key` has no flag: every user of the host can read
+"""The settings with flags, in the groups of `volantd --help`. `api_key` has no flag: every user of the host can read
 the arguments of its processes."""
 
 
 def load(argv: Sequence[str], environ: Mapping[str, str], *, uid: int | None = None) -> tuple[Settings, list[str]]:
     """Returns the settings and the warnings to print.
 
-    :raises SettingsError: as `resolve`.
-    :raises SystemExit: for `--help`, `--version` and malformed flags, as argparse does.
+    :raises SettingsError: see `resolve`.
+    :raises SystemExit: for `--help`, `--version` and malformed flags, like argparse.
     """
     return resolve(vars(_parser().parse_args(argv)), environ, uid=uid)
 
 
 class Command(NamedTuple):
-    """Holds the parsed command line."""
+    """The parsed command line."""
 
     name: Literal["run", "check", "check-fleet", "restore"]
     flags: dict[str, Any]
-    """The settings among the flags, for `resolve`."""
+    """The settings given as flags, for `resolve`."""
     file: Path | None = None
     """The backup to restore."""
     replace: bool = False
 
 
 def parse_command(argv: Sequence[str]) -> Command:
-    """Parses the sub-command and the flags before and after it. :raises SystemExit: as `load`."""
+    """Parses the sub-command and the flags before and after it. :raises SystemExit: see `load`."""
     parser = _parser()
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     words: dict[str, Any] = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
@@ -144,7 +144,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 @cache
 def _hints() -> dict[str, Any]:
-    """Returns the type of each setting. Three parsers have the settings."""
+    """Returns the type of each setting, once for the three parsers."""
     return get_type_hints(Settings)
 
 

@@ -1,4 +1,4 @@
-"""What a daemon is made of, in order, and its life: it runs its supervisor tree, adopts VMs, and stops.
+"""The parts of a daemon in their order, and its life cycle: it runs its supervisor tree, adopts VMs, and stops.
 
 When it stops, streams end first, then the tree stops in reverse order: the API, the VMs' actors, the journal. VMs keep
 running, unless the daemon is ephemeral.
@@ -60,7 +60,7 @@ _logger = logging.getLogger("volant.daemon")
 
 _EPHEMERAL_STOP_S = 25.0
 _STREAMS_STOP_S = 3.0
-"""Deadline for the API to close its streams; it has a shorter deadline of its own."""
+"""Deadline for the API to close its streams; the API has a shorter deadline of its own."""
 
 
 class Daemon:
@@ -80,7 +80,8 @@ class Daemon:
         fleet_sockets: Sequence[socket.socket] = (),
         etcd: KeyValues | None = None,
     ) -> None:
-        """`etcd`: of the fleet, instead of the settings' own. :raises SettingsError: it must not run with these."""
+        """Creates it. `etcd` replaces the settings' own etcd of the fleet. :raises SettingsError: the daemon must not
+        run with these."""
         self._notifier = notifier or Notifier(None)
         as_service = self._notifier.is_there
         given = checked(settings, as_service=as_service)
@@ -234,7 +235,7 @@ class Daemon:
         )
 
     def _children(self) -> list[Child[Any]]:
-        """Returns the supervisor tree, in the order in which it starts."""
+        """Returns the supervisor tree, in the order of its start."""
         own_images = [Child("oci", self._images.keep, shutdown_s=10)] if self.oci is self._images else []
         redeem = self._admission.access.tickets.redeem
         fleet = [] if self._member is None else self._member.children(self.app, redeem, self.stopping)
@@ -257,16 +258,16 @@ class Daemon:
 
     @property
     def settings(self) -> Settings:
-        """Those in force, which a reload may have replaced."""
+        """The current settings, which a reload may have replaced."""
         return self._admission.settings
 
     @property
     def system(self) -> System | None:
-        """The supervisor tree; None: it does not run yet."""
+        """The supervisor tree; None if it does not run yet."""
         return self.status.system
 
     async def run(self, signals: AsyncIterator[int]) -> list[str]:
-        """Runs until a signal, then stops. Returns the names of the VMs that exist then."""
+        """Runs until a signal, then stops. Returns the names of the VMs that exist at the end."""
         async with self.running() as nursery:
             lines = [f"volantd: listening on {address}" for address in self._admission.addresses]
             if self._admission.certificate is not None:
@@ -293,10 +294,10 @@ class Daemon:
 
     @asynccontextmanager
     async def running(self, rng: Random | None = None) -> AsyncIterator[trio.Nursery]:
-        """Runs the tree for the length of the block. Adopts VMs in the nursery that it yields.
+        """Runs the tree during the block. Adopts VMs in the nursery that it yields.
 
         :param rng: the source of randomness in the tree
-        :raises OSError: when a restored database can't replace the old one.
+        :raises OSError: a restored database can't replace the old one.
         """
         aside = await self.host.threads.run(take_over, self.host, self.store.path)
         if aside is not None:
@@ -369,7 +370,7 @@ class Daemon:
         _logger.info("ready: %d VMs", len(self.store.projection))
 
     async def _choose_accelerator(self) -> None:
-        """Probes now, so that the first VM need not wait, and `info` knows the result."""
+        """Probes now, so that the first VM does not wait, and `info` has the result."""
         choice = self.status.choice = await self.hypervisor.choice()
         _logger.info("guests run under %s: %s", choice.accelerator, choice.reason)
 
@@ -393,7 +394,7 @@ def _sandbox(host: Host, settings: Settings) -> SandboxPlan | None:
 
 
 def _say(lines: Sequence[str]) -> None:
-    """Prints lines on stdout, for programs that start the daemon with port 0. In one write, as the reader may stop
+    """Prints lines on stdout, for programs that start the daemon with port 0. Uses one write, as the reader may stop
     after the first line."""
     with suppress(OSError):
         os.write(1, "".join(f"{line}\n" for line in lines).encode())

@@ -1,4 +1,4 @@
-"""Computes how many files, sockets and pipes the daemon may have open, and how many it needs."""
+"""Computes the daemon's limit of open files, sockets and pipes, and the number that it needs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ OF_VM = 20
 """Descriptors for each running VM."""
 OF_CLIENTS = 256
 _SMALLEST_MB = 256
-"""What a small VM is promised: without `max_vms`, memory limits how many VMs there are."""
+"""The memory promised to a small VM: without `max_vms`, memory limits the number of VMs."""
 _SMALLEST_SHARE_MB = 100
-"""What a small clone and its part of the reserve take where more memory is promised than the host has."""
+"""The memory of a small clone with its part of the reserve, if more memory is promised than the host has."""
 
 
 def raise_limit() -> int:
@@ -25,7 +25,7 @@ def raise_limit() -> int:
 
 
 def most_vms(settings: Settings, host: Host) -> int:
-    """Returns how many VMs can run, by the settings or the host's memory."""
+    """Returns the maximum number of VMs, by the settings or the host's memory."""
     if settings.max_vms is not None:
         return settings.max_vms
     each_mb = _SMALLEST_MB if settings.memory_overcommit == 1 else _SMALLEST_SHARE_MB
@@ -33,7 +33,7 @@ def most_vms(settings: Settings, host: Host) -> int:
 
 
 def needed(vms: int) -> int:
-    """Returns how many descriptors the daemon needs for that many VMs and for clients."""
+    """Returns the number of descriptors that the daemon needs for that many VMs and for clients."""
     return OF_VM * vms + OF_CLIENTS
 
 

@@ -23,7 +23,7 @@ _RAM_DISKS = (Path("/dev/shm"),)
 _LOCK = "lock"
 _SECRETS_KEY = "secrets.key"
 EPHEMERAL = "ephemeral"
-"""This file marks directories that an ephemeral daemon created."""
+"""The file that marks directories created by an ephemeral daemon."""
 _IN_STATE = (
     *(EPHEMERAL, _LOCK, "disks", "logs", "templates", "snapshots", "standby", "volumes", "tls.pem*"),
     # Files of SQLite and the journal beside a database begin with its name.
@@ -65,7 +65,8 @@ def volume_dir(settings: Settings) -> Path:
 
 
 def key_dir(settings: Settings) -> Path:
-    """Returns the directory of the keys of secrets: beside the state directory, so that no copy of that has them."""
+    """Returns the directory of the keys of secrets: next to the state directory, so that no copy of that contains
+    them."""
     return settings.state_dir.with_name(f"{settings.state_dir.name}-keys")
 
 
@@ -75,7 +76,7 @@ def secrets_key_file(settings: Settings) -> Path:
 
 
 def vm_directories(settings: Settings) -> VmSettings:
-    """Returns the settings of VMs with the directories alone."""
+    """Returns the settings of VMs with only the directories."""
     return VmSettings(
         state_dir=settings.state_dir,
         runtime_dir=settings.runtime_dir,
@@ -101,13 +102,13 @@ def confine(host: Host, settings: Settings) -> None:
 
 @contextmanager
 def claimed(settings: Settings) -> Iterator[None]:
-    """Creates and locks the directories for the length of the block. Only the cache may be shared with another daemon.
+    """Creates and locks the directories for the block. Only the cache may be shared with another daemon.
 
-    At the end, removes the directory of guest memory if it is empty: it takes RAM of the host. An ephemeral daemon's
-    goes with `remove`.
+    At the end, removes the directory of guest memory if it is empty, as it takes up RAM of the host. `remove` removes
+    an ephemeral daemon's.
 
-    :raises DirectoryError: when one can't be created, when another user owns or can replace one, when another daemon
-        uses one, or when an ephemeral daemon would delete files that it did not create.
+    :raises DirectoryError: one can't be created, another user owns or can replace one, another daemon uses one, or an
+        ephemeral daemon would delete files that it did not create.
     """
     for path in (settings.state_dir, settings.runtime_dir, settings.cache_dir):
         _claim(path)
@@ -140,7 +141,7 @@ def claimed(settings: Settings) -> Iterator[None]:
 
 @contextmanager
 def _locked(directory: Path, option: str) -> Iterator[None]:
-    """Locks a directory for the length of the block. :raises DirectoryError: when another daemon has locked it."""
+    """Locks a directory for the block. :raises DirectoryError: another daemon has locked it."""
     try:
         fd = os.open(directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
@@ -169,7 +170,7 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def _check_ephemeral(settings: Settings) -> None:
-    """:raises DirectoryError: when an ephemeral daemon would delete files that none created."""
+    """Checks an ephemeral daemon. :raises DirectoryError: it would delete files that none created."""
     memory = memory_dir(settings)
     marked = (settings.state_dir / EPHEMERAL).exists()
     for directory, option, is_ours in (
@@ -209,8 +210,8 @@ def _made_later(settings: Settings) -> Iterator[Path]:
 
 
 def _put_aside(path: Path) -> None:
-    """As root, renames what another user has put at a name in a directory where every user can make one: nobody should
-    keep the daemon from starting."""
+    """As root, renames another user's file in a directory where every user can create files, so that it can't prevent
+    the daemon from starting."""
     try:
         owner = path.lstat().st_uid
         above = path.parent.stat()

@@ -25,12 +25,12 @@ _logger = logging.getLogger("volant.tasks")
 _logger.setLevel(logging.INFO)
 
 _ENTRY_CHARACTERS = 16 * 1024
-"""At three bytes each they fit: an entry of systemd's journal is cut at 48 KiB."""
+"""Maximum characters of a log entry. At three bytes each they fit: an entry of systemd's journal is cut at 48 KiB."""
 _STDERR = 2
 
 
 def before() -> None:
-    """Ignores the signal until the daemon handles it, and dumps the threads when the process crashes."""
+    """Ignores the signal until the daemon handles it, and dumps the threads if the process crashes."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     faulthandler.enable()
 

@@ -1,7 +1,7 @@
-"""Moves the VMs of this host to others while it is being drained, each with its memory and its disk.
+"""Moves the VMs of this host to others while it is being drained, with memory and disk.
 
-A VM that moves is paused, and its row says so (`VmRow.leaving`), so a daemon that is started after a killed one goes on
-with it. `docs/explanation/fleet.md` has the steps, and who decides at each of them.
+A moving VM is paused, and its row records that (`VmRow.leaving`), so the next daemon continues the move after a kill.
+`docs/explanation/fleet.md` has the steps, and who decides at each of them.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ from ._sending import ADMIT_S, Sending
 _AT_ONCE = 2
 _LOOK_S = 0.5
 _HOSTS = 3
-"""That are asked to take a VM, the best first."""
+"""Hosts that are asked to run a VM, best first."""
 _MOVE_S = 3600.0
-"""For all that happens while a VM is paused, before it is decided where it goes on."""
+"""Maximum time of the steps during which a VM is paused, before the move is decided."""
 _KNOWN_S = 30.0
-"""After so long without etcd, a daemon that was restarted lets VMs go on that it can."""
+"""The time without etcd after which a restarted daemon lets VMs continue that may."""
 _PAUSE_S = 60.0
 _REMOVE_S = 60.0
 _AGAIN_S, _AGAIN_MAX_S = 10.0, 300.0
-"""Before a VM that could not move is tried again."""
+"""The shortest and the longest delay before another attempt to move a VM."""
 _RETRY_S, _RETRY_MAX_S = 0.2, 10.0
 _FORGET_TRIES = 3
 _UNDRAINED = "its host is not drained any more"
@@ -61,7 +61,7 @@ _Failed = (Problem, TransferError, ChunkError, EtcdError, OSError)
 
 
 class _Task(msgspec.Struct, eq=False):
-    """A move that is under way."""
+    """A running move."""
 
     state: MoveState = "waiting"
     to_host: str | None = None
@@ -85,8 +85,8 @@ class _Later(msgspec.Struct):
 class Evacuation:
     """The VMs that leave this host.
 
-    :param sending: sends them
-    :param fleet, vms, transfers: return parts of the daemon that are made later
+    :param sending: sends the VMs
+    :param fleet, vms, transfers: return parts of the daemon that are created later
     """
 
     def __init__(
@@ -111,15 +111,15 @@ class Evacuation:
         self._transfers = transfers
         self._began = 0.0
         self._tasks: dict[int, _Task] = {}
-        """By the ids of VMs, as those that are tried later."""
+        """Moves by the ids of VMs; those to retry likewise."""
         self._later: dict[int, _Later] = {}
 
     def leaving(self) -> list[Key]:
-        """Returns the VMs that are being moved."""
+        """Returns the moving VMs."""
         return [row.key for row in self._store.projection.rows() if row.leaving is not None]
 
     def moves(self) -> list[MoveView]:
-        """Returns what becomes of the VMs of this host, while it is being drained."""
+        """Returns the moves of the VMs of this host, while it is being drained."""
         is_drained = self._fleet().moves_since is not None
         rows = [row for row in self._store.projection.rows() if is_drained or row.leaving is not None]
         return [self._view(row) for row in rows]
@@ -151,7 +151,7 @@ class Evacuation:
         )
 
     async def keep(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Moves VMs until cancelled, whenever this host is drained, and ends the moves that were begun."""
+        """Moves VMs until cancelled, whenever this host is drained, and ends moves in progress."""
         async with trio.open_nursery() as nursery:
             self._began = trio.current_time()
             task_status.started()
@@ -160,7 +160,7 @@ class Evacuation:
                 await trio.sleep(_LOOK_S)
 
     def _look(self, nursery: trio.Nursery) -> None:
-        """Starts the moves that are due, and stops those that are not wanted any more."""
+        """Starts the moves that are due, and stops unwanted ones."""
         fleet = self._fleet()
         if fleet.left or (not fleet.is_known and trio.current_time() < self._began + _KNOWN_S):
             # Just after the start, it is not known whether the moves of the daemon before are wanted.
@@ -235,9 +235,9 @@ class Evacuation:
         await self._forget(leaving, left=given)
 
     async def _prepare(self, row: VmRow, leaving: Leaving | None, task: _Task) -> Leaving:
-        """Does all that comes before the decision; returns the move, of which it is known that etcd may be asked.
+        """Executes the steps before the decision; returns the move, for which etcd may be asked.
 
-        Raises what is in `_Failed`: the VM stays, unless its row says otherwise.
+        Raises the errors in `_Failed`: the VM stays, unless its row says otherwise.
         """
         if self._fleet().moves_since is None:
             raise Problem(409, "not-drained", _UNDRAINED)
@@ -257,7 +257,7 @@ class Evacuation:
         return leaving
 
     async def _admit(self, row: VmRow, bases: Bases, task: _Task) -> Leaving:
-        """Finds a host that can have the VM, which runs meanwhile. :raises Problem: none can :raises EtcdError:"""
+        """Finds a host that can run the VM, which keeps running. :raises Problem: none can. :raises EtcdError:"""
         claim = await self._fleet().claims.get(text_of(row.key))
         if claim is None or claim.owner != self._name or claim.taking:
             raise Problem(503, "claim-unknown", "etcd does not say that it is a VM of this host", vm=row.name)
@@ -292,14 +292,14 @@ class Evacuation:
         return await self._sending.take_snapshot(row, leaving.snapshot, text, move=leaving.id)
 
     async def _until_paused(self, row: VmRow) -> None:
-        """:raises Problem: 503 it was not paused"""
+        """Waits until a VM is paused. :raises Problem: 503, it was not paused."""
         _, paused = await self._vms().wait(row.id, {Status.PAUSED}, _PAUSE_S)
         if paused is None or paused.status is not Status.PAUSED:
             why = "" if paused is None or paused.reason is None else f": {paused.reason.message}"
             raise Problem(503, "pause-failed", f"VM {row.name!r} was not paused{why}", vm=row.name)
 
     async def _leave(self, row: VmRow, leaving: Leaving) -> bool:
-        """Removes a VM that is another host's; returns whether nothing is left of it."""
+        """Removes a VM that belongs to another host; returns whether it is completely removed."""
         await self._vms().move(row, Left(leaving.to_host))
         _, after = await self._vms().wait(row.id, {DELETED}, _REMOVE_S)
         return after is None
@@ -312,7 +312,7 @@ class Evacuation:
         return True
 
     async def _until_done(self, work: Callable[[], Awaitable[bool]]) -> None:
-        """Does the last step of a move, again and again while the journal can't keep it."""
+        """Repeats the last step of a move while the journal fails."""
         backoff = Backoff(_RETRY_S, _RETRY_MAX_S)
         while True:
             try:
@@ -323,7 +323,7 @@ class Evacuation:
             await backoff.pause()
 
     async def _forget(self, leaving: Leaving, *, left: bool) -> None:
-        """Removes what etcd has of a move. What stays does no harm."""
+        """Removes the data of a move from etcd. Remains are harmless."""
         backoff = Backoff(_RETRY_S, _RETRY_MAX_S)
         for _ in range(_FORGET_TRIES):
             try:

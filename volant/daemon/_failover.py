@@ -1,6 +1,6 @@
-"""The daemon's part in a failover: it holds this host's movable VMs back, and starts those of hosts that are gone.
+"""The daemon's part in a failover: it holds back this host's movable VMs, and starts those of lost hosts.
 
-`volant.fleet` decides when; this does it, with the group of processes that can be frozen and the VMs of this host.
+`volant.fleet` decides when; this module acts, with the freezable group of processes and the VMs of this host.
 """
 
 from __future__ import annotations
@@ -57,15 +57,16 @@ _STOPPED_AGAIN_S = 0.5
 _LOOK_AGAIN_S = 0.02
 _FREEZE_S, _FREEZE_MAX_S = 0.1, 2.0
 _REMEMBERED = 10_000
-"""VMs that other hosts have taken over: a host has fewer at once, and a DELETE of one that is just gone may wait."""
+"""Maximum remembered VMs that other hosts have taken over: a host has fewer at once, and a DELETE of one that was just
+removed may wait."""
 _logger = logging.getLogger("volant.fleet")
 
 
 class Failover(VmFence, Vms):
     """The movable VMs of this host.
 
-    :param host_name: in the fleet
-    :param vms, fleet: return the parts of the daemon that are made later
+    :param host_name: this host's name in the fleet
+    :param vms, fleet: return the parts of the daemon that are created later
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class Failover(VmFence, Vms):
         """Set once there is no obstacle."""
         self._keeping: trio.CancelScope | None = None
         self._discarded: dict[tuple[str, int], None] = {}
-        """The ids and epochs of VMs that are removed as they are another host's, the newest last."""
+        """The ids and epochs of VMs that were removed because they belong to another host, newest last."""
 
     async def keep(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Keeps the watchdog, until cancelled."""
@@ -118,7 +119,7 @@ class Failover(VmFence, Vms):
                     await self._close()
 
     async def _watch(self) -> None:
-        """Keeps the watchdog, and sees when it was late, and has frozen VMs after they were let go on."""
+        """Keeps the watchdog, and detects when it was late and has frozen resumed VMs."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._freezer.keep)
             while True:
@@ -127,7 +128,7 @@ class Failover(VmFence, Vms):
                 await trio.sleep(_STOPPED_AGAIN_S)
 
     async def _close(self) -> None:
-        """Removes the group and the watchdog, as there is nothing for them to do."""
+        """Removes the group and the watchdog, as they are not needed."""
         try:
             await self._freezer.close()
         except FreezerFailed as error:
@@ -146,13 +147,13 @@ class Failover(VmFence, Vms):
 
     @property
     def until(self) -> float | None:
-        """Until when this host's sign of life lasts, as the last daemon knew; None: it is not known."""
+        """Returns the expiry of this host's sign of life, as the last daemon knew it; None if unknown."""
         if self.obstacle is not None or not self._freezer.until:
             return None
         return self._freezer.until + (1 - PAUSE_AFTER) * self._ttl_s
 
     def lasts(self, until: float) -> None:
-        """Lets the watchdog know until when they may run."""
+        """Passes the time until which VMs may run to the watchdog."""
         if self.obstacle is None:
             self._freezer.last(pause_at(until, self._ttl_s))
 
@@ -266,7 +267,7 @@ class Failover(VmFence, Vms):
         return (movable.id, movable.epoch) in self._discarded
 
     async def _settle(self, row: VmRow) -> None:
-        """Says that a VM that was moved here is here, before it is deleted: else it would be started again.
+        """Records that a VM that moved here has arrived, before it is deleted. Otherwise it would be started again.
 
         :raises Problem: 503
         """
@@ -294,7 +295,7 @@ class Failover(VmFence, Vms):
         return Claim(movable.id, self._name, movable.epoch, failover)
 
     def _movable_of(self, vm: Key) -> Movable | None:
-        """Returns how another host may start a VM of this one; None: none does."""
+        """Returns the data for a start of a VM by another host; None if none starts it."""
         row = self._store.projection.get(vm)
         return None if row is None else row.movable
 

@@ -1,4 +1,4 @@
-"""The daemon's part in a fleet: the host that it is for the others, and the port that it serves them at.
+"""The daemon's part in a fleet: this host's membership, and the port for the other hosts.
 
 Only a daemon with `fleet_etcd` imports this module.
 """
@@ -52,13 +52,13 @@ _DIRECTORY = "movable"
 
 
 def freezer_of(host: Host, settings: Settings, scopes: Scopes | None) -> Freezer:
-    """Returns the group. `scopes`: those of systemd, None: it runs no daemon."""
+    """Returns the freezer. `scopes` are systemd's; None if systemd does not run the daemon."""
     directory = settings.runtime_dir / _DIRECTORY
     return Freezer(host, directory, instance=instance_of(settings.state_dir), scopes=scopes)
 
 
 async def end_former_fleet(host: Host, settings: Settings, scopes: Scopes | None, store: Store) -> None:
-    """Removes what held movable VMs back while this host was in a fleet, unless it has not left that."""
+    """Removes the group that held back movable VMs while this host was in a fleet, unless it is still a member."""
     if not host.files.exists(settings.runtime_dir / _DIRECTORY) or any(row.movable for row in store.projection.rows()):
         return
     try:
@@ -72,7 +72,7 @@ _ID_FILE = "host-id"
 
 
 class FleetMember:
-    """This host as one of a fleet. :raises SettingsError: a setting is invalid."""
+    """This host as a member of a fleet. :raises SettingsError: a setting is invalid."""
 
     def __init__(
         self,
@@ -90,8 +90,9 @@ class FleetMember:
         transfers: Callable[[], Transfers],
         freezer: Freezer,
     ) -> None:
-        """`sockets`: for the other hosts; `etcd`: None: that of the settings; `key_file`: of secrets; `clear`: removes
-        what a deleted project has left; `vms`: returns those of this host; `freezer`: holds movable ones back"""
+        """Creates it. `sockets` are for the other hosts; `etcd` replaces that of the settings; `key_file` is for
+        secrets; `clear` removes the data of a deleted project; `vms` returns those of this host; `freezer` holds back
+        movable ones."""
         plan = fleet_of(settings)
         self._sockets = sockets
         self._tls = Tls(plan.server, lambda: True)
@@ -208,9 +209,9 @@ class FleetMember:
     def children(
         self, app: AsgiApp, redeem: Callable[[bytes, str], Caller | None], stopping: trio.Event
     ) -> list[Child[Any]]:
-        """Returns what runs while this host is in its fleet.
+        """Returns the children that run while this host is in its fleet.
 
-        :param app: for the other hosts; `redeem`: uses up tickets; `stopping`: ends their streams
+        :param app: the app for the other hosts; `redeem` uses up tickets; `stopping` ends their streams
         """
         return [
             # Before the fleet, which needs it at once.
@@ -221,7 +222,7 @@ class FleetMember:
         ]
 
     async def _keep_moves(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Moves and replicates VMs from this host and to it, until cancelled."""
+        """Moves and replicates VMs from and to this host, until cancelled."""
         async with trio.open_nursery() as nursery:
             await nursery.start(self._arrivals.keep)
             await nursery.start(self._evacuation.keep)
@@ -237,7 +238,7 @@ class FleetMember:
         *,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """Serves the other hosts, which have to show a certificate, until cancelled."""
+        """Serves the other hosts, which must present a certificate, until cancelled."""
         from_hosts = FromHosts(app, redeem, {**self._arrivals.handlers, **self._sending.handlers})
         await serve(from_hosts, self._sockets, stopping=stopping, tls=self._tls, task_status=task_status)
         # The supervisor restarts a child that ends.
@@ -251,7 +252,7 @@ class FleetMember:
 
 
 def _host_id(settings: Settings, new_id: str) -> str:
-    """Returns what identifies this host in its fleet, which is in the state directory; `new_id` the first time.
+    """Returns the id of this host in its fleet, which is stored in the state directory; `new_id` the first time.
 
     :raises SettingsError: the file can't be read or written.
     """
@@ -272,7 +273,7 @@ def _host_id(settings: Settings, new_id: str) -> str:
 
 
 def known_id(settings: Settings) -> str | None:
-    """Returns what identifies this host in a fleet; None: it has been in none. :raises SettingsError:"""
+    """Returns the id of this host in a fleet; None if it was never in one. :raises SettingsError:"""
     path = settings.state_dir / _ID_FILE
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)

@@ -1,6 +1,6 @@
-"""The fleet as the settings have it: where its etcd is, who this host is in it, and how hosts trust each other.
+"""The fleet in the settings: the address of etcd, this host's identity, and the certificates of hosts.
 
-Hosts and etcd are one domain of trust: whoever has a certificate of `fleet_ca` is a host, to etcd and to the others.
+Hosts and etcd are one trust domain: a program with a certificate of `fleet_ca` is a host, to etcd and to the others.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ _MAX_PASSWORD = 4096
 
 
 class FleetPlan(msgspec.Struct, frozen=True):
-    """What the settings say of the fleet."""
+    """The fleet in the settings."""
 
     host: str
     address: str
-    """Where other hosts reach this one; its port may be 0, of a free one."""
+    """The address at which other hosts reach this one; port 0 means a free port."""
     etcd: EtcdSettings
     prefix: str
     server: Credentials
-    """For the other hosts that connect."""
+    """The credentials for other hosts that connect."""
     client: ssl.SSLContext
-    """For connections to other hosts."""
+    """The context for connections to other hosts."""
     zone: str
     labels: Mapping[str, str]
     ttl_s: int
@@ -86,7 +86,7 @@ def _check_endpoint(endpoint: str) -> None:
 
 
 def _address(settings: Settings) -> str:
-    """Returns where other hosts reach this one. :raises SettingsError:"""
+    """Returns the address at which other hosts reach this one. :raises SettingsError:"""
     for name in ("fleet_listen", "fleet_address"):
         if given := getattr(settings, name):
             try:

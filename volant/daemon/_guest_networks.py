@@ -1,4 +1,4 @@
-"""The networks of this daemon's VMs, and which of them VMs may have."""
+"""The networks of this daemon's VMs, and the ones that VMs may have."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ _logger = logging.getLogger("volant.daemon")
 
 
 class GuestNetworks:
-    """Keeps the networks, and decides which ones VMs may have: by what this host supports and by who may control the
-    daemon. The store has what came of it.
+    """Keeps the networks, and decides which ones VMs may have: by the support of this host and by the access to the
+    daemon. The store has the result.
 
-    :param instance: of the daemon
-    :param backend: changes the host's network; None: the host's own
-    :param dns: where resolvers ask; None: where the host does
+    :param instance: the daemon's instance
+    :param backend: changes the host's network; None for the host's own
+    :param dns: the DNS servers of resolvers; None for the host's
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class GuestNetworks:
         await self.egress.allow(vm_id, name, addresses)
 
     async def find_obstacles(self) -> None:
-        """Notes which networks this host can't give to VMs. Two of the checks run a program, side by side."""
+        """Determines which networks this host can't give to VMs. Two of the checks run a program, in parallel."""
         found = {USER: passt_obstacle()}
         unfiltered = unrestricted = None
 
@@ -112,7 +112,8 @@ class GuestNetworks:
         )
 
     def choose(self) -> None:
-        """Decides which networks VMs may have, and which one they get. Again whenever other clients may call."""
+        """Decides which networks VMs may have, and their default. Repeated whenever the access to the daemon
+        changes."""
         networking = self._store.networking
         refused = _USER_REFUSED if self._admission.is_open else ""
         obstacles = {**networking.obstacles, USER: refused} if refused else networking.obstacles
@@ -124,14 +125,14 @@ class GuestNetworks:
         self._store.networking = msgspec.structs.replace(networking, default=default, user_refused=refused)
 
     def warn_of_refused(self) -> None:
-        """Logs the VMs that have a network that is refused by now. The operator decides whether they keep it."""
+        """Logs the VMs with a network that is not allowed any more. The operator decides whether they keep it."""
         refused = self._store.networking.user_refused
         behind = [row.name for row in self._store.projection.rows() if kind_of(row.network) == USER]
         if refused and behind:
             _logger.warning("these VMs have the network 'user': %s; %s", first_few(behind), refused)
 
     def view(self) -> dict[str, object]:
-        """Returns what of them VMs can have, ready for JSON."""
+        """Returns the networks available to VMs, ready for JSON."""
         networking = self._store.networking
         obstacles = dict(networking.obstacles)
         if networking.user_refused:

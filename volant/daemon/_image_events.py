@@ -1,4 +1,4 @@
-"""Writes into the journal what happens to fetches of OCI images."""
+"""Writes events of OCI image fetches into the journal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger("volant.oci")
 _WAITING = 1024
-"""Events that wait for the journal: more than all fetches at once can have. What comes on top is lost."""
+"""Maximum events that wait for the journal, more than all concurrent fetches can have. Further ones are lost."""
 _TYPES = {
     "started": EventType.IMAGE_PULL_STARTED,
     "progress": EventType.IMAGE_PULL_PROGRESS,
@@ -26,7 +26,7 @@ _TYPES = {
 
 
 class ImageEvents:
-    """Takes events at once, and writes them in their order while `keep` runs."""
+    """Accepts events at once, and writes them in order while `keep` runs."""
 
     def __init__(self, journal: Ref[Journal]) -> None:
         self._journal = journal
@@ -34,14 +34,14 @@ class ImageEvents:
         self._put, self._take = trio.open_memory_channel(_WAITING)
 
     def observe(self, event: PullEvent) -> None:
-        """Takes an event."""
+        """Accepts an event."""
         try:
             self._put.send_nowait(event)
         except trio.WouldBlock:
             _logger.warning("an event of the image %s is lost: the journal is too slow", event.reference)
 
     async def keep(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Writes events until cancelled. One that the journal refuses is lost: the fetch is not."""
+        """Writes events until cancelled. An event that the journal refuses is lost; the fetch is not affected."""
         task_status.started()
         while True:
             event = await self._take.receive()

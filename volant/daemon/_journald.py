@@ -1,11 +1,11 @@
 """Logs to systemd's journal, with fields for `journalctl VM=demo` and `journalctl REQUEST_ID=…`.
 
 The native protocol sends one datagram for each entry (systemd.io, "Native Journal Protocol"). The daemon uses it only
-if `JOURNAL_STREAM` says that standard error is the journal. The libraries for it are bindings to libsystemd, which must
-be built on each host, for forty lines of code.
+if standard error is the journal according to `JOURNAL_STREAM`. Rejected: bindings to libsystemd, which must be built on
+each host, for forty lines of code.
 
 **It never blocks**, as a stuck journal would stop the event loop. Entries that do not fit into the socket are dropped,
-and the next entry says how many. An entry that is too long for a datagram is cut.
+and the next entry has their number. An entry that is too long for a datagram is cut.
 """
 
 from __future__ import annotations

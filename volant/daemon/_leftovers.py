@@ -1,4 +1,4 @@
-"""Finds what the host has of VMs: their processes, logs and disks, with rows in the database or without."""
+"""Finds processes, logs and disks of VMs on the host, with rows in the database or without."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _logger = logging.getLogger("volant.daemon")
 
 
 async def evidence_of(host: Host, settings: Settings, logs: VmLogs) -> Evidence:
-    """Returns the running VMs and the highest VM id that the host has traces of. Raises OSError."""
+    """Returns the running VMs and the highest VM id with traces on the host. Raises OSError."""
     await logs.prepare()
     instance = instance_of(settings.state_dir)
     running = {}
@@ -31,7 +31,7 @@ async def evidence_of(host: Host, settings: Settings, logs: VmLogs) -> Evidence:
 
 
 class Leftovers:
-    """Holds processes and disks that belong to no VM. The daemon reports them and never removes them by itself, as the
+    """Processes and disks that belong to no VM. The daemon reports them and never removes them by itself, as the
     database may have been restored from a backup."""
 
     def __init__(self, host: Host, settings: Settings, store: Store) -> None:
@@ -42,7 +42,7 @@ class Leftovers:
         self._disks: list[str] = []
 
     async def find(self, vms: Vms) -> None:
-        """Finds and logs them."""
+        """Finds and logs leftovers."""
         self._processes = [orphan.identity for orphan in await vms.orphans.list()]
         for identity in self._processes:
             _logger.warning(
@@ -58,7 +58,7 @@ class Leftovers:
                 self._disks.append(name)
 
     def view(self) -> list[dict[str, object]]:
-        """Returns those that still exist and still belong to no VM, ready for JSON."""
+        """Returns leftovers that still exist and belong to no VM, ready for JSON."""
         rows = self._store.projection.rows()
         tags, layers = {row.tag for row in rows}, {row.layer for row in rows}
         found: list[dict[str, object]] = []

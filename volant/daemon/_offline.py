@@ -24,7 +24,7 @@ _MAGIC = b"SQLite format 3\0"
 
 
 def restore(settings: Settings, file: Path, *, replace: bool) -> str:
-    """Restores a backup. Returns what was done, for people. :raises DaemonError: when it fails; nothing has changed."""
+    """Restores a backup. Returns a report for people. :raises DaemonError: it fails; nothing has changed."""
     check_backup(file)
     try:
         with claimed(settings):
@@ -34,7 +34,7 @@ def restore(settings: Settings, file: Path, *, replace: bool) -> str:
 
 
 def check_backup(file: Path) -> None:
-    """Checks that a file is a database, before anything is created. :raises DaemonError: when it is not."""
+    """Checks that a file is a database, before anything is created. :raises DaemonError: it is not."""
     try:
         if not stat.S_ISREG(file.stat().st_mode):
             raise DaemonError(f"{file} is not a regular file; pass a file that `volar system backup` wrote")
@@ -49,7 +49,7 @@ def check_backup(file: Path) -> None:
 
 
 def _user() -> Caller:
-    """Returns the user of this host who restores, named as a caller at the Unix socket is."""
+    """Returns the user of this host who restores, named like a caller at the Unix socket."""
     name = f"uid {os.getuid()}"
     return Caller(name, name, address=name)
 

@@ -1,4 +1,4 @@
-"""The daemon's settings as its parts take them: VMs, OCI images, snapshots in registries, DNS servers."""
+"""The daemon's settings for its parts: VMs, OCI images, snapshots in registries, DNS servers."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from ._directories import vm_directories
 from ._settings import MAX_NAMESERVERS, Settings, is_nameserver, memory_overcommit, split
 
 _FILES = (Path("/etc/resolv.conf"), Path("/run/systemd/resolve/resolv.conf"))
-"""The second lists the servers of systemd-resolved, if the first only names systemd-resolved itself."""
+"""The second file lists the servers of systemd-resolved, if the first only names systemd-resolved itself."""
 _MAX_BYTES = 64 * 1024
 
 
 def nameservers_of_host(files: Iterable[Path] = _FILES) -> tuple[str, ...]:
-    """Returns the servers of the first file that lists some that guests can use. Blocks briefly."""
+    """Returns the servers of the first file that lists any that guests can use. Blocks briefly."""
     return _first(files, is_nameserver)
 
 
@@ -59,7 +59,7 @@ _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
 
 
 def vm_settings(settings: Settings) -> VmSettings:
-    """Returns what VMs depend on."""
+    """Returns the settings of VMs."""
     return msgspec.structs.replace(
         vm_directories(settings),
         kernel=settings.kernel,
@@ -74,7 +74,7 @@ def vm_settings(settings: Settings) -> VmSettings:
 
 
 def transfer_settings(settings: Settings, environ: Mapping[str, str]) -> TransferSettings:
-    """Returns what transfers of snapshots depend on: registries are reached as for images."""
+    """Returns the settings of snapshot transfers. Registries are reached in the same way as for images."""
     mbps = settings.transfer_mbps
     return TransferSettings(
         bytes_per_s=None if mbps is None else mbps * 2**20,
@@ -91,7 +91,7 @@ def transfer_settings(settings: Settings, environ: Mapping[str, str]) -> Transfe
 def image_settings(
     settings: Settings, environ: Mapping[str, str], sandbox: SandboxPlan | None, artifacts: ArtifactCache
 ) -> ImageSettings:
-    """Returns what images depend on. The proxies of the daemon's environment are those of its fetches."""
+    """Returns the settings of images. Fetches use the proxies of the daemon's environment."""
     isolation = None
     if sandbox is not None:
         isolation = Isolation(landlock=sandbox.landlock, users=sandbox.users, places=sandbox.places)

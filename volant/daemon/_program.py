@@ -23,7 +23,7 @@ from ._systemd import Notifier
 
 
 def run() -> None:
-    """Runs the daemon or a sub-command. Exits with 0 after a signal, 1 when it can't run, 2 for invalid settings."""
+    """Runs the daemon or a sub-command. Exits with 0 after a signal, 1 if it can't run, 2 for invalid settings."""
     _dump.before()
     try:
         notifier = Notifier.from_environment(os.environ)
@@ -83,7 +83,7 @@ def run() -> None:
 
 
 class _Formatter(logging.Formatter):
-    """Formats times, and caches the part that changes once a second."""
+    """Formats times, and caches the part that changes once per second."""
 
     _second = -1
     _text = ""

@@ -18,11 +18,12 @@ from volant.http import Network, parse_network
 
 
 class UnreadableFile(Exception):
-    """A file can't be used. The text says why, and begins after the name of the file."""
+    """A file can't be used. The text has the reason, and follows the name of the file."""
 
 
 def read_given(path: Path, max_bytes: int) -> bytes:
-    """Returns the content of a regular file. :raises UnreadableFile: it can't be read, is no such file, or is larger"""
+    """Returns the content of a regular file. :raises UnreadableFile: it can't be read, is not a regular file, or is
+    larger."""
     try:
         # Non-blocking, because opening a pipe without a writer would block forever.
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
@@ -39,7 +40,7 @@ def read_given(path: Path, max_bytes: int) -> bytes:
 _MAX_FILE = 64 * 1024
 _MAX_KEYS = 100
 _KEY = re.compile(r"[\x21-\x7e]{16,1000}\Z")
-"""Sixteen random hexadecimal characters are 64 bits, which nobody guesses over a network."""
+"""Sixteen random hexadecimal characters are 64 bits, which can't be guessed over a network."""
 _CLIENT_SECRET = re.compile(r"[\x20-\x7e]{1,1000}\Z")
 
 
@@ -70,7 +71,7 @@ class Secret:
 
 
 class Protection(msgspec.Struct, frozen=True):
-    """Holds the access control of the API."""
+    """The access control of the API."""
 
     keys: tuple[Secret, ...] = ()
     allow_cidr: tuple[Network, ...] = ()
@@ -86,7 +87,7 @@ class Protection(msgspec.Struct, frozen=True):
 def protection(
     *, api_key: Secret | None, api_key_file: Path | None, allow_cidr: list[str], trusted_proxies: list[str]
 ) -> Protection:
-    """Reads the key file and parses the lists. :raises ProtectionError: when one is invalid."""
+    """Reads the key file and parses the lists. :raises ProtectionError: one is invalid."""
     warnings: list[str] = []
     keys: list[str] = []
     if api_key is not None:
@@ -102,7 +103,7 @@ def protection(
 
 
 def check_origin(origin: str) -> None:
-    """:raises ProtectionError: when the origin can't be trusted."""
+    """Checks an origin. :raises ProtectionError: it can't be trusted."""
     if origin == "null":
         raise ProtectionError("cors_origins has 'null', which is the origin of every sandboxed page, a guest's too")
     try:
@@ -117,7 +118,7 @@ def check_origin(origin: str) -> None:
 
 
 def others_may_read(path: Path) -> bool:
-    """Whether every user of this host can read the file. One that is gone meanwhile, nobody can."""
+    """Returns whether every user of this host can read the file; False if it was removed in the meantime."""
     try:
         return bool(path.stat().st_mode & stat.S_IROTH)
     except FileNotFoundError:
@@ -141,7 +142,7 @@ def _networks(setting: str, members: list[str]) -> tuple[Network, ...]:
 
 
 def _read(path: Path, setting: str) -> bytes:
-    """Returns what a file holds. :raises ProtectionError: it can't be read, is no file or too large."""
+    """Returns the content of a file. :raises ProtectionError: it can't be read, is no file or too large."""
     try:
         return read_given(path, _MAX_FILE)
     except UnreadableFile as error:

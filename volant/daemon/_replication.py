@@ -1,5 +1,5 @@
-"""Replicates VMs of this host that are to be restored: at intervals, other hosts get a copy of each, with memory and
-disk, from which one of them continues it when this host dies. `docs/explanation/fleet.md` has the steps.
+"""Replicates VMs of this host with `failover` `restore`: at intervals, other hosts receive a copy of each, with memory
+and disk, from which one of them continues it when this host is lost. `docs/explanation/fleet.md` has the steps.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ from ._sending import Sending
 _AT_ONCE = 2
 _LOOK_S = 1.0
 _WHOLE_S = 3600.0
-"""For all that one replica takes."""
+"""Maximum time for one replica."""
 _HOSTS_MORE = 2
-"""Hosts that are asked beyond those that are wanted."""
+"""Hosts that are asked in addition to the wanted number."""
 _AGAIN_S, _AGAIN_MAX_S = 10.0, 300.0
-"""Before it is tried again to replicate a VM."""
+"""The shortest and the longest delay before another attempt to replicate a VM."""
 _logger = logging.getLogger("volant.fleet")
 _Failed = (Problem, TransferError, ChunkError, EtcdError, OSError, trio.TooSlowError)
 
 
 class _State(msgspec.Struct, eq=False):
-    """What is known of a VM that is replicated, since this daemon has started."""
+    """The state of a replicated VM, since this daemon has started."""
 
     not_before: float = 0.0
     pause_s: float = _AGAIN_S
-    """Before the next try, if this one fails."""
+    """The delay before the next attempt, if this one fails."""
     has_run: bool = True
     """Whether it may have run since it was copied."""
 
@@ -61,7 +61,7 @@ class Replication:
     """The replicas that this host makes of its VMs.
 
     :param fence: VMs don't run while it is closed
-    :param fleet, vms, transfers: return parts of the daemon that are made later
+    :param fleet, vms, transfers: return parts of the daemon that are created later
     """
 
     def __init__(
@@ -85,17 +85,17 @@ class Replication:
         self._vms = vms
         self._transfers = transfers
         self._states: dict[int, _State] = {}
-        """By the ids of VMs, as those that are being copied."""
+        """States by the ids of VMs; running copies likewise."""
         self._copying: set[int] = set()
         self._sent: set[str] = set()
         """The ids of replicas that are being sent."""
 
     def is_sent(self, replica: str) -> bool:
-        """Whether a replica with that id is being sent to other hosts."""
+        """Returns whether a replica with that id is being sent to other hosts."""
         return replica in self._sent
 
     async def keep(self) -> None:
-        """Replicates VMs until cancelled, each when it is due, and some at a time."""
+        """Replicates VMs until cancelled, each when it is due, some at a time."""
         async with trio.open_nursery() as nursery:
             while True:
                 self._look(nursery)
@@ -117,7 +117,7 @@ class Replication:
                 nursery.start_soon(self._run, row, movable, replicate, state)
 
     def _wanted(self) -> list[tuple[VmRow, Movable, Replicate]]:
-        """Returns the VMs that are to be replicated."""
+        """Returns the VMs to replicate."""
         return [
             (row, row.movable, row.movable.request.replicate)
             for row in self._store.projection.rows()
@@ -153,7 +153,7 @@ class Replication:
         await self._note(row, made)
 
     async def _note(self, row: VmRow, made: Replica) -> None:
-        """Says in the VM what has become of it; the log has the whole reason."""
+        """Records the result in the VM; the log has the complete reason."""
         before = self._store.projection.by_id(row.id)
         if before is None:
             return
@@ -171,7 +171,7 @@ class Replication:
             _logger.warning("VM %s does not show its replica: %s", row.name, problem.detail, extra={"vm": row.name})
 
     def _not_made(self, row: VmRow, reason: Reason) -> Replica:
-        """Returns what other hosts have of a VM, although there is nothing newer."""
+        """Returns the replica of a VM on other hosts, after a newer one failed."""
         newest = self._fleet().replica_of(row.key)
         # What it has gone on from here itself is no copy elsewhere.
         hosts = () if newest is None else tuple(sorted(newest.copies.keys() - {self._name}))
@@ -180,7 +180,7 @@ class Replication:
     async def _replicate(
         self, row: VmRow, movable: Movable, replicate: Replicate, state: _State, replica: str
     ) -> Replica:
-        """Makes a replica. Raises what is in `_Failed`: the one before stays the newest."""
+        """Makes a replica. Raises the errors in `_Failed`: the previous one stays the newest."""
         mine = Claim(movable.id, self._name, movable.epoch, movable.request.failover)
         bases = await self._transfers().bases_of(row)
         leavings, reasons = await self._admit(row, mine, bases, replicate.to)
@@ -211,7 +211,7 @@ class Replication:
         )
 
     async def _admit(self, row: VmRow, mine: Claim, bases: Bases, count: int) -> tuple[list[Leaving], list[str]]:
-        """Finds hosts that can have the VM, at most `count`, and says why others can't.
+        """Finds hosts that can run the VM, at most `count`, and the reasons why others can't.
 
         :raises Problem: none can
         """

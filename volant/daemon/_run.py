@@ -1,7 +1,7 @@
 """Runs `volantd` in a process: claims its directories, binds its sockets and runs the daemon until a signal.
 
-Both come first, so that a daemon that can't have them ends at once with an error. The sockets outlive the daemon's
-parts: a part that restarts loses no client's connection.
+Both come first, so that a daemon without them ends at once with an error. The sockets outlive the daemon's parts, so a
+part that restarts loses no client's connection.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ async def run(
     :param reload: loads the settings again on SIGHUP
     :param inherited: sockets to listen on instead of the settings' addresses
     :param notifier: the service manager
-    :raises DaemonError: when the daemon can't run.
-    :raises SettingsError: when a key file became invalid since the settings were loaded.
+    :raises DaemonError: the daemon can't run.
+    :raises SettingsError: a key file became invalid since the settings were loaded.
     """
     notifier = notifier or Notifier(None)
     if inherited:

@@ -1,5 +1,5 @@
-"""Sends VMs to other hosts, with memory and disk, as they move there or are replicated: which host can have one, and
-what that lacks of its snapshot. The other end is `_arrivals`, and `docs/explanation/fleet.md` has the steps.
+"""Sends VMs to other hosts for moves and replicas, with memory and disk: finds a host for each, and sends the chunks
+that it lacks. The other end is `_arrivals`, and `docs/explanation/fleet.md` has the steps.
 """
 
 from __future__ import annotations
@@ -35,19 +35,20 @@ from ._arrivals import (
 )
 
 _POLL_S, _POLL_MAX_S = 0.05, 0.2
-"""Between two questions how far a VM is. It is paused meanwhile, and a question costs both hosts a millisecond."""
+"""The shortest and the longest interval of polls of a VM's progress. The VM is paused in the meantime, and a poll costs
+both hosts a millisecond."""
 ADMIT_S = 1800.0
-"""For a host to fetch what a VM relies on, which runs meanwhile."""
+"""Maximum time for a host to fetch the base files of a VM, which keeps running."""
 _ASK_S = 10.0
 _SILENT_S = 15.0
-"""A host that has not answered for so long gets no VM."""
+"""A host that has not answered for this time gets no VM."""
 _BUSY_S = 60.0
-"""For so long a snapshot waits until other VMs have been copied."""
+"""Maximum wait of a snapshot until other VMs have been copied."""
 _RETRY_S, _RETRY_MAX_S = 0.2, 10.0
 T = TypeVar("T")
 
 Note = Callable[[Arrival], None]
-"""Called with how far a VM is on its way."""
+"""A callback for the progress of a VM."""
 
 
 class Outgoing(msgspec.Struct, frozen=True):
@@ -57,13 +58,13 @@ class Outgoing(msgspec.Struct, frozen=True):
     document: bytes
     reader: ChunkReader
     places: Mapping[str, Place]
-    """Where its chunks are, by their digests."""
+    """The places of its chunks, by their digests."""
 
 
 class Sending:
-    """What this host sends to others.
+    """The snapshots that this host sends to others.
 
-    :param fleet, vms, transfers: return parts of the daemon that are made later
+    :param fleet, vms, transfers: return parts of the daemon that are created later
     """
 
     def __init__(
@@ -74,17 +75,17 @@ class Sending:
         self._vms = vms
         self._transfers = transfers
         self._sent: dict[str, Outgoing] = {}
-        """By the ids of moves and copies."""
+        """Snapshots by the ids of moves and copies."""
 
     @property
     def handlers(self) -> Mapping[str, Handler]:
-        """What other hosts ask for."""
+        """Returns the handlers for requests of other hosts."""
         return {DOCUMENTS: self._answer_document, CHUNKS: self._answer_chunk}
 
     def hosts_for(self, row: VmRow) -> list[str]:
-        """Returns the hosts that could have a VM of this one, as far as is known, the best first.
+        """Returns the hosts that could run a VM of this host, as far as is known, best first.
 
-        :raises Problem: 503 none could
+        :raises Problem: 503, none could
         """
         fleet = self._fleet()
         own = fleet.get(self._name)
@@ -97,7 +98,7 @@ class Sending:
         return place(others, wanted, here=self._name, labels_on=partial(fleet.labels_on, project=row.project))
 
     async def admit(self, row: VmRow, leaving: Leaving, bases: Bases, note: Note) -> None:
-        """Returns once a host says that it could have a VM, which runs meanwhile. :raises Problem: it can't"""
+        """Waits until a host confirms that it could run a VM, which keeps running. :raises Problem: it can't."""
         want = WantArrival(vm=msgspec.structs.replace(row, leaving=leaving), bases=bases, begin=False)
         try:
             with trio.fail_after(ADMIT_S):
@@ -107,9 +108,9 @@ class Sending:
             raise Problem(503, "host-slow", why, vm=row.name) from None
 
     async def take_snapshot(self, row: VmRow, name: str, text: str, *, move: str) -> Snapshot:
-        """Returns a snapshot of a VM, for a move or a replica; others that are being copied are waited for.
+        """Returns a snapshot of a VM, for a move or a replica. Waits for other VMs that are being copied.
 
-        :raises Problem: 409 it can't be copied; 503
+        :raises Problem: 409, it can't be copied; 503
         """
         take = TakeSnapshot(name=name, description=text)
         backoff = Backoff(_RETRY_S, _RETRY_MAX_S)
@@ -124,14 +125,14 @@ class Sending:
 
     @asynccontextmanager
     async def opened(self, snapshot: Snapshot) -> AsyncIterator[Outgoing]:
-        """Describes a snapshot, and holds its files open for a block. :raises TransferError: :raises ChunkError:"""
+        """Describes a snapshot, and holds its files open for the block. :raises TransferError: :raises ChunkError:"""
         async with self._transfers().sending(snapshot) as sending:
             places = zip(sending.document.files.chunks, sending.document.files.places(), strict=True)
             found = {digest: each[0] for digest, each in places}
             yield Outgoing(snapshot, encode(sending.document), sending.reader, found)
 
     async def send(self, outgoing: Outgoing, leaving: Leaving, bases: Bases, note: Note) -> None:
-        """Returns once another host has all of a snapshot. :raises Problem: it does not get it"""
+        """Waits until another host has received a whole snapshot. :raises Problem: it does not."""
         self._sent[leaving.id] = outgoing
         try:
             sent = msgspec.structs.replace(outgoing.snapshot.vm, leaving=leaving)
@@ -140,7 +141,7 @@ class Sending:
             self._sent.pop(leaving.id, None)
 
     async def _until(self, host: str, want: WantArrival, phase: str, note: Note) -> None:
-        """Waits until a VM is as far as that on its way to another host. :raises Problem: it does not get there"""
+        """Waits until a VM on its way to another host has reached a phase. :raises Problem: it does not."""
         body, heard_at = msgspec.json.encode(want), trio.current_time()
         backoff = Backoff(_POLL_S, _POLL_MAX_S)
         while True:
@@ -182,7 +183,7 @@ class Sending:
         return data
 
     def _sent_of(self, move: str) -> Outgoing:
-        """:raises Problem: 404 there is no such move"""
+        """Returns a snapshot that is being sent. :raises Problem: 404, there is no such move."""
         sent = self._sent.get(move)
         if sent is None:
             raise Problem(404, NO_MOVE, "no VM moves from here with that id now")

@@ -1,4 +1,4 @@
-"""Removes the snapshots with which VMs were sent from host to host, once no VM goes on from them any more."""
+"""Removes the snapshots of moves and replicas once no VM continues from them any more."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _logger = logging.getLogger("volant.fleet")
 
 
 class SentSnapshots:
-    """The snapshots of this host that are a part of a move or of a replica, at either end.
+    """The snapshots of moves and replicas on this host, at either end.
 
-    :param is_sent: whether this host sends the replica with that id now
-    :param fleet, vms: return parts of the daemon that are made later
+    :param is_sent: returns whether this host is sending the replica with that id
+    :param fleet, vms: return parts of the daemon that are created later
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class SentSnapshots:
         self._vms = vms
 
     async def keep(self) -> None:
-        """Removes them until cancelled."""
+        """Removes unused snapshots until cancelled."""
         while True:
             await trio.sleep(_LOOK_S)
             for snapshot in list(self._store.projection.snapshots.values()):
@@ -56,7 +56,7 @@ class SentSnapshots:
                     _logger.debug("the snapshot %s of a move or a replica stays for now: %s", snapshot.name, error)
 
     async def _is_used(self, snapshot: Snapshot) -> bool:
-        """Whether a VM is sent with a snapshot, from here or to here, or may still go on from it at this host.
+        """Returns whether a snapshot is being sent from or to this host, or a VM may still continue from it here.
 
         :raises EtcdError:
         """

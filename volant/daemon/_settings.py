@@ -53,7 +53,7 @@ _CREDENTIALS = {
     "oidc_client_secret_file": "volant-oidc-client-secret",
     "secrets_key_file": "volant-secrets-key",
 }
-"""The settings that are files, and their names among systemd's credentials."""
+"""The settings for files that can be systemd credentials, with the names of the credentials."""
 _ABSOLUTE = (
     *("state_dir", "runtime_dir", "cache_dir", "oci_ca_dir", "oci_auth_file", "secrets_key_file"),
     "oidc_client_secret_file",
@@ -64,10 +64,10 @@ _FIRST_UID, _LEAST_UIDS = 1000, 512
 MAX_NAMESERVERS = 3
 """The C library's limit (resolv.conf(5))."""
 _INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,13}")
-"""Shorter than a tap's name, so that it never is one."""
+"""The pattern is shorter than a tap's name, so that it never matches one."""
 
 _AUTO_OVERCOMMIT = 4.0
-"""Then each VM has a quarter of what it may still take in reserve."""
+"""With this factor each VM keeps a quarter of its remaining memory in reserve."""
 
 DEFAULT_ADDRESS = "127.0.0.1:7777"
 
@@ -86,35 +86,35 @@ class SettingsError(Exception):
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Holds all settings of `volantd`; see `resolve`. A field's docstring is its help text."""
+    """All settings of `volantd`; see `resolve`. A field's docstring is its help text."""
 
     api_listen_addr: str = DEFAULT_ADDRESS
     """Addresses to listen on: `HOST:PORT` or `unix:/PATH`, comma-separated. Port 0 takes a free port."""
     state_dir: Path
-    """Directory for what must survive: the database, VM logs and VM disks."""
+    """Directory for persistent data: the database, VM logs and VM disks."""
     runtime_dir: Path
     """Directory for sockets and consoles. At most 70 bytes, as a socket path has 108."""
     cache_dir: Path
-    """Directory for what can be built or downloaded again: boot images, artifacts of plugins."""
+    """Directory for data that can be built or downloaded again: boot images, artifacts of plugins."""
     accelerator: Literal["auto", "kvm", "tcg"] = "auto"
-    """`auto`: KVM if a probe shows that it runs guests, else emulation."""
+    """`auto`: KVM if a probe shows that it runs guests, otherwise emulation."""
     kernel: Path | None = None
     """Kernel to boot instead of the built image's, for VMs whose plugin has none."""
     initramfs: Path | None = None
     """Initramfs to boot instead of the built image's, for VMs whose plugin has none."""
     max_vms: Annotated[int, msgspec.Meta(ge=0)] | None = None
-    """Most VMs that can exist. Without it, memory is the limit."""
+    """Maximum number of VMs. Without it, memory is the limit."""
     memory_overcommit: Annotated[float, msgspec.Meta(ge=1, le=100)] | Literal["auto"] = "auto"
-    """How many times the host's memory may be promised to VMs, while enough is free for what they may still take.
-    `auto`: 4 times; 1: once, so that all VMs can take all of theirs."""
+    """How many times the host's memory may be promised to VMs, while enough is free for the memory that they may still
+    use. `auto`: 4 times; 1: once, so that all VMs can use all of theirs."""
     return_memory: Literal["on", "off"] = "on"
-    """`on`: the host gets back the memory that guests free, from VMs that booted cold; `off`: guests keep it."""
+    """`on`: memory that guests free is returned to the host, for VMs that booted cold; `off`: guests keep it."""
     max_boots: Annotated[int, msgspec.Meta(ge=1, le=10000)] | None = None
-    """Most VMs that boot at the same time; others wait. By default two for each CPU."""
+    """Maximum number of VMs that boot at the same time; others wait. By default two for each CPU."""
     api_key: Secret | None = None
     """API key for clients. Set it in the environment or the file; it has no flag."""
     api_key_file: Path | None = None
-    """File with API keys, one a line. By default systemd's credential `volant-api-key`, if there is one."""
+    """File with API keys, one per line. By default systemd's credential `volant-api-key`, if there is one."""
     tls_cert: Path | None = None
     """Certificate file in PEM, with the chain. With it, TCP is served only with TLS. By default systemd's credential
     `volant-tls-cert`, if there is one."""
@@ -122,7 +122,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Private key file of `tls_cert`, unless it is in the same file. By default systemd's credential
     `volant-tls-key`, if there is one."""
     tls_self_signed: bool = False
-    """Serve TCP only with TLS, with a self-signed certificate that is made once and kept in the state directory."""
+    """Serve TCP only with TLS, with a self-signed certificate that is created once and kept in the state directory."""
     client_ca: Path | None = None
     """CA certificates in PEM. Clients can then use a certificate of these authorities instead of a key. By default
     systemd's credential `volant-client-ca`, if there is one."""
@@ -137,8 +137,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     oidc_name_claim: str = "sub"
     """Claim with the name of a caller, for logs and events."""
     oidc_client_id: str = ""
-    """Client id that `volar login` signs in with, by default the first audience. If it is set, people can sign in to
-    the console with it, too."""
+    """Client id with which `volar login` signs in, by default the first audience. If it is set, users can also sign in
+    to the console with it."""
     oidc_client_secret_file: Path | None = None
     """File with the secret of that client, if it has one. Only the console uses it. By default systemd's credential
     `volant-oidc-client-secret`, if there is one."""
@@ -149,12 +149,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     trusted_proxies: str = ""
     """Networks of proxies whose `X-Forwarded-For` is trusted, comma-separated."""
     key_requests_per_s: Annotated[int, msgspec.Meta(ge=0, le=10**6)] = 200
-    """Requests a second of each caller with a named key, a client certificate or a token; after a pause, twice as many
-    at once. 0: no limit."""
+    """Requests per second of each caller with a named key, a client certificate or a token; after a pause, twice as
+    many at once. 0 for no limit."""
     key_requests_at_once: Annotated[int, msgspec.Meta(ge=0, le=10**6)] = 200
-    """Requests and streams that each such caller may have open. 0: no limit."""
+    """Requests and streams that each such caller may have open. 0 for no limit."""
     key_body_kb: Annotated[int, msgspec.Meta(ge=0, le=2**20)] = 4096
-    """JSON bodies under way of each such caller, in KiB. 0: only the limit for all callers together applies."""
+    """Size of unfinished JSON bodies of each such caller, in KiB. With 0, only the limit for all callers together
+    applies."""
     allowed_hosts: str = ""
     """More host names that clients may use for the daemon, comma-separated; see the reference on `Host`."""
     cors_origins: str = ""
@@ -166,7 +167,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     artifact_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=86400)] = 1800.0
     """Deadline for downloading one artifact of a plugin."""
     artifact_max_mb: Annotated[int, msgspec.Meta(gt=0, le=2**24)] = 16384
-    """Largest artifact of a plugin."""
+    """Maximum size of a plugin's artifact."""
     artifact_dirs: str = ""
     """Host directories whose files plugin manifests may name, comma-separated."""
     artifact_allow_cidr: str = ""
@@ -174,7 +175,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     oci_cache_max_mb: Annotated[int, msgspec.Meta(ge=0, le=2**24)] = 20480
     """Disk space for all OCI images. The least recently used ones that no VM uses are removed first."""
     oci_max_mb: Annotated[int, msgspec.Meta(gt=0, le=2**24)] = 65536
-    """Largest OCI image: the size of its compressed layers."""
+    """Maximum size of an OCI image's compressed layers."""
     oci_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=86400)] = 1800.0
     """Deadline for fetching and converting an OCI image."""
     oci_stall_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 60.0
@@ -184,28 +185,28 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     oci_ca_dir: Path | None = None
     """Directory of CA certificates (`*.crt`) for registries. By default `/etc/containers/certs.d`."""
     oci_auth_file: Path | None = None
-    """Auth file, as `skopeo login` writes it, for clients that give no credentials for a registry."""
+    """Auth file, written by `skopeo login`, for clients that send no credentials for a registry."""
     transfer_mbps: Annotated[float, msgspec.Meta(gt=0, le=2**20)] | None = None
-    """Most MiB a second that all snapshots on their way to or from registries take together. By default no limit."""
+    """Maximum MiB per second of all snapshots on their way to or from registries together. By default no limit."""
     transfer_max_mb: Annotated[int, msgspec.Meta(gt=0, le=2**24)] = 65536
-    """Largest snapshot that is pulled: what its files take on the disk."""
+    """Maximum size of a pulled snapshot's files on the disk."""
     transfer_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=7 * 86400)] = 21600.0
     """Deadline for pushing or pulling one snapshot."""
     secrets_key_file: Path | None = None
-    """File with the keys that secrets are encrypted with, 64 hexadecimal digits a line, made if there is none. By
-    default systemd's credential `volant-secrets-key`, else `secrets.key` in the directory `STATE_DIR-keys`."""
+    """File with the encryption keys of secrets, 64 hexadecimal digits per line, created if it does not exist. By
+    default systemd's credential `volant-secrets-key`, otherwise `secrets.key` in the directory `STATE_DIR-keys`."""
     host_dirs: str = ""
-    """Host directories that VMs may mount, with all in them, comma-separated: `/PATH` to read, `/PATH:rw` to write as
+    """Host directories that VMs may mount, with their content, comma-separated: `/PATH` to read, `/PATH:rw` to write as
     the directory's owner. By default none."""
     templates: Literal["auto", "off"] = "auto"
-    """`auto`: the daemon makes a template of each kind of VM that booted, and clones further VMs from it."""
+    """`auto`: the daemon makes a template after each cold boot, and clones similar VMs from it."""
     templates_max_mb: Annotated[int, msgspec.Meta(ge=0, le=2**24)] = 4096
     """Disk space for all templates. The least recently used ones are removed first."""
     templates_max_age_s: Annotated[float, msgspec.Meta(gt=0, le=10 * 366 * 86400)] = 30 * 86400.0
     """Templates that were not used for this long are removed."""
     standby: Annotated[int, msgspec.Meta(ge=0, le=64)] | Literal["auto"] = "auto"
-    """Warm processes for each template that was used lately. A VM claims one instead of starting its own. `auto`: as
-    many as recent VMs would have claimed, in a quarter of the free memory; 0: none."""
+    """Warm processes for each recently used template. A VM claims one instead of starting its own. `auto`: as many as
+    recent VMs would have claimed, in a quarter of the free memory; 0 for none."""
     standby_max_mb: Annotated[int, msgspec.Meta(ge=0, le=2**24)] = 2048
     """Guest memory for all warm processes together."""
     standby_idle_s: Annotated[float, msgspec.Meta(gt=0, le=366 * 86400)] = 600.0
@@ -224,42 +225,42 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     vm_uids: str = "65536-98303"
     """User and group ids for hypervisors, as FIRST-LAST. Nothing else on the host may use them."""
     cpu_priority: Literal["auto", "off"] = "auto"
-    """`auto`: the daemon gets CPU time before busy VMs; `off`: all get their share."""
+    """`auto`: the daemon gets CPU time before busy VMs; `off`: all get equal shares."""
     insecure: bool = False
     """Allow addresses other than loopback with neither API keys nor a list of networks."""
     ephemeral: bool = False
     """On a clean stop, delete all VMs and remove the state and runtime directories. For demos and tests."""
     audit_max_records: Annotated[int, msgspec.Meta(ge=1000, le=10**9)] = 1_000_000
-    """Most records of the audit log. The oldest ones are removed first."""
+    """Maximum records of the audit log. The oldest ones are removed first."""
     audit_max_age_s: Annotated[float, msgspec.Meta(ge=60, le=100 * 366 * 86400)] = 90 * 86400.0
-    """Records of the audit log that are older are removed."""
+    """Maximum age of records of the audit log. Older ones are removed."""
     fleet_etcd: str = ""
-    """URLs of the members of an etcd cluster, comma-separated: `https://etcd1:2379`. With them the host is one of a
-    fleet."""
+    """URLs of the members of an etcd cluster, comma-separated: `https://etcd1:2379`. With them the host is a member of
+    a fleet."""
     fleet_listen: str = ""
-    """Address for the other hosts of the fleet, `HOST:PORT`, which no client uses."""
+    """Address for the other hosts of the fleet, `HOST:PORT`. Clients do not use it."""
     fleet_address: str = ""
-    """Where the other hosts reach `fleet_listen`, `HOST:PORT`. By default that address itself."""
+    """Address at which the other hosts reach `fleet_listen`, `HOST:PORT`. By default that address itself."""
     fleet_host: str = ""
     """Name of this host in the fleet. By default the host name."""
     fleet_cert: Path | None = None
-    """Certificate file in PEM of this host, with its name or address. It shows it to etcd and to other hosts."""
+    """Certificate file in PEM of this host, with its name or address, for etcd and other hosts."""
     fleet_key: Path | None = None
     """Private key file of `fleet_cert`, unless it is in the same file."""
     fleet_ca: Path | None = None
-    """CA certificates in PEM that sign the hosts of the fleet and etcd, and nobody else."""
+    """CA certificates in PEM that sign only the hosts of the fleet and etcd."""
     fleet_etcd_user: str = ""
-    """User of etcd, if it asks for one besides the certificate."""
+    """User of etcd, if it requires one besides the certificate."""
     fleet_etcd_password_file: Path | None = None
     """File with the password of that user."""
     fleet_prefix: str = "volant/"
-    """What the keys of the fleet in etcd begin with. Hosts with different ones are different fleets."""
+    """Prefix of the fleet's keys in etcd. Hosts with different prefixes are in different fleets."""
     fleet_zone: str = ""
     """Zone of this host, such as a rack or a data centre, for `volar hosts`."""
     fleet_labels: str = ""
     """Labels of this host, comma-separated: `disk=nvme,gpu=none`, for `volar hosts`."""
     fleet_ttl_s: Annotated[int, msgspec.Meta(ge=5, le=600)] = 15
-    """After so many seconds without a sign of life a host counts as unreachable."""
+    """Seconds without a sign of life after which a host counts as unreachable."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Lowest level of log lines."""
 
@@ -325,7 +326,7 @@ def protection_of(settings: Settings) -> Protection:
 
 
 def origins_of(settings: Settings) -> Origins:
-    """Returns where plugins' artifacts may come from. :raises SettingsError: for an invalid network."""
+    """Returns the allowed sources of plugins' artifacts. :raises SettingsError: for an invalid network."""
     try:
         networks = parse_networks(split(settings.artifact_allow_cidr))
     except ValueError as error:
@@ -361,7 +362,7 @@ def _check_unique(names: Iterable[str]) -> None:
 
 
 def oidc_of(settings: Settings) -> OidcSettings | None:
-    """Returns the settings for tokens; None: no issuer is set. :raises SettingsError: one is missing or invalid."""
+    """Returns the settings for tokens; None if no issuer is set. :raises SettingsError: one is missing or invalid."""
     audiences, roles = tuple(split(settings.oidc_audience)), split(settings.oidc_roles)
     secret_file = settings.oidc_client_secret_file
     if secret_file is not None and not (settings.oidc_issuer and settings.oidc_client_id):
@@ -402,7 +403,7 @@ def oidc_of(settings: Settings) -> OidcSettings | None:
 
 
 def check(settings: Settings) -> Protection:
-    """Checks that the settings fit together. Returns the access control. :raises SettingsError: when they don't."""
+    """Checks that the settings fit together. Returns the access control. :raises SettingsError: they don't."""
     protected = protection_of(settings)
     _check_tls(settings)
     oidc = oidc_of(settings)
@@ -472,7 +473,7 @@ def _check_tls(settings: Settings) -> None:
 
 
 def _check_fleet(settings: Settings) -> None:
-    """Checks that there is all of what makes a host one of a fleet, or nothing. The daemon checks each part."""
+    """Checks that either all or none of the fleet's required settings are set. The daemon checks each part."""
     needed = ("fleet_etcd", "fleet_listen", "fleet_cert", "fleet_ca")
     missing = [name for name in needed if not getattr(settings, name)]
     if missing and len(missing) < len(needed):
@@ -481,8 +482,8 @@ def _check_fleet(settings: Settings) -> None:
 
 
 def check_service(settings: Settings, protected: Protection) -> None:
-    """Checks the addresses of a service that runs as root: every local user can reach TCP, and controlling the daemon
-    is controlling the host. :raises SettingsError: when it listens on TCP without an API key."""
+    """Checks the addresses of a service that runs as root: every local user can reach TCP, and control of the daemon is
+    control of the host. :raises SettingsError: it listens on TCP without an API key."""
     tcp = [address for address in split(settings.api_listen_addr) if not address.startswith("unix:")]
     closed = protected.keys or settings.client_ca is not None or settings.oidc_issuer
     if tcp and not closed and not settings.insecure and not _has_keys(settings):
@@ -495,7 +496,7 @@ def check_service(settings: Settings, protected: Protection) -> None:
 
 
 def _has_keys(settings: Settings) -> bool:
-    """Whether clients over TCP need one of the keys that administrators have made."""
+    """Returns whether clients over TCP need one of the keys that administrators have created."""
     return requires_keys(settings.state_dir / "volant.db")
 
 
@@ -526,7 +527,7 @@ def split(text: str) -> list[str]:
 
 
 def parse_uids(text: str) -> range:
-    """Returns the user ids of `FIRST-LAST`. :raises SettingsError: when it is malformed, too small or below 1000."""
+    """Returns the user ids of `FIRST-LAST`. :raises SettingsError: it is malformed, too small or below 1000."""
     first, _, last = (part.strip() for part in text.partition("-"))
     if not (first.isascii() and last.isascii() and first.isdecimal() and last.isdecimal()):
         raise SettingsError(f"vm_uids {text!r} is not FIRST-LAST; for example 65536-98303")
@@ -537,7 +538,7 @@ def parse_uids(text: str) -> range:
 
 
 def parse_address(address: str) -> tuple[str, int]:
-    """Returns host and port of `HOST:PORT` or `[V6]:PORT`. :raises SettingsError: when it is neither."""
+    """Returns host and port of `HOST:PORT` or `[V6]:PORT`. :raises SettingsError: it is neither."""
     host, colon, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
     if not colon or not host or not (port.isascii() and port.isdecimal()):
@@ -579,7 +580,7 @@ def _default_dirs(environ: Mapping[str, str], uid: int) -> dict[str, Path]:
 
 
 def _credentials(environ: Mapping[str, str], warnings: list[str]) -> dict[str, Path]:
-    """Returns the files that systemd passes, by setting. A file that exists and can't be read is an error."""
+    """Returns the files that systemd passes, by setting. An existing file that can't be read is an error."""
     directory = environ.get("CREDENTIALS_DIRECTORY")
     if not directory:
         return {}

@@ -1,4 +1,4 @@
-"""Binds the sockets that clients connect to, or inherits them from systemd (sd_listen_fds(3)).
+"""Binds the sockets for clients, or inherits them from systemd (sd_listen_fds(3)).
 
 Inherited sockets outlive the daemon: a client that connects while there is none waits for the next one. They replace
 the addresses in the settings.
@@ -57,8 +57,8 @@ def inherited_sockets(environ: MutableMapping[str, str]) -> list[socket.socket]:
 
 @contextmanager
 def listening(settings: Settings, inherited: Sequence[socket.socket] = ()) -> Iterator[list[socket.socket]]:
-    """Yields the inherited sockets, or binds one for each address. Closes them at the end, and removes the paths of its
-    own Unix sockets. :raises ListenError:"""
+    """Yields the inherited sockets, or binds one for each address. Closes them at the end, and removes the paths of the
+    daemon's own Unix sockets. :raises ListenError:"""
     sockets: list[socket.socket] = list(inherited)
     paths: list[Path] = []
     try:
@@ -86,7 +86,7 @@ def listening(settings: Settings, inherited: Sequence[socket.socket] = ()) -> It
 
 @contextmanager
 def listening_for_hosts(settings: Settings) -> Iterator[list[socket.socket]]:
-    """Binds the sockets that the other hosts of the fleet connect to; none without a fleet. :raises ListenError:"""
+    """Binds the sockets for the other hosts of the fleet; none without a fleet. :raises ListenError:"""
     sockets: list[socket.socket] = []
     try:
         if settings.fleet_etcd:
@@ -142,7 +142,7 @@ def _bind_unix(path: Path) -> socket.socket:
 
 
 def _clear(path: Path) -> None:
-    """Removes the socket that a killed daemon left at `path`. Raises OSError when it is in use or not a socket."""
+    """Removes the socket that a killed daemon left at `path`. Raises OSError if it is in use or not a socket."""
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
             raise FileExistsError(None, "the path exists and is not a socket")
@@ -159,7 +159,7 @@ def _clear(path: Path) -> None:
 
 
 def address_of(sock: socket.socket, *, tls: bool = False) -> str:
-    """Returns the address as clients write it: `http://127.0.0.1:7777` or `unix:/path`.
+    """Returns the address in the form for clients: `http://127.0.0.1:7777` or `unix:/path`.
 
     :param tls: whether TCP is served with TLS
     """
@@ -177,7 +177,7 @@ def is_reached_from_outside(sock: socket.socket) -> bool:
 
 
 def setting_of(sock: socket.socket) -> str:
-    """Returns the address as the settings have it: `HOST:PORT`, `[V6]:PORT` or `unix:/path`."""
+    """Returns the address in the form of the settings: `HOST:PORT`, `[V6]:PORT` or `unix:/path`."""
     if sock.family == socket.AF_UNIX:
         return f"unix:{sock.getsockname()}"
     host, port = sock.getsockname()[:2]

@@ -1,4 +1,4 @@
-"""What the daemon says of itself: to clients, as `/system`, and to the service manager."""
+"""The status of the daemon for clients, as `/system`, and for the service manager."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _JOURNAL_S = 60.0
 
 
 class DaemonStatus:
-    """How one daemon is. What becomes known while it runs is set by `Daemon`.
+    """The status of one daemon. `Daemon` sets the facts that become known while it runs.
 
-    :param sandbox: of its hypervisors; None: they have none
+    :param sandbox: the sandbox of its hypervisors; None for none
     :param stopping: set when it begins to stop
     """
 
@@ -53,16 +53,16 @@ class DaemonStatus:
         self._stopping = stopping
         self.started_at = host.clock.now()
         self.adoption_s: float | None = None
-        """How long it took at the start to take up the VMs there were; None until that is done."""
+        """How long the adoption of VMs took at the start; None until it is done."""
         self.system: System | None = None
         """The supervisor tree, once it runs."""
         self.choice: AcceleratorChoice | None = None
-        """What the probe of accelerators has found, once it has finished."""
+        """The result of the probe of accelerators, once it has finished."""
 
     # For the API
 
     def health(self) -> Health:
-        """Returns `ok` when the tree is complete and changes can be made. A failed VM or a missing hypervisor does not
+        """Returns `ok` if the tree is complete and changes can be made. A failed VM or a missing hypervisor does not
         count."""
         if self._stopping.is_set():
             return "stopping"
@@ -103,7 +103,7 @@ class DaemonStatus:
     # For the service manager
 
     def is_ready(self) -> bool:
-        """Returns whether the VMs there were are taken up."""
+        """Returns whether all VMs were adopted."""
         return self.adoption_s is not None
 
     async def find_problem(self) -> str | None:

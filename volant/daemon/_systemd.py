@@ -25,7 +25,7 @@ _logger = logging.getLogger("volant.daemon")
 
 SLICE = "volant.slice"
 GUESTS_UNIT = "volant-guests.service"
-"""It is stopped before the VMs' scopes, and shuts guests down."""
+"""The unit that is stopped before the VMs' scopes, and shuts down guests."""
 
 _EXTENSION_S = 60.0
 """Time that each request for more adds while the daemon starts."""
@@ -37,7 +37,7 @@ class Notifier:
     """Sends notifications to the service manager."""
 
     def __init__(self, address: str | None, watchdog_s: float | None = None) -> None:
-        """`address`: None without a service manager; then nothing is sent."""
+        """Creates it. Without a service manager `address` is None, and nothing is sent."""
         self._address = address
         self.watchdog_s = watchdog_s
         """The watchdog's period; None without a watchdog."""
@@ -45,7 +45,8 @@ class Notifier:
 
     @classmethod
     def from_environment(cls, environ: MutableMapping[str, str]) -> Notifier:
-        """Takes systemd's variables out of the environment, so that no child process uses them."""
+        """Creates it from systemd's variables, which it removes from the environment, so that no child process uses
+        them."""
         address = environ.pop("NOTIFY_SOCKET", None)
         usec, pid = environ.pop("WATCHDOG_USEC", ""), environ.pop("WATCHDOG_PID", "")
         ours = not pid or pid == str(os.getpid())
@@ -56,14 +57,14 @@ class Notifier:
         return self._address is not None
 
     def scopes(self) -> Scopes | None:
-        """Returns access to the manager's scopes; its private socket is beside the one for notifications."""
+        """Returns access to the manager's scopes; its private socket is next to the one for notifications."""
         if self._address is None or not self._address.startswith("/"):
             return None
         private = Path(self._address).parent / "private"
         return Scopes(private, SLICE, before=(GUESTS_UNIT,)) if private.exists() else None
 
     def notify(self, **variables: str | int) -> None:
-        """Sends variables. Only logs a failure: systemd handles a daemon that does not notify it."""
+        """Sends variables. A failure is only logged, as systemd handles a daemon that does not notify it."""
         if self._address is None:
             return
         text = "\n".join(f"{name}={str(value).replace(chr(10), ' ')}" for name, value in variables.items())
@@ -79,7 +80,7 @@ class Notifier:
 
     @contextmanager
     def reloading(self) -> Iterator[None]:
-        """Notifies systemd of a reload for the length of the block."""
+        """Notifies systemd of a reload for the block."""
         if not self._is_ready:
             # READY=1 would end the reload too early.
             yield
@@ -91,7 +92,7 @@ class Notifier:
             self.notify(READY=1)
 
     def stopping(self, status: str) -> None:
-        """Notifies systemd that the daemon stops."""
+        """Notifies systemd that the daemon is stopping."""
         self.notify(STOPPING=1, STATUS=status)
 
     async def keep(

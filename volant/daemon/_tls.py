@@ -1,4 +1,4 @@
-"""Loads the daemon's TLS certificate from files, or makes a self-signed one, and warns before it expires."""
+"""Loads the daemon's TLS certificate from files, or creates a self-signed one, and warns before it expires."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ if TYPE_CHECKING:
 _logger = logging.getLogger("volant.daemon")
 
 _MAX_FILE = 1024 * 1024
-"""Most bytes of a file."""
+"""Maximum size of a file."""
 _SOON = timedelta(days=14)
 """How long before its expiry a certificate is reported."""
 _SELF_SIGNED_DAYS = 3650
-"""Lifetime of a self-signed certificate. It is long, because clients pin its fingerprint and would refuse another."""
+"""Lifetime of a self-signed certificate. It is long, because clients pin its fingerprint and would refuse a new one."""
 
 RENEW = (
     "put a new one in place and reload the daemon: `sudo systemctl reload volantd`; restart it if the certificate is a "
     "systemd credential"
 )
-"""How an operator renews a certificate. systemd copies credentials when it starts a service, not when it reloads it."""
+"""The steps to renew a certificate. systemd copies credentials when it starts a service, not when it reloads it."""
 
 
 class Certificate(msgspec.Struct, frozen=True):
-    """The certificate in force, and what operators need to know about it."""
+    """The current certificate, with the facts for operators."""
 
     credentials: Credentials
     fingerprint: str
@@ -51,8 +51,8 @@ class Certificate(msgspec.Struct, frozen=True):
     self_signed: bool
 
     def trouble(self, now: datetime) -> str | None:
-        """Returns a warning if it has expired, is not valid yet or expires soon; None: it is in order. Soon is 14 days,
-        or the last third of a short lifetime."""
+        """Returns a warning if it has expired, is not valid yet or expires soon; None if it is valid. Soon means 14
+        days, or the last third of a short lifetime."""
         if now >= self.expires_at:
             return f"the TLS certificate expired on {_day(self.expires_at)}, so clients refuse to connect"
         if now < self.begins_at:
@@ -73,9 +73,10 @@ class Certificate(msgspec.Struct, frozen=True):
 
 
 def load_certificate(settings: Settings) -> Certificate | None:
-    """Returns the certificate of the settings; None: they have none. Makes the self-signed one if it does not exist.
+    """Returns the certificate of the settings; None if they have none. Creates the self-signed one if it does not
+    exist.
 
-    :raises SettingsError: a file can't be used; the text says which one and why.
+    :raises SettingsError: a file can't be used; the message names it and the reason.
     """
     if settings.tls_self_signed:
         path = settings.state_dir / "tls.pem"
@@ -88,9 +89,9 @@ def load_certificate(settings: Settings) -> Certificate | None:
 
 
 def load_hosts_certificate(settings: Settings) -> Certificate:
-    """Returns the certificate that a host of a fleet shows to the others, whose certificates `fleet_ca` has signed.
+    """Returns the certificate that a host of a fleet presents to the others, whose certificates `fleet_ca` has signed.
 
-    :raises SettingsError: a file can't be used; the text says which one and why.
+    :raises SettingsError: a file can't be used; the message names it and the reason.
     """
     assert settings.fleet_cert is not None
     return _load(
@@ -101,7 +102,7 @@ def load_hosts_certificate(settings: Settings) -> Certificate:
 def hosts_client_context(settings: Settings) -> ssl.SSLContext:
     """Returns the context for connections to etcd and to other hosts. The files have been checked.
 
-    :raises SettingsError: they have changed meanwhile.
+    :raises SettingsError: they have changed in the meantime.
     """
     assert settings.fleet_cert is not None
     try:

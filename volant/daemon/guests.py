@@ -1,13 +1,13 @@
-"""`python -m volant.daemon.guests`: shuts guests down when the host shuts down.
+"""`python -m volant.daemon.guests`: shuts down guests when the host shuts down.
 
 The unit `volant-guests.service` runs this program when it is stopped: after the daemon has stopped and before systemd
 kills the VMs' scopes. So it also works after the daemon crashed or was stopped, and it never runs when the daemon
 only restarts.
 
-**It does not change the database.** As after a power cut, the rows say which VMs should run, and their processes
-belong to another boot. Rejected: stopping VMs as a client would, as then the daemon could not tell which VMs to start
-again. It does not even open the database, as a damaged database is no reason to kill guests: process tags contain the
-VM's id.
+**It does not change the database.** As after a power cut, the rows still have the desired states of VMs, and their
+processes belong to another boot. Rejected: stopping VMs like a client, as the daemon could then not tell which VMs to
+start again. It does not even open the database, so that a damaged database does not kill guests: process tags contain
+the VM's id.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _logger = logging.getLogger("volant.guests")
 
 AT_ONCE = 8
 GRACE_S = 25.0
-"""Seconds for one guest to shut down."""
+"""Seconds that one guest may take to shut down."""
 TOTAL_S = 120.0
 _ANSWER_S = 15.0
-"""For the guest's agent. On a busy host it takes seconds."""
+"""Maximum time for the answer of the guest's agent, which takes seconds on a busy host."""
 _QUIT_S = 10.0
 
 
@@ -54,7 +54,7 @@ async def stop_guests(
     grace_s: float = GRACE_S,
     total_s: float = TOTAL_S,
 ) -> list[ProcessIdentity]:
-    """Shuts all guests of a state directory down. Returns the processes that are left after `total_s`.
+    """Shuts down all guests of a state directory. Returns the processes that are left after `total_s`.
 
     A guest that can't be asked, or does not shut down within `grace_s`, is killed. When the time runs short, all
     remaining guests are asked at once.
@@ -148,7 +148,7 @@ async def _ask(host: Host, spec: MachineSpec, grace_s: float) -> bool:
 
 
 def _spec(settings: Settings, identity: ProcessIdentity, vm_id: int) -> MachineSpec:
-    """Returns a spec that suffices to attach: with the machine's directory and tag."""
+    """Returns a spec that is sufficient for attaching: with the machine's directory and tag."""
     places = vm_directories(settings)
     nowhere = places.cache_dir / "not-needed-to-attach"
     return MachineSpec(
@@ -167,7 +167,8 @@ def _spec(settings: Settings, identity: ProcessIdentity, vm_id: int) -> MachineS
 
 
 def main() -> None:
-    """Exits with 0 when no guest is left, 1 when one is left or the daemon runs, 2 for invalid settings."""
+    """Runs the program. Exits with 0 if no guest is left, 1 if one is left or the daemon runs, 2 for invalid
+    settings."""
     handlers = [JournalHandler("volant-guests")] if is_journal(sys.stderr.fileno(), os.environ) else None
     logging.basicConfig(level="INFO", format="%(levelname)-7s %(message)s", handlers=handlers)
     try:

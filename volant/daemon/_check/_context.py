@@ -1,4 +1,4 @@
-"""What every check receives, and what several of them ask of devices."""
+"""The context of every check, and shared questions about devices."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Device = Literal["usable", "denied", "missing"]
 
 @dataclass(frozen=True)
 class Context:
-    """Holds the host, the daemon's settings and a scratch directory."""
+    """The host, the daemon's settings and a scratch directory."""
 
     host: Host
     settings: Settings

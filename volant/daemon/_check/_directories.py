@@ -22,7 +22,7 @@ _GUEST_MB = 256
 
 @dataclass(frozen=True)
 class Inspected:
-    """Holds the facts about a directory that may not exist yet."""
+    """The facts about a directory that may not exist yet."""
 
     path: Path
     existing: Path
@@ -34,14 +34,14 @@ class Inspected:
 
 @dataclass(frozen=True)
 class Purpose:
-    """Holds what a directory is for and what it needs."""
+    """The purpose and the needs of a directory."""
 
     check: str
     setting: str
     least_mb: int
-    """Below this nothing works."""
+    """The minimum free space."""
     fair_mb: int
-    """Below this it may fill up soon."""
+    """The free space below which it may fill up soon."""
     contents: str
     survives_reboot: bool
 
@@ -59,13 +59,14 @@ def directories(context: Context) -> Sequence[Finding]:
 
 
 def virtiofsd(context: Context) -> Sequence[Finding]:
-    """Checks what directories of the host in VMs need."""
+    """Checks the requirements for directories of the host in VMs."""
     allowed = [each.path for each in host_dirs_of(context.settings)]
     return [judge_virtiofsd(find_program(), [path for path in allowed if not path.is_dir()])]
 
 
 def judge_virtiofsd(program: str | None, missing: Sequence[Path]) -> Finding:
-    """Judges virtiofsd. `program`: None: it is not installed; `missing`: allowed directories that don't exist."""
+    """Judges virtiofsd. `program` is None if it is not installed; `missing` has the allowed directories that don't
+    exist."""
     if program is None:
         return Finding(
             check="virtiofsd", level="less", found="virtiofsd is not installed",
@@ -80,7 +81,7 @@ def judge_virtiofsd(program: str | None, missing: Sequence[Path]) -> Finding:
 
 
 def memory(context: Context) -> Sequence[Finding]:
-    """Checks the file system in RAM that holds guest memory."""
+    """Checks the file system in RAM for guest memory."""
     return [judge_memory(inspect_directory(memory_dir(context.settings)), context.host.machine.memory_available_mb())]
 
 

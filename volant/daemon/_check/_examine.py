@@ -2,7 +2,7 @@
 other check. `volar setup --check` shows the report to people.
 
 The checks are part of the daemon because they use its settings and its code, for example to launch QEMU. They need
-neither root nor a running daemon, and leave nothing behind: they use a directory and a network namespace of their own.
+neither root nor a running daemon, and leave no traces: they use their own directory and network namespace.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def check(settings: Settings) -> tuple[str, int]:
 
 
 async def examine(settings: Settings, host: Host, checks: Sequence[tuple[str, float, Check]] = CHECKS) -> Report:
-    """Runs all checks. Takes as long as the longest deadline at most."""
+    """Runs all checks. Takes at most as long as the longest deadline."""
     found: dict[str, Sequence[Finding]] = {}
     scratch = Path(tempfile.mkdtemp(prefix="volant-check-"))
     try:

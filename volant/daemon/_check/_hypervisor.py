@@ -103,11 +103,11 @@ class _Program(NamedTuple):
 
     name: str
     option: str
-    """Makes it print its version."""
+    """The option that prints its version."""
     means: str
-    """What is not possible without it."""
+    """The functions that are missing without it."""
     package: str
-    """Of Debian."""
+    """The Debian package."""
 
 
 _IMG = _Program(

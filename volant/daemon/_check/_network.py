@@ -1,4 +1,5 @@
-"""Checks what networks of VMs need: a kernel that supports them, and rights to configure the host's network."""
+"""Checks the requirements for networks of VMs: a kernel that supports them, and rights to configure the host's
+network."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ async def network(context: Context) -> Sequence[Finding]:
 def judge_network(outcome: Mapping[str, str | None], access: str | None) -> list[Finding]:
     """Judges what the kernel supports.
 
-    :param outcome: the error of each attempt, None for success; or `namespace` and why none could be created
+    :param outcome: the error of each attempt, None for success; or `namespace` and the reason why none could be created
     :param access: advice for a user that may not open the device of taps
     """
     if (why := outcome.get("namespace")) is not None:

@@ -1,4 +1,4 @@
-"""Checks what VMs boot from: boot images, and what OCI images need besides."""
+"""Checks boot images, and the requirements for OCI images."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ async def erofs(context: Context) -> Sequence[Finding]:
 
 
 def judge_skopeo(version: str | None) -> Finding:
-    """Judges skopeo; None: it is missing."""
+    """Judges skopeo; None if it is missing."""
     if version is None:
         return Finding(
             check="skopeo", level="less", found="skopeo is not installed", means=_MEANS,
@@ -80,7 +80,7 @@ def judge_skopeo(version: str | None) -> Finding:
 
 
 def judge_erofs(version: str | None) -> Finding:
-    """Judges mkfs.erofs; None: it is missing."""
+    """Judges mkfs.erofs; None if it is missing."""
     advice = "on Debian: `sudo apt install erofs-utils`"
     if version is None:
         return Finding(

@@ -1,4 +1,4 @@
-"""Whether hypervisors can be sandboxed here; see `docs/explanation/sandbox.md`."""
+"""Checks whether hypervisors can be sandboxed on this host; see `docs/explanation/sandbox.md`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _there(path: Path) -> Path:
 
 
 def judge_sandbox(support: SandboxSupport | None) -> Finding:
-    """Judges which layers the sandbox has. `support`: None where the settings turn the sandbox off."""
+    """Judges the layers of the sandbox. `support` is None if the settings disable the sandbox."""
     if support is None:
         return Finding(
             check="sandbox", level="less", found="VOLANT_SANDBOX is off", means=_MEANS, advice="unset VOLANT_SANDBOX"

@@ -19,7 +19,7 @@ from ._context import Context
 
 
 def tls(context: Context) -> Sequence[Finding]:
-    """Checks that the certificate can be used, and how long."""
+    """Checks that the certificate can be used, and its remaining lifetime."""
     settings = context.settings
     if not settings.uses_tls:
         return []
@@ -43,7 +43,7 @@ def tls(context: Context) -> Sequence[Finding]:
 
 _NEEDED = frozenset({"cpu", "memory", "pids"})
 _RESTART_STEPS_SINCE = 254
-"""Version of systemd that knows RestartSteps=, which the unit uses."""
+"""The version of systemd that introduced RestartSteps=, which the unit uses."""
 
 
 async def systemd(context: Context) -> Sequence[Finding]:
@@ -59,7 +59,7 @@ async def systemd(context: Context) -> Sequence[Finding]:
 
 
 def judge_systemd(said: bytes | None) -> Finding:
-    """Judges systemd. `said`: the output of `systemctl --version`; None if systemd does not run the host."""
+    """Judges systemd. `said` is the output of `systemctl --version`; None if systemd does not run the host."""
     if said is None:
         return Finding(
             check="systemd", level="less", found="this host does not run systemd",
@@ -91,7 +91,7 @@ def cgroups(context: Context) -> Sequence[Finding]:
 
 
 def judge_cgroups(controllers: Sequence[str] | None) -> Finding:
-    """Judges the controllers of cgroup2. `controllers`: None without cgroup2."""
+    """Judges the controllers of cgroup2, which are None without cgroup2."""
     lacking = sorted(_NEEDED - set(controllers or ()))
     if not lacking:
         return Finding(check="cgroups", level="ok", found="cgroup2 with cpu, memory and pids")
@@ -104,7 +104,7 @@ def judge_cgroups(controllers: Sequence[str] | None) -> Finding:
 
 
 def descriptors(context: Context) -> Sequence[Finding]:
-    """Checks how many files, sockets and pipes the daemon may have open."""
+    """Checks the limit of open files, sockets and pipes."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     return [judge_descriptors(limit, most_vms(context.settings, context.host))]
 
