@@ -1,7 +1,7 @@
 """Files as chunks that are addressed by their content, for transfers between hosts and registries.
 
-`docs/explanation/snapshots.md` has the design. This package knows no VM, no snapshot and no registry: it describes
-files, and moves the chunks that the other end lacks.
+`docs/explanation/snapshots.md` has the design. This package is independent of VMs, snapshots and registries: it
+describes files, and moves the chunks that the other end lacks.
 """
 
 from ._description import (

@@ -1,8 +1,8 @@
 """Describes files as lists of chunks: pieces of one size, each named by the SHA-256 of its content.
 
-Memory is aligned to pages, and files of disks to clusters, so pieces at fixed places find what two copies of a guest
-have in common. A piece of zeros has no digest and costs nothing. A description may come from anybody: `check` refuses
-one whose numbers do not fit together, so that an assembly writes only inside its files.
+Memory is aligned to pages, and files of disks to clusters, so pieces at fixed offsets find the common data of two
+copies of a guest. A piece of zeros has no digest and costs nothing. A description is not trusted: `check` refuses
+inconsistent numbers, so that an assembly writes only inside its files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from volant.model import CodedError
 
 
 class ChunkError(CodedError):
-    """Files can't be described, sent or assembled: `description_invalid`, `chunk_mismatch`, `too_large`."""
+    """An error of describing, sending or assembling files: `description_invalid`, `chunk_mismatch`, `too_large`."""
 
 
 MIN_CHUNK_BYTES = 256 * 1024
@@ -24,7 +24,7 @@ MIN_CHUNK_BYTES = 256 * 1024
 chunks of 64 KiB, 30 of 256 KiB, 46 of 1 MiB and 72 of 4 MiB. But each chunk costs requests."""
 MAX_CHUNK_BYTES = 64 * 1024 * 1024
 MAX_PIECES = 16384
-"""Of all files together. As many chunks fit into a manifest of 4 MiB, which is what registries take."""
+"""Maximum pieces of all files together. As many chunks fit into a manifest of 4 MiB, the limit of registries."""
 MAX_FILES = 64
 ZEROS = -1
 
@@ -37,37 +37,37 @@ class ChunkedFile(msgspec.Struct, frozen=True):
 
     name: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
     size: Annotated[int, msgspec.Meta(ge=0, le=MAX_CHUNK_BYTES * MAX_PIECES)]
-    """In bytes."""
+    """The size in bytes."""
     pieces: Annotated[tuple[int, ...], msgspec.Meta(max_length=MAX_PIECES)]
-    """Its content: for each piece, the last of which may be shorter, the number of its chunk, or `ZEROS`."""
+    """The content: for each piece, the last of which may be shorter, the number of its chunk, or `ZEROS`."""
 
 
 class Place(NamedTuple):
-    """Where a chunk belongs."""
+    """The place of a chunk."""
 
     file: int
-    """Its number in the description."""
+    """The number of the file in the description."""
     offset: int
     length: int
 
 
 class Description(msgspec.Struct, frozen=True):
-    """What some files consist of."""
+    """The description of some files."""
 
     chunk_bytes: int
     chunks: Annotated[tuple[ChunkDigest, ...], msgspec.Meta(max_length=MAX_PIECES)]
-    """The digests, each once, in the order in which they appear."""
+    """The unique digests, in the order of their first appearance."""
     files: Annotated[tuple[ChunkedFile, ...], msgspec.Meta(max_length=MAX_FILES)]
 
     def pieces(self) -> Iterator[tuple[int, Place]]:
-        """Yields each piece of each file: the number of its chunk, or `ZEROS`, and where it is."""
+        """Yields each piece of each file: the number of its chunk, or `ZEROS`, and its place."""
         for number, file in enumerate(self.files):
             for at, chunk in enumerate(file.pieces):
                 offset = at * self.chunk_bytes
                 yield chunk, Place(number, offset, min(self.chunk_bytes, file.size - offset))
 
     def places(self) -> list[list[Place]]:
-        """Returns where each chunk belongs."""
+        """Returns the places of each chunk."""
         found: list[list[Place]] = [[] for _ in self.chunks]
         for chunk, place in self.pieces():
             if chunk != ZEROS:
@@ -81,13 +81,13 @@ class Description(msgspec.Struct, frozen=True):
 
     @property
     def disk_bytes(self) -> int:
-        """The most that the files take on a disk."""
+        """Maximum space of the files on a disk."""
         return sum(place.length for chunk, place in self.pieces() if chunk != ZEROS)
 
 
 def chunk_bytes_for(sizes: Sequence[int]) -> int:
-    """Returns the size of chunks for files of these sizes: the same for copies of one guest. :raises ChunkError: they
-    are too large"""
+    """Returns the size of chunks for files of these sizes, which is the same for copies of one guest. :raises
+    ChunkError: they are too large."""
     chunk_bytes = MIN_CHUNK_BYTES
     while sum(-(-size // chunk_bytes) for size in sizes) > MAX_PIECES:
         chunk_bytes *= 2
@@ -97,9 +97,9 @@ def chunk_bytes_for(sizes: Sequence[int]) -> int:
 
 
 def check(description: Description, *, max_bytes: int) -> None:
-    """Checks a description that somebody has sent.
+    """Checks an untrusted description.
 
-    :param max_bytes: what the files may take on a disk
+    :param max_bytes: the maximum size of the files on disk
     :raises ChunkError: `description_invalid`, `too_large`
     """
     chunk_bytes = description.chunk_bytes

@@ -1,7 +1,7 @@
-"""Reads files in chunks, and puts files together from chunks.
+"""Reads files in chunks, and assembles files from chunks.
 
-A file that is being put together needs no record of what has arrived: its content says so. The next transfer, after a
-kill too, hashes what is there, keeps what is right, and clears the rest.
+A file that is being assembled needs no record of its chunks: the next transfer, even after a kill, hashes the content,
+keeps valid chunks, and clears the rest.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import trio
 from ._description import ZEROS, ChunkedFile, ChunkError, Description, Place, chunk_bytes_for
 
 _TURN = 32 * 1024 * 1024
-"""How much a thread reads before it asks whether it is still wanted."""
+"""Bytes that a thread reads between two checks for cancellation."""
 _PAGE = 4096
 _NO_PAGE = bytes(_PAGE)
 _READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
@@ -27,13 +27,14 @@ _WRITE = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 
 
 class ChunkReader:
-    """Open files, read in chunks. They may lose their names meanwhile."""
+    """Open files, read in chunks. They may lose their names while they are open."""
 
     def __init__(self, descriptors: Sequence[int]) -> None:
         self._descriptors = descriptors
 
     async def describe(self, names: Sequence[str]) -> Description:
-        """Returns what the files consist of. Reads all of their content. :raises ChunkError: :raises OSError:"""
+        """Returns the description of the files, after reading all of their content. :raises ChunkError: :raises
+        OSError:"""
         sizes = [os.fstat(fd).st_size for fd in self._descriptors]
         chunk_bytes = chunk_bytes_for(sizes)
         numbers: dict[str, int] = {}
@@ -50,7 +51,7 @@ class ChunkReader:
         return await trio.to_thread.run_sync(_read, self._descriptors[place.file], place.offset, place.length)
 
     async def find(self, wanted: Collection[str], chunk_bytes: int) -> dict[str, Place]:
-        """Returns where the files have chunks that are wanted, by their digests. :raises OSError:"""
+        """Returns the places of wanted chunks in the files, by their digests. :raises OSError:"""
         found: dict[str, Place] = {}
         for number, fd in enumerate(self._descriptors):
             size = os.fstat(fd).st_size
@@ -72,7 +73,7 @@ def open_files(paths: Sequence[Path]) -> Iterator[ChunkReader]:
 
 
 class Assembly:
-    """The files of a description, which are put together in a directory. Nothing else may write there meanwhile."""
+    """The files of a description, assembled in a directory. Nothing else may write there at the same time."""
 
     def __init__(self, directory: Path, description: Description) -> None:
         self._directory = directory
@@ -98,7 +99,7 @@ class Assembly:
         self._descriptors.clear()
 
     async def lacks(self) -> list[int]:
-        """Returns the numbers of the chunks that are not there yet, and clears what is there and wrong.
+        """Returns the numbers of the missing chunks, and clears wrong content.
 
         :raises OSError:
         """
@@ -117,7 +118,7 @@ class Assembly:
         return sorted(missing)
 
     async def write(self, chunk: int, data: bytes) -> None:
-        """Writes a chunk to each of its places, where nothing is.
+        """Writes a chunk to each of its places, which must be empty.
 
         :raises ChunkError: `chunk_mismatch`, the data are not that chunk :raises OSError:
         """
@@ -130,21 +131,21 @@ class Assembly:
                 _write(self._descriptors[place.file], data[start:end], place.offset + start)
 
     async def sync(self) -> None:
-        """Returns once all that was written is on the disk. :raises OSError:"""
+        """Writes all data to the disk. :raises OSError:"""
         for fd in self._descriptors:
             await trio.to_thread.run_sync(os.fsync, fd)
 
 
 class LocalChunks:
-    """Files of this host that may have chunks which are wanted, such as those of a template or of another copy."""
+    """Files of this host that may have wanted chunks, such as those of a template or of another copy."""
 
     def __init__(self, files: Sequence[Path], *, max_bytes: int) -> None:
-        """`files`: the most promising first. `max_bytes`: how much of them is read to look for chunks."""
+        """Creates it. `files` has the most promising first; `max_bytes` is the maximum to read in search of chunks."""
         self._files = files
         self._max_bytes = max_bytes
 
     async def copy(self, assembly: Assembly, description: Description, missing: Collection[int]) -> set[int]:
-        """Writes the chunks that these files have, and returns their numbers. Files that can't be read have none.
+        """Writes the chunks found in these files, and returns their numbers. Unreadable files are skipped.
 
         :raises OSError: the assembly can't be written
         """
@@ -177,7 +178,7 @@ def digest_of(data: bytes) -> str:
 
 
 def check_chunk(digest: str, data: bytes) -> None:
-    """:raises ChunkError: `chunk_mismatch`"""
+    """Checks a chunk. :raises ChunkError: `chunk_mismatch`"""
     if digest_of(data) != digest:
         raise ChunkError("chunk_mismatch", f"a chunk has another SHA-256 than {digest}", "try again")
 
@@ -192,7 +193,7 @@ async def _digests(fd: int, size: int, chunk_bytes: int) -> list[tuple[int, str]
 
 
 def _hash_turn(fd: int, at: int, size: int, chunk_bytes: int, found: list[tuple[int, str]]) -> int:
-    """Does the same for some of the pieces from `at` on, and returns where to go on."""
+    """Hashes some of the pieces from `at` on, and returns the next offset."""
     left = _TURN
     while at < size and left > 0:
         try:
@@ -230,7 +231,7 @@ def _write(fd: int, data: bytes, offset: int) -> None:
 
 
 def _runs(data: bytes) -> Iterator[tuple[int, int]]:
-    """Yields the ranges that are not pages of zeros, so that these stay holes."""
+    """Yields the ranges without pages of zeros, which stay holes."""
     start = None
     for at in range(0, len(data), _PAGE):
         is_hole = data[at : at + _PAGE] == _NO_PAGE

@@ -1,6 +1,6 @@
-"""Sends the chunks of files somewhere, and gets the chunks that an assembly lacks.
+"""Sends the chunks of files, and receives the missing chunks of an assembly.
 
-Neither knows what is at the other end: a registry, or another host. Both hold a few chunks in memory at a time.
+Both are independent of the other end, which is a registry or another host. Both hold a few chunks in memory at a time.
 """
 
 from __future__ import annotations
@@ -20,69 +20,69 @@ _BURST_S = 0.25
 
 
 class Throttle:
-    """Bounds how many bytes a second are sent and received. A transfer that spends more than there is waits."""
+    """Limits the bytes per second that are sent and received. A transfer that exceeds the limit waits."""
 
     def __init__(self, bytes_per_s: float | None) -> None:
-        """None: no bound."""
+        """Creates it. With None there is no limit."""
         self._bucket = None if bytes_per_s is None else TokenBucket(bytes_per_s, bytes_per_s * _BURST_S)
 
     async def spend(self, count: int) -> None:
-        """Returns once `count` more bytes fit into the bandwidth."""
+        """Waits until `count` more bytes fit into the bandwidth."""
         wait_s = 0.0 if self._bucket is None else self._bucket.spend(count, trio.current_time())
         if wait_s > 0:
             await trio.sleep(wait_s)
 
 
 _MEMORY = 32 * 1024 * 1024
-"""What the chunks of one transfer take at most, unless two are larger."""
+"""Maximum memory for the chunks of one transfer, unless two chunks are larger."""
 _MOST_AT_ONCE = 8
 
 
 class Received(NamedTuple):
-    """A chunk that has arrived, not checked."""
+    """A chunk that has arrived, not checked yet."""
 
     data: bytes
     wire_bytes: int
-    """Its size as it was sent, perhaps compressed."""
+    """Its size as sent, possibly compressed."""
 
 
 class Sink(Protocol):
-    """Where chunks are sent."""
+    """The destination of chunks."""
 
     async def lacks(self, digests: Sequence[str]) -> Collection[str]:
         """Returns the chunks that may have to be sent."""
 
     async def put(self, digest: str, data: bytes) -> int:
-        """Sends a chunk, unless it is there; returns how many bytes were sent. Several calls run at once."""
+        """Sends a chunk, unless it exists there; returns the number of sent bytes. Several calls run at once."""
 
 
 class Source(Protocol):
-    """Where chunks come from. What it gives is not trusted."""
+    """The source of chunks, which is not trusted."""
 
     async def get(self, digest: str, length: int) -> Received:
         """Returns a chunk of at most `length` bytes. Several calls run at once."""
 
 
 class Progress(msgspec.Struct):
-    """How far a transfer is."""
+    """The progress of a transfer."""
 
     total_chunks: int = 0
     done_chunks: int = 0
-    """Those that are where they are to be, whether they were moved or not."""
+    """The number of chunks at their destination, whether they were moved or not."""
     moved_chunks: int = 0
     total_bytes: int = 0
     done_bytes: int = 0
-    """Of the chunks that are done, before compression."""
+    """The size of these chunks, before compression."""
     moved_bytes: int = 0
-    """What was sent or received, as it was on the wire."""
+    """The bytes sent or received, as transferred."""
     on_change: Callable[[], None] = lambda: None
 
     def begin(self, description: Description) -> None:
-        """Notes how much there is."""
+        """Records the total size."""
         self.total_chunks, self.total_bytes = len(description.chunks), description.size
 
     def count(self, length: int, *, moved: int = 0) -> None:
-        """Counts a chunk of `length` bytes, for which `moved` bytes were on the wire."""
+        """Counts a chunk of `length` bytes, for which `moved` bytes were transferred."""
         self.done_chunks += 1
         self.done_bytes += length
         self.moved_chunks += bool(moved)
@@ -91,7 +91,7 @@ class Progress(msgspec.Struct):
 
 
 async def send(reader: ChunkReader, description: Description, sink: Sink, progress: Progress) -> None:
-    """Sends the chunks that the sink lacks. :raises OSError: the files can't be read. Raises what the sink raises."""
+    """Sends the chunks that the sink lacks. :raises OSError: the files can't be read. Raises the errors of the sink."""
     progress.begin(description)
     places = [each[0] for each in description.places()]
     lacking = await sink.lacks(description.chunks)
@@ -112,10 +112,10 @@ async def send(reader: ChunkReader, description: Description, sink: Sink, progre
 async def receive(
     assembly: Assembly, description: Description, source: Source, progress: Progress, local: LocalChunks | None = None
 ) -> None:
-    """Completes an assembly: with what is there already, with chunks of this host, and the rest from the source. All is
+    """Completes an assembly with its existing content, chunks of this host, and the rest from the source. Everything is
     on the disk when this returns.
 
-    :raises ChunkError: `chunk_mismatch` :raises OSError: the files can't be written. Raises what the source raises.
+    :raises ChunkError: `chunk_mismatch` :raises OSError: the files can't be written. Raises the errors of the source.
     """
     progress.begin(description)
     lengths = [each[0].length for each in description.places()]
@@ -138,7 +138,7 @@ async def receive(
 
 
 async def _for_each(work: Callable[[int], Awaitable[None]], chunks: Iterable[int], chunk_bytes: int) -> None:
-    """Does the work for each chunk, for several at once. The first failure ends all and is raised."""
+    """Runs the work for each chunk, for several at once. The first failure ends all and is raised."""
     todo = iter(chunks)
     failures: list[Exception] = []
     async with trio.open_nursery() as nursery:

@@ -1,4 +1,4 @@
-"""Directories of the host in VMs: which a VM may have, and a virtiofsd for each."""
+"""Directories of the host in VMs: the allowed directories, and a virtiofsd for each mount."""
 
 from ._allowed import (
     AllowedDirectory as AllowedDirectory,

@@ -1,6 +1,6 @@
-"""Which directories of the host VMs may have: those that the operator names, and what is in them.
+"""The directories of the host that VMs may have: those in the settings, including their content.
 
-A client is root in its VMs, and must not be on the host. So without the operator's word there are none.
+A client is root in its VMs, and must not be root on the host. So by default there are none.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SETTING = "VOLANT_HOST_DIRS"
 
 
 class AllowedDirectory(msgspec.Struct, frozen=True):
-    """A directory that VMs may have, with all in it."""
+    """A directory that VMs may have, with its content."""
 
     path: Path
     writable: bool = False
@@ -26,7 +26,7 @@ class AllowedDirectory(msgspec.Struct, frozen=True):
 
 
 def parse_allowed(text: str) -> AllowedDirectory:
-    """Parses `/path[:ro|:rw]`. :raises ValueError: it is malformed; the text says why."""
+    """Parses `/path[:ro|:rw]`. :raises ValueError: it is malformed; the message has the reason."""
     path, colon, mode = text.partition(":")
     if (colon and mode not in ("ro", "rw")) or not is_short_path(path):
         raise ValueError(f"{text[:100]!r} is not /path or /path:rw, without '.' or '..' in it")
@@ -39,7 +39,7 @@ def check_allowed(
     """Returns the innermost allowed directory around a mount.
 
     :param places: the daemon's own directories
-    :raises Problem: 403 there is none, or only to read, or the daemon has its own files there.
+    :raises Problem: 403, there is none, or only a read-only one, or the daemon has its own files there.
     """
     source = Path(mount.source)
     for place in places:

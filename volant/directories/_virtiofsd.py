@@ -1,12 +1,12 @@
 """Runs virtiofsd: a process for each directory of a VM, which opens files of the host for the guest.
 
-The daemon makes the socket, and virtiofsd and the hypervisor inherit its two ends. virtiofsd serves one connection and
-ends with it. So it ends with its hypervisor, even without a daemon, and with a daemon that is killed before it has
+The daemon creates the socket, and virtiofsd and the hypervisor inherit its two ends. virtiofsd serves one connection
+and ends with it. So it ends with its hypervisor, even without a daemon, or with a daemon that is killed before it has
 started the hypervisor.
 
-It runs in the sandbox of the daemon's other helpers, as the directory's owner and without capabilities: a guest can do
-there what the owner can. Rejected: virtiofsd's own sandbox, which needs root, or user namespaces and tables of ids that
-few hosts have; and as root a guest could make programs of root on the host.
+It runs in the sandbox of the daemon's other helpers, as the directory's owner and without capabilities: a guest has the
+owner's rights there. Rejected: virtiofsd's own sandbox, which needs root, or user namespaces and tables of ids that few
+hosts have; and as root a guest could make programs of root on the host.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ _OPEN_S, _END_S = 5.0, 10.0
 _CLOSING_S = 2.0
 """How long a virtiofsd may take to end after its hypervisor."""
 _FILES = 262_144
-"""Files that a guest may have looked up at a time. Each is an open one of virtiofsd, and takes about 1 KiB of kernel
-memory."""
+"""Maximum files that a guest may have looked up at a time. Each is an open file of virtiofsd, and takes about 1 KiB of
+kernel memory."""
 _OWN_MB = 512
-"""For virtiofsd and `_FILES`. It may also be the first to touch a page of the guest's memory, which then counts as its
-own."""
+"""Memory for virtiofsd and `_FILES`. It may also be the first to access a page of the guest's memory, which then counts
+as its own."""
 _LOG_TAIL = 4096
 _READ_ALWAYS = (Path("/proc/sys/fs/nr_open"),)
 
@@ -64,8 +64,8 @@ def virtiofsd_argv(program: str, *, tag: str, listener: int, directory: int, fil
 
     :param tag: the process tag. QEMU does not show it to the guest.
     :param listener: the inherited descriptor of a socket that listens
-    :param directory: likewise of the directory
-    :param files: how many files it may open
+    :param directory: the inherited descriptor of the directory
+    :param files: the maximum number of open files
     """
     argv = [
         *(program, "--tag", tag, "--fd", str(listener), "--shared-dir", f"/proc/self/fd/{directory}"),
@@ -76,7 +76,7 @@ def virtiofsd_argv(program: str, *, tag: str, listener: int, directory: int, fil
 
 
 def find_program() -> str | None:
-    """Returns the path of virtiofsd; None: it is not installed."""
+    """Returns the path of virtiofsd; None if it is not installed."""
     return shutil.which("virtiofsd", path=":".join((*_PLACES, PROGRAM_ENVIRONMENT["PATH"])))
 
 
@@ -98,20 +98,20 @@ class Virtiofsd(msgspec.Struct, frozen=True, kw_only=True):
     instance: str
     allowed: tuple[AllowedDirectory, ...]
     user_of: Callable[[str, int], int | None]
-    """Returns the user of a hypervisor, by its tag and its VM's id; None: the daemon's own."""
+    """Returns the user of a hypervisor, by its tag and its VM's id; None for the daemon's own."""
     places: tuple[Path, ...] = ()
-    """The daemon's own directories, which no VM may have a part of."""
+    """The daemon's own directories, which VMs must not share."""
     obstacle: str | None = None
     """Why no VM can have a directory of the host."""
 
     async def check(self, mounts: Sequence[DirectoryMount], *, vm: str | None = None) -> None:
-        """:raises Problem: 403 one is not allowed; 409 one is missing, or this host can't have any."""
+        """Checks mounts. :raises Problem: 403, one is not allowed; 409, one is missing, or this host can't have any."""
         for mount in mounts:
             opened = await self._open(mount, vm)
             self.host.descriptors.close(opened.fd)
 
     async def _open(self, mount: DirectoryMount, vm: str | None) -> OpenDirectory:
-        """:raises Problem: see `check`."""
+        """Opens a mount's directory. :raises Problem: see `check`."""
         base = check_allowed(mount, self.allowed, self.places).path
         if self.obstacle is not None:
             raise Problem(
@@ -145,7 +145,7 @@ class Virtiofsd(msgspec.Struct, frozen=True, kw_only=True):
         return started
 
     async def _start(self, row: VmRow, number: int, mount: DirectoryMount, opened: OpenDirectory) -> ProcessIdentity:
-        """:raises DirectoryFailed:"""
+        """Starts one virtiofsd. :raises DirectoryFailed:"""
         host, log = self.host, self._log(row.id, number)
         try:
             await host.files.mkdir(log.parent)
@@ -198,7 +198,7 @@ class Virtiofsd(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     async def lost(self, row: VmRow) -> str:
-        """Waits until the virtiofsd of a VM's directory has ended. Returns which, and what it said."""
+        """Waits until the virtiofsd of a VM's directory has ended. Returns its directory and its last output."""
         running = {identity.tag: identity for identity in await self._find(row.id)}
         ended: list[str] = []
 
@@ -220,9 +220,9 @@ class Virtiofsd(msgspec.Struct, frozen=True, kw_only=True):
         return ended[0]
 
     async def explain(self, row: VmRow, started: Sequence[ProcessIdentity]) -> str | None:
-        """Returns which virtiofsd kept a hypervisor from starting, and what it said; None: none did.
+        """Returns the virtiofsd that prevented a hypervisor from starting, with its last output; None if none did.
 
-        The hypervisor has ended, and with it each virtiofsd that is well: without a failure.
+        The hypervisor has ended, and with it, without a failure, each virtiofsd that worked.
         """
         for number, (mount, identity) in enumerate(zip(row.directories, started, strict=True)):
             name = f"virtiofsd for {mount.source} of the host"
@@ -255,7 +255,7 @@ class Virtiofsd(msgspec.Struct, frozen=True, kw_only=True):
 
     async def _find(self, vm_id: int) -> list[ProcessIdentity]:
         """Returns a VM's virtiofsd processes. Any user can start a process with their tags, but only the daemon can
-        give it the log, which only the daemon can open."""
+        pass it the log, which only the daemon can open."""
         found, prefix = [], self._tag(vm_id, "")
         for identity in await self.host.processes.scan(prefix, of_anybody=True):
             with suppress(ProcessGone):
@@ -276,7 +276,7 @@ class Virtiofsd(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def _nothing(self) -> Path:
-        """An empty directory for the processes to work in, as a sandbox lets them use theirs."""
+        """Returns an empty directory for the processes to work in, as a sandbox allows access to it."""
         return self.runtime_dir / "directories" / "empty"
 
     def _log(self, vm_id: int, number: int) -> Path:

@@ -1,6 +1,6 @@
 """OCI images: from a reference to read-only file systems in the cache and a typed configuration.
 
-`docs/explanation/oci.md` has the design. This package knows no VM.
+`docs/explanation/oci.md` has the design. This package does not depend on VMs.
 """
 
 from __future__ import annotations

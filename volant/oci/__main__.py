@@ -1,4 +1,4 @@
-"""`python -m volant.oci`: converts the layers of an image, and joins them, as a job on stdin says.
+"""`python -m volant.oci`: converts and joins the layers of an image, for a job on stdin.
 
 Its last line of output is empty JSON, or the error as JSON. It is killed when the fetch is cancelled; `mkfs.erofs` then
 ends with its input.
@@ -15,7 +15,7 @@ from ._job import Failure, ImageJob, confine, run
 
 
 def main() -> int:
-    """Returns the exit code."""
+    """Runs the job, and returns the exit code."""
     job = msgspec.json.decode(sys.stdin.buffer.read(), type=ImageJob)
     failure: Failure | None = None
     try:

@@ -1,7 +1,7 @@
-"""Credentials for registries, as clients give them: the content of an auth file, of which little may be used.
+"""Clients' credentials for registries: the content of an auth file, of which only a part may be used.
 
-An auth file can name programs that are run to get credentials (`credHelpers`, `credsStore`). So only what is a
-credential itself is taken over.
+An auth file can name programs that are run to get credentials (`credHelpers`, `credsStore`). So only credentials in the
+file itself are used.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _Entry(msgspec.Struct, omit_defaults=True):
 
 
 class AuthFile(msgspec.Struct):
-    """The content of an auth file, of what counts."""
+    """The relevant content of an auth file."""
 
     auths: Annotated[dict[_Name, _Entry], msgspec.Meta(max_length=_MAX_REGISTRIES)] = msgspec.field(
         default_factory=dict
@@ -37,8 +37,8 @@ class AuthFile(msgspec.Struct):
 
 
 def read_auth(text: str) -> bytes:
-    """Returns the content of an auth file whose base64 a client has sent. :raises OciError: `bad_credentials`; no text
-    of it is in the error"""
+    """Returns the content of an auth file whose base64 a client has sent. :raises OciError: `bad_credentials`; the
+    error contains no text of it."""
     if len(text) > _MAX_BYTES:
         raise OciError("bad_credentials", f"the credentials for registries have more than {_MAX_BYTES} bytes", _HINT)
     try:
@@ -53,7 +53,7 @@ def read_auth(text: str) -> bytes:
 def read_auth_file(data: bytes, *, secret: str | None = None) -> bytes:
     """Returns the credentials of an auth file, as an auth file.
 
-    :param secret: the name of the secret that has the file
+    :param secret: the name of the secret with the file
     :raises OciError: `bad_credentials`, without a text of the file
     """
     try:

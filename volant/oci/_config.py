@@ -1,7 +1,7 @@
-"""The configuration of an image: what its author wants to run, and how.
+"""The configuration of an image: the program that its author wants to run, and its settings.
 
-Docker's members, which the OCI has taken over, are read as Docker reads them: a missing member, null and an empty value
-are the same.
+Docker's members, which the OCI has adopted, are parsed like in Docker: a missing member, null and an empty value are
+the same.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from ._manifest import MAX_LAYERS, Digest, Manifest, Platform, decode
 
 _MAX_ITEMS = 1024
 _MAX_TEXT = 128 * 1024
-"""As the kernel limits one argument or variable of a program."""
+"""The kernel's limit for one argument or variable of a program."""
 _MAX_NAME = 4096
 
 _Text = Annotated[str, msgspec.Meta(max_length=_MAX_TEXT)]
 _Name = Annotated[str, msgspec.Meta(max_length=_MAX_NAME)]
 _Texts = Annotated[tuple[_Text, ...], msgspec.Meta(max_length=_MAX_ITEMS)]
 _Set = Annotated[dict[_Name, Any], msgspec.Meta(max_length=_MAX_ITEMS)]
-"""Go's sets: the values are empty objects."""
+"""A set in Go's notation: the values are empty objects."""
 _Nanoseconds = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -42,11 +42,11 @@ class Port(msgspec.Struct, frozen=True, order=True):
 
 
 class ImageHealthCheck(msgspec.Struct, frozen=True, kw_only=True):
-    """How to find out whether the program works. 0 means Docker's default."""
+    """The image's health check. 0 means Docker's default."""
 
     command: tuple[str, ...]
     shell: bool = False
-    """Whether `command` is one text for `/bin/sh -c`."""
+    """Whether `command` is one text that `/bin/sh -c` runs."""
     interval_s: float = 0.0
     timeout_s: float = 0.0
     start_period_s: float = 0.0
@@ -60,22 +60,22 @@ class ImageConfig(msgspec.Struct, frozen=True, kw_only=True):
     diff_ids: tuple[str, ...]
     """Digests of the uncompressed layers, lowest first."""
     created_at: datetime | None = None
-    """When it was built, as it says."""
+    """When it was built, according to the image."""
     entrypoint: tuple[str, ...] = ()
     cmd: tuple[str, ...] = ()
-    """Arguments of the entrypoint; without one, the command."""
+    """The arguments of the entrypoint; without an entrypoint, the command."""
     env: tuple[tuple[str, str], ...] = ()
-    """Each name once; of repeated ones the last counts."""
+    """Variables with unique names; for repeated names the last one counts."""
     user: str = ""
-    """`user`, `uid`, `user:group`, `uid:gid`; empty: root."""
+    """`user`, `uid`, `user:group` or `uid:gid`; empty for root."""
     working_dir: str = ""
-    """An absolute path; empty: `/`."""
+    """An absolute path; empty for `/`."""
     exposed_ports: tuple[Port, ...] = ()
     stop_signal: str = ""
-    """A name or a number; empty: SIGTERM."""
+    """A name or a number; empty for SIGTERM."""
     labels: tuple[tuple[str, str], ...] = ()
     health_check: ImageHealthCheck | None = None
-    """None: none, also if the image turns off that of its base."""
+    """None without a health check, also if the image disables that of its base."""
     volumes: tuple[str, ...] = ()
     """Absolute paths, sorted."""
 
@@ -144,7 +144,7 @@ def parse_config(data: bytes, manifest: Manifest, platform: Platform) -> ImageCo
 
 
 def _time(text: str | None) -> datetime | None:
-    """Returns a time; None for what is none, as nothing depends on it."""
+    """Returns a time; None if it is malformed, as nothing depends on it."""
     try:
         found = datetime.fromisoformat(text or "")
     except ValueError:

@@ -1,4 +1,4 @@
-"""The credentials of an auth file for one repository."""
+"""Finds the credentials for one repository in an auth file."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ._reference import DEFAULT_REGISTRY
 
 
 class Credentials(msgspec.Struct, frozen=True):
-    """What an auth file has for one repository. Never shown or logged."""
+    """The credentials of an auth file for one repository. Never shown or logged."""
 
     basic: str = ""
-    """The base64 of user and password; empty: there are none."""
+    """The base64 of user and password; empty if there are none."""
     identity_token: str = ""
-    """Of a token service, in place of a password."""
+    """A token of a token service, in place of a password."""
 
 
 def find_credentials(auth: bytes, name: str) -> Credentials:
-    """Returns what an auth file has for `registry/repository`: the entry with the longest name, as containers-auth.json
-    (5) says. :raises OciError: `bad_credentials`"""
+    """Returns the credentials in an auth file for `registry/repository`: the entry with the longest name, as in
+    containers-auth.json(5). :raises OciError: `bad_credentials`"""
     try:
         entries = msgspec.json.decode(auth, type=AuthFile).auths
     except (ValueError, RecursionError):

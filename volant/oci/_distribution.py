@@ -1,12 +1,12 @@
-"""A client of one repository of a registry: its blobs and manifests, in both directions, by the OCI's distribution
+"""A client of one repository of a registry, which reads and writes blobs and manifests with the OCI's distribution
 protocol.
 
-Images are fetched by skopeo. This client is for artifacts of many small blobs, most of which are where they are to go
-already: it asks before it sends, sends what is in memory, and keeps its connections. Only `volant.transfer` uses it.
+Images are fetched by skopeo. This client is for artifacts of many small blobs, most of which exist at the destination
+already: it asks before it sends, sends blobs from memory, and keeps its connections. Only `volant.transfer` uses it.
 
-Nothing that a registry answers is trusted. A redirect or the address of a token service may lead anywhere, so each
-connection goes to an address that `resolve` has allowed, credentials go to the registry and its token service alone,
-and all answers are bounded.
+Answers of a registry are not trusted. A redirect or the address of a token service may lead anywhere, so each
+connection goes to an address that `resolve` has allowed, credentials go only to the registry and its token service, and
+all answers are bounded.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ._reference import DEFAULT_REGISTRY, Reference
 
 T = TypeVar("T")
 Spend = Callable[[int], Awaitable[None]]
-"""Waits until so many more bytes may be sent or received."""
+"""Waits until this number of bytes may be sent or received."""
 
 CERTIFICATES = (Path("/etc/containers/certs.d"), Path("/etc/docker/certs.d"))
 _TRIES = 4
@@ -46,9 +46,9 @@ _IDLE_S = 30.0
 _REDIRECTS = 5
 _PIECE = 64 * 1024
 _LEAST_BYTES_PER_S = 4096
-"""A request to a slower registry ends. Timeouts of reads begin again with each byte, so they bound nothing."""
+"""The minimum rate of a registry; slower requests end. Read timeouts restart with each byte, so they bound nothing."""
 _MAX_ANSWER = 64 * 1024
-"""Of an answer that is no document: an error, a token."""
+"""Maximum size of an answer that is no document: an error, a token."""
 _MAX_SAID = 200
 _BUSY, _TRANSIENT = 429, frozenset({408, 429, 500, 502, 503, 504})
 _CONTROL = re.compile(r"[^\x20-\x7e]+")
@@ -58,16 +58,16 @@ _ACCEPT = "application/vnd.oci.image.manifest.v1+json"
 
 
 class RegistryAccess(msgspec.Struct, frozen=True, kw_only=True):
-    """How this host reaches registries."""
+    """The settings for this host's access to registries."""
 
     plain_http: frozenset[str] = frozenset()
-    """Registries that may be used without TLS, with their ports."""
+    """Registries that may be used without TLS, including their ports."""
     certificates: Path | None = None
-    """A directory of CA certificates for all registries; None: those of `CERTIFICATES` for each."""
+    """A directory of CA certificates for all registries; None for the registry's own directory in `CERTIFICATES`."""
     environment: Mapping[str, str] = {}
-    """With the variables of proxies."""
+    """Environment variables for proxies."""
     stalled_s: float = 60.0
-    """A request ends when nothing moves for so long, or too little for twice as long."""
+    """A request ends if nothing arrives for this time, or too little for twice this time."""
 
 
 class _Answer(NamedTuple):
@@ -77,7 +77,7 @@ class _Answer(NamedTuple):
 
 
 class _Again(Exception):
-    """A request failed, and may work in a moment."""
+    """A failure of a request that may be temporary."""
 
     def __init__(self, error: OciError, after_s: float = 0.0) -> None:
         super().__init__(str(error))
@@ -95,7 +95,7 @@ async def open_repository(
     resolve: Resolve,
     spend: Spend,
 ) -> AsyncIterator[Repository]:
-    """Opens the repository of a reference for a block. Nothing is sent yet.
+    """Opens the repository of a reference for the block. Nothing is sent yet.
 
     :param auth: the content of an auth file
     """
@@ -107,7 +107,7 @@ async def open_repository(
 
 
 class Repository:
-    """Get it from `open_repository`. All methods raise OciError, with codes of `docs/explanation/oci.md`."""
+    """One repository, from `open_repository`. All methods raise OciError, with codes of `docs/explanation/oci.md`."""
 
     def __init__(
         self,
@@ -142,7 +142,7 @@ class Repository:
                 await pool.aclose()
 
     async def manifest(self, name: str) -> bytes:
-        """Returns the manifest under a tag or a digest."""
+        """Returns the manifest with a tag or a digest."""
 
         async def get() -> bytes:
             answer = await self._request(
@@ -155,7 +155,7 @@ class Repository:
         return await self._try(get)
 
     async def put_manifest(self, name: str, data: bytes, media_type: str) -> None:
-        """Puts a manifest, whose blobs are all there, under a tag."""
+        """Stores a manifest under a tag, after all its blobs."""
 
         async def put() -> None:
             await self._request("PUT", f"manifests/{name}", {"Content-Type": media_type}, data, expects={201, 200})
@@ -163,7 +163,7 @@ class Repository:
         await self._try(put)
 
     async def has_blob(self, digest: str) -> bool:
-        """Whether the repository has a blob."""
+        """Returns whether the repository has a blob."""
 
         async def head() -> bool:
             return (await self._request("HEAD", f"blobs/{digest}", expects={200, 404})).status == 200
@@ -171,7 +171,7 @@ class Repository:
         return await self._try(head)
 
     async def blob(self, digest: str, size: int) -> bytes:
-        """Returns a blob, whose digest is checked. `size`: as its manifest says"""
+        """Returns a blob after a check of its digest. `size` is the size in its manifest."""
 
         async def get() -> bytes:
             answer = await self._request("GET", f"blobs/{digest}", limit=size, expects={200}, is_blob=True)
@@ -182,7 +182,7 @@ class Repository:
         return await self._try(get)
 
     async def put_blob(self, digest: str, data: bytes) -> None:
-        """Puts a blob."""
+        """Stores a blob."""
 
         async def put() -> None:
             begun = await self._request("POST", "blobs/uploads/", body=b"", expects={202})
@@ -196,7 +196,7 @@ class Repository:
     # Requests
 
     async def _try(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Does something again that failed for a reason that may pass. :raises OciError:"""
+        """Repeats an action after temporary failures. :raises OciError: it failed."""
         pauses = Backoff(_PAUSE_S, _LONGEST_PAUSE_S)
         for left in reversed(range(_TRIES)):
             try:
@@ -219,9 +219,10 @@ class Repository:
         limit: int = _MAX_ANSWER,
         is_blob: bool = False,
     ) -> _Answer:
-        """Sends a request, with credentials if the registry asks for some. `path`: in the repository, or a URL.
+        """Sends a request, with credentials if the registry requires them. `path` is a path in the repository, or a
+        URL.
 
-        :raises OciError: :raises _Again:
+        :raises OciError: it failed. :raises _Again: it may succeed later.
         """
         url = path if "://" in path else f"{self._origin}/v2/{self._name}/{path}"
         used = self._authorization
@@ -249,7 +250,7 @@ class Repository:
         raise self._unreachable("it redirects again and again")
 
     def _location(self, url: str, answer: _Answer) -> str:
-        """Returns where the answer of `url` leads. :raises OciError: it is no URL"""
+        """Returns the location in the answer of `url`. :raises OciError: it is not a URL."""
         try:
             return urljoin(url, answer.headers.get("location", ""))
         except ValueError as error:
@@ -258,7 +259,7 @@ class Repository:
     async def _send(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | None, limit: int, is_blob: bool
     ) -> _Answer:
-        """Sends one request to an address. :raises OciError: :raises _Again:"""
+        """Sends one request to an address. :raises OciError: it failed. :raises _Again: it may succeed later."""
         if not url.isascii() or not url.startswith(("https://", "http://") if self._plain else ("https://",)):
             raise self._unreachable("it leads to something that is not HTTPS")
         stalled_s = self._access.stalled_s
@@ -322,7 +323,7 @@ class Repository:
 
     async def _moved(self, count: int, scope: trio.CancelScope, is_blob: bool) -> None:
         """Waits for the bandwidth for some bytes of a blob. Extends the deadline of their request by that wait, and by
-        what a slow registry may take for them."""
+        the time that a slow registry may take for them."""
         deadline, since = scope.deadline, trio.current_time()
         scope.deadline = math.inf
         if is_blob:
@@ -356,7 +357,8 @@ class Repository:
     # Credentials
 
     async def _authorize(self, challenge: str, used: str) -> None:
-        """Gets what a registry asks for. `used`: the credentials that it has just refused. :raises OciError:"""
+        """Gets the authorization that a registry requires. `used` are the credentials that it has just refused. :raises
+        OciError: it failed."""
         async with self._authorizing:
             if self._authorization != used:
                 return  # another request has got new ones
@@ -401,7 +403,7 @@ class Repository:
     # Errors
 
     def _failure(self, answer: _Answer) -> Exception:
-        """Returns the error for an answer that is not the expected one."""
+        """Returns the error for an unexpected answer."""
         said = f": {text}" if (text := _said(answer.body)) else ""
         what = f"{self._shown}: the registry answers with {answer.status}{said}"
         if answer.status in (401, 403):
@@ -435,7 +437,7 @@ class Repository:
 
 
 class _Network(httpcore.AsyncNetworkBackend):
-    """Connects to addresses that were checked."""
+    """Connects only to checked addresses."""
 
     def __init__(self, resolve: Resolve) -> None:
         self._resolve = resolve
@@ -464,7 +466,7 @@ class _Network(httpcore.AsyncNetworkBackend):
 
 
 def _trust(registry: str, directory: Path | None) -> ssl.SSLContext:
-    """Returns whose certificates are trusted: this host's authorities, and those that the operator adds."""
+    """Returns a context that trusts this host's authorities and those that the operator adds."""
     context = ssl.create_default_context()
     places = [place / registry for place in CERTIFICATES] if directory is None else [directory]
     for place in places:
@@ -488,7 +490,7 @@ def _retry_after(answer: _Answer) -> float:
 
 
 def _said(body: bytes) -> str:
-    """Returns the registry's own words, which may be anything."""
+    """Returns the registry's error message, which is not trusted."""
     try:
         error = msgspec.json.decode(body, type=dict[str, Any])["errors"][0]
         text = f"{error.get('code', '')} {error.get('message', '')}"

@@ -1,4 +1,4 @@
-"""Reads the directories of an EROFS file system, which `mkfs.erofs` has made of a layer.
+"""Reads the directories of an EROFS file system that `mkfs.erofs` has created from a layer.
 
 The format is that of Linux, `fs/erofs/erofs_fs.h`: a node has the number `nid`, and lies at 32 times that number behind
 the first block of metadata. Contents of files, compression and long prefixes of attributes are not read.
@@ -21,7 +21,7 @@ _SUPERBLOCK_AT, _SUPERBLOCK = 1024, 128
 _MAGIC = 0xE0F5E1E2
 _SLOT = 128
 _SIZES_AT = 64
-"""In the slot of a device: the number of blocks, and the first block."""
+"""The offset in the slot of a device of the number of blocks, followed by the first block."""
 _DIRENT = struct.Struct("<QHBx")
 _COMPACT = struct.Struct("<HHHHI4xI4xHH4x")
 _EXTENDED = struct.Struct("<HHH2xQI4xIIQ")
@@ -35,14 +35,14 @@ _PREFIXES = {
     6: b"security.",
 }
 _DIRECTORY = 2
-"""The kind of an entry."""
+"""The type of a directory entry."""
 
 
 class Node(NamedTuple):
     """A file or a directory."""
 
     at: int
-    """Where what follows its head begins: attributes, and the end of a directory."""
+    """The offset of the data after its head: attributes, and the end of a directory."""
     mode: int
     uid: int
     gid: int
@@ -99,7 +99,7 @@ class Erofs:
         return Node(at, mode, uid, gid, mtime, size, form >> 1 & 7, block, xattr_bytes)
 
     def entries(self, node: Node) -> dict[bytes, Entry]:
-        """Returns what a directory contains."""
+        """Returns the entries of a directory."""
         if not stat.S_ISDIR(node.mode) or node.layout not in (_PLAIN, _INLINE):
             raise damaged()
         found: dict[bytes, Entry] = {}
@@ -140,7 +140,7 @@ class Erofs:
         return found
 
     def _xattr(self, at: int) -> tuple[bytes, bytes, int]:
-        """Returns a name, its value, and where the next one begins."""
+        """Returns a name, its value, and the offset of the next one."""
         try:
             length, prefix, size = struct.unpack_from("<BBH", self._data, at)
         except struct.error:
@@ -153,7 +153,7 @@ class Erofs:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Erofs]:
-    """Opens a file system for a block. :raises OciError: `image_invalid` :raises OSError:"""
+    """Opens a file system for the block. :raises OciError: `image_invalid` :raises OSError: it can't be read."""
     with path.open("rb") as file:
         try:
             data = mmap(file.fileno(), 0, access=ACCESS_READ)
@@ -164,5 +164,5 @@ def opened(path: Path) -> Iterator[Erofs]:
 
 
 def damaged() -> OciError:
-    """Returns the error for a file that `mkfs.erofs` can't have made."""
+    """Returns the error for a file that `mkfs.erofs` can't have created."""
     return OciError("image_invalid", "the file of a layer is damaged", "delete the image, and fetch it again")

@@ -6,7 +6,7 @@ from volant.model import CodedError
 
 
 class OciError(CodedError):
-    """A reference, an image or one of its layers can't be used. Each says what to do."""
+    """An error of a reference, an image or one of its layers. The hint says what to do."""
 
     def __init__(self, code: str, message: str, hint: str) -> None:
         super().__init__(code, message, hint)

@@ -29,40 +29,40 @@ from ._store import Store, Work, first_numbers
 
 T = TypeVar("T")
 _PARENT = Path(__file__).resolve().parents[2]
-"""The process that converts must import this very package."""
+"""The directory from which the converting process imports this package."""
 
 
 class FetchLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """How long a fetch may take, and how much it may bring."""
+    """The limits of a fetch."""
 
     timeout_s: float = 1800.0
-    """For everything: waiting for other fetches, fetch, conversion."""
+    """Maximum time for everything: waiting for other fetches, fetch, conversion."""
     max_bytes: int = 64 * 1024**3
-    """Of the layers of an image, as they are fetched."""
+    """Maximum size of an image's layers, as fetched."""
 
 
 class Resolved(msgspec.Struct, frozen=True, kw_only=True):
-    """An image that is known and checked, except for its layers."""
+    """A known and checked image, except for its layers."""
 
     reference: str
-    """Complete, as `parse_reference` reads it."""
+    """The complete reference, in the form of `parse_reference`."""
     digest: str
-    """`sha256:…` of its manifest."""
+    """The digest of its manifest, as `sha256:…`."""
     config: ImageConfig
     total_bytes: int = 0
-    """Of the layers that the cache lacks, as they are fetched; 0: the image is in the cache."""
+    """The size of the layers that the cache lacks, as fetched; 0 if the image is in the cache."""
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True):
-    """What a fetch has found under a reference."""
+    """The target of a reference, found by a fetch."""
 
     source: Reference
-    """Where the layers are."""
+    """The place of the layers."""
     digest: str
     manifest: Manifest
     config: ImageConfig
     total_bytes: int
-    """As of `Resolved`."""
+    """See `Resolved`."""
     is_cached: bool
 
 
@@ -76,10 +76,10 @@ class Fetcher(msgspec.Struct, frozen=True, kw_only=True):
     platform: Platform
 
     async def resolve(self, reference: Reference, rights: Rights, work: Work, report: Report) -> Target:
-        """Returns what a reference means, checked. Of a file it copies the layers, too, as it may contain several
-        images, and skopeo chooses.
+        """Returns the checked target of a reference. For a file it also copies the layers, as the file may contain
+        several images, and skopeo chooses.
 
-        :raises OciError:
+        :raises OciError: it can't be resolved.
         """
         if reference.transport == "docker":
             report.phase = "resolving"
@@ -109,7 +109,7 @@ class Fetcher(msgspec.Struct, frozen=True, kw_only=True):
         )  # fmt: skip
 
     async def fetch(self, target: Target, rights: Rights, work: Work, report: Report) -> None:
-        """Puts an image with its layers into the cache. :raises OciError:"""
+        """Fetches an image with its layers into the cache. :raises OciError: it failed."""
         manifest, config = target.manifest, target.config
         held = await trio.to_thread.run_sync(self.store.hold, work, config.diff_ids)
         first = first_numbers(config.diff_ids)
@@ -151,9 +151,9 @@ class Fetcher(msgspec.Struct, frozen=True, kw_only=True):
         new: Collection[int],
         report: Report,
     ) -> None:
-        """Converts new layers as they arrive, and joins all, in a process of its own.
+        """Converts new layers as they arrive, and joins all layers, in a separate process.
 
-        :param made: its files
+        :param made: the files that it writes
         """
         first = first_numbers(config.diff_ids)
         layers = [work.layer(first[diff_id]) for diff_id in config.diff_ids]
@@ -204,12 +204,12 @@ class Fetcher(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     async def _as_skopeo(self, work: Callable[[], T]) -> T:
-        """Uses what skopeo has made with its rights: names in there may lead anywhere."""
+        """Reads skopeo's files with its rights, as names there may lead anywhere."""
         with disk_errors(OciError):
             return await trio.to_thread.run_sync(as_user, self.skopeo.user, work)
 
     async def _readable(self, reference: Reference, work: Work) -> Reference:
-        """Returns a reference to the same file that skopeo's user may read."""
+        """Returns a reference to the same file in a place that skopeo's user may read."""
         isolation, path = self.skopeo.isolation, Path(reference.name)
         if isolation is None or isolation.user is None or reference.transport == "oci":
             return reference
@@ -242,14 +242,14 @@ class Fetcher(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _missing(manifest: Manifest, held: set[int]) -> int:
-    """Returns the bytes to fetch. The same layer may be in an image twice."""
+    """Returns the bytes to fetch. An image may contain the same layer twice."""
     return sum(layer.size for layer in {layer for number, layer in enumerate(manifest.layers) if number not in held})
 
 
 async def _resolve(
     skopeo: Skopeo, reference: Reference, rights: Rights, work: Work, platform: Platform
 ) -> tuple[bytes, Manifest]:
-    """Returns the manifest for a platform that a registry has under a reference, as bytes and read."""
+    """Returns the manifest for a platform that a reference leads to in a registry, as bytes and parsed."""
     data = await skopeo.inspect(reference, work.scratch, rights)
     if reference.digest and digest_of(data) != reference.digest:
         raise _mismatch(f"the manifest of {reference} has the digest {digest_of(data)}")
@@ -273,7 +273,7 @@ def _checked(data: bytes, described: Descriptor) -> bytes:
 
 
 def _put_placeholders(work: Work, manifest: Manifest, held: set[int]) -> None:
-    """Makes files without content, so that skopeo does not fetch the layers that the cache has. Blocks."""
+    """Creates empty files, so that skopeo does not fetch layers that the cache has. Blocks."""
     with disk_errors(OciError):
         work.blob("").mkdir(parents=True)
         needed = {layer.digest for number, layer in enumerate(manifest.layers) if number not in held}
@@ -285,7 +285,7 @@ def _put_placeholders(work: Work, manifest: Manifest, held: set[int]) -> None:
 
 
 def _read_layout(work: Work, platform: Platform) -> tuple[str, Manifest, ImageConfig]:
-    """Returns the only image of a layout that skopeo has written. Blocks."""
+    """Returns the only image of a layout written by skopeo. Blocks."""
     with disk_errors(OciError):
         index = parse_manifest(_read(work.layout / "index.json"))
         assert isinstance(index, Index)
@@ -303,7 +303,7 @@ def _read(path: Path) -> bytes:
 
 
 async def _together(*tasks: Callable[[], Awaitable[None]]) -> None:
-    """Runs tasks at the same time. The first that fails ends the others, and its error is raised alone."""
+    """Runs tasks at the same time. The first failure ends the others, and is raised alone."""
     failures: list[OciError] = []
 
     async with trio.open_nursery() as nursery:

@@ -1,4 +1,4 @@
-"""The images of one daemon: fetches each once for all that wait for it, lists, removes."""
+"""The images of one daemon: fetches each once for all its waiters, lists and removes them."""
 
 from __future__ import annotations
 
@@ -32,26 +32,26 @@ from ._upload import ArchiveUpload, archive_kind
 _logger = logging.getLogger("volant.oci")
 
 _FETCHES_AT_ONCE = 2
-"""Each uses a processor to decompress, and another to write."""
+"""Maximum concurrent fetches. Each uses a processor to decompress, and another to write."""
 _CLEAR_S = 30.0
-"""For the removal of a working directory. The next start removes what is left."""
+"""Maximum time for the removal of a working directory. The next start removes the rest."""
 _RESOLVES_AT_ONCE = 8
-"""Each is a process of skopeo that waits for the network."""
+"""Maximum concurrent look-ups of references. Each is a process of skopeo that waits for the network."""
 _MAX_FETCHES = 64
-"""Under way or waiting. Each has a directory, and perhaps credentials."""
+"""Maximum fetches that run or wait. Each has a directory, and possibly credentials."""
 _UPLOADS_AT_ONCE = 16
 _UPLOADS_OF_ONE = 4
-"""Of one project."""
+"""Maximum concurrent uploads per project."""
 _UNATTENDED_S = 600.0
-"""How long a fetch goes on that nobody waits for: a VM was created, and its boot comes later."""
+"""How long a fetch continues without a waiter: a VM was created, and its boot comes later."""
 
 
 Users = Callable[[], Mapping[str, Sequence[ImageUser]]]
-"""Returns who needs which image, by its digest, for texts."""
+"""Returns the users of each image, by its digest, for texts."""
 
 
 class Pull(msgspec.Struct, frozen=True):
-    """A fetch in progress, as others see it."""
+    """A view of a fetch in progress."""
 
     reference: str
     digest: str | None
@@ -68,18 +68,18 @@ class Pruned(NamedTuple):
 
 
 class _Fetch(msgspec.Struct, eq=False):
-    """A fetch in progress, and those that wait for it."""
+    """A fetch in progress, and its waiters."""
 
     reference: Reference
     name: Reference
-    """How it is shown, and found again: the reference, or the name for an archive that was received."""
+    """The reference by which it is listed and found, or the name for a received archive."""
     scope: trio.CancelScope = msgspec.field(default_factory=trio.CancelScope)
     report: Report = msgspec.field(default_factory=Report)
     waiting: int = 0
     goes_on: bool = False
-    """Whether it goes on for a while when nobody waits."""
+    """Whether it continues for some time without waiters."""
     is_first: bool = False
-    """Whether it fetches the layers; others that found the same image wait for it."""
+    """Whether it fetches the layers. Other fetches that found the same image wait for it."""
     resolved: trio.Event = msgspec.field(default_factory=trio.Event)
     found: Resolved | None = None
     done: trio.Event = msgspec.field(default_factory=trio.Event)
@@ -102,10 +102,10 @@ async def open_images(
     platform: Platform = AMD64,
     **options: Any,
 ) -> AsyncIterator[OciImages]:
-    """Opens the images of a cache for a block, and removes what killed fetches left in it.
+    """Opens the images of a cache for the block, and removes the remains of killed fetches.
 
     :param directory: `oci` in the cache
-    :param options: as of `OciImages`
+    :param options: options of `OciImages`
     :raises OciError: the cache can't be used
     """
     async with open_helpers() as nursery:
@@ -140,7 +140,7 @@ def load_images(
 
 
 class OciImages:
-    """Get it from `open_images` or `load_images`."""
+    """The images of one daemon, from `open_images` or `load_images`."""
 
     parse = staticmethod(parse_reference)
 
@@ -161,9 +161,9 @@ class OciImages:
         """
         :param nursery: runs the fetches
         :param owner: the daemon's state directory, which marks the images of its VMs for daemons that share the cache
-        :param max_cache_bytes: images that nothing uses are removed after a fetch until all take at most so much
-        :param users: who needs which images
-        :param observe: is given what happens to fetches
+        :param max_cache_bytes: unused images are removed after a fetch until all images take at most this
+        :param users: returns the users of images
+        :param observe: receives the events of fetches
         """
         self._store = store
         self._skopeo = skopeo
@@ -180,21 +180,22 @@ class OciImages:
         self._under_way: dict[object, _Fetch] = {}
 
     async def prepare(self) -> None:
-        """Removes what killed fetches left. :raises OciError: the cache can't be used"""
+        """Removes the remains of killed fetches. :raises OciError: the cache can't be used."""
         await self._skopeo.forget_credentials()
         await trio.to_thread.run_sync(self._store.sweep)
 
     async def obtain(
         self, reference: Reference, *, auth: bytes | None = None, refresh: bool = False, is_admin: bool = False
     ) -> CachedImage:
-        """Returns an image, whole and in the cache; fetches it if the cache has no image under this reference. Files
-        are read each time.
+        """Returns a complete image in the cache; fetches it if the cache has no image for this reference. Files are
+        read each time.
 
-        If several callers ask for the same image, it is fetched once. A cancelled caller ends the fetch if no other
-        waits. A reference to a file is read with the rights of the daemon: the caller decides who may do that.
+        If several callers request the same image, it is fetched once. A cancelled caller ends the fetch if there is no
+        other. A reference to a file is read with the rights of the daemon, so the caller must check that the client may
+        do that.
 
-        :param auth: the content of an auth file; a fetch with credentials is for this caller alone
-        :param refresh: asks the registry again what the tag means
+        :param auth: the content of an auth file; a fetch with credentials is only for this caller
+        :param refresh: whether to resolve the tag at the registry again
         :param is_admin: whether the fetch may connect to hosts without a public address
         :raises OciError: see the list in `docs/explanation/oci.md`
         """
@@ -208,13 +209,13 @@ class OciImages:
     async def resolve(
         self, reference: Reference, *, auth: bytes | None = None, refresh: bool = False, is_admin: bool = False
     ) -> Resolved:
-        """Returns what a reference means once manifest and configuration are known and checked, without the network
-        if the cache has it.
+        """Returns the target of a reference once manifest and configuration are known and checked, without the network
+        if the cache has them.
 
-        The fetch of the layers begins, and goes on for 10 minutes without a waiter. So credentials are needed here
-        only: `obtain_digest` joins it. The parameters are those of `obtain`.
+        The fetch of the layers begins, and continues for 10 minutes without a waiter. `obtain_digest` joins it, so only
+        this call needs credentials. For the parameters see `obtain`.
 
-        :raises OciError:
+        :raises OciError: it can't be resolved.
         """
         if not refresh and (found := await self._recall(reference)) is not None:
             return Resolved(reference=str(reference), digest=found.digest, config=found.config)
@@ -231,9 +232,8 @@ class OciImages:
     ) -> CachedImage:
         """Returns an image that `resolve` has found: from the fetch under way, from the cache, or fetched again.
 
-        :param auth: returns the content of an auth file, if the image has to be fetched again; None: without
-            credentials
-        :raises OciError: `image_changed`: a file has another image by now; and as `obtain`
+        :param auth: returns the content of an auth file, if the image must be fetched again; None for no credentials
+        :raises OciError: `image_changed` if a file has another image now; others see `obtain`
         """
         found = await self._obtain_digest(digest, reference, auth)
         if self._owner is not None:
@@ -263,16 +263,16 @@ class OciImages:
     async def pull(
         self, reference: Reference, *, auth: bytes | None = None, refresh: bool = False, is_admin: bool = False
     ) -> CachedImage:
-        """Returns an image, whole and in the cache, as `obtain` does. The fetch goes on for a while if the caller is
-        cancelled. :raises OciError:"""
+        """Returns a complete image in the cache like `obtain`. The fetch continues for some time if the caller is
+        cancelled. :raises OciError: it failed."""
         found = await self.resolve(reference, auth=auth, refresh=refresh, is_admin=is_admin)
         return await self.obtain_digest(found.digest, reference)
 
     @asynccontextmanager
     async def receiving(self, project: str) -> AsyncIterator[ArchiveUpload]:
-        """Receives an archive of an image in a block; see `load`. Nothing of it stays after the block.
+        """Receives an archive of an image in the block, which removes it at its end; see `load`.
 
-        :param project: of the client
+        :param project: the client's project
         :raises OciError: `too_many_fetches`; the cache can't be written
         """
         try:
@@ -289,10 +289,10 @@ class OciImages:
             ) from None
 
     async def load(self, upload: ArchiveUpload, name: Reference) -> CachedImage:
-        """Returns the image in an archive that was received, once it is in the cache.
+        """Returns the image of a received archive, once it is in the cache.
 
-        :param name: in a registry; from now on it leads to this image
-        :raises OciError:
+        :param name: a name in a registry, which leads to this image from now on
+        :raises OciError: it can't be used.
         """
         if not name.registry or not name.tag:
             raise OciError("bad_reference", f"{name} can't be the name of an archive", "write a name with a tag")
@@ -325,9 +325,10 @@ class OciImages:
         return await trio.to_thread.run_sync(self._known, reference)
 
     async def find(self, digest: str, project: str | None = None) -> CachedImage | None:
-        """Returns an image that a project sees by its digest, or by the first digits of it, if there is one; None: any.
+        """Returns an image by its digest or the digest's first digits, if a project sees it; with the project None, any
+        image.
 
-        :raises OciError: more than one begins so, or it is no digest
+        :raises OciError: it is ambiguous or no digest
         """
         digests = await trio.to_thread.run_sync(self._store.digests, digest)
         seen = [image for image in await self.all(project) if image.digest in digests]
@@ -336,7 +337,7 @@ class OciImages:
         return seen[0] if seen else None
 
     async def all(self, project: str | None = None) -> list[CachedImage]:
-        """Returns the images that a project sees: those that it has a name of or uses. None: all of the cache."""
+        """Returns the images that a project has a name of or uses; with None all images in the cache."""
         images = await trio.to_thread.run_sync(self._store.all, project)
         if project is None:
             return images
@@ -348,8 +349,8 @@ class OciImages:
         ]
 
     async def forget(self, digest: str, project: str) -> bool:
-        """Removes the names that a project has of an image, and the image if nobody else has a name or uses it. Returns
-        whether the image is gone.
+        """Removes a project's names of an image, and the image if no one else has a name of it or uses it. Returns
+        whether the image was removed.
 
         :raises OciError: `image_in_use`: the project uses it itself
         """
@@ -362,15 +363,15 @@ class OciImages:
         return await self.remove(digest)
 
     async def used_bytes(self) -> int:
-        """Returns the space that all layers and images take."""
+        """Returns the space that all layers and images take up."""
         return await trio.to_thread.run_sync(self._store.used_bytes)
 
     async def remove_name(self, reference: Reference) -> bool:
-        """Removes a reference, not its image. Returns whether it was there. :raises OciError:"""
+        """Removes a reference, not its image. Returns whether it existed. :raises OciError: it failed."""
         return await trio.to_thread.run_sync(self._store.remove_name, reference)
 
     async def remove(self, digest: str) -> bool:
-        """Removes an image and its references. Returns whether it was there.
+        """Removes an image and its references. Returns whether it existed.
 
         :raises OciError: `image_in_use`
         """
@@ -379,15 +380,16 @@ class OciImages:
         return await trio.to_thread.run_sync(self._store.remove, digest)
 
     async def forget_project(self, project: str) -> None:
-        """Removes all names of a project; images that nothing needs go with the next `prune`. :raises OciError:"""
+        """Removes all names of a project; the next `prune` removes images that nothing needs. :raises OciError: it
+        failed."""
         await trio.to_thread.run_sync(self._store.remove_project, project)
 
     async def prune(self, max_bytes: int, *, unused_for_s: float = 0.0, dry_run: bool = False) -> Pruned:
-        """Removes images that nothing uses, the least recently used first, until all take at most `max_bytes`.
+        """Removes unused images, least recently used first, until all images take at most `max_bytes`.
 
-        :param unused_for_s: only images that were not asked for within this time
-        :param dry_run: removes none
-        :raises OciError:
+        :param unused_for_s: only images that were not requested within this time
+        :param dry_run: whether to remove none
+        :raises OciError: it failed.
         """
         if self._owner is not None:
             used = {digits(digest) for digest in self._users()}
@@ -410,7 +412,7 @@ class OciImages:
         return Pruned(removed, freed if len(removed) == len(gone) else sum(image.own_bytes for image in removed))
 
     async def users_of(self, digest: str) -> list[str]:
-        """Returns who needs an image: VMs, snapshots, fetches."""
+        """Returns the users of an image: VMs, snapshots, fetches."""
         found = [user.what for user in self._users().get(digest, ())]
         if self._owner is not None:
             owners = await trio.to_thread.run_sync(self._store.users.of, digits(digest))
@@ -436,7 +438,7 @@ class OciImages:
     def _begin(
         self, reference: Reference, auth: bytes | None, *, is_admin: bool = False, name: Reference | None = None
     ) -> _Fetch:
-        """Returns the fetch of a reference; starts it unless it is under way. :raises OciError: there are too many"""
+        """Returns the fetch of a reference; starts it unless it is running. :raises OciError: there are too many."""
         key: object = (reference, is_admin) if auth is None else object()
         fetch = self._under_way.get(key)
         # Nobody waits for a cancelled one any more.
@@ -450,7 +452,7 @@ class OciImages:
         return fetch
 
     def _fetch_of(self, digest: str, *, first: bool = False) -> _Fetch | None:
-        """Returns a fetch that has found this image. `first`: only the one that fetches its layers."""
+        """Returns a fetch that has found this image; with `first` only the one that fetches its layers."""
         for fetch in self._under_way.values():
             is_it = fetch.found is not None and fetch.found.digest == digest and not fetch.scope.cancel_called
             if is_it and (fetch.is_first or not first):
@@ -528,7 +530,7 @@ class OciImages:
                 notify("failed", failure.code, failure.message)
 
     async def _keep_limit(self) -> None:
-        """Removes images until all fit. One that was just asked for stays: its VM may have no row yet."""
+        """Removes images until the rest fits. An image that was just requested stays: its VM may have no row yet."""
         if self._max_cache_bytes == math.inf:
             return
         try:
@@ -540,7 +542,7 @@ class OciImages:
             _logger.info("removed the OCI image %s (%s): the cache is full", image.digest, ", ".join(image.names))
 
     async def _wait_for_first(self, fetch: _Fetch, target: Target) -> bool:
-        """Waits for a fetch of the same image that began earlier. Returns whether the cache has the image then."""
+        """Waits for an earlier fetch of the same image. Returns whether the cache has the image then."""
         while (first := self._fetch_of(target.digest, first=True)) is not None:
             fetch.report = first.report
             with _waiting(first):
@@ -572,7 +574,7 @@ class OciImages:
 
 @contextmanager
 def _waiting(fetch: _Fetch) -> Iterator[None]:
-    """Waits for a fetch in a block. The last waiter that leaves ends the fetch, or lets it go on for a while."""
+    """Waits for a fetch in the block. When its last waiter leaves, the fetch ends, or continues for some time."""
     fetch.waiting += 1
     fetch.scope.deadline = math.inf
     try:

@@ -1,5 +1,4 @@
-"""What keeps the programs that fetch and convert images from everything but their files; see
-`docs/explanation/sandbox.md`."""
+"""The isolation of programs that fetch and convert images, see `docs/explanation/sandbox.md`."""
 
 from __future__ import annotations
 
@@ -19,22 +18,22 @@ _SKOPEO_READS = (
     *("/etc/resolv.conf", "/etc/nsswitch.conf", "/etc/hosts", "/etc/host.conf", "/etc/gai.conf", "/etc/services"),
     *("/etc/passwd", "/etc/group", "/etc/localtime", "/etc/protocols"),
 )
-"""What skopeo and Go's resolver read, as far as it exists."""
+"""Files that skopeo and Go's resolver read, if they exist."""
 
 
 class Isolation(msgspec.Struct, frozen=True, kw_only=True):
-    """How far this host keeps those programs apart."""
+    """The isolation of these programs on this host."""
 
     landlock: int = msgspec.field(default_factory=landlock_version)
-    """The kernel's version; 0: there is none."""
+    """The kernel's version of Landlock; 0 without it."""
     users: range | None = None
-    """The users and groups for sandboxes; None: the programs run as the daemon's user."""
+    """The users and groups for sandboxes; None if the programs run as the daemon's user."""
     places: tuple[Path, ...] = ()
-    """The daemon's directories, in which it lets those users through."""
+    """The daemon's directories through which these users may pass."""
 
     @property
     def user(self) -> int | None:
-        """The user of the programs, and the group of that number."""
+        """The user of the programs, and their group."""
         return None if self.users is None else user_of_images(self.users)
 
     def skopeo(self, work: Path, transport: str, read: Iterable[Path], ports: Collection[int]) -> Sandbox:
@@ -54,18 +53,18 @@ class Isolation(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     async def share(self, host: Host, directory: Path) -> None:
-        """Lets the programs use a new directory of the daemon's. :raises OSError:"""
+        """Lets the programs use a new directory of the daemon. :raises OSError: it failed."""
         if self.user is not None:
             await host.sandbox.share_directory(directory, self.user, self.places)
 
     async def let_read(self, host: Host, path: Path) -> None:
-        """Lets the programs, and no other user, read a file of the daemon's. :raises OSError:"""
+        """Lets the programs, and no other user, read a file of the daemon. :raises OSError: it failed."""
         if self.user is not None:
             await host.sandbox.grant([Grant(path, "user", self.user, 4)], self.places)
 
     async def prepare_files(self, host: Host, made: Sequence[Path], held: Sequence[Path]) -> tuple[int, ...]:
-        """Lets the programs write files of the daemon's that are empty yet, and read layers of the cache. Returns the
-        groups that they need for those. :raises OSError:"""
+        """Lets the programs write empty files of the daemon, and read layers of the cache. Returns the groups that they
+        need for the layers. :raises OSError: it failed."""
         if self.users is None or self.user is None:
             return ()
         # As hypervisors read them.
@@ -77,9 +76,9 @@ class Isolation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def open_theirs(path: Path) -> BinaryIO:
-    """Opens a file that such a program has written, to read it: its name may be a link, or a pipe without a writer.
+    """Opens a file written by such a program for reading. Its name may be a link, or a pipe without a writer.
 
-    :raises OSError: it is no regular file
+    :raises OSError: it is not a regular file
     """
     file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC), "rb")
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):

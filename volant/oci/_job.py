@@ -1,4 +1,4 @@
-"""What the process that converts layers is given, and how its end is read."""
+"""The job of the process that converts layers, and its result."""
 
 from __future__ import annotations
 
@@ -20,49 +20,49 @@ _LIMITS = {
     resource.RLIMIT_AS: PROGRAM_MEMORY,
     resource.RLIMIT_NOFILE: 256,
 }
-"""For this process and `mkfs.erofs`, which makes sparse files of any size for a moment."""
+"""Limits for this process and `mkfs.erofs`, which temporarily creates sparse files of any size."""
 _AT_ONCE = 2
-"""Layers that are converted at the same time."""
+"""Maximum layers converted at the same time."""
 _LOOK_S = 0.02
-"""How often it is looked whether a layer has arrived. skopeo renames it then, so that it is whole."""
+"""The interval of checks for arrived layers. skopeo renames a complete layer."""
 
 
 class Confinement(msgspec.Struct, frozen=True):
-    """What keeps the process from everything but its files, as it reads what anybody may have made."""
+    """The isolation of the process, as it reads untrusted data."""
 
     directory: str
-    """Its working directory, in which it may make files."""
+    """Its working directory, in which it may create files."""
     landlock: bool
     read: tuple[str, ...] = ()
     """Files and directories that it may read."""
     write: tuple[str, ...] = ()
     """Files that it may write."""
     user: int | None = None
-    """Its user and group; None: the daemon's."""
+    """Its user and group; None for the daemon's."""
     groups: tuple[int, ...] = ()
-    """Further ones."""
+    """Further groups."""
 
 
 class ImageJob(msgspec.Struct, frozen=True):
-    """The layers of an image that the cache lacks, and the join of all."""
+    """The layers of an image that the cache lacks, and the join of all layers."""
 
     convert: tuple[LayerJob, ...]
     layers: tuple[str, ...]
     """Paths of the files of all layers, lowest first."""
     correcting: str
-    """Path of the file of one more layer, which lies above them."""
+    """The path of the file for one more layer, above the others."""
     metadata: str
-    """Path of the file that joins them."""
+    """The path of the file that joins the layers."""
     arrived: str = "/"
-    """Path of a file that is made when all layers have arrived. By default they have."""
+    """The path of a file that exists once all layers have arrived. By default it exists."""
     confinement: Confinement | None = None
-    """None: none."""
+    """None for no isolation."""
     daemon: int | None = None
-    """The process that waits for this one. Without it, layers that are missing never arrive."""
+    """The process that waits for this one. When it ends, missing layers can't arrive any more."""
 
 
 class Failure(msgspec.Struct, frozen=True):
-    """Why a job failed, as an `OciError`."""
+    """The reason of a failed job, as an `OciError`."""
 
     code: str
     message: str
@@ -70,9 +70,9 @@ class Failure(msgspec.Struct, frozen=True):
 
 
 def confine(confinement: Confinement) -> None:
-    """Confines this process for good: to the files of its job, without network, with limits.
+    """Confines this process permanently to the files of its job, without network and with limits.
 
-    :raises OciError: that is not possible
+    :raises OciError: it is not possible
     """
     place = Path(confinement.directory)
     sandbox = Sandbox(
@@ -97,9 +97,9 @@ def confine(confinement: Confinement) -> None:
 
 
 def run(job: ImageJob) -> None:
-    """Does a job, while layers still arrive.
+    """Runs a job, while layers still arrive.
 
-    :raises OciError: as `convert`; the daemon was killed, so nothing arrives any more
+    :raises OciError: see `convert`; or the daemon was killed, so nothing arrives any more
     :raises OSError: the disk fails
     """
     # Skopeo fetches several layers at once, so the first to arrive is the first to be converted.
@@ -107,7 +107,7 @@ def run(job: ImageJob) -> None:
     lock = threading.Lock()
 
     def take() -> LayerJob | None:
-        """Returns a layer that has arrived; None: all are taken."""
+        """Returns a layer that has arrived; None if all are taken."""
         while missing and not failures:
             with lock:
                 are_all_here = Path(job.arrived).exists()
@@ -139,7 +139,7 @@ def run(job: ImageJob) -> None:
 
 
 def check_end(status: int, output: bytes) -> None:
-    """Reads how the process ended. :raises OciError:"""
+    """Reads the result of the process. :raises OciError: it failed."""
     last = output.strip().rpartition(b"\n")[2]
     if status == 0 and last == b"{}":
         return

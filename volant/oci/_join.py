@@ -1,10 +1,10 @@
-"""What has to lie above the layers of an image, so that `mkfs.erofs` joins them as a container would see them.
+"""Creates the layer above the layers of an image that makes `mkfs.erofs` join them like in a container.
 
-`mkfs.erofs` 1.8 shows the union of all layers, and of each name the topmost. That is wrong in two cases, which are
-found here, and corrected by one more layer on top:
+`mkfs.erofs` 1.8 shows the union of all layers, with the topmost entry for each name. That is wrong in two cases, which
+this module finds and corrects with one more layer on top:
 
-- A layer hides what is below, by an opaque directory or by something that is no directory, and a higher layer has a
-  directory there again: what was hidden would be seen. Whiteouts hide it.
+- A layer hides entries below with an opaque directory or a non-directory, and a higher layer has a directory there
+  again: the hidden entries would be visible. Whiteouts hide them.
 - A directory that its layer only implies (`_tree.py`) would hide the attributes that a lower layer gives it. An entry
   has them again.
 """
@@ -39,14 +39,14 @@ createType="twoGbMaxExtentFlat"
 
 
 def disk_path(cache_dir: Path, digest: str) -> Path:
-    """Returns where the disk of an image lies, whether or not it is in the cache."""
+    """Returns the path of an image's disk, whether or not it is in the cache."""
     return cache_dir / "oci" / "images" / digest.removeprefix("sha256:") / DISK
 
 
 def descriptor(metadata: Path, layers: Sequence[Path]) -> str:
-    """Returns the content of `DISK` for files that lie beside it. Blocks.
+    """Returns the content of `DISK` for files in the same directory. Blocks.
 
-    :raises OciError: `image_invalid`, they don't belong together. :raises OSError:
+    :raises OciError: `image_invalid`, they don't belong together. :raises OSError: they can't be read.
     """
     first = metadata.stat().st_size // BLOCK
     text = _HEAD + _extent(metadata, first)
@@ -73,9 +73,9 @@ def _invalid(why: str) -> OciError:
 
 _OPAQUE = b"trusted.overlay.opaque"
 _OURS = b"trusted."
-"""Attributes that steer overlayfs in the guest, and are not the image's own."""
+"""The prefix of attributes that control overlayfs in the guest, which images must not have."""
 _MAX_DEPTH = 2048
-"""Of a name of 4,096 bytes. A damaged file may have a directory in itself."""
+"""Maximum depth, the depth of a name of 4,096 bytes. A damaged file may contain a directory in itself."""
 
 
 class _Place(NamedTuple):
@@ -87,7 +87,7 @@ class _Place(NamedTuple):
 
 
 class _Directory(NamedTuple):
-    """A directory that several layers have, topmost first; `visible`: how many of them a container would see."""
+    """A directory in several layers, topmost first; `visible` is the number of them that a container would see."""
 
     path: Parts
     places: Sequence[_Place]
@@ -95,7 +95,7 @@ class _Directory(NamedTuple):
 
 
 def correction(layers: Sequence[Erofs]) -> bytes:
-    """Returns the entries of a tar that has to lie above layers, which are given lowest first.
+    """Returns the entries of a tar for the layer above `layers`, which are given lowest first.
 
     :raises OciError: `image_invalid`
     """
@@ -132,7 +132,7 @@ def correction(layers: Sequence[Erofs]) -> bytes:
 
 
 def _occurrences(directory: _Directory) -> dict[bytes, list[tuple[int, Entry]]]:
-    """Returns in which of the places each name is, by their numbers."""
+    """Returns the places that contain each name, by their numbers."""
     found: dict[bytes, list[tuple[int, Entry]]] = {}
     for number, place in enumerate(directory.places):
         for name, each in place.layer.entries(place.node).items():
@@ -141,7 +141,7 @@ def _occurrences(directory: _Directory) -> dict[bytes, list[tuple[int, Entry]]]:
 
 
 def _below(parent: _Directory, path: Parts, found: Sequence[tuple[int, Entry]]) -> _Directory:
-    """Returns a directory in a directory, which is the topmost of several things under one name."""
+    """Returns a directory in a directory: the topmost of several entries with one name."""
     places = list[_Place]()
     visible: int | None = None
     for number, each in found:

@@ -1,7 +1,7 @@
 """Converts layers to read-only EROFS file systems, and joins those of an image.
 
-Runs in a process of its own (`__main__.py`), because it decompresses and hashes for seconds. Everything is streamed:
-memory does not depend on the size of a layer.
+Runs in a separate process (`__main__.py`), because it decompresses and hashes for seconds. Everything is streamed, so
+memory use does not depend on the size of a layer.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ PROGRAM_HINT = "on Debian: `sudo apt install erofs-utils`"
 _PIECE = 1024 * 1024
 _COMPRESSED_PIECE = 64 * 1024
 _MAX_RATIO = 1000
-"""zlib compresses zeros 1030-fold; a layer has other content, too."""
+"""Maximum compression ratio. zlib compresses zeros 1030-fold, but layers have other content too."""
 _RATIO_FREE = 64 * 1024 * 1024
 _MAX_WINDOW = 128 * 1024 * 1024
-"""What `zstd --long` needs to be decompressed."""
+"""Maximum window for decompression, for `zstd --long`."""
 PROGRAM_MEMORY = 4 * 1024**3
-"""Of `mkfs.erofs`, which has all entries of a layer in memory."""
+"""Maximum memory of `mkfs.erofs`, which has all entries of a layer in memory."""
 _CHECK_SPACE_BYTES = 32 * 1024 * 1024
 _FULL_BYTES = 1024 * 1024
-"""A file system with less is full: a program that failed may have removed what it wrote last."""
+"""A file system with less free space is full: a program that failed may have removed its last data."""
 _MAX_COMPLAINT = 300
 _PIECES_AHEAD = 4
 _JOIN_S = 0.01
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 
 _SAME_BYTES = ("-U", "clear", "-T0", "--mkfs-time", "--quiet")
-"""No UUID and no time of ours; files keep their own times."""
+"""Options for reproducible files: no UUID and no creation time; files keep their own times."""
 _LAYER_OPTIONS = ("-Enoinline_data", "--tar=f", "--aufs", *_SAME_BYTES)
 _JOIN_OPTIONS = ("--aufs", *_SAME_BYTES)
 
@@ -60,17 +60,17 @@ class LayerJob(msgspec.Struct, frozen=True):
     """A layer to convert."""
 
     blob: str
-    """Path of the layer as a registry has it."""
+    """The path of the layer as stored in a registry."""
     digest: str
-    """Of the blob."""
+    """The digest of the blob."""
     size: int
-    """Of the blob, in bytes."""
+    """The size of the blob, in bytes."""
     diff_id: str
-    """Of the uncompressed layer."""
+    """The digest of the uncompressed layer."""
     target: str
-    """Path of the file to write; it may exist, and is empty then."""
+    """The path of the file to write, which may exist if it is empty."""
     done: str = ""
-    """Path of a file that is made when the target is whole."""
+    """The path of a file that is created when the target is complete."""
 
 
 def convert(job: LayerJob) -> None:
@@ -103,10 +103,10 @@ def convert(job: LayerJob) -> None:
 
 
 def join(layers: Sequence[str], correcting: Path, target: Path) -> None:
-    """Makes the metadata that combine the files of layers, lowest first, to one file system.
+    """Creates the metadata that combine the files of layers, lowest first, to one file system.
 
-    :param correcting: the file of one more layer, which lies above them: `_join.py`
-    :raises OciError: as `convert`
+    :param correcting: the file of one more layer above them: `_join.py`
+    :raises OciError: see `convert`
     """
     with contextlib.ExitStack() as stack:
         entries = correction([stack.enter_context(opened(Path(layer))) for layer in layers])
@@ -119,7 +119,7 @@ def join(layers: Sequence[str], correcting: Path, target: Path) -> None:
 
 
 def decompressed(stream: _Hashed) -> Iterator[bytes]:
-    """Yields the pieces of a layer. The first bytes tell how it is compressed: media types are often wrong."""
+    """Yields the pieces of a layer. The first bytes determine the compression, as media types are often wrong."""
     first = stream.read(_COMPRESSED_PIECE)
     try:
         if first.startswith(_GZIP):
@@ -158,7 +158,7 @@ def _gunzip(data: bytes, stream: _Hashed) -> Iterator[bytes]:
 
 def _unzstd(data: bytes, stream: _Hashed) -> Iterator[bytes]:
     class Source:
-        """Gives the first bytes again."""
+        """Reads the first bytes again, then the rest."""
 
         def __init__(self) -> None:
             self._first = data
@@ -174,7 +174,7 @@ def _unzstd(data: bytes, stream: _Hashed) -> Iterator[bytes]:
 
 
 def ahead(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """Yields the same pieces; a thread makes some of them in advance. zlib and hashes run beside each other then."""
+    """Yields the same pieces, some of them created by a thread in advance. So zlib and hashes run in parallel."""
     made: queue.Queue[bytes | BaseException | None] = queue.Queue(_PIECES_AHEAD)
     is_over = threading.Event()
 
@@ -227,7 +227,7 @@ def _finish(target: Path) -> None:
 
 
 class _Hashed:
-    """A file that is hashed while it is read."""
+    """A file that is hashed during reading."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -244,7 +244,7 @@ class _Hashed:
 
 
 class _Program:
-    """Runs `mkfs.erofs` for a block. An error in the block ends it; else its own error is raised."""
+    """Runs `mkfs.erofs` for the block. An error in the block ends it; otherwise its own error is raised."""
 
     def __init__(self, options: Sequence[str], target: Path, *layers: str) -> None:
         self._target = target

@@ -1,6 +1,6 @@
 """Manifests and indexes of images, of the OCI and of Docker (schema 2): parsed within bounds, as they are hostile.
 
-The OCI's image specification has what the members mean. Its media types and Docker's differ in name only.
+The OCI's image specification defines the members. Its media types and Docker's only differ in name.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from ._errors import OciError
 T = TypeVar("T")
 
 MAX_DOCUMENT_BYTES = 4 * 1024 * 1024
-"""Of a manifest, an index or a configuration, as registries limit it."""
+"""Maximum size of a manifest, an index or a configuration, the same as in registries."""
 MAX_LAYERS = 127
-"""As Docker limits it."""
+"""Maximum layers, the same as in Docker."""
 MAX_LAYER_BYTES = 32 * 1024**3
-"""Of one layer, compressed or not."""
+"""Maximum size of one layer, compressed or not."""
 _MAX_ENTRIES = 1000
 _SHOWN_PLATFORMS = 12
 _REBUILD = "build or push the image again"
@@ -35,13 +35,13 @@ _LAYER = re.compile(
 )
 
 Digest = Annotated[str, msgspec.Meta(pattern=r"^sha256:[0-9a-f]{64}\Z")]
-"""The only kind of digest that images use in practice."""
+"""A SHA-256 digest, the only kind that images use in practice."""
 _MediaType = Annotated[str, msgspec.Meta(max_length=255)]
 _Word = Annotated[str, msgspec.Meta(max_length=128)]
 
 
 class Platform(msgspec.Struct, frozen=True):
-    """For which machines an image is."""
+    """The platform of an image."""
 
     os: _Word = ""
     architecture: _Word = ""
@@ -52,15 +52,15 @@ class Platform(msgspec.Struct, frozen=True):
 
 
 AMD64 = Platform("linux", "amd64")
-"""The machines that Volant runs."""
+"""The platform that Volant supports."""
 
 
 class Descriptor(msgspec.Struct, frozen=True, rename="camel"):
-    """Names the content of another document or of a layer."""
+    """A reference to another document or a layer."""
 
     digest: Digest
     size: Annotated[int, msgspec.Meta(ge=0, le=MAX_LAYER_BYTES)]
-    """In bytes."""
+    """The size in bytes."""
     media_type: _MediaType = ""
 
 
@@ -92,15 +92,15 @@ class Index(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class Manifest(msgspec.Struct, frozen=True, rename="camel"):
-    """What an image for one platform consists of."""
+    """The parts of an image for one platform."""
 
     config: Descriptor
     layers: Annotated[tuple[Descriptor, ...], msgspec.Meta(max_length=MAX_LAYERS)]
-    """Lowest first."""
+    """The layers, lowest first."""
 
 
 class _Head(msgspec.Struct, frozen=True, rename="camel"):
-    """What tells the kinds of documents apart."""
+    """The members that distinguish the types of documents."""
 
     schema_version: int = 0
     media_type: _MediaType = ""
@@ -110,14 +110,14 @@ class _Head(msgspec.Struct, frozen=True, rename="camel"):
 
 
 def digest_of(data: bytes) -> str:
-    """Returns the digest by which a document is named."""
+    """Returns the digest of a document."""
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
 def parse_manifest(data: bytes) -> Manifest | Index:
-    """Returns what a registry has under a reference.
+    """Returns the document that a reference leads to in a registry.
 
-    :raises OciError: `image_invalid`; `image_unsupported`: it is no image, or one that can't be used
+    :raises OciError: `image_invalid`; `image_unsupported`, it is no image, or one that can't be used
     """
     head = decode(data, _Head, "the manifest")
     if head.schema_version != 2:

@@ -1,11 +1,11 @@
-"""The only way from skopeo to the network: a proxy of the daemon's for one fetch, which decides where it leads.
+"""The proxy of the daemon through which skopeo reaches the network during one fetch, with a check of each address.
 
 A registry may redirect to any address, and name any token service. skopeo follows, from inside this host's network. So
-the proxy looks each host up, checks its addresses and connects to one that it has checked, which also defeats DNS
-rebinding. The sandbox keeps skopeo from all other ports. TLS is skopeo's: the proxy passes bytes on.
+the proxy resolves each host, checks its addresses and connects to a checked one, which also defeats DNS rebinding. The
+sandbox blocks all other ports for skopeo. TLS is skopeo's; the proxy only passes bytes on.
 
-Programs in Go use no proxy for loopback. So the sandbox leaves the ports of registries there open, too, as far as the
-operator has named them or the caller may use them.
+Programs in Go use no proxy for loopback. So the sandbox also allows the ports of registries there that the operator has
+named or the caller may use.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from ._errors import OciError
 from ._reference import Reference
 
 _CONNECTIONS = 32
-"""At once. skopeo fetches six layers at a time."""
+"""Maximum concurrent connections. skopeo fetches six layers at a time."""
 _HEAD_S = 30.0
-"""A proxy answers when it is connected."""
+"""Maximum time for the answer of an upstream proxy, which comes when it is connected."""
 _MAX_HEAD = 32 * 1024
-"""Tokens of registries have some KiB."""
+"""Maximum size of a head. Tokens of registries have some KiB."""
 _LOOK_UP_S = 10.0
 _CONNECT_S = 5.0
-"""For each address of a host."""
+"""Maximum time for the connection to each address of a host."""
 _LINGER_S = 1.0
 _PIECE = 256 * 1024
 _PORTS = {"http": 80, "https": 443}
@@ -55,14 +55,15 @@ class Resolve(Protocol):
     """Looks hosts up."""
 
     async def __call__(self, host: str, port: int, *, must_exist: bool) -> list[str]:
-        """Returns the addresses of a host to connect to.
+        """Returns the allowed addresses of a host.
 
         :raises OciError: one is not allowed, or there is none and `must_exist` :raises OSError: there is no answer
         """
 
 
 async def resolve_anywhere(host: str, port: int, *, must_exist: bool) -> list[str]:
-    """As `Resolve`, for users who fetch with their own rights. :raises OSError: there is none, or no answer"""
+    """Resolves any host like `Resolve`, for users who fetch with their own rights. :raises OSError: there is none, or
+    no answer."""
     del must_exist
     try:
         found = await trio.socket.getaddrinfo(host, port, type=trio.socket.SOCK_STREAM)
@@ -82,7 +83,7 @@ class _Registry(_Mirror):
 
 
 class _RegistriesConf(msgspec.Struct):
-    """Of containers-registries.conf(5), what counts here."""
+    """The relevant part of containers-registries.conf(5)."""
 
     registry: list[_Registry] = []
 
@@ -91,18 +92,18 @@ class _Head(NamedTuple):
     line: str
     fields: _Fields
     rest: bytes
-    """What has arrived behind it."""
+    """The data that has arrived after the head."""
 
     def field(self, name: str) -> str:
         return next((value for each, value in self.fields if each.lower() == name), "")
 
 
 class _Refused(Exception):
-    """A request that does not pass. Its text is the status of the answer to skopeo."""
+    """A refused request. The text is the status of the answer to skopeo."""
 
 
 class FetchProxy:
-    """Get it from `open_proxy`."""
+    """A proxy for one fetch, from `open_proxy`."""
 
     def __init__(
         self,
@@ -115,14 +116,14 @@ class FetchProxy:
     ) -> None:
         self._reference = reference
         self._named = {*mirrors, *({reference.registry} & plain_http)}
-        """With ports: where the operator lets this image come from, whatever address that has."""
+        """The hosts, including ports, from which the operator allows this image to come, whatever their addresses."""
         self._plain_http = {*plain_http, *(name for name, is_plain in mirrors.items() if is_plain)}
         self._plain_hosts = {_split(f"//{each}")[0] for each in self._plain_http}
         self._resolve = resolve
         self._environment = environment
         self._port = port
         self.ports = {port}
-        """To which skopeo has to connect by itself: the proxy's, and those of registries on loopback."""
+        """The ports to which skopeo must connect directly: the proxy's, and those of registries on loopback."""
         self._user = f"volant:{secrets.token_hex(16)}"
         self._open = 0
         self._refused: OciError | None = None
@@ -130,17 +131,17 @@ class FetchProxy:
 
     @property
     def environment(self) -> dict[str, str]:
-        """The variables that lead skopeo here."""
+        """The environment variables that lead skopeo to this proxy."""
         here = f"http://{self._user}@127.0.0.1:{self._port}"
         return {"HTTP_PROXY": here, "HTTPS_PROXY": here}
 
     @property
     def failure(self) -> OciError | None:
-        """Why skopeo did not get where it wanted; None: it did."""
+        """The error that kept skopeo from a host; None if there was none."""
         return self._refused or self._unreachable
 
     async def open_ports(self) -> None:
-        """Opens the ports of registries on loopback. :raises OciError: the one of the image is not allowed"""
+        """Opens the ports of registries on loopback. :raises OciError: the image's registry is not allowed."""
         registry = self._reference.registry
         for name in {registry, *self._named, *self._plain_http}:
             host, given = _split(f"//{name}")
@@ -159,7 +160,7 @@ class FetchProxy:
                 self.ports.update(ports)
 
     async def serve(self, stream: trio.SocketStream) -> None:
-        """Answers a connection. Raises nothing that a peer can cause."""
+        """Answers a connection. Never raises because of a peer."""
         self._open += 1
         try:
             async with stream:
@@ -215,8 +216,8 @@ class FetchProxy:
             await _relay(stream, server, None)
 
     async def _forward(self, stream: trio.SocketStream, method: str, target: str, head: _Head) -> None:
-        """Passes a request on that is not encrypted. The connection ends with its answer: the next request may be for
-        another host."""
+        """Passes on an unencrypted request. The connection ends with its answer, as the next request may be for another
+        host."""
         host, port = _split(target)
         length = head.field("content-length") or "0"
         if not host or not target.startswith("http://") or not re.fullmatch("[0-9]{1,9}", length):
@@ -238,9 +239,10 @@ class FetchProxy:
             await _relay(stream, server, max(0, int(length) - len(head.rest)))
 
     async def _connect(self, host: str, port: int, scheme: str) -> tuple[trio.abc.Stream, _Fields | None]:
-        """Connects to a host (None), or to the operator's proxy for it, with what that wants in a head.
+        """Connects to a host, or to the operator's proxy for it. Returns the connection, and the fields that the proxy
+        requires in a head, None for a host.
 
-        :raises _Refused:
+        :raises _Refused: it failed.
         """
         proxy = proxy_for(f"{scheme}://{_joined(host, port)}", self._environment)
         if proxy is None:
@@ -262,7 +264,7 @@ class FetchProxy:
         return stream, [] if user is None else [("Proxy-Authorization", f"Basic {_base64(user)}")]
 
     async def _addresses(self, host: str, port: int, *, must_exist: bool = True) -> list[str]:
-        """:raises _Refused:"""
+        """Returns the allowed addresses of a host. :raises _Refused: there are none."""
         names = {_joined(host, port), *([_joined(host, None)] if port in _PORTS.values() else [])}
         resolve = self._resolve if names.isdisjoint(self._named) else resolve_anywhere
         with trio.move_on_after(_LOOK_UP_S):
@@ -278,7 +280,7 @@ class FetchProxy:
         return []
 
     async def _open_stream(self, host: str, port: int, addresses: Sequence[str]) -> trio.SocketStream:
-        """:raises _Refused:"""
+        """Connects to one of some addresses. :raises _Refused: it failed."""
         why = "it does not answer"
         for address in addresses:
             with trio.move_on_after(_CONNECT_S):
@@ -300,10 +302,10 @@ class FetchProxy:
 async def open_proxy(
     reference: Reference, plain_http: frozenset[str], resolve: Resolve, environment: Mapping[str, str]
 ) -> AsyncIterator[FetchProxy]:
-    """Opens the proxy for what fetches an image, for a block.
+    """Opens the proxy for the fetch of an image, for the block.
 
-    :param plain_http: registries that need no TLS. The one of the image may have any address then
-    :param environment: with the variables of the operator's proxies
+    :param plain_http: registries without TLS. The image's registry may then have any address
+    :param environment: the environment variables with the operator's proxies
     :raises OciError: the registry is on loopback, and not allowed :raises OSError: there is no port
     """
     listeners = await trio.open_tcp_listeners(0, host="127.0.0.1", backlog=_CONNECTIONS)
@@ -317,8 +319,8 @@ async def open_proxy(
 
 
 def mirrors_of(name: str, directory: Path = Path("/etc/containers")) -> dict[str, bool]:
-    """Returns the hosts that containers-registries.conf(5) names in place of an image's registry, with their ports, and
-    whether they need no TLS. Blocks."""
+    """Returns the mirrors in containers-registries.conf(5) of an image's registry, with their ports, and whether they
+    need no TLS. Blocks."""
     found: dict[str, bool] = {}
     for path in (directory / "registries.conf", *sorted(directory.glob("registries.conf.d/*.conf"))):
         with suppress(OSError, ValueError):
@@ -333,16 +335,17 @@ def mirrors_of(name: str, directory: Path = Path("/etc/containers")) -> dict[str
 
 
 def _has_prefix(name: str, prefix: str) -> bool:
-    """Whether an entry is for an image: its prefix is a registry, a part of an image's path, or `*.domain`."""
+    """Returns whether an entry applies to an image: its prefix is a registry, a part of an image's path, or
+    `*.domain`."""
     if prefix.startswith("*."):
         return name.partition("/")[0].endswith(prefix[1:])
     return bool(prefix) and f"{name}/".startswith(f"{prefix}/")
 
 
 def proxy_for(url: str, environment: Mapping[str, str]) -> str | None:
-    """Returns the operator's proxy for an address, as a URL. None: there is none.
+    """Returns the operator's proxy for an address, as a URL; None if there is none.
 
-    :param environment: with the variables of proxies, in upper or lower case
+    :param environment: the environment variables with proxies, in upper or lower case
     """
     proxies = {
         name.lower().removesuffix("_proxy"): value
@@ -357,7 +360,8 @@ def proxy_for(url: str, environment: Mapping[str, str]) -> str | None:
 
 
 async def _relay(client: trio.abc.Stream, server: trio.abc.Stream, length: int | None) -> None:
-    """Passes bytes on, until one of both has no more. `length`: of what the client may still send; None: all."""
+    """Passes bytes on until one side has no more. `length` is the number of bytes that the client may still send; None
+    for no limit."""
     async with open_helpers() as nursery:
 
         async def upwards() -> None:
@@ -377,7 +381,8 @@ async def _relay(client: trio.abc.Stream, server: trio.abc.Stream, length: int |
 
 
 async def _read_head(stream: trio.abc.Stream) -> _Head:
-    """:raises _Refused: it is none, or too large :raises trio.BrokenResourceError: it does not come"""
+    """Reads a head. :raises _Refused: it is malformed, or too large. :raises trio.BrokenResourceError: it does not
+    arrive."""
     received = bytearray()
     with trio.move_on_after(_HEAD_S):
         while True:
@@ -401,7 +406,7 @@ def _encoded(line: str, fields: _Fields) -> bytes:
 
 
 def _split(url: str) -> tuple[str, int | None]:
-    """Returns host and port of a URL; no host: it is none."""
+    """Returns host and port of a URL; an empty host if it is malformed."""
     try:
         parts = urlsplit(url)
         return parts.hostname or "", parts.port
@@ -419,7 +424,7 @@ def _base64(text: str) -> str:
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether programs in Go connect to a host without a proxy."""
+    """Returns whether programs in Go connect to a host without a proxy."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

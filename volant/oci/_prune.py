@@ -1,4 +1,4 @@
-"""Decides which images go so that the rest fits a limit."""
+"""Decides which images to remove so that the rest fits a limit."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ._store import CachedImage
 def surplus(
     images: Iterable[CachedImage], max_bytes: int, may_go: Callable[[CachedImage], bool]
 ) -> tuple[list[CachedImage], int]:
-    """Returns the images to remove, the least recently used first, until all take at most `max_bytes`; and the bytes
-    that this frees. Layers that several images have count once, and go with the last of them."""
+    """Returns the images to remove, least recently used first, until all images take at most `max_bytes`; and the bytes
+    that this frees. Layers of several images count once, and are removed with the last of them."""
     found = sorted(images, key=lambda image: (image.used_at, image.digest))
     sizes = {diff_id: size for image in found for diff_id, size in _layers(image).items()}
     users = Counter(diff_id for image in found for diff_id in _layers(image))
@@ -30,10 +30,10 @@ def surplus(
 
 
 def _layers(image: CachedImage) -> dict[str, int]:
-    """Returns the sizes of an image's layers. One may be in it twice."""
+    """Returns the sizes of an image's layers. An image may contain a layer twice."""
     return dict(zip(image.config.diff_ids, image.layer_bytes, strict=True))
 
 
 def _own(image: CachedImage) -> int:
-    """Returns the size of what no other image can have."""
+    """Returns the size of the image's own files, without layers."""
     return image.size_bytes - sum(_layers(image).values())

@@ -1,4 +1,4 @@
-"""References: the names by which people ask for images, with Docker's defaults.
+"""References: the names of images, with Docker's defaults.
 
 The grammar of names in registries is that of the distribution project (`reference/reference.go`).
 """
@@ -14,10 +14,10 @@ from volant.model import DEFAULT_PROJECT
 from ._errors import OciError
 
 Transport = Literal["docker", "oci", "oci-archive", "docker-archive"]
-"""From where an image comes, in skopeo's words: a registry, a directory or a file."""
+"""The source of an image, in skopeo's terms: a registry, a directory or a file."""
 
 DEFAULT_REGISTRY = ".".join(("docker", "io"))
-"""In pieces, as this repository names no host of a registry."""
+"""The default registry, in pieces, as this repository names no host of a registry."""
 _OTHER_NAME = f"index.{DEFAULT_REGISTRY}"
 _FILES: dict[str, Transport] = {"oci": "oci", "oci-archive": "oci-archive", "docker-archive": "docker-archive"}
 _OFFICIAL = "library"
@@ -37,15 +37,16 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]*://")
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Which image to use. `str` gives its complete form, which `parse_reference` reads again, but for the project."""
+    """A reference to an image. `str` returns its complete form, which `parse_reference` can parse, except for the
+    project."""
 
     transport: Transport
     name: str
-    """`registry/repository`, complete; or an absolute path."""
+    """The complete `registry/repository`, or an absolute path."""
     tag: str = ""
-    """Empty: the reference has a digest, or the file's only image. Archives of Docker have `name:tag`."""
+    """Empty if the reference has a digest, or means the file's only image. In archives of Docker it is `name:tag`."""
     digest: str = ""
-    """`sha256:…` of a manifest in a registry; empty: the tag decides."""
+    """The `sha256:…` of a manifest in a registry; empty if the tag decides."""
     project: str = DEFAULT_PROJECT
     """The project that the name belongs to; each project has its own names."""
 
@@ -64,8 +65,8 @@ class Reference:
 
 
 def parse_reference(text: str, project: str = DEFAULT_PROJECT) -> Reference:
-    """Returns the reference that a person has written: `python`, `registry:5000/team/app:1.2`, `app@sha256:…`,
-    `oci:/path:tag`, `oci-archive:/path`, `docker-archive:/path:name:tag`.
+    """Parses a reference in a user's notation: `python`, `registry:5000/team/app:1.2`, `app@sha256:…`, `oci:/path:tag`,
+    `oci-archive:/path`, `docker-archive:/path:name:tag`.
 
     :param project: the project that the name belongs to
 

@@ -1,4 +1,4 @@
-"""The images of a daemon: nothing of them is loaded, and no file is looked at, before somebody asks for an image."""
+"""The images of a daemon. No part of them is loaded, and no file is read, before the first request for an image."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class ImageUser(NamedTuple):
 
     project: str
     what: str
-    """`VM web`, `snapshot warm`."""
+    """The user's name, such as `VM web` or `snapshot warm`."""
 
 
 class ImageSource(Protocol):
-    """Where VMs get OCI images. References are texts, as people write them."""
+    """The source of OCI images for VMs. References are texts."""
 
     async def resolve(
         self, reference: str, project: str, *, auth: bytes | None = None, refresh: bool = False, is_admin: bool = False
@@ -51,111 +51,114 @@ class ImageSource(Protocol):
 
         :param project: the project in which the reference is looked up
         :param auth: the content of an auth file
-        :param refresh: asks the registry again what the tag means
+        :param refresh: whether to resolve the tag at the registry again
         :param is_admin: whether the fetch may connect to hosts without a public address. A later one of
             `obtain_digest` may not
-        :raises OciError:
+        :raises OciError: it can't be resolved.
         """
 
     async def obtain_digest(
         self, digest: str, reference: str, project: str, *, auth: Callable[[], Awaitable[bytes]] | None = None
     ) -> CachedImage:
-        """Returns the whole image that `resolve` has found, once it is in the cache.
+        """Returns the complete image that `resolve` has found, once it is in the cache.
 
-        :param auth: returns the content of an auth file, if the image has to be fetched again; None: without
-            credentials of the caller
-        :raises OciError: and what `auth` raises
+        :param auth: returns the content of an auth file, if the image must be fetched again; None for no credentials of
+            the caller
+        :raises OciError: it failed; and the errors of `auth`
         """
 
 
 class ImageLibrary(ImageSource, Protocol):
-    """The images of the cache, for clients. Whoever waits for nothing but an answer has a deadline of its own."""
+    """The images of the cache, for clients. Callers set their own deadlines."""
 
     async def pull(
         self, reference: str, project: str, *, auth: bytes | None = None, refresh: bool = False, is_admin: bool = False
     ) -> CachedImage:
-        """Returns an image, whole and in the cache. The fetch goes on for a while if the caller is cancelled. Its
-        parameters are those of `resolve`. :raises OciError:"""
+        """Returns a complete image in the cache. The fetch continues for some time if the caller is cancelled. For the
+        parameters see `resolve`. :raises OciError: it failed."""
 
     def receiving(self, project: str) -> AbstractAsyncContextManager[ArchiveUpload]:
-        """Receives an archive of an image of a project in a block; see `load`. Nothing of it stays after the block.
+        """Receives an archive of an image of a project in the block, which removes it at its end; see `load`.
 
-        :raises OciError:
+        :raises OciError: it failed.
         """
 
     async def load(self, upload: ArchiveUpload, name: str, project: str) -> CachedImage:
-        """Returns the image in an archive that was received. From now on `name` leads to it
-        in that project. :raises OciError:"""
+        """Returns the image of a received archive. From now on `name` leads to it in that project. :raises OciError: it
+        can't be used."""
 
     def pulls(self) -> list[Pull]:
         """Returns the fetches in progress."""
 
     async def all(self, project: str | None = None) -> list[CachedImage]:
-        """Returns the images that a project sees: those that it has a name of or uses; None: all. :raises OciError:"""
+        """Returns the images that a project has a name of or uses; with None all. :raises OciError: they can't be
+        read."""
 
     async def get(self, reference: str, project: str) -> CachedImage | None:
-        """Returns the image to which a reference resolved last in a project. :raises OciError: it is no reference"""
+        """Returns the image to which a reference last resolved in a project. :raises OciError: it is malformed."""
 
     async def find(self, digest: str, project: str | None = None) -> CachedImage | None:
-        """Returns an image that a project sees (None: any) by its digest, or the first digits of it.
+        """Returns an image by its digest or the digest's first digits, if a project sees it; with the project None, any
+        image.
 
-        :raises OciError: ambiguous, or no digest
+        :raises OciError: it is ambiguous or no digest
         """
 
     async def forget(self, digest: str, project: str) -> bool:
-        """Removes the names that a project has of an image, and the image if nobody else has a name or uses it. Returns
-        whether the image is gone.
+        """Removes a project's names of an image, and the image if no one else has a name of it or uses it. Returns
+        whether the image was removed.
 
         :raises OciError: `image_in_use`: the project uses it itself
         """
 
     async def forget_project(self, project: str) -> None:
-        """Removes all names of a project; images that nothing needs go when the cache is pruned. :raises OciError:"""
+        """Removes all names of a project; the next prune removes images that nothing needs. :raises OciError: it
+        failed."""
 
     def users(self) -> Mapping[str, Sequence[ImageUser]]:
         """Returns the VMs and snapshots that use each image, by its digest."""
 
     async def remove(self, digest: str) -> bool:
-        """Removes an image with its references. Returns whether it was there. :raises OciError: `image_in_use`"""
+        """Removes an image with its references. Returns whether it existed. :raises OciError: `image_in_use`"""
 
     async def remove_name(self, reference: str, project: str) -> bool:
-        """Removes a reference of a project, not its image. Returns whether it was there. :raises OciError:"""
+        """Removes a reference of a project, not its image. Returns whether it existed. :raises OciError: it failed."""
 
     async def prune(self, max_bytes: int, *, unused_for_s: float = 0.0, dry_run: bool = False) -> Pruned:
-        """Removes images that nothing uses, the least recently used first, until all take at most `max_bytes`.
+        """Removes unused images, least recently used first, until all images take at most `max_bytes`.
 
-        :raises OciError:
+        :raises OciError: it failed.
         """
 
 
 class ImageSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """The daemon's settings that images depend on."""
+    """The daemon's settings for images."""
 
     state_dir: Path | None = None
-    """Names the daemon to others that share the cache."""
+    """The state directory, by which other daemons that share the cache identify this one."""
     cache_dir: Path
     max_cache_bytes: float = math.inf
-    """Images that nothing uses are removed after a fetch until all take at most so much."""
+    """Maximum size of the cache. After a fetch, unused images are removed until all images fit."""
     runtime_dir: Path
-    """For credentials, on a file system in memory."""
+    """The directory for credentials, on a file system in memory."""
     timeout_s: float = 1800.0
-    """For a whole fetch."""
+    """Maximum time for a whole fetch."""
     stall_timeout_s: float = 60.0
-    """For a fetch that does not grow."""
+    """Maximum time for a fetch without progress."""
     max_bytes: int = 64 * 1024**3
-    """Of the layers of an image, as they are fetched."""
+    """Maximum size of an image's layers, as fetched."""
     isolation: Isolation | None = None
-    """Of the programs that fetch and convert; None: they have no sandbox."""
+    """The isolation of the programs that fetch and convert; None for no sandbox."""
     plain_http: frozenset[str] = frozenset()
-    """Registries that may be used without TLS, with their ports, and named at any address."""
+    """Registries that may be used without TLS, including their ports, at any address."""
     certificates: Path | None = None
     """A directory of CA certificates for registries."""
     auth_file: Path | None = None
-    """An auth file for clients that give no credentials."""
+    """An auth file for clients that send no credentials."""
     environment: Mapping[str, str] = {}
-    """With the variables of the operator's proxies."""
+    """The environment variables with the operator's proxies."""
     registries: Callable[[bool], Resolve] | None = None
-    """Looks hosts up for administrators (True) and others; None: everybody may use all."""
+    """Returns the resolver for administrators (True) or others (False); None if everyone may use all registries."""
 
 
 class ImageService(msgspec.Struct):
@@ -164,9 +167,9 @@ class ImageService(msgspec.Struct):
     host: Host
     settings: ImageSettings
     users: Callable[[], Mapping[str, Sequence[ImageUser]]] = dict
-    """Returns who needs which image, by its digest, for texts."""
+    """Returns the users of each image, by its digest, for texts."""
     observe: Observe = lambda event: None
-    """Is given what happens to fetches."""
+    """Receives the events of fetches."""
     _nursery: trio.Nursery | None = None
     _images: OciImages | None = None
     _lock: trio.Lock = msgspec.field(default_factory=trio.Lock)
@@ -242,7 +245,7 @@ class ImageService(msgspec.Struct):
         return await (await self._open()).prune(max_bytes, unused_for_s=unused_for_s, dry_run=dry_run)
 
     def _has_leftovers(self) -> bool:
-        """Whether an earlier daemon was killed in a fetch: credentials and working directories are left."""
+        """Returns whether an earlier daemon was killed in a fetch and left credentials and working directories."""
         files, places = self.host.files, (self.settings.runtime_dir / PRIVATE, self.settings.cache_dir / "oci" / "work")
         return any(files.exists(place) and files.names(place) for place in places)
 
@@ -253,7 +256,7 @@ class ImageService(msgspec.Struct):
             _logger.warning("what an earlier daemon left of fetches of images can't be removed: %s", error)
 
     async def _open(self) -> OciImages:
-        """Returns the images, loaded. :raises OciError: the cache can't be used"""
+        """Returns the loaded images. :raises OciError: the cache can't be used."""
         async with self._lock:
             nursery = self._nursery
             if nursery is None:

@@ -30,22 +30,23 @@ _logger = logging.getLogger("volant.oci")
 PROGRAM = "skopeo"
 PROGRAM_HINT = "on Debian: `sudo apt install skopeo`"
 _ANSWER_S = 120.0
-"""For one document. Includes the pauses that a busy registry asks for."""
+"""Maximum time for one document, including the pauses that a busy registry requests."""
 _PAUSE_S, _LONGEST_PAUSE_S = 1.0, 15.0
-"""Between tries."""
+"""The shortest and the longest delay between attempts."""
 _WATCH_S = 0.5
-"""How often a copy is looked at."""
+"""The interval of checks of a copy."""
 _OTHER_BYTES = 16 * 1024 * 1024
-"""What a copy may write beside the layers."""
+"""Maximum size of a copy besides its layers."""
 _CLEAR_S = 10.0
-"""For the removal of credentials. The next start removes what is left."""
+"""Maximum time for the removal of credentials. The next start removes the rest."""
 _MAX_COMPLAINT = 400
 _MAX_SAID = 16384
 _MAX_AUTH_BYTES = 1024 * 1024
 _BLOCK = 512
-"""Of `ulimit -f`."""
+"""The unit of `ulimit -f`."""
 _MOST_OTHER_BYTES = 1024 * 1024 * 1024
-"""What no file of skopeo's exceeds beside the layers. The watch ends it long before; this holds if it does not."""
+"""Maximum size of a file of skopeo other than a layer, enforced by the kernel in case the watch fails, which ends
+skopeo much earlier."""
 _LIMITS = f"ulimit -c 0; ulimit -n 1024; ulimit -v {PROGRAM_MEMORY // 1024};"
 _NO_CREDENTIALS = b'{"auths":{}}'
 _NOT_INSTALLED = 127
@@ -53,7 +54,7 @@ _NOT_INSTALLED = 127
 
 _MESSAGE = re.compile(r'msg="((?:[^"\\]|\\.)*)"')
 _QUERY = re.compile(r'\?[^\s"]+')
-"""Addresses of blobs may contain signatures."""
+"""The query of a URL, which may contain signatures of blobs."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]+")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
@@ -126,16 +127,16 @@ _REASONS: tuple[tuple[str, str, str, str], ...] = (
         "try again; if it stays, push the image again",
     ),
 )
-"""What skopeo says, our code and words for it, and what to do. The first that matches counts."""
+"""Patterns in skopeo's messages, the daemon's code and text for each, and what to do. The first match counts."""
 
 
 class Rights(NamedTuple):
-    """What a fetch may use."""
+    """The rights of a fetch."""
 
     auth: Path
     """An auth file."""
     resolve: Resolve
-    """Says where it may connect."""
+    """The check of addresses to connect to."""
 
 
 def _anywhere(is_admin: bool) -> Resolve:
@@ -164,13 +165,13 @@ class Skopeo:
         :param private_dir: for credentials, on a file system in memory
         :param plain_http: registries that may be used without TLS, with their ports, and named at any address
         :param environment: with the variables of the operator's proxies
-        :param stalled_s: a copy that does not grow for so long is ended
-        :param retries: after broken connections and the like, with growing pauses
-        :param certificates: a directory of CA certificates for registries, beside those of the host
+        :param stalled_s: a copy that does not grow for this time is ended
+        :param retries: the number of retries after temporary failures, with growing delays
+        :param certificates: a directory of CA certificates for registries, in addition to those of the host
         :param auth_file: an auth file for fetches without credentials of their own
-        :param isolation: what keeps it, and the process that converts, from everything but its files; None: they have
-            no sandbox
-        :param registries: looks hosts up for administrators (True) and others; None: everybody may use all
+        :param isolation: the isolation of skopeo and of the converting process; None for no sandbox
+        :param registries: returns the resolver for administrators (True) or others (False); None if everyone may use
+            all registries
         """
         self._host = host
         self._private_dir = private_dir
@@ -186,17 +187,18 @@ class Skopeo:
 
     @property
     def user(self) -> int | None:
-        """The user that makes files in working directories; None: the daemon's."""
+        """The user that owns files in working directories; None for the daemon's."""
         return None if self.isolation is None else self.isolation.user
 
     async def share(self, work: Path) -> None:
-        """Lets that user use a new directory. :raises OSError:"""
+        """Lets that user use a new directory. :raises OSError: it failed."""
         if self.isolation is not None:
             await self.isolation.share(self._host, work)
 
     @asynccontextmanager
     async def rights(self, auth: bytes | None, *, is_admin: bool) -> AsyncIterator[Rights]:
-        """Keeps the content of an auth file in a file for the length of a block; None: the daemon's, if it has one.
+        """Writes the content of an auth file to a file for the block; with None that of the daemon's file, if it has
+        one.
 
         :param is_admin: whether the fetch may connect to hosts without a public address
         """
@@ -225,13 +227,13 @@ class Skopeo:
             ) from error  # fmt: skip
 
     async def forget_credentials(self) -> None:
-        """Removes what a killed daemon left. :raises OSError:"""
+        """Removes credentials that a killed daemon left. :raises OSError: it failed."""
         await self._host.files.remove_tree(self._private_dir)
 
     async def inspect(self, reference: Reference, work: Path, rights: Rights, *, config: bool = False) -> bytes:
-        """Returns a manifest, an index or, with `config`, a configuration, as the registry has it. Not checked.
+        """Returns a manifest, an index or, with `config`, a configuration, unchanged from the registry and unchecked.
 
-        :raises OciError:
+        :raises OciError: it failed.
         """
         arguments = ["inspect", "--raw", *(["--config"] if config else []), "--authfile", str(rights.auth)]
         arguments += [self._retry_option, *self._tls("", reference), source(reference)]
@@ -253,13 +255,13 @@ class Skopeo:
         max_bytes: int,
         progress: Callable[[int], None] = lambda done: None,
     ) -> None:
-        """Copies an image into an OCI layout, as image `image`. Layers that are there already are not fetched.
+        """Copies an image into an OCI layout, as image `image`. Present layers are not fetched.
 
-        The caller sets the deadline. A broken connection is tried again; layers that have arrived stay.
+        The caller sets the deadline. A broken connection is retried; layers that have arrived are kept.
 
-        :param max_bytes: what it may write at most
+        :param max_bytes: the maximum size that it may write
         :param progress: called with the bytes written so far
-        :raises OciError:
+        :raises OciError: it failed.
         """
         arguments = [f"--override-os={platform.os}", f"--override-arch={platform.architecture}", "copy", "--quiet"]
         arguments += ["--src-authfile", str(rights.auth), self._retry_option, "--dest-oci-accept-uncompressed-layers"]
@@ -298,7 +300,7 @@ class Skopeo:
     async def _watch(
         self, reference: Reference, work: Path, max_bytes: int, progress: Callable[[int], None]
     ) -> OciError:
-        """Returns why a copy has to end."""
+        """Watches a copy, and returns the reason when it must end."""
         before, since = -1, trio.current_time()
         while True:
             written = await trio.to_thread.run_sync(used_bytes, work)
@@ -387,15 +389,15 @@ def _read_end(path: Path) -> str:
 
 
 def source(reference: Reference) -> str:
-    """Returns a reference as skopeo writes it."""
+    """Returns a reference in skopeo's notation."""
     if reference.transport == "docker":
         return f"docker://{reference}"
     return f"{reference.transport}:{reference.name}{reference.tag and f':{reference.tag}'}"
 
 
 def failure(reference: Reference, said: str) -> OciError:
-    """Returns the error for what skopeo says. The log has that, and clients don't get it: a redirect may have led to a
-    service of this host's network, whose answer or its digest is in the text."""
+    """Returns the error for skopeo's message. The message is only logged, as a redirect may have led to a service of
+    this host's network, whose answer or its digest is in the message."""
     lines = said.strip().splitlines() or ["it does not say why"]
     match = _MESSAGE.search(lines[-1])
     text = match[1].replace('\\"', '"') if match else lines[-1]

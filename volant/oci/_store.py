@@ -1,6 +1,6 @@
 """Images and layers on the disk; `docs/explanation/oci.md` has the layout and the reasons.
 
-All functions block, and all may be called at the same time, also by several daemons: what has a name is whole, and a
+All functions block, and all may be called at the same time, also by several daemons: named files are complete, and a
 name is a digest.
 """
 
@@ -40,10 +40,10 @@ from ._join import DISK, descriptor
 from ._reference import Reference
 
 _LEAST_DIGITS = 6
-"""By which an image may be named."""
+"""Minimum digits of an abbreviated digest."""
 _DIGITS = re.compile(rf"[0-9a-f]{{{_LEAST_DIGITS},64}}\Z")
 _CORRECTING = "correcting.erofs"
-"""The file of the layer that corrects the others: `_join.py`."""
+"""The file of the correcting layer: `_join.py`."""
 _PROGRAMS = (b"skopeo", b"volant.oci", b"mkfs.erofs")
 
 
@@ -54,7 +54,7 @@ class _Record(msgspec.Struct, frozen=True, kw_only=True):
     digest: str
     config: ImageConfig
     sizes: tuple[int, ...]
-    """Of the layers' files, in bytes."""
+    """The sizes of the layers' files, in bytes."""
 
 
 class _Name(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,32 +63,32 @@ class _Name(msgspec.Struct, frozen=True, kw_only=True):
     reference: str
     digest: str
     resolved_at: float
-    """Seconds since 1970."""
+    """The time of the resolution, in seconds since 1970."""
     project: str = DEFAULT_PROJECT
 
 
 class CachedImage(msgspec.Struct, frozen=True, kw_only=True):
-    """An image that is whole in the cache."""
+    """A complete image in the cache."""
 
     digest: str
-    """`sha256:…` of its manifest."""
+    """The digest of its manifest, as `sha256:…`."""
     config: ImageConfig
     metadata: Path
     """The layers as one EROFS file system; the layers are its devices, in order."""
     disk: Path
-    """A disk of both for a hypervisor: `_join.py`."""
+    """A disk of layers and metadata for a hypervisor: `_join.py`."""
     layers: tuple[Path, ...]
-    """One EROFS file system each, lowest first."""
+    """The EROFS file systems of its layers, lowest first."""
     names: tuple[str, ...]
-    """References that last resolved to it, in the project that was asked for, or in all."""
+    """References that last resolved to it, in the requested project or in all."""
     size_bytes: int
-    """With all layers, also those that other images share."""
+    """The size with all layers, including shared ones."""
     own_bytes: int
-    """What its removal would free."""
+    """The bytes that its removal would free."""
     used_at: float
-    """Seconds since 1970."""
+    """The time of its last use, in seconds since 1970."""
     layer_bytes: tuple[int, ...] = ()
-    """The space on the disk of each layer."""
+    """The space on disk of each layer."""
 
 
 class Work(msgspec.Struct, frozen=True):
@@ -98,22 +98,22 @@ class Work(msgspec.Struct, frozen=True):
 
     @property
     def scratch(self) -> Path:
-        """Where the programs make what they like."""
+        """The directory for temporary files of the programs."""
         return self.path / "scratch"
 
     @property
     def layout(self) -> Path:
-        """What skopeo writes."""
+        """The directory that skopeo writes."""
         return self.scratch / "layout"
 
     @property
     def image(self) -> Path:
-        """What becomes the image's directory."""
+        """The directory that becomes the image's directory."""
         return self.path / "image"
 
     @property
     def arrived(self) -> Path:
-        """Exists once all layers are in the layout."""
+        """A file that exists once all layers are in the layout."""
         return self.path / "arrived"
 
     @property
@@ -128,7 +128,7 @@ class Work(msgspec.Struct, frozen=True):
         return self.image / f"{number}.erofs"
 
     def done(self, number: int) -> Path:
-        """Exists once the file of a layer is written."""
+        """Returns the path of a file that exists once the file of a layer is written."""
         return self.scratch / f"{number}.done"
 
     def blob(self, digest: str) -> Path:
@@ -136,7 +136,7 @@ class Work(msgspec.Struct, frozen=True):
 
 
 def first_numbers(diff_ids: Sequence[str]) -> dict[str, int]:
-    """Returns where each layer is in an image first. The same may be in it twice."""
+    """Returns the first position of each layer in an image, which may contain a layer twice."""
     return {diff_id: number for number, diff_id in reversed(list(enumerate(diff_ids)))}
 
 
@@ -144,7 +144,8 @@ class Store:
     """The directory `oci` of a cache."""
 
     def __init__(self, directory: Path, user: int | None = None) -> None:
-        """`user`: of the programs that make files in working directories; None: the daemon's."""
+        """Creates it. `user` is the user of the programs that create files in working directories; None for the
+        daemon's."""
         self._user = user
         self._layers = directory / "layers"
         self._images = directory / "images"
@@ -158,7 +159,7 @@ class Store:
 
     @contextlib.contextmanager
     def working(self) -> Iterator[Work]:
-        """Makes a working directory for a block. :raises OciError: the cache can't be written"""
+        """Creates a working directory for the block. :raises OciError: the cache can't be written."""
         with disk_errors(OciError):
             for directory in (self._layers, self._images, self._names, self.work):
                 directory.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -175,13 +176,13 @@ class Store:
             yield work
 
     def having(self, diff_ids: Sequence[str]) -> set[int]:
-        """Returns the numbers of the layers that the cache has now."""
+        """Returns the numbers of the layers that the cache has."""
         return {number for number, diff_id in enumerate(diff_ids) if self._layer(diff_id).exists()}
 
     def hold(self, work: Work, diff_ids: Sequence[str]) -> set[int]:
-        """Links the layers that the cache has into a working directory, so that nobody can take them away any more.
+        """Links the layers that the cache has into a working directory, so that they can't be removed.
 
-        Returns their numbers. :raises OciError:
+        Returns their numbers. :raises OciError: it failed.
         """
         held = set()
         with disk_errors(OciError):
@@ -194,8 +195,12 @@ class Store:
         return held
 
     def begin(self, work: Work, numbers: Collection[int]) -> list[Path]:
-        """Makes empty files for layers, and for what joins all. They belong to the daemon, whoever writes them. Returns
-        them. :raises OciError:"""
+        """Creates and returns empty files for layers, and for the join.
+
+        They belong to the daemon, even if another user writes them.
+
+        :raises OciError: it failed.
+        """
         with disk_errors(OciError):
             files = [*map(work.layer, sorted(numbers)), work.correcting, work.metadata]
             for path in files:
@@ -203,10 +208,10 @@ class Store:
             return files
 
     def commit(self, work: Work, digest: str, config: ImageConfig, made: Collection[Path]) -> None:
-        """Puts an image in place whose files are complete and on the disk.
+        """Adds an image whose files are complete and on the disk.
 
-        :param made: those that are new
-        :raises OciError:
+        :param made: the new files
+        :raises OciError: it failed.
         """
         with disk_errors(OciError):
             sizes = []
@@ -236,7 +241,7 @@ class Store:
             sync_directory(self._images)
 
     def note(self, reference: Reference, digest: str) -> None:
-        """Notes what a reference resolves to. :raises OciError:"""
+        """Records the target of a reference. :raises OciError: it failed."""
         project = reference.project
         name = _Name(reference=str(reference), digest=digest, resolved_at=time.time(), project=project)
         with disk_errors(OciError):
@@ -245,23 +250,23 @@ class Store:
     # Finding
 
     def resolve(self, reference: Reference) -> str | None:
-        """Returns the digest that a reference resolved to last, if the cache has its image."""
+        """Returns the digest to which a reference last resolved, if the cache has its image."""
         found = read_record(self._name(reference), _Name)
         return found.digest if found and self._image(found.digest).exists() else None
 
     def find(self, digest: str, *, project: str | None = None, use: bool = False) -> CachedImage | None:
-        """Returns an image by its digest, or None. `project`: with the names of this project only; None: of all
-        projects. `use`: notes the time, for `prune`."""
+        """Returns an image by its digest, or None. With `project` it has only the names of this project, with None all
+        names. `use` records the time, for `prune`."""
         return self._find(digest, self._named(project), use=use)
 
     def use(self, digest: str) -> CachedImage | None:
-        """Returns an image by its digest, without its names, or None; notes the time. For each VM that boots: to read
-        the names takes longer than the rest."""
+        """Returns an image by its digest, without its names, or None, and records the time. Used by each boot, because
+        reading the names takes longer than the rest."""
         return self._find(digest, {}, use=True)
 
     def digests(self, beginning: str) -> list[str]:
-        """Returns the digests of images that begin so, with or without `sha256:`. :raises OciError: it is too short, or
-        no digest"""
+        """Returns the digests of images with a prefix, with or without `sha256:`. :raises OciError: it is too short, or
+        no digest."""
         begin = beginning.removeprefix("sha256:")
         if not _DIGITS.match(begin):
             raise OciError(
@@ -271,12 +276,12 @@ class Store:
         return [f"sha256:{name}" for name in entries(self._images) if name.startswith(begin)]
 
     def all(self, project: str | None = None) -> list[CachedImage]:
-        """Returns all images, with the names of a project; None: of all."""
+        """Returns all images, with the names of a project; with None all names."""
         named = self._named(project)
         return [image for name in entries(self._images) if (image := self._find(f"sha256:{name}", named))]
 
     def used_bytes(self) -> int:
-        """Returns the space that all layers and images take. Shared layers count once."""
+        """Returns the space that all layers and images take up. Shared layers count once."""
         own = [path for name in ("metadata.erofs", _CORRECTING) for path in self._images.glob(f"*/{name}")]
         return sum(_blocks(path) for path in (*self._layers.glob("*"), *own))
 
@@ -322,7 +327,7 @@ class Store:
         return found
 
     def note_user(self, digest: str, owner: Path) -> None:
-        """Notes that a daemon needs an image, for others that share the cache. :raises OciError:"""
+        """Records that a daemon needs an image, for others that share the cache. :raises OciError: it failed."""
         if not self.users.is_noted(digits(digest), owner):
             with disk_errors(OciError):
                 self.users.note(digits(digest), owner)
@@ -330,7 +335,7 @@ class Store:
     # Removing
 
     def remove_name(self, reference: Reference) -> bool:
-        """Removes a reference, not its image. Returns whether it was there. :raises OciError:"""
+        """Removes a reference, not its image. Returns whether it existed. :raises OciError: it failed."""
         with disk_errors(OciError):
             try:
                 self._name(reference).unlink()
@@ -339,9 +344,9 @@ class Store:
             return True
 
     def remove_names(self, digest: str, project: str) -> bool:
-        """Removes the names that an image has in a project. Returns whether others have names of it.
+        """Removes the names of an image in a project. Returns whether it has names in others.
 
-        :raises OciError:
+        :raises OciError: it failed.
         """
         with disk_errors(OciError):
             others = False
@@ -355,7 +360,7 @@ class Store:
             return others
 
     def remove_project(self, project: str) -> None:
-        """Removes all names of a project. :raises OciError:"""
+        """Removes all names of a project. :raises OciError: it failed."""
         with disk_errors(OciError):
             for name in entries(self._names):
                 record = read_record(self._names / name, _Name)
@@ -363,9 +368,9 @@ class Store:
                     (self._names / name).unlink(missing_ok=True)
 
     def remove(self, digest: str) -> bool:
-        """Removes an image, its names, and the layers that no image has then. Returns whether it was there.
+        """Removes an image, its names, and the layers that no other image has. Returns whether it existed.
 
-        :raises OciError:
+        :raises OciError: it failed.
         """
         with disk_errors(OciError):
             found = self._remove(digest)
@@ -373,12 +378,12 @@ class Store:
             return found
 
     def collect(self) -> None:
-        """Removes the layers that no image and no fetch has. :raises OciError:"""
+        """Removes the layers that no image and no fetch has. :raises OciError: it failed."""
         with disk_errors(OciError):
             self._collect()
 
     def sweep(self) -> None:
-        """Removes what killed fetches and removals left. :raises OciError:"""
+        """Removes the remains of killed fetches and removals. :raises OciError: it failed."""
         with disk_errors(OciError):
             for name in entries(self.work):
                 self._remove_unlocked(self.work / name)
@@ -429,7 +434,7 @@ class Store:
         shutil.rmtree(work, ignore_errors=True)
 
     def _collect(self) -> None:
-        """Removes the layers that no image and no fetch has. One that links it meanwhile keeps it."""
+        """Removes the layers that no image and no fetch has. A fetch that links one at the same time keeps it."""
         for name in entries(self._layers):
             path = self._layers / name
             with contextlib.suppress(FileNotFoundError):
@@ -451,7 +456,7 @@ class Store:
 
 
 def digits(digest: str) -> str:
-    """Returns the 64 hexadecimal digits of a digest. :raises OciError: it is none"""
+    """Returns the 64 hexadecimal digits of a digest. :raises OciError: it is not a digest."""
     name = digest.removeprefix("sha256:")
     if len(name) != 64 or not set(name) <= set("0123456789abcdef"):
         raise OciError("bad_reference", f"{digest[:100]!r} is not a digest", "write sha256: and 64 hexadecimal digits")
@@ -459,8 +464,7 @@ def digits(digest: str) -> str:
 
 
 def _close(path: Path) -> None:
-    """Makes a file that a program has written one that nobody changes any more. :raises OciError: it still has it
-    open"""
+    """Makes a file that a program has written read-only. :raises OciError: the program still has it open."""
     path.chmod(0o400)
     with path.open("rb") as file:
         try:
@@ -479,7 +483,7 @@ def _close(path: Path) -> None:
 
 
 def _share(made: Path, shared: Path) -> None:
-    """Makes both names lead to one file: to the one in `layers/` if another fetch was faster."""
+    """Makes both names lead to one file: the one in `layers/` if another fetch was faster."""
     while True:
         try:
             os.link(made, shared)
@@ -497,7 +501,7 @@ def _share(made: Path, shared: Path) -> None:
 
 
 def _end_programs(work: Path) -> None:
-    """Ends what a killed daemon has started for a fetch, such as skopeo that waits for a registry."""
+    """Ends the programs that a killed daemon has started for a fetch, such as skopeo waiting for a registry."""
     for entry in os.scandir("/proc"):
         if not entry.name.isdigit():
             continue

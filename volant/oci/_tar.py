@@ -1,8 +1,8 @@
-"""Checks a tar while it streams to `mkfs.erofs`, which is written in C and should see only what is well-formed.
+"""Checks a tar while it streams to `mkfs.erofs`, which is written in C and should only see well-formed data.
 
-All bytes pass unchanged up to the end of the archive, but for what `mkfs.erofs` would misunderstand (`_tree.py`). Two
-readers of one archive must not see different files in it, so whatever readers understand in different ways is refused:
-data behind links, mode bits that name another kind of file, a lone block of zeros.
+All bytes pass unchanged up to the end of the archive, except for entries that `mkfs.erofs` would misinterpret
+(`_tree.py`). Two readers of one archive must not see different files in it, so ambiguous archives are refused: data
+after links, mode bits of another file type, a single block of zeros.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from ._tree import MAX_ENTRIES, LayerTree
 
 _MAX_NAME = 4096
 _MAX_EXTENDED = 1024 * 1024
-"""Of one extended header: all attributes of a file have at most 64 KiB on Linux."""
+"""Maximum size of one extended header: all attributes of a file have at most 64 KiB on Linux."""
 _MAX_SIZE = 2**62
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
 END = 2 * _ZEROS
-"""Ends an archive."""
+"""The end of an archive."""
 
 _REGULAR, _OLD_REGULAR, _HARD_LINK, _DIRECTORY = b"0", b"\0", b"1", b"5"
 _PAX, _PAX_FOR_ALL, _LONG_NAME, _LONG_LINK = b"x", b"g", b"L", b"K"
@@ -32,45 +32,45 @@ _KINDS = {
     _DIRECTORY: 0o040000,
     b"6": 0o010000,
 }
-"""Kinds of entries, and the bits of the mode that old archives have for them."""
+"""File types of entries, and the bits of the mode that old archives have for them."""
 _DEVICES = (b"3", b"4")
 _TYPE_BITS = 0o170000
 _OCTAL = re.compile(rb"[ \0]*([0-7]*)[ \0]*\Z")
 _RECORD = re.compile(rb"([1-9][0-9]{0,7}) ")
 _SPARSE = b"GNU.sparse."
 _ATTRIBUTE = re.compile(rb"(?:SCHILY|LIBARCHIVE)\.xattr\.(.*)", re.DOTALL)
-"""How archives name an extended attribute; in the second way with `%` for special characters."""
+"""The name of an extended attribute in archives; in the second form with `%` for special characters."""
 _ALLOWED_ATTRIBUTE = re.compile(rb"(?!user\.overlay\.)(?:user|security|system\.posix_acl)[._][!-$&-~]+\Z")
-"""Others mean nothing in an image, or steer overlayfs in the guest."""
+"""Allowed attributes. Others have no meaning in an image, or control overlayfs in the guest."""
 
 
 class TarCheck:
-    """Give `feed` the pieces of an archive, then call `finish`."""
+    """A check of an archive: call `feed` with its pieces, then `finish`."""
 
     def __init__(self) -> None:
         self.entries = 0
         self._tree = LayerTree()
         self._head = bytearray()
-        """The headers of the next entry that have not passed yet."""
+        """The headers of the next entry that were not passed on yet."""
         self._name = b""
-        """Of the next entry, if an extended header gives it."""
+        """The name of the next entry, from an extended header."""
         self._rest = b""
-        """The beginning of a header."""
+        """The beginning of an incomplete header."""
         self._skip = 0
         """Bytes until the next header."""
         self._wanted = 0
-        """Bytes of an extended header, with its padding, that are still to come."""
+        """The missing bytes of an extended header, with its padding."""
         self._extended = bytearray()
         self._read_extended: Callable[[bytes], None] = self._long_name
         self._extended_size = 0
         self._size: int | None = None
-        """The size of the next entry, if an extended header gives it."""
+        """The size of the next entry, from an extended header."""
         self._zeros = 0
         """Blocks of zeros since the last entry."""
 
     @property
     def ended(self) -> bool:
-        """Whether the archive has ended: what follows is padding."""
+        """Whether the archive has ended; the rest is padding."""
         return self._zeros == 2
 
     def feed(self, piece: bytes) -> bytes:
@@ -104,13 +104,13 @@ class TarCheck:
         return passed[0] if len(passed) == 1 else b"".join(passed)
 
     def finish(self) -> bytes:
-        """Returns the end. :raises OciError: `image_invalid`: the archive is cut off; `image_too_large`"""
+        """Returns the end. :raises OciError: `image_invalid`, the archive is truncated; `image_too_large`"""
         if self._skip or self._wanted or self._rest or self._size is not None or self._name:
             raise _invalid("it is cut off")
         return self._tree.closing() + END
 
     def _header(self, header: bytes) -> bool:
-        """Reads a header; returns whether the headers that were kept back may pass."""
+        """Parses a header; returns whether the held headers may pass."""
         if header == _ZEROS:
             self._zeros += 1
             return False
@@ -199,7 +199,7 @@ class TarCheck:
 
 
 def _number(field: bytes, what: str) -> int:
-    """Returns a number of a header: octal digits, or binary as GNU tar has it."""
+    """Returns a number of a header: octal digits, or binary as in GNU tar."""
     if field[0] & 0x80:
         value = int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
         if field[0] == 0xFF or value > _MAX_SIZE:

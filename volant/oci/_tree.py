@@ -1,11 +1,11 @@
-"""What the entries of a layer mean together, where `mkfs.erofs` takes each for itself.
+"""Interprets the entries of a layer together, as `mkfs.erofs` treats each separately.
 
-Rules of the OCI's image specification (`layer.md`): a whiteout hides what lower layers have, and nothing of its own
-layer, wherever it stands in the archive. So a directory that is in its layer, too, begins anew: it is opaque. A
-whiteout below something that is no directory hides nothing; builders write such when a file has replaced a directory.
+Rules of the OCI's image specification (`layer.md`): a whiteout hides entries of lower layers, but none of its own
+layer, wherever it is in the archive. So a directory that its own layer also contains becomes opaque. A whiteout below a
+non-directory hides nothing; builders write these when a file has replaced a directory.
 
-A directory without an entry of its own, which only the names of others imply, has the attributes that a lower layer
-gives it, else those that Docker gives it: root's, mode 0755. Here it gets these, and `IMPLIED`, by which `_join` finds
+A directory without its own entry, which is only implied by other names, has the attributes from a lower layer,
+otherwise Docker's defaults: owner root, mode 0755. Here it gets these defaults, and `IMPLIED`, by which `_join` finds
 it.
 """
 
@@ -17,11 +17,11 @@ from collections.abc import Mapping
 from ._errors import OciError
 
 MAX_ENTRIES = 1_000_000
-"""Of a layer. `mkfs.erofs` has each in memory."""
+"""Maximum entries of a layer. `mkfs.erofs` has each in memory."""
 WHITEOUT = b".wh."
 OPAQUE = b".wh..wh..opq"
 IMPLIED = b"trusted.overlay.volant"
-"""An extended attribute. Overlayfs shows none of this prefix, and an image can't have it."""
+"""An extended attribute that overlayfs hides, because of its prefix, and that an image can't have."""
 _MAX_IMPLIED_BYTES = 64 * 1024 * 1024
 _BLOCK = 512
 _MOST_OCTAL = 8**7
@@ -32,21 +32,21 @@ Parts = tuple[bytes, ...]
 
 
 class LayerTree:
-    """Give `add` each entry; `closing` returns what the archive lacks."""
+    """The entries of a layer. Call `add` for each entry; `closing` returns the missing ones."""
 
     def __init__(self) -> None:
         # By their hashes, as a layer may have a million long names.
         self._directories = set[int]()
         self._others = set[int]()
-        """What is no directory."""
+        """The entries that are not directories."""
         self._whiteouts = set[int]()
         self._implied: dict[Parts, bool] = {}
-        """Whether more than whiteouts imply it."""
+        """Whether more than whiteouts imply it, by directory."""
         self._opaque = set[Parts]()
         self._implied_bytes = 0
 
     def add(self, name: bytes, is_directory: bool) -> bytes | None:
-        """Notes an entry. Returns what the archive lacks before it, or None if it is better without this one.
+        """Records an entry. Returns the entries that the archive lacks before it, or None if it should be left out.
 
         :raises OciError: `image_too_large`
         """
@@ -83,8 +83,8 @@ class LayerTree:
         return missing
 
     def _imply(self, path: Parts, for_entry: bool) -> bytes:
-        """Notes that a directory and those above it exist. Returns the entries of those that a whiteout has hidden, as
-        `mkfs.erofs` puts nothing below a whiteout."""
+        """Records that a directory and those above it exist. Returns the entries of those that a whiteout has hidden,
+        as `mkfs.erofs` puts nothing below a whiteout."""
         missing = b""
         while path and not self._is_here(path):
             if path in self._implied and not for_entry:
@@ -103,7 +103,7 @@ class LayerTree:
         return missing
 
     def _begin_anew(self, path: Parts) -> bool:
-        """Makes a directory opaque that a whiteout has hidden before; returns whether one has."""
+        """Makes a directory opaque that an earlier whiteout has hidden; returns whether one has."""
         if hash(path) not in self._whiteouts:
             return False
         self._whiteouts.discard(hash(path))
@@ -115,7 +115,7 @@ class LayerTree:
         return hash(path) in self._directories or self._implied.get(path, False)
 
     def _is_hidden(self, path: Parts) -> bool:
-        """Returns whether a path leads through something that is no directory."""
+        """Returns whether a path leads through a non-directory."""
         while path and not self._is_here(path):
             if hash(path) in self._others or hash(path) in self._whiteouts:
                 return True

@@ -1,4 +1,4 @@
-"""An archive that a client sends: written to a working directory of the cache while it arrives, within its bounds."""
+"""An archive from a client, written to a working directory of the cache as it arrives, within limits."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from volant.store import check_space, disk_errors
 from ._errors import OciError
 
 _PIECE = 1024 * 1024
-"""How much is written at once."""
+"""The size of one write."""
 _CHECK_SPACE_BYTES = 32 * 1024 * 1024
 _BLOCK = 512
 _SIZE = re.compile(rb"[ \0]*([0-7]+)[ \0]*\Z")
 _MAX_ENTRIES = 10_000
-"""In which what tells the kind of an archive is looked for: an image has 127 layers and some files more."""
+"""Maximum entries to search for the type of an archive: an image has 127 layers and some other files."""
 
 
 class ArchiveUpload:
-    """An archive in the making: `write` the pieces."""
+    """An incomplete archive. Call `write` with its pieces."""
 
     def __init__(self, path: Path, max_bytes: int) -> None:
         self.path = path
@@ -48,7 +48,7 @@ class ArchiveUpload:
             await self.flush()
 
     async def flush(self) -> None:
-        """Writes what is held back. :raises OciError: as `write`"""
+        """Writes buffered bytes. :raises OciError: see `write`"""
         data, self._pending = bytes(self._pending), bytearray()
         self._size += len(data)
         self.expect(self._size)
@@ -68,8 +68,8 @@ class ArchiveUpload:
 
 
 def archive_kind(path: Path) -> Literal["oci-archive", "docker-archive"]:
-    """Returns the kind of an archive by the files in it. Recent ones of Docker are both; a compressed one is taken for
-    Docker's, which skopeo decompresses. Blocks.
+    """Returns the type of an archive by the files in it. Recent archives of Docker are both; a compressed one is
+    treated as Docker's, which skopeo decompresses. Blocks.
 
     :raises OciError: `image_invalid`: it is no archive of an image
     """

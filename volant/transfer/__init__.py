@@ -1,7 +1,7 @@
 """Moves snapshots from host to host.
 
-`docs/explanation/snapshots.md` has the design. What moves are the chunks of `volant.chunks`. `OwnSnapshots` is the end
-of a transfer that is this host; `Transfers` brings snapshots to registries and back, as OCI artifacts.
+`docs/explanation/snapshots.md` has the design. A transfer moves the chunks of `volant.chunks`. `OwnSnapshots` is this
+host's end of a transfer; `Transfers` moves snapshots to and from registries, as OCI artifacts.
 """
 
 from ._bases import BaseFiles as BaseFiles, registries as registries

@@ -1,8 +1,8 @@
 """A snapshot as an OCI artifact: a manifest, the snapshot's document as its configuration, and its chunks as layers.
 
-A registry keeps a blob once for each repository, however many manifests name it, and removes those that none names. So
-each chunk is a layer, and siblings share theirs. A chunk is compressed, and its blob's digest is that of the compressed
-bytes; the document has the digest of the chunk itself, in the order of the layers.
+A registry stores a blob once per repository, however many manifests name it, and removes blobs without a manifest. So
+each chunk is a layer, and related snapshots share layers. A chunk is compressed, and its blob has the digest of the
+compressed bytes; the document has the digests of the chunks themselves, in the order of the layers.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 _CONFIG = "application/vnd.volant.snapshot.config.v1+json"
 _CHUNK = "application/vnd.volant.snapshot.chunk.v1+zstd"
 _LEVEL = 3
-"""Of guests' memory, level 1 leaves 28 % at 560 MB/s, level 3 26 % at 340, and level 6 25 % at 120."""
+"""The compression level. Of guests' memory, level 1 leaves 28 % at 560 MB/s, level 3 26 % at 340, and level 6 25 % at
+120."""
 _MORE = 4096
-"""What compression may add to what can't be compressed."""
+"""Maximum growth of incompressible data by compression."""
 
 
 class _Head(msgspec.Struct, frozen=True, rename="camel"):
-    """What kind of manifest it is. Decodes nothing else, as anything may be there."""
+    """The type of a manifest. Decodes nothing else, as the rest may be anything."""
 
     artifact_type: str = ""
     media_type: str = ""
@@ -61,8 +62,8 @@ def manifest_of(document: bytes, chunks: Sequence[Descriptor], annotations: Mapp
 
 
 def parse_manifest(data: bytes) -> ArtifactManifest:
-    """Returns what a registry has under a reference. :raises TransferError: `snapshot_unsupported`, `snapshot_invalid`:
-    it is no snapshot"""
+    """Returns the manifest that a reference leads to in a registry. :raises TransferError: `snapshot_unsupported`,
+    `snapshot_invalid`: it is no snapshot."""
     try:
         head = msgspec.json.decode(data, type=_Head)
         if head.artifact_type != ARTIFACT:
@@ -87,7 +88,7 @@ class RegistrySink:
     def __init__(self, repository: Repository) -> None:
         self._repository = repository
         self.blobs: dict[str, Descriptor] = {}
-        """Of the chunks that are there, by their digests."""
+        """The blobs of stored chunks, by the chunks' digests."""
 
     async def lacks(self, digests: Sequence[str]) -> Collection[str]:
         await trio.lowlevel.checkpoint()
@@ -106,7 +107,7 @@ class RegistrySource:
     """Gets chunks from a repository."""
 
     def __init__(self, repository: Repository, blobs: Mapping[str, Descriptor]) -> None:
-        """`blobs`: by the digests of chunks"""
+        """Creates it. `blobs` are by the digests of chunks."""
         self._repository = repository
         self._blobs = blobs
 
@@ -121,7 +122,7 @@ class RegistrySource:
 
 
 async def put_missing(repository: Repository, digest: str, data: bytes) -> int:
-    """Sends a blob that a repository lacks; returns how many bytes were sent."""
+    """Sends a blob if the repository lacks it; returns the number of sent bytes."""
     if await repository.has_blob(digest):
         return 0
     await repository.put_blob(digest, data)
@@ -133,7 +134,7 @@ def _compress(data: bytes) -> bytes:
 
 
 def _decompress(digest: str, data: bytes, length: int) -> bytes:
-    """Returns a chunk of exactly `length` bytes. Allocates no more, whatever the data say of themselves.
+    """Returns a chunk of exactly `length` bytes. Allocates no more, whatever the data declare.
 
     :raises ChunkError: `chunk_mismatch`
     """

@@ -1,7 +1,7 @@
-"""The files that a snapshot relies on: boot image, kernel, root filesystem, OCI image. By digest, never by name.
+"""The files that a snapshot needs: boot image, kernel, root filesystem, OCI image; identified by digest, never by name.
 
-A guest's memory has parts of the files that it booted from as they lie on the disk. Another file of the same name
-would corrupt what the guest does next, silently.
+A guest's memory contains parts of the files that it booted from, as laid out on the disk. Another file with the same
+name would corrupt the guest silently.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ _PIECE = 1024 * 1024
 
 
 class BaseFiles(msgspec.Struct, frozen=True):
-    """The files below the snapshots of one daemon."""
+    """The base files of the snapshots of one daemon."""
 
     artifacts: ArtifactCache
     oci: ImageLibrary
     settings: VmSettings
 
     async def of(self, vm: VmRow) -> Bases:
-        """Returns what a VM of this host relies on. :raises TransferError: `base_missing`: it is gone"""
+        """Returns the base files of a VM of this host. :raises TransferError: `base_missing`, one does not exist any
+        more."""
         boot = vm.manifest.boot or Boot()
         settings = self.settings
         return Bases(
@@ -44,7 +45,7 @@ class BaseFiles(msgspec.Struct, frozen=True):
         )
 
     async def obtain(self, manifest: Manifest, bases: Bases, project: str, auth: bytes | None) -> None:
-        """Returns once this host has all that a snapshot relies on, and it is the same to the byte.
+        """Fetches missing base files of a snapshot, and checks that all are byte-identical.
 
         :param auth: credentials, for the OCI image
         :raises TransferError: `base_missing`, `base_mismatch`
@@ -156,8 +157,8 @@ async def _digest_of(path: Path) -> str:
 
 
 def registries(artifacts: ArtifactCache, is_admin: bool) -> oci.Resolve:
-    """Returns what looks hosts up to which clients may have the daemon connect as registries, their token services and
-    their storage: those from which artifacts may be fetched, and for administrators all."""
+    """Returns a resolver for the registries that clients may have the daemon connect to, with their token services and
+    storage: the hosts from which artifacts may be fetched, and for administrators all hosts."""
 
     async def resolve(host: str, port: int, *, must_exist: bool) -> list[str]:
         try:

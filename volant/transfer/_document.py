@@ -1,8 +1,8 @@
-"""What a snapshot consists of, for other hosts: its VM, its machine, what lies below its disk, and its files.
+"""The description of a snapshot for other hosts: its VM, its machine, the base of its disk, and its files.
 
-The document has no more of the VM's row than a VM that continues from the snapshot gets: no address, no process, no
-project. It may come from anybody, so a row is made of it only after the checks that rows of a foreign database get.
-Names of files and ids are this host's own.
+The document only has the parts of the VM's row that a restored VM receives: no address, no process, no project. It is
+not trusted, so it becomes a row only after the same checks as rows of a foreign database. Names of files and ids are
+this host's own.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from ._transfer import TransferError
 
 MAX_DOCUMENT_BYTES = 4 * 1024 * 1024
 MAX_STATE_BYTES = 16 * 1024 * 1024
-"""As the hypervisor's driver loads it."""
+"""Maximum size of the device state, the same as in the hypervisor's driver."""
 MEMORY, STATE, LAYER = "memory", "state", "root.qcow2"
 """The files of a checkpoint."""
 _MAX_TEXT = 4096
@@ -52,16 +52,16 @@ _Text = Annotated[str, msgspec.Meta(max_length=_MAX_TEXT)]
 
 
 class Bases(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What the snapshot's files rely on besides the artifacts that the manifest names, by digest."""
+    """The base files of the snapshot besides the artifacts in the manifest, by digest."""
 
     boot_image: _Sha256 | None = None
-    """The built image that the guest booted."""
+    """The built image that the guest booted from."""
     kernel: _Sha256 | None = None
-    """Of the file that the setting `kernel` of the other host names, if the guest booted that; as `initramfs`."""
+    """The file of the other host's setting `kernel`, if the guest booted from it; `initramfs` likewise."""
     initramfs: _Sha256 | None = None
     image_files: Annotated[tuple[_Sha256, ...], msgspec.Meta(max_length=256)] = ()
-    """Of an OCI image: its metadata and its layers, lowest first. The guest's memory has parts of them as they lie
-    there, and another `mkfs.erofs` may lay the same layers out differently."""
+    """The files of an OCI image: its metadata and its layers, lowest first. The guest's memory has parts of them as
+    laid out there, and another `mkfs.erofs` may lay out the same layers differently."""
 
 
 class VolumeOfVm(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -73,7 +73,7 @@ class VolumeOfVm(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class VmOfSnapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a VM gets that continues from the snapshot. The members are those of `VmRow`."""
+    """The data for a VM that continues from the snapshot. The members are those of `VmRow`."""
 
     id: int
     name: _Text
@@ -101,7 +101,7 @@ class VmOfSnapshot(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     disk_mbps: int | None = None
     balloon: bool = False
     template: _Text | None = None
-    """What its own first boot was a clone of: a template of the same digest has most of its memory."""
+    """The template of its own first boot: a template with the same digest has most of its memory."""
 
 
 class SnapshotDocument(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -114,11 +114,11 @@ class SnapshotDocument(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=
     created_at: datetime
     paused_ms: float = 0.0
     architecture: _Text
-    """Of the host's processor."""
+    """The architecture of the host's processor."""
     machine: MachineKind | None = None
-    """None: it is the disk of a VM at rest, which moves from one host of a fleet to another."""
+    """None for the disk of a VM at rest, which moves from one host of a fleet to another."""
     protocol: Annotated[int, msgspec.Meta(ge=1, le=10**6)] = 1
-    """The newest that the guest's agent is known to speak."""
+    """The newest protocol that the guest's agent is known to support."""
     vm: VmOfSnapshot
     bases: Bases
     files: Description
@@ -142,7 +142,7 @@ def file_names(snapshot: Snapshot) -> list[str]:
 def document_of(
     snapshot: Snapshot, kind: MachineKind | None, protocol: int, bases: Bases, files: Description
 ) -> SnapshotDocument:
-    """Returns what other hosts have to know of a snapshot. :raises TransferError: `snapshot_elsewhere`"""
+    """Returns the data of a snapshot for other hosts. :raises TransferError: `snapshot_elsewhere`"""
     vm = snapshot.vm
     copied = copied_volumes(snapshot)
     if elsewhere := [mount.name for mount in vm.volumes if mount not in copied]:
@@ -171,14 +171,14 @@ def document_of(
 
 
 def encode(document: SnapshotDocument) -> bytes:
-    """Returns the document as JSON. The same snapshot gives the same bytes."""
+    """Returns the document as JSON. The same snapshot always has the same bytes."""
     return msgspec.json.encode(document, order="deterministic")
 
 
 def decode(data: bytes, *, max_bytes: int) -> SnapshotDocument:
-    """Returns a hostile document, whose numbers fit together.
+    """Parses an untrusted document, and checks its numbers.
 
-    :param max_bytes: what the files may take on a disk
+    :param max_bytes: the maximum size of the files on disk
     :raises TransferError: `snapshot_invalid`, `snapshot_unsupported`, `snapshot_too_large` :raises ChunkError:
     """
     try:
@@ -215,7 +215,7 @@ def decode(data: bytes, *, max_bytes: int) -> SnapshotDocument:
 
 
 def has_layer(document: SnapshotDocument) -> bool:
-    """Whether the snapshot has a disk."""
+    """Returns whether the snapshot has a disk."""
     return any(file.name == LAYER for file in document.files.files)
 
 
@@ -231,9 +231,9 @@ def own_names(document: SnapshotDocument, names: Sequence[str]) -> Description:
 def snapshot_of(
     document: SnapshotDocument, key: Key, snapshot_id: str, volume_ids: Sequence[str], source: str, now: datetime
 ) -> Snapshot:
-    """Returns the row for a snapshot that was received.
+    """Returns the row of a received snapshot.
 
-    :param volume_ids: new ones, for the copies of its volumes
+    :param volume_ids: new ids, for the copies of its volumes
     :param source: where it was pulled from
     :raises TransferError: `snapshot_invalid`
     """
@@ -284,7 +284,7 @@ def snapshot_of(
 
 
 def _foreign_id(vm: VmOfSnapshot) -> int:
-    """Returns the id of a VM of another host: the same for all of its snapshots."""
+    """Returns the id of a VM of another host, which is the same for all of its snapshots."""
     digest = hashlib.sha256(repr((vm.id, vm.name, vm.created_at)).encode()).hexdigest()
     # 44 bits more are below `MAX_ID`.
     return FIRST_FOREIGN_ID + int(digest[:11], 16)

@@ -1,8 +1,8 @@
-"""The end of a transfer that is this host: reads its snapshots to send them, and keeps those that arrive.
+"""This host's end of a transfer: reads its snapshots to send them, and stores received ones.
 
-It knows no registry: what is sent goes to a `Sink`, what arrives comes from a `Source`, and both ends agree on a
-`SnapshotDocument`. What has arrived of a transfer that broke stays, in a directory named by what is received, and the
-next one goes on with it. It is no snapshot before its row follows its last file.
+It is independent of registries: it sends to a `Sink`, receives from a `Source`, and both ends agree on a
+`SnapshotDocument`. Data of an interrupted transfer is kept in a directory named after the snapshot, and the next
+transfer continues with it. It becomes a snapshot when its row follows its last file.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from ._document import LAYER, MEMORY, STATE, SnapshotDocument, document_of, file
 from ._transfer import Transfer, TransferError
 
 _MAX_LEFT = 8
-"""Transfers that ended early, whose files are kept."""
+"""Maximum number of interrupted transfers whose files are kept."""
 _LOCAL_BYTES = 8 * 1024**3
-"""How much of the snapshots and templates of this host is read in search of chunks: some seconds."""
+"""Maximum bytes of this host's snapshots and templates that are searched for chunks, which takes some seconds."""
 _MAX_LOCAL = 16
 _ID_DIGITS = 16
-"""Of the id of a volume."""
+"""Digits of the id of a volume."""
 _TEMPLATE = re.compile(r"[0-9a-f]{32}\Z")
 
 Admit = Callable[[Snapshot], Awaitable[None]]
-"""Decides whether what a snapshot's manifest names may be named. Raises Problem."""
+"""Decides whether the files in a snapshot's manifest may be named. Raises Problem."""
 
 
 class Outgoing(NamedTuple):
@@ -53,7 +53,7 @@ class Outgoing(NamedTuple):
 
     async def send(self, sink: Sink, transfer: Transfer) -> None:
         """Sends the chunks that the other end lacks. :raises TransferError: `snapshot_damaged` :raises ChunkError:
-        Raises what the sink raises."""
+        Raises the errors of the sink."""
         transfer.phase = "moving"
         with _damaged(self.snapshot):
             await send(self.reader, self.document.files, sink, transfer.progress)
@@ -64,16 +64,16 @@ class Incoming(NamedTuple):
 
     document: SnapshotDocument
     digest: str
-    """Names it, so that a later transfer of the same goes on with what this one leaves."""
+    """Identifies the snapshot, so that a later transfer of the same one continues with the data of this one."""
     source: str
-    """Where it is from, for people."""
+    """The origin, for people."""
     project: str
     name: str | None
-    """None: the name that it had."""
+    """The new name; None for its former name."""
     auth: bytes | None = None
-    """Credentials for registries, to fetch what lies below it."""
+    """Credentials for registries, to fetch its base files."""
     moved: VmRow | None = None
-    """The row of its VM, if that is to go on here: another host of the fleet has sent it, which is trusted."""
+    """The row of its VM if that moves to this host; another host of the fleet has sent it, which is trusted."""
 
 
 class OwnSnapshots:
@@ -86,10 +86,10 @@ class OwnSnapshots:
         self._checkpoints = copies.checkpoints
         self._bases = bases
         self._directories: dict[Path, trio.Lock] = {}
-        """Those that a transfer fills, or waits for."""
+        """The directories that a transfer fills, or waits for."""
 
     def find(self, key: Key) -> Snapshot:
-        """Returns a snapshot that can be sent. :raises Problem: 404; 409 it is not ready"""
+        """Returns a snapshot that can be sent. :raises Problem: 404; 409, it is not ready."""
         snapshot = self._store.projection.snapshots.get(key)
         if snapshot is None or not snapshot.has_memory:
             raise no_such_snapshot(key.name)
@@ -99,7 +99,7 @@ class OwnSnapshots:
 
     @asynccontextmanager
     async def sending(self, snapshot: Snapshot) -> AsyncIterator[Outgoing]:
-        """Describes a snapshot, and holds its files open for a block, also if it is deleted meanwhile.
+        """Describes a snapshot, and holds its files open for the block, even if it is deleted in the meantime.
 
         :raises TransferError: `snapshot_damaged`, `snapshot_elsewhere`, `base_missing` :raises ChunkError: `too_large`
         """
@@ -122,12 +122,12 @@ class OwnSnapshots:
         *,
         key: IdempotencyKey | None = None,
     ) -> Snapshot:
-        """Receives what this host lacks of a snapshot, and keeps it. The document was decoded, and no more.
+        """Receives the missing parts of a snapshot, and stores it. The document was decoded, but not checked.
 
-        :raises Problem: 409 the name is taken, or the quota is used up; 503; and what `admit` raises
+        :raises Problem: 409, the name is taken, or the quota is used up; 503; and the errors of `admit`
         :raises TransferError: `snapshot_unfit`, `snapshot_invalid`, `base_missing`, `base_mismatch`, `disk_full`,
-            `transfer_failed` :raises ChunkError: `chunk_mismatch` :raises DuplicateRequest: Raises what the source
-            raises.
+            `transfer_failed` :raises ChunkError: `chunk_mismatch` :raises DuplicateRequest: Raises the errors of the
+            source.
         """
         document = incoming.document
         snapshot = await self._check(incoming, admit)
@@ -145,7 +145,7 @@ class OwnSnapshots:
             )
 
     async def _check(self, incoming: Incoming, admit: Admit) -> Snapshot:
-        """Returns the row of a snapshot that this host can use, with all that lies below it."""
+        """Returns the row of a snapshot that this host can use, after a check of its base files."""
         document, project = incoming.document, incoming.project
         if document.architecture != platform.machine():
             raise TransferError(
@@ -181,7 +181,8 @@ class OwnSnapshots:
         return snapshot
 
     def check_free(self, key: Key) -> None:
-        """:raises Problem: 409 the name is taken, which is known before anything is fetched; 503 nobody knows yet."""
+        """Checks a name before anything is fetched. :raises Problem: 409, the name is taken; 503, it is not known
+        yet."""
         there = self._store.projection.snapshots.get(key)
         if there is not None and there.status != "ready":
             # 409 would be stored for the request's key; a daemon that was killed may have left this by the same one.
@@ -205,8 +206,9 @@ class OwnSnapshots:
         return [directory / MEMORY, directory / STATE, *layer, *volumes]
 
     def _local_files(self, document: SnapshotDocument, project: str) -> list[Path]:
-        """Returns files of this host that may have chunks of a snapshot, the most promising first: of its template, and
-        of snapshots of the project. Those of others may be secret, and a digest is no proof that one knows the content.
+        """Returns files of this host that may have chunks of a snapshot, the most promising first: those of its
+        template, and of snapshots of the project. Files of other projects may be secret, and a digest does not prove
+        that a client knows the content.
         """
         found = []
         template = document.vm.template
@@ -232,8 +234,7 @@ class OwnSnapshots:
 
     @asynccontextmanager
     async def _directory(self, incoming: Incoming) -> AsyncIterator[Path]:
-        """Yields the directory of what is received, with what an earlier transfer has left in it. For one at a
-        time."""
+        """Yields the directory of a received snapshot, with the data of an earlier transfer, to one task at a time."""
         parent = self._bases.settings.snapshot_dir
         directory = parent / f"{PULLED}{_named(incoming)[:32]}"
         lock = self._directories.setdefault(directory, trio.Lock())
@@ -251,7 +252,7 @@ class OwnSnapshots:
                 self._directories.pop(directory, None)
 
     async def _clear(self, parent: Path) -> None:
-        """Removes what transfers have left that ended long ago, and the oldest if there is much of it."""
+        """Removes the remains of transfers that ended long ago, and the oldest ones if there are many."""
         files, now = self._host.files, self._host.clock.now().timestamp()
         if not files.exists(parent):
             return
@@ -279,7 +280,7 @@ def _named(incoming: Incoming, *more: object) -> str:
 
 @contextmanager
 def _damaged(snapshot: Snapshot) -> Iterator[None]:
-    """:raises TransferError: the files of a snapshot can't be read, or have changed"""
+    """Converts errors of reading. :raises TransferError: the files of a snapshot can't be read, or have changed."""
     try:
         yield
     except CheckpointLost as error:
@@ -293,7 +294,7 @@ def _damaged(snapshot: Snapshot) -> Iterator[None]:
 
 @contextmanager
 def _disk_errors(directory: Path) -> Iterator[None]:
-    """:raises TransferError: the files can't be written"""
+    """Converts errors of writing. :raises TransferError: the files can't be written."""
     try:
         yield
     except OSError as error:

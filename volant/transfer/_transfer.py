@@ -11,7 +11,7 @@ from volant.model import CodedError, TransferView
 
 
 class TransferError(CodedError):
-    """A snapshot can't be sent, received or used here.
+    """An error of sending, receiving or using a snapshot.
 
     `snapshot_unsupported`, `snapshot_invalid`, `snapshot_too_large`, `snapshot_unfit`, `snapshot_elsewhere`,
     `base_missing`, `base_mismatch`, `snapshot_damaged`, `disk_full`, `transfer_failed`, `transfer_timeout`,
@@ -20,18 +20,18 @@ class TransferError(CodedError):
 
 
 class Transfer(msgspec.Struct, eq=False):
-    """A transfer that is under way, or waits."""
+    """A running or waiting transfer."""
 
     kind: Literal["push", "pull"]
     project: str
     snapshot: str
     reference: str
-    """Where it goes to or comes from."""
+    """The source or the target."""
     phase: Literal["waiting", "preparing", "moving", "finishing"] = "waiting"
     progress: Progress = msgspec.field(default_factory=Progress)
 
     def view(self) -> TransferView:
-        """Returns what clients see of it."""
+        """Returns the view of the transfer."""
         progress = self.progress
         return TransferView(
             kind=self.kind,

@@ -1,7 +1,7 @@
-"""The transfers of one daemon: snapshots that are sent to registries and received from them.
+"""The transfers of one daemon: snapshots sent to registries and received from them.
 
-A transfer belongs to its caller: when the caller is cancelled, it ends. What has arrived stays for the next try, in a
-registry as blobs that no manifest names yet. A manifest follows its last chunk.
+A transfer ends when its caller is cancelled. The data that has arrived is kept for the next attempt, in a registry as
+blobs without a manifest. A manifest follows its last chunk.
 """
 
 from __future__ import annotations
@@ -37,37 +37,37 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 2
 _MAX_TRANSFERS = 32
-"""Under way or waiting."""
+"""Maximum running and waiting transfers."""
 _OF_ONE = 16
-"""Of one project."""
+"""Maximum per project."""
 _MAX_AUTH_BYTES = 1024 * 1024
 _logger = logging.getLogger("volant.transfer")
 
 
 class TransferSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """The daemon's settings that transfers depend on."""
+    """The daemon's settings for transfers."""
 
     bytes_per_s: float | None = None
-    """Of all transfers together; None: no bound."""
+    """Maximum rate of all transfers together; None for no limit."""
     max_bytes: int = 64 * 1024**3
-    """Of the files of a snapshot that is pulled."""
+    """Maximum size of the files of a pulled snapshot."""
     timeout_s: float = 6 * 3600.0
-    """For one transfer."""
+    """Maximum time for one transfer."""
     stalled_s: float = 60.0
     plain_http: frozenset[str] = frozenset()
     certificates: Path | None = None
     auth_file: Path | None = None
-    """For clients that give no credentials."""
+    """The auth file for clients that send no credentials."""
     environment: dict[str, str] = {}
-    """With the variables of proxies."""
+    """The environment variables for proxies."""
 
 
 class Client(msgspec.Struct, frozen=True):
-    """The caller who asked for a transfer."""
+    """The client that requested a transfer."""
 
     project: str
     is_admin: bool
-    """Whether registries without a public address may be used, too, and the daemon's own credentials to push."""
+    """Whether registries without a public address are allowed, and the daemon's own credentials for a push."""
     auth: bytes | None = None
     """The content of an auth file."""
 
@@ -87,15 +87,15 @@ class Transfers:
         self._under_way: list[Transfer] = []
 
     def under_way(self, project: str | None) -> list[TransferView]:
-        """Returns the transfers of a project that are under way; None: of all."""
+        """Returns the running transfers of a project; None for all projects."""
         return [each.view() for each in self._under_way if project in (None, each.project)]
 
     # Push
 
     async def push(self, key: Key, text: str, client: Client) -> RegistrySnapshot:
-        """Sends a snapshot to a registry, under a reference with a tag. What the registry has is not sent.
+        """Sends a snapshot to a registry, under a reference with a tag. Data that the registry has is not sent.
 
-        :raises Problem: 404; 409 it is not ready; 503. :raises TransferError: :raises ChunkError: :raises OciError:
+        :raises Problem: 404; 409, it is not ready; 503. :raises TransferError: :raises ChunkError: :raises OciError:
         """
         reference = _reference(text, client.project)
         if not reference.tag:
@@ -147,11 +147,11 @@ class Transfers:
         *,
         key: IdempotencyKey | None = None,
     ) -> Snapshot:
-        """Receives a snapshot from a registry, and keeps it. Chunks that this host has are not fetched.
+        """Receives a snapshot from a registry, and stores it. Chunks that this host has are not fetched.
 
-        :param name: None: the name that it had
-        :param admit: decides about what its manifest names; raises Problem
-        :raises Problem: 400; 409 the name is taken; 503. :raises TransferError: :raises ChunkError: :raises OciError:
+        :param name: the new name; None for its former name
+        :param admit: checks the files in its manifest; raises Problem
+        :raises Problem: 400; 409, the name is taken; 503. :raises TransferError: :raises ChunkError: :raises OciError:
         :raises DuplicateRequest: the request was answered before.
         """
         reference = _reference(text, client.project)
@@ -196,23 +196,23 @@ class Transfers:
     # From host to host
 
     def sending(self, snapshot: Snapshot) -> AbstractAsyncContextManager[Outgoing]:
-        """As `OwnSnapshots.sending`."""
+        """See `OwnSnapshots.sending`."""
         return self._own.sending(snapshot)
 
     async def bases_of(self, vm: VmRow) -> Bases:
-        """Returns what a VM of this host relies on. :raises TransferError: `base_missing`"""
+        """Returns the base files of a VM of this host. :raises TransferError: `base_missing`"""
         return await self._bases.of(vm)
 
     async def obtain(self, vm: VmRow, bases: Bases) -> None:
-        """Returns once this host has what a VM of another one relies on. :raises TransferError: it can't be had"""
+        """Fetches the base files of another host's VM. :raises TransferError: one is not available."""
         await self._bases.obtain(vm.manifest, bases, vm.project, None)
 
     async def move_in(self, data: bytes, vm: VmRow, source: Source, transfer: Transfer) -> Snapshot:
-        """Receives the snapshot with which a VM moves here, and keeps it. What this host has of it is not fetched.
+        """Receives the snapshot of a VM that moves to this host, and stores it. Data that this host has is not fetched.
 
-        :param data: its document; `vm`: its row where it comes from, with the move
-        :raises Problem: 409 the name is taken; 503. :raises TransferError: :raises ChunkError: Raises what the source
-            raises.
+        :param data: its document; `vm` is its row on the other host, with the move
+        :raises Problem: 409, the name is taken; 503. :raises TransferError: :raises ChunkError: Raises the errors of
+            the source.
         """
         leaving = vm.leaving
         assert leaving is not None
@@ -223,14 +223,14 @@ class Transfers:
         return await self._own.receive(incoming, source, _admit, transfer)
 
     async def spend(self, count: int) -> None:
-        """Waits until so many bytes may be sent: all transfers have one bandwidth."""
+        """Waits until this number of bytes may be sent: all transfers share one bandwidth."""
         await self._throttle.spend(count)
 
     # Both
 
     @asynccontextmanager
     async def _transferring(self, transfer: Transfer) -> AsyncIterator[None]:
-        """Lists a transfer for the length of a block, which begins when it is its turn."""
+        """Lists a transfer during the block, which begins when a slot is free."""
         if find_spec("httpcore") is None:
             raise TransferError(
                 "transfer_failed", "httpcore is not installed", "run `pip install 'volant[transfer]'` and restart"
@@ -260,7 +260,7 @@ class Transfers:
     async def _open(
         self, reference: Reference, client: Client, actions: Literal["pull", "pull,push"]
     ) -> AsyncIterator[Repository]:
-        """Opens the repository of a reference. Everybody may pull with the daemon's own credentials, and administrators
+        """Opens the repository of a reference. Everyone may pull with the daemon's own credentials, and administrators
         may push with them."""
         settings, auth = self._settings, client.auth
         # Importing it takes a while, and most daemons never need it.
@@ -292,13 +292,13 @@ class Transfers:
 
 
 async def _admit(snapshot: Snapshot) -> None:
-    """Its VM runs in the fleet, so what it names was admitted."""
+    """Admits everything: the VM runs in the fleet, so its files were admitted there."""
     del snapshot
     await trio.lowlevel.checkpoint()
 
 
 def _reference(text: str, project: str) -> Reference:
-    """:raises OciError: :raises Problem: 400"""
+    """Parses a reference. :raises OciError: :raises Problem: 400"""
     reference = oci.parse_reference(text, project)
     if not reference.registry:
         raise invalid("reference", "snapshots are in registries, not in files", hint="write registry/name:tag")
