@@ -1,4 +1,4 @@
-"""Many hosts as one: what they share is in etcd. See docs/explanation/fleet.md."""
+"""A fleet of hosts that share state in etcd. See docs/explanation/fleet.md."""
 
 from ._alive import PAUSE_AFTER as PAUSE_AFTER, SignOfLife as SignOfLife, pause_at as pause_at
 from ._claims import (

@@ -1,4 +1,4 @@
-"""How hosts agree on definitions: changes that follow each other, hosts that join, and what each host uses of them."""
+"""Agreement of hosts on definitions: ordered changes, joining hosts, and each host's use of definitions."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ USAGE = "usage/"
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """What a host says of itself."""
+    """A host's use of definitions, as it reports it."""
 
     uses: tuple[str, ...] = ()
-    """The places of definitions."""
+    """The places of the definitions that it uses."""
     secret_keys: tuple[str, ...] = ()
-    """What identifies the keys that it has. It says nothing of the keys."""
+    """Ids of the secret keys that it has, which do not reveal the keys."""
 
 
 class Usages:
-    """The usage of all hosts, and that of this one.
+    """The usage of all hosts, including this one.
 
     :param uses: returns the places of the definitions that this host uses
-    :param secret_keys: returns what identifies the keys of secrets that it has
+    :param secret_keys: returns the ids of its keys for secrets
     """
 
     def __init__(
@@ -52,18 +52,18 @@ class Usages:
         self._secret_keys = secret_keys
 
     async def here(self) -> Usage:
-        """Returns that of this host."""
+        """Returns the usage of this host."""
         return Usage(tuple(sorted(self._uses())), tuple(sorted(await self._secret_keys())))
 
     async def report(self) -> Usage:
-        """Lets the others know it; returns it. :raises EtcdError:"""
+        """Publishes this host's usage to the others, and returns it. :raises EtcdError:"""
         usage = await self.here()
         if _usage_of(self._mirror.section("usage").get(self._host)) != usage:
             await self._etcd.transact([], [put(USAGE + self._host, msgspec.json.encode(usage))])
         return usage
 
     def elsewhere(self) -> Mapping[str, Usage]:
-        """Returns that of the other hosts, by name. Hosts that were never heard of use nothing and have no key."""
+        """Returns the usage of the other hosts, by name. Unknown hosts use nothing and have no key."""
         entries = self._mirror.section("usage")
         others = [name for name in self._mirror.section("hosts") if name != self._host]
         return {name: _usage_of(entries.get(name)) or Usage() for name in sorted(others)}
@@ -77,13 +77,13 @@ def _usage_of(entry: Entry | None) -> Usage | None:
 
 
 _MOST, _MOST_BYTES = 100, 1_000_000
-"""Of one transaction: etcd takes 128 operations and 1.5 MiB."""
+"""Limits of one transaction: etcd allows 128 operations and 1.5 MiB."""
 
 
 def obstacle(here: Mapping[str, Definition], there: Mapping[str, Entry]) -> Problem | None:
-    """Returns why the definitions of a host and of the fleet can't be put together; None: they can.
+    """Returns why the definitions of a host and of the fleet can't be merged; None if they can.
 
-    Two of the same name have to be the same, but for the times at which they were made.
+    Definitions with the same name must be equal, except for the times of their creation.
     """
     fleets: dict[str, Definition] = {}
     for place, entry in there.items():
@@ -106,7 +106,7 @@ def obstacle(here: Mapping[str, Definition], there: Mapping[str, Entry]) -> Prob
 
 
 def first_part(missing: Mapping[str, Definition]) -> dict[str, Definition]:
-    """Returns as many as fit into one transaction."""
+    """Returns as many definitions as fit into one transaction."""
     part: dict[str, Definition] = {}
     size = 0
     for place, definition in missing.items():
@@ -127,23 +127,23 @@ def _essence(definition: Definition) -> Mapping[str, object]:
 
 
 def _shown(place: str) -> str:
-    """Returns a place for people; that of a key is a digest."""
+    """Returns a place for people; for a key it is a digest."""
     kind, _, rest = place.partition("/")
     project, _, name = rest.partition("/")
     return f"{kind} {name}" if kind == "project" else f"{kind} {project}/{name}" if name else place
 
 
 AGREED = "agreed"
-"""The key that each change writes: the id of the change."""
+"""The etcd key that each change writes, with the id of the change."""
 CHANGED = "changed/"
 _WRITE_S = 15.0
 _PAUSE_S = 0.5
 
 
 class Agreement:
-    """Makes changes for one host, which makes one at a time.
+    """Makes the changes of one host, one at a time.
 
-    :param new_id: makes up what identifies a change
+    :param new_id: returns a new id for a change
     """
 
     def __init__(self, etcd: KeyValues, host: str, new_id: Callable[[], str]) -> None:
@@ -152,14 +152,15 @@ class Agreement:
         self._new_id = new_id
 
     async def newest(self) -> Entry | None:
-        """Returns the newest change, as the quorum has it now; None: there was none. :raises EtcdError:"""
+        """Returns the newest change, as the quorum has it now; None if there is none. :raises EtcdError:"""
         return await self._etcd.get(AGREED)
 
     async def make(self, after: Entry | None, steps: Sequence[Step]) -> tuple[bytes, int] | None:
-        """Makes a change after another one, at most 126 steps; returns its id and revision. None: another one was
-        made in between, and nothing was done. It is not cancelled halfway.
+        """Makes a change of at most 126 steps after another change, and returns its id and revision. Returns None,
+        without a change, if another one was made in between. It can't be cancelled in the middle.
 
-        :raises EtcdError: nothing was done, and will not be. :raises OutcomeUnknown: it may have been done, or will be.
+        :raises EtcdError: the change was not and will not be made. :raises OutcomeUnknown: it may have been or will be
+            made.
         """
         change = self._new_id().encode()
         with trio.move_on_after(_WRITE_S, shield=True):
@@ -167,8 +168,8 @@ class Agreement:
         raise OutcomeUnknown(f"etcd has not said within {_WRITE_S:g} s whether it was done")
 
     async def _certain(self, change: bytes, after: Entry | None, steps: Sequence[Step]) -> tuple[bytes, int] | None:
-        """Asks until the answer is certain. The condition lets only one of the requests be carried out, however late
-        they come; and only this host writes `changed/HOST`, so that says whether one was."""
+        """Repeats a change until its outcome is certain. The condition lets only one of the requests succeed, however
+        late they arrive. Only this host writes `changed/HOST`, which therefore shows whether one did."""
         conditions = [absent(AGREED) if after is None else unchanged(after)]
         steps = [put(AGREED, change), put(self._mine, change), *steps]
         sent = False

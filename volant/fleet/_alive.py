@@ -1,4 +1,4 @@
-"""A host's sign of life: a key on a lease, which says nothing about who owns what."""
+"""A host's sign of life: a key on a lease, which is independent of ownership."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ _FIRST_PAUSE_S = 0.2
 
 
 PAUSE_AFTER = 2 / 3
-"""Of the TTL, after the last beat that was answered."""
+"""The part of the TTL, after the last acknowledged beat, after which VMs are paused."""
 
 
 def pause_at(until: float, ttl_s: float) -> float:
-    """Returns when the VMs of a host are paused, given how long its sign of life lasts."""
+    """Returns when the VMs of a host are paused, given the end of its sign of life."""
     return until - (1 - PAUSE_AFTER) * ttl_s
 
 
 class SignOfLife:
-    """Keeps the sign of life of a host, and knows for how long it lasts.
+    """Keeps the sign of life of a host, and knows its expiry.
 
-    :param key: is deleted when the host has not been heard of for `ttl_s`
-    :param now: a clock in seconds that goes on while the host sleeps, and which nobody sets (`CLOCK_BOOTTIME`)
-    :param lasts: called with each new `until`, before anybody else knows of it
+    :param key: is deleted after `ttl_s` without a beat of the host
+    :param now: a clock in seconds that continues while the host sleeps and can't be set (`CLOCK_BOOTTIME`)
+    :param lasts: called with each new `until`, before it is visible elsewhere
     """
 
     def __init__(
@@ -50,33 +50,33 @@ class SignOfLife:
         self._lease: Lease | None = None
         self._beaten = trio.Event()
         self.until: float | None = None
-        """By `now`: the sign lasts at least until then. Counted from before the beat that etcd has answered, so etcd's
-        own countdown ends later. None: there was none yet."""
+        """The earliest expiry of the sign, by `now`. It counts from before the beat that etcd has acknowledged, so
+        etcd's own countdown ends later. None before the first beat."""
         self.lapses = 0
-        """How often the time for VMs ran out before the next beat was answered. While this process was stopped, nobody
-        but the watchdog has seen it."""
+        """How often the time for VMs expired before the next beat was acknowledged. While this process was stopped,
+        only the watchdog can tell."""
         self.losses = 0
-        """How often etcd did not have this sign any more before its time was over: it has lost what it had. By then
-        another host may have put back what it had."""
+        """How often etcd lost this sign before its expiry, because it lost its data. By then another host may have
+        restored its own data."""
         self.trouble: str | None = None
-        """Why the last beat failed; None: it did not."""
+        """Why the last beat failed; None if it succeeded."""
 
     def go_on(self, until: float | None) -> None:
-        """Goes on with what `lasts` last got from another daemon of this host, before the first beat.
+        """Continues with the last value of `lasts` from another daemon of this host, before the first beat.
 
-        :param until: None: not known. One that is further away than any sign lasts is not believed.
+        :param until: None if unknown. A value later than any possible expiry is ignored.
         """
         # Not after a boot, with a clock that begins anew. No comparison with NaN holds.
         self.until = until if until is not None and until <= self._now() + self._ttl_s else None
 
     def doubt(self) -> None:
-        """Has the sign be given anew, and what it stands for be asked for, as etcd may not have all of it any more."""
+        """Renews the sign and verifies the state that depends on it, as etcd may have lost data."""
         self._lease = None
         self.losses += 1
         self._notify()
 
     def lapse(self) -> None:
-        """Counts that the time for VMs has run out, as somebody else has seen."""
+        """Counts an expiry of the time for VMs that was detected elsewhere."""
         self.lapses += 1
         self._notify()
 
@@ -85,7 +85,7 @@ class SignOfLife:
         self._beaten = trio.Event()
 
     async def changed(self) -> None:
-        """Waits for the next beat that is answered, or the next lapse that somebody else has seen."""
+        """Waits for the next acknowledged beat, or the next expiry detected elsewhere."""
         await self._beaten.wait()
 
     async def keep(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

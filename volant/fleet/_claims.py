@@ -1,4 +1,4 @@
-"""Who owns which VM, snapshot or volume: one key for each, without a lease, with an epoch that only grows."""
+"""Ownership of VMs, snapshots and volumes: one key for each, without a lease, with an epoch that only grows."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from ._interface import (
 
 _RETRY_S, _RETRY_MAX_S = 0.2, 5.0
 _ABSENT_TTLS = 2
-"""For so many TTLs the claim of a VM that may have been given away has to be missing before its host keeps it: etcd may
-have lost all it had, and the other host is about to claim it again."""
+"""For this number of TTLs the claim of a VM that may have been given away must be missing before its host keeps the VM:
+etcd may have lost its data, and the other host may be about to claim it again."""
 _logger = logging.getLogger("volant.fleet")
 
 
 class Departures:
-    """Gives VMs of this host to others."""
+    """Transfers VMs of this host to others."""
 
     def __init__(self, claims: Claims, host: str, *, ttl_s: float, now: Callable[[], float]) -> None:
         self._claims = claims
@@ -51,11 +51,12 @@ class Departures:
         self._now = now
 
     async def conclude(self, name: str, leaving: Leaving, *, give: bool = True) -> bool:
-        """Returns whether a VM that is paused goes on at the other host, once that is certain; else it may go on here.
+        """Returns whether a paused VM continues on the other host, once that is certain. Otherwise it may continue
+        here.
 
-        Waits as long as etcd does not answer.
+        Waits while etcd does not answer.
 
-        :param give: whether to give it away, if that has not been done; else it stays if it was not
+        :param give: whether to give it away if that has not happened yet; otherwise it then stays
         """
         mine = Claim(leaving.vm, self._host, leaving.epoch)
         backoff = Backoff(_RETRY_S, _RETRY_MAX_S)
@@ -83,35 +84,35 @@ ARRIVALS = "arrivals/"
 REPLICAS = "replicas/"
 _ALIVE, _LOST = "alive/", "lost/"
 _REFUSED, _REFUSED_S = b"", 3600
-"""The value of an arrival that is none any more; no request comes later than after so many seconds."""
+"""The value of a refused arrival, and the seconds after which no late request for it can arrive."""
 _AT_ONCE = 100
-"""Claims that one transaction reads: etcd takes 128 steps."""
+"""Claims read in one transaction: etcd allows 128 steps."""
 _PAUSE_S = 0.5
 _ATTEMPTS = 20
 
 
 class Claim(msgspec.Struct, frozen=True):
-    """The ownership of a VM, or of something else that one host has."""
+    """The ownership of a VM, or of another object that only one host has."""
 
     vm: str
-    """Identifies it for good: another VM of the same name has another one."""
+    """The VM's id. A new VM with the same name has another one."""
     owner: str
-    """The host."""
+    """The owning host."""
     epoch: int
-    """How many owners there were. Each host refuses what comes under an earlier one."""
+    """The number of owners so far. Each host refuses requests with an earlier epoch."""
     failover: Failover = "never"
     before: str = ""
-    """The host that had it before; empty: it is the first."""
+    """The previous owner; empty for the first one."""
     taking: bool = False
-    """Whether the owner has taken it over and not started it yet. Else an owner that has no such VM has deleted it."""
+    """Whether the owner has taken it over and not started it yet. Otherwise, an owner without such a VM has deleted
+    it."""
     offered: bool = False
     """Whether any host may take it over, as the owner can't start it."""
     snapshot: str = ""
-    """While `taking`: the snapshot of the owner that the VM goes on from, as it was moved or is restored. Empty: it
-    boots."""
+    """While `taking`: the owner's snapshot from which the moved or restored VM continues; empty if it boots."""
 
     def is_of(self, other: Claim) -> bool:
-        """Whether both are of one owner of one VM."""
+        """Returns whether both belong to the same owner of the same VM."""
         return (self.vm, self.owner, self.epoch) == (other.vm, other.owner, other.epoch)
 
 
@@ -119,33 +120,33 @@ class ReplicaRecord(msgspec.Struct, frozen=True):
     """The newest replica of a VM."""
 
     vm: str
-    """As its claim has it, as `epoch`."""
+    """The id of the VM in its claim; `epoch` likewise."""
     epoch: int
     at: datetime
     """When it was taken."""
     copies: Mapping[str, str]
-    """The snapshots from which the VM goes on, by the hosts that have them."""
+    """The snapshots from which the VM can continue, by the hosts that have them."""
 
     def is_of(self, claim: Claim) -> bool:
-        """Whether the VM has gone on from nothing newer, and at no other host."""
+        """Returns whether the VM has not continued from a newer state, or on another host."""
         return (self.vm, self.epoch) == (claim.vm, claim.epoch)
 
     def names(self, claim: Claim, host: str, snapshot: str) -> bool:
-        """Whether a VM with that claim may go on from a snapshot of a host."""
+        """Returns whether a VM with that claim may continue from a snapshot of a host."""
         return self.is_of(claim) and self.copies.get(host) == snapshot
 
 
 class NameTaken(Exception):
-    """There is one of that name in the fleet."""
+    """The name is in use in the fleet."""
 
 
 class Claims:
-    """The claims of a fleet on names of one kind, as one host reads and writes them.
+    """The claims of a fleet on names of one kind, for one host.
 
-    After an unknown outcome each method reads the claim, which names its owner. So it ends with a certain answer, or
-    with an `EtcdError` after some attempts.
+    After an unknown outcome each method reads the claim, which names its owner. So it returns a certain answer, or
+    raises `EtcdError` after some attempts.
 
-    :param kind: as paths name it: `vms`
+    :param kind: the name in paths, such as `vms`
     """
 
     def __init__(self, etcd: KeyValues, host: str, kind: str = "vms") -> None:
@@ -168,13 +169,13 @@ class Claims:
         *,
         is_there: Callable[[], bool] = lambda: False,
     ) -> Claim:
-        """Claims a name for a new VM. One that this host has already, of a VM that is gone or was never made, is
-        claimed anew; but not one that it is taking over.
+        """Claims a name for a new VM. If this host already has the claim, for a VM that was deleted or never created,
+        the claim is renewed, unless the host is taking the VM over.
 
-        :param name: project and name; `vm`: made up for it
-        :param spec: what another host needs to start it
-        :param is_there: whether this host has a VM of that name: one may have come from another host just now
-        :raises NameTaken: :raises EtcdError: nothing is claimed, or it is and the same call finds it
+        :param name: project and name; `vm` is a new id
+        :param spec: the data that another host needs to start it
+        :param is_there: returns whether this host has a VM of that name, which may have just arrived from another host
+        :raises NameTaken: :raises EtcdError: nothing is claimed, or the same call finds the claim
         """
         claim = Claim(vm, self._host, 1, failover)
         key = self._prefix + name
@@ -198,7 +199,7 @@ class Claims:
         raise NameTaken(name)
 
     async def release(self, name: str, claim: Claim) -> None:
-        """Frees the name of a VM that is no more. Nothing happens to the claim of another owner. :raises EtcdError:"""
+        """Frees the name of a deleted VM. The claim of another owner is left alone. :raises EtcdError:"""
         entry = await self._etcd.get(self._prefix + name)
         if entry is not None and claim_of(entry) == claim:
             await self._etcd.transact(
@@ -206,24 +207,25 @@ class Claims:
             )
 
     async def free(self, name: str) -> None:
-        """Frees a name if this host has it, and is not taking it over. :raises EtcdError:"""
+        """Frees a name if this host has it, and is not taking the VM over. :raises EtcdError:"""
         claim = await self.get(name)
         if claim is not None and claim.owner == self._host and not claim.taking:
             await self.release(name, claim)
 
     async def withdraw(self, name: str, claim: Claim) -> None:
-        """Lets no other host start a VM any more that is about to be deleted, whatever happens to this host.
+        """Prevents other hosts from starting a VM that is about to be deleted, even if this host fails.
 
         :raises EtcdError: others may still start it. :raises NameTaken: another host has it.
         """
         await self._amend(name, claim, failover="never", taking=False)
 
     async def settle(self, name: str, claim: Claim) -> None:
-        """Says that a VM that was taken over is here. :raises EtcdError: :raises NameTaken: another host has it."""
+        """Records that a VM that was taken over is on this host. :raises EtcdError: :raises NameTaken: another host has
+        it."""
         await self._amend(name, claim, taking=False, snapshot="")
 
     async def _amend(self, name: str, claim: Claim, **changes: Any) -> None:
-        """Changes a claim of this host, which stays its own."""
+        """Changes a claim of this host, which keeps it."""
         entry = await self._etcd.get(self._prefix + name)
         found = claim_of(entry)
         if entry is None or found is None or not found.is_of(claim):
@@ -237,21 +239,21 @@ class Claims:
             raise NameTaken(name)
 
     async def offer(self, name: str, claim: Claim) -> None:
-        """Lets any host take over a VM that this one has taken over and can't start.
+        """Allows any host to take over a VM that this host has taken over and can't start.
 
         :raises EtcdError: :raises NameTaken: another host has it.
         """
         await self._amend(name, claim, offered=True)
 
     async def spec(self, name: str) -> bytes:
-        """Returns what is needed to start a VM; empty: nothing is known. :raises EtcdError:"""
+        """Returns the data for starting a VM; empty if there is none. :raises EtcdError:"""
         entry = await self._etcd.get(self._specs + name)
         return b"" if entry is None else entry.value
 
     async def all_of(self, names: Sequence[str]) -> dict[str, Claim | None]:
-        """Returns the claims of many names, as etcd has them now; None: there is none.
+        """Returns the present claims of many names; None for a name without a claim.
 
-        :raises EtcdError: it does not answer, or a claim is malformed: nobody knows what it says
+        :raises EtcdError: it does not answer, or a claim is malformed
         """
         found: dict[str, Claim | None] = {}
         for begin in range(0, len(names), _AT_ONCE):
@@ -270,12 +272,12 @@ class Claims:
         return {entry.key.removeprefix(prefix) for entry in entries}
 
     async def forget_lost(self, vm: str) -> None:
-        """Says that this host has nothing any more of a VM that another one has taken over. :raises EtcdError:"""
+        """Records that this host has removed everything of a VM that another host has taken over. :raises EtcdError:"""
         await self._etcd.transact([], [delete(f"{_LOST}{self._host}/{vm}")])
 
     async def reclaim(self, name: str, claim: Claim, spec: bytes) -> None:
-        """Claims the name of a VM of this host again, whose claim etcd has lost. A claim of this host for another VM,
-        as somebody makes who has found none, is replaced.
+        """Claims the name of a VM of this host again, after etcd has lost its claim. A claim of this host for another
+        VM is replaced; it was made when no claim was found.
 
         :raises NameTaken: another host has the name, or has taken the VM over. :raises EtcdError:
         """
@@ -300,9 +302,9 @@ class Claims:
         raise NameTaken(name)
 
     async def take_over(self, name: str, dead: Claim) -> Claim | None:
-        """Makes this host the owner of a VM whose host gives no sign of life; None: it gives one, or somebody else was
-        faster, or it is to be restored and this host does not have its newest replica. Wait for the slack before. The
-        other host finds in `lost` that it has lost it, whatever happens to the claim until then. :raises EtcdError:
+        """Makes this host the owner of a VM of an unreachable host. Returns None if the host is reachable, another host
+        was faster, or the VM needs its newest replica and this host does not have it. Wait for the slack before. The
+        other host finds the loss in `lost`, whatever happens to the claim until then. :raises EtcdError:
         """
         entry = await self._etcd.get(self._prefix + name)
         if entry is None or claim_of(entry) != dead:
@@ -349,15 +351,16 @@ class Claims:
     # Moves
 
     async def note_arrival(self, move: str) -> None:
-        """Says that this host has all of a VM that moves to it, so it may be given the VM. :raises EtcdError:"""
+        """Records that this host has received a moving VM completely, so that it may become the owner. :raises
+        EtcdError:"""
         key = ARRIVALS + move
         if await self._etcd.get(key) is None:
             await self._etcd.transact([absent(key)], [put(key, self._host.encode())])
 
     async def refuse_arrival(self, move: str) -> None:
-        """Makes sure that nobody gives this host the VM of a move any more, who has not done so by now.
+        """Ensures that this host does not become the owner of a moving VM any more, unless it already has.
 
-        :raises EtcdError: somebody still may.
+        :raises EtcdError: it still may.
         """
         key = ARRIVALS + move
         entry = await self._etcd.get(key)
@@ -370,11 +373,11 @@ class Claims:
             raise EtcdUnavailable("the arrival has just been changed")
 
     async def hand_over(self, name: str, mine: Claim, move: str, to: str, snapshot: str) -> bool:
-        """Gives a VM of this host, which does not run, to a host that has all of it; returns whether it is given.
+        """Gives a stopped VM of this host to a host that has received it completely. Returns whether it was given.
 
-        What this host has asked may still be done later, until `hold`. With another host's claim it is given, too.
+        A request of this host may still take effect later, until `hold`. A claim of another host also counts as given.
 
-        :param move: the id of its move; `snapshot`: what the other host starts it from
+        :param move: the id of its move; `snapshot` is the one from which the other host starts it
         :raises EtcdError: it may be given, now or later.
         """
         key = self._prefix + name
@@ -404,8 +407,8 @@ class Claims:
         return await self._certain(ask, key, claim)
 
     async def hold(self, name: str, mine: Claim) -> bool:
-        """Makes sure that nothing that was asked before gives a VM of this host away any more; returns whether it is
-        still this host's. :raises EtcdError: it is not known."""
+        """Ensures that no earlier request gives a VM of this host away any more. Returns whether it still belongs to
+        this host. :raises EtcdError: it is unknown."""
         for _ in range(_ATTEMPTS):
             entry = await self._etcd.get(self._prefix + name)
             found = claim_of(entry)
@@ -419,10 +422,10 @@ class Claims:
         raise OutcomeUnknown(f"etcd has answered none of {_ATTEMPTS} requests")
 
     async def end_move(self, vm: str, move: str, *, left: bool) -> None:
-        """Forgets what etcd has of a move from this host.
+        """Removes the data of a move from this host.
 
-        :param left: whether the VM has left, and nothing of it is here any more. One that stays may have been taken
-            over meanwhile, and even deleted: then nothing else says so.
+        :param left: whether the VM has left and was removed here. A VM that stays may have been taken over or even
+            deleted in the meantime, which nothing else records
         :raises EtcdError:
         """
         steps = [delete(ARRIVALS + move)]
@@ -431,7 +434,7 @@ class Claims:
         await self._etcd.transact([], steps)
 
     async def is_given(self, name: str, mine: Claim) -> bool:
-        """Whether another host was given a VM of this one, or has taken it over. :raises EtcdError:"""
+        """Returns whether another host was given a VM of this host, or has taken it over. :raises EtcdError:"""
         found = await self.get(name)
         if found is not None and _is_given(found, mine):
             return True
@@ -439,8 +442,8 @@ class Claims:
         return not is_own and await self._etcd.get(f"{_LOST}{self._host}/{mine.vm}") is not None
 
     async def _certain(self, ask: Callable[[], Awaitable[Transaction]], key: str, claim: Claim) -> bool:
-        """Returns whether a change is done. One of unknown outcome is done if the key says so; else it is asked for
-        again, which its conditions make harmless."""
+        """Returns whether a change was made. After an unknown outcome, the key decides; otherwise the change is
+        requested again, which its conditions make safe."""
         for _ in range(_ATTEMPTS):
             try:
                 if (await ask()).done:
@@ -456,12 +459,12 @@ class Claims:
 
 
 def _is_given(found: Claim, mine: Claim) -> bool:
-    """Whether a claim says that another host has a VM of this one by now, or a VM of the same name."""
+    """Returns whether a claim shows that another host has a VM of this host, or a VM with the same name."""
     return found.owner != mine.owner or (found.vm == mine.vm and found.epoch > mine.epoch)
 
 
 def claim_of(entry: Entry | None) -> Claim | None:
-    """Returns the claim of a key; None: there is none, or it is malformed."""
+    """Returns the claim in a key; None if there is none, or it is malformed."""
     if entry is None:
         return None
     try:
@@ -471,7 +474,7 @@ def claim_of(entry: Entry | None) -> Claim | None:
 
 
 def replica_of(entry: Entry | None) -> ReplicaRecord | None:
-    """Returns the newest replica of a key; None: there is none, or it is malformed."""
+    """Returns the newest replica in a key; None if there is none, or it is malformed."""
     if entry is None:
         return None
     try:

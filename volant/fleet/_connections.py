@@ -1,11 +1,11 @@
-"""Connections to other hosts: HTTP/1.1 over mutual TLS, each for one request after the other.
+"""Connections to other hosts: HTTP/1.1 over mutual TLS, each for sequential requests.
 
-A handshake costs both hosts three times what a small request does. So a connection whose answer was read to its end is
-kept for the next request. What is in the way of that, usually, is that the other end may close it just then, and nobody
-knows whether the request was read. Here a kept connection is only used within seconds, while the other host keeps it
-for a minute, and only if nothing was heard on it since: a daemon that stops or dies closes it. So a request meets its
-end only if the daemon ends at that moment, which would end a request on a new connection as well. A host that was lost
-with its power closes nothing: it acknowledges nothing, which is noticed as soon as on a new connection.
+A handshake costs both hosts three times as much as a small request. So a connection whose answer was read to its end is
+kept for the next request. The usual risk is that the other end closes it at that moment, so that it is unknown whether
+the request was read. Here a kept connection is only used within seconds, while the other host keeps it for a minute,
+and only if nothing arrived on it since: a daemon that stops or dies closes it. So a request is only lost if the daemon
+ends at that moment, which would also end a request on a new connection. A host that loses its power closes nothing: it
+acknowledges nothing, which is noticed as soon as on a new connection.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from volant.channel import AgentUnreachable, ChannelStream
 
 _CONNECT_S = 5.0
 _KEPT_EACH = 8
-"""Connections that are kept to a host: as many as a VM that moves uses."""
+"""Maximum kept connections per host: as many as the move of a VM uses."""
 _LOOK_S = 5.0
-"""A connection is kept for up to twice as long. (A host closes one after 60 s.)"""
+"""The interval of checks. A connection is kept for up to twice as long. (A host closes one after 60 s.)"""
 _ACKNOWLEDGED = struct.Struct("=24xI28xI")
-"""Of `struct tcp_info`: how many segments are not acknowledged, and how many milliseconds ago the last one was."""
+"""A part of `struct tcp_info`: the number of unacknowledged segments, and the milliseconds since the last
+acknowledgement."""
 _Tls = trio.SSLStream[trio.SocketStream]
 
 
@@ -33,10 +34,10 @@ class Connections:
     """The connections of this host to others."""
 
     def __init__(self, context: ssl.SSLContext) -> None:
-        """`context`: trusts the hosts of the fleet, and shows the certificate of this one"""
+        """Creates it. `context` trusts the hosts of the fleet, and presents the certificate of this one."""
         self._context = context
         self._kept: dict[str, list[tuple[float, _Tls]]] = {}
-        """By address: since when, and which; the newest last."""
+        """By address: the time since which each connection is kept, newest last."""
         self._keeps = False
 
     async def keep(self) -> None:
@@ -51,8 +52,8 @@ class Connections:
             self._close_older(float("inf"))
 
     async def open(self, address: str, timeout_s: float) -> ChannelStream:
-        """Returns a connection to an address, HOST:PORT. :raises AgentUnreachable: it can't be reached, or is another
-        host's."""
+        """Returns a connection to an address, HOST:PORT. :raises AgentUnreachable: it can't be reached, or belongs to
+        another host."""
         while kept := self._kept.get(address):
             _, stream = kept.pop()
             if _is_quiet(stream):
@@ -110,7 +111,7 @@ class _Connection(ChannelStream):
         self._address = address
         self._stream = stream
         self._is_unsure = is_kept
-        """Whether nobody knows yet if the other host is still there."""
+        """Whether it is unknown if the other host is still there."""
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         await self._stream.send_all(data)
@@ -119,7 +120,7 @@ class _Connection(ChannelStream):
         await self._stream.wait_send_all_might_not_block()
 
     async def send_eof(self) -> None:
-        """TLS has no half-close that HTTP could use; the other host notices that the connection is closed."""
+        """Does nothing: TLS has no half-close for HTTP. The other host notices when the connection is closed."""
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:
         if self._is_unsure:
@@ -140,14 +141,14 @@ class _Connection(ChannelStream):
 
 
 def _is_quiet(stream: _Tls) -> bool:
-    """Whether nothing has come since the last answer: neither its end nor what nobody has asked for."""
+    """Returns whether nothing has arrived since the last answer, neither the end nor unexpected data."""
     poller = select.poll()
     poller.register(stream.transport_stream.socket.fileno(), select.POLLIN)
     return not poller.poll(0) and not stream.pending()
 
 
 def _is_acknowledged(stream: _Tls) -> bool:
-    """Whether the kernel of the other host acknowledges what it is sent, however long its daemon takes to answer."""
+    """Returns whether the other host's kernel acknowledges data, however long its daemon takes to answer."""
     info = stream.transport_stream.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _ACKNOWLEDGED.size)
     segments, ago_ms = _ACKNOWLEDGED.unpack(info)
     return bool(segments == 0 or ago_ms < 1000 * _CONNECT_S)

@@ -1,8 +1,8 @@
-"""What is the same on all hosts: projects, API keys, plugins, networks and encrypted secrets.
+"""The definitions that all hosts share: projects, API keys, plugins, networks and encrypted secrets.
 
-etcd has them, a key for each, and the journal of each host has a copy, which all reads use. The journal of the host
-that is asked decides a change, as on a host alone; then it is written to etcd, on top of what that host has seen; and
-only then do journals take it. So a change that is refused, or that etcd does not take, leaves no trace.
+etcd has one key for each, and the journal of each host has a copy, which all reads use. The journal of the host that
+receives a request decides a change, as on a single host; then it is written to etcd, based on the state that the host
+has seen; and only then do journals apply it. So a change that is refused, or fails in etcd, leaves no trace.
 """
 
 from __future__ import annotations
@@ -56,13 +56,12 @@ _logger = logging.getLogger("volant.fleet")
 
 
 class Definitions:
-    """The definitions as one host has them. It takes messages to the journal as the journal does, and has the hosts
-    agree on changes of definitions.
+    """The definitions of one host. It accepts messages like the journal, and makes the hosts agree on changes of
+    definitions.
 
-    :param id: of this host, the same after each restart
-    :param secret_keys: returns what identifies the keys of secrets that this host has; `secret_keys_file`: where they
-        are, for people
-    :param clear: removes what a project has left on this host that is not in the journal; :raises Problem:
+    :param id: the id of this host, the same after each restart
+    :param secret_keys: returns the ids of this host's keys for secrets; `secret_keys_file` is their path, for people
+    :param clear: removes the data of a project on this host that is not in the journal; :raises Problem:
     """
 
     def __init__(
@@ -92,20 +91,20 @@ class Definitions:
         self._changing = trio.Lock()
         self._taking = trio.Lock()
         self._at: bytes | None = None
-        """The newest change that the journal has; None: that is not known."""
+        """The newest change in the journal; None if unknown."""
         self._at_revision = 0
-        """It has all up to this revision."""
+        """The revision up to which the journal is complete."""
         self._moved = trio.Event()
         self._join_trouble: str | None = None
         self._take_trouble: str | None = None
         self._unreadable: tuple[str, ...] = ()
         self._lacks_keys: tuple[str, ...] = ()
         self.joined = trio.Event()
-        """Set when the fleet has what only this host had."""
+        """Set when the fleet has the definitions that only this host had."""
 
     @property
     def trouble(self) -> str | None:
-        """What is wrong; None: nothing."""
+        """The problem; None if there is none."""
         if self._join_trouble or self._take_trouble:
             return self._join_trouble or self._take_trouble
         if self._lacks_keys:
@@ -120,9 +119,9 @@ class Definitions:
     # Changes
 
     async def ask(self, message: Request[R], /, *, timeout_s: float) -> R:
-        """Returns the journal's answer; of a change of definitions, once the fleet has it.
+        """Returns the journal's answer; for a change of definitions, once the fleet has it.
 
-        :raises Problem: as the change does; 409 another host uses what is to be removed; 503 the hosts can't agree
+        :raises Problem: see the change; 409, another host uses the object to remove; 503, the hosts can't agree
         """
         if type(message) not in SHARED:
             return await self._journal.ask(message, timeout_s=timeout_s)
@@ -159,8 +158,8 @@ class Definitions:
         )  # fmt: skip
 
     async def _spread(self, revision: int) -> None:
-        """Waits until the other hosts have a change, so that a client may go on with any of them, and a deleted key is
-        of no use anywhere. A host that does not get there in time gets it later."""
+        """Waits until the other hosts have a change, so that a client may continue with any of them, and a deleted key
+        is valid nowhere. A host that is too slow gets it later."""
         mirror = self._mirror
         with trio.move_on_after(_SPREAD_S):
             while any(
@@ -171,7 +170,7 @@ class Definitions:
                 await mirror.changed()
 
     async def _catch_up(self) -> Entry | None:
-        """Waits until the journal has what the fleet has agreed on; returns the newest change. :raises EtcdError:"""
+        """Waits until the journal has the agreed state of the fleet; returns the newest change. :raises EtcdError:"""
         reason = self._mirror.trouble
         if not self.joined.is_set():
             reason = self.trouble or reason or "this host has not joined yet"
@@ -187,7 +186,7 @@ class Definitions:
         raise EtcdUnavailable(self.trouble or self._mirror.trouble or "this host does not get the newest change")
 
     async def _check(self, changes: Changes) -> None:
-        """Checks what only the fleet knows. :raises Problem: 409; 503"""
+        """Checks conditions that only the fleet knows. :raises Problem: 409; 503"""
         others = self._usages.elsewhere()
         for place, definition in changes.items():
             users = [host for host, usage in others.items() if definition is None and place in usage.uses]
@@ -213,7 +212,7 @@ class Definitions:
                     )  # fmt: skip
 
     async def _record(self, message: Request[Any]) -> None:
-        """Records that a change is about to be made: a daemon that dies halfway leaves that. :raises Problem:"""
+        """Records that a change is about to be made, in case the daemon dies in the middle. :raises Problem:"""
         cause = getattr(message, "cause", None)
         if cause is not None and not cause.recorded:
             await self._ask_journal(WriteRecord(cause, BEGUN))
@@ -229,7 +228,7 @@ class Definitions:
             return taken
 
     async def _take(self, changes: Changes, message: Request[Any] | None = None, reply: Any = None) -> Any:
-        """:raises Problem:"""
+        """Applies changes to the journal. :raises Problem:"""
         return await self._ask_journal(TakeDefinitions(changes, message, reply))
 
     async def _ask_journal(self, message: Request[R]) -> R:
@@ -247,7 +246,7 @@ class Definitions:
     # What other hosts change
 
     async def keep(self) -> None:
-        """Joins, and keeps the journal's copy the fleet's, until cancelled."""
+        """Joins, and keeps the journal's copy equal to the fleet's, until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._report)
             nursery.start_soon(self._announce)
@@ -270,7 +269,7 @@ class Definitions:
             await trio.sleep(_LOOK_S)
 
     async def _announce(self) -> None:
-        """Lets the others know which changes this host has, for those that wait for it."""
+        """Publishes which changes this host has, for hosts that wait for it."""
         backoff = Backoff(_RETRY_S, _RETRY_MAX_S)
         while True:
             await self._moved.wait()
@@ -287,7 +286,8 @@ class Definitions:
                 backoff.reset()
 
     async def _follow(self) -> None:
-        """Takes what changes. Returns if etcd has lost what it had of the fleet: that is no order to delete all."""
+        """Applies changes as they arrive. Returns if etcd has lost the fleet's data, which is not a request to delete
+        everything."""
         backoff = Backoff(_RETRY_S, _RETRY_MAX_S)
         seen = 0
         self._at, self._at_revision = None, 0
@@ -312,7 +312,7 @@ class Definitions:
                 await self._mirror.changed()
 
     async def _apply(self) -> bool:
-        """Has the journal take what it lacks; returns whether it has all. :raises Problem:"""
+        """Applies missing changes to the journal; returns whether it is complete. :raises Problem:"""
         async with self._taking:
             mirror = self._mirror
             if mirror.revision < self._at_revision or not self._has_joined():
@@ -333,7 +333,7 @@ class Definitions:
             return not left
 
     def _differences(self) -> dict[str, Definition | None]:
-        """Returns what the journal has to take to have what the mirror shows."""
+        """Returns the changes that make the journal equal to the mirror."""
         here, there = definitions_of(self._store), self._mirror.section("shared")
         changes: dict[str, Definition | None] = {}
         unreadable = []
@@ -357,8 +357,8 @@ class Definitions:
         return changes
 
     async def _clear_before(self, changes: Changes) -> set[str]:
-        """Removes what projects of the same names have left, before new ones come. Returns the places of those where
-        that fails."""
+        """Removes the remains of projects before new ones of the same names are created. Returns the places where that
+        fails."""
         here = definitions_of(self._store)
         failed = set()
         for place, project in changes.items():
@@ -386,12 +386,12 @@ class Definitions:
     # Joining
 
     def _has_joined(self) -> bool:
-        """Whether the fleet has what this host had when it joined. It stays so after this host has left: what was
-        deleted meanwhile does not come back."""
+        """Returns whether the fleet has this host's definitions from its join. That holds even after this host has
+        left: definitions deleted in the meantime do not return."""
         return self._id in self._mirror.section("joined")
 
     async def _join(self) -> None:
-        """Gives the fleet what only this host has, the first time; afterwards the fleet alone decides what there is."""
+        """Adds definitions that only this host has to the fleet, the first time; afterwards only the fleet decides."""
         backoff = Backoff(_RETRY_S, _RETRY_MAX_S)
         while not self._has_joined():
             try:
@@ -407,9 +407,9 @@ class Definitions:
         self.joined.set()
 
     async def _give_part(self) -> None:
-        """Gives the fleet a part of what it lacks.
+        """Adds a part of the missing definitions to the fleet.
 
-        :raises Problem: 409 a definition here and one of the fleet exclude each other; 503 :raises EtcdError:
+        :raises Problem: 409, a definition here and one of the fleet exclude each other; 503 :raises EtcdError:
         """
         mirror = self._mirror
         newest = mirror.section(AGREED).get("")
@@ -444,5 +444,5 @@ def _number(entry: Entry | None) -> int:
 
 
 def _id_of(entry: Entry | None) -> bytes:
-    """Returns what identifies the newest change; nothing: there was none."""
+    """Returns the id of the newest change; empty if there is none."""
     return b"" if entry is None else entry.value

@@ -46,40 +46,40 @@ T = TypeVar("T")
 _CONNECT_S = 2.0
 _PAGE = 500
 MAX_KEYS = 200_000
-"""Most keys of one list: a fleet has some keys for each VM. Without a bound, a faulty etcd could fill the memory."""
+"""Maximum keys of one list: a fleet has some keys for each VM. Without a limit, a faulty etcd could fill the memory."""
 _HEADERS = {"Grpc-Metadata-hasleader": "true", "Accept-Encoding": "identity"}
-"""With the first, a member without a quorum answers at once, and ends watches. Without it a watch hangs without a word,
-and a change fails after 7 s with an unknown outcome."""
+"""With the first header, a member without a quorum answers at once, and ends watches. Without it, a watch hangs
+silently, and a change fails after 7 s with an unknown outcome."""
 
 _UNAVAILABLE = 14
 _UNAUTHENTICATED = 16
 _NOT_FOUND = 5
 _OUT_OF_RANGE = 11
 _UNCHANGED = ("etcdserver: no leader", "etcdserver: too many requests", "etcdserver: rpc not supported for learner")
-"""With these texts of code 14, nothing has happened. Others are of requests that have been proposed."""
+"""With these texts of code 14, nothing was changed. Other texts are for requests that were proposed."""
 
 
 class EtcdSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """How to reach etcd."""
+    """The settings for etcd."""
 
     endpoints: tuple[str, ...]
-    """`https://host:2379` of each member."""
+    """The `https://host:2379` of each member."""
     user: str = ""
     password: str = ""
-    """For etcd with users. Without them, the certificates of both sides decide."""
+    """The password, if etcd has users. Without users, the certificates of both sides decide."""
     context: ssl.SSLContext | None = None
-    """With the CA of etcd and the client's certificate; None: plain HTTP."""
+    """The context with etcd's CA and the client's certificate; None for plain HTTP."""
 
     def __repr__(self) -> str:
-        """Without the password, as logs and tracebacks show it."""
+        """Returns the settings without the password, for logs and tracebacks."""
         return f"EtcdSettings(endpoints={self.endpoints!r}, user={self.user!r})"
 
 
 class Etcd:
-    """Sends requests to one member, and to the others if that does not answer.
+    """Sends requests to one member, and to the others if it does not answer.
 
-    Each call has a deadline and a result that says whether it may have changed something: `EtcdUnavailable` and
-    `EtcdRefused` have not, `OutcomeUnknown` may have. Nothing is tried again that may have been done.
+    Each call has a deadline and a result that shows whether it may have changed something: `EtcdUnavailable` and
+    `EtcdRefused` have not, `OutcomeUnknown` may have. A request that may have succeeded is not repeated.
     """
 
     def __init__(self, http: httpx.AsyncClient, settings: EtcdSettings, *, deadline_s: float = 10.0) -> None:
@@ -96,12 +96,12 @@ class Etcd:
     # Reads
 
     async def get(self, key: str) -> Entry | None:
-        """Returns a key as the quorum has it now; None: there is none. :raises EtcdUnavailable, EtcdRefused:"""
+        """Returns a key as the quorum has it now; None if it does not exist. :raises EtcdUnavailable, EtcdRefused:"""
         entries, _, _ = await self._read("/v3/kv/range", {"key": _key(key)}, _page)
         return entries[0] if entries else None
 
     async def list(self, prefix: str) -> tuple[Sequence[Entry], int]:
-        """Returns all keys that begin with a prefix, as they were at one revision, and that revision.
+        """Returns all keys with a prefix at one revision, and that revision.
 
         :raises EtcdUnavailable, EtcdRefused: :raises Compacted: it took too long; list again.
         """
@@ -130,7 +130,7 @@ class Etcd:
     async def transact(
         self, conditions: Sequence[Compare], steps: Sequence[Step], otherwise: Sequence[Step] = ()
     ) -> Transaction:
-        """Does all `steps` if all conditions hold, and else all of `otherwise`; as one, or nothing.
+        """Executes all `steps` if all conditions hold, otherwise all of `otherwise`, atomically.
 
         :raises EtcdUnavailable, EtcdRefused: nothing was changed.
         :raises OutcomeUnknown: read again before you decide.
@@ -143,11 +143,12 @@ class Etcd:
         return await self._change("/v3/kv/txn", body, _transaction)
 
     async def grant(self, ttl_s: int) -> Lease:
-        """Returns a new lease. :raises EtcdUnavailable, EtcdRefused, OutcomeUnknown: a lease may end by itself."""
+        """Returns a new lease. :raises EtcdUnavailable, EtcdRefused, OutcomeUnknown: a lease may have been granted,
+        which expires."""
         return await self._change("/v3/lease/grant", {"TTL": str(ttl_s), "ID": "0"}, _lease)
 
     async def keep_alive(self, lease: int) -> float:
-        """Extends a lease; returns its TTL in seconds, which counts from when etcd got the request.
+        """Extends a lease; returns its TTL in seconds, which counts from etcd's receipt of the request.
 
         :raises LeaseGone: it has ended. :raises EtcdUnavailable, EtcdRefused, OutcomeUnknown:
         """
@@ -159,7 +160,7 @@ class Etcd:
         return ttl_s
 
     async def revoke(self, lease: int) -> None:
-        """Ends a lease and deletes its keys; one that has ended is no error.
+        """Ends a lease and deletes its keys; an ended lease is no error.
 
         :raises EtcdUnavailable, EtcdRefused, OutcomeUnknown:
         """
@@ -180,9 +181,9 @@ class Etcd:
         return await self._ask(path, body, parse, changes=True)
 
     async def _ask(self, path: str, body: dict[str, Any], parse: Callable[[bytes], T], *, changes: bool = False) -> T:
-        """Asks the members one after the other, until one answers or the request may have been carried out.
+        """Asks the members one after the other, until one answers or the request may have been executed.
 
-        :param parse: returns what the body of an answer means; :raises ValueError: it is malformed
+        :param parse: parses the body of an answer; :raises ValueError: it is malformed
         """
         data = msgspec.json.encode(body)
         failure: EtcdError = EtcdUnavailable("no member of etcd is set")
@@ -204,8 +205,8 @@ class Etcd:
         raise failure
 
     def _demote(self, endpoint: str) -> None:
-        """Asks the other members first from now on, with a new token: a member waits until it has come to where the
-        token was given, which takes for ever if etcd was restored from a backup."""
+        """Prefers the other members from now on, with a new token: a member waits until it has reached the state of the
+        token, which takes forever if etcd was restored from a backup."""
         self._token = ""
         self._endpoints.remove(endpoint)
         self._endpoints.append(endpoint)
@@ -213,7 +214,7 @@ class Etcd:
     async def _at(self, endpoint: str, path: str, data: bytes, parse: Callable[[bytes], T]) -> T:
         """Asks one member.
 
-        :raises EtcdUnavailable: it has not got the request, or has no quorum. :raises OutcomeUnknown, EtcdRefused:
+        :raises EtcdUnavailable: it has not received the request, or has no quorum. :raises OutcomeUnknown, EtcdRefused:
         :raises LeaseGone, Compacted:
         """
         fresh = False
@@ -255,9 +256,9 @@ class Etcd:
 
     @asynccontextmanager
     async def _stream(self, endpoint: str, path: str, data: bytes) -> AsyncIterator[Answer]:
-        """Sends a request to a member, and gives its answer, which may go on.
+        """Sends a request to a member, and yields its answer, which may be endless.
 
-        :raises EtcdUnavailable: it has not got the request. :raises OutcomeUnknown: the connection broke.
+        :raises EtcdUnavailable: it has not received the request. :raises OutcomeUnknown: the connection broke.
         """
         import httpx
 
@@ -281,10 +282,10 @@ class Etcd:
 
     @asynccontextmanager
     async def watch(self, prefix: str, *, after: int) -> AsyncIterator[Watch]:
-        """Gives the changes of all keys that begin with a prefix, from the revision after `after` on.
+        """Yields the changes of all keys with a prefix, from the revision after `after` on.
 
-        :raises EtcdUnavailable: the member does not begin the watch in time, or has ended it; another member gets the
-            next one. :raises Compacted: list again. :raises EtcdRefused:
+        :raises EtcdUnavailable: the member does not begin the watch in time, or has ended it; the next watch uses
+            another member. :raises Compacted: list again. :raises EtcdRefused:
         """
         endpoint = self._endpoints[0]
         try:
@@ -297,7 +298,7 @@ class Etcd:
             raise
 
     async def _sign_in_for_watch(self, endpoint: str) -> None:
-        """:raises EtcdUnavailable, EtcdRefused:"""
+        """Signs in for a watch. :raises EtcdUnavailable, EtcdRefused:"""
         try:
             with trio.fail_after(self._deadline_s):
                 await self._sign_in(endpoint)
@@ -308,11 +309,11 @@ class Etcd:
 
 
 class _TooLarge(OutcomeUnknown):
-    """The answer has more bytes than may be in memory."""
+    """The answer is larger than the limit for data in memory."""
 
 
 class Answer:
-    """An answer that may go on. Iterate over the pieces of its body."""
+    """An answer that may be endless. Iterate over the pieces of its body."""
 
     def __init__(self, response: httpx.Response) -> None:
         self._pieces = response.aiter_raw()
@@ -323,7 +324,7 @@ class Answer:
         return self
 
     async def __anext__(self) -> bytes:
-        """:raises httpx.HTTPError: the connection broke."""
+        """Returns the next piece. :raises httpx.HTTPError: the connection broke."""
         try:
             return await anext(self._pieces)
         except BaseException:
@@ -348,9 +349,9 @@ class Answer:
 
 
 def make_etcd(settings: EtcdSettings, *, deadline_s: float = 10.0) -> Etcd:
-    """Returns a client, to be closed in the end. It connects when it is first used.
+    """Returns a client, which must be closed. It connects when it is first used.
 
-    :param deadline_s: of each call, for all members that it asks
+    :param deadline_s: the deadline of each call, for all members that it asks
     """
     import httpx
 
@@ -362,7 +363,7 @@ def make_etcd(settings: EtcdSettings, *, deadline_s: float = 10.0) -> Etcd:
 
 @asynccontextmanager
 async def open_etcd(settings: EtcdSettings, *, deadline_s: float = 10.0) -> AsyncIterator[Etcd]:
-    """Gives a client; see `make_etcd`."""
+    """Yields a client, see `make_etcd`."""
     etcd = make_etcd(settings, deadline_s=deadline_s)
     try:
         yield etcd
@@ -371,7 +372,7 @@ async def open_etcd(settings: EtcdSettings, *, deadline_s: float = 10.0) -> Asyn
 
 
 def _page(content: bytes) -> tuple[Sequence[Entry], int, bool]:
-    """Returns the keys of a read, the revision, and whether there are more keys."""
+    """Returns the keys of an answer, the revision, and whether there are more keys."""
     page = msgspec.json.decode(content, type=Ranged)
     return [each.entry for each in page.kvs], int(page.header.revision), page.more
 
@@ -389,7 +390,7 @@ def _lease(content: bytes) -> Lease:
 
 
 def _ttl_s(content: bytes) -> float:
-    """Returns the TTL of a lease; 0: it has ended."""
+    """Returns the TTL of a lease; 0 if it has ended."""
     kept = msgspec.json.decode(content, type=KeptAlive)
     if kept.result is None:
         raise ValueError(kept.error)
@@ -401,7 +402,7 @@ def _key(key: str) -> str:
 
 
 def _text_of(error: BaseException) -> str:
-    """Returns what an error of httpx says; what broke TLS is only in its causes."""
+    """Returns the text of an error of httpx. Errors of TLS are only in its causes."""
     cause: BaseException | None = error
     while cause is not None:
         if str(cause):

@@ -1,11 +1,11 @@
-"""The events of all hosts as one stream: this host's own, and those of the others, which it follows over mutual TLS.
+"""The events of all hosts as one stream: this host's own, and the others', which it follows over mutual TLS.
 
-The stream has a position for each host, so any host can continue it. Hosts are followed independently: one that can't
-be reached is tried again from its position, and delays nobody. A host whose journal does not continue there says so
-with a gap, as it would to a client. A host that joins is followed from the event on with which it joined.
+The stream has a position for each host, so any host can continue it. Hosts are followed independently: an unreachable
+one is retried from its position, and delays no other. A host whose journal does not continue there reports a gap, as to
+a client. A host that joins is followed from the event of its join.
 
-At most one piece of each host is in memory: the next one is read when the reader has taken the one before, so a slow
-reader slows down the hosts' streams, which cost them a number each.
+At most one piece of each host is in memory: the next one is read when the reader has taken the previous one. So a slow
+reader slows down the hosts' streams, each of which costs its host only a number.
 """
 
 from __future__ import annotations
@@ -30,30 +30,30 @@ from ._peers import Peers
 from ._vector import position_text, positions_in
 
 EVENT_ID = b"volant-event-id"
-"""Of an answer that is a stream: the position at which it begins."""
+"""The header of a stream's answer with the position at which it begins."""
 
 _OPEN_S = 2.0
-"""How long opening a stream waits for hosts that do not answer, where it has to ask them."""
+"""How long opening a stream waits for hosts that do not answer, if it must ask them."""
 _SILENCE_S = 40.0
-"""A host writes at least every 15 s, so one that is silent for so long can't be reached."""
+"""A host writes at least every 15 s, so a host that is silent for this time can't be reached."""
 _RETRY_S, _RETRY_MAX_S = 0.2, 5.0
 _HEAD_S = 10.0
 _LOOK_S = 1.0
 _PIECE = 64 * 1024
 _MAX_BLOCK = 1024 * 1024
 _SHOWN = 200
-"""Characters of an unknown id that the gap repeats."""
+"""Maximum characters of an unknown id that a gap repeats."""
 
 Matching = Callable[[list[EventFrame]], Sequence[EventFrame]]
-"""Returns those of this host's events that the reader wants."""
+"""Returns the events of this host that the reader wants."""
 
 
 class Block(msgspec.Struct, frozen=True):
-    """An event or a gap of one host, or just its position."""
+    """An event or a gap of one host, or only its position."""
 
     position: EventId
     body: bytes
-    """What follows the id in the event stream, with the blank line; empty: there is none."""
+    """The data after the id in the event stream, with the blank line; empty if there is none."""
 
     @property
     def data(self) -> bytes:
@@ -66,7 +66,7 @@ class Block(msgspec.Struct, frozen=True):
 
 
 class Hosts(Protocol):
-    """What this module needs of the fleet."""
+    """The fleet, as far as this module needs it."""
 
     host: str
     peers: Peers
@@ -79,43 +79,43 @@ class Hosts(Protocol):
 
 
 class Followed(msgspec.Struct, frozen=True, kw_only=True):
-    """What a reader wants of all hosts."""
+    """The request of a reader for all hosts."""
 
     log: EventLog
-    """Of this host."""
+    """The log of this host."""
     scope: Any
-    """Of the request: who reads, and of which project."""
+    """The scope of the request, with the reader and the project."""
     path: str
     query: Mapping[str, str | Sequence[str]]
-    """Of the operation: its filters."""
+    """The query of the operation, with its filters."""
     matching: Matching
     strict: bool = False
-    """Whether events that are not kept are an error at the beginning, and not a gap."""
+    """Whether expired events are an error at the beginning, not a gap."""
 
 
 class FleetCursor:
-    """A place in the events of all hosts. `follow` makes it."""
+    """A position in the events of all hosts. `follow` creates it."""
 
     def __init__(self) -> None:
         self.put, self._taken = trio.open_memory_channel[tuple[int, list[Block]]](0)
         self.positions: dict[int, EventId] = {}
-        """Of the hosts, by number, after what was taken last."""
+        """The positions of the hosts, by number, after the last event taken."""
         self.behind: set[int] = set()
-        """Hosts that have more, or may have."""
+        """The hosts that have more events, or may have."""
 
     @property
     def position(self) -> str:
-        """The place after what was taken last, as clients get it."""
+        """The position after the last event taken, in the form for clients."""
         return position_text(self.positions)
 
     @property
     def at_end(self) -> bool:
-        """Whether all that hosts have is taken. Those that can't be reached don't count."""
+        """Whether all events of reachable hosts are taken."""
         return not self.behind
 
     async def take(self) -> list[tuple[str, Block]]:
-        """Waits for events and takes them, each with the place after it. An empty list says that only places have
-        changed. A cancelled call has taken nothing."""
+        """Waits for events and takes them, each with the position after it. An empty list means that only positions
+        have changed. A cancelled call has taken nothing."""
         number, blocks = await self._taken.receive()
         taken = []
         for block in blocks:
@@ -131,8 +131,8 @@ class FleetCursor:
 async def follow(hosts: Hosts, wanted: Followed, after: str | None) -> AsyncIterator[FleetCursor]:
     """Reads the events of all hosts. Exceptions of the block are put into a group.
 
-    :param after: a place of an earlier cursor, the id of one host's event, or `oldest`; None: from now on
-    :raises Problem: 410 with `strict`; 503 the fleet's hosts are not known yet
+    :param after: a position of an earlier cursor, the id of one host's event, or `oldest`; None for only new events
+    :raises Problem: 410 with `strict`; 503, the fleet's hosts are not known yet
     """
     members = await hosts.known_members()
     cursor = FleetCursor()
@@ -148,7 +148,7 @@ async def follow(hosts: Hosts, wanted: Followed, after: str | None) -> AsyncIter
 
 
 def _positions(after: str, members: Sequence[Member], log: EventLog) -> dict[int, EventId]:
-    """Returns where to begin, by the numbers of hosts. Those that are left out begin where they have joined."""
+    """Returns the positions at which to begin, by the numbers of hosts. Missing hosts begin at their join."""
     found = positions_in(after)
     if found is not None:
         return found
@@ -174,7 +174,7 @@ class _Every:
     async def begin(
         self, members: Sequence[Member], positions: Mapping[int, EventId | None], *, unknown: str = ""
     ) -> None:
-        """Begins to follow hosts. :raises Problem: 410 one of them does not keep the events, and `strict`"""
+        """Begins to follow hosts. :raises Problem: 410 with `strict`, the events of one of them have expired."""
         strict = self._wanted.strict and unknown not in ("", "oldest")
         for member in members:
             self._follow(member, positions.get(member.number, member.since), unknown, strict=strict)
@@ -186,7 +186,7 @@ class _Every:
                     raise followed.failure
 
     async def join(self) -> None:
-        """Follows hosts that join, and forgets those that leave, until cancelled."""
+        """Follows hosts that join, and drops hosts that leave, until cancelled."""
         while True:
             members = {member.number: member for member in self._hosts.members()}
             for number, member in members.items():
@@ -284,11 +284,11 @@ class _Other:
         self._cursor = cursor
         self._member = member
         self._position = position
-        """After what was passed on last; None: where it is when it is reached."""
+        """The position after the last event passed on; None for the position when it is reached."""
         self._strict = strict
         self.scope = trio.CancelScope()
         self.opened = trio.Event()
-        """Set once it was reached, or could not be."""
+        """Set once the host was reached, or could not be reached."""
         self.failure: Problem | None = None
 
     async def run(self) -> None:
@@ -311,7 +311,7 @@ class _Other:
                 await backoff.pause()
 
     async def _read(self, opening: trio.CancelScope) -> None:
-        """Follows them over one connection; returns at its end. `opening` has the deadline until it is open."""
+        """Follows the events over one connection; returns at its end. `opening` has the deadline until it is open."""
         position, query = self._position, dict(self._wanted.query)
         headers = [*request_headers(self._wanted.scope), (b"accept", b"text/event-stream")]
         if position == OLDEST:
@@ -359,7 +359,8 @@ class _Other:
 
 
 def _block(text: bytes) -> Block | None:
-    """Returns what a block of the stream says; None: nothing. :raises AgentProtocolError: its id is malformed"""
+    """Returns the content of a block of the stream; None if it has none. :raises AgentProtocolError: its id is
+    malformed."""
     if not text.startswith(b"id: "):
         return None
     line, _, body = text.partition(b"\n")

@@ -1,6 +1,6 @@
-"""The two sides of a failover: a host that hears nothing pauses its VMs, and later another one starts them.
+"""The two sides of a failover: an isolated host pauses its VMs, and later another host starts them.
 
-`docs/explanation/fleet.md` has the argument why no VM runs on both.
+`docs/explanation/fleet.md` explains why no VM runs on both.
 """
 
 from __future__ import annotations
@@ -23,72 +23,74 @@ from ._mirror import Mirror
 
 _RETRY_S, _RETRY_MAX_S = 1.0, 30.0
 _LEAST_S = 0.01
-"""The clocks of Trio and of the sign differ: without it, the last moment could be waited for without end."""
+"""The clocks of Trio and of the sign differ. Without this minimum, waiting for the last moment could loop forever."""
 _DISCARD_S = 30.0
 _START_S = 60.0
 _TRIES = 3
-"""Of a start, before others may try it."""
+"""Attempts of a start, before other hosts may try it."""
 _ABSENT_TTLS = 2
-"""For so many TTLs a host that was away leaves it to others to claim again what etcd has lost. By 4/3, each of them has
+"""For this number of TTLs a host that was away lets others renew claims that etcd has lost. By 4/3, each of them has
 paused its VMs or asked etcd for them."""
 _logger = logging.getLogger("volant.fleet")
 
 
 class Vms(Protocol):
-    """The VMs of a host that another host may start."""
+    """The movable VMs of a host, which other hosts may start."""
 
     obstacle: str | None
-    """Why this host can have none; None: it can."""
+    """Why this host can have no movable VMs; None if it can."""
 
     @property
     def held(self) -> Mapping[str, Claim]:
-        """Those that are here, paused or not, by `project/name`, also those that were here when the daemon died. One
-        that is about to be deleted has `failover="never"` from before its claim is withdrawn: it must not be claimed
-        for others again."""
+        """The claims of movable VMs on this host, paused or not, by `project/name`, including those from before the
+        daemon died. A VM that is about to be deleted has `failover="never"` from before its claim is withdrawn: its
+        claim must not be renewed for others."""
 
     @property
     def undecided(self) -> Collection[str]:
-        """Those of `held` that this host may have given to another one: if etcd has lost their claims, it has to wait
-        for that one to claim them again."""
+        """The VMs in `held` that this host may have given to another one. If etcd has lost their claims, this host must
+        wait for that host to renew them."""
 
     def spec(self, name: str) -> bytes:
-        """Returns what another host needs to start one that is held; empty: it may not be started elsewhere."""
+        """Returns the data that another host needs to start a held VM; empty if it may not be started elsewhere."""
 
     async def has_room(self, name: str, spec: bytes, snapshot: str = "") -> bool:
-        """Whether this host can start a VM of another one now. Called for each that may be taken over, each second.
+        """Returns whether this host can start another host's VM now. Called for each VM that may be taken over, each
+        second.
 
-        :param snapshot: the one of this host that it would go on from; empty: it would boot
+        :param snapshot: this host's snapshot from which it would continue; empty if it would boot
         """
 
     async def pause_all(self) -> None:
-        """Stops their processors, all of them, and those that are started before `resume_all`, too. They may be paused
+        """Stops the processors of all VMs, including those that are started before `resume_all`. They may be paused
         already."""
 
     async def resume_all(self) -> bool:
-        """Lets all of them go on. They may be running already. Returns whether it was done in time."""
+        """Resumes all VMs. They may be running already. Returns whether it was done in time."""
 
     async def release(self) -> None:
-        """Makes all of them VMs of this host alone, which run on, as it has left the fleet."""
+        """Makes all VMs ordinary VMs of this host, which keep running, as it has left the fleet."""
 
     async def start(self, name: str, claim: Claim, spec: bytes) -> None:
-        """Makes a VM that another host has had, of what that has written down, or of the snapshot that the claim names.
-        If others may take it over, it is held when this returns; it need not have booted. What an earlier attempt has
-        left, it removes or uses. It is cancelled after a minute.
+        """Creates a VM of another host from the data that this has stored, or from the snapshot in the claim. If others
+        may take it over, it is held when this returns, possibly before it has booted. Removes or uses the remains of an
+        earlier attempt. It is cancelled after a minute.
 
-        :raises Problem: it can't be started now; it is tried again, after pauses of 1 to 30 s
-        :raises EtcdError: as Problem
+        :raises Problem: it can't be started now; it is retried, after delays of 1 to 30 s
+        :raises EtcdError: see Problem
         """
 
     async def discard(self, name: str, claim: Claim) -> None:
-        """Ends the process of a VM that another host has taken over, which is paused, and removes the VM. It is not
-        held any more when this returns. It is cancelled after 30 s.
+        """Ends the process of a paused VM that another host has taken over, and removes the VM. It is not held any more
+        when this returns. It is cancelled after 30 s.
 
-        Raises anything: it is still here. All VMs stay paused then, and it is tried again, after pauses of 1 to 30 s.
+        If it raises any error, the VM is still here. All VMs then stay paused, and it is retried, after delays of 1 to
+        30 s.
         """
 
 
 class Fence:
-    """Pauses the VMs of a host in time, and lets them go on when etcd says that they are still its own."""
+    """Pauses the VMs of a host in time, and resumes them when etcd confirms that they still belong to it."""
 
     def __init__(self, claims: Claims, sign: SignOfLife, vms: Vms, *, ttl_s: float, now: Callable[[], float]) -> None:
         self._claims = claims
@@ -103,23 +105,23 @@ class Fence:
         self._opened, self._closed = trio.Event(), trio.Event()
         self._closed.set()
         self._is_sure = False
-        """Whether nobody else can have taken over what is held: time has not run out since etcd was asked."""
+        """Whether no other host can have taken over held VMs: the time has not expired since etcd was asked."""
         self._absent_since: float | None = None
-        """When etcd was first found to have no claim of a VM that is held."""
+        """When etcd was first found to lack the claim of a held VM."""
         self._trouble: str | None = None
 
     @property
     def is_open(self) -> bool:
-        """Whether VMs may run. False until etcd was asked for each of them."""
+        """Whether VMs may run. False until etcd was asked for all of them."""
         # Just after this process was stopped for a while, `keep` has not seen it yet.
         return self._is_open and not self._is_late
 
     async def opened(self) -> None:
-        """Waits until VMs may run. By the time it returns, that may be over."""
+        """Waits until VMs may run. When it returns, that may already have changed."""
         await self._opened.wait()
 
     async def closed(self) -> None:
-        """Waits until VMs may not run; they are being paused. By the time it returns, that may be over."""
+        """Waits until VMs may not run and are being paused. When it returns, that may already have changed."""
         await self._closed.wait()
 
     def _turn(self, is_open: bool) -> None:
@@ -136,7 +138,7 @@ class Fence:
 
     @property
     def left_s(self) -> float:
-        """For how long they may run without another beat."""
+        """Returns the seconds for which they may run without another beat."""
         until = self._sign.until
         return 0.0 if until is None else pause_at(until, self.ttl_s) - self._now()
 
@@ -149,10 +151,11 @@ class Fence:
         return self._is_late or self._sign.losses != self._losses
 
     async def keep(self) -> None:
-        """Pauses and resumes until cancelled. When it is cancelled, VMs and `is_open` stay as they are, and the
-        watchdog goes on: whoever cancels it decides what becomes of them, as when the host leaves the fleet.
+        """Pauses and resumes until cancelled. After that, VMs and `is_open` stay as they are, and the watchdog
+        continues: the canceller decides about them, for example when the host leaves the fleet.
 
-        After a restart VMs may be running. They go on if etcd answers for all of them in time, and are paused else.
+        After a restart VMs may be running. They continue if etcd answers for all of them in time; otherwise they are
+        paused.
         """
         self._discards = Backoff(_RETRY_S, _RETRY_MAX_S)
         # A beat gives no more time: it says nothing of who owns what.
@@ -172,7 +175,7 @@ class Fence:
                     await self._sign.changed()
 
     async def _pause(self) -> None:
-        """Pauses all, and waits for a beat if there was none in time."""
+        """Pauses all VMs, and waits for a beat if there was none in time."""
         self._losses = self._sign.losses
         await self._vms.pause_all()
         while self.left_s <= 0:
@@ -183,7 +186,7 @@ class Fence:
             self._lapses = self._sign.lapses
 
     async def _ask_for_all(self) -> bool:
-        """Discards what is not this host's any more and resumes the rest; returns whether it got through in time."""
+        """Discards VMs that belong to other hosts and resumes the rest; returns whether it was done in time."""
         held = dict(self._vms.held)
         try:
             # First the claims: a VM that is taken over and deleted in between is found among the lost ones.
@@ -215,7 +218,7 @@ class Fence:
         return True
 
     async def _discard(self, gone: Mapping[str, Claim]) -> bool:
-        """Returns whether nothing is left of them."""
+        """Discards VMs; returns whether all are removed."""
         is_done = True
         for name, claim in gone.items():
             try:
@@ -239,7 +242,7 @@ class Fence:
         return is_done
 
     async def _reclaim(self, absent: Mapping[str, Claim]) -> bool:
-        """Claims again what etcd does not know any more; returns whether all of them are this host's."""
+        """Renews the claims that etcd has lost; returns whether all of the VMs belong to this host."""
         if not absent:
             self._absent_since = None
             return True
@@ -269,7 +272,7 @@ class Fence:
 
 
 def _is_gone(mine: Claim, found: Claim | None, is_lost: bool) -> bool:
-    """Whether a VM is not this host's any more. That there is no claim does not say so."""
+    """Returns whether a VM belongs to another host. A missing claim does not show that."""
     if found is None:
         return is_lost
     if found.is_of(mine):
@@ -289,10 +292,10 @@ class _Later(msgspec.Struct):
 
 
 class Successor:
-    """Takes over the VMs of hosts that give no sign of life.
+    """Takes over the VMs of unreachable hosts.
 
-    :param mirror: of the signs of life, the claims, the specs and the replicas
-    :param slack_s: how long a sign must have been gone
+    :param mirror: the mirror of the signs of life, the claims, the specs and the replicas
+    :param slack_s: how long a sign must have been missing
     """
 
     def __init__(
@@ -316,12 +319,12 @@ class Successor:
         self._revision = 0
         self._gone_since: dict[str, float] = {}
         self._seen: set[str] = set()
-        """Hosts whose signs of life were there."""
+        """Hosts that had a sign of life."""
         self._later: dict[str, _Later] = {}
 
     async def keep(self) -> None:
-        """Looks at the claims each second until cancelled: to decode all of them at each change of etcd would cost a
-        large fleet a processor."""
+        """Checks the claims each second until cancelled. Decoding all of them at each change of etcd would cost a large
+        fleet a processor."""
         while True:
             await trio.sleep(_RETRY_S)
             is_known = self._mirror.trouble is None and self._mirror.revision >= self._revision
@@ -376,19 +379,19 @@ class Successor:
             await self._start(name, mine)
 
     def _replica_of(self, name: str, claim: Claim) -> ReplicaRecord | None:
-        """Returns the newest replica of a VM; None: there is none."""
+        """Returns the newest replica of a VM; None if there is none."""
         record = replica_of(self._mirror.section("replicas").get(f"vms/{name}"))
         return record if record is not None and record.is_of(claim) else None
 
     def _is_gone(self, host: str) -> bool:
-        """Whether the sign of a host has been gone for long enough."""
+        """Returns whether the sign of a host has been missing for long enough."""
         since = self._gone_since.setdefault(host, self._now())
         # One that nobody has seen end may have been lost with all that etcd had, while the host goes on.
         extra_s = 0 if host in self._seen else self._fence.ttl_s
         return self._now() - since >= self._slack_s + extra_s
 
     async def _start(self, name: str, claim: Claim) -> None:
-        """Starts a VM that this host has taken over, and says so. What fails is done again later."""
+        """Starts a VM that this host has taken over, and records that. Failures are retried later."""
         later = self._later.get(name)
         if later is not None and self._now() < later.at:
             return
@@ -413,7 +416,7 @@ class Successor:
             self._later.pop(name, None)
 
     async def _put_off(self, name: str, claim: Claim, reason: str) -> None:
-        """Tries it again later, and lets other hosts try it, too, once it has failed some times."""
+        """Postpones a start after a failure, and lets other hosts try it after some failures."""
         now, before = self._now(), self._later.get(name)
         self._later = {each: later for each, later in self._later.items() if now < later.at + 2 * _RETRY_MAX_S}
         if before is None or before.reason != reason:

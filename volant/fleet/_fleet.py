@@ -1,4 +1,4 @@
-"""One host's part in a fleet: it gives its sign of life, knows the other hosts, and claims names for its VMs."""
+"""One host's part in a fleet: it keeps its sign of life, knows the other hosts, and claims names for its VMs."""
 
 from __future__ import annotations
 
@@ -43,26 +43,26 @@ from ._replicas import Replicas
 _ALIVE, _DRAINING = "alive/", "draining/"
 _HAS_MOVES = "while VMs move to other hosts, it is not known which of them are this host's"
 SLACK_S = 5.0
-"""How long a sign of life must have been gone before another host starts VMs of it. docs/explanation/fleet.md"""
+"""How long a sign of life must be missing before another host starts its VMs. See docs/explanation/fleet.md."""
 _SEEN_S = 5.0
 _FIRST_READ_S = 2.0
 _AT_ONCE = 30
-"""Names that one transaction frees, with up to four steps for each: etcd takes 128."""
+"""Names freed in one transaction, with up to four steps for each: etcd allows 128."""
 _DELETE_TRIES = 20
-"""Transactions that others may come before, while a host is deleted."""
+"""Attempts to delete a host, as changes of others may come first."""
 _UNKNOWN = HostFacts(address="", version="", architecture="", cpu_cores=0, memory_mb=0)
-"""Of a host whose record another version has written."""
+"""The facts of a host whose record was written by another version."""
 
 
 class FleetSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """What a host is in its fleet."""
+    """The settings of a host in its fleet."""
 
     host: str
-    """Its name."""
+    """The host's name."""
     id: str
-    """The same after each restart, and of no other host."""
+    """The host's id, unique and the same after each restart."""
     ttl_s: int = 15
-    """For so long its sign of life lasts."""
+    """The seconds for which its sign of life lasts."""
 
 
 class _Draining(msgspec.Struct, frozen=True):
@@ -76,17 +76,17 @@ class _Draining(msgspec.Struct, frozen=True):
 class Fleet:
     """The fleet as one host sees it, which asks etcd only for changes.
 
-    :param facts, load: return what this host is and how busy it is
-    :param there: return what this host has with names of their own, by how paths name it: `vms`, `snapshots`, `volumes`
-    :param rows: returns the VMs of this host with what other hosts have to know of them
+    :param facts, load: return the facts and the load of this host
+    :param there: return the named objects of this host, by kind: `vms`, `snapshots`, `volumes`
+    :param rows: returns the VMs of this host, with the data for other hosts
     :param take_number: called with the number of this host, before the fleet may know its VMs
     :param context: for connections to other hosts
-    :param definitions: makes what keeps the definitions
-    :param vms: those of this host that another host may start, and how it starts those of others; None: it does neither
-    :param lasts: keeps until when they may run, for the watchdog; `until`: returns what an earlier daemon has kept
-    :param leaving: returns the VMs of this host that are being moved to others; `moves`: what becomes of its VMs when
-        it is drained
-    :param now: the time of day; `boottime`: a clock in seconds that nobody sets and that goes on while the host sleeps
+    :param definitions: creates the keeper of the definitions
+    :param vms: the movable VMs of this host, and the start of other hosts' VMs; None for neither
+    :param lasts: stores until when they may run, for the watchdog; `until` returns the value of an earlier daemon
+    :param leaving: returns the VMs of this host that are moving to others; `moves` has the moves of its VMs when it is
+        drained
+    :param now: the time of day; `boottime` is a clock in seconds that can't be set and continues while the host sleeps
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Fleet:
         self._id = settings.id
         self.host = settings.host
         self.left = False
-        """Whether this host has left the fleet; it knows no other host then."""
+        """Whether this host has left the fleet. It then knows no other host."""
         self._mirror = Mirror(etcd, boottime)
         # By its value, a sign of this host differs from that of another one with its name.
         self._sign = SignOfLife(
@@ -140,12 +140,12 @@ class Fleet:
             )
             for kind in KINDS
         }  # fmt: skip
-        """By how paths name what has them."""
+        """The names by kind, as in paths."""
         self._vms = vms
         self.claims = Claims(self._gate, self.host)
         self.replicas = Replicas(self._gate, self.host, self.claims)
         self.fence: Fence | None = None
-        """Around the VMs of this host that another host may start; None: there are none."""
+        """The fence for this host's movable VMs; None if there are none."""
         self._successor: Successor | None = None
         if vms is not None:
             self.fence = Fence(self.claims, self._sign, vms, ttl_s=settings.ttl_s, now=boottime)
@@ -154,11 +154,12 @@ class Fleet:
             )
 
     def _is_unsure(self, vm: Key) -> bool:
-        """Whether another host may have a VM of this one, if etcd knows nothing of it."""
+        """Returns whether another host may have a VM of this host, if etcd has no data of it."""
         return vm in self._leaving() or (self._vms is not None and text_of(vm) in self._vms.held)
 
     async def keep(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Takes part until it leaves, and then waits until cancelled. Starts at once, also without etcd."""
+        """Takes part in the fleet until it leaves, and then waits until cancelled. Starts at once, also without
+        etcd."""
         task_status.started()
         if not self.left:
             with trio.CancelScope() as self._part:
@@ -191,11 +192,11 @@ class Fleet:
     # Reads
 
     def hosts(self) -> list[HostView]:
-        """Returns all hosts that are known, by name."""
+        """Returns all known hosts, by name."""
         return [self._view(name, entry) for name, entry in sorted(self._mirror.section("hosts").items())]
 
     def get(self, name: str) -> HostView:
-        """Returns a host. :raises Problem: 404; 503 it is not known, and etcd has not said whether there is one."""
+        """Returns a host. :raises Problem: 404; 503, it is unknown, and etcd has not confirmed that."""
         entry = self._mirror.section("hosts").get(name)
         if entry is None and (self._mirror.trouble is not None or not self._mirror.revision):
             # As just after the start: a claim that etcd was asked for may name it.
@@ -209,7 +210,7 @@ class Fleet:
         return self._view(name, entry)
 
     def view(self) -> FleetView:
-        """Returns the fleet, as this host sees it."""
+        """Returns the fleet, as seen by this host."""
         age_s = self._mirror.age_s
         obstacle = "the daemon does not use it" if self._vms is None else self._vms.obstacle
         return FleetView(
@@ -226,12 +227,12 @@ class Fleet:
         )
 
     def spans(self, scope: Any) -> bool:
-        """Whether a request for what all hosts have is to be answered with that: neither has another host passed it
-        on, nor does it name a host; and this host has not left the fleet."""
+        """Returns whether a request covers all hosts: no other host has passed it on, it names no host, and this host
+        has not left the fleet."""
         return not self.left and not is_for_one_host(scope)
 
     def members(self) -> list[Member]:
-        """Returns all hosts that are known, by number: this one is among them once it is known what the fleet is."""
+        """Returns all known hosts, by number. They include this one once the fleet is known."""
         found = [
             member_of(name, record, load_of(self._mirror.section("load").get(name)), is_up=self.is_up(name))
             for name, entry in self._mirror.section("hosts").items()
@@ -240,7 +241,8 @@ class Fleet:
         return sorted(found, key=lambda member: member.number)
 
     async def known_members(self) -> list[Member]:
-        """As `members`; just after the start, waits until they are known. :raises Problem: 503 they are not yet"""
+        """Returns `members`; just after the start, waits until they are known. :raises Problem: 503, they are not known
+        yet."""
         members = self.members()
         with trio.move_on_after(_FIRST_READ_S):
             while not any(member.name == self.host for member in members):
@@ -254,12 +256,11 @@ class Fleet:
         return members
 
     async def changed(self) -> None:
-        """Waits until something that this host knows of the fleet has changed."""
+        """Waits until this host's knowledge of the fleet has changed."""
         await self._mirror.changed()
 
     def reach(self, name: str) -> str:
-        """Returns the address of a host that gives a sign of life. :raises Problem: 404; 503 it gives none, or it is
-        not known whether there is one."""
+        """Returns the address of a reachable host. :raises Problem: 404; 503, it is unreachable, or unknown."""
         host = self.get(name)
         if host.state == "unreachable":
             raise Problem(
@@ -269,37 +270,37 @@ class Fleet:
         return host.address
 
     def lapse(self) -> None:
-        """Has this host ask for all of its movable VMs before they go on, as something has stopped them."""
+        """Makes this host confirm all of its movable VMs before they continue, after an interruption."""
         self._sign.lapse()
 
     def is_up(self, name: str) -> bool:
-        """Whether a host gives a sign of life."""
+        """Returns whether a host is reachable."""
         return name in self._mirror.section("alive")
 
     def last_known(self, vm: Key) -> VmView | None:
-        """Returns what is known of a VM whose host can't be asked; None: nothing is."""
+        """Returns the last known view of a VM whose host can't be asked; None if there is none."""
         record = self._records.get(text_of(vm))
         return None if record is None else unreachable_view(vm, record)
 
     def replica_of(self, vm: Key) -> ReplicaRecord | None:
-        """Returns the newest replica of a VM, as far as is known; None: there is none."""
+        """Returns the newest known replica of a VM; None if there is none."""
         name = text_of(vm)
         claim = claim_of(self._mirror.section("vms").get(name))
         record = replica_of(self._mirror.section("replicas").get(f"vms/{name}"))
         return record if record is not None and claim is not None and record.is_of(claim) else None
 
     def last_known_of(self, host: str) -> list[VmView]:
-        """Returns what is known of the VMs of a host that can't be asked."""
+        """Returns the last known VMs of a host that can't be asked."""
         return [vm for name in self.names["vms"].of(host) if (vm := self.last_known(key_of(name))) is not None]
 
     def labels_on(self, host: str, project: str) -> list[Mapping[str, str]]:
-        """Returns the labels of the VMs that a host has in a project, as it last reported."""
+        """Returns the labels of the VMs in a project on a host, from its last report."""
         begin = f"{project}/"
         names = [name for name in self.names["vms"].of(host) if name.startswith(begin)]
         return [record.labels for name in names if (record := self._records.get(name)) is not None]
 
     def used_elsewhere(self, project: str) -> Used:
-        """Returns what a project has on the other hosts, as far as is known; that is nothing of disks."""
+        """Returns the known use of a project on the other hosts, without disks."""
         vms = self.names["vms"].elsewhere(project)
         records = [record for vm in vms if (record := self._records.get(f"{project}/{vm}")) is not None]
         return Used(
@@ -317,12 +318,12 @@ class Fleet:
 
     @property
     def moves_since(self) -> datetime | None:
-        """Since when this host is to move its VMs to others; None: it is not."""
+        """Since when this host moves its VMs to others; None if it does not."""
         draining = _draining_of(self._mirror.section("draining").get(self.host))
         return None if draining is None or draining.keep_vms or self.left else draining.since
 
     def moves(self) -> HostMoves:
-        """Returns what becomes of the VMs of this host. :raises Problem: 503 it is not known whether it is drained"""
+        """Returns the moves of the VMs of this host. :raises Problem: 503, it is unknown whether it is drained."""
         if not self.is_known:
             raise unavailable(
                 f"whether the host is drained is not known: {self._mirror.trouble or 'etcd is not read yet'}"
@@ -332,9 +333,9 @@ class Fleet:
     # Changes
 
     async def drain(self, name: str, *, keep_vms: bool = False) -> HostView:
-        """Lets a host get no new VMs, and has it move those that it has to others, unless it is to keep them.
+        """Gives a host no new VMs, and moves its VMs to others, unless it keeps them.
 
-        :raises Problem: 404; 503 etcd does not answer.
+        :raises Problem: 404; 503, etcd does not answer.
         """
         self.get(name)
         before = _draining_of(self._mirror.section("draining").get(name))
@@ -344,16 +345,17 @@ class Fleet:
         return self.get(name)
 
     async def undrain(self, name: str) -> HostView:
-        """Lets a host get new VMs again, and keep those that it has. :raises Problem: 404; 503 etcd does not answer."""
+        """Gives a host new VMs again, and stops moving its VMs away. :raises Problem: 404; 503, etcd does not
+        answer."""
         self.get(name)
         await self._change(delete(_DRAINING + name))
         return self.get(name)
 
     async def delete(self, name: str) -> None:
-        """Forgets a host that is gone for good, and frees the names that it has. Which VMs it has lost to others stays
-        known, as its disks may come back.
+        """Removes a permanently lost host, and frees its names. The list of VMs that others have taken over is kept, as
+        its disks may return.
 
-        :raises Problem: 404; 409 it gives a sign of life; 503 etcd does not answer.
+        :raises Problem: 404; 409, it is reachable; 503, etcd does not answer.
         """
         tries = _DELETE_TRIES
         while True:
@@ -377,7 +379,7 @@ class Fleet:
                 return
 
     def _some_of(self, host: str) -> tuple[str, list[Entry]]:
-        """Returns claims of a host, as many as one transaction can free, and their kind; none: it has none."""
+        """Returns claims of a host that one transaction can free, and their kind; empty if it has none."""
         for kind in KINDS:
             claims = self._mirror.section(kind).values()
             if own := [entry for entry in claims if (claim := claim_of(entry)) is not None and claim.owner == host]:
@@ -385,10 +387,10 @@ class Fleet:
         return "", []
 
     async def leave(self, *, keep_vms: bool = False) -> None:
-        """Takes this host out of the fleet, with what it has, whose names are free for others then. Until its daemon
-        runs without a fleet, it makes nothing that the fleet would have to agree on.
+        """Removes this host and its objects from the fleet, which frees their names. Until its daemon runs without a
+        fleet, it refuses changes that the fleet would have to agree on.
 
-        :raises Problem: 409 it has VMs, and `keep_vms` is not set; 503 etcd does not answer: it stays.
+        :raises Problem: 409, it has VMs, and `keep_vms` is not set; 503, etcd does not answer: it stays.
         """
         if self.left:
             # What a leave before could not finish.
@@ -425,7 +427,7 @@ class Fleet:
             await self._vms.release()
 
     async def _remove_own(self) -> None:
-        """Deletes all that the fleet has of this host; nothing if another one has its name. :raises EtcdError:"""
+        """Deletes all data of this host from the fleet, unless another host has its name. :raises EtcdError:"""
         entry = await self._etcd.get(HOSTS + self.host)
         record = record_of(entry)
         if record is not None and record.id != self._id:
@@ -443,13 +445,13 @@ class Fleet:
         await self._remove([] if entry is None else [entry], steps)
 
     async def _remove(self, known: Sequence[Entry], steps: Sequence[Step]) -> None:
-        """Does some steps, unless an entry has changed. :raises EtcdError:"""
+        """Executes some steps, unless an entry has changed. :raises EtcdError:"""
         if not (await self._etcd.transact([unchanged(entry) for entry in known], steps)).done:
             raise EtcdUnavailable("what the fleet knows of this host has just been changed")
 
     async def _change(self, *steps: Step, conditions: Sequence[Compare] = ()) -> bool:
-        """Does some steps if the conditions hold, waits until this host sees what there is now, and returns whether
-        they did."""
+        """Executes some steps if the conditions hold, waits until this host sees the result, and returns whether they
+        held."""
         try:
             done = await self._etcd.transact(conditions, steps)
         except EtcdError as error:
@@ -485,7 +487,7 @@ class Fleet:
 
 
 def _freeing(kind: str, claims: Sequence[Entry]) -> list[Step]:
-    """Returns the steps that delete claims of one kind, with all that is kept for them."""
+    """Returns the steps that delete claims of one kind, with all their data."""
     steps = [delete(entry.key) for entry in claims]
     if kind == "vms":
         # Nothing else has these.
@@ -497,7 +499,7 @@ def _freeing(kind: str, claims: Sequence[Entry]) -> list[Step]:
 
 
 def _draining_of(entry: Entry | None) -> _Draining | None:
-    """Returns whether, and how, a host is being drained; None: it is not."""
+    """Returns the drain of a host; None if it is not drained."""
     if entry is None:
         return None
     try:

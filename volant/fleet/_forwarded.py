@@ -1,4 +1,4 @@
-"""What one host sends another with a request: who the caller is, or whose ticket it has. Hosts trust each other, by
+"""The data that one host sends another with a request: the caller, or the host of its ticket. Hosts trust each other by
 their certificates.
 """
 
@@ -23,15 +23,15 @@ _AT_ONCE = 16
 
 
 class WantRedeemed(msgspec.Struct, frozen=True):
-    """The body of a request there; the answer is a `Caller`, or null."""
+    """The body of a request to redeem a ticket; the answer is a `Caller`, or null."""
 
     ticket: str
     path: str
-    """Of the client's request."""
+    """The path of the client's request."""
 
 
 class TicketsOfOthers:
-    """Redeems tickets at the hosts that have issued them."""
+    """Redeems tickets at the hosts that issued them."""
 
     def __init__(self, peers: Peers) -> None:
         self._peers = peers
@@ -39,7 +39,7 @@ class TicketsOfOthers:
         self._places = trio.CapacityLimiter(_AT_ONCE)
 
     async def redeem(self, host: str, ticket: bytes, path: str) -> Caller | None:
-        """Returns the caller of a ticket, which is used up then; None: it is not valid, or its host does not answer."""
+        """Returns the caller of a ticket, which is used up; None if it is not valid, or its host does not answer."""
         body = msgspec.json.encode(WantRedeemed(ticket.decode("latin-1"), path))
         headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
         try:
@@ -56,20 +56,20 @@ Header = tuple[bytes, bytes]
 
 
 class Forwarded(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A request of a client, as the host that it asked has checked it."""
+    """A client's request, as checked by the host that received it."""
 
     caller: Caller
-    """Without its credential and its limits, which are the business of that host."""
+    """The caller without credential and limits, which only that host needs."""
     credential: str = ""
-    """Of the caller, for tickets: any host may get the request that has one."""
+    """The credential of the caller, for tickets: any host may receive the request with one."""
     address: tuple[bool, str] | None = None
-    """How the client reaches that host, for URLs in answers: whether it uses TLS, and `host[:port]`."""
+    """The address of that host for the client, for URLs in answers: whether it uses TLS, and `host[:port]`."""
 
 
 def request_headers(scope: Any, address: tuple[bool, str] | None = None) -> list[Header]:
-    """Returns what a request to another host has of one to this host: who calls, for which project, and its id.
+    """Returns the headers for passing a request to another host: the caller, the project, and its id.
 
-    :param address: as in `Forwarded`
+    :param address: see `Forwarded`
     """
     state = scope["state"]
     caller = state["caller"]
@@ -85,12 +85,12 @@ def request_headers(scope: Any, address: tuple[bool, str] | None = None) -> list
 
 
 def is_for_one_host(scope: Any) -> bool:
-    """Whether a request is about one host: another one has passed it on, or it names a host."""
+    """Returns whether a request is for one host: another host has passed it on, or it names a host."""
     return scope["state"].get("forwarded") is not None or any(name == HOST for name, _ in scope["headers"])
 
 
 def forwarded_in(headers: Iterable[Header]) -> Forwarded:
-    """Returns what another host says of its client. :raises Problem: 400 it names no caller, or several."""
+    """Returns the client that another host reports. :raises Problem: 400, it names no caller, or several."""
     values = [value for name, value in headers if name == CALLER]
     if len(values) == 1:
         try:

@@ -1,5 +1,5 @@
-"""The JSON of etcd's gateway: keys and values are base64, numbers of 64 bits are texts, and what is zero or false is
-left out. (Measured with etcd 3.5.16.)"""
+"""The JSON of etcd's gateway: keys and values are base64, 64-bit numbers are text, and zero or false values are left
+out. (Measured with etcd 3.5.16.)"""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import msgspec
 from ._interface import Change, Compare, Entry, Step
 
 MAX_ANSWER = 8 * 1024 * 1024
-"""Most bytes of one answer or of one line of a watch. A request of etcd has 1.5 MiB at most by default, and base64 and
-JSON add a half."""
+"""Maximum size of one answer or of one line of a watch. A request of etcd has 1.5 MiB at most by default, and base64
+and JSON add half."""
 
 
 def condition(compare: Compare) -> dict[str, str]:
@@ -34,13 +34,13 @@ def operation(step: Step) -> dict[str, dict[str, str]]:
 
 
 def range_of(prefix: str, *, after: str = "") -> dict[str, str]:
-    """Returns the range of all keys that begin with `prefix` and come after the key `after`."""
+    """Returns the range of all keys with a prefix that come after the key `after`."""
     first = after.encode() + b"\0" if after else prefix.encode()
     return {"key": b64encode(first).decode("ascii"), "range_end": b64encode(_next(prefix.encode())).decode("ascii")}
 
 
 def _next(prefix: bytes) -> bytes:
-    """Returns the first key that comes after all that begin with a prefix, which has no byte 255 at its end."""
+    """Returns the first key after all keys with a prefix that does not end with the byte 255."""
     return prefix[:-1] + bytes([prefix[-1] + 1])
 
 
@@ -49,7 +49,7 @@ def _encoded(key: str) -> str:
 
 
 class Header(msgspec.Struct, frozen=True):
-    """What comes with each answer."""
+    """The header of each answer."""
 
     revision: str = "0"
     member_id: str = ""
@@ -64,7 +64,7 @@ class RawEntry(msgspec.Struct, frozen=True):
 
     @property
     def entry(self) -> Entry:
-        """:raises ValueError: it is malformed."""
+        """Returns the entry. :raises ValueError: it is malformed."""
         return Entry(
             b64decode(self.key).decode(),
             b64decode(self.value),
@@ -95,7 +95,7 @@ class Transacted(msgspec.Struct, frozen=True):
 
 
 class Granted(msgspec.Struct, frozen=True):
-    """A lease. One that is gone has no TTL."""
+    """A lease. An ended lease has no TTL."""
 
     header: Header = Header()
     id: str = msgspec.field(name="ID", default="0")
@@ -115,7 +115,7 @@ class Failure(msgspec.Struct, frozen=True):
     """The body of an error."""
 
     code: int = 0
-    """A code of gRPC."""
+    """A gRPC code."""
     grpc_code: int = 0
     message: str = ""
     error: str = ""
@@ -149,15 +149,15 @@ class Line(msgspec.Struct, frozen=True):
     revision: int
     changes: Sequence[Change]
     ended: str | None
-    """Why etcd has ended the watch; None: it has not."""
+    """Why etcd has ended the watch; None if it has not."""
     compacted: bool
-    """It has, as it does not keep what is to be reported."""
+    """Whether etcd has ended the watch because the requested changes have expired."""
     broken: str | None
-    """Why the stream ends, as when the member has no leader any more."""
+    """Why the stream ends, for example because the member has lost its leader."""
 
 
 def read_line(content: bytes) -> Line:
-    """:raises ValueError, msgspec.MsgspecError: it is malformed."""
+    """Parses a line. :raises ValueError, msgspec.MsgspecError: it is malformed."""
     watched = msgspec.json.decode(content, type=_Watched)
     result = watched.result
     changes: list[Change] = []

@@ -1,4 +1,4 @@
-"""What the fleet wants from etcd, and what can go wrong with it. `Etcd` implements it, and so does the simulated etcd
+"""The interface and the errors of etcd, as the fleet needs them. `Etcd` implements it, and so does the simulated etcd
 of `tests/simulated`.
 """
 
@@ -12,7 +12,7 @@ import msgspec
 
 
 class EtcdError(Exception):
-    """Something is wrong with etcd; the text says what, for people."""
+    """An error of etcd, with a text for people."""
 
 
 class EtcdUnavailable(EtcdError):
@@ -34,8 +34,8 @@ class LeaseGone(EtcdError):
 
 
 class Compacted(EtcdError):
-    """The revisions that are asked for are not kept any more, or were never there: etcd was restored from a backup.
-    List again, and say that changes were missed."""
+    """The requested revisions have expired, or never existed because etcd was restored from a backup. List again, and
+    report that changes were missed."""
 
     def __init__(self) -> None:
         super().__init__("etcd does not keep the changes since the last one that is known")
@@ -47,11 +47,11 @@ class Entry(msgspec.Struct, frozen=True):
     key: str
     value: bytes
     created: int
-    """The revision that made the key."""
+    """The revision that created the key."""
     modified: int
     """The revision that wrote the value."""
     lease: int = 0
-    """The lease that it ends with; 0: none."""
+    """The lease with which it ends; 0 for none."""
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -59,36 +59,36 @@ class Change(msgspec.Struct, frozen=True):
 
     key: str
     entry: Entry | None
-    """None: it was deleted."""
+    """None if it was deleted."""
     revision: int
 
 
 class Compare(msgspec.Struct, frozen=True):
-    """A condition of a transaction: what the key has now."""
+    """A condition on the present state of a key."""
 
     key: str
     target: Literal["create", "mod", "value"]
-    """The revision that made the key, 0 if it is not there; the one that wrote it; or its value."""
+    """The revision that created the key, 0 if it does not exist; the revision of its value; or the value."""
     wanted: int | bytes
 
 
 def absent(key: str) -> Compare:
-    """There is no such key."""
+    """Returns the condition that a key does not exist."""
     return Compare(key, "create", 0)
 
 
 def unchanged(entry: Entry) -> Compare:
-    """Nobody has written, deleted or made the key anew since."""
+    """Returns the condition that a key was not written, deleted or created again since."""
     return Compare(entry.key, "mod", entry.modified)
 
 
 def equal(key: str, value: bytes) -> Compare:
-    """The key has this value."""
+    """Returns the condition that a key has a value."""
     return Compare(key, "value", value)
 
 
 class Step(msgspec.Struct, frozen=True):
-    """What a transaction does to a key."""
+    """A step of a transaction for one key."""
 
     key: str
     kind: Literal["put", "delete", "fetch"]
@@ -97,28 +97,28 @@ class Step(msgspec.Struct, frozen=True):
 
 
 def put(key: str, value: bytes, *, lease: int = 0) -> Step:
-    """Writes a key. `lease`: deletes it when that ends."""
+    """Returns the step that writes a key, which is deleted with `lease`."""
     return Step(key, "put", value, lease)
 
 
 def delete(key: str) -> Step:
-    """Deletes a key, if it is there."""
+    """Returns the step that deletes a key, if it exists."""
     return Step(key, "delete")
 
 
 def fetch(key: str) -> Step:
-    """Reads a key."""
+    """Returns the step that reads a key."""
     return Step(key, "fetch")
 
 
 class Transaction(msgspec.Struct, frozen=True):
-    """What a transaction has done."""
+    """The result of a transaction."""
 
     done: bool
     """Whether its conditions held."""
     revision: int
     reads: tuple[Entry | None, ...]
-    """What its `fetch` steps have found, in their order."""
+    """The results of its `fetch` steps, in order."""
 
 
 class Lease(msgspec.Struct, frozen=True):
@@ -129,11 +129,11 @@ class Lease(msgspec.Struct, frozen=True):
 
 
 class Changes(msgspec.Struct, frozen=True):
-    """What one or more revisions have changed, in their order."""
+    """The changes of one or more revisions, in order."""
 
     changes: Sequence[Change]
     revision: int
-    """The newest of them."""
+    """The newest revision."""
 
 
 class Following(Protocol):
@@ -142,14 +142,14 @@ class Following(Protocol):
     async def receive(self) -> Changes:
         """Waits for the next changes.
 
-        :raises Compacted: what it has to report is not kept any more; list again.
+        :raises Compacted: the changes have expired; list again.
         :raises EtcdUnavailable: the connection broke, or the member has lost the quorum; watch again.
         :raises EtcdRefused:
         """
 
 
 class KeyValues(Protocol):
-    """A store of keys and values that all hosts share. See `Etcd` for what each method raises."""
+    """A key-value store that all hosts share. See `Etcd` for the errors of each method."""
 
     async def get(self, key: str) -> Entry | None: ...
 

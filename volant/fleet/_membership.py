@@ -1,8 +1,7 @@
-"""A host's place in the fleet: its record, its number and its load, which it alone writes.
+"""A host's membership: its record, its number and its load, which only that host writes.
 
-A host is identified by an id that it keeps in its state directory. So a second host that was given the same name, or a
-copy of a host's disk that runs elsewhere, does not become the same host by mistake: its record says another id, or its
-sign of life is there already.
+A host is identified by an id in its state directory. So a second host with the same name, or a copy of a host's disk
+that runs elsewhere, is not taken for the same host: its record has another id, or its sign of life already exists.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class Gate(Wrapper):
         self._refusal: str | None = None
 
     async def close(self, refusal: str) -> None:
-        """Refuses changes from now on, and waits for the end of those that are under way.
+        """Refuses changes from now on, and waits for the end of running ones.
 
         :param refusal: why they are refused, for people
         """
@@ -73,38 +72,38 @@ T = TypeVar("T")
 HOSTS, NUMBERS, LOADS = "hosts/", "numbers/", "load/"
 MAX_HOSTS = 999
 IDS_OF_ONE = 10**9
-"""Each host gives its VMs ids from a block of its own, so that no two VMs of a fleet have the same one."""
+"""The size of each host's own block of VM ids, so that no two VMs of a fleet have the same id."""
 OLDEST = EventId("", 0)
-"""Stands for the oldest event that is kept."""
+"""The oldest stored event."""
 _LOOK_S = 2.0
-"""Between two looks at facts and load."""
+"""The interval of checks of facts and load."""
 _LOAD_EVERY_S = 10.0
-"""A load that has changed a little is written after so long; otherwise busy hosts would fill etcd's history."""
+"""The interval for writing small changes of the load, which would otherwise fill etcd's history."""
 _RETRY_S, _RETRY_MAX_S = 0.5, 10.0
 
 
 class HostRecord(msgspec.Struct, frozen=True):
-    """What a host says of itself."""
+    """A host's record, written by itself."""
 
     id: str
     number: Annotated[int, msgspec.Meta(ge=1, le=MAX_HOSTS)]
     facts: HostFacts
     since: str = ""
-    """The event with which it joined: what was before does not belong to the fleet."""
+    """The event with which it joined; earlier events do not belong to the fleet."""
 
 
 class Member(msgspec.Struct, frozen=True, kw_only=True):
-    """A host, as those that follow its events or list what it has need to know it."""
+    """A host, with the data for following its events and listing its objects."""
 
     number: int
     name: str
     is_up: bool
     vms: int
-    """As last reported."""
+    """The number from its last report."""
     since: EventId
-    """The event with which it joined; with an empty epoch: the oldest."""
+    """The event with which it joined; an empty epoch means the oldest event."""
     head: EventId
-    """Its newest event, as last reported. It may have newer ones, never older ones alone."""
+    """Its newest event, from its last report. It may have newer ones."""
 
 
 class NameInUse(Exception):
@@ -114,7 +113,7 @@ class NameInUse(Exception):
 class Membership:
     """Writes the record and the load of one host.
 
-    :param id: of this host, the same after each restart
+    :param id: the id of this host, the same after each restart
     :param take_number: called with the number of this host before the fleet may know its VMs
     """
 
@@ -142,10 +141,10 @@ class Membership:
         self.joined = trio.Event()
         """Set when the fleet has the record of this host."""
         self.trouble: str | None = None
-        """Why the fleet does not have it, or has an old one; None: it has."""
+        """Why the fleet lacks this host's record or has an old one; None if it is current."""
 
     async def keep(self) -> None:
-        """Joins, and keeps record and load true until cancelled."""
+        """Joins, and keeps record and load current until cancelled."""
         backoff = Backoff(_RETRY_S, _RETRY_MAX_S)
         while True:
             try:
@@ -178,7 +177,7 @@ class Membership:
         return True
 
     async def _write_record(self) -> None:
-        """Writes it, unless somebody else has changed it meanwhile. The first one gets a number that no other host has.
+        """Writes the record, unless it was changed in between. The first record gets a unique number.
 
         :raises NameInUse: :raises EtcdError: it does not answer, or has a record that can't be read
         """
@@ -230,7 +229,7 @@ class Membership:
 
 
 def check_id(name: str, known: HostRecord, id: str) -> None:
-    """Checks that a name is that of the host with this id. :raises NameInUse: it is another one's."""
+    """Checks that a name belongs to the host with this id. :raises NameInUse: it belongs to another host."""
     if known.id != id:
         raise NameInUse(
             f"another host of the fleet is named {name!r}; give this one another name (fleet_host), or, if it replaces "
@@ -245,12 +244,12 @@ async def known_hosts(etcd: KeyValues) -> Mapping[str, HostRecord]:
 
 
 def record_of(entry: Entry | None) -> HostRecord | None:
-    """Returns the record of a key; None: there is none, or it is malformed."""
+    """Returns the record in a key; None if there is none, or it is malformed."""
     return None if entry is None else _decoded(entry, HostRecord)
 
 
 def member_of(name: str, record: HostRecord, load: HostLoad, *, is_up: bool) -> Member:
-    """Returns a host as others need to know it."""
+    """Returns a host as a member."""
     since = EventId.parse(record.since) or OLDEST
     return Member(
         number=record.number,
@@ -263,7 +262,7 @@ def member_of(name: str, record: HostRecord, load: HostLoad, *, is_up: bool) -> 
 
 
 def load_of(entry: Entry | None) -> HostLoad:
-    """Returns the load of a key; that of an idle host without room if there is none."""
+    """Returns the load in a key; without one, the load of an idle host without free memory."""
     found = None if entry is None else _decoded(entry, HostLoad)
     return found or HostLoad()
 
@@ -276,6 +275,6 @@ def _decoded(entry: Entry, kind: type[T]) -> T | None:
 
 
 def _differs(before: HostLoad, now: HostLoad) -> bool:
-    """Whether a placement would be decided otherwise."""
+    """Returns whether a placement would be decided differently."""
     least = max(before.free_memory_mb, now.free_memory_mb) // 10
     return before.vms != now.vms or abs(before.free_memory_mb - now.free_memory_mb) > least

@@ -1,4 +1,4 @@
-"""Keeps a copy of the fleet's keys in memory, so that reads need no request and go on without a quorum."""
+"""Keeps a copy of the fleet's keys in memory, so that reads need no request and work without a quorum."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from volant.concurrency import Backoff
 from ._interface import Change, Compacted, Entry, EtcdError, KeyValues
 
 _SILENCE_S = 15.0
-"""After so long without a change, the watch is begun anew: a connection that the network has forgotten says nothing."""
+"""The watch is restarted after this time without a change, as a dropped connection is silent."""
 _FIRST_PAUSE_S = 0.2
 _MAX_PAUSE_S = 5.0
 
 
 class Mirror:
-    """All keys of a store, as etcd had them at one revision, which is never older than the last one.
+    """All keys of a store at one revision, which never goes back.
 
-    It says what is, and not what has happened: changes that follow each other may be seen as one.
+    It shows states, not events: several changes may appear as one.
     """
 
     def __init__(self, etcd: KeyValues, now: Callable[[], float]) -> None:
         """
-        :param now: a clock in seconds that goes on while the host sleeps
+        :param now: a clock in seconds that continues while the host sleeps
         """
         self._etcd = etcd
         self._now = now
@@ -32,22 +32,22 @@ class Mirror:
         self._heard_at: float | None = None
         self._changed = trio.Event()
         self.revision = 0
-        """Of the copy; 0: nothing has been read yet."""
+        """The revision of the copy; 0 if nothing has been read yet."""
         self.trouble: str | None = None
-        """Why the copy may be old; None: changes arrive as they happen."""
+        """Why the copy may be old; None if changes arrive as they happen."""
 
     def section(self, name: str) -> Mapping[str, Entry]:
-        """Returns the keys that begin with `name` and a slash, by what follows that. Not to be kept: the next change
-        may change it."""
+        """Returns the keys below `name` and a slash, by the rest of the key. Don't store the result: the next change
+        may modify it."""
         return self._sections.get(name, {})
 
     @property
     def age_s(self) -> float | None:
-        """For how many seconds nothing is known of etcd; None: nothing has been read yet."""
+        """The seconds since the last news from etcd; None if nothing has been read yet."""
         return None if self._heard_at is None else self._now() - self._heard_at
 
     def clear(self) -> None:
-        """Forgets everything. Cancel `keep` before."""
+        """Removes everything. Cancel `keep` first."""
         self._sections = {}
         self.revision = 0
         self._notify()
@@ -83,7 +83,7 @@ class Mirror:
         self._hear()
 
     async def _watch(self) -> None:
-        """Follows changes until nothing comes for a while."""
+        """Follows changes until none arrives for some time."""
         async with self._etcd.watch("", after=self.revision) as watch:
             self._hear()
             while True:

@@ -1,7 +1,7 @@
-"""The names of a host's VMs, snapshots and volumes, each of which one host of the fleet has.
+"""The names of a host's VMs, snapshots and volumes. Each name belongs to one host of the fleet.
 
-A name is claimed before the VM is made, and freed after it is gone. A daemon that dies in between leaves a claim
-without a VM, and a restored database may bring back VMs whose claims are gone: `Names.keep` sets both right.
+A name is claimed before the VM is created, and freed after it is deleted. A daemon that dies in between leaves a claim
+without a VM, and a restored database may contain VMs without claims: `Names.keep` repairs both.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from ._mirror import Mirror
 
 _LOOK_S = 5.0
 _PAUSE_S = 1.0
-"""Between two looks, however much changes: each decodes all claims of the fleet."""
+"""The minimum interval of checks, as each decodes all claims of the fleet."""
 _RETRY_S, _RETRY_MAX_S = 0.5, 10.0
 _FREE_S = 5.0
 _FIND_S = 3.0
 _CONTINUES_S = 10.0
-"""For so long a request waits for a VM that is between two hosts: usually a fraction of a second."""
+"""How long a request waits for a VM between two hosts, which usually takes a fraction of a second."""
 _LOOK_AGAIN_S, _LOOK_AGAIN_MAX_S = 0.05, 0.5
 _ANOTHER = "choose another name, or delete that one first; it may be on another host"
 _TAKEN: Mapping[str, Callable[[str], Problem]] = {
@@ -36,16 +36,16 @@ _TAKEN: Mapping[str, Callable[[str], Problem]] = {
     "volumes": lambda name: already_exists("volume", name, _ANOTHER),
 }
 KINDS = tuple(_TAKEN)
-"""What has names that are unique in the fleet, as paths name it."""
+"""The kinds of names that are unique in the fleet, as in paths."""
 _logger = logging.getLogger("volant.fleet")
 
 
 class Names:
     """Claims and frees names of one kind for one host.
 
-    :param there: returns what this host has of it
-    :param new_id: makes up an id that was never used
-    :param is_unsure: returns whether another host may have it, although etcd does not say so
+    :param there: returns the objects of this kind on this host
+    :param new_id: returns an id that was never used
+    :param is_unsure: returns whether another host may have it, although etcd does not show that
     """
 
     def __init__(
@@ -69,10 +69,10 @@ class Names:
         self._in_hand: dict[str, trio.Event] = {}
         """Names that are being claimed or freed, each by one task."""
         self.conflicts: tuple[str, ...] = ()
-        """What this host has under names that other hosts have, as `project/name`."""
+        """The objects of this host whose names other hosts have, as `project/name`."""
 
     def owner(self, vm: Key) -> str | None:
-        """Returns the host that has a name, as far as is known; None: no host."""
+        """Returns the host that has a name, as far as is known; None for no host."""
         return self._host if vm in self._there() else self.owner_of(text_of(vm))
 
     def owner_of(self, name: str) -> str | None:
@@ -81,15 +81,15 @@ class Names:
         return None if claim is None else claim.owner
 
     def claim(self, vm: Key) -> Claim | None:
-        """Returns the claim of a name, as far as is known; None: there is none."""
+        """Returns the claim of a name, as far as is known; None if there is none."""
         return self._claim_of(text_of(vm))
 
     async def find(self, vm: Key) -> str | None:
-        """Returns the host that has a name; None: no host. What is not known here may be new, so etcd is asked for it.
-        A VM that another host is about to start or to continue is waited for a while.
+        """Returns the host that has a name; None for no host. A name that is unknown here may be new, so etcd is asked.
+        If another host is about to start or continue the VM, waits for some time.
 
-        :raises Problem: 503 etcd does not answer, so nobody can say that there is no such name; or its VM is being
-            started by a host that has just taken it over, and that takes longer.
+        :raises Problem: 503, etcd does not answer, so the name may exist; or the VM is being started by a host that has
+            just taken it over, and that takes longer.
         """
         waits_until = trio.current_time() + _CONTINUES_S
         backoff = Backoff(_LOOK_AGAIN_S, _LOOK_AGAIN_MAX_S)
@@ -108,7 +108,7 @@ class Names:
             await backoff.pause()
 
     async def _look_up(self, name: str) -> Claim | None:
-        """Returns the claim of a name that this host does not have. :raises Problem: 503 etcd does not answer"""
+        """Returns the claim of a name that this host does not have. :raises Problem: 503, etcd does not answer"""
         claim = self._claim_of(name)
         if claim is not None and claim.owner != self._host:
             return claim
@@ -127,10 +127,10 @@ class Names:
 
     @asynccontextmanager
     async def claimed(self, vms: Sequence[Key], movable: Movable | None = None) -> AsyncIterator[None]:
-        """Claims names for the VMs that the block makes; frees those of VMs that are not there at its end.
+        """Claims names for the VMs that the block creates, and frees the names of VMs that don't exist at its end.
 
-        :param movable: how another host may start it
-        :raises Problem: 409 a name is taken; 503 etcd does not answer.
+        :param movable: the data for a start by another host
+        :raises Problem: 409, a name is taken; 503, etcd does not answer.
         """
         async with self._holding(vms):
             try:
@@ -153,14 +153,14 @@ class Names:
         }
 
     async def free(self, vm: Key) -> None:
-        """Frees the name of a VM that is gone. What etcd does not answer in time, `keep` does later."""
+        """Frees the name of a deleted VM. If etcd does not answer in time, `keep` does it later."""
         with trio.move_on_after(_FREE_S):
             async with self._holding([vm]):
                 await self._free_unless_there(vm)
 
     @asynccontextmanager
     async def _holding(self, vms: Sequence[Key]) -> AsyncIterator[None]:
-        """Lets nobody else on this host claim or free these names."""
+        """Prevents other tasks on this host from claiming or freeing these names."""
         names = sorted({text_of(vm) for vm in vms})
         held: list[str] = []
         try:
@@ -195,7 +195,7 @@ class Names:
                 await trio.sleep(_PAUSE_S)
 
     async def _set_right(self) -> None:
-        """:raises EtcdError:"""
+        """Claims missing names and frees unused ones. :raises EtcdError:"""
         there = {text_of(vm): vm for vm in self._there()}
         claims = {name: claim for name in self._mirror.section(self._kind) if (claim := self._claim_of(name))}
         owners = {name: claim.owner for name, claim in claims.items()}
@@ -234,7 +234,7 @@ class Names:
             raise unavailable(error) from error
 
     async def _free_unless_there(self, vm: Key) -> None:
-        """Frees a name, if this host has it and no VM of that name. What fails now is done by `keep`."""
+        """Frees a name, if this host has it and no VM of that name. `keep` repeats failures."""
         if vm in self._there():
             return
         try:
@@ -247,18 +247,18 @@ class Names:
 
 
 def text_of(vm: Key) -> str:
-    """Returns a name in the fleet: the project and the own one."""
+    """Returns a name in the fleet: the project and the VM's name."""
     return f"{vm.project}/{vm.name}"
 
 
 def key_of(name: str) -> Key:
-    """Returns what `text_of` was made of."""
+    """Returns the key from which `text_of` made the text."""
     project, _, own = name.partition("/")
     return Key(project, own)
 
 
 def unavailable(error: EtcdError | str) -> Problem:
-    """Returns the problem of a change that hosts have to agree on, and can't."""
+    """Returns the 503 for a change on which the hosts can't agree."""
     return Problem(
         503, "fleet-unavailable", f"the hosts of the fleet can't agree on this now: {error}",
         hint="VMs run on, and can be read and used; try again when etcd answers", retry_after_s=5,

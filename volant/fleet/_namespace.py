@@ -11,10 +11,10 @@ from ._interface import Change, Changes, Compare, Entry, Following, KeyValues, S
 
 
 class Namespace(Wrapper):
-    """The keys of another store that begin with a prefix, without it. Each method raises what the store's does."""
+    """The keys of another store with a prefix, which is removed. Each method raises the errors of the store."""
 
     def __init__(self, etcd: KeyValues, prefix: str) -> None:
-        """:param prefix: ends with a slash"""
+        """Creates it. `prefix` ends with a slash."""
         super().__init__(etcd)
         self._prefix = prefix
 
@@ -41,7 +41,7 @@ class Namespace(Wrapper):
             yield _Inner(self, watch)
 
     def changed(self, change: Change) -> Change:
-        """Returns a change of the store, with the key of this namespace."""
+        """Returns a change of the store, with the key in this namespace."""
         return msgspec.structs.replace(
             change, key=change.key.removeprefix(self._prefix), entry=self._inner(change.entry)
         )

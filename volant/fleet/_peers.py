@@ -16,12 +16,12 @@ from volant.model import Problem
 from ._connections import Connections
 
 _MAX_ANSWER = 64 * 1024 * 1024
-"""Bytes of an answer that is kept whole: the list of some ten thousand VMs."""
+"""Maximum size of an answer in memory, enough for a list of some ten thousand VMs."""
 _MAX_KEPT = 4 * _MAX_ANSWER
-"""Bytes of all answers that are read or used at a time."""
+"""Maximum size of all answers that are read or used at a time."""
 Header = tuple[bytes, bytes]
 Keep = Callable[[int], None]
-"""Counts bytes of an answer that is kept. :raises AgentProtocolError: there are too many"""
+"""Counts bytes of an answer that is kept. :raises AgentProtocolError: there are too many."""
 
 
 class PeerAnswer(msgspec.Struct, frozen=True):
@@ -35,9 +35,9 @@ class PeerAnswer(msgspec.Struct, frozen=True):
 class Peers:
     """Connects to other hosts.
 
-    :param context: trusts the hosts of the fleet, and shows the certificate of this one
-    :param reach: returns the address of a host by its name; :raises Problem: it is unknown or gives no sign of life
-    :param max_kept: bytes of answers at a time
+    :param context: trusts the hosts of the fleet, and presents the certificate of this one
+    :param reach: returns the address of a host by its name; :raises Problem: it is unknown or unreachable
+    :param max_kept: maximum bytes of answers at a time
     """
 
     def __init__(self, context: ssl.SSLContext, reach: Callable[[str], str], max_kept: int = _MAX_KEPT) -> None:
@@ -47,14 +47,14 @@ class Peers:
         self._kept = 0
 
     async def keep(self) -> None:
-        """Keeps connections to hosts for the next requests, until cancelled. Without it each request has its own."""
+        """Keeps connections to hosts for the next requests, until cancelled. Without it each request opens its own."""
         await self._connections.keep()
 
     @asynccontextmanager
     async def connect(self, host: str) -> AsyncIterator[AgentClient]:
-        """Gives a client for one request to a host.
+        """Yields a client for one request to a host.
 
-        :raises Problem: 404 there is no such host; 503 it gives no sign of life
+        :raises Problem: 404, there is no such host; 503, it is unreachable
         """
         address = self._reach(host)
         async with trio.open_nursery() as nursery:
@@ -63,7 +63,8 @@ class Peers:
 
     @contextmanager
     def keeping(self) -> Iterator[Keep]:
-        """Gives what counts the bytes of answers that are used in a block, for `ask`: many hosts may have much."""
+        """Yields a counter for the bytes of answers that the block uses, for `ask`, as many hosts may have large
+        ones."""
         mine = 0
 
         def keep(count: int) -> None:
@@ -90,11 +91,11 @@ class Peers:
     ) -> PeerAnswer:
         """Returns the whole answer to a request: GET, or POST with a body.
 
-        :param headers: also who calls (`request_headers`)
-        :param timeout_s: for all of it
-        :param keep: of `keeping`; None: the answer is small, or not kept
-        :raises Problem: 404 there is no such host; 503 it gives no sign of life, does not answer in time, or its answer
-            is too large
+        :param headers: the headers, including the caller (`request_headers`)
+        :param timeout_s: the deadline for the whole request
+        :param keep: the counter of `keeping`; None if the answer is small, or not kept
+        :raises Problem: 404, there is no such host; 503, it is unreachable, does not answer in time, or its answer is
+            too large
         """
         method = "GET" if body is None else "POST"
         try:
@@ -122,7 +123,7 @@ async def _whole(answer: AgentResponse, keep: Keep) -> bytes:
 
 
 class _Channel:
-    """Stands in for a channel, for one request."""
+    """A substitute for a channel, for one request."""
 
     def __init__(self, connections: Connections, address: str, nursery: trio.Nursery) -> None:
         self._connections = connections
@@ -130,7 +131,7 @@ class _Channel:
         self._nursery = nursery
 
     async def open_stream(self, *, timeout_s: float, reserved: bool = False) -> ChannelStream:
-        """:raises AgentUnreachable: the host can't be reached, or is another one."""
+        """Opens a connection. :raises AgentUnreachable: the host can't be reached, or is another one."""
         del reserved
         return await self._connections.open(self._address, timeout_s)
 

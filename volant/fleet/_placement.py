@@ -1,8 +1,8 @@
-"""Where a new VM goes: the hosts that can take it, the best first.
+"""Placement of a new VM: the hosts that can run it, best first.
 
-The host that is asked decides: its own admission knows what it has promised, so no host is ever overcommitted, however
-many others place VMs on it at the same time. If it refuses, the next one is asked. What hosts report of themselves may
-be some seconds old, and only decides the order.
+The host that receives the VM decides: its own admission knows its commitments, so no host is ever overcommitted,
+however many others place VMs on it at the same time. If it refuses, the next one is asked. Reports of hosts may be some
+seconds old, and only decide the order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from volant.model import HostView, Placement, Problem, first_few
 
 
 class Wanted(msgspec.Struct, frozen=True, kw_only=True):
-    """What a new VM needs of its host."""
+    """The requirements of a new VM for its host."""
 
     memory_mb: int = 0
     disk_mb: int = 0
@@ -28,10 +28,11 @@ LabelsOn = Callable[[str], Iterable[Mapping[str, str]]]
 
 
 def place(hosts: Iterable[HostView], wanted: Wanted, *, here: str, labels_on: LabelsOn = lambda host: ()) -> list[str]:
-    """Returns the names of the hosts that may take a VM, the best first: that with the largest share of free memory.
+    """Returns the names of the hosts that may run a VM, best first, which is the one with the largest share of free
+    memory.
 
-    :param here: the host that is asked; with equal others it is the best, as it needs no other
-    :raises Problem: 503 no host can take it, and why not
+    :param here: the host that answers; it comes first among equals, as no other host is needed
+    :raises Problem: 503, no host can run it, with the reasons
     """
     fitting: list[HostView] = []
     reasons: list[str] = []
@@ -50,7 +51,7 @@ def place(hosts: Iterable[HostView], wanted: Wanted, *, here: str, labels_on: La
 
 
 def obstacle_on(host: HostView, wanted: Wanted, labels_on: LabelsOn) -> str | None:
-    """Returns why a host can't take a VM; None: it can, as far as is known."""
+    """Returns why a host can't run a VM; None if it can, as far as is known."""
     if host.state != "up":
         return "it gives no sign of life"
     if host.draining_since is not None:
@@ -85,5 +86,5 @@ def _text(labels: Mapping[str, str]) -> str:
 
 
 def _free_share(host: HostView) -> float:
-    """Returns the share of memory that is free, in steps: hosts that differ little are equal."""
+    """Returns the share of free memory, in steps, so that similar hosts are equal."""
     return round(20 * host.free_memory_mb / max(1, host.memory_mb)) / 20

@@ -1,5 +1,4 @@
-"""Small records of a host's VMs, which all hosts have: when this host gives no sign of life, others can still say what
-there is."""
+"""Small records of a host's VMs on all hosts. If this host is unreachable, the others can still list its VMs."""
 
 from __future__ import annotations
 
@@ -18,9 +17,9 @@ from ._mirror import Mirror
 
 RECORDS = "records"
 _LOOK_S = 2.0
-"""A VM that changes its state several times within this writes one record."""
+"""The minimum interval of writes. A VM that changes its state several times within this writes one record."""
 _AT_ONCE = 64
-"""Records of one transaction: etcd takes 128 steps and 1.5 MiB."""
+"""Records in one transaction: etcd allows 128 steps and 1.5 MiB."""
 _RETRY_S, _RETRY_MAX_S = 0.5, 10.0
 _logger = logging.getLogger("volant.fleet")
 
@@ -40,12 +39,12 @@ class Records:
         self._rows = rows
 
     def get(self, name: str) -> VmRecord | None:
-        """Returns the record of a VM, `PROJECT/NAME`; None: there is none."""
+        """Returns the record of a VM, `PROJECT/NAME`; None if there is none."""
         entry = self._mirror.section(RECORDS).get(name)
         return None if entry is None else _decoded(entry.value)
 
     async def keep(self) -> None:
-        """Keeps them true until cancelled."""
+        """Keeps the records current until cancelled."""
         backoff = Backoff(_RETRY_S, _RETRY_MAX_S)
         while True:
             await trio.sleep(_LOOK_S)
@@ -61,12 +60,12 @@ class Records:
                 backoff.reset()
 
     def _is_own(self, name: str) -> bool:
-        """Whether no other host has taken the VM over."""
+        """Returns whether no other host has taken the VM over."""
         claim = claim_of(self._mirror.section("vms").get(name))
         return claim is None or claim.owner == self._host
 
     def _changes(self) -> list[Step]:
-        """Returns what makes the records true."""
+        """Returns the steps that update the records."""
         wanted: Mapping[str, bytes] = {
             f"{vm.project}/{vm.name}": msgspec.json.encode(record) for vm, record in self._rows()
         }
@@ -84,13 +83,13 @@ class Records:
 
 
 class _Written(msgspec.Struct):
-    """What all versions write."""
+    """The members that all versions write."""
 
     host: str
 
 
 def _host_of(value: bytes) -> str | None:
-    """Returns the host that has written a record; None: it is malformed."""
+    """Returns the host that has written a record; None if it is malformed."""
     try:
         return msgspec.json.decode(value, type=_Written).host
     except (msgspec.MsgspecError, ValueError):

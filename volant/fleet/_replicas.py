@@ -1,8 +1,8 @@
-"""The newest replica of each VM that is to be restored: one key for each, beside the VM's claim, with the hosts that
-have a copy.
+"""The newest replica of each VM with `failover` `restore`: one key for each, next to the VM's claim, with the hosts
+that have a copy.
 
 Only the owner of a VM writes it, in a transaction that checks the claim; a host that takes the VM over checks both. So
-nothing but the newest replica of the last owner is ever used. `docs/explanation/fleet.md` has the steps.
+only the newest replica of the last owner is ever used. `docs/explanation/fleet.md` has the steps.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PAUSE_S = 0.5
 
 
 class Replicas:
-    """The replicas of VMs of a fleet, as one host reads and writes them."""
+    """The replicas of the fleet's VMs, for one host."""
 
     def __init__(self, etcd: KeyValues, host: str, claims: Claims) -> None:
         self._etcd = etcd
@@ -31,11 +31,10 @@ class Replicas:
         self._claims = claims
 
     async def commit(self, name: str, mine: Claim, at: datetime, copies: Mapping[str, tuple[str, str]]) -> bool:
-        """Makes copies the newest replica of a VM of this host; returns whether they are.
+        """Commits copies as the newest replica of a VM of this host; returns whether they are.
 
         :param at: when they were taken
-        :param copies: for each host that has said that it has arrived, the id of its arrival and the name of its
-            snapshot
+        :param copies: for each host that has received one, the id of its arrival and the name of its snapshot
         :raises EtcdError: they may be, now or later.
         """
         names = {host: snapshot for host, (_, snapshot) in copies.items()}
@@ -66,10 +65,10 @@ class Replicas:
         raise OutcomeUnknown(f"etcd has done none of {_ATTEMPTS} requests")
 
     async def is_needed(self, name: str, arrival: str, snapshot: str) -> bool:
-        """Whether a VM may go on at this host from a snapshot that it has of it. If not, it never will: from now on
-        nobody makes it a replica any more.
+        """Returns whether a VM may continue on this host from a snapshot. If not, it never will, as the snapshot can't
+        become a replica any more.
 
-        :raises EtcdError: nobody knows.
+        :raises EtcdError: it is unknown.
         """
         # Who could still make it one has done so before the rest is read.
         await self._claims.refuse_arrival(arrival)

@@ -1,7 +1,7 @@
 """Positions in the events of all hosts, as one text that is opaque to clients.
 
-`*` and the base64 of one entry for each host: its number, the epoch of its journal, and the number of an event in it.
-A host takes about 15 characters. A host that is not in it is read from the event on with which it joined the fleet.
+`*` and the base64 of one entry for each host: its number, the epoch of its journal, and the number of an event in it. A
+host takes about 15 characters. A missing host is read from the event of its join on.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from ._membership import MAX_HOSTS
 
 _MARK = "*"
 _LETTERS = b"._"
-"""In place of `+` and `/`: no text is the id of an event of one host, which has a dash."""
+"""Replacements of `+` and `/`. The text can't be the id of an event of one host, which has a dash."""
 MAX_TEXT = 32 * MAX_HOSTS
 _MAX_EPOCH = 60
 _TEXT = 0x80
-"""Added to the length of an epoch that is no even number of hexadecimal digits."""
+"""Added to the length of an epoch that is not an even number of hexadecimal digits."""
 
 Positions = Mapping[int, EventId]
-"""By the numbers of hosts. An empty epoch stands for the oldest event."""
+"""Positions by the numbers of hosts. An empty epoch means the oldest event."""
 
 
 def position_text(positions: Positions) -> str:
@@ -39,7 +39,7 @@ def entry(number: int, position: EventId) -> bytes:
 
 
 def positions_in(text: str) -> dict[int, EventId] | None:
-    """Returns the positions in a text; None: it is none of these."""
+    """Returns the positions in a text; None if it has none."""
     if not text.startswith(_MARK) or len(text) > MAX_TEXT:
         return None
     try:
@@ -80,7 +80,7 @@ def _varint(value: int) -> bytes:
 
 
 def _read_varint(data: bytes, place: int) -> tuple[int, int]:
-    """:raises IndexError: it is cut off. :raises ValueError: it is too large."""
+    """Reads a varint. :raises IndexError: it is truncated. :raises ValueError: it is too large."""
     value = shift = 0
     while True:
         byte = data[place]

@@ -1,4 +1,4 @@
-"""Watches: the changes of all keys that begin with a prefix, those of one revision together, without a hole."""
+"""Watches: the changes of all keys with a prefix, without gaps, with the changes of one revision together."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ._gateway import MAX_ANSWER, Line, range_of, read_line
 from ._interface import Changes, Compacted, EtcdRefused, EtcdUnavailable, OutcomeUnknown
 
 _Stream = Callable[[str, bytes], AbstractAsyncContextManager[AsyncIterable[bytes]]]
-"""Sends a request to a member and gives the body of its answer."""
+"""Sends a request to a member and yields the body of its answer."""
 
 _BEGIN_S = 10.0
-"""How long the first line may take: etcd sends it at once, or, without a quorum, an error after some seconds."""
+"""Maximum time for the first line: etcd sends it at once, or, without a quorum, an error after some seconds."""
 
 
 class Watch:
@@ -29,7 +29,7 @@ class Watch:
     async def receive(self) -> Changes:
         """Waits for the next changes.
 
-        :raises Compacted: what it has to report is not kept any more; list again.
+        :raises Compacted: the changes have expired; list again.
         :raises EtcdUnavailable: the connection broke, or the member has lost the quorum; watch again.
         :raises EtcdRefused:
         """
@@ -43,7 +43,7 @@ class Watch:
                 return Changes(changes, max(each.revision for each in changes))
 
     async def next_line(self) -> Line:
-        """Returns the next line, which may have no changes. :raises: as `receive`"""
+        """Returns the next line, which may have no changes. :raises: see `receive`."""
         try:
             content = await anext(self._lines, None)
         except OutcomeUnknown as error:
@@ -65,12 +65,12 @@ class Watch:
 
 
 class _LineTooLong(EtcdUnavailable):
-    """It has more bytes than may be in memory."""
+    """The line is larger than the limit for data in memory."""
 
 
 @asynccontextmanager
 async def watching(endpoint: str, stream: _Stream, prefix: str, *, after: int) -> AsyncIterator[Watch]:
-    """Watches all keys that begin with a prefix, from the revision after `after` on.
+    """Watches all keys with a prefix, from the revision after `after` on.
 
     :raises EtcdUnavailable: the member does not begin the watch in time. :raises Compacted, EtcdRefused:
     """

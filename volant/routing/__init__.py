@@ -1,4 +1,5 @@
-"""Any host of a fleet answers for all: requests go to the host that can do them. See docs/explanation/fleet.md."""
+"""Routes requests in a fleet: any host accepts all requests and passes them on to the responsible host. See
+docs/explanation/fleet.md."""
 
 from ._app import FromHosts as FromHosts, Handler as Handler
 from ._router import Router as Router

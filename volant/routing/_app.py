@@ -1,4 +1,5 @@
-"""The app for the other hosts of the fleet: that of clients, with the caller that the other host names; and tickets."""
+"""The app for the other hosts of the fleet: the app for clients, with the caller that the other host reports; and
+tickets."""
 
 from __future__ import annotations
 
@@ -13,16 +14,17 @@ from volant.model import Caller, Problem
 
 _MAX_BODY = 4 * 1024 * 1024
 Handler = Callable[[bytes], Awaitable[bytes]]
-"""Answers what only hosts ask each other: takes a body and returns one. Raises Problem."""
+"""Answers requests between hosts: receives a body and returns one. Raises Problem."""
 
 
 class FromHosts:
-    """Serves requests of other hosts, which have shown a certificate of the fleet."""
+    """Serves requests of other hosts, which have presented a certificate of the fleet."""
 
     def __init__(
         self, app: AsgiApp, redeem: Callable[[bytes, str], Caller | None], handlers: Mapping[str, Handler]
     ) -> None:
-        """`redeem`: uses up a ticket of this host for a path, and returns its caller; `handlers`: by their paths"""
+        """Creates it. `redeem` uses up a ticket of this host for a path, and returns its caller; `handlers` are by
+        their paths."""
         self._app = app
         self._redeem = redeem
         self._handlers = {**handlers, REDEEM: self._answer_ticket}

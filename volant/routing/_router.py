@@ -1,16 +1,16 @@
-"""Finds the host that has to answer a request, and passes it on.
+"""Finds the host that must answer a request, and passes it on.
 
-- What is about a VM, a snapshot or a volume goes to the host that has it. A VM whose host gives no sign of life is
-  shown as it last was.
-- A create goes to the host that has the snapshot and the volumes that it names, else to the one that placement
-  chooses, or the next one if that has no room.
-- The header `Volant-Host` names a host, for what is about hosts themselves.
-- What a model sends goes to the host that the operation it calls would go to.
+- A request about a VM, a snapshot or a volume goes to its host. For a VM on an unreachable host the last known state is
+  shown.
+- A create goes to the host with the snapshot and the volumes in the request, otherwise to the choice of placement, or
+  to the next host if that one has no room.
+- The header `Volant-Host` names a host, for requests about hosts themselves.
+- A model's message goes to the host of the operation that it calls.
 - Everything else is answered here.
 
-What a request is about follows from the path of its operation: the first name in it, and the word before that.
+The object of a request follows from the path of its operation: the first name in it, and the word before that name.
 
-A request that another host has passed on is always answered here, so none can go in a circle.
+A request that another host has passed on is always answered here, so no request can circulate.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _NO_ROOM = ("no-capacity", "draining", "daemon-stopping")
 
 
 class _Create(msgspec.Struct, frozen=True):
-    """What routing has to know of the body of a create. The host that gets it checks all of it."""
+    """The part of a create's body that routing needs. The receiving host checks all of it."""
 
     name: str = ""
     memory_mb: int | None = None
@@ -52,7 +52,7 @@ class _Create(msgspec.Struct, frozen=True):
 
 
 SubjectOf = Callable[[bytes], tuple[Operation, Mapping[str, Any]] | None]
-"""Returns the operation that a body calls, and the arguments; None: it calls none."""
+"""Returns the operation that a body calls, and the arguments; None if it calls none."""
 
 
 class Router:
@@ -61,7 +61,8 @@ class Router:
     def __init__(
         self, fleet: Fleet, access: Access, relay: Relay, limits: Limits, messages: Mapping[str, SubjectOf]
     ) -> None:
-        """:param messages: for operations whose bodies call others, what tells which, by their names"""
+        """Creates it. `messages` has, for operations whose bodies call others, functions that return these, by
+        operation name."""
         self._fleet = fleet
         self._access = access
         self._relay = relay
@@ -70,13 +71,13 @@ class Router:
 
     @property
     def header(self) -> Header:
-        """Says which host has answered."""
+        """Returns the header with the host that has answered."""
         return HOST, self._fleet.host.encode("ascii")
 
     async def route(self, call: Call, operation: Operation | None, path: str) -> bool:
-        """Answers a request if that is another host's business; returns whether it was.
+        """Answers a request through another host, if that is responsible; returns whether it was.
 
-        :raises Problem: 404 there is no such host; 503 it does not answer.
+        :raises Problem: 404, there is no such host; 503, it does not answer.
         """
         if operation is None or self._fleet.left:
             return False
@@ -110,17 +111,19 @@ class Router:
         return True
 
     def _owner(self, call: Call, kind: str, name: str | None) -> str | None:
-        """Returns the host that has something of the project; None: no host is known to."""
+        """Returns the host that has an object of the project; None if no host is known to have it."""
         return self._fleet.names[kind].owner(call.named(name)) if name is not None and is_name(name) else None
 
     async def _find(self, call: Call, kind: str, name: str) -> str | None:
-        """As `_owner`, and certain that there is no host. :raises Problem: 503 nobody can say that now."""
+        """Returns the host like `_owner`, and None only if there certainly is none. :raises Problem: 503, it is unknown
+        now."""
         return await self._fleet.names[kind].find(call.named(name)) if is_name(name) else None
 
     async def _check_here(self, call: Call, kind: str, name: str) -> None:
-        """Checks that no other host has what another one has asked this one for: what it knows may be old.
+        """Checks that no other host has the object that another host has requested from this one, whose knowledge may
+        be old.
 
-        :raises Problem: 503 another host has it
+        :raises Problem: 503, another host has it
         """
         owner = await self._find(call, kind, name)
         if owner not in (None, self._fleet.host):
@@ -130,7 +133,7 @@ class Router:
             )  # fmt: skip
 
     async def _show_last_known(self, call: Call, name: str) -> bool:
-        """Answers with what is known of a VM whose host gives no sign of life; returns whether that is something."""
+        """Answers with the last known state of a VM on an unreachable host; returns whether there is one."""
         shown = self._fleet.last_known(call.named(name))
         if shown is None:
             return False
@@ -140,7 +143,7 @@ class Router:
         return True
 
     async def _message(self, call: Call, subject_of: SubjectOf) -> bool:
-        """Passes a message on. Why it can't be is answered here, in the form of the protocol."""
+        """Passes on a message. Failures are answered here, in the form of the protocol."""
         body = await read_call_bytes(call, self._limits)
         call.receive = _Replay(call, body)
         found = subject_of(body)
@@ -158,7 +161,7 @@ class Router:
         return False
 
     async def _host_of(self, call: Call, operation: Operation, arguments: Mapping[str, Any]) -> str | None:
-        """Returns the host for a call of an operation; None: any. :raises Problem: 409, 503"""
+        """Returns the host for a call of an operation; None for any. :raises Problem: 409, 503"""
         kind, name = _subject(operation, operation.path)
         if kind not in self._fleet.names:
             return None
@@ -197,9 +200,9 @@ class Router:
         return False
 
     def _hosts_for(self, call: Call, kind: str, wanted: _Create) -> list[str]:
-        """Returns the hosts that may make something, the best first.
+        """Returns the hosts that may create an object, best first.
 
-        :raises Problem: 409 what it needs is on several hosts; 503 no host can take it.
+        :raises Problem: 409, the required objects are on several hosts; 503, no host can run it.
         """
         # A create that is repeated goes to the host that has what was made, which knows the answer.
         owner = self._owner(call, kind, wanted.name)
@@ -236,7 +239,7 @@ class Router:
         return place(candidates, need, here=self._fleet.host, labels_on=labels_on)[:_TRIES]
 
     async def _pass_on(self, call: Call, host: str, *, last: bool = True) -> None:
-        """Passes a request on. With `last` False, an answer that says that the host has no room is `_NoRoom`."""
+        """Passes on a request. With `last` False, an answer that the host has no room raises `_NoRoom`."""
         # The host that does it records it.
         call.cause = None
         server = _Host(call, host, self._access.own_address(call.scope))
@@ -247,7 +250,7 @@ class Router:
 
 
 class _NoRoom(Problem):
-    """The host that was asked has no room."""
+    """The host has no room."""
 
 
 def _explain(status: int, body: bytes) -> Problem | None:
@@ -263,7 +266,7 @@ class _Host:
     """Another host, as the server of one request."""
 
     def __init__(self, call: Call, host: str, address: tuple[bool, str]) -> None:
-        """`address`: how the client reaches this host"""
+        """Creates it. `address` is this host's address for the client."""
         self._call = call
         self._address = address
         self.name = f"host {host}"
@@ -297,7 +300,7 @@ class _Host:
 
 
 class _Replay:
-    """Gives the body of a request that was read already, and then what comes after it."""
+    """Returns the body of a request that was read already, and then further messages."""
 
     def __init__(self, call: Call, body: bytes) -> None:
         self._after = call.receive.after if isinstance(call.receive, _Replay) else call.receive
@@ -305,7 +308,7 @@ class _Replay:
 
     @property
     def after(self) -> Any:
-        """Receives what comes after the body."""
+        """Receives messages after the body."""
         return self._after
 
     async def __call__(self) -> Message:
@@ -317,7 +320,7 @@ class _Replay:
 
 
 def _subject(operation: Operation, path: str) -> tuple[str, str | None]:
-    """Returns what a request is about: the word for it in the path, and its name; None: there is no name."""
+    """Returns the object of a request: its word in the path, and its name; None if there is no name."""
     parts = operation.path.split("/")
     for number, (part, given) in enumerate(zip(parts, path.split("/"), strict=False)):
         if part.startswith("{"):
