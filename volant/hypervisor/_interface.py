@@ -15,7 +15,7 @@ AcceleratorName = Literal["kvm", "tcg"]
 PAUSED = frozenset({"paused", "postmigrate", "finish-migrate"})
 """Values of `Machine.status` for a paused guest. In `finish-migrate` it is being saved and can't be resumed yet."""
 NOT_STARTED = frozenset({"inmigrate", "prelaunch"})
-"""Values of `Machine.status` for a machine whose launch is not complete: it waits for a state, loads one, or waits for
+"""Values of `Machine.status` for a machine whose launch is incomplete: it waits for a state, loads one, or waits for
 `cont`."""
 LaunchCode = Literal[
     "qemu_missing",
@@ -50,10 +50,10 @@ class LaunchFailed(HypervisorError):
 
 
 class CheckpointFailed(HypervisorError):
-    """There is no checkpoint. The guest runs on, unless `code` is `guest_stopped`.
+    """The checkpoint failed. The guest keeps running, unless `code` is `guest_stopped`.
 
-    `code`: `no_space` (where the copy goes is full), `not_permitted` (the system keeps the daemon from reading the
-    memory of the hypervisor's process), `io_error`, `refused` (the hypervisor can't save the devices, or is gone),
+    `code`: `no_space` (no room for the copy), `not_permitted` (the system prevents the daemon from reading the memory
+    of the hypervisor's process), `io_error`, `refused` (the hypervisor can't save the devices, or has ended),
     `too_slow`, `guest_stopped` (the guest could not be resumed yet; this is retried while the machine is attached, and
     by the next attachment).
     """
@@ -68,14 +68,14 @@ class Disk(msgspec.Struct, frozen=True):
     """A guest's disk: a copy-on-write layer over a read-only file system, or an empty one above an OCI image."""
 
     base: Path | None
-    """A raw image; None: the disk begins as an empty ext4 file system of `size_mb`."""
+    """A raw image; None for a disk that begins as an empty ext4 file system of `size_mb`."""
     layer: Path
     """Created by `Hypervisor.make_layer`."""
     size_mb: int | None = None
     """The disk's size, at least the base's; None for the base's. The layer never needs more space on the host."""
     image: Path | None = None
-    """The read-only disk that the guest puts below this one by overlay: a VMDK descriptor that joins the files beside
-    it. Set if there is no base."""
+    """The read-only disk that the guest mounts below this one in an overlay: a VMDK descriptor that joins the files
+    next to it. Set if there is no base."""
 
 
 class VolumeDisk(msgspec.Struct, frozen=True):
@@ -98,7 +98,7 @@ class SharedDirectory(msgspec.Struct, frozen=True):
 
 
 class DiskLimits(msgspec.Struct, frozen=True):
-    """What all disks of a machine together may do."""
+    """The limits of all disks of a machine together."""
 
     iops: int | None = None
     """Operations per second."""
@@ -119,13 +119,13 @@ class Nic(msgspec.Struct, frozen=True, kw_only=True):
     """The guest's address at boot with its prefix length: `192.168.127.2/24`. Empty in a template, whose NIC sends
     nothing. A copy gets its address from its agent."""
     gateway: str = ""
-    """Set if there is an address."""
+    """The gateway, set if there is an address."""
     nameservers: tuple[str, ...] = ()
-    """DNS servers, if there is an address. Empty: the guest's resolv.conf stays as it is."""
+    """DNS servers, if there is an address. If empty, the guest's resolv.conf stays as it is."""
 
 
 class Template(msgspec.Struct, frozen=True):
-    """The state that a machine starts from instead of booting: written by `Machine.save` or `Machine.checkpoint` of a
+    """The state from which a machine starts instead of booting: written by `Machine.save` or `Machine.checkpoint` of a
     machine with the same spec."""
 
     memory: Path
@@ -135,17 +135,17 @@ class Template(msgspec.Struct, frozen=True):
 
 
 class MachineKind(msgspec.Struct, frozen=True, kw_only=True):
-    """Describes what a machine's state depends on besides its spec; see `Hypervisor.incompatibility`."""
+    """The properties besides its spec that a machine's state depends on; see `Hypervisor.incompatibility`."""
 
     version: str
     """The hypervisor's version."""
     accelerator: AcceleratorName
     machine: str
-    """The hypervisor's name for the kind of machine."""
+    """The hypervisor's name for the machine type."""
     devices: int
     """The format of its devices and their order."""
     tsc_khz: int = 0
-    """The rate of the CPU's time stamps, which its guest counts without a check; 0: it checks them."""
+    """The rate of the CPU's time stamps, on which its guest relies without a check; 0 if it checks them."""
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -167,13 +167,13 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 HoldChannel = Callable[[], AbstractAsyncContextManager[Callable[[], tuple[int, int]]]]
-"""Returns a block in which nothing happens at the host's end of the agent's port: no I/O, no connection, no disconnect.
-The block yields a function that returns how many bytes the hypervisor has not read, and how many of its bytes are
-unread (see `Channel.hold`)."""
+"""Returns a block in which the host's end of the agent's port is idle: no I/O, no connection, no disconnect. The block
+yields a function that returns how many bytes the hypervisor has not read, and how many of its bytes are unread (see
+`Channel.hold`)."""
 
 
 class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """Describes one boot of a machine. Adopting a machine needs the same spec as launching it."""
+    """One boot of a machine. Adopting a machine needs the same spec as launching it."""
 
     vm_id: int
     name: str
@@ -238,8 +238,8 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def sandbox_path(self) -> Path:
-        """A JSON record of the sandbox, of what the kernel does not show. The name is older than the word sandbox, and
-        running VMs have it."""
+        """A JSON record of the sandbox, for facts that the kernel does not show. The name is older than the word
+        sandbox, and running VMs have it."""
         return self.directory / "sandbox.json"
 
     @property
@@ -249,7 +249,7 @@ class MachineSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ParsedMachine(msgspec.Struct, frozen=True, kw_only=True):
-    """Holds what a running hypervisor's command line says about its machine."""
+    """The machine, according to a running hypervisor's command line."""
 
     name: str
     """The guest's host name. Empty if it is not on the command line."""
@@ -259,7 +259,7 @@ class ParsedMachine(msgspec.Struct, frozen=True, kw_only=True):
     kernel: Path
     initramfs: Path
     cmdline: str
-    """As `MachineSpec.cmdline`."""
+    """See `MachineSpec.cmdline`."""
     memory_file: Path | None
     """None for a clone."""
     root: Disk | None = None
@@ -269,11 +269,11 @@ class ParsedMachine(msgspec.Struct, frozen=True, kw_only=True):
     nic: Nic | None = None
     volumes: tuple[VolumeDisk, ...] = ()
     directory_count: int = 0
-    """The number of directories of the host. Which, is not on the command line."""
+    """The number of directories of the host. The command line does not contain their paths."""
 
 
 class AcceleratorChoice(msgspec.Struct, frozen=True):
-    """How guests run on this host, and why."""
+    """The way in which guests run on this host, and the reason."""
 
     accelerator: AcceleratorName
     reason: str
@@ -283,7 +283,7 @@ class AcceleratorChoice(msgspec.Struct, frozen=True):
 
 
 class End(msgspec.Struct, frozen=True):
-    """How a guest or its hypervisor ended."""
+    """The end of a guest or its hypervisor."""
 
     kind: EndKind
     message: str
@@ -293,15 +293,15 @@ class End(msgspec.Struct, frozen=True):
 
 
 class ParkedControl(Protocol):
-    """A control connection to a machine that nobody is attached to: `Machine.park` makes it, and `Hypervisor.attach`
+    """A control connection to a machine that no code is attached to: `Machine.park` creates it, and `Hypervisor.attach`
     takes it."""
 
     async def aclose(self) -> None:
-        """Closes it, if nobody took it."""
+        """Closes it, unless it was taken."""
 
 
 class Machine(Protocol):
-    """A machine that the daemon is attached to."""
+    """A machine to which the daemon is attached."""
 
     @property
     def identity(self) -> ProcessIdentity: ...
@@ -342,32 +342,32 @@ class Machine(Protocol):
         """Applies the limits of the spec, if it has any. Raises HypervisorError."""
 
     async def save(self, state: Path, timeout_s: float = 30.0) -> None:
-        """Stops the guest for good, flushes its disk and saves its devices to a new file. Together with the memory file
-        that is a `Template`, after the process has ended. The agent's port must not be connected. Raises
+        """Stops the guest permanently, flushes its disk and saves its devices to a new file. After the process has
+        ended, this file and the memory file are a `Template`. The agent's port must not be connected. Raises
         HypervisorError."""
 
     async def checkpoint(
         self, into: Path, *, hold: HoldChannel, timeout_s: float = 60.0, volumes: Path | None = None
     ) -> Checkpoint:
-        """Copies the machine at one instant into an empty directory, best in RAM. A running guest is paused meanwhile,
-        and resumed even when this fails or is cancelled. Only one call at a time.
+        """Copies the machine at one instant into an empty directory, preferably in RAM. A running guest is paused for
+        the copy, and resumed even if this fails or is cancelled. Only one call at a time.
 
-        :param hold: entered while the guest is paused and a little before
-        :param volumes: where to copy the disks of the volumes that the guest writes to, under the names of their files,
-            best on their file system; None: they are not copied
-        :param timeout_s: limits the whole call
-        :raises CheckpointFailed: the caller removes what is in the directory.
+        :param hold: entered shortly before the guest is paused, and left when it is resumed
+        :param volumes: the directory for copies of the disks of volumes that the guest writes to, with the names of
+            their files, preferably on their file system; None for no copies
+        :param timeout_s: the deadline of the whole call
+        :raises CheckpointFailed: the caller must empty the directory.
         """
 
     def park(self) -> ParkedControl | None:
-        """Keeps the control connection of a paused machine for `resume_warm` and another `attach`. This one ends before
-        anything is awaited. None: it can't be kept."""
+        """Keeps the control connection of a paused machine for `resume_warm` and another `attach`. This attachment ends
+        before anything is awaited. Returns None if the connection can't be kept."""
 
     async def quit(self, timeout_s: float = 5.0) -> End:
-        """Asks the process to end, and kills it after `timeout_s`. Raises HypervisorError as `kill`."""
+        """Asks the process to end, and kills it after `timeout_s`. Raises HypervisorError, see `kill`."""
 
     async def kill(self, timeout_s: float = 10.0) -> End:
-        """Kills the process and waits until it has ended. Raises HypervisorError when it has not after `timeout_s`."""
+        """Kills the process and waits until it has ended. Raises HypervisorError if it has not after `timeout_s`."""
 
 
 class Hypervisor(Protocol):
@@ -383,8 +383,8 @@ class Hypervisor(Protocol):
         """Returns the accelerator of `choice`."""
 
     async def fingerprint(self) -> str:
-        """Returns what a template and its clones must have in common besides their specs: the hypervisor's version, the
-        machine type and the order of devices."""
+        """Returns the properties besides their specs that a template and its clones must share: the hypervisor's
+        version, the machine type and the order of devices."""
 
     def user_of(self, tag: str, vm_id: int) -> int | None:
         """Returns the user for a VM's process, None for the daemon's own. `tag` is any of this daemon's."""
@@ -395,7 +395,7 @@ class Hypervisor(Protocol):
 
     async def make_layer(self, disk: Disk, like: Path | None = None) -> None:
         """Creates the layer of a disk, empty or as a copy of `like`, atomically even if the host loses power. Its
-        directory must exist. Replaces what an interrupted call left behind.
+        directory must exist. Replaces the remains of an interrupted call.
 
         Raises LaunchFailed: `qemu_missing`, `bad_disk`.
         """
@@ -409,8 +409,8 @@ class Hypervisor(Protocol):
 
     async def resume_warm(self, spec: MachineSpec, control: ParkedControl | None = None) -> None:
         """Connects the NIC of a machine that was launched with `start_paused` and resumes its guest. Its directory may
-        have been renamed. Nobody may be attached. `control`: is used in place of a new connection, and stays parked.
-        Raises HypervisorError; the guest may run all the same."""
+        have been renamed. No code may be attached. `control` replaces a new connection, and stays parked. Raises
+        HypervisorError; the guest may still run."""
 
     def parse_command_line(self, command_line: Sequence[str]) -> ParsedMachine | None:
         """Returns the machine of a command line that `launch` built, or None for others."""
@@ -418,8 +418,8 @@ class Hypervisor(Protocol):
     def attach(
         self, spec: MachineSpec, identity: ProcessIdentity, control: ParkedControl | None = None
     ) -> AbstractAsyncContextManager[Machine]:
-        """Attaches to a launched or adopted machine for the length of the block, which does not end the machine. A
-        process that is gone gives a machine that has ended. `control`: its connection, which is closed in any case.
+        """Attaches to a launched or adopted machine for the block, which does not end the machine. If the process has
+        ended, so has the machine. `control` is its connection, which is closed in any case.
 
-        Raises HypervisorError when the process lives but does not answer.
+        Raises HypervisorError if the process lives but does not answer.
         """

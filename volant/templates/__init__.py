@@ -1,4 +1,4 @@
-"""Templates: guests that have booted, for VMs to go on from."""
+"""Templates: booted guests from which VMs are cloned."""
 
 from ._actor import Templates as Templates
 from ._builder import TemplateBuilder as TemplateBuilder, template_tag_prefix as template_tag_prefix

@@ -1,10 +1,10 @@
-"""The actor `templates`: builds the templates that VMs would be clones of, one at a time, and evicts unused ones.
+"""The actor `templates`: builds templates for future clones, one at a time, and evicts unused ones.
 
-Only a client that asked for a template waits for it. VMs search the store themselves, and boot cold where it has no
-template for them. So a failure here costs time, and no VM.
+Only a client that requested a template waits for it. VMs search the store themselves, and boot cold if it has no
+template for them. So a failure here costs time, but no VM.
 
-A build is a boot, and waits for a boot slot behind all VMs. A build that runs when the daemon begins to drain is given
-up, as the host should be quiet, and starts again afterwards.
+A build is a boot, and waits for a boot slot behind all VMs. A build that runs when the daemon begins to drain is
+aborted, as the host should be quiet, and starts again afterwards.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ from ._warm_pool import WarmCounts, WarmPool
 from .messages import Build, GiveWay, ListTemplates, RemoveTemplate, Suspect, Wanted
 
 QUEUE = 16
-"""So many templates may wait. The next VM asks again for one that is refused."""
+"""Maximum number of waiting templates. The next VM requests a refused one again."""
 _QUIET_S = 1.0
-"""A VM that has just booted has the host for itself for so long."""
+"""How long a VM that has just booted has the host to itself."""
 _SLOT_S = 30.0
-"""As long as a VM's: longer than a boot takes. A slower build goes on without a slot."""
+"""How long a build holds its slot, the same as for a VM: longer than a boot takes. A slower build continues without a
+slot."""
 _LOOK_S = 1.0
-"""While a template is built, the memory of the host is looked at so often."""
+"""The interval of checks of the host's memory during a build."""
 _RETRY_S, _RETRY_MAX_S = 30.0, 3600.0
 _FAILURES = 64
 _EVICT_EVERY_S = 3600.0
@@ -58,17 +59,17 @@ class _Failure(msgspec.Struct):
 
 
 class BootSlots(Protocol):
-    """Limits how many boots run at a time: see `volant.vm.BootLimiter`."""
+    """Limits the number of concurrent boots: see `volant.vm.BootLimiter`."""
 
     async def acquire(self, boot: str, *, last: bool = False) -> None:
-        """Waits for a slot. `last`: behind all that wait without."""
+        """Waits for a slot. With `last`, behind all that wait without it."""
 
     def release(self, boot: str) -> None:
         """Gives the slot back."""
 
 
 class Templates(Actor):
-    """See `volant.templates.messages` for what it takes."""
+    """The actor; see `volant.templates.messages` for its messages."""
 
     mailbox = 256
 
@@ -93,10 +94,10 @@ class Templates(Actor):
         self._max_bytes = max_bytes
         self._max_age = max_age
         self._jobs: dict[str, _Job] = {}
-        """In the order in which they are built; the first may be under way."""
+        """The builds in order; the first may be running."""
         self._building: str | None = None
         self._scope: trio.CancelScope | None = None
-        """Cancels the build that is under way."""
+        """Cancels the running build."""
         self._give_way: list[Deferred[bool]] = []
         """VMs that wait for its end, as they need its memory."""
         self._failures: dict[str, _Failure] = {}
@@ -158,7 +159,7 @@ class Templates(Actor):
 
     @handles(Suspect)
     async def suspect(self, message: Suspect) -> None:
-        """Removes the template, as it would make the next clone fail, too. It is built again after a while."""
+        """Removes the template, as it would make the next clone fail too. It is built again after some time."""
         _logger.warning("template %s is removed, as a clone of it failed: %s", message.digest, message.reason)
         self._note_failure(message.digest, None, f"a clone of it failed: {message.reason}")
         try:
@@ -196,7 +197,7 @@ class Templates(Actor):
         self._wake.set()
 
     async def _work(self) -> None:
-        """Builds one after the other, and evicts in between."""
+        """Builds one template after the other, and evicts in between."""
         try:
             await self._builder.sweep()
         except OSError as error:
@@ -237,7 +238,8 @@ class Templates(Actor):
         await self._evict()
 
     async def _build_in_slot(self, job: _Job) -> bool:
-        """Whether it was built; False: the daemon drains. :raises TemplateFailed: :raises OSError:"""
+        """Returns whether the template was built; False if the daemon drains. :raises TemplateFailed: :raises
+        OSError:"""
         spec, digest = job.spec, job.spec.digest
         built = False
         failure: TemplateFailed | OSError | None = None
@@ -295,7 +297,7 @@ class Templates(Actor):
         return built
 
     def _give_up(self, job: _Job) -> None:
-        """Answers the clients that wait that the daemon drains. The template is built afterwards."""
+        """Answers the waiting clients that the daemon drains. The template is built afterwards."""
         drain = self._projection.drain
         waiting, job.waiting = job.waiting, []
         for each in waiting:

@@ -1,7 +1,7 @@
-"""Builds a template: boots a machine of the daemon's own, and saves it once it is idle.
+"""Builds a template: boots a machine without a VM, and saves it once it is idle.
 
-The process, its directory, its memory and the half-made template have names that follow from the digest, and no row. So
-a daemon that starts after a killed one finds all that a build left.
+The process, its directory, its memory and the unfinished template have no row, but names that follow from the digest.
+So a daemon that starts after a killed one finds all remains of a build.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ._key import GuestConfig, TemplateSpec
 from ._store import LAYER, MEMORY, STATE, TemplateStore
 
 RESERVE_MB = 384
-"""Left free beyond the memory of the guest that boots: what its hypervisor takes, and as much again."""
+"""Memory to leave free beyond the memory of the booting guest: the use of its hypervisor, and as much again."""
 _ROOT_S = 20.0
 _SETTLE_S = 30.0
 _TRIAL_S = 30.0
@@ -35,17 +35,17 @@ _KILL_S = 10.0
 _CLEAR_S = 20.0
 _MEMORY_PREFIX = "template-"
 _MAC = "02:00:00:00:00:01"
-"""Of a NIC that is connected to nothing, in a guest that does not use it."""
+"""The MAC of an unconnected NIC, in a guest that does not use it."""
 _logger = logging.getLogger("volant.templates")
 
 
 def template_tag_prefix(instance: str) -> str:
-    """Returns how the process tags of builds begin; those of VMs never do."""
+    """Returns the prefix of the process tags of builds, which tags of VMs never have."""
     return f"volant-{instance}-t."
 
 
 def machine_of(wanted: TemplateSpec, *, directory: Path, memory_file: Path, tag: str, layer: Path) -> MachineSpec:
-    """Returns a machine of a template's kind that belongs to no VM."""
+    """Returns a machine for a template, which belongs to no VM."""
     key = wanted.key
     return MachineSpec(
         vm_id=0,
@@ -87,7 +87,7 @@ class TemplateBuilder:
         self._agent_timeout_s = agent_timeout_s
 
     async def build(self, wanted: TemplateSpec) -> None:
-        """Builds a template into the store. Cancelled, it leaves nothing.
+        """Builds a template into the store. When cancelled, it leaves nothing.
 
         :raises TemplateFailed: nothing is left of it.
         """
@@ -125,7 +125,7 @@ class TemplateBuilder:
             raise TemplateFailed("io_error", f"the template can't be written: {error}") from error
 
     async def sweep(self) -> None:
-        """Removes what builds of an earlier daemon left: processes, their files, half-made templates.
+        """Removes the remains of an earlier daemon's builds: processes, their files, unfinished templates.
 
         :raises OSError:
         """
@@ -158,7 +158,8 @@ class TemplateBuilder:
         return msgspec.structs.replace(machine, in_background=True)
 
     def _check_room(self, memory_mb: int) -> None:
-        """:raises TemplateFailed: the host needs its memory, or its disk, for something else."""
+        """Checks that the host has room. :raises TemplateFailed: its memory, or its disk, is needed for something
+        else."""
         if self._host.machine.is_short_of_memory():
             raise TemplateFailed("no_memory", "programs wait for memory")
         available_mb = self._host.machine.spare_memory_mb(self._memory_dir)
@@ -175,7 +176,7 @@ class TemplateBuilder:
             raise TemplateFailed("no_space", f"{free_mb} MiB of the disk are left, and a build may not take the last")
 
     async def _set_up(self, spec: MachineSpec, config: GuestConfig | None) -> None:
-        """Returns once the guest is as clones should find it; its agent is connected to nobody then.
+        """Prepares the guest for its clones, and returns when its agent has no connection.
 
         :raises TemplateFailed:
         """
@@ -198,7 +199,7 @@ class TemplateBuilder:
             await ask(client, "POST", DAEMON_SETTLE, timeout_s=_SETTLE_S)
 
     async def _try(self, spec: MachineSpec, fresh: Path) -> int:
-        """Proves the template by a clone of it, and returns the newest protocol that the clone's agent speaks.
+        """Tests the template with a clone, and returns the newest protocol that the clone's agent supports.
 
         :raises TemplateFailed:
         """
@@ -221,7 +222,7 @@ class TemplateBuilder:
         return protocol if type(protocol) is int else 1
 
     async def _clear(self, spec: MachineSpec, fresh: Path) -> None:
-        """Removes the process and all files of a build. :raises TemplateFailed: as `_end`. :raises OSError:"""
+        """Removes the process and all files of a build. :raises TemplateFailed: see `_end`. :raises OSError:"""
         try:
             await self._end(spec)
         finally:
@@ -230,7 +231,7 @@ class TemplateBuilder:
     async def _end(self, spec: MachineSpec) -> None:
         """Ends the process of a build, and removes its memory.
 
-        :raises TemplateFailed: it does not end, although killed; its files are gone then, too. :raises OSError:
+        :raises TemplateFailed: it does not end, although killed; its files are still removed. :raises OSError:
         """
         with trio.move_on_after(_KILL_S) as scope:
             await self._host.processes.end_all(spec.tag)

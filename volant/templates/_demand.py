@@ -1,4 +1,4 @@
-"""How many warm processes a template should have, and when they may be started: decisions without a clock."""
+"""Decides how many warm processes a template should have, and when they may be started, without a clock."""
 
 from __future__ import annotations
 
@@ -10,52 +10,53 @@ import msgspec
 from ._key import TemplateSpec
 
 _TOGETHER_S = 10.0
-"""Clones that begin within this time can't share a process: starting one may take as long on a busy host."""
+"""Clones that begin within this time need separate processes: starting one may take as long on a busy host."""
 _REMEMBERED = 64
 _SHARE_OF_MEMORY = 4
 _QUIET_S = 0.5
-"""A VM that has just begun has the host for itself for so long."""
+"""How long a VM that has just begun has the host to itself."""
 _REFILL_S = 1.5
-"""Longer than it takes to start a process, the pause before it included."""
+"""Longer than the start of a process, including the delay before it."""
 
 
 class WarmPoolLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """How large the pool may be."""
+    """The limits of the pool."""
 
     each: int | None = None
-    """Processes for one template; 0: there is no pool. None: as many as clones of it began together lately."""
+    """The number of processes per template; 0 for no pool. None for the number of its clones that recently began
+    together."""
     most: int = 4
-    """The most of them where `each` is None."""
+    """The maximum per template if `each` is None."""
     max_mb: int = 2048
-    """Memory of all guests together."""
+    """The memory of all guests together."""
     idle_s: float = 600.0
-    """A template that no VM went on from for so long has none."""
+    """The time without a clone after which a template gets no processes."""
 
 
 class Use(msgspec.Struct):
-    """The clones of a template that began lately."""
+    """The recent clones of a template."""
 
     spec: TemplateSpec
     times: deque[float] = msgspec.field(default_factory=lambda: deque(maxlen=_REMEMBERED))
     not_before: float = float("-inf")
-    """When the next process may be started."""
+    """The earliest start of the next process."""
 
     @property
     def at(self) -> float:
-        """When the last one began."""
+        """When the last clone began."""
         return self.times[-1]
 
     def note(self, now: float) -> None:
-        """Notes that a clone begins, or is expected."""
+        """Records that a clone begins, or is expected."""
         self.times.append(now)
 
     def idle_at(self, limits: WarmPoolLimits) -> float:
-        """Returns when the template counts as idle. In one place: two formulas that round differently would make a task
-        that waits for it spin."""
+        """Returns when the template counts as idle. It is the only formula for this: two that round differently would
+        make a waiting task spin."""
         return self.at + limits.idle_s
 
     def count(self, now: float, limits: WarmPoolLimits) -> int:
-        """Returns how many processes the template should have, as far as there is memory."""
+        """Returns how many processes the template should have, if there is memory."""
         if now >= self.idle_at(limits):
             return 0
         if limits.each is not None:
@@ -76,9 +77,9 @@ def most_together(times: Iterable[float]) -> int:
 
 
 def wanted(uses: Mapping[str, Use], now: float, limits: WarmPoolLimits, available_mb: int) -> dict[str, int]:
-    """Returns how many processes each template should have; the newest use first, as far as the memory goes.
+    """Returns how many processes each template should have, newest use first, as long as there is memory.
 
-    :param available_mb: memory that the host has for them; where their number follows demand, they take a quarter of it
+    :param available_mb: the host's memory for them; if their number follows demand, they use a quarter of it
     """
     left_mb = limits.max_mb
     if limits.each is None:
@@ -93,10 +94,9 @@ def wanted(uses: Mapping[str, Use], now: float, limits: WarmPoolLimits, availabl
 
 
 def pause_s(before_last: float, last: float) -> float:
-    """Returns how long after the last clone began no process may be started.
+    """Returns the seconds after the last clone began in which no process may be started.
 
-    Where clones follow each other faster than the pool can be filled in between, filling it would slow them down: then
-    it waits until they seem to be over. How soon the last one followed says little, as a VM that claims a process is
-    done sooner.
+    If clones follow each other faster than the pool can be filled, filling it would slow them down, so it waits until
+    they seem to be over. The last interval alone is no measure, as a VM that claims a process starts sooner.
     """
     return _QUIET_S if last - before_last >= _REFILL_S else _REFILL_S

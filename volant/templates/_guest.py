@@ -1,4 +1,4 @@
-"""Talks to a guest that belongs to no VM: until it answers, and for as long as it lives."""
+"""Talks to a guest without a VM, until it answers and while it lives."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _RETRY_S = 0.2
 
 
 class TemplateFailed(Exception):
-    """There is no template, or a process restored from one is of no use. `code` is a stable word."""
+    """There is no template, or a process restored from one is unusable. `code` is a stable error code."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -51,7 +51,7 @@ async def while_alive(machine: Machine, work: Callable[[], Awaitable[None]], tim
 async def ask(
     client: AgentClient, method: str, path: str, body: object = None, *, timeout_s: float = ANSWER_S
 ) -> dict[str, Any]:
-    """Returns the agent's answer, and asks again until there is one: the caller has a deadline.
+    """Returns the agent's answer, and repeats the request until there is one; the caller sets the deadline.
 
     :raises TemplateFailed: the agent refuses.
     """

@@ -1,4 +1,4 @@
-"""What a template is made of, and so which VMs can go on from it."""
+"""The key of a template, which decides which VMs can be cloned from it."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from volant.hypervisor import AcceleratorName
 
 
 class GuestConfig(msgspec.Struct, frozen=True):
-    """What a guest was configured with before it became a template."""
+    """The configuration of a guest before it became a template."""
 
     manifest: dict[str, Any]
     workload: dict[str, Any]
-    """With the VM's own environment."""
+    """The workload, with the VM's own environment."""
 
 
 class TemplateKey(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that a guest's state follows from. It names no VM."""
+    """Everything that determines a guest's state. It is independent of any VM."""
 
     hypervisor: str
-    """Its version, the kind of machine, the order of its devices; see `Hypervisor.fingerprint`."""
+    """The hypervisor's version, machine type and device order; see `Hypervisor.fingerprint`."""
     kernel: str
     initramfs: str
-    """A digest, or what else changes with the file; as `kernel`."""
+    """A digest, or another value that changes with the file; `kernel` likewise."""
     rootfs: str | None
-    """What its disk begins with: the digest of a root filesystem, or `image` and that of an OCI image; None: it has no
+    """The base of its disk: the digest of a root filesystem, or `image` and the digest of an OCI image; None without a
     disk."""
     cmdline: str
-    """The kernel's, without what the hypervisor's driver adds."""
+    """The kernel command line, without additions by the hypervisor's driver."""
     cpu_cores: int
     memory_mb: int
     disk_mb: int | None = None
-    """The size of its disk; None: that of the root filesystem."""
+    """The size of its disk; None for the size of the root filesystem."""
     has_nic: bool = False
     """Whether its machine has a network interface, which each clone configures for itself."""
     config: GuestConfig | None = msgspec.field(default=None, name="told")
-    """None: nothing; each clone gets its manifest and its workload itself. Named `told` in files and digests."""
+    """None if each clone receives its manifest and its workload itself. Named `told` in files and digests."""
 
     @property
     def digest(self) -> str:
@@ -48,17 +48,17 @@ class TemplateKey(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TemplateSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """A key, and where its parts lie on this host."""
+    """A key, and the paths of its parts on this host."""
 
     key: TemplateKey
     digest: str
     plugin: str
-    """The plugin of the VM that asks, or the reference of its OCI image; VMs of others may go on from the template,
-    too."""
+    """The plugin of the requesting VM, or the reference of its OCI image. VMs of other plugins may be cloned from the
+    template too."""
     kernel: Path
     initramfs: Path
     rootfs: Path | None
-    """None: it has none, or an OCI image in its place."""
+    """None if there is none, or an OCI image in its place."""
     image: Path | None = None
     """The disk of its OCI image."""
     accelerator: AcceleratorName

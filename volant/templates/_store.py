@@ -1,9 +1,9 @@
-"""Finished templates in the state directory: `docs/explanation/templates.md` has what lies there.
+"""Finished templates in the state directory; `docs/explanation/templates.md` describes the files.
 
-A template is a directory that got its name when it was whole, and that has a `template.json`. So a removal begins with
-that file, and a directory without one is what an interrupted removal left.
+A template is a directory that was renamed when it was complete, and contains a `template.json`. A removal begins with
+that file, so a directory without it is the remains of an interrupted removal.
 
-Each boot looks a template up: that costs a few calls of `stat`, and reads files the first time only.
+Each boot looks up a template, which costs a few calls of `stat`, and reads files only the first time.
 """
 
 from __future__ import annotations
@@ -30,29 +30,29 @@ _logger = logging.getLogger("volant.templates")
 
 
 def template_at(directory: Path, digest: str) -> Template:
-    """Returns where a template lies, whether or not it exists."""
+    """Returns the paths of a template, whether or not it exists."""
     found = inside(directory, digest)
     return Template(found / MEMORY, found / STATE)
 
 
 def template_layer(directory: Path, digest: str) -> Path:
-    """Returns where its layer lies, if it has one."""
+    """Returns the path of its layer, if it has one."""
     return inside(directory, digest) / LAYER
 
 
 class ReadyTemplate(msgspec.Struct, frozen=True):
-    """A template that a VM may go on from now."""
+    """A template from which a VM can be cloned now."""
 
     digest: str
     layer: Path | None
-    """To be copied."""
+    """The layer to copy."""
 
 
 class TemplateRecord(Seal, frozen=True, kw_only=True):
     """The content of `template.json`."""
 
     key: TemplateKey = msgspec.field(name="recipe")
-    """Named `recipe` in `template.json`."""
+    """The key; named `recipe` in `template.json`."""
     plugin: str
     created_at: datetime
 
@@ -68,9 +68,9 @@ class TemplateStore:
         self._used: dict[str, datetime] = {}
         self._noted: dict[str, datetime] = {}
         self.clones: dict[str, int] = {}
-        """How many VMs went on from each since the daemon started."""
+        """The number of VMs cloned from each since the daemon started."""
         self.on_removed: Callable[[str], None] = lambda digest: None
-        """Called with the digest of each template that is removed."""
+        """Called with the digest of each removed template."""
 
     # Finding
 
@@ -90,8 +90,8 @@ class TemplateStore:
         return ReadyTemplate(digest, template_layer(self.directory, digest) if key.rootfs is not None else None)
 
     def has(self, plugin: str, cpu_cores: int, memory_mb: int) -> bool:
-        """Whether a template that was made or used since the daemon started suits such VMs of a plugin, as far as is
-        known without a look at its files."""
+        """Returns whether a template that was built or used since the daemon started fits such VMs of a plugin, without
+        checking its files."""
         wanted = (plugin, cpu_cores, memory_mb)
         return self.enabled and any(
             (each.plugin, each.key.cpu_cores, each.key.memory_mb) == wanted for each in self._sealed.known.values()
@@ -108,7 +108,7 @@ class TemplateStore:
         return found
 
     async def used_at(self, digest: str, stored: TemplateRecord) -> datetime:
-        """Returns when a VM went on from it last; if none did, when it was built."""
+        """Returns when a VM was last cloned from it; otherwise when it was built."""
         known = self._used.get(digest)
         if known is None:
             try:
@@ -121,18 +121,18 @@ class TemplateStore:
         return known
 
     def protocol(self, digest: str) -> int:
-        """Returns the newest protocol that the agents of its clones are known to speak; 1 while nothing is known."""
+        """Returns the newest protocol that the agents of its clones are known to support; 1 while unknown."""
         known = self._sealed.known.get(self.directory / digest)
         return 1 if known is None else known.protocol
 
     def count_clone(self, digest: str) -> None:
-        """Counts a VM that runs and began as its clone."""
+        """Counts a running VM that began as its clone."""
         self.clones[digest] = self.clones.get(digest, 0) + 1
 
     # Making and removing
 
     async def add(self, fresh: Path, digest: str, key: TemplateKey, plugin: str, protocol: int = 1) -> None:
-        """Adds a finished template, whose files are synced, from the directory `fresh` beside the others.
+        """Adds a finished template, whose files are synced, from the directory `fresh` next to the others.
 
         :raises OSError:
         """
@@ -144,7 +144,7 @@ class TemplateStore:
         self._sealed.known[self.directory / digest] = stored
 
     async def remove(self, digest: str) -> None:
-        """Removes a template, if it exists. VMs that went on from it keep what they have. :raises OSError:"""
+        """Removes a template, if it exists. VMs cloned from it are not affected. :raises OSError:"""
         directory = inside(self.directory, digest)
         for known in (self._used, self._noted, self.clones):
             known.pop(digest, None)
@@ -152,7 +152,7 @@ class TemplateStore:
         await self._sealed.remove(directory)
 
     async def sweep(self) -> None:
-        """Removes half-made and half-removed templates. No build may be under way. :raises OSError:"""
+        """Removes unfinished and partly removed templates. No build may be running. :raises OSError:"""
         await self._host.files.mkdir(self.directory)
         for name in self._host.files.names(self.directory):
             if not _DIGEST.match(name) or not self._sealed.exists(self.directory / name):
@@ -176,7 +176,7 @@ class TemplateStore:
             await self.remove(digest)
 
     async def _note_use(self, digest: str, used: datetime) -> None:
-        """Keeps the time of the last use over restarts of the daemon."""
+        """Stores the time of the last use, over restarts of the daemon."""
         noted = self._noted.get(digest)
         if noted is None or (used - noted).total_seconds() >= _NOTE_USE_S:
             await self._host.files.write(self.directory / digest / USED, used.isoformat().encode())

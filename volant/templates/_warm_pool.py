@@ -1,8 +1,8 @@
 """The warm pool: processes restored from a template and paused, until a VM claims one.
 
-`docs/explanation/templates.md` says how a claim goes, and what holds when a daemon or an actor dies in the middle. In
-short: a process belongs to the pool until a row is committed that names its tag, and then to that row. So a boot that
-takes one out of the pool calls `settle` with the tag that its row then has, and an unclaimed process is ended.
+`docs/explanation/templates.md` describes a claim, and the death of a daemon or an actor in the middle. In short: a
+process belongs to the pool until a row with its tag is committed, and then to that row. So a boot that takes one out of
+the pool calls `settle` with the tag in its row, and an unclaimed process is ended.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from ._store import TemplateStore, template_at, template_layer
 from ._warm_up import Connections, warm_up
 
 _LOOK_S = 10.0
-"""While a template is in use, the memory of the host is looked at so often."""
+"""The interval of checks of the host's memory while a template is in use."""
 _RETRY_S, _RETRY_MAX_S = 0.5, 30.0
 _HOLD_OFF_S = 60.0
-"""The pause after a process of a template died or did not start, and the pool's after programs waited for memory."""
+"""The pause after a process of a template died or did not start; for the whole pool, after programs waited for
+memory."""
 _KILL_S = 10.0
 _CLEAR_S = 8.0
 _SWEEP_S = 30.0
@@ -46,12 +47,12 @@ WarmUp = Callable[[Host, Hypervisor, MachineSpec, ProcessIdentity], Awaitable[Co
 
 
 class Claim(msgspec.Struct, frozen=True):
-    """What the command line of a claimed process does not say of its VM. It lies in the VM's directory."""
+    """The data of a claimed process's VM that is not in its command line, stored in the VM's directory."""
 
     boot: int
     name: str
     layer: str
-    """As in the row."""
+    """See the row."""
     nic: Nic | None = None
 
 
@@ -63,7 +64,7 @@ class WarmProcess(msgspec.Struct, frozen=True, kw_only=True):
     identity: ProcessIdentity
     memory_mb: int
     layer: Path | None
-    """Gets the name of the VM's layer."""
+    """Renamed to the VM's layer."""
 
 
 class _Figures(msgspec.Struct):
@@ -76,7 +77,7 @@ class _Figures(msgspec.Struct):
 
 
 def standby_tag_prefix(instance: str) -> str:
-    """Returns how the process tags of warm processes begin, those that a VM has claimed among them."""
+    """Returns the prefix of the process tags of warm processes, including claimed ones."""
     return f"volant-{instance}-s."
 
 
@@ -86,7 +87,7 @@ def standby_directory(runtime_dir: Path, tag: str) -> Path:
 
 
 class WarmCounts(msgspec.Struct):
-    """What VMs that were clones of one template got from the pool, since the daemon started."""
+    """The results of the pool for the clones of one template, since the daemon started."""
 
     hits: int = 0
     misses: int = 0
@@ -110,7 +111,7 @@ class WarmPool:
         bounds: Callable[[MachineSpec], ResourceLimits],
         warm_up: WarmUp = warm_up,
     ) -> None:
-        """`quiet`: whether no VM boots. `bounds`: what the process of a VM may take of the host."""
+        """Creates it. `quiet` returns whether no VM boots; `bounds` returns a VM's limits for its process."""
         self.limits = limits
         self.quiet = quiet
         self.figures = _Figures()
@@ -124,31 +125,31 @@ class WarmPool:
         self._bounds = bounds
         self._warm_up = warm_up
         self._layers = store.directory.with_name("standby")
-        """On the file system of VMs' disks, as each becomes one."""
+        """The directory of their layers, on the file system of VMs' disks, as each becomes one."""
         self._uses: dict[str, Use] = {}
         self._waiting: dict[str, WarmProcess] = {}
-        """By tag, the oldest first."""
+        """Unclaimed processes by tag, oldest first."""
         self._watches: dict[str, trio.CancelScope] = {}
         self._connections: dict[str, Connections] = {}
-        """By tag, those of warm processes, until the VM ends."""
+        """The connections to warm processes by tag, until the VM ends."""
         self._taken: dict[int, WarmProcess] = {}
-        """By the id of the VM whose boot is being prepared."""
+        """Taken processes by the id of the VM whose boot is being prepared."""
         self._doomed: dict[str, tuple[ProcessIdentity | None, int]] = {}
-        """What is to be ended, by tag: its process if that is known, and the VM that it was taken for, or 0."""
+        """Processes to end, by tag: the process if known, and the VM for which it was taken, or 0."""
         self._takes: deque[float] = deque([-math.inf, -math.inf], maxlen=2)
-        """When the last clones began, of whatever template."""
+        """When the last clones of any template began."""
         self._available_mb = 0
-        """As of the last look."""
+        """The memory at the last check."""
         self._not_before = -math.inf
-        """When the pool may be filled again."""
+        """The earliest time to fill the pool again."""
         self.counts: dict[str, WarmCounts] = {}
-        """By template."""
+        """Counts by template."""
         self._wake = trio.Event()
         self._swept = trio.Event()
         store.on_removed = self.forget
 
     def statistics(self) -> dict[str, object]:
-        """Returns figures, ready for JSON."""
+        """Returns statistics, ready for JSON."""
         counts = Counter(each.digest for each in self._waiting.values())
         figures = msgspec.structs.asdict(self.figures)
         return {"waiting": counts, "memory_mb": sum(each.memory_mb for each in self._waiting.values()), **figures}
@@ -159,17 +160,17 @@ class WarmPool:
         return frozenset(self._waiting)
 
     def waiting(self, digest: str) -> int:
-        """Returns how many processes of a template may be claimed."""
+        """Returns the number of claimable processes of a template."""
         return sum(each.digest == digest for each in self._waiting.values())
 
     def is_one(self, tag: str) -> bool:
-        """Whether the process with this tag is a warm one, or was before a VM claimed it."""
+        """Returns whether the process with this tag is or was a warm process."""
         return tag.startswith(standby_tag_prefix(self._instance))
 
     # For the boot of a VM
 
     def take(self, vm_id: int, spec: TemplateSpec) -> WarmProcess | None:
-        """Takes a process for a VM that is to be a clone, if there is one; `settle` follows in any case."""
+        """Takes a process for a VM that is to be a clone, if there is one. `settle` must follow in any case."""
         if self.limits.each == 0:
             return None
         now = trio.current_time()
@@ -188,13 +189,13 @@ class WarmPool:
         return None
 
     def expect(self, spec: TemplateSpec) -> None:
-        """Prepares for clones of a template that has just been built, as a VM or a client asked for it."""
+        """Prepares for clones of a template that has just been built for a VM or a client."""
         if self.limits.each != 0:
             self._uses.setdefault(spec.digest, Use(spec)).note(trio.current_time())
             self._wake.set()
 
     def settle(self, vm_id: int, tag: str) -> WarmProcess | None:
-        """Notes the tag in a VM's row. Returns the process taken for the VM if it has that tag, else ends it."""
+        """Records the tag in a VM's row. Returns the process taken for the VM if it has that tag, otherwise ends it."""
         process = self._taken.pop(vm_id, None)
         if process is None or process.tag == tag:
             return process
@@ -202,7 +203,7 @@ class WarmPool:
         return None
 
     async def clear(self, vm_id: int) -> None:
-        """Returns once no process that was taken for a VM and not claimed has its layer open. :raises OSError:"""
+        """Waits until no process that was taken for a VM and not claimed has its layer open. :raises OSError:"""
         self.settle(vm_id, "")
         with trio.move_on_after(_SWEEP_S):
             await self._swept.wait()
@@ -211,9 +212,9 @@ class WarmPool:
                 await self._end(tag, identity)
 
     async def claim(self, spec: MachineSpec, claim: Claim) -> bool:
-        """Lets a process go on as the VM of `spec`, whose row has its tag; can be repeated.
+        """Lets a process continue as the VM of `spec`, whose row has its tag. Can be repeated.
 
-        False: it can't go on, and is ended. :raises OSError: not even that can be done.
+        Returns False if the process can't continue and was ended. :raises OSError: it can't be ended.
         """
         host = self._host
         self._doomed.pop(spec.tag, None)
@@ -236,28 +237,28 @@ class WarmPool:
         return True
 
     def take_link(self, tag: str) -> ParkedLink | None:
-        """Gives away the link to the agent of a process that was claimed, if there is one."""
+        """Returns the link to the agent of a claimed process and gives it up; None if there is none."""
         return self._connections_of(tag).take_link()
 
     def take_control(self, tag: str) -> ParkedControl | None:
-        """Gives away the connection to the hypervisor of a process that was claimed, if there is one."""
+        """Returns the connection to the hypervisor of a claimed process and gives it up; None if there is none."""
         return self._connections_of(tag).take_control()
 
     async def disconnect(self, tag: str) -> None:
-        """Closes the connections to a process that nobody took."""
+        """Closes the unused connections to a process."""
         await self._connections.pop(tag, Connections()).aclose()
 
     def _connections_of(self, tag: str) -> Connections:
         return self._connections.get(tag) or Connections()
 
     async def give_way(self) -> bool:
-        """Empties the pool, as a VM lacks memory. Whether there was a process to end."""
+        """Empties the pool, as a VM lacks memory. Returns whether there was a process to end."""
         for process in [*self._waiting.values()]:
             self._dismiss(process)
         return await self._end_doomed()
 
     def forget(self, digest: str) -> None:
-        """Ends the processes of a template that is removed."""
+        """Ends the processes of a removed template."""
         self._uses.pop(digest, None)
         self.counts.pop(digest, None)
         for process in [each for each in self._waiting.values() if each.digest == digest]:
@@ -295,12 +296,12 @@ class WarmPool:
                 await self._end_doomed()
 
     def lacks(self) -> bool:
-        """Whether the pool is not as it should be, and tries again by itself."""
+        """Returns whether the pool lacks processes and will retry by itself."""
         # Also while the host is short of memory: that passes.
         return bool(self._doomed) or sum(self._demand().values()) > len(self._waiting)
 
     def _look_at_memory(self) -> None:
-        """:raises OSError: the host is short of descriptors."""
+        """Checks the host's memory. :raises OSError: the host is short of descriptors."""
         machine = self._host.machine
         self._available_mb = machine.memory_available_mb()
         if machine.is_short_of_memory():
@@ -317,7 +318,7 @@ class WarmPool:
         return wanted(self._uses, trio.current_time(), self.limits, self._available_mb + held_mb)
 
     async def _tend(self, nursery: trio.Nursery) -> bool:
-        """Ends the processes that are too many, or starts one that is missing. Whether there was something to do."""
+        """Ends surplus processes, or starts a missing one. Returns whether there was something to do."""
         now = trio.current_time()
         for digest in [digest for digest, use in self._uses.items() if now >= use.idle_at(self.limits)]:
             del self._uses[digest]
@@ -345,7 +346,7 @@ class WarmPool:
         return is_quiet and self.quiet() and self._projection.drain is None
 
     def _until_next_look(self) -> float:
-        """Returns the seconds until a template is idle, or the host's memory is to be looked at."""
+        """Returns the seconds until a template is idle, or the next check of the host's memory."""
         idle_at = min((use.idle_at(self.limits) for use in self._uses.values()), default=math.inf)
         return min(max(0.0, idle_at - trio.current_time()), _LOOK_S if self._uses else math.inf)
 
@@ -435,7 +436,7 @@ class WarmPool:
         self._wake.set()
 
     async def _end_doomed(self) -> bool:
-        """Ends what is to be ended. Whether one has gone."""
+        """Ends doomed processes. Returns whether one has ended."""
         before = len(self._doomed)
 
         async def end(tag: str, identity: ProcessIdentity | None) -> None:
@@ -450,7 +451,7 @@ class WarmPool:
         return len(self._doomed) < before
 
     async def _end(self, tag: str, identity: ProcessIdentity | None, *, claimed: bool = False) -> None:
-        """Ends a process and removes its files. One that does not end stays doomed. :raises OSError:"""
+        """Ends a process and removes its files. If it does not end, it stays doomed. :raises OSError:"""
         host = self._host
         # A process that a row names belongs to the row: an actor may fall over while its commit is under way.
         if claimed or not self._is_owned(tag):
@@ -492,7 +493,7 @@ class WarmPool:
 
 
 async def claim_in(host: Host, directory: Path) -> Claim | None:
-    """Returns the claim of the process in a VM's directory; None: there is none that can be read."""
+    """Returns the claim of the process in a VM's directory; None if there is none, or it can't be read."""
     try:
         data = await host.files.read(directory / _CLAIM, _MAX_CLAIM_BYTES)
         return msgspec.json.decode(data, type=Claim, dec_hook=lambda kind, value: kind(value))

@@ -1,12 +1,12 @@
-"""Warms a process up: its guest rehearses what it does when a VM claims it, and is paused again.
+"""Warms up a process: its guest rehearses a claim by a VM, and is paused again.
 
-Under TCG a guest that wakes up spends nearly all of its time on translating code that this very process has not run
-before: some ten microseconds a block, 24,000 blocks until its first answer. An answer whose code is translated takes
-15 ms. So the guest of a warm process wakes up once, gets an identity as a VM's would, does what users ask for first (a
+Under TCG a resumed guest spends nearly all of its time on translating code that its process has not run before: some
+ten microseconds per block, 24,000 blocks until its first answer. An answer with translated code takes 15 ms. So the
+guest of a warm process is resumed once, receives an identity like a VM's guest, does the usual first actions (a
 command, a file, a port), and is paused.
 
-It gets entropy of its own first. So warm processes have nothing in common from then on, and what a kernel makes once,
-as the boot id, is unlike any other's. The claim replaces the identity.
+It receives its own entropy first. So warm processes share no random state from then on, and values that a kernel
+creates once, such as the boot id, are unique. The claim replaces the identity.
 """
 
 from __future__ import annotations
@@ -46,22 +46,22 @@ _UPGRADE = [
     (b"sec-websocket-key", base64.b64encode(bytes(16))),
 ]
 _LAST = (b'"exit_code"', b'"error"')
-"""The last message of a session has one of them."""
+"""Parts of a session's last message, which contains one of them."""
 _TEXT_FRAME, _MASKED = 0x81, 0x80
 _FILE = f"{FILES}etc/passwd"
 _PORT = "127.0.0.1:1"
 _MAX_ANSWER_BYTES = 1024 * 1024
 _SETTLE_S = 0.2
-"""For the guest to end what the last request has begun."""
+"""The time for the guest to finish work that the last request has started."""
 
 
 class Connections(msgspec.Struct):
-    """What connects the daemon to a warm process until a VM takes it over."""
+    """The daemon's connections to a warm process, until a VM takes it over."""
 
     link: ParkedLink | None = None
-    """To the guest's agent."""
+    """The link to the guest's agent."""
     control: ParkedControl | None = None
-    """To the hypervisor."""
+    """The connection to the hypervisor."""
 
     def take_link(self) -> ParkedLink | None:
         """Returns the link, once."""
@@ -74,7 +74,7 @@ class Connections(msgspec.Struct):
         return control
 
     async def aclose(self) -> None:
-        """Closes what nobody took."""
+        """Closes unused connections."""
         for connection in (self.take_link(), self.take_control()):
             if connection is not None:
                 await connection.aclose()
@@ -125,7 +125,8 @@ async def _rehearse(host: Host, spec: MachineSpec, channel: Channel) -> None:
 async def _use(
     client: AgentClient, method: str, target: str, body: bytes | None = None, *, upgrade: bytes | None = None
 ) -> None:
-    """Does what a user might. A refusal rehearses as much: not every guest has this program, file or port.
+    """Sends a request like a user's. A refusal is just as good a rehearsal: not every guest has this program, file or
+    port.
 
     :param upgrade: the first message over a WebSocket
     :raises TemplateFailed: there is no answer.
@@ -145,8 +146,8 @@ async def _use(
 
 
 async def _say(stream: ChannelStream, text: bytes) -> None:
-    """Sends a short text over a WebSocket, and reads what comes until the command has ended, or could not start. The
-    mask is zero."""
+    """Sends a short text over a WebSocket, and reads until the command has ended, or could not start. The mask is
+    zero."""
     await stream.send_all(bytes([_TEXT_FRAME, _MASKED | len(text), 0, 0, 0, 0]) + text)
     answer = b""
     while len(answer) < _MAX_ANSWER_BYTES and not any(key in answer for key in _LAST):

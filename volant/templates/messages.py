@@ -1,4 +1,4 @@
-"""The messages that the actor `templates` takes."""
+"""The messages of the actor `templates`."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from ._key import TemplateSpec
 
 
 class Wanted(msgspec.Struct, frozen=True):
-    """A tell: a VM of this kind has booted cold, and the next one should not have to."""
+    """A tell: such a VM has booted cold, and the next one should not have to."""
 
     spec: TemplateSpec
 
 
 class Suspect(msgspec.Struct, frozen=True):
-    """A tell: a clone of that template has failed, and not for want of memory."""
+    """A tell: a clone of that template has failed, and not for lack of memory."""
 
     digest: str
     reason: str
 
 
 class Build(Request[TemplateView], msgspec.Struct, frozen=True):
-    """A client wants the template -> it, ready. A build that is under way is waited for.
+    """A client wants the template -> the ready template. Waits for a running build.
 
-    :raises Problem: 409 templates are off; 503 it can't be built, and why.
+    :raises Problem: 409, templates are off; 503, it can't be built.
     """
 
     spec: TemplateSpec
@@ -34,15 +34,15 @@ class Build(Request[TemplateView], msgspec.Struct, frozen=True):
 
 
 class GiveWay(Request[bool], msgspec.Struct, frozen=True):
-    """A VM lacks memory -> whether a build was under way. It is given up, and tried again later."""
+    """A VM lacks memory -> whether a build was running. The build is aborted, and retried later."""
 
 
 class ListTemplates(Request[tuple[TemplateView, ...]], msgspec.Struct, frozen=True):
-    """All templates, those being built, and those that could not be built lately."""
+    """All templates, including those that are being built or recently failed."""
 
 
 class RemoveTemplate(Request[None], msgspec.Struct, frozen=True):
-    """Removes a template. :raises Problem: 404; 503 its files can't be removed."""
+    """Removes a template. :raises Problem: 404; 503, its files can't be removed."""
 
     digest: str
     raises = (Problem,)

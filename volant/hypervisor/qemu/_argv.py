@@ -11,7 +11,7 @@ machine's directory, which is QEMU's working directory, as a socket's path has a
   guest while its reader sleeps. Input is a named pipe. QEMU would close the pipe with its last writer, so a second
   chardev, connected to nothing, keeps it open for writing. It comes first, as opening a pipe for reading waits for a
   writer.
-- A clone maps the template's memory privately. `readonly` and `rom=off` open the file read-only: otherwise discarding a
+- A clone maps the template's memory privately. `readonly` and `rom=off` open the file read-only. Otherwise discarding a
   page would punch a hole into the file, for all clones.
 - The balloon is only for its free page reporting: pages that the guest frees are punched out of the memory file. That
   must not happen to a shared file, so a machine that becomes a template has no balloon, and a copy of a machine with
@@ -26,10 +26,10 @@ machine's directory, which is QEMU's working directory, as a socket's path has a
   instead of 2,596 in two of 320 boots: time ran forty times too fast in such a guest, and in all copies of it.
 - `no_timer_check`: the kernel checks as it boots that its timer ticks, and panics if it does not ("IO-APIC + timer
   doesn't work"). QEMU's main thread makes these ticks, and on a busy host they came too late in one of thousands of
-  boots. Under KVM the kernel omits the check by itself.
-- `noreplace-smp`: a kernel with one processor rewrites thousands of its own instructions as it boots, which an emulator
-  pays for each time: a tenth of a whole boot. What it saves later, no emulator gains.
-- The tag is the guest's `-name`: that is seen on the command line and by QMP, and not by the guest.
+  boots. Under KVM the kernel skips the check automatically.
+- `noreplace-smp`: a kernel with one processor rewrites thousands of its own instructions as it boots, which costs an
+  emulator a tenth of a whole boot. An emulator does not benefit from the result.
+- The tag is the guest's `-name`, which is visible on the command line and in QMP, but not to the guest.
 """
 
 from __future__ import annotations
@@ -53,28 +53,28 @@ PROGRAM = "qemu-system-x86_64"
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny"
 
 FORMAT = 3
-"""Raise it with each change that gives a guest other devices or another order of them: earlier templates don't fit
-then."""
+"""The format of the devices. Raise it with each change of a guest's devices or their order, so that earlier templates
+don't fit any more."""
 WITH_HPET = 2
-"""The format before: its machines have an HPET. They still run, and are loaded from snapshots."""
+"""The previous format, whose machines have an HPET. They still run, and are loaded from snapshots."""
 
 CMDLINE = "console=ttyS0 quiet panic=-1 psi=0 no_timer_check noreplace-smp"
 """The daemon's part of the kernel's command line. pvpanic stops the machine before `panic=-1` reboots it. A kernel that
 panics before its pvpanic driver is loaded reboots, instead of hanging."""
 
 TRUST_TSC = "tsc=nowatchdog"
-"""Follows it on hosts that trust their TSC themselves, and after it comes the TSC's rate in kHz."""
+"""Added on hosts that trust their TSC themselves, followed by the TSC's rate in kHz."""
 TSC_RATE = "tsc_early_khz="
 
 HOSTNAME_PARAMETER = "volant.hostname"
 """The kernel parameter with the guest's host name, for PID 1."""
 
 _EMPTY_NODE = '{"driver":"qcow2","node-name":"root","file":"root-layer-file","backing":null,"discard":"unmap"}'
-"""The layer of a disk without a base. Only JSON can say so, and it also overrides a base that a guest which controls
-QEMU could have written into the layer."""
+"""The layer of a disk without a base. Only JSON can express that, and it also overrides a base that a guest which
+controls QEMU could have written into the layer."""
 
 TCG_CODE_MB = 128
-"""Limits TCG's cache of translated code, which a guest can fill. QEMU's default is 1 GiB."""
+"""The limit of TCG's cache of translated code, which a guest can fill. QEMU's default is 1 GiB."""
 
 
 def build_argv(
@@ -91,10 +91,10 @@ def build_argv(
     """Returns the command line that starts `spec` on QEMU `version`.
 
     :param machine: the machine type of the template or checkpoint that it starts from
-    :param devices: likewise the format of its devices
-    :param tsc_khz: the rate of the host's TSC, if the host's kernel trusts it; else 0
+    :param devices: the format of its devices, likewise
+    :param tsc_khz: the rate of the host's TSC, if the host's kernel trusts it; otherwise 0
     :param tap: the inherited descriptor of its tap
-    :param connections: likewise those of the connections to its directories' virtiofsd
+    :param connections: the inherited descriptors of the connections to its directories' virtiofsd
     """
     argv = [
         *(("nice", "-n", "10") if spec.in_background else ()),
@@ -183,8 +183,8 @@ def _block_device(node: str, serial: str, accelerator: AcceleratorName) -> str:
 def _nic(spec: MachineSpec, nic: Nic, version: tuple[int, int], tap: int) -> list[str]:
     """Returns the NIC and its backend. They come last, so that they change no other device's place.
 
-    The daemon opens the tap, as QEMU's user may not; the tap's name identifies it all the same. The daemon also
-    connects to passt's socket, and plugs the connection into the hub once QEMU runs (`_netdev.py`).
+    The daemon opens the tap, as QEMU's user may not. The tap's name still identifies it. The daemon also connects to
+    passt's socket, and plugs the connection into the hub once QEMU runs (`_netdev.py`).
 
     A copy may have another backend than its original if that has the same features. A driver that has negotiated
     nothing yet, as in a template, works with any. Features that some kernels lack for taps are off, so that copies also
@@ -214,8 +214,7 @@ def machine_type(accelerator: AcceleratorName, version: tuple[int, int]) -> str:
 def machine_option(
     accelerator: AcceleratorName, version: tuple[int, int], machine: str | None = None, devices: int = FORMAT
 ) -> str:
-    """Returns the value of `-machine`. `machine`, `devices`: a versioned type and a format other than those of new
-    machines.
+    """Returns the value of `-machine`. `machine` and `devices` override the type and the format of new machines.
 
     KVM uses microvm. Under TCG microvm hangs in early boot on a busy host, as it has no second timer for calibration.
     It needs ACPI to power off and to report panics. Its PCI is off: with PCI, QEMU 10.0's microvm hangs in early boot
@@ -228,14 +227,14 @@ def machine_option(
 
 
 def tsc_khz_of(argv: Sequence[str]) -> int:
-    """Returns the rate of the TSC that the guest of a machine that runs relies on; 0: it checks its TSC."""
+    """Returns the TSC rate that the guest of a running machine relies on; 0 if it checks its TSC."""
     words = argv[argv.index("-append") + 1].split()
     rates = [word.removeprefix(TSC_RATE) for word in words if word.startswith(TSC_RATE)]
     return int(rates[0]) if TRUST_TSC in words and rates else 0
 
 
 def format_of(argv: Sequence[str]) -> int:
-    """Returns the format of the devices of a machine that runs. An earlier version may have started it."""
+    """Returns the format of the devices of a running machine, which an earlier version may have started."""
     machine = argv[argv.index("-machine") + 1].split(",")
     return FORMAT if machine[0] == "microvm" or "hpet=off" in machine else WITH_HPET
 

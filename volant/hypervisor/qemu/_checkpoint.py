@@ -1,8 +1,8 @@
 """Copies a machine while it runs.
 
 **After the stop QEMU still handles earlier I/O** of the agent's port: bytes that it reads into the guest's memory, and
-buffers that it returns to the guest when the port's socket has space. Nobody reads or writes at the port's other end
-meanwhile, so this ends. It has ended when several iterations of QEMU's main loop, one for each command, moved nothing.
+buffers that it returns to the guest when the port's socket has space. The port's other end is idle during this time, so
+this ends. It has ended when several iterations of QEMU's main loop, one for each command, moved nothing.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _logger = logging.getLogger("volant.hypervisor")
 
 
 class Checkpointer:
-    """Makes one checkpoint. Nothing else may pause or resume the guest meanwhile."""
+    """Makes one checkpoint. Nothing else may pause or resume the guest at the same time."""
 
     def __init__(self, host: Host, spec: MachineSpec, identity: ProcessIdentity, qmp: QmpClient) -> None:
         self._host = host
@@ -132,7 +132,7 @@ class Checkpointer:
 
     @asynccontextmanager
     async def _paused(self) -> AsyncIterator[bool]:
-        """Pauses the guest for the length of the block. Yields whether it was running; then it is resumed."""
+        """Pauses the guest for the block. Yields whether it was running; if so, it is resumed afterwards."""
         status = await self._status()
         if status in PAUSED:
             yield False
@@ -158,7 +158,7 @@ class Checkpointer:
             _logger.error("the guest of process %d was not resumed: %s", self._identity.pid, error)
 
     async def _settle(self, unread: Callable[[], tuple[int, int]]) -> None:
-        """Returns when QEMU has handled all earlier I/O of the agent's port."""
+        """Waits until QEMU has handled all earlier I/O of the agent's port."""
         unchanged, before = 0, unread()
         for _ in range(_MAX_ITERATIONS):
             status = await self._status()

@@ -18,9 +18,10 @@ HEAD_BYTES = 64
 STATE_LIMIT = 16 * 1024 * 1024
 _HEAD = re.compile(rb"QEVM\x00\x00\x00\x03\x07\x00\x00\x00(.)", re.DOTALL)
 _HPET = re.compile(rb"\x04.{4}\x04hpet\x00{4}", re.DOTALL)
-"""The head of a device's section: its number, the device's name, and which of that name it is."""
+"""The head of a device's section: its number, the device's name, and its index among devices of that name."""
 _TSC_TOLERANCE = 500e-6
-"""Kernels measure the rate of one CPU a little differently at each start. NTP corrects a clock by so much, no more."""
+"""Maximum difference of rates. Kernels measure the rate of one CPU slightly differently at each start, and NTP corrects
+a clock by at most this."""
 _VERSIONED = re.compile(r"pc-q35-\d{1,3}(\.\d{1,3}){1,2}", re.ASCII)
 
 

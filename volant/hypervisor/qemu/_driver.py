@@ -43,7 +43,7 @@ _HELP_S = 10.0
 
 
 class QemuHypervisor:
-    """See `volant.hypervisor.Hypervisor`.
+    """The QEMU driver, see `volant.hypervisor.Hypervisor`.
 
     :param accelerator: KVM or TCG; None uses KVM if a probe shows that it runs guests
     :param sandbox: the layers for its processes; None for only QEMU's own `-sandbox`
@@ -69,7 +69,7 @@ class QemuHypervisor:
         self._choice: AcceleratorChoice | None = None
         self._choosing = trio.Lock()
         self._machines: frozenset[str] = frozenset()
-        """The machine types that QEMU has; empty until QEMU lists them."""
+        """QEMU's machine types; empty until QEMU lists them."""
 
     async def choice(self) -> AcceleratorChoice:
         async with self._choosing:
@@ -155,7 +155,8 @@ class QemuHypervisor:
             raise HypervisorError(f"the machine can't be resumed: {str(error) or 'no answer'}") from error
 
     async def _resume_warm(self, spec: MachineSpec, qmp: QmpClient, *, paused: bool) -> None:
-        """`paused`: it is known to be. :raises OSError: :raises HypervisorError:"""
+        """Resumes a warm machine. `paused` is whether it is known to be paused. :raises OSError: :raises
+        HypervisorError:"""
         async with open_helpers() as helpers:
             await helpers.start(qmp.start)
             status = "paused" if paused else (await qmp.execute("query-status")).get("status")

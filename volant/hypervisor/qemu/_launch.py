@@ -24,7 +24,7 @@ from ._volume_disks import LEAST_QEMU
 
 LAUNCH_S = 15.0
 SPARE_MEMORY_MB = 192
-"""What the host must have left besides the guest's memory: for QEMU itself and, under TCG, its translated code."""
+"""The memory that the host must have besides the guest's: for QEMU itself and, under TCG, its translated code."""
 
 _APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND
 _CAUSES: tuple[tuple[LaunchCode, tuple[str, ...]], ...] = (
@@ -41,7 +41,7 @@ _CAUSES: tuple[tuple[LaunchCode, tuple[str, ...]], ...] = (
 async def launch(
     host: Host, spec: MachineSpec, program: str, version: tuple[int, int], sandbox: QemuSandbox | None
 ) -> ProcessIdentity:
-    """See `Hypervisor.launch`."""
+    """Implements `Hypervisor.launch`."""
     try:
         await prepare_files(host, spec)
         identity = await _spawn(host, spec, program, version, sandbox)
@@ -165,7 +165,7 @@ async def _spawn(
 
 
 async def _await_answer(host: Host, spec: MachineSpec, process: Process) -> None:
-    """Returns when QEMU answers and its machine is complete: a clone has loaded its template and runs, and its NIC is
+    """Waits until QEMU answers and its machine is complete: a clone has loaded its template and runs, and its NIC is
     connected. Ends the process otherwise."""
     answered = False
     refusal: LaunchFailed | None = None
@@ -203,8 +203,8 @@ async def _await_answer(host: Host, spec: MachineSpec, process: Process) -> None
 
 
 async def _complete_machine(host: Host, spec: MachineSpec) -> None:
-    """:raises LaunchFailed: when QEMU refuses. Never returns when the socket fails: the process ends, or the deadline
-    passes."""
+    """Completes a machine over its control socket. :raises LaunchFailed: QEMU refuses. Never returns if the socket
+    fails: the process ends, or the deadline passes."""
     try:
         stream = await connect_control(host, spec.control_path, LAUNCH_S)
     except (OSError, trio.TooSlowError):
@@ -236,7 +236,7 @@ async def _complete_machine(host: Host, spec: MachineSpec) -> None:
 
 
 async def _connect_nic(host: Host, qmp: QmpClient, nic: Nic) -> None:
-    """Raises LaunchFailed, QmpLost."""
+    """Connects the NIC. Raises LaunchFailed, QmpLost."""
     try:
         await plug_in(host, qmp, nic)
     except (OSError, trio.TooSlowError, QmpRefused) as error:
@@ -254,7 +254,7 @@ async def _failure(host: Host, spec: MachineSpec, what: str) -> LaunchFailed:
 
 
 def classify(text: str) -> LaunchCode:
-    """Returns the cause that QEMU's last output names."""
+    """Returns the cause according to QEMU's last output."""
     lower = text.lower()
     for code, needles in _CAUSES:
         if any(needle in lower for needle in needles):

@@ -1,4 +1,4 @@
-"""Creates and checks layers: qcow2 images over a read-only base, or that begin as an empty ext4 file system."""
+"""Creates and checks layers: qcow2 images over a read-only base, or with an empty ext4 file system."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from volant.hypervisor._interface import Disk, LaunchFailed
 _IMG = "qemu-img"
 _MKFS = "mke2fs"
 _EMPTY = ("-q", "-F", "-t", "ext4", "-E", "lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0", "-m", "1")
-"""Tables stay unwritten, as the file reads as zeros. 1 % is reserved for root, for a system that has to shut down."""
+"""Options of the file system. Tables stay unwritten, as the file reads as zeros. 1 % is reserved for root, so that a
+full system can shut down."""
 _IMG_S = 60.0
 _IMG_MISSING = "qemu-img is not installed (Debian: apt install qemu-utils)"
 _MKFS_MISSING = "mke2fs is not installed (Debian: apt install e2fsprogs)"
@@ -23,7 +24,7 @@ _EXTERNAL_DATA = 1 << 2
 
 
 async def make_layer(host: Host, disk: Disk, like: Path | None) -> None:
-    """See `Hypervisor.make_layer`."""
+    """Implements `Hypervisor.make_layer`."""
     new = disk.layer.with_name(f"{disk.layer.name}.new")
     try:
         await host.files.remove(new)
@@ -50,7 +51,7 @@ async def _create(host: Host, disk: Disk, path: Path) -> None:
 
 
 async def _create_empty(host: Host, disk: Disk, path: Path) -> None:
-    """Makes the file system in a sparse file first, as qemu-img leaves out what is not written."""
+    """Creates the file system in a sparse file first, as qemu-img leaves out unwritten ranges."""
     raw = path.with_name(f"{path.name}.raw")
     try:
         await host.files.remove(raw)

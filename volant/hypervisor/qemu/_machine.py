@@ -1,12 +1,12 @@
 """Controls a QEMU process and detects how its guest ends.
 
 QMP reports the end of the guest, the pidfd the end of the process. A guest that shuts down, panics or reboots leaves
-QEMU paused, and `query-status` still says why later. So `attach` asks once and then listens to events.
+QEMU paused, and `query-status` still shows the reason later. So `attach` asks once and then listens to events.
 
 A kernel that panics before it loads its pvpanic driver reboots, and QEMU only reports `shutdown`. Then the end of the
 console shows the panic. The guest writes that text, so it may lie, but only about its own end.
 
-A process that hangs sends no event. So the daemon asks for its status now and then: rarely, as a thousand idle machines
+A process that hangs sends no event. So the daemon queries its status at long intervals, as a thousand idle machines
 must not cost a CPU, and several times before it gives up, as the host may only be busy.
 """
 
@@ -49,17 +49,17 @@ ATTACH_S = 10.0
 PULSE_S = 600.0
 """Seconds between two status queries of a machine."""
 PULSE_TOGETHER_S = 30.0
-"""Queries that are due within it run together, as waking up costs more than asking."""
+"""Queries that are due within this time run together, as waking up costs more than a query."""
 PULSE_ANSWER_S = 20.0
 PULSES_MISSED = 3
-"""This many unanswered queries in a row mean that QEMU hangs."""
+"""The number of consecutive unanswered queries after which QEMU counts as hung."""
 
 _UNDO_S = 30.0
 _UNDO_RETRY_S, _UNDO_MAX_RETRY_S = 2.0, 30.0
 _CLOSING_S = 1.0
 _DISK_ERRORS_S = 60.0
 _DISKS_S = 30.0
-"""QEMU first completes what the guest has under way."""
+"""Maximum time for changes of disks. QEMU first completes the guest's running requests."""
 _TAIL = 4096
 _CONSOLE_TAIL = 64 * 1024
 _PANIC = re.compile(rb"Kernel panic - not syncing: ([\x20-\x7e]{1,200})")
@@ -78,7 +78,7 @@ _BY_REASON = {
 
 
 class ParkedQmp(ParkedControl):
-    """A session that nobody reads. What QEMU reports meanwhile is kept for who attaches next."""
+    """A session without a reader. QEMU's events are kept for the next attachment."""
 
     def __init__(self, stream: trio.SocketStream, qmp: QmpClient) -> None:
         self.stream = stream
@@ -97,7 +97,7 @@ class ParkedQmp(ParkedControl):
 
 
 class QemuMachine(msgspec.Struct, eq=False):
-    """See `volant.hypervisor.Machine`."""
+    """A QEMU machine, see `volant.hypervisor.Machine`."""
 
     _host: Host
     _spec: MachineSpec
@@ -110,7 +110,7 @@ class QemuMachine(msgspec.Struct, eq=False):
     _guest_ended: trio.Event = msgspec.field(default_factory=trio.Event)
     _stopped: trio.Event = msgspec.field(default_factory=trio.Event)
     _moving: trio.Lock = msgspec.field(default_factory=trio.Lock)
-    """Held while something pauses or resumes the guest."""
+    """Held while the guest is paused or resumed."""
     _left_paused: trio.Event = msgspec.field(default_factory=trio.Event)
     """Set when a checkpoint could not resume the guest."""
     _migration: Migration | None = None
@@ -161,7 +161,7 @@ class QemuMachine(msgspec.Struct, eq=False):
         raise HypervisorError(f"QEMU runs but can't be controlled: {self._qmp.why if self._qmp else ''}")
 
     async def _until_it_hangs(self) -> None:
-        """Queries the status now and then. Returns when QEMU does not answer any more."""
+        """Queries the status at intervals. Returns when QEMU does not answer any more."""
         # Spreads the queries of machines that were adopted at the same time.
         await _sleep_about(PULSE_S * (self._spec.vm_id * 37 % 100) / 100)
         missed = 0
@@ -203,13 +203,13 @@ class QemuMachine(msgspec.Struct, eq=False):
         self._cancel_undo()
 
     def _cancel_undo(self) -> None:
-        """Lets `undo_checkpoints` do nothing, as something else decides whether the guest runs."""
+        """Disables `undo_checkpoints`, as something else decides whether the guest runs."""
         if self._left_paused.is_set():
             self._left_paused = trio.Event()
 
     @asynccontextmanager
     async def _alone(self, timeout_s: float) -> AsyncIterator[None]:
-        """Excludes other calls that pause or resume the guest for the length of the block."""
+        """Excludes other calls that pause or resume the guest, for the block."""
         with trio.move_on_after(timeout_s) as waiting:
             await self._moving.acquire()
         if waiting.cancelled_caught:
@@ -313,7 +313,7 @@ class QemuMachine(msgspec.Struct, eq=False):
     # For `attach`
 
     async def take(self, control: ParkedQmp, nursery: trio.Nursery) -> None:
-        """Goes on with a session. That of a machine that has ended turns out to be lost."""
+        """Continues with a session. If the machine has ended, the session turns out to be lost."""
         self._stream, self._qmp = control.stream, control.qmp
         self._closing.push_async_callback(self._close)
         for name, data in control.missed:
@@ -344,8 +344,8 @@ class QemuMachine(msgspec.Struct, eq=False):
             raise HypervisorError(f"QEMU runs but does not answer: {str(error) or 'no greeting'}") from error
 
     async def _reach(self, process: Process) -> trio.SocketStream:
-        """Connects to the control socket while the process lives. The socket may not exist yet if the daemon that
-        launched the process was killed just then. Raises OSError."""
+        """Connects to the control socket while the process lives. The socket may not exist yet if the daemon was killed
+        right after the launch. Raises OSError."""
         stream, failure = None, None
 
         async def watch_process(scope: trio.CancelScope) -> None:
@@ -374,7 +374,7 @@ class QemuMachine(msgspec.Struct, eq=False):
                 return  # `ended` reports it
 
     async def undo_checkpoints(self) -> None:
-        """Resumes the guest that a checkpoint left paused, unless `pause` was called meanwhile."""
+        """Resumes the guest that a checkpoint left paused, unless `pause` was called in between."""
         backoff = Backoff(_UNDO_RETRY_S, _UNDO_MAX_RETRY_S)
         while True:
             await self._left_paused.wait()
@@ -462,7 +462,7 @@ class QemuMachine(msgspec.Struct, eq=False):
 async def attach(
     host: Host, spec: MachineSpec, identity: ProcessIdentity, control: ParkedQmp | None = None
 ) -> AsyncIterator[QemuMachine]:
-    """See `volant.hypervisor.Hypervisor.attach`."""
+    """Implements `volant.hypervisor.Hypervisor.attach`."""
     async with AsyncExitStack() as closing:
         try:
             process = closing.enter_context(host.processes.open(identity))

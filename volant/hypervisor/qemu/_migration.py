@@ -71,10 +71,10 @@ LOAD_S = 10.0
 _DISCONNECT_S = 5.0
 _POLL_S = 0.01
 _QUIET = 3
-"""So many answers without a byte in between mean that nothing waits any more."""
+"""This many answers without a byte in between mean that no data is pending."""
 
 CAPABILITY = "x-ignore-shared"
-"""A stream that was saved with it can only be loaded with it."""
+"""The capability for both directions: a stream that was saved with it can only be loaded with it."""
 _CAPABILITIES = {"capabilities": [{"capability": CAPABILITY, "state": True}, {"capability": "events", "state": True}]}
 _NO_ANNOUNCEMENTS = {"announce-rounds": 0}
 """Otherwise QEMU and the guest's driver would announce the original's address on the network."""
@@ -91,11 +91,11 @@ async def _poll_until(done: Callable[[], Awaitable[bool]], timeout_s: float) -> 
 
 
 async def await_disconnect(qmp: QmpClient) -> None:
-    """Returns when QEMU has noticed that nobody is connected to the agent's port.
+    """Waits until QEMU has noticed that the agent's port is not connected.
 
     virtio-serial then writes to the guest's memory, even if the machine is stopped. If that happened after the device
-    was saved, memory and device would contradict each other, and no clone would ever answer ("Virtqueue size exceeded";
-    seen with QEMU 10.0 in one of twenty templates on a busy host). Polls, as QEMU sends no event.
+    was saved, memory and device would be inconsistent, and no clone would ever answer ("Virtqueue size exceeded"; seen
+    with QEMU 10.0 in one of twenty templates on a busy host). Polls, as QEMU sends no event.
     """
 
     if not await _poll_until(partial(_has_peer, qmp, False), _DISCONNECT_S):
@@ -103,7 +103,7 @@ async def await_disconnect(qmp: QmpClient) -> None:
 
 
 async def _has_peer(qmp: QmpClient, wanted: bool) -> bool:
-    """Returns whether QEMU knows that somebody is connected to the agent's port (`wanted`), or that nobody is."""
+    """Returns whether QEMU sees a connection to the agent's port (`wanted`), or none."""
     ports = await qmp.execute("query-chardev") or ()
     names = [str(port.get("filename")) for port in ports if port.get("label") == "agent"]
     return any(name.startswith("disconnected:") is not wanted for name in names)
@@ -111,11 +111,11 @@ async def _has_peer(qmp: QmpClient, wanted: bool) -> bool:
 
 @asynccontextmanager
 async def _listening(host: Host, spec: MachineSpec, qmp: QmpClient) -> AsyncIterator[None]:
-    """Reads the agent's port while a machine loads its state in a block, and until there is nothing left to read.
+    """Reads the agent's port while a machine loads its state in the block, and until there is nothing left to read.
 
-    If the port was full when the machine was copied, QEMU writes what waited as soon as it is loaded. Without a reader
-    it stops in the middle, and QEMU 10.0 then waits for a notice that never comes (`flush_buf` in its
-    hw/char/virtio-console.c): no word of the guest leaves it any more, not even when somebody connects.
+    If the port was full when the machine was copied, QEMU writes the pending data as soon as it is loaded. Without a
+    reader it stops in the middle, and QEMU 10.0 then waits for an event that never arrives (`flush_buf` in its
+    hw/char/virtio-console.c): the guest can't send any more, not even after a connection.
     """
     if spec.vsock_cid is not None:
         yield

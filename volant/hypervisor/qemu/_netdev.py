@@ -1,8 +1,8 @@
 """Connects a machine's network interface to its tap, or to a process that listens at a Unix socket (passt).
 
-The interface of such a machine has a hub behind it from the start. The daemon opens the tap or connects to the socket,
-passes the descriptor to QEMU over QMP and plugs it into the hub. So QEMU's process needs no right to do either, and
-its seccomp filter denies `connect`.
+The interface of such a machine is connected to a hub from the start. The daemon opens the tap or connects to the
+socket, passes the descriptor to QEMU over QMP and plugs it into the hub. So QEMU's process needs no right for either,
+and its seccomp filter denies `connect`.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from ._qmp import QmpClient, QmpRefused
 
 _CONNECT_S = 5.0
 _TAP_S, _TAP_RETRY_S = 2.0, 0.02
-"""How long to wait for a tap that is open: the daemon opens it for some milliseconds itself when it sets it up."""
+"""How long to wait for a tap that is in use: the daemon itself opens it for some milliseconds for its setup."""
 _HUB_PORT, _BEHIND_HUB, _HANDED = "net1", "net2", "handed"
-"""The hub's second port, the backend behind it, and the name under which QEMU keeps the descriptor until then."""
+"""The hub's second port, the backend behind it, and QEMU's temporary name for the descriptor."""
 _IDLE_PORT = "net3"
-"""The hub's third port, with nothing behind it. It takes every packet and drops it. Without it the hub takes no packet
-while its second port is being replaced: a packet that the guest sends in that moment stays queued, and QEMU 10.0 never
-wakes the interface again."""
+"""The hub's third port, without a backend, which drops every packet. Without it the hub accepts no packet while its
+second port is being replaced: a packet that the guest sends in that moment stays queued, and QEMU 10.0 never wakes the
+interface again."""
 
 
 async def plug_in(host: Host, qmp: QmpClient, nic: Nic | None) -> None:
-    """Opens what is behind `nic` and plugs it into the machine's hub, in place of what was plugged in before.
+    """Opens the backend of `nic` and plugs it into the machine's hub, in place of an earlier one.
 
-    A machine without a network interface, or with one that leads nowhere, is left as it is. Raises OSError and
-    trio.TooSlowError where the tap or the socket can't be opened, QmpRefused and QmpLost where QEMU does not take it.
+    Does nothing for a machine without a network interface, or with an unconnected one. Raises OSError and
+    trio.TooSlowError if the tap or the socket can't be opened, QmpRefused and QmpLost if QEMU does not accept it.
     """
     with ExitStack() as stack:
         if nic is None:
@@ -73,6 +73,6 @@ async def open_tap(host: Host, name: str, stack: ExitStack) -> int:
 
 
 def connects_itself(argv: Sequence[str]) -> bool:
-    """Returns whether a QEMU with this command line connects to its socket by itself, as those that daemons started
-    before they passed descriptors."""
+    """Returns whether a QEMU with this command line connects to its socket by itself, because a daemon started it that
+    did not pass descriptors yet."""
     return any(option == "-netdev" and value.startswith("stream,") for option, value in pairwise(argv))

@@ -83,7 +83,7 @@ def _nic(options: Sequence[tuple[str, str]], parameters: Mapping[str, str]) -> N
 
 
 def _file(nodes: Mapping[str, Mapping[str, str]], name: str) -> Path | None:
-    """Returns the file of a block node; None: there is no such node."""
+    """Returns the file of a block node; None if there is no such node."""
     node = nodes.get(name)
     return None if node is None else Path(node["filename"])
 

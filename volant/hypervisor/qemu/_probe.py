@@ -1,4 +1,4 @@
-"""Finds out whether KVM runs guests here.
+"""Finds out whether KVM can run guests on this host.
 
 An existing `/dev/kvm` proves nothing: in a VM it may open, create a VM and fail at a guest's first instructions. So the
 probe runs a guest: a PVH kernel of a few bytes, with the machine type and CPU model of real guests, that ends QEMU with
@@ -6,7 +6,7 @@ a special exit status. Any other result, a hang included, means TCG.
 
 The kernel uses long mode with paging, and two instructions that every kernel uses and that KVM can run but not emulate
 (`cmpxchg16b` and SSE arithmetic). KVM in a VM without hardware support (`kvm_pvm`) emulates kernel mode in software;
-simpler code would pass there, and Linux would then die in its first second.
+simpler code would pass there, but Linux would crash in its first second.
 
 The result is cached for one version of the kernel and of QEMU. A timeout is not cached, as it may only mean that the
 host is busy.
@@ -108,7 +108,7 @@ async def probe(host: Host, cache_dir: Path, program: str, version: tuple[int, i
 
 
 async def _try_kvm(host: Host, cache_dir: Path, program: str, version: tuple[int, int, str]) -> str | None:
-    """Runs the small guest. Returns None if it ran, else what happened."""
+    """Runs the small guest. Returns None if it ran, otherwise the reason."""
     directory = cache_dir / f"probe-{host.random.new_id()}"
     try:
         await host.files.mkdir(directory)

@@ -1,6 +1,6 @@
 """Speaks QMP, the protocol of QEMU's control socket: lines of JSON with commands, answers and events.
 
-The library `qemu.qmp` needs asyncio, and the daemon needs only this page of the protocol.
+The library `qemu.qmp` needs asyncio, and the daemon only needs this small part of the protocol.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _RETRY_S = 0.005
 async def connect_control(host: Host, path: Path, timeout_s: float) -> trio.SocketStream:
     """Connects as soon as QEMU listens at `path`. `timeout_s` limits each attempt, not the time until QEMU listens.
 
-    :raises OSError: when the connection fails. :raises trio.TooSlowError: when an attempt takes too long.
+    :raises OSError: the connection fails. :raises trio.TooSlowError: an attempt takes too long.
     """
     if not host.files.exists(path):
         # The end of the last watch keeps the event loop waiting for the kernel, often for ten milliseconds.
@@ -54,13 +54,13 @@ class QmpRefused(HypervisorError):
 
 
 class QmpClient:
-    """Holds one session. `start` runs in a nursery and does not fail there: callers of `execute` get the error."""
+    """One session. `start` runs in a nursery and does not fail there: callers of `execute` get the error."""
 
     def __init__(self, stream: trio.abc.Stream, on_event: EventHandler, random: Random) -> None:
         self.lost = trio.Event()
         self.why = ""
         self.is_parked = False
-        """Whether the end of `start` leaves the session as it is."""
+        """Whether the session survives the end of `start`."""
         self._stream = stream
         self._lines = _Lines(stream)
         self._on_event = on_event
@@ -71,8 +71,8 @@ class QmpClient:
         self._numbers = itertools.count(int.from_bytes(random.token_bytes(6)))
 
     async def start(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Negotiates, reports `started` and reads until the end. Raises QmpLost before `started`. The caller must set a
-        deadline, as QEMU never answers a second client. Of a session that was parked, goes on reading."""
+        """Negotiates, reports `started` and reads until the end. Continues to read a parked session. Raises QmpLost
+        before `started`. The caller must set a deadline, as QEMU never answers a second client."""
         self.is_parked = False
         if not self._is_negotiated:
             await self._negotiate()
@@ -103,8 +103,8 @@ class QmpClient:
         self._is_negotiated = True
 
     def park(self) -> bool:
-        """Keeps the session for a later `start`; the task of this one is cancelled before anything is awaited. False:
-        it can't be kept, as it is lost, or a command is being written."""
+        """Keeps the session for a later `start`; the task of this one is cancelled before anything is awaited. Returns
+        False if the session can't be kept, because it is lost or a command is being written."""
         # An answer that comes to nobody later is ignored.
         self.is_parked = not self.lost.is_set() and not self._sending.locked()
         return self.is_parked
@@ -121,8 +121,8 @@ class QmpClient:
         timeout_s: float = 5.0,
         descriptor: int | None = None,
     ) -> Any:
-        """Runs a command and returns its result. `descriptor` is passed with it. Raises QmpRefused, and QmpLost also
-        when there is no answer in time."""
+        """Runs a command and returns its result. `descriptor` is passed with it. Raises QmpRefused, and QmpLost, also
+        if there is no answer in time."""
         number = next(self._numbers)
         message: dict[str, Any] = {"execute": command, "id": number}
         if arguments:

@@ -1,6 +1,6 @@
 """Prepares the sandbox of a QEMU process: its user, and access to its files. See `docs/explanation/sandbox.md`.
 
-Each launch grants what its spec needs, to its user alone. So there is nothing to remember and nothing to revoke.
+Each launch grants the rights that its spec needs, only to its user. So no rights must be remembered or revoked.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PARTS = (".vmdk", ".erofs")
 
 
 class SandboxPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """Holds which layers the sandbox has on this host."""
+    """The layers of the sandbox on this host."""
 
     places: tuple[Path, ...]
     """The daemon's directories."""
@@ -33,9 +33,9 @@ class SandboxPlan(msgspec.Struct, frozen=True, kw_only=True):
     users: range | None
     """User and group ids for hypervisors; None if they run as the daemon's user."""
     no_users: str | None = None
-    """Why there are none."""
+    """Why there are no such users."""
     private: tuple[Path, ...] = ()
-    """The directories of files that only hypervisors that boot from them may read."""
+    """The directories of files that only hypervisors which boot from them may read."""
 
     def view(self) -> dict[str, object]:
         """Returns the layers for people, ready for JSON."""
@@ -59,7 +59,7 @@ class QemuSandbox:
     async def prepare(self, spec: MachineSpec) -> Sandbox:
         """Grants a machine's process its files and returns its sandbox. The directory and the files must exist.
 
-        :raises OSError: when a file can't be granted.
+        :raises OSError: a file can't be granted.
         """
         host, plan, template = self._host, self.plan, spec.template
         user, no_user, groups = await self._user(spec), plan.no_users, set()
@@ -142,7 +142,7 @@ class QemuSandbox:
 
 
 def user_of(users: range, tag: str, vm_id: int) -> int:
-    """Returns the user of a VM's process. `tag`: its own, or another one of the same daemon."""
+    """Returns the user of a VM's process. `tag` is its own, or another one of the same daemon."""
     half = max(1, len(users) // 2)
     return users[(number_of(tag.rpartition("-")[0]) + vm_id) % half]
 

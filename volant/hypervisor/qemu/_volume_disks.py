@@ -1,7 +1,7 @@
-"""Volumes as disks of a QEMU: its command line, and what changes while it runs.
+"""Volumes as disks of QEMU: its command line, and changes at run time.
 
-They come last on the command line, so that they change no other device's place. QEMU locks the files: a second one
-can't open a volume that another writes to, whatever started it.
+They come last on the command line, so that they change no other device's place. QEMU locks the files: a second QEMU
+can't open a volume that another one writes to, whoever started it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from volant.hypervisor._interface import DiskLimits, MachineSpec, SharedDirector
 
 
 LEAST_QEMU = (8, 1)
-"""Before, QEMU crashes on a virtiofsd that knows the tag of its device."""
+"""The minimum version. Earlier versions crash on a virtiofsd that reports the tag of its device."""
 _ID = "directory"
 
 
@@ -39,7 +39,7 @@ def directory_argv(directories: Sequence[SharedDirectory], connections: Sequence
 
 
 def count_directories(devices: Sequence[str]) -> int:
-    """Returns how many of the devices of a command line are directories of the host."""
+    """Returns the number of devices on a command line that are directories of the host."""
     return sum(device.startswith("vhost-user-fs-") for device in devices)
 
 
@@ -49,7 +49,7 @@ _ROOT = "root0"
 
 
 def volume_argv(volumes: Sequence[VolumeDisk], device: str) -> list[str]:
-    """Returns the options for volumes. `device`: the name of a virtio disk on the machine's bus.
+    """Returns the options for volumes. `device` is the name of a virtio disk on the machine's bus.
 
     As for the root disk, a full file system of the host is an I/O error in the guest.
     """
