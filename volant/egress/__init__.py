@@ -1,4 +1,4 @@
-"""Answers the DNS queries of VMs with an egress policy, and shows what these were denied."""
+"""Answers the DNS queries of VMs with an egress policy, and reports denied connections."""
 
 from ._activity import EgressActivity as EgressActivity
 from ._messages import dns_obstacle as dns_obstacle

@@ -1,4 +1,4 @@
-"""What VMs with an egress policy were denied, for `inspect` and metrics."""
+"""Denied connections and queries of VMs with an egress policy, for `inspect` and metrics."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ._resolvers import VmResolvers
 
 _READ_S = 5.0
 _FRESH_S = 5.0
-"""How long the counts of all VMs are used again: reading them is a process, and anybody with a key can scrape."""
+"""How long the counts of all VMs are cached: reading them starts a process, and every key can scrape."""
 
 
 class EgressActivity:
-    """Reads what was denied, from the firewall and the resolvers."""
+    """Reads denied connections and queries, from the firewall and the resolvers."""
 
     def __init__(self, rules: EgressFilter, resolvers: VmResolvers) -> None:
         self._rules = rules
@@ -28,7 +28,7 @@ class EgressActivity:
         self._counting = trio.Lock()
 
     async def describe(self, row: VmRow) -> Mapping[str, object] | None:
-        """Returns what a VM was denied lately, ready for JSON; None: it has no egress policy."""
+        """Returns a VM's recently denied connections and queries, ready for JSON; None if it has no egress policy."""
         if not is_restricted(row.egress):
             return None
         now = trio.current_time()
@@ -58,7 +58,8 @@ class EgressActivity:
         return found
 
     async def denied_connections(self) -> Mapping[int, int]:
-        """Returns how many connections were denied, by VM, up to `_FRESH_S` ago; none if the firewall can't be read."""
+        """Returns the number of denied connections, by VM, up to `_FRESH_S` ago; empty if the firewall can't be
+        read."""
         async with self._counting:
             if trio.current_time() - self._counted_at >= _FRESH_S:
                 try:
@@ -70,5 +71,5 @@ class EgressActivity:
             return self._counts
 
     def denied_names(self) -> Mapping[int, int]:
-        """Returns how many DNS queries were denied or failed, by VM, since the daemon started."""
+        """Returns the number of DNS queries that were denied or failed, by VM, since the daemon started."""
         return self._resolvers.denied_counts()

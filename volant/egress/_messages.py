@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from dns.rdtypes.IN.A import A
 
 _PAYLOAD = 1232
-"""Bytes of a UDP message that no common network has to split, by the DNS flag day of 2020."""
+"""Size of a UDP message that no common network has to split, from the DNS flag day of 2020."""
 MAX_ADDRESSES = 24
-"""Most addresses of an answer. Others are left out, as programs try a few."""
+"""Maximum addresses in an answer. Others are left out, as programs only try a few."""
 _PLAIN = re.compile(r"[a-z0-9_-]{1,63}(\.[a-z0-9_-]{1,63})*\Z")
 
 
 class MalformedMessage(Exception):
-    """What was received is no DNS message, or not one that was expected."""
+    """The received data is no DNS message, or not the expected one."""
 
 
 def dns_obstacle() -> str | None:
@@ -39,20 +39,20 @@ class Query(msgspec.Struct, frozen=True):
 
     message: Message
     name: str
-    """In lower case and without a final dot. It may have escapes of dnspython, if it is not plain."""
+    """The name in lower case and without a final dot. It may contain escapes of dnspython, if it is not plain."""
     is_plain: bool
     """Whether the name has only letters, digits, hyphens and underscores. A dot inside of a label is written as an
     escape, and must not match a rule."""
     kind: str
-    """`A`, `AAAA`, …"""
+    """The record type: `A`, `AAAA`, …"""
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What a DNS server says of the addresses of a name."""
+    """A DNS server's answer about the addresses of a name."""
 
     addresses: tuple[str, ...] = ()
     ttl_s: int = 0
-    """The smallest of the chain that leads to the addresses."""
+    """The smallest TTL of the chain that leads to the addresses."""
     continues_at: str | None = None
     """The end of a chain of CNAMEs without addresses."""
     exists: bool = True
@@ -63,7 +63,7 @@ class Truncated(Exception):
 
 
 def read_query(data: bytes) -> Query:
-    """:raises MalformedMessage: it is no query for one name of the internet."""
+    """Parses a query. :raises MalformedMessage: it is no query for one internet name."""
     from dns import exception, flags, message, opcode, rdataclass, rdatatype
 
     try:
@@ -82,7 +82,7 @@ def read_query(data: bytes) -> Query:
 def denial(query: Query, why: str) -> bytes:
     """Returns the answer for a name that the VM may not resolve: it does not exist, and it is blocked.
 
-    REFUSED would be more exact. But glibc reports it as a temporary failure, and programs retry for minutes.
+    REFUSED would be more exact, but glibc reports it as a temporary failure, and programs retry for minutes.
     """
     from dns import rcode
 
@@ -99,7 +99,7 @@ def failure(query: Query, why: str) -> bytes:
 def answer(query: Query, found: Answer, *, tcp: bool) -> bytes:
     """Returns the answer with these addresses, and none for another type of record. A chain of CNAMEs is left out.
 
-    An answer that is too long for UDP says that TCP has all of it.
+    An answer that is too long for UDP tells the guest to use TCP.
     """
     from dns import exception, flags, rcode, rdatatype, rrset
     from dns.message import make_response
@@ -127,7 +127,7 @@ def question(name: str) -> bytes:
 
 
 def read_answer(asked: bytes, data: bytes) -> Answer:
-    """Returns what a DNS server has answered to a question.
+    """Returns a DNS server's answer to a question.
 
     :raises MalformedMessage: it is no answer to that question, or no valid message.
     :raises Truncated:

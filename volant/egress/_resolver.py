@@ -1,7 +1,7 @@
-"""The resolver of one VM: which names it may resolve, and to which addresses.
+"""The resolver of one VM, which decides the names that it may resolve and their addresses.
 
-An address is allowed in the firewall before the guest gets it. It stays allowed for the TTL in the answer, and for at
-least `_MIN_ALLOWED_S`.
+An address is allowed in the firewall before the guest receives it. It stays allowed for the TTL in the answer, and for
+at least `_MIN_ALLOWED_S`.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from ._messages import MAX_ADDRESSES, Answer, Query, answer, denial, failure
 from ._upstream import NoAnswer, Upstream
 
 Allow = Callable[[int, str, Mapping[str, float]], Awaitable[None]]
-"""Allows a VM, by its id, to connect to the addresses of a name, each for its seconds. Raises NetworkFailed."""
+"""Allows a VM, by its id, to connect to the addresses of a name, each for a number of seconds. Raises NetworkFailed."""
 
 IN_FLIGHT = 16
-"""Most questions of one VM that wait for an answer."""
+"""Maximum questions of one VM that wait for an answer."""
 _MIN_IN_FLIGHT_S = 0.25
-"""How long a question counts at least. So a VM causes at most 64 a second."""
+"""Minimum time for which a question counts. So a VM causes at most 64 per second."""
 _RESOLVE_S = 10.0
 _MAX_TTL_S = 3600.0
-"""Longest TTL in an answer to a guest. Without it an address could stay allowed for 68 years."""
+"""Maximum TTL in an answer to a guest. Without it an address could stay allowed for 68 years."""
 _MIN_ALLOWED_S = 60.0
-"""How long an address is allowed at least. Programs connect some time after they have resolved a name."""
+"""Minimum time for which an address is allowed. Programs connect some time after they have resolved a name."""
 _GRACE_S = 10.0
-"""Added to the TTL in the firewall: the guest counts its TTL from when it gets the answer, which is later."""
+"""Added to the TTL in the firewall: the guest's TTL counts from its receipt of the answer, which is later."""
 _MIN_CACHED_S = 1.0
-"""An answer is used again for so long, even if its TTL is 0."""
+"""Minimum time for which an answer is cached, even if its TTL is 0."""
 _MAX_CACHED = 256
 _MAX_DENIED = 32
 _LOG_S = 60.0
-"""Failures of one VM are logged once in that time."""
+"""The interval of log lines about failures of one VM."""
 # What guests get to know. The reasons name addresses and programs of the host; `inspect` and the log have them.
 _NO_RULE = "no egress rule of the VM allows it"
 _NOT_PUBLIC = "it leads to no address that the VM may reach"
@@ -55,7 +55,7 @@ class DeniedName(msgspec.Struct, kw_only=True):
     why: str
     count: int = 0
     last_s: float = 0.0
-    """When it was asked for last, by trio's clock."""
+    """The time of the last query, by trio's clock."""
 
 
 class Resolver:
@@ -70,12 +70,12 @@ class Resolver:
         self._cache: OrderedDict[str, tuple[Answer, float]] = OrderedDict()
         self._in_flight = 0
         self.denied: OrderedDict[str, DeniedName] = OrderedDict()
-        """The last ones, by name."""
+        """The most recent ones, by name."""
         self.denied_count = 0
         self._log_from = -math.inf
 
     def answer_now(self, query: Query, *, tcp: bool) -> bytes | None:
-        """Returns the answer, or None if a DNS server has to be asked. `tcp`: how it is sent."""
+        """Returns the answer, or None if a DNS server must be asked. `tcp` is the transport."""
         if not query.is_plain or not any(rule.matches(query.name) for rule in self._rules):
             self._note_denied(query.name, _NO_RULE)
             return denial(query, _NO_RULE)
@@ -138,8 +138,8 @@ class Resolver:
         return Answer(found.addresses, min(found.ttl_s, int(left_s)), None, found.exists)
 
     def _may_lead_to(self, address: str) -> bool:
-        """Returns whether the answer may have this address. One that is not public needs a rule for it, so that no name
-        leads to the host or its networks unnoticed. The set of the name does not get it."""
+        """Returns whether the answer may contain this address. A non-public address needs its own rule, so that no name
+        leads to the host or its networks unnoticed. It is not added to the set of the name."""
         return _is_public(address) or any(IPv4Address(address) in network for network in self._networks)
 
     def _log(self, why: str) -> None:

@@ -16,14 +16,14 @@ from ._sockets import DnsListener, DnsSockets, Sender, read_exactly
 from ._upstream import Upstream
 
 _MAX_QUERY = 1232
-"""Bytes. A query has one name, of at most 255 bytes, and options of EDNS."""
+"""Maximum size of a query, which has one name of at most 255 bytes and EDNS options."""
 _THROTTLE_S = 0.004
-"""Pause after each query and connection of a VM. So one that floods its resolver takes a few percent of the daemon's
+"""Pause after each query and connection of a VM. So a VM that floods its resolver uses a few percent of the daemon's
 time."""
 _CONNECTIONS = 4
-"""Most TCP connections of one VM."""
+"""Maximum TCP connections per VM."""
 _PER_CONNECTION = 32
-"""Most queries in one TCP connection."""
+"""Maximum queries per TCP connection."""
 _IDLE_S = 10.0
 _RETRY_S = 1.0
 
@@ -35,7 +35,7 @@ class VmResolvers:
     """The resolvers of one daemon; see `Resolvers`."""
 
     def __init__(self, sockets: DnsSockets, servers: tuple[str, ...], allow: Allow) -> None:
-        """`servers`: the DNS servers to ask."""
+        """Creates it. `servers` are the DNS servers to ask."""
         self._sockets = sockets
         self._upstream = Upstream(sockets, servers)
         self._allow = allow
@@ -73,12 +73,12 @@ class VmResolvers:
                 self._nursery = None
 
     def denied_names(self, vm_id: int) -> list[DeniedName]:
-        """Returns the names that a VM could not resolve lately, the last one first."""
+        """Returns the names that a VM recently could not resolve, newest first."""
         running = self._running.get(vm_id)
         return [] if running is None else list(reversed(running.resolver.denied.values()))
 
     def denied_counts(self) -> dict[int, int]:
-        """Returns how many queries of each VM were denied or failed, since the daemon started."""
+        """Returns the number of denied or failed DNS queries, by VM, since the daemon started."""
         return {vm_id: running.resolver.denied_count for vm_id, running in self._running.items()}
 
 
@@ -170,12 +170,12 @@ class _Running:
             self._connections.release()
 
     async def _throttle(self) -> None:
-        """Pauses, one task after the other, so that connections of a VM share its limit."""
+        """Pauses, one task after the other, so that all connections of a VM share its limit."""
         async with self._throttling:
             await trio.sleep(_THROTTLE_S)
 
     async def _answer(self, data: bytes, send: Send, *, tcp: bool) -> Callable[[], Awaitable[None]] | None:
-        """Answers a query, or returns what answers it later. What is no query gets no answer."""
+        """Answers a query, or returns a function that answers it later. Other data gets no answer."""
         if len(data) > _MAX_QUERY:
             return None
         try:
@@ -189,7 +189,7 @@ class _Running:
         return None
 
     async def _safely(self, serve: Callable[[], Awaitable[None]]) -> None:
-        """Serves a query or a connection. A mistake of ours that a query triggers harms no other VM."""
+        """Serves a query or a connection. A bug triggered by a query affects no other VM."""
         try:
             await serve()
         except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
@@ -200,7 +200,7 @@ class _Running:
             self._has_failed = True
 
     def _is_ours(self, sender: Sender) -> bool:
-        """Returns whether a packet is the guest's. That of a passt has an address of the host."""
+        """Returns whether a packet comes from the guest. A passt sends from an address of the host."""
         return not self.guest.address or sender[0] == self.guest.address
 
 

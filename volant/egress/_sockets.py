@@ -1,4 +1,4 @@
-"""What the resolvers need of the operating system: a narrow protocol, so that a simulated host needs no sockets."""
+"""The resolvers' interface to the operating system: a narrow protocol, so that a simulated host needs no sockets."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _IP_FREEBIND = 15
 _BIND_TRIES = 10
 _BACKLOG = 8
 _RECEIVE_BYTES = 64 * 1024
-"""The kernel's buffer of one resolver. What does not fit is dropped, and a guest asks again."""
+"""The kernel's buffer of one resolver. Data that does not fit is dropped, and guests retry."""
 _MAX_UDP = 4096
 _MAX_TCP = 16 * 1024
-"""An answer that is larger is not read: a hundred addresses take 2 KiB."""
+"""Maximum size of a TCP answer: a hundred addresses take 2 KiB."""
 
 
 class DnsListener(Protocol):
@@ -37,7 +37,7 @@ class DnsListener(Protocol):
         ...
 
     async def send(self, data: bytes, to: Sender) -> None:
-        """Sends a datagram. One that can't be sent is lost."""
+        """Sends a datagram. If it can't be sent, it is lost."""
         ...
 
     async def accept(self) -> tuple[trio.abc.Stream, Sender]:
@@ -57,10 +57,10 @@ class DnsSockets(Protocol):
         ...
 
     async def ask(self, server: str, question: bytes, accept: Callable[[bytes], T | None], *, tcp: bool = False) -> T:
-        """Sends a question to a DNS server, and returns what `accept` makes of the first message that it accepts. The
-        deadline is the caller's.
+        """Sends a question to a DNS server, and returns the result of `accept` for the first message that it accepts.
+        The caller sets the deadline.
 
-        :param accept: returns None for what is to be ignored
+        :param accept: returns None for a message to ignore
         :raises OSError: the server can't be reached, or closes the connection.
         """
         ...

@@ -10,9 +10,9 @@ from ._messages import Answer, MalformedMessage, Truncated, question, read_answe
 from ._sockets import DnsSockets
 
 _EACH_S = 3.0
-"""A server that has not answered after that is not asked further; glibc waits 5 s for all."""
+"""Maximum time for one server; glibc waits 5 s for all."""
 _HOPS = 8
-"""Most answers that end in the middle of a chain of CNAMEs."""
+"""Maximum answers that end in the middle of a chain of CNAMEs."""
 
 
 class NoAnswer(Exception):

@@ -1,4 +1,4 @@
-"""What the network room needs of the operating system: links, addresses, routes, switches and a firewall.
+"""The network package's interface to the operating system: links, addresses, routes, switches and a firewall.
 
 The protocol is narrow, so that a simulated host needs no netlink. Changes are data, so that they can be decided and
 tested without a kernel.
@@ -38,14 +38,14 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
     master: str = ""
     """The bridge of which it is a port."""
     in_use: bool = False
-    """For a tap: whether a process has it open."""
+    """Whether a process has it open, for a tap."""
 
 
 class Route(msgspec.Struct, frozen=True, kw_only=True):
     """A route of the host."""
 
     destination: str
-    """With its prefix length."""
+    """The destination with its prefix length."""
     device: str
 
     def __str__(self) -> str:
@@ -59,7 +59,7 @@ class MakeBridge(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     mac: str
     addresses: tuple[str, ...]
-    """With their prefix lengths."""
+    """The addresses with their prefix lengths."""
 
 
 class MakeTap(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,7 +100,7 @@ class NetworkBackend(Protocol):
     """
 
     async def ready(self) -> None:
-        """:raises NetworkFailed: when the host lacks something that every network needs."""
+        """Checks the host. :raises NetworkFailed: it lacks something that every network needs."""
         ...
 
     async def names(self) -> Collection[str]:
@@ -108,16 +108,16 @@ class NetworkBackend(Protocol):
         ...
 
     async def links(self, names: Collection[str] | None = None) -> Sequence[Link]:
-        """Returns those of these links that exist; None: all links. The cost grows only with `names`."""
+        """Returns those of these links that exist; None for all links. The cost grows only with `names`."""
         ...
 
     async def routes(self) -> Sequence[Route]:
-        """Returns the host's IPv4 routes but the default routes."""
+        """Returns the host's IPv4 routes except the default routes."""
         ...
 
     async def uplinks(self) -> Collection[str]:
-        """Returns the interfaces from which the host routes packets for guests alone: those of its default routes,
-        unless it is a router in any case (`net.ipv4.ip_forward`)."""
+        """Returns the interfaces from which the host routes packets only for guests: those of its default routes,
+        unless it is a router anyway (`net.ipv4.ip_forward`)."""
         ...
 
     async def do(self, steps: Sequence[Step]) -> Sequence[NetworkFailed | None]:
@@ -133,8 +133,8 @@ class NetworkBackend(Protocol):
         ...
 
     async def listed(self, what: str) -> Sequence[Mapping[str, Any]]:
-        """Returns what `nft -j list` says of an object, as `table inet t`, one mapping for each part. Empty if there is
-        no such object."""
+        """Returns the output of `nft -j list` for an object such as `table inet t`, one mapping for each part. Empty if
+        there is no such object."""
         ...
 
     async def watch(self, bridge: str, tables: Collection[str], on_loss: Callable[[str], None]) -> None:

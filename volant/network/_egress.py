@@ -1,8 +1,8 @@
-"""Keeps the firewall of VMs with an egress policy: their rules, the addresses of their names, and what was denied.
+"""Keeps the firewall of VMs with an egress policy: their rules, the addresses of their names, and counts of denials.
 
 The table is loaded before a VM can send its first packet, and again when it was removed. It outlives the daemon, so the
-VMs of a killed daemon stay restricted. A new daemon reads what is allowed and counted from the kernel, then replaces
-the table in one transaction, as the ports of its resolvers are others.
+VMs of a killed daemon stay restricted. A new daemon reads allowed addresses and counters from the kernel, then replaces
+the table in one transaction, as its resolvers have other ports.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from ._plan import NetworkSettings, needs_tap
 from ._rules import delete_tables
 
 MAX_ADDRESSES = 1024
-"""Most addresses that are allowed at a time for the names of one VM whose rules have the same protocol and ports."""
+"""Maximum addresses that are allowed at a time for the names of one VM whose rules have the same protocol and ports."""
 _SLACK_S = 1.0
-"""An address that is allowed for so much less than asked for is not allowed again."""
+"""An address that is allowed for only this much less than requested is not allowed again."""
 _logger = logging.getLogger("volant.network")
 
 
@@ -60,7 +60,7 @@ class DeniedDestination(msgspec.Struct, frozen=True):
     port: int
     protocol: str
     ago_s: float
-    """Since the last attempt."""
+    """Seconds since the last attempt."""
 
 
 class EgressFilter:
@@ -74,7 +74,7 @@ class EgressFilter:
         passt: Passt | None,
         resolvers: Resolvers | None,
     ) -> None:
-        """`resolvers`: None if no VM has an egress policy."""
+        """Creates it. `resolvers` is None if no VM has an egress policy."""
         self._backend = backend
         self._settings = settings
         self._rows = rows
@@ -83,14 +83,14 @@ class EgressFilter:
         self._loaded: dict[int, tuple[EgressGuest, int]] | None = None
         """The VMs in the table, with the ports of their resolvers; None if unknown."""
         self._with_user: set[int] = set()
-        """The VMs that have a user of passt, also while it is unknown what is in the table."""
+        """The VMs with their own user of passt, even while the content of the table is unknown."""
         self._deadlines: dict[int, dict[str, dict[str, float]]] = {}
-        """Until when addresses are allowed, by VM and set."""
+        """When the permission of addresses ends, by VM and set."""
         self._listening: set[int] = set()
         self._has_table = False
         """Whether the table may exist."""
         self._was_read = False
-        """Whether the table that an earlier daemon left was read."""
+        """Whether the table of an earlier daemon was read."""
         self._changing = trio.Lock()
         self._waiting: list[_Request] = []
 
@@ -111,7 +111,7 @@ class EgressFilter:
     async def ensure(self, *, detached: Collection[int] = ()) -> Mapping[int, NetworkFailed]:
         """Makes the table match the rows. Returns the VMs that have no resolver.
 
-        A VM that is being killed keeps its rules, as its processes may run.
+        A VM that is being killed keeps its rules, as its processes may still run.
 
         :param detached: VMs that can't send any more, so they lose their rules
         :raises NetworkFailed: when the table can't be loaded.
@@ -123,7 +123,8 @@ class EgressFilter:
             return await self._update(wanted)
 
     async def allow(self, vm_id: int, name: str, addresses: Mapping[str, float]) -> None:
-        """Lets a VM connect to the addresses of a DNS name, by the rules for that name. Returns when the kernel does.
+        """Lets a VM connect to the addresses of a DNS name, by the rules for that name. Returns when the kernel allows
+        it.
 
         :param addresses: each with the seconds for which it is allowed
         :raises NetworkFailed: when they can't be allowed.
@@ -143,7 +144,7 @@ class EgressFilter:
             raise request.failure
 
     def forget(self) -> None:
-        """Notes that the table may have been removed."""
+        """Records that the table may have been removed."""
         self._loaded = None
 
     async def remove_unused(self) -> None:
@@ -155,7 +156,7 @@ class EgressFilter:
                 self._has_table = False
 
     async def denied_connections(self) -> Mapping[int, int]:
-        """Returns how many packets that begin a connection were denied, by VM. :raises NetworkFailed:"""
+        """Returns the number of denied packets that begin a connection, by VM. :raises NetworkFailed:"""
         if not self._loaded:
             return {}
         listed = await self._backend.listed(f"counters table {self._settings.egress_table}")
@@ -163,7 +164,7 @@ class EgressFilter:
         return {vm_id: counters.get(counter_name(vm_id), (0, 0))[0] for vm_id in self._loaded or ()}
 
     async def denied_destinations(self, vm_id: int) -> list[DeniedDestination]:
-        """Returns the destinations that a VM was denied lately, the last one first. :raises NetworkFailed:"""
+        """Returns a VM's recently denied destinations, newest first. :raises NetworkFailed:"""
         if not self._loaded or vm_id not in self._loaded:
             return []
         found = []
@@ -215,7 +216,7 @@ class EgressFilter:
         return self._loaded is None or vm_id in self._loaded
 
     def check_user(self, vm_id: int) -> None:
-        """:raises NetworkFailed: the rules of this VM can't be loaded, as no user of passt is free."""
+        """Checks a VM. :raises NetworkFailed: its rules can't be loaded, as no user of passt is free."""
         if self._loaded is None or vm_id not in self._loaded:
             raise NetworkFailed(
                 "egress", "the rules of the VM can't be enforced: this daemon has no user for its passt that no other "
@@ -244,7 +245,7 @@ class EgressFilter:
         return failures
 
     async def _update(self, wanted: Mapping[int, EgressGuest]) -> Mapping[int, NetworkFailed]:
-        """Changes the rules of VMs that are new, changed or gone."""
+        """Changes the rules of new, changed and removed VMs."""
         loaded = self._loaded
         assert loaded is not None
         states, failures = await self._states(wanted, {})
@@ -274,7 +275,7 @@ class EgressFilter:
         return egress_ruleset(self._settings, guests, users)
 
     def _note(self, wanted: Mapping[int, EgressGuest], states: Mapping[int, EgressState]) -> None:
-        """Notes what the table has now, and stops resolvers that no VM needs."""
+        """Records the content of the table, and stops resolvers that no VM needs."""
         self._loaded = {vm_id: (guest, states[vm_id].port) for vm_id, guest in wanted.items()}
         self._with_user = {vm_id for vm_id, guest in wanted.items() if guest.user is not None}
         for vm_id in self._deadlines.keys() - wanted.keys():
@@ -287,8 +288,8 @@ class EgressFilter:
     async def _states(
         self, wanted: Mapping[int, EgressGuest], denied: Mapping[str, tuple[int, int]]
     ) -> tuple[dict[int, EgressState], dict[int, NetworkFailed]]:
-        """Returns the state of each VM, and the VMs without a resolver: their rules are enforced, and no name leads
-        anywhere."""
+        """Returns the state of each VM, and the VMs without a resolver: their rules are enforced, and names can't be
+        resolved."""
         states: dict[int, EgressState] = {}
         failures: dict[int, NetworkFailed] = {}
         now = trio.current_time()
@@ -337,7 +338,8 @@ class EgressFilter:
             request.serve(None)
 
     def _text_for(self, request: _Request, now: float) -> str:
-        """:raises NetworkFailed: the VM has no rules any more, or too many addresses."""
+        """Returns the text for a request. :raises NetworkFailed: the VM has no rules any more, or too many
+        addresses."""
         if self._loaded is None or request.vm_id not in self._loaded:
             raise NetworkFailed("egress", "the rules of the VM are not loaded now")
         guest, _ = self._loaded[request.vm_id]
@@ -368,7 +370,7 @@ class _Request:
         self.name = name
         self.addresses = addresses
         self.added: dict[str, Addresses] = {}
-        """By set, those that the kernel does not allow for so long yet."""
+        """Addresses by set that the kernel does not allow for long enough yet."""
         self.is_served = False
         self.failure: NetworkFailed | None = None
 
@@ -380,7 +382,7 @@ class _Request:
 def _deadlines(
     listed: Sequence[Mapping[str, Any]], wanted: Mapping[int, EgressGuest]
 ) -> dict[int, dict[str, dict[str, float]]]:
-    """Returns until when addresses are allowed, as the kernel has them."""
+    """Returns when the permission of addresses ends in the kernel."""
     now = trio.current_time()
     owners = {name: vm_id for vm_id, guest in wanted.items() for name in sets_of(guest)}
     found: dict[int, dict[str, dict[str, float]]] = {}
@@ -400,7 +402,7 @@ def _counters(listed: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, int]]
 
 
 def _elements_of(held: Mapping[str, Any]) -> Iterable[tuple[Any, float]]:
-    """Yields the elements of a set with timeouts, each with the seconds that it stays."""
+    """Yields the elements of a set with timeouts, each with its remaining seconds."""
     for each in held.get("elem", ()):
         if isinstance(each, dict) and isinstance(element := each.get("elem"), dict):
             yield element.get("val"), float(element.get("expires", 0))

@@ -1,7 +1,7 @@
 """Builds the firewall of VMs with an egress policy as text for `nft -f`.
 
-It is a table of its own, `inet volant-‹digest›-egress`, beside those of `_rules.py` and `_passt_filter.py`. Each of
-them can refuse a packet, so this one only restricts more: the host stays closed whatever the rules of a VM allow::
+It is a separate table, `inet volant-‹digest›-egress`, next to those of `_rules.py` and `_passt_filter.py`. Each of them
+can refuse a packet, so this one only adds restrictions: the host stays closed whatever the rules of a VM allow::
 
       guest ──bridge──▶ from-bridge: ip saddr vmap @policies  ─▶ vm-7 ─┬─▶ accept: established, DNS, rules, @names-7-0
       passt ──output──▶ from-passt:  meta skuid vmap @users   ─▶ vm-8  └─▶ @denied-7, counter, reject
@@ -30,45 +30,45 @@ from ._rules import delete_tables
 
 DNS_PORT = 53
 _NAMES = 4096
-"""Most addresses in one set, well above what a resolver adds."""
+"""Maximum addresses in one set, well above the number that a resolver adds."""
 _DENIED = 64
-"""Most denied destinations that are kept of one VM."""
+"""Maximum denied destinations stored per VM."""
 _DENIED_S = 600
-"""How long a denied destination is kept after its last packet."""
+"""How long a denied destination is stored after its last packet."""
 
 Addresses = Mapping[str, float]
 """Addresses, each with the seconds for which it is allowed."""
 
 
 class EgressGuest(msgspec.Struct, frozen=True, kw_only=True):
-    """Holds what the firewall needs of one VM."""
+    """The data of one VM for the firewall."""
 
     vm_id: int
     egress: Policy
     gateway: str
     """Its DNS server."""
     address: str = ""
-    """On the bridge; empty with the network `user`."""
+    """Its address on the bridge; empty with the network `user`."""
     subnet: str = ""
-    """Of its named network; empty if it has no other members to reach."""
+    """The subnet of its named network; empty if it has no other members to reach."""
     user: int | None = None
-    """Of its passt; None on the bridge."""
+    """The user of its passt; None on the bridge."""
 
     @property
     def listens_at(self) -> str:
-        """The address of the host at which its resolver listens."""
+        """The host's address at which its resolver listens."""
         return self.gateway if self.address else "127.0.0.1"
 
 
 class EgressState(msgspec.Struct, frozen=True, kw_only=True):
-    """Holds what changes of one VM while its rules stay."""
+    """The variable state of one VM while its rules stay."""
 
     port: int
-    """Of its resolver; 0: it has none now."""
+    """The port of its resolver; 0 if it has none now."""
     allowed: Mapping[str, Addresses] = {}
     """The addresses of its names, by set."""
     denied: tuple[int, int] = (0, 0)
-    """Packets and bytes that were denied."""
+    """Denied packets and bytes."""
 
 
 def sets_of(guest: EgressGuest) -> dict[str, tuple[EgressRule, ...]]:
@@ -95,7 +95,7 @@ def egress_ruleset(
 ) -> str:
     """Returns the text that creates or replaces the table.
 
-    :param users: of passts of VMs with a policy; one that is not among `guests` may begin no connection
+    :param users: the users of passts of VMs with a policy; one that is not among `guests` may begin no connection
     """
     others = f"meta skuid {users[0]}-{users[-1]} ct state new reject with icmpx admin-prohibited" if users else ""
     table = settings.egress_table
@@ -164,7 +164,7 @@ def added(settings: NetworkSettings, guest: EgressGuest, state: EgressState) -> 
 
 
 def removed(settings: NetworkSettings, guest: EgressGuest, port: int) -> str:
-    """Returns the text that removes what `added` has added. `port`: of the VM's resolver."""
+    """Returns the text that removes the result of `added`. `port` is the port of the VM's resolver."""
     table = settings.egress_table
     text = "".join(
         f"delete element {table} {name} {{ {element.partition(' : ')[0]} }}\n"
@@ -226,14 +226,14 @@ def _rules(guest: EgressGuest, port: int) -> Iterable[str]:
 
 
 def _match(rule: EgressRule) -> str:
-    """Returns what matches protocol and ports, with a space in front."""
+    """Returns the match of protocol and ports, with a leading space."""
     protocols = f" meta l4proto {{ {', '.join(rule.protocols)} }}" if rule.protocols else ""
     ranges = [f"{first}-{last}" if first != last else str(first) for first, last in _merged(rule)]
     return f"{protocols} th dport {{ {', '.join(ranges)} }}" if ranges else protocols
 
 
 def _merged(rule: EgressRule) -> list[tuple[int, int]]:
-    """Returns ranges of ports that don't overlap, as nftables wants them."""
+    """Returns ranges of ports that don't overlap, as required by nftables."""
     merged: list[tuple[int, int]] = []
     for first, last in sorted(port_ranges(rule)):
         if merged and first <= merged[-1][1] + 1:

@@ -1,6 +1,6 @@
-"""A program that tests what networks need of the kernel, in a network namespace of its own, and prints errors as JSON.
+"""A program that tests the kernel's support for networks, in its own network namespace, and prints errors as JSON.
 
-Users other than root get a user namespace besides, where the host allows it. Both namespaces end with the program.
+Users other than root also get a user namespace, if the host allows it. Both namespaces end with the program.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _tap() -> None:
 
 
 def _nftables() -> None:
-    """Asks for the generation of the ruleset, as pyroute2 has no call for it."""
+    """Requests the generation of the ruleset, as pyroute2 has no call for it."""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETFILTER) as sock:
         sock.settimeout(_ANSWER_S)
         sock.send(struct.pack("=IHHIIBBH", 20, _NFT_GET_GENERATION, _REQUEST, 1, 0, 0, 0, 0))

@@ -1,8 +1,8 @@
 """Linux's network backend.
 
 pyroute2's asyncio can't run under Trio, and its synchronous sockets belong to a thread. So each call runs in a worker
-thread with a socket of its own, which costs half a millisecond. Calls run one at a time. One that hangs in the kernel
-is abandoned at its deadline, and delays the next call instead of running beside it.
+thread with its own socket, which costs half a millisecond. Calls run one at a time. One that hangs in the kernel is
+abandoned at its deadline, and delays the next call instead of running in parallel.
 """
 
 from __future__ import annotations

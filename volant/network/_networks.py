@@ -1,10 +1,10 @@
-"""Makes the host match the rows: everything, or only what some VMs need.
+"""Makes the host match the rows, for everything or only for some VMs.
 
 **Everything** is reconciled when the actor starts, on request, and when something on the host was not as expected.
-**For some VMs** only their taps and a few elements of the firewall's sets change, so the thousandth VM costs what the
-first did. For that the loaded ruleset is remembered. If something else on the host changed it, nftables refuses the
-change, or a tap finds no bridge; then everything is reconciled. A tap that can't be created delays no other VM: it is
-retried with the next change.
+**For some VMs** only their taps and a few elements of the firewall's sets change, so the thousandth VM costs no more
+than the first. For that the loaded ruleset is remembered. If something else on the host changed it, nftables refuses
+the change, or a tap finds no bridge; then everything is reconciled. A tap that can't be created delays no other VM: it
+is retried with the next change.
 
 The firewall is loaded first, as its rules name taps: a tap without rules reaches nothing.
 """
@@ -59,8 +59,8 @@ class Networks:
         passt: Passt | None = None,
         resolvers: Resolvers | None = None,
     ) -> None:
-        """`passt`: None if no VM has the network `user`; `resolvers`: None if no name leads to an address for VMs with
-        an egress policy."""
+        """Creates it. `passt` is None if no VM has the network `user`; `resolvers` is None if VMs with an egress policy
+        can't resolve names."""
         self.egress = EgressFilter(backend, settings, rows, passt, resolvers)
         self.passt_filter = PasstFilter(backend, settings, rows, passt)
         self._backend = backend
@@ -69,7 +69,7 @@ class Networks:
         self._loaded: Rules | None = None
         """The ruleset that was loaded last; None if unknown."""
         self._has_tables = False
-        """Whether the firewall may have our tables, even if no link of ours exists."""
+        """Whether the firewall may have the daemon's tables, even if none of its links exists."""
         self._gateways: object = None
         """The bridge's addresses after a complete reconciliation; None before."""
         self._not_enforced: Mapping[int, NetworkFailed] = {}
@@ -79,7 +79,7 @@ class Networks:
         self._counts = {"reconciled": 0, "repaired": 0}
 
     def statistics(self) -> dict[str, object]:
-        """Returns figures for `inspect`."""
+        """Returns statistics for `inspect`."""
         plan = self._plan()
         return {
             "bridge": self._settings.bridge_name,
@@ -191,7 +191,7 @@ class Networks:
             await self.egress.ensure(detached={vm_id})
 
     def forget(self) -> None:
-        """Notes that tables may have been removed."""
+        """Records that tables may have been removed."""
         self.passt_filter.forget()
         self.egress.forget()
 
@@ -250,8 +250,8 @@ class Networks:
         return plan_of(self._settings, self._rows())
 
     async def _may_exist(self) -> bool:
-        """Whether the host may have links or tables of this daemon. Without any, a daemon that needs no networks needs
-        no rights."""
+        """Returns whether the host may have links or tables of this daemon. If not, a daemon without networks needs no
+        rights."""
         return self._has_tables or any(may_be_ours(self._settings, name) for name in await self._backend.names())
 
     async def _load_firewall(self, plan: NetworkPlan) -> None:

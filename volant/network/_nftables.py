@@ -1,4 +1,4 @@
-"""Loads nftables rules with the program `nft`: it applies a text in one transaction, or names the line that is wrong.
+"""Loads nftables rules with the program `nft`, which applies a text in one transaction, or names the wrong line.
 
 Rejected: netlink, for which there is no library that fits both Debian's kernel and Python; and `iptables`, which has
 neither concatenated sets nor transactions over two families.
@@ -22,12 +22,12 @@ from ._backend import NetworkFailed
 MISSING = "nft is not installed; run `apt install nftables`"
 _TIMEOUT_S = 20.0
 _MAX_ERROR = 600
-"""Characters of nft's error in a message."""
+"""Maximum characters of nft's error in a message."""
 _MAX_LISTED = 64 * 1024 * 1024
 _NO_SUCH_OBJECT = b"No such file or directory"
-"""In nft's output. It exits with status 1 for this as for every other failure."""
+"""A message of nft. It exits with status 1 for this as for every other failure."""
 _PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
-"""An ordinary user's PATH has no `sbin`."""
+"""A search path with `sbin`, which an ordinary user's PATH lacks."""
 
 
 def nft() -> str | None:
@@ -46,7 +46,7 @@ async def load(host: Host, rules: str, *, only_check: bool = False) -> None:
 
 
 async def listed(host: Host, what: str) -> Sequence[Mapping[str, Any]]:
-    """Returns what the kernel has, as nftables' JSON; empty if there is no such object.
+    """Returns an object in the kernel as nftables' JSON; empty if there is no such object.
 
     :raises NetworkFailed: when nft can't be run or fails.
     """

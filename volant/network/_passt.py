@@ -1,7 +1,7 @@
 """Runs the network `user`: a process of passt for each VM, which opens the guest's connections as a user of the host.
 
-passt goes into the background once its socket listens and its ports are bound, so its exit status says whether they
-are. With `--one-off` it ends with its hypervisor, even without a daemon. Without `--no-map-gw` a guest would reach the
+passt goes into the background once its socket listens and its ports are bound, so its exit status shows whether they
+are. With `--one-off` it ends with its hypervisor, even without a daemon. Without `--no-map-gw` a guest could reach the
 host's loopback, where the daemon's API listens, at its gateway's address.
 """
 
@@ -26,11 +26,11 @@ _START_S = 10.0
 _END_S = 10.0
 _LOG_BYTES = 1024 * 1024
 _MAX_ERROR = 500
-"""Characters of passt's output in an error."""
+"""Maximum characters of passt's output in an error."""
 _READ_WRITE = 6
 _logger = logging.getLogger("volant.network")
 _GROUP = 65534
-"""`nogroup`, as a group among `vm_uids` may read templates."""
+"""`nogroup`, because a group among `vm_uids` may read templates."""
 _BOUNDS = ResourceLimits(memory_mb=256, cpus=1, weight=100, tasks=8)
 """passt needs about 60 MiB and has one thread."""
 
@@ -38,7 +38,8 @@ _BOUNDS = ResourceLimits(memory_mb=256, cpus=1, weight=100, tasks=8)
 def passt_argv(
     socket: Path, log: Path, tag: str, lease: Lease, ports: Sequence[PublishedPort], user: int | None = None
 ) -> list[str]:
-    """Returns the command line for one VM. `user`: None for the daemon's own, or passt's default if that is root."""
+    """Returns the command line for one VM. `user` is None for the daemon's own user, or for passt's default if that is
+    root."""
     argv = [
         *(PROGRAM, "--quiet", "--one-off", "--ipv4-only", "--no-map-gw"),
         # The guest gets its address from the kernel's command line or from the agent.
@@ -81,12 +82,12 @@ class Passt(msgspec.Struct, frozen=True):
     runtime_dir: Path
     instance: str
     user: int | None = None
-    """The user that all of them run as but those below; see `passt_user`."""
+    """The user of all passts except those below; see `passt_user`."""
     users: range = range(0)
-    """The users of passts of VMs with an egress policy, as the firewall tells them apart by their users."""
+    """The users of passts of VMs with an egress policy, which the firewall distinguishes by their users."""
 
     def user_of(self, row: VmRow) -> int | None:
-        """Returns the user that a VM's passt runs as. Two VMs have one user if their ids are far apart."""
+        """Returns the user of a VM's passt. Two VMs share a user if their ids are far apart."""
         if not is_restricted(row.egress):
             return self.user
         return self.users[row.id % len(self.users)] if self.users else None
@@ -131,20 +132,20 @@ class Passt(msgspec.Struct, frozen=True):
             await host.limits.apply(found[0], f"network of VM {row.name}", _BOUNDS)
 
     def is_connected(self, vm_id: int) -> bool:
-        """Returns whether the hypervisor of a VM has a connection to the process that runs. This outlives the daemon,
-        and holds for processes that earlier versions of the daemon started."""
+        """Returns whether the hypervisor of a VM is connected to its running passt. Survives the daemon, and also works
+        for processes of earlier versions."""
         return not self.host.files.exists(self._unconnected(vm_id))
 
     async def note_connected(self, vm_id: int) -> None:
-        """Notes that the hypervisor of a VM has its connection. Raises NetworkFailed: `passt_failed`."""
+        """Records that the hypervisor of a VM is connected. Raises NetworkFailed: `passt_failed`."""
         try:
             await self.host.files.remove(self._unconnected(vm_id))
         except OSError as error:
             raise NetworkFailed("passt_failed", f"{self._unconnected(vm_id)} can't be removed: {error}") from error
 
     async def lend(self, vm_id: int, user: int | None) -> None:
-        """Lets the user of a hypervisor connect to the socket by itself, as one that an earlier version of the daemon
-        started does. `user`: None where it is the daemon's own. Raises NetworkFailed: `passt_failed`."""
+        """Lets the user of a hypervisor connect to the socket by itself, for hypervisors started by an earlier version
+        of the daemon. `user` is None for the daemon's own. Raises NetworkFailed: `passt_failed`."""
         if user is None:
             return
         try:
@@ -153,8 +154,8 @@ class Passt(msgspec.Struct, frozen=True):
             raise NetworkFailed("passt_failed", f"access to passt's socket can't be granted: {error}") from error
 
     def _warn_if_unfiltered(self, row: VmRow, found: ProcessIdentity) -> None:
-        """Logs that an earlier version of the daemon, which did not filter, started this process. Ending it would break
-        the guest's connections."""
+        """Logs that an earlier, non-filtering version of the daemon started this process. Ending it would break the
+        guest's connections."""
         with suppress(ProcessGone):
             if self.host.proc.status(found).user != self.user_of(row):
                 _logger.warning(

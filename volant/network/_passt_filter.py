@@ -1,10 +1,9 @@
-"""Filters the destinations of guests behind passt: they reach the world and nothing of the host.
+"""Filters the destinations of guests behind passt: they reach the internet but not the host.
 
-passt's packets are the host's own, so the rules match the user that passt runs as. All passts of a daemon run as one
-user, which no hypervisor has, but those of VMs with an egress policy: each of these has a user of its own, whose
-destinations `_egress.py` restricts further. A table rejects packets to the host's own addresses, to broadcast and
-multicast, to cloud metadata services and to guests on the bridge, before destination NAT. Answers pass, so published
-ports work.
+passt's packets are the host's own, so the rules match the user of passt. All passts of a daemon run as one user, which
+no hypervisor has, except those of VMs with an egress policy: each of these has its own user, whose destinations
+`_egress.py` restricts further. A table rejects packets to the host's own addresses, to broadcast and multicast, to
+cloud metadata services and to guests on the bridge, before destination NAT. Answers pass, so published ports work.
 
 The table is loaded before the first passt starts, and again when it is removed. Two daemons with the same user have a
 table each, and both tables apply to both.
@@ -31,8 +30,8 @@ _UID_MAP = Path("/proc/self/uid_map")
 
 
 def passt_user(users: range) -> int | None:
-    """Returns the user that passt runs as: the last of `users`, which no hypervisor gets. None if the daemon is not
-    root or the user does not exist here."""
+    """Returns the user for passt: the last of `users`, which no hypervisor has. None if the daemon is not root or the
+    user does not exist here."""
     user = user_of_passt(users)
     return user if os.geteuid() == 0 and _is_known(user) else None
 
@@ -47,14 +46,14 @@ def _is_known(user: int) -> bool:
 
 
 def restricted_passt_users(users: range) -> range:
-    """Returns the users that passts of VMs with an egress policy run as; none if the daemon is not root or a user does
-    not exist here."""
+    """Returns the users for passts of VMs with an egress policy; empty if the daemon is not root or a user does not
+    exist here."""
     found = users_of_restricted_passt(users)
     return found if os.geteuid() == 0 and found and _is_known(found[0]) and _is_known(found[-1]) else range(0)
 
 
 def passt_rules(settings: NetworkSettings, user: int, users: range = range(0)) -> str:
-    """Returns the rules that create or replace the table. `users`: those of passts of VMs with an egress policy."""
+    """Returns the rules that create or replace the table. `users` are those of passts of VMs with an egress policy."""
     skuids = f"{{ {user}, {users[0]}-{users[-1]} }}" if users else str(user)
     return f"""{delete_tables((settings.passt_table,))}table {settings.passt_table} {{
     chain output {{
@@ -121,7 +120,7 @@ class PasstFilter:
         return self._obstacle is None
 
     def forget(self) -> None:
-        """Notes that the table may have been removed."""
+        """Records that the table may have been removed."""
         self.is_loaded = False
 
     async def remove_unused(self) -> None:

@@ -1,4 +1,4 @@
-"""Derives from the rows what networks the host should have.
+"""Derives the host's networks from the rows.
 
 A VM has a tap from the commit of its process tag until the step that ends the process. So the plan is the same after a
 crash of the actor, the daemon or the host.
@@ -18,11 +18,11 @@ from ._backend import Link, MakeBridge, MakeTap, NetworkFailed, RemoveLink, Rout
 _NAME_BYTES = 15
 """Length of a tap's name, the maximum for an interface (IFNAMSIZ)."""
 _DEFAULT_ROUTE_BITS = 8
-"""A route with a shorter prefix is a default route in parts, as VPNs make it, and no subnet."""
+"""A route with a shorter prefix is a part of a split default route, as created by VPNs, and not a subnet."""
 
 
 class NetworkSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Holds the settings of one daemon's networks."""
+    """The settings of one daemon's networks."""
 
     instance: str
     """Ten hexadecimal digits, a digest of the state directory. Names contain it, so two daemons never conflict."""
@@ -62,7 +62,7 @@ class NetworkSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tap(msgspec.Struct, frozen=True, kw_only=True):
-    """Holds what a VM on the bridge needs."""
+    """The data of a VM on the bridge."""
 
     vm_id: int
     name: str
@@ -72,17 +72,18 @@ class Tap(msgspec.Struct, frozen=True, kw_only=True):
     """The named network whose members it reaches; empty for none."""
     ports: tuple[PublishedPort, ...]
     restricted: bool = False
-    """Whether it has an egress policy, and so asks the daemon for names."""
+    """Whether it has an egress policy, so that it uses the daemon's DNS."""
 
 
 class NetworkPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """Holds everything that the host should have."""
+    """Everything that the host should have."""
 
     settings: NetworkSettings
     gateways: tuple[IPv4Interface, ...]
-    """The bridge's addresses: the gateway of the subnet, and those of VMs that were created in an earlier subnet."""
+    """The bridge's addresses: the gateway of the subnet, and the gateways of VMs that were created in an earlier
+    subnet."""
     taps: tuple[Tap, ...]
-    """Ordered by VM id."""
+    """The taps, ordered by VM id."""
 
     @property
     def localnet(self) -> bool:
@@ -118,25 +119,25 @@ def plan_of(settings: NetworkSettings, rows: Iterable[VmRow]) -> NetworkPlan:
 
 
 def may_be_ours(settings: NetworkSettings, name: str) -> bool:
-    """Returns whether the daemon gives links such names."""
+    """Returns whether the daemon gives such names to links."""
     return name == settings.bridge_name or name.startswith(tap_prefix(settings.instance))
 
 
 def is_ours(settings: NetworkSettings, link: Link) -> bool:
-    """Returns whether the daemon made a link, under these settings or earlier ones."""
+    """Returns whether the daemon created a link, under these settings or earlier ones."""
     return is_tap(settings, link) or (link.kind == "bridge" and link.mac == settings.bridge_mac)
 
 
 def is_tap(settings: NetworkSettings, link: Link) -> bool:
-    """Returns whether a link is a tap that the daemon made."""
+    """Returns whether a link is a tap created by the daemon."""
     return link.kind == "tun" and len(link.name) == _NAME_BYTES and link.name.startswith(tap_prefix(settings.instance))
 
 
 def steps_to(plan: NetworkPlan, links: Collection[Link]) -> list[Step]:
-    """Returns the steps from `links`, which are all that the host has, to the plan. A tap without a VM is kept while a
+    """Returns the steps from `links`, which are all links of the host, to the plan. A tap without a VM is kept while a
     process has it open, as that may be a VM to be adopted.
 
-    :raises NetworkFailed: when another program made an interface with the bridge's name.
+    :raises NetworkFailed: another program has created an interface with the bridge's name.
     """
     settings = plan.settings
     check_bridge(settings, links)
@@ -166,7 +167,7 @@ def make_tap(plan: NetworkPlan, tap: Tap) -> MakeTap:
 
 
 def check_bridge(settings: NetworkSettings, links: Iterable[Link]) -> None:
-    """:raises NetworkFailed: when another program made an interface with the bridge's name."""
+    """Checks the bridge. :raises NetworkFailed: another program has created an interface with the bridge's name."""
     for link in links:
         if link.name == settings.bridge_name and not is_ours(settings, link):
             raise NetworkFailed(
@@ -177,7 +178,7 @@ def check_bridge(settings: NetworkSettings, links: Iterable[Link]) -> None:
 
 
 def check_subnets(plan: NetworkPlan, routes: Sequence[Route], links: Iterable[Link]) -> None:
-    """Checks that no route of the host overlaps with a subnet. Subnets that the bridge has already are not checked, as
+    """Checks that no route of the host overlaps with a subnet. Subnets that the bridge already has are not checked, as
     refusing them would help no VM.
 
     :param links: links of the host, the bridge among them

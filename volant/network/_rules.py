@@ -48,13 +48,13 @@ from volant.model.addresses import AZURE, METADATA
 from ._plan import NetworkPlan, Tap
 
 _CONNECTIONS = 8192
-"""Most connections of one guest at a time, as all of the host's share one table."""
+"""Maximum connections of one guest at a time, as all of the host's connections share one table."""
 
 Elements = Mapping[str, Mapping[str, str]]
 
 
 class Rules(msgspec.Struct, frozen=True):
-    """Holds a ruleset: both tables, and the elements of their sets.
+    """A ruleset: both tables, and the elements of their sets.
 
     An element is a key and its value, which is empty in a set. A set's name includes its table: `bridge t guests`.
     """
@@ -68,7 +68,7 @@ def rules_of(plan: NetworkPlan, *, closed: Collection[int] = (), uplinks: Collec
     """Returns the ruleset of a plan.
 
     :param closed: VMs that may send nothing, as their egress policy is not enforced
-    :param uplinks: interfaces whose packets are routed to guests alone
+    :param uplinks: interfaces whose packets are routed only to guests
     """
     settings = plan.settings
     bridge, inet = settings.tables

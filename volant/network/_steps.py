@@ -3,10 +3,9 @@
 **A tap becomes permanent in its last step.** So an incomplete tap disappears with the process that was making it.
 
 **Forwarding** is a switch of the interface that a packet arrives on. It is turned on for the bridge and, for the
-answers, for the interfaces of the host's default routes; other interfaces stay as they are. The firewall drops what
-would go on from those to another network of the host. It stays on when the daemon stops, as something else may rely on
-it by then. Rejected: `net.ipv4.ip_forward`, which makes the host a router for all
-its networks.
+answers, for the interfaces of the host's default routes; other interfaces stay as they are. The firewall drops packets
+that would continue from those to another network of the host. The switch stays on when the daemon stops, as something
+else may rely on it by then. Rejected: `net.ipv4.ip_forward`, which makes the host a router for all its networks.
 """
 
 from __future__ import annotations
@@ -139,7 +138,7 @@ def get_link(ipr: Any, name: str) -> Any:
 
 
 def parse_link(message: Any, names: dict[int, str]) -> Link:
-    """Returns the link in netlink's message. `names`: names of links by index, as far as known."""
+    """Returns the link in netlink's message. `names` are the names of links by index, as far as known."""
     info = message.get("linkinfo")
     kind = (info.get("kind") if info is not None else None) or ""
     master = message.get("master")
@@ -178,7 +177,7 @@ def read_uplinks() -> list[str]:
 
 
 def is_router() -> bool:
-    """Returns whether the host routes packets between all its networks. False where that can't be found out."""
+    """Returns whether the host routes packets between all its networks. False if that is unknown."""
     try:
         return (SYSCTL / "ipv4/ip_forward").read_text().strip() != "0"
     except OSError:
@@ -277,7 +276,7 @@ def _make_tap(ipr: Any, step: MakeTap) -> None:
 
 
 def _index_of_bridge(name: str) -> int:
-    """:raises BridgeDown: when the bridge is missing or down."""
+    """Returns the index of the bridge. :raises BridgeDown: it is missing or down."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
             answer = fcntl.ioctl(sock, _SIOCGIFFLAGS, struct.pack("16s24x", name.encode()))
@@ -301,7 +300,7 @@ def _join(ipr: Any, index: int, bridge: int) -> None:
 
 
 def _no_ipv6(name: str) -> None:
-    """Turns IPv6 off, if possible. No IPv6 of a guest passes here, so this only avoids useless packets of the host."""
+    """Disables IPv6, if possible. A guest can't use IPv6 here, so this only avoids useless packets of the host."""
     with suppress(OSError):
         _switch(f"ipv6/conf/{name}/disable_ipv6", True)
 

@@ -28,7 +28,7 @@ _NEWTABLE, _DELTABLE, _NEWGEN = 0x0A00, 0x0A02, 0x0A0F
 _FAMILIES = {1: "inet", 7: "bridge"}
 _NAME_OF_LINK, _NAME_OF_TABLE = 3, 1
 _PAUSE_S = 1.0
-"""Limits how often losses are reported if something removes the bridge or a table again and again."""
+"""The minimum interval of reports, if something removes the bridge or a table repeatedly."""
 
 
 async def watch(bridge: str, tables: Collection[str], on_loss: Callable[[str], None]) -> None:

@@ -11,7 +11,7 @@ from ._backend import NetworkFailed
 
 class Attach(Request[None], msgspec.Struct, frozen=True):
     """Sets up the tap of a VM that is about to be launched; its row has a tag. Answered when the tap is on the bridge
-    and the firewall lets the guest send. A VM without a tap is answered at once.
+    and the firewall lets the guest send; at once for a VM without a tap.
 
     :raises NetworkFailed: when the tap can't be set up.
     """
@@ -21,7 +21,7 @@ class Attach(Request[None], msgspec.Struct, frozen=True):
 
 
 class Detach(Request[None], msgspec.Struct, frozen=True):
-    """Removes the tap and the rules of a VM that has no process any more. Answered when both are gone.
+    """Removes the tap and the rules of a VM that has no process any more. Answered when both are removed.
 
     :raises NetworkFailed: when they can't be removed.
     """
@@ -31,8 +31,8 @@ class Detach(Request[None], msgspec.Struct, frozen=True):
 
 
 class Confine(Request[None], msgspec.Struct, frozen=True):
-    """Filters the destinations of a VM's passt, before it is started. Answered at once where the host can't filter
-    them, unless the VM has an egress policy.
+    """Filters the destinations of a VM's passt, before it is started. Answered at once if the host can't filter them,
+    unless the VM has an egress policy.
 
     :raises NetworkFailed: when the host can, but the rules can't be loaded now, or the policy can't be enforced.
     """
