@@ -1,9 +1,9 @@
-"""The part of AG-UI 1.0 that we use, and how events of VMs become AG-UI events. No I/O.
+"""The used part of AG-UI 1.0, and the conversion of VM events to AG-UI events. No I/O.
 
 AG-UI has runs, one at a time on a connection. VMs overlap, so they can't each be a run. For all VMs the connection is
 the run, and its state is the list of VMs (`Overview`). For one VM each of its boots is a run (`Boots`). Only `Boots`
-has steps and messages: all that is open must be closed before a run ends, and a client that resumes an overview would
-have to learn what it left open.
+has steps and messages: all open ones must be closed before a run ends, and a client that resumes an overview would have
+to learn which ones it left open.
 
 Optional fields without a value are left out, as AG-UI's clients fail at a `null`.
 """
@@ -70,7 +70,7 @@ class StateSnapshot(_AguiEvent, frozen=True, tag="STATE_SNAPSHOT"):
 
 
 class PatchOperation(msgspec.Struct, frozen=True):
-    """RFC 6902."""
+    """A JSON Patch operation (RFC 6902)."""
 
     op: Literal["add", "replace", "remove"]
     path: str
@@ -110,7 +110,7 @@ class TextMessageStart(_AguiEvent, frozen=True, tag="TEXT_MESSAGE_START"):
 
 
 class TextMessageContent(_AguiEvent, frozen=True, tag="TEXT_MESSAGE_CONTENT"):
-    """The text of a message: what happened, for people."""
+    """The text of a message about an event, for people."""
 
     message_id: str
     delta: str
@@ -138,7 +138,7 @@ AguiEvent = (
 
 
 class State:
-    """The state as the client has it, `{"vms": {name: VM}}`, and how it changes."""
+    """The state on the client, `{"vms": {name: VM}}`, and its changes."""
 
     def __init__(self) -> None:
         self._vms: dict[str, dict[str, Any]] = {}
@@ -208,7 +208,7 @@ class Boots:
     """One VM: each boot is a run, its phases are steps, and each event is a message."""
 
     def __init__(self, thread_id: str, run_id: str, new_run_id: Callable[[], str], *, once: bool = False) -> None:
-        """`run_id` is the id of the first run. `once`: there is no other run."""
+        """Creates it. `run_id` is the id of the first run. With `once` there is no other run."""
         self._thread_id = thread_id
         self._next_run_id = run_id
         self._new_run_id = new_run_id
@@ -222,10 +222,10 @@ class Boots:
         self.boot = 0
         """The generation of the boot of the current run."""
         self.step: str | None = None
-        """The step that is open."""
+        """The open step."""
 
     def resume(self, boot: int, step: str | None) -> None:
-        """Continues a run that the client has open from an earlier connection; `boot` 0: its boot is not known."""
+        """Continues a run that the client has open from an earlier connection; with `boot` 0 its boot is unknown."""
         self.run_id, self.boot, self.step = self._next_run_id, boot, step
 
     def catch_up(self, row: VmRow | None) -> list[AguiEvent]:
@@ -285,7 +285,7 @@ class Boots:
         return self._step(None if row.phase is Phase.NONE else str(row.phase))
 
     def end(self) -> list[AguiEvent]:
-        """Returns the last events of a connection; the boot may go on, or not have begun."""
+        """Returns the last events of a connection; the boot may continue, or not have begun."""
         if self.over:
             return []
         begun: list[AguiEvent] = [] if self.run_id else [RunStarted(self._thread_id, self._next_run_id)]

@@ -1,10 +1,10 @@
 """`/ws/v1/agui` and `/api/v1/agui`: events of VMs as AG-UI events.
 
-A WebSocket that broke in the middle of a boot's run is resumed with `?resume=true`. Only the client knows which step it
-has open then, as the last event may not have arrived: it sends `step`. Without `step`, the daemon uses what it sent
-last to that client, which it remembers for the last 1,000 clients. No step is open while a VM just runs, so a restarted
-daemon, which remembers nothing, is nearly always right. Run ids that contain the open step were rejected: an id is
-chosen when a run begins, mostly by the client.
+A WebSocket that broke in the middle of a boot's run is resumed with `?resume=true`. Only the client knows its open
+step, as the last event may not have arrived: it sends `step`. Without `step`, the daemon uses the last step that it
+sent to that client, which it remembers for the last 1,000 clients. No step is open while a VM just runs, so a restarted
+daemon, which remembers none, is nearly always right. Rejected: run ids that contain the open step, as an id is chosen
+when a run begins, mostly by the client.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ TABLE.declare(
 
 
 def routes(deps: ApiDeps, limits: Limits) -> list[StreamRoute]:
-    """The routes of this resource."""
+    """Returns the routes of this resource."""
     left_open = _LeftOpen()
 
     async def websocket(call: Call) -> None:
@@ -183,11 +183,11 @@ class _Parameters(msgspec.Struct, frozen=True):
     run_id: str
     resume: bool = False
     step: str | None = None
-    """The step that the client has open, empty for none; None: not given."""
+    """The client's open step, empty for none; None if it was not given."""
 
     @classmethod
     def of(cls, query: Query) -> _Parameters:
-        """:raises Problem: 400."""
+        """Parses the parameters. :raises Problem: 400."""
         thread_id, run_id = query.text("thread_id"), query.text("run_id")
         parameters = cls(
             query.text("vm"),
@@ -303,7 +303,7 @@ def _row(deps: ApiDeps, call: Call, vm: str | None) -> VmRow | None:
 
 
 def _identifier(text: str, name: str) -> str:
-    """:raises Problem: 400."""
+    """Returns an identifier. :raises Problem: 400."""
     if not text:
         raise invalid(name, f"{name} is empty")
     return check_plain(text, name, maximum=_MAX_ID)

@@ -1,4 +1,4 @@
-"""The VMs of an overview and what happens to them: those of this host, or of all hosts of its fleet."""
+"""The VMs of an overview and their events, from this host or from all hosts of its fleet."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ if TYPE_CHECKING:
     from volant.fleet import Fleet, FleetCursor
 
 MAX_LAG = 4096
-"""The most events that a reader may be behind; above it gets the state instead."""
+"""Maximum events that a reader may be behind; above that it gets the state instead."""
 
 _VM_S = 5.0
 _AT_ONCE = 8
 
 Happened = tuple[Event, VmView | None]
-"""An event and its VM as it is now, which may be newer than the event; None: there is no such VM, or its host does not
+"""An event and its VM at present, which may be newer than the event; None if there is no such VM, or its host does not
 answer."""
 
 
 class Source(Protocol):
-    """What an overview is of."""
+    """The source of an overview."""
 
     async def state(self) -> Sequence[VmView]:
-        """Returns the VMs as they are now, at the beginning and whenever `take` says so."""
+        """Returns the present VMs, at the beginning and after each `behind` of `take`."""
 
     async def take(self) -> Sequence[Happened] | Literal["behind"]:
-        """Waits for events; `behind`: some are missing, or there are too many of them, so that the state is needed.
+        """Waits for events. Returns `behind` if some are missing, or there are too many of them, so that the state is
+        needed.
 
         :raises trio.EndOfChannel: the daemon stops
         """
@@ -45,7 +46,7 @@ class Source(Protocol):
 
 @asynccontextmanager
 async def watching(deps: ApiDeps, call: Call) -> AsyncIterator[Source]:
-    """Watches the VMs that a caller asks for. :raises Problem: 503 the hosts of the fleet are not known yet"""
+    """Watches the VMs that a caller requests. :raises Problem: 503, the hosts of the fleet are not known yet."""
     fleet = deps.fleet
     if fleet is None or not fleet.spans(call.scope):
         async with deps.store.events.cursor(None) as cursor:
@@ -74,7 +75,7 @@ class _OfThisHost:
         self._listed = listed
         self._is_seen = deps.store.projection.sees(listed)
         self._true_to = 0
-        """Events that the state already contains are not given again."""
+        """The number of the last event in the state. Events up to it are not returned again."""
 
     async def state(self) -> Sequence[VmView]:
         self._true_to = self._projection.last_event.seq
@@ -121,7 +122,7 @@ class _OfFleet:
         return [(event, now[Key(event.project, event.name)]) for event in events]
 
     async def _now(self, keys: set[Key]) -> dict[Key, VmView | None]:
-        """Asks for VMs by their names, as one that is gone from a host may have moved to another one."""
+        """Requests VMs by their names, as a VM that has left a host may have moved to another one."""
         found: dict[Key, VmView | None] = {}
         places = trio.CapacityLimiter(_AT_ONCE)
 
@@ -155,5 +156,6 @@ class _OfFleet:
 
 
 def is_behind(cursor: EventCursor, true_to: int, newest: int) -> bool:
-    """Whether a reader is to get the state instead of events. One state does for all events that it contains."""
+    """Returns whether a reader should get the state instead of events. One state replaces all events that it
+    contains."""
     return cursor.seq > true_to and newest - cursor.seq > MAX_LAG

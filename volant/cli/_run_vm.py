@@ -232,7 +232,7 @@ class _Foreground:
         self._vm: VmView | None = None
         self._process: ExecSession | None = None
         self._at_the_end: Literal["end", "wait", "leave"] = "end"
-        """How to treat the VM at the end: end it; wait until the daemon has ended it, as its program has ended; or
+        """The treatment of the VM at the end: end it; wait until the daemon has ended it, as its program has ended; or
         leave it running."""
         self._scope = trio.CancelScope()
         self._ended_by: int | None = None

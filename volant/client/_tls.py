@@ -20,7 +20,7 @@ class Tls(msgspec.Struct, frozen=True):
     ca_file: str | None = None
     """Certificates of trusted authorities; None for the system's."""
     fingerprint: str | None = None
-    """The SHA-256 of the daemon's certificate. Only this certificate is trusted, whoever signed it."""
+    """The SHA-256 of the daemon's certificate. Only this certificate is trusted, regardless of its signer."""
     cert_file: str | None = None
     """A certificate to present to the daemon."""
     key_file: str | None = None

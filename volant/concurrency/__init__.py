@@ -1,4 +1,4 @@
-"""Trio helpers that any room may use. They know no VM and no operating system."""
+"""Trio helpers for all packages, independent of VMs and the operating system."""
 
 from ._fair_share import FairShare as FairShare, NoPlace as NoPlace, Places as Places, TokenBucket as TokenBucket
 from ._helpers import Backoff as Backoff, open_helpers as open_helpers

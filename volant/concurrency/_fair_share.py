@@ -1,11 +1,11 @@
 """Rate limits that keep busy relays and log pumps from starving other tasks of the event loop.
 
 Trio runs every task that is ready before it polls the sockets again. A request that arrives while fifty relays each
-move a piece waits for all of them, once for each pass of the event loop that it needs itself. `FairShare` bounds what
-relays move, together, in one pass. Those that come too late wait for the next pass, and VMs are served in rotation: a
-VM with many streams gets no more than a VM with one. Log pumps have a `FairShare` of their own, counted in lines.
+move a piece waits for all of them, once for each pass of the event loop that it needs itself. `FairShare` limits the
+bytes that all relays together move in one pass. Later relays wait for the next pass, and VMs are served in rotation: a
+VM with many streams gets no more than a VM with one. Log pumps have their own `FairShare`, counted in lines.
 
-`TokenBucket` bounds what one VM gets over time.
+`TokenBucket` limits the use of one VM over time.
 
 `run_sync_soon` announces the next pass, as Trio runs its callbacks after it has polled the sockets. No task is kept for
 that, and nothing polls.
@@ -38,7 +38,7 @@ class Places:
 
     @contextmanager
     def take(self, project: str) -> Iterator[None]:
-        """Takes a place for the length of a block. :raises NoPlace:"""
+        """Takes a place for the block. :raises NoPlace:"""
         if self._taken[project] >= self._each:
             raise NoPlace(f"{self._each} of project {project!r}")
         if self._taken.total() >= self._total:
@@ -56,13 +56,13 @@ class TokenBucket:
     """An allowance that refills with time, up to `burst`. A caller that overspends it waits."""
 
     def __init__(self, rate: float, burst: float) -> None:
-        """`rate`: tokens per second."""
+        """Creates it. `rate` is in tokens per second."""
         self._rate = rate
         self._burst = self._left = burst
         self._at: float | None = None
 
     def spend(self, amount: float, now: float) -> float:
-        """Takes `amount` at the time `now`, in seconds, and returns the seconds to wait: 0 as a rule."""
+        """Takes `amount` at the time `now`, in seconds, and returns the seconds to wait, usually 0."""
         passed = 0.0 if self._at is None else now - self._at
         self._left = min(self._burst, self._left + passed * self._rate) - max(0.0, amount)
         self._at = now

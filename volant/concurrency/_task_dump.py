@@ -1,7 +1,7 @@
 """Dumps all tasks and threads of this process as text, for `SIGUSR1` and `GET /api/v1/system/tasks`.
 
-The dump shows where each one waits, by file, line and function. It never shows the value of a variable, which may be a
-key. Sibling tasks with the same stack are shown once, so that a thousand VMs are as easy to read as one.
+The dump shows the position of each one, by file, line and function. It never shows the value of a variable, which may
+be a key. Sibling tasks with the same stack are shown once, so that a thousand VMs are as easy to read as one.
 """
 
 from __future__ import annotations

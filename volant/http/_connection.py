@@ -6,19 +6,19 @@ classes for one of these reasons (all reproduced in `tests/api/test_serving.py`)
 - A byte after a WebSocket upgrade raises out of the connection and ends the server (hypercorn#225). Here it is
   answered with 400, and *no* exception of a connection leaves it.
 - A send is shielded without a deadline, so one client that stops reading blocks the shutdown forever. Here sends are
-not shielded, and each has a deadline. A cancelled send closes the connection, as its framing is broken.
+  not shielded, and each has a deadline. A cancelled send closes the connection, as its framing is broken.
 - With quart-trio no connection is ever closed or recycled: on the last chunk of a body Hypercorn sends
-`http.disconnect`, on which quart-trio cancels the task that is about to recycle. Here everything after the last chunk
-is shielded, with a deadline.
+  `http.disconnect`, on which quart-trio cancels the task that is about to recycle. Here everything after the last chunk
+  is shielded, with a deadline.
 - A handler that only sends to a WebSocket whose client has disconnected never reaches a checkpoint and hangs the whole
-process. Here every send is a checkpoint.
+  process. Here every send is a checkpoint.
 - The answer to a request whose body was not read is lost, because the connection is closed with bytes unread, which
   resets it. Here the rest is read and dropped within limits, and closing lingers.
 - An idle connection costs a sleeping task. Here it costs a deadline of the reader, which also covers slow headers.
 - A client that half-closes after its request loses the answer. Here a client has disconnected only when its connection
-is reset or closed in both directions.
+  is reset or closed in both directions.
 - TLS would be another kind of stream, which can neither half-close nor report that its client has disconnected. Here it
-is a filter between the socket and the protocol (`_tls.py`), so all of the above is the same with and without it.
+  is a filter between the socket and the protocol (`_tls.py`), so all of the above is the same with and without it.
 
 HTTP/2 is not supported, neither by upgrade nor by prior knowledge. Hypercorn's implementation ends the server on a
 CONNECT without `:path`, blocks all streams of a connection on the slowest handler, and has no limit on resets. On

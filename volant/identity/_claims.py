@@ -12,7 +12,7 @@ from volant.model import Role, parse_role_grant
 
 Claims = Mapping[str, object]
 _MAX_NAME = 100
-"""Characters of a name, so that log lines stay readable."""
+"""Maximum length of a name, so that log lines stay readable."""
 
 
 class RoleRule(msgspec.Struct, frozen=True):
@@ -24,10 +24,10 @@ class RoleRule(msgspec.Struct, frozen=True):
     """The value of the claim, or one of its values if it is a list; `*` stands for any text."""
     role: Role
     project: str | None
-    """None: all projects."""
+    """None for all projects."""
 
     def matches(self, claims: Claims) -> bool:
-        """Whether the rule gives its role to a token with these claims."""
+        """Returns whether the rule gives its role to a token with these claims."""
         # Some issuers let people enter any address; only a verified one identifies a person.
         if self.claim == "email" and claims.get("email_verified") is not True:
             return False
@@ -39,7 +39,7 @@ class RoleRule(msgspec.Struct, frozen=True):
 def parse_role_rule(text: str) -> RoleRule:
     """Parses `CLAIM=VALUE:ROLE` or `CLAIM=VALUE:ROLE:PROJECT`; the value may have colons.
 
-    :raises ValueError: it is neither, or can be read as both; show the text to the user.
+    :raises ValueError: the text has neither form, or fits both; show the message to the user.
     """
     return RoleRule(*parse_role_grant(text, form="CLAIM=VALUE", example="groups=ops:admin"))
 
@@ -50,14 +50,14 @@ class Grant(msgspec.Struct, frozen=True):
     role: Role
     project: str | None
     version: str
-    """Digest of the rule and those before it. As long as it is in force, the same claims give the same role."""
+    """The digest of the rule and those before it. While it is in force, the same claims give the same role."""
 
 
 class RoleRules:
     """Holds the rules in force. The first that matches counts."""
 
     def __init__(self, rules: Sequence[RoleRule], context: object = None) -> None:
-        """:param context: anything else that grants depend on; a change of it changes all versions"""
+        """Creates it. `context` is any other data that grants depend on; a change of it changes all versions."""
         self._grants: list[tuple[RoleRule, Grant]] = []
         digest = sha256(repr(context).encode())
         for rule in rules:
@@ -66,16 +66,16 @@ class RoleRules:
         self._versions = {grant.version for _, grant in self._grants}
 
     def find(self, claims: Claims) -> Grant | None:
-        """Returns the grant for claims; None: no rule matches."""
+        """Returns the grant for claims; None if no rule matches."""
         return next((grant for rule, grant in self._grants if rule.matches(claims)), None)
 
     def has(self, version: str) -> bool:
-        """Whether a grant of this version is in force."""
+        """Returns whether a grant of this version is in force."""
         return version in self._versions
 
 
 def name_of(claims: Claims, claim: str) -> str:
-    """Returns the name to show: the value of `claim`, or else the subject. Replaces control characters by `?`."""
+    """Returns the name to show: the value of `claim`, otherwise the subject. Replaces control characters by `?`."""
     name = next(_values(claims, claim), None) or str(claims.get("sub", ""))
     return "".join(letter if letter.isprintable() else "?" for letter in name[:_MAX_NAME])
 

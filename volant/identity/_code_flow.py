@@ -1,6 +1,6 @@
-"""Signs a person in at the issuer by authorization code with PKCE (RFC 6749, RFC 7636), as the client of the issuer.
+"""Signs in a user at the issuer by authorization code with PKCE (RFC 6749, RFC 7636), as the client of the issuer.
 
-The daemon exchanges the code itself. So no page ever holds a token, and the issuer needs no CORS.
+The daemon exchanges the code itself. So no page ever has a token, and the issuer needs no CORS.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from volant.model import Caller, Problem
 from ._issuer import Endpoints, IssuerError
 
 _MAX_ERROR = 300
-"""Characters of an error of the issuer that people are shown."""
+"""Maximum length of an error of the issuer that users see."""
 _OFFLINE = "offline_access"
-"""Asks for a refresh token, which nobody would use: signing in again is a click, as the issuer knows the browser."""
+"""The scope for a refresh token, which is not needed: signing in again is a click, as the issuer knows the browser."""
 
 
 class Reply(msgspec.Struct, frozen=True):
@@ -32,33 +32,33 @@ class Reply(msgspec.Struct, frozen=True):
 
 
 Post = Callable[[str, Mapping[str, str], tuple[str, str] | None], Awaitable[Reply]]
-"""Posts a form to a URL, with a user and a password or without. Raises `IssuerError`."""
+"""Posts a form to a URL, with or without a user and a password. Raises `IssuerError`."""
 Verify = Callable[[bytes, str, str], Awaitable[Caller]]
 """Returns the caller with an ID token of this nonce, at this address. Raises `Problem`."""
 
 
 class HasSecret(Protocol):
-    """A text that is shown nowhere."""
+    """A text that is never shown."""
 
     def reveal(self) -> str:
         """Returns the text."""
 
 
 class CodeClient(msgspec.Struct, frozen=True, kw_only=True):
-    """The client that the daemon is at the issuer."""
+    """The daemon's client at the issuer."""
 
     issuer: str
     client_id: str
     secret: HasSecret | None
-    """None: a public client."""
+    """None for a public client."""
     scopes: str
 
 
 class CodeFlow:
-    """One sign-in: its address at the issuer, and what makes a caller of the issuer's answer."""
+    """One sign-in: its URL at the issuer, and the conversion of the issuer's answer to a caller."""
 
     def __init__(self, client: CodeClient, endpoints: Endpoints, redirect_uri: str, post: Post, verify: Verify) -> None:
-        """:raises Problem: 409 the issuer has no sign-in for browsers."""
+        """Creates it. :raises Problem: 409, the issuer has no sign-in for browsers."""
         if endpoints.authorization is None or endpoints.token is None:
             raise Problem(
                 409, "no-browser-sign-in", f"the issuer {client.issuer} has no sign-in for browsers",
@@ -90,9 +90,9 @@ class CodeFlow:
     async def finish(self, answer: Mapping[str, str], address: str) -> Caller:
         """Returns the caller that has signed in.
 
-        :param answer: the parameters that the issuer's redirect has brought
-        :raises Problem: 401 the sign-in has failed; 403 it was denied, or the caller has no role; 503 the issuer does
-            not answer as it should.
+        :param answer: the parameters of the issuer's redirect
+        :raises Problem: 401, the sign-in has failed; 403, it was denied, or the caller has no role; 503, the issuer
+            does not answer correctly.
         """
         issuer = self._client.issuer
         given = answer.get("iss")
@@ -164,7 +164,7 @@ def _members(content: bytes) -> dict[str, Any]:
 
 
 def _said(answer: Mapping[str, Any]) -> str:
-    """Returns the error of an answer for people. It may be any text."""
+    """Returns the error of an answer for people. It is not trusted."""
     text = str(answer["error"])
     if "error_description" in answer:
         text += f": {answer['error_description']}"

@@ -11,7 +11,7 @@ from ._code_flow import Reply
 from ._issuer import FETCH_S, MAX_BYTES, Document, IssuerError
 
 _HEADERS = {"Accept": "application/json", "Accept-Encoding": "identity"}
-"""No compression: a small answer could become a large one."""
+"""Headers without compression: a small answer could otherwise expand to a large one."""
 
 
 async def fetch_document(url: str) -> Document:
@@ -26,7 +26,7 @@ async def fetch_document(url: str) -> Document:
 
 
 async def post_form(url: str, form: Mapping[str, str], login: tuple[str, str] | None) -> Reply:
-    """Posts a form, with a user and a password or without. Follows no redirect, which could lead the form elsewhere.
+    """Posts a form, with or without a user and a password. Follows no redirect, which could lead the form elsewhere.
 
     :raises IssuerError: there is no answer in time, or it is too long.
     """

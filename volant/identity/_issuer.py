@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 FETCH_S = 10.0
 """Deadline for one document, from the connection to the last byte."""
 GAP_S = 10.0
-"""Shortest time between two fetches, because anybody can send tokens with unknown keys."""
+"""Minimum time between two fetches, because any client can send tokens with unknown keys."""
 REFRESH_S = 900.0
 """How long keys are used before they are fetched again, unless the issuer's `Cache-Control` says otherwise."""
 _LEAST_REFRESH_S, _MOST_REFRESH_S = 60.0, 3600.0
 KEEP_S = 86400.0
 """How long keys are used if they can't be fetched again."""
 MAX_BYTES = 512 * 1024
-"""Largest document."""
+"""Maximum size of a document."""
 MAX_WAITING = 256
-"""Most requests that wait for a fetch: anybody can send one, and each occupies a connection meanwhile."""
+"""Maximum requests that wait for a fetch: any client can send one, and each occupies a connection in the meantime."""
 _MAX_KEYS = 100
 _LEAST_RSA_BITS = 2048
 _TYPES = {"RSA", "EC", "OKP"}
@@ -54,26 +54,26 @@ Fetch = Callable[[str], Awaitable[Document]]
 
 
 class Endpoints(msgspec.Struct, frozen=True):
-    """Where people sign in, by the issuer's own document (OpenID Connect Discovery, 3)."""
+    """The endpoints for signing in, from the issuer's own document (OpenID Connect Discovery, 3)."""
 
     authorization: str | None = None
-    """None: people can't sign in with a browser."""
+    """None if users can't sign in with a browser."""
     token: str | None = None
     takes_basic: bool = True
-    """Whether it takes a client's secret as a password, and not only in the form."""
+    """Whether it accepts a client's secret as a password, and not only in the form."""
     names_itself: bool = False
     """Whether each of its answers has `iss` (RFC 9207)."""
 
 
 class IssuerError(Exception):
-    """An issuer does not answer, or its answer is not valid. The text says what is wrong, and at which URL."""
+    """An issuer does not answer, or its answer is invalid. The text names the problem and the URL."""
 
 
 class IssuerKeys:
     """Holds the keys of one issuer."""
 
     def __init__(self, issuer: str, fetch: Fetch, changed: Callable[[], None]) -> None:
-        """:param changed: called when keys were added or removed"""
+        """Creates it. `changed` is called when keys were added or removed."""
         self._issuer = issuer
         self._fetch = fetch
         self._changed = changed
@@ -85,14 +85,14 @@ class IssuerKeys:
         self._tried = trio.Event()
         self._waiting = 0
         self.trouble: str | None = "its keys have not been fetched yet"
-        """Why the last fetch failed; None: it succeeded."""
+        """Why the last fetch failed; None if it succeeded."""
 
     def __bool__(self) -> bool:
-        """Whether there are keys."""
+        """Returns whether there are keys."""
         return bool(self._keys)
 
     def find(self, kid: str | None) -> SigningKey | None:
-        """Returns the key with this id; without an id, the only key if there is one. None: there is no such key."""
+        """Returns the key with this id; without an id, the only key if there is one. None if there is no such key."""
         if kid is None:
             return next(iter(self._keys.values())) if len(self._keys) == 1 else None
         return self._keys.get(kid)
@@ -106,9 +106,9 @@ class IssuerKeys:
             await self._fetch_now()
 
     async def discover(self) -> Endpoints:
-        """Returns where people sign in; may take seconds.
+        """Returns the endpoints for signing in; may take seconds.
 
-        :raises IssuerError: the issuer does not say it, or too many requests wait for it.
+        :raises IssuerError: the issuer does not report them, or too many requests wait for them.
         """
         if self._endpoints is None:
             await self._fetch_now()
@@ -205,7 +205,7 @@ def _endpoints(discovered: Mapping[str, Any]) -> Endpoints:
 
 
 def _keys(raw: object) -> dict[str, SigningKey]:
-    """Returns the signing keys by their ids, without those that are weak, invalid or of unknown types."""
+    """Returns the signing keys by their ids, without weak, invalid and unsupported ones."""
     from joserfc.jwk import RSAKey, import_key
 
     found: dict[str, Any] = {}

@@ -1,8 +1,8 @@
 """Named API keys: creates, replaces and deletes them, and finds the caller with a key.
 
-The daemon stores and logs the digests of keys only; the client that creates a key gets it once. The time and address of
-the last use are kept in memory and written once a minute, because a commit for each request would cost more than the
-request.
+The daemon stores and logs only the digests of keys; the client that creates a key receives it once. The time and
+address of the last use are kept in memory and written once a minute, because a commit for each request would cost more
+than the request.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from volant.model import (
 )
 
 WRITE_USES_S = 60.0
-"""Time between two writes of last uses."""
+"""The interval of writes of last uses."""
 _CHECK_S = 60.0
-"""The longest time between two checks for expired keys, because the time of day may be set meanwhile."""
+"""Maximum time between two checks for expired keys, because the clock may be set in between."""
 _KEY_BYTES = 32
 
 _logger = logging.getLogger("volant.identity")
@@ -71,7 +71,7 @@ class NamedKeys:
         return self._store.keys.required
 
     def caller(self, digest: str, address: str) -> Caller | None:
-        """Returns the caller with the key of this digest, and records its use; None: no key has it.
+        """Returns the caller with the key of this digest, and records its use; None if there is no such key.
 
         :raises CallerEnded: it has expired.
         """
@@ -89,7 +89,7 @@ class NamedKeys:
         return caller
 
     def ended(self, digest: str) -> str | None:
-        """Returns why the key with this digest is not valid any more; None: it is valid."""
+        """Returns why the key with this digest is not valid any more; None if it is valid."""
         key = self._store.keys.find(digest)
         if key is None:
             return "the API key was deleted or replaced"
@@ -98,7 +98,7 @@ class NamedKeys:
     # For operations
 
     async def create(self, request: CreateApiKey, *, by: str, has_administrator: bool) -> NewApiKey:
-        """Makes a key. :raises Problem: see `AddKey`."""
+        """Creates a key. :raises Problem: see `AddKey`."""
         secret, digest = self._new_key()
         key = await ask_journal(
             self._journal, AddKey(request, digest, self._host.random.new_id(), by, has_administrator)
@@ -114,12 +114,12 @@ class NamedKeys:
         return NewApiKey(name, secret)
 
     async def delete(self, name: str, *, by: str, has_administrator: bool) -> None:
-        """Deletes a key, and those that it replaced. :raises Problem: see `RemoveKey`."""
+        """Deletes a key, including those that it replaced. :raises Problem: see `RemoveKey`."""
         await ask_journal(self._journal, RemoveKey(name, has_administrator))
         _logger.info("%s deleted the key %s", by, name)
 
     def views(self) -> list[ApiKeyView]:
-        """Returns all, by name."""
+        """Returns all keys, by name."""
         return [self.view(name) for name in self._store.keys.names()]
 
     def view(self, name: str) -> ApiKeyView:

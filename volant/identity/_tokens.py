@@ -26,30 +26,30 @@ from ._issuer import Fetch, IssuerError, IssuerKeys
 ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA", "Ed25519")
 """Only algorithms with a public and a private key: with others, the published keys would be enough to sign."""
 SKEW_S = 60
-"""How much the clocks of the issuer and the daemon may differ."""
+"""Maximum difference between the clocks of the issuer and the daemon."""
 MAX_VERIFIED = 4096
-"""Most verified tokens that are kept. The least recently used is removed, and verified again when it is used."""
+"""Maximum verified tokens that are kept. The least recently used one is removed, and verified again at its next use."""
 MAX_TOKEN = 16 * 1024
-"""Most bytes of a token, and of each of its parts."""
+"""Maximum bytes of a token, and of each of its parts."""
 _CHECK_S = 60.0
-"""The longest time between two checks for expired tokens, because the time of day may be set meanwhile."""
+"""Maximum time between two checks for expired tokens, because the clock may be set in between."""
 _LEAST_CHECK_S = 0.5
-"""The shortest time between two checks."""
+"""Minimum time between two checks."""
 _TYPES = {None, "jwt", "at+jwt", "application/at+jwt"}
 """Other types, such as logout tokens, don't identify a caller."""
 
 
 class OidcSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """The issuer and audiences of tokens that are accepted, and the rules for their roles."""
+    """The issuer and audiences of accepted tokens, and the rules for their roles."""
 
     issuer: str
     audiences: tuple[str, ...]
     rules: tuple[RoleRule, ...]
     name_claim: str = "sub"
     client_id: str
-    """The client that `volar login` and browsers sign in with."""
+    """The client with which `volar login` and browsers sign in."""
     client_secret: HasSecret | None = None
-    """Of that client, for browsers alone."""
+    """The secret of that client, only for browsers."""
     scopes: str
     browsers: bool = False
     """Whether browsers sign in with that client."""
@@ -58,11 +58,11 @@ class OidcSettings(msgspec.Struct, frozen=True, kw_only=True):
 class _Verified(msgspec.Struct, frozen=True):
     caller: Caller
     expires: float
-    """In seconds since the epoch, with the skew."""
+    """The expiry in seconds since the epoch, including the skew."""
 
 
 def oidc_obstacle() -> str | None:
-    """Returns why this installation can't verify tokens; None: it can."""
+    """Returns why this installation can't verify tokens; None if it can."""
     if find_spec("joserfc") is None or find_spec("httpx") is None:
         return "joserfc or httpx is not installed: run `pip install 'volant[oidc]'` and restart the daemon"
     return None
@@ -79,7 +79,7 @@ class IssuerTokens:
         self._post = post
         self._verified: OrderedDict[bytes, _Verified] = OrderedDict()
         self._ends: set[float] = set()
-        """When the tokens expire that browsers have signed in with, with the skew."""
+        """The expiries of tokens with which browsers have signed in, including the skew."""
         self._new = trio.Event()
         self._replaced = trio.Event()
         self._settings: OidcSettings | None = None
@@ -135,7 +135,7 @@ class IssuerTokens:
 
     @property
     def sign_in(self) -> SignIn | None:
-        """Returns what a client needs to sign in; None: no issuer is set."""
+        """Returns the data that a client needs to sign in; None if no issuer is set."""
         settings = self._settings
         return None if settings is None else SignIn(settings.issuer, settings.client_id, settings.scopes)
 
@@ -145,9 +145,9 @@ class IssuerTokens:
         return self._settings is not None and self._settings.browsers
 
     async def begin(self, redirect_uri: str) -> CodeFlow:
-        """Begins a sign-in of a browser, to which the issuer sends it back at `redirect_uri`; may take seconds.
+        """Begins a sign-in of a browser, which the issuer sends back to `redirect_uri`; may take seconds.
 
-        :raises Problem: 409 there is no issuer for that; 503 it does not answer.
+        :raises Problem: 409, there is no issuer for browsers; 503, it does not answer.
         """
         settings, keys = self._settings, self._keys
         if settings is None or keys is None or not settings.browsers:
@@ -169,8 +169,8 @@ class IssuerTokens:
         return CodeFlow(client, endpoints, redirect_uri, self._post, verify)
 
     async def _verify_sign_in(self, settings: OidcSettings, token: bytes, nonce: str, address: str) -> Caller:
-        """Returns the caller with an ID token that was made for a sign-in. It is not kept: it may have an audience
-        with which it is no bearer token. :raises Problem: see `caller`, and if the settings have changed meanwhile.
+        """Returns the caller with an ID token from a sign-in. The token is not kept: it may have an audience that
+        bearer tokens must not have. :raises Problem: see `caller`, and if the settings have changed in the meantime.
         """
         await self.prepare(token)
         if settings is not self._settings:
@@ -184,7 +184,7 @@ class IssuerTokens:
     async def prepare(self, token: bytes) -> None:
         """Fetches the issuer's keys again if the key that signed this token is unknown; may take seconds.
 
-        :raises Problem: 503 too many requests wait for the keys.
+        :raises Problem: 503, too many requests wait for the keys.
         """
         if self._keys is None or len(token) > MAX_TOKEN or sha256(token).digest() in self._verified:
             return
@@ -200,7 +200,7 @@ class IssuerTokens:
     def caller(self, token: bytes, address: str) -> Caller:
         """Returns the caller with this token.
 
-        :raises Problem: 401 `invalid-token`, `token-expired`; 403 `no-role`; 503 the issuer's keys are unknown.
+        :raises Problem: 401, `invalid-token`, `token-expired`; 403, `no-role`; 503, the issuer's keys are unknown.
         """
         digest = sha256(token).digest()
         known = self._verified.get(digest)
@@ -218,7 +218,7 @@ class IssuerTokens:
         return msgspec.structs.replace(known.caller, address=address)
 
     def ended(self, credential: str) -> str | None:
-        """Returns why the token of a caller is not valid any more; None: it is valid."""
+        """Returns why the token of a caller is not valid any more; None if it is valid."""
         _, expires, version = credential.split(":")
         if float(expires) <= self._now():
             return _expired().detail
@@ -226,11 +226,11 @@ class IssuerTokens:
         return None if is_in_force else "the role of the token was changed or removed"
 
     def left_s(self, credential: str) -> float:
-        """Returns how long the token of a caller is still valid."""
+        """Returns the remaining seconds of a caller's token."""
         return max(0.0, float(credential.split(":")[1]) - self._now())
 
     def _verify(self, token: bytes, nonce: str | None = None) -> _Verified:
-        """:param nonce: of the sign-in that the token has to be from; None: it may be from any"""
+        """Verifies a token. `nonce` is that of its sign-in; None for any."""
         settings, keys = self._settings, self._keys
         if settings is None or keys is None:
             raise _invalid("this daemon accepts no tokens")
@@ -334,7 +334,7 @@ def _caller(issuer: str, subject: str, name: str, grant: Grant, expires: float) 
 
 
 def _header(token: bytes) -> dict[str, Any]:
-    """Returns the header, which is not verified yet. :raises Problem: 401 it can't be decoded."""
+    """Returns the unverified header. :raises Problem: 401, it can't be decoded."""
     text = token.partition(b".")[0]
     try:
         decoded = a2b_base64(text.replace(b"-", b"+").replace(b"_", b"/") + b"=" * (-len(text) % 4))

@@ -1,4 +1,4 @@
-"""What a message is about, so that it can be passed on to the host of a fleet that has it."""
+"""The object of a message, for passing the message on to the responsible host of a fleet."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class _Message(msgspec.Struct, frozen=True):
 
 
 class Subjects:
-    """Finds what messages are about."""
+    """Finds the objects of messages."""
 
     def __init__(self, table: Table) -> None:
         self._table = table
         self._operations: Mapping[str, str] | None = None
 
     def of(self, body: bytes) -> tuple[Operation, Mapping[str, Any]] | None:
-        """Returns the operation that a message calls, with the arguments; None: it calls none, or is malformed."""
+        """Returns the operation that a message calls, with the arguments; None if it calls none, or is malformed."""
         try:
             message = msgspec.json.decode(body, type=_Message)
             if message.command:

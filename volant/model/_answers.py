@@ -378,4 +378,4 @@ class ProblemDetails(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     field: str | None = None
     """The member of the body, the parameter or the part of the path that is wrong."""
     hint: str | None = None
-    """What to do."""
+    """The fix."""

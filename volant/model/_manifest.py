@@ -69,7 +69,7 @@ Arguments = Annotated[tuple[_Argument, ...], msgspec.Meta(max_length=_MAX_ARGUME
 
 
 class HealthCheck(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
-    """How the agent checks the workload: an HTTP path, or a command that exits 0. A command has the workload's
+    """The agent's check of the workload: an HTTP path, or a command that exits 0. A command has the workload's
     environment, user and working directory."""
 
     path: Annotated[str, msgspec.Meta(extra_json_schema={"pattern": r"^/[\x21-\x7e]*$", "maxLength": 1024})] | None = (
@@ -216,7 +216,7 @@ class DevTools(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class Cloning(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
-    """How templates for VMs of the plugin are made."""
+    """The creation of templates for VMs of the plugin."""
 
     after: Literal["agent", "workload"] = "agent"
     """When the template is taken: `agent`, before the workload starts, so each clone starts it; or `workload`, once it
@@ -260,7 +260,7 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_def
     devtools: DevTools | None = None
     """The target of `/ws/v1/vms/{name}/devtools/`; null for port 9222."""
     template: Cloning = Cloning()
-    """How its VMs are cloned."""
+    """The templates of its VMs."""
     labels: Labels = {}
     """Labels of each VM of the plugin. The VM's own override them."""
 

@@ -562,7 +562,7 @@ class VmView(msgspec.Struct, frozen=True, kw_only=True):
     updated_at: Time
     started_at: Time | None
     disk_mb: int | None = None
-    """The requested size of the disk; null: the size of the root filesystem."""
+    """The requested size of the disk; null for the size of the root filesystem."""
     origin: Origin | None = None
     """The guest that it is a copy of; null if it is no copy."""
     network: str = NONE

@@ -19,7 +19,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     means: str = ""
     """The consequence, if it is not `ok`."""
     advice: str = ""
-    """What to do, if anything."""
+    """The fix, if there is one."""
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):

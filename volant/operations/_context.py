@@ -37,7 +37,7 @@ class Context:
 
     @property
     def caller(self) -> Caller:
-        """Who calls."""
+        """The caller."""
         caller: Caller = self.scope["state"]["caller"]
         return caller
 

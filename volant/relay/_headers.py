@@ -1,4 +1,4 @@
-"""The headers that pass between a client and a guest, and those that don't."""
+"""The headers that are passed between a client and a guest, and those that are not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CREDENTIALS = frozenset(
     {b"authorization", b"x-volant-api-key", b"volant-registry-auth", b"volant-project", b"volant-session", b"cookie"}
 )
 _OF_ITS_USERS = frozenset({b"authorization", b"cookie"})
-"""Credentials of the guest's own users, where it has an origin of its own."""
+"""Credentials of the guest's own users, if the guest has its own origin."""
 _OWN_COOKIES = re.compile(rb"(?:__Host-)?volant-[a-z]+\Z")
 _SET_FOR_GUEST = frozenset({b"host", b"expect"})
 _SET_FOR_CLIENT = frozenset({b"date", b"x-request-id", b"x-content-type-options", b"volant-location"})
@@ -38,13 +38,13 @@ _ORIGIN_WIDE = frozenset(
         b"sec-session-registration",
     }
 )
-"""Headers that a browser would apply to our whole origin, with the API and other guests."""
+"""Headers that a browser would apply to the daemon's whole origin, including the API and other guests."""
 _FOR_OWN_ORIGIN = frozenset({b"set-cookie", b"service-worker-allowed"})
 _ADDRESSES = frozenset({b"origin", b"referer"})
 _FORWARDED = frozenset({b"x-forwarded-host", b"x-forwarded-proto"})
 
 SANDBOX: Header = (b"content-security-policy", b"sandbox")
-"""Added to the guest's own policies: a browser enforces all of them. Every answer of ours has `nosniff`."""
+"""Added to the guest's own policies: a browser enforces all of them. Every answer of the daemon has `nosniff`."""
 
 
 def to_guest(headers: Iterable[Header], *, host: bytes) -> list[Header]:
@@ -58,7 +58,8 @@ def to_guest(headers: Iterable[Header], *, host: bytes) -> list[Header]:
 
 
 def from_guest(headers: Iterable[Header]) -> list[Header]:
-    """Returns a guest's headers for the client: its pages never run as ours (contract: Access)."""
+    """Returns a guest's headers for the client, so that its pages never run with the daemon's origin (contract:
+    Access)."""
     headers = list(headers)
     dropped = _HOP_BY_HOP | _ORIGIN_WIDE | _SET_FOR_CLIENT | _named_by_connection(headers)
     if any(name == b"transfer-encoding" for name, _ in headers):
@@ -75,7 +76,7 @@ def to_own_origin(headers: Iterable[Header], *, host: bytes, origin: bytes) -> l
     """Returns the headers of a request at a guest's own origin for the guest, which sees itself at `host`: with the
     cookies and the `Authorization` of its own users.
 
-    :param origin: as the browser names it, such as `http://8080-12.localhost:7777`
+    :param origin: the origin in the browser, such as `http://8080-12.localhost:7777`
     """
     headers = list(headers)
     inside = b"http://" + host
@@ -96,8 +97,8 @@ def to_own_origin(headers: Iterable[Header], *, host: bytes, origin: bytes) -> l
 
 
 def from_own_origin(headers: Iterable[Header]) -> list[Header]:
-    """Returns the headers of an answer at the guest's own origin: as the guest has set them, with cookies for that
-    origin alone."""
+    """Returns the headers of an answer at the guest's own origin: as set by the guest, with cookies only for that
+    origin."""
     headers = list(headers)
     dropped = _HOP_BY_HOP | (_ORIGIN_WIDE - _FOR_OWN_ORIGIN) | (_SET_FOR_CLIENT - {b"x-content-type-options"})
     dropped |= _named_by_connection(headers)
@@ -129,7 +130,7 @@ def end_to_end(headers: Iterable[Header]) -> list[Header]:
 
 
 def _is_harmless(referer: bytes) -> bool:
-    """Whether the address in `Referer` has no credentials in it."""
+    """Returns whether the address in `Referer` has no credentials in it."""
     query = referer.partition(b"?")[2]
     return without_credentials(query) == query
 

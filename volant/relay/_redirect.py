@@ -1,10 +1,11 @@
 """Keeps the redirects of a guest inside the guest.
 
 A client that follows a 307 repeats its method, body and headers (`curl -L`, requests, httpx, Go, fetch). So a guest
-that could name any address could send requests to all that its client can reach: this daemon, which on loopback may
-need no key, or another service of the client's host, which would get the client's API key. A list of spellings of "this
-daemon" can't be complete (`127.1`, `[::ffff:127.0.0.1]`, `0`, a name of ours). So a `Location` is resolved as the guest
-meant it and rebuilt below our path of the guest. Every other one becomes `Volant-Location`, which no client follows.
+that could name any address could send requests to everything that its client can reach: this daemon, which on loopback
+may need no key, or another service of the client's host, which would receive the client's API key. A list of spellings
+of "this daemon" can't be complete (`127.1`, `[::ffff:127.0.0.1]`, `0`, a name of the daemon). So a `Location` is
+resolved from the guest's view and rebuilt below the daemon's path of the guest. Every other one becomes
+`Volant-Location`, which no client follows.
 
 Only headers are rewritten. The links in a page belong to the page.
 """
@@ -45,7 +46,7 @@ class GuestServer(msgspec.Struct, frozen=True):
     host: bytes
     target: str
     ended: Callable[[], tuple[int, str] | None] = lambda: None
-    """Returns code and reason with which a WebSocket that has ended is closed; None: as the guest has left it."""
+    """Returns code and reason for closing an ended WebSocket; None to keep the guest's."""
 
     @property
     def name(self) -> str:
@@ -67,7 +68,8 @@ class GuestServer(msgspec.Struct, frozen=True):
         return unreachable(self.vm, why)
 
     def redirect(self, headers: Iterable[Header]) -> list[Header]:
-        """Returns `headers` of the answer with each `Location` below our path of the guest, or as `Volant-Location`.
+        """Returns `headers` of the answer with each `Location` below the daemon's path of the guest, or as
+        `Volant-Location`.
 
         `Refresh` with an address is another redirect, and is removed. So is `URI`, a redirect of HTTP/1.0 that Python's
         urllib still follows.
@@ -86,7 +88,7 @@ class GuestServer(msgspec.Struct, frozen=True):
         return sent
 
     def place(self, location: bytes) -> bytes | None:
-        """Returns our path for what a guest calls `location`; None if that is not in the guest."""
+        """Returns the daemon's path for a guest's `location`; None if that is not in the guest."""
         location = location.strip(_BLANK)
         base = self._below(b"agent" if self.host == b"agent" else b"ports/" + self.host.rpartition(b":")[2])
         loopback = _LOOPBACK.match(location)
@@ -107,10 +109,10 @@ class GuestServer(msgspec.Struct, frozen=True):
 
 
 class OwnOrigin(GuestServer, frozen=True, kw_only=True):
-    """A server in a guest at an origin of its own, where browsers keep it apart from all others."""
+    """A server in a guest with its own origin, where browsers isolate it from all others."""
 
     origin: bytes
-    """As browsers name it: `http://8080-12.localhost:7777`."""
+    """The origin in browsers: `http://8080-12.localhost:7777`."""
 
     def request_headers(self, headers: Iterable[Header]) -> list[Header]:
         return to_own_origin(headers, host=self.host, origin=self.origin)
@@ -122,7 +124,8 @@ class OwnOrigin(GuestServer, frozen=True, kw_only=True):
         return from_own_origin(headers)
 
     def _led(self, location: bytes) -> bytes:
-        """Returns what the guest's own address is for its browser. Others stay: no credentials of ours go there."""
+        """Returns the browser's address for the guest's own address. Other addresses stay, as they receive no
+        credentials of the daemon."""
         loopback = _LOOPBACK.match(location.strip(_BLANK))
         if loopback is None or loopback[1] != self.host.rpartition(b":")[2]:
             return location
@@ -130,7 +133,7 @@ class OwnOrigin(GuestServer, frozen=True, kw_only=True):
 
 
 def _absolute(reference: bytes, base: bytes) -> bytes:
-    """Resolves a relative reference (RFC 3986, 5.2) as browsers do: backslashes are slashes, `%2e` is a dot."""
+    """Resolves a relative reference (RFC 3986, 5.2) like browsers: backslashes are slashes, `%2e` is a dot."""
     path = _AFTER_PATH.split(reference, maxsplit=1)[0]
     rest = reference[len(path) :]
     base_path, _, base_query = base.partition(b"?")

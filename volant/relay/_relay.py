@@ -1,10 +1,10 @@
 """Relays between a client and a server inside a guest: HTTP exchanges, and WebSockets as bytes.
 
-At most one piece of a body is buffered: the next one is read from one side when the other side has taken the one
-before. Each piece is charged to the VM in `FairShare`, so that busy relays leave time for the rest of the daemon.
+At most one piece of a body is buffered: the next one is read from one side when the other side has taken the previous
+one. Each piece is charged to the VM in `FairShare`, so that busy relays leave time for the rest of the daemon.
 
 A WebSocket is not decoded. The client's handshake goes to the guest unchanged, the guest's answer comes back, and then
-bytes are passed on. That is cheap, and extensions, fragments, pings and closing codes stay as they are. Only the
+bytes are passed on. That is cheap, and extensions, fragments, pings and closing codes are unchanged. Only the
 boundaries of the guest's frames are tracked, so that a closing frame (1001) can be inserted between two of them when
 the daemon stops. A WebSocket library on both sides was rejected: it unmasks and masks every byte in Python, and limits
 the size of messages.
@@ -35,53 +35,53 @@ HEAD_S = 600.0
 """How long a server in a guest may take to begin its answer."""
 CONNECT_S = 10.0
 _PIECE = 256 * 1024
-"""The size of one read. Smaller ones take more iterations for a gigabyte: 64 KiB cost twice the processor time."""
+"""The size of one read. Smaller reads take more iterations for a gigabyte: 64 KiB cost twice the processor time."""
 _PORT = re.compile(r"[1-9][0-9]{0,4}\Z")
 _MAX_REFUSAL = 64 * 1024
 _MAX_REASON = 123
-"""Bytes of the reason in a closing frame (RFC 6455, 5.5)."""
+"""Maximum bytes of the reason in a closing frame (RFC 6455, 5.5)."""
 _REFUSAL_S = 30.0
-"""How long a guest may take for the body of a refusal that is read before the client gets it."""
+"""How long a guest may take for the body of a refusal, which is read before the client gets it."""
 _FRAMES = 512
-"""Frames of a guest's WebSocket that are tracked before other tasks run."""
+"""Maximum frames of a guest's WebSocket that are tracked before other tasks run."""
 _FRAME_COST = 256
-"""Bytes that a frame costs in `FairShare`, as tracking it takes at least as long as passing on so many. An empty frame
-has two bytes."""
+"""The cost of a frame in `FairShare`, in bytes: tracking it takes at least as long as passing on this many. An empty
+frame has two bytes."""
 _SEND_S = 300.0
 """How long a guest may take to accept a piece of a WebSocket's bytes."""
 
 _REST_S = 1.0
-"""For so long a guest that takes no more bytes of a WebSocket may send what it has left."""
+"""How long a guest that accepts no more bytes of a WebSocket may send its remaining data."""
 _UNKNOWN = frozenset({404, 405})
 Explain = Callable[[int, bytes], Problem | None]
-"""Takes status and body of an answer; returns a clearer problem to send instead, or None."""
+"""Receives status and body of an answer; returns a clearer problem to send instead, or None."""
 
 
 class Server(Protocol):
-    """Where a request is passed on to."""
+    """The target of a relayed request."""
 
     @property
     def name(self) -> str:
-        """For logs."""
+        """The name for logs."""
 
     @property
     def target(self) -> str:
-        """The path and the query of the request there."""
+        """The path and the query of the request at the target."""
 
     def request_headers(self, headers: Iterable[Header]) -> list[Header]:
-        """Returns the headers of the request there, for those of the client."""
+        """Returns the headers of the request at the target, from those of the client."""
 
     def answer_headers(self, headers: Iterable[Header]) -> list[Header]:
-        """Returns the headers for the client, for those of the answer."""
+        """Returns the headers for the client, from those of the answer."""
 
     def upgrade_headers(self, headers: Iterable[Header]) -> list[Header]:
-        """As `answer_headers`, for the answer to an upgrade."""
+        """Returns the headers like `answer_headers`, for the answer to an upgrade."""
 
     def unreachable(self, why: str) -> Problem:
         """Returns the problem of a server that does not answer."""
 
     def closing(self) -> tuple[int, str] | None:
-        """Returns the code and the reason with which a WebSocket is closed that has ended in the middle; None: it just
+        """Returns the code and the reason for closing a WebSocket that has ended in the middle; None if it just
         ends."""
 
 
@@ -104,10 +104,10 @@ class Relay:
     ) -> None:
         """Passes `call` on to `client` as a request to `server`, with its own method or with another one.
 
-        `explain` gets the answers with a status of `explained`, which must be short, and may replace them. `share`: who
-        it is charged to.
+        `explain` receives the answers with a status of `explained`, which must be short, and may replace them. `share`
+        is charged for it.
 
-        :raises Problem: 502 when no answer came; what `explain` returns.
+        :raises Problem: 502, no answer arrived; or the result of `explain`.
         """
         problem = None
         try:
@@ -163,7 +163,7 @@ class Relay:
         return problem
 
     async def _take_in(self, call: Call, put: trio.MemorySendChannel[bytes] | None, scope: trio.CancelScope) -> None:
-        """Passes on the client's body, with an empty piece at its end; cancels `scope` when the client leaves."""
+        """Passes on the client's body, with an empty piece at its end; cancels `scope` when the client disconnects."""
         if put is not None:
             async with put:
                 more = True
@@ -225,7 +225,7 @@ class Relay:
 
 
 class _Body:
-    """The pieces of a request's body. No async generator, as the reader may stop half-way."""
+    """The pieces of a request's body. It is no async generator, as the reader may stop in the middle."""
 
     def __init__(self, take: trio.MemoryReceiveChannel[bytes], share: FairShare, vm_id: int) -> None:
         self._take = take
@@ -248,7 +248,7 @@ class _Body:
 
 
 class _Splice:
-    """The bytes of one WebSocket, both ways."""
+    """The bytes of one WebSocket, in both directions."""
 
     def __init__(self, call: Call, share: FairShare, vm_id: int, closing: Callable[[], tuple[int, str] | None]) -> None:
         self.upstream: ChannelStream | None = None
@@ -259,7 +259,7 @@ class _Splice:
         self._frames = FrameBounds()
 
     async def to_guest(self, scope: trio.CancelScope) -> None:
-        """Passes bytes on until the client leaves or the guest stops reading; cancels `scope` then."""
+        """Passes on bytes until the client disconnects or the guest stops reading; then cancels `scope`."""
         while True:
             message = await self._call.receive()
             if message["type"] == "volant.websocket.bytes" and self.upstream is not None:
@@ -279,7 +279,7 @@ class _Splice:
         scope.cancel()
 
     async def from_guest(self) -> None:
-        """Passes bytes on until the guest closes, or the daemon stops; then it closes between two frames."""
+        """Passes on bytes until the guest closes, or the daemon stops; then it closes between two frames."""
         assert self.upstream is not None
         receive = partial(self.upstream.receive_some, _PIECE)
         async with interruptible(self._call.stopping) as waits:
@@ -302,7 +302,7 @@ class _Splice:
             await self._call.send({"type": "volant.websocket.bytes", "bytes": closing_frame(*why)})
 
     async def _follow(self, data: bytes) -> None:
-        """Pays for the next bytes of the guest, and for the frames in them."""
+        """Charges for the next bytes of the guest, and for the frames in them."""
         place = 0
         while place < len(data):
             end, frames = self._frames.feed(data, place)
@@ -311,7 +311,7 @@ class _Splice:
 
 
 class FrameBounds:
-    """Tracks where WebSocket frames (RFC 6455, 5.2) begin and end in a stream of bytes."""
+    """Tracks the boundaries of WebSocket frames (RFC 6455, 5.2) in a stream of bytes."""
 
     def __init__(self) -> None:
         self._header = bytearray()
@@ -323,7 +323,8 @@ class FrameBounds:
         return not self._header and not self._payload
 
     def feed(self, data: bytes, place: int = 0) -> tuple[int, int]:
-        """Tracks the bytes from `place` on. Returns up to where, and how many frames began there: at most `_FRAMES`."""
+        """Tracks the bytes from `place` on. Returns the new place, and the number of frames that began before it: at
+        most `_FRAMES`."""
         frames = 0
         while place < len(data) and frames < _FRAMES:
             if self._payload:
@@ -358,7 +359,7 @@ class FrameBounds:
 
 
 def closing_frame(code: int, reason: str) -> bytes:
-    """A server's WebSocket frame that closes with a code and a reason, which is cut to what a frame can hold."""
+    """Returns a server's WebSocket frame that closes with a code and a reason, which is cut to the size of a frame."""
     payload = code.to_bytes(2, "big") + reason.encode("ascii", "replace")[:_MAX_REASON]
     return b"\x88" + bytes([len(payload)]) + payload
 
@@ -374,7 +375,7 @@ def parse_port(text: str) -> int:
 async def open_port(client: AgentClient, vm: str, port: int) -> AsyncIterator[ChannelStream]:
     """Opens a connection to a port of the guest's loopback.
 
-    :raises Problem: 502 when nothing listens there, or the agent can't be reached.
+    :raises Problem: 502, nothing listens there, or the agent can't be reached.
     """
     try:
         async with client.stream("CONNECT", f"127.0.0.1:{port}", timeout_s=CONNECT_S) as response:
@@ -390,9 +391,9 @@ async def open_port(client: AgentClient, vm: str, port: int) -> AsyncIterator[Ch
 
 @asynccontextmanager
 async def to_port(client: AgentClient, vm: str, port: int) -> AsyncIterator[AgentClient]:
-    """Connects to a port of the guest's loopback; the client is good for one request.
+    """Connects to a port of the guest's loopback; the client can send one request.
 
-    :raises Problem: as `open_port` does.
+    :raises Problem: see `open_port`.
     """
     async with open_port(client, vm, port) as stream, trio.open_nursery() as nursery:
         # AgentClient uses two methods of a channel, and _Tunnel has both.
@@ -401,7 +402,8 @@ async def to_port(client: AgentClient, vm: str, port: int) -> AsyncIterator[Agen
 
 
 class _Tunnel:
-    """Stands in for a channel, for one request: its only stream is a connection to a port of the guest's loopback."""
+    """A substitute for a channel, for one request: its only stream is a connection to a port of the guest's
+    loopback."""
 
     def __init__(self, stream: ChannelStream, nursery: trio.Nursery) -> None:
         self._stream = stream
@@ -415,7 +417,7 @@ class _Tunnel:
 
 
 async def _read_refusal(response: AgentResponse) -> bytes:
-    """Returns the body of a refusal, or its beginning. :raises AgentUnreachable: it does not come in time."""
+    """Returns the body of a refusal, or its beginning. :raises AgentUnreachable: it does not arrive in time."""
     body = b""
     try:
         with trio.fail_after(_REFUSAL_S):

@@ -1,7 +1,7 @@
-"""The file with the keys that secrets are encrypted with: 64 hexadecimal digits a line, the first key encrypts.
+"""The file with the encryption keys of secrets: 64 hexadecimal digits per line; the first key encrypts.
 
-It is read at each use, so that a daemon keeps no key in memory, and an operator who puts a file back need not restart
-it.
+It is read at each use, so that a daemon keeps no key in memory, and needs no restart when an operator restores the
+file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from volant.model import CodedError
 
 
 class SecretFailed(CodedError):
-    """The value of a secret can't be had. `code`: `secret_missing`, `secret_unreadable`, or `secret_unusable`."""
+    """The value of a secret is not available. `code`: `secret_missing`, `secret_unreadable`, or `secret_unusable`."""
 
 
 KEY_BYTES = 32
@@ -25,7 +25,8 @@ _MAX_FILE = 64 * 1024
 _MAX_KEYS = 100
 _KEY = re.compile(r"[0-9a-fA-F]{64}\Z")
 _FOR_OTHERS = 0o027
-"""Bits of a mode: the group may write, or others may do anything. A systemd credential may be readable by a group."""
+"""Forbidden mode bits: the group may write, or others have any access. A systemd credential may be readable by a
+group."""
 
 
 class EncryptionKey(msgspec.Struct, frozen=True):
@@ -35,7 +36,7 @@ class EncryptionKey(msgspec.Struct, frozen=True):
 
     @property
     def id(self) -> str:
-        """Names it in rows and errors, and says nothing of the key."""
+        """Identifies the key in rows and errors, without revealing it."""
         return hashlib.sha256(b"volant secrets key\0" + self.data).hexdigest()[:8]
 
     def __repr__(self) -> str:
@@ -69,7 +70,7 @@ class KeyFile(msgspec.Struct, frozen=True):
         return [EncryptionKey(bytes.fromhex(line)) for line in found]
 
     async def create(self) -> list[EncryptionKey]:
-        """Makes the file, with a new key. :raises SecretFailed: it can't be made."""
+        """Creates the file, with a new key. :raises SecretFailed: it can't be created."""
         files = self.host.files
         key = EncryptionKey(self.host.random.token_bytes(KEY_BYTES))
         try:

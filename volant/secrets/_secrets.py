@@ -1,4 +1,4 @@
-"""Sets, shows and deletes secrets, and reveals values to what sends them to guests."""
+"""Sets, shows and deletes secrets, and returns values to the code that sends them to guests."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class SecretValues(msgspec.Struct, frozen=True):
     """The values of a VM's secrets."""
 
     env: Mapping[str, bytes]
-    """By environment variable."""
+    """The values by environment variable."""
     files: Mapping[str, bytes]
-    """By path in the guest."""
+    """The values by path in the guest."""
 
     def __repr__(self) -> str:
         return "SecretValues(…)"
@@ -43,16 +43,17 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 NONCE_BYTES = 12
-"""Random. Two of 2**32 values are encrypted with the same one by a chance of 2**-33, and there are a thousand."""
+"""The length of a random nonce. The chance that two of 2**32 values share one is 2**-33, and there are a thousand
+values."""
 _INSTALL = "pip install 'cryptography>=46'"
 
 
 class Changed(Exception):
-    """An encrypted value is not what was encrypted with this key, for this project, name and version."""
+    """An encrypted value was not encrypted with this key, for this project, name and version."""
 
 
 def seal(key: EncryptionKey, named: Key, version: int, value: bytes, nonce: bytes) -> bytes:
-    """Returns the nonce and the encrypted value. :raises Problem: 503 a package is missing."""
+    """Returns the nonce and the encrypted value. :raises Problem: 503, a package is missing."""
     return nonce + _cipher(key).encrypt(nonce, value, _bound_to(named, version))
 
 
@@ -85,9 +86,10 @@ def _cipher(key: EncryptionKey) -> ChaCha20Poly1305:
 
 
 MAX_TOTAL_BYTES = 512 * 1024
-"""Of all values of one VM: they are one request to its agent, which takes at most 1 MiB of JSON."""
+"""Maximum size of all values of one VM together: they are one request to its agent, which accepts at most 1 MiB of
+JSON."""
 _TRIES = 8
-"""Others may set the same secret at the same time."""
+"""Attempts to set a secret, as others may set it at the same time."""
 
 
 class Secrets(msgspec.Struct):
@@ -98,17 +100,17 @@ class Secrets(msgspec.Struct):
     journal: JournalRef
     file: KeyFile
     _making: trio.Lock = msgspec.field(default_factory=trio.Lock)
-    """Held while the file with the key may be made."""
+    """Held while the key file may be created."""
 
     # Requests
 
     async def views(self, project: str | None) -> list[SecretView]:
-        """Returns those of a project, by name; None: of all projects."""
+        """Returns the secrets of a project, by name; None for all projects."""
         secrets = sorted(self.store.projection.secrets.items())
         return await self._views([secret for key, secret in secrets if project in (None, key.project)])
 
     async def view(self, named: Key) -> SecretView:
-        """Returns one. :raises Problem: 404."""
+        """Returns a secret. :raises Problem: 404."""
         secret = self.store.projection.secrets.get(named)
         if secret is None:
             raise no_such_secret(named.name)
@@ -116,9 +118,9 @@ class Secrets(msgspec.Struct):
         return view
 
     async def set(self, named: Key, request: SetSecret) -> SecretView:
-        """Sets a value; durable when this returns. VMs get it with their next boot.
+        """Sets a value, which is durable when this returns. VMs receive it at their next boot.
 
-        :raises Problem: 400 the request; 409 there are too many; 503 it can't be encrypted or stored.
+        :raises Problem: 400, the request is invalid; 409, there are too many; 503, it can't be encrypted or stored.
         """
         value = value_of(request)
         try:
@@ -139,13 +141,14 @@ class Secrets(msgspec.Struct):
         return view
 
     async def delete(self, named: Key) -> None:
-        """Removes a secret. :raises Problem: 404; 409 a VM refers to it; 503."""
+        """Removes a secret. :raises Problem: 404; 409, a VM refers to it; 503."""
         await ask_journal(self.journal, RemoveSecret(named))
 
     async def reencrypt(self) -> ReencryptedSecrets:
-        """Encrypts all secrets with the first key of the file that are encrypted with another one of it.
+        """Re-encrypts all secrets that were encrypted with another key of the file with its first key.
 
-        :raises Problem: 503 the file is of no use, or the journal fails; those that are done by then stay so.
+        :raises Problem: 503, the file is unusable, or the journal fails; secrets that were already re-encrypted stay
+            so.
         """
         try:
             keys = await self._keys_to_encrypt()
@@ -194,9 +197,9 @@ class Secrets(msgspec.Struct):
         return found
 
     async def value(self, named: Key, *, field: str | None = None) -> bytes:
-        """Returns the present value of a secret. :raises Problem: 404; 503 it can't be decrypted.
+        """Returns the present value of a secret. :raises Problem: 404; 503, it can't be decrypted.
 
-        :param field: the member of a request that names it
+        :param field: the member of a request with its name
         """
         secret = self.store.projection.secrets.get(named)
         if secret is None:
@@ -209,7 +212,7 @@ class Secrets(msgspec.Struct):
     # Encryption
 
     async def _keys_to_encrypt(self) -> list[EncryptionKey]:
-        """Returns the keys, and makes the first one if there was never a secret. :raises SecretFailed:"""
+        """Returns the keys, and creates the first one if there was never a secret. :raises SecretFailed:"""
         async with self._making:
             keys = await self.file.read()
             if keys:
@@ -269,7 +272,7 @@ class Secrets(msgspec.Struct):
 
 
 def _for_environment(name: str, value: bytes) -> bytes:
-    """Returns a value that can be a variable's. :raises SecretFailed: it can't."""
+    """Returns a value that is valid for a variable. :raises SecretFailed: it is not."""
     try:
         if "\0" in value.decode():
             raise ValueError

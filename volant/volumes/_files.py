@@ -1,7 +1,7 @@
-"""The files of volumes: one sparse file each, which holds an ext4 filesystem.
+"""The files of volumes: one sparse file each, with an ext4 filesystem.
 
-A file is made under another name, and gets its own once all of it is on the disk. So a file with the name of a volume
-is whole, and is never formatted again.
+A file is created under another name, and renamed once it is completely on the disk. So a file with the name of a volume
+is complete, and is never formatted again.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ _OPTIONS = (
     *("-q", "-F", "-t", "ext4", "-b", "4096", "-m", "0"),
     *("-E", "lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0"),
 )
-"""A small volume has the blocks of a large one, as it may become one. No blocks are kept for root: a full volume stops
-no guest. What is lazy need not be written to a file of holes."""
+"""Options of mke2fs. A small volume has the block size of a large one, as it may grow. No blocks are reserved for root:
+a full volume stops no guest. Lazy tables need not be written to a file of holes."""
 _MKFS_S = 120.0
 _COPY_S = 3600.0
 _MAGIC_AT, _MAGIC = 1024 + 0x38, b"\x53\xef"
 _INCOMPAT_AT, _RECOVER = 1024 + 0x60, 0x4
-"""Of ext4: features that a kernel must know to mount it. One is a journal with something to replay."""
+"""The offset of ext4's features that a kernel must know to mount it, and the flag for a journal that needs a replay."""
 _RESERVE_MB = 128
-"""Kept on the disk for the database and the logs."""
+"""Space reserved on the disk for the database and the logs."""
 
 
 def volume_path(directory: Path, volume_id: str) -> Path:
@@ -37,8 +37,8 @@ def volume_path(directory: Path, volume_id: str) -> Path:
 
 
 async def needs_replay(host: Host, path: Path) -> bool:
-    """Returns whether the journal of a volume has to be replayed, as its writer was killed. Only a mount to write does
-    that. Of the content, which is a guest's, this looks at one bit. :raises OSError: the disk fails."""
+    """Returns whether the journal of a volume needs a replay because its writer was killed, which only a writable mount
+    can do. Reads only one bit of the content, which is a guest's. :raises OSError: the disk fails."""
     head = await host.files.read(path, _INCOMPAT_AT + 4)
     is_ext4 = head[_MAGIC_AT : _MAGIC_AT + 2] == _MAGIC
     return is_ext4 and bool(int.from_bytes(head[_INCOMPAT_AT : _INCOMPAT_AT + 4], "little") & _RECOVER)
@@ -55,14 +55,14 @@ class VolumeFiles(msgspec.Struct, frozen=True):
         return volume_path(self.directory, volume.id)
 
     def used(self, volume: Volume) -> int | None:
-        """Returns the bytes that a volume takes on the disk; None: its file is missing. For worker threads."""
+        """Returns the bytes that a volume takes up on the disk; None if its file is missing. For worker threads."""
         path = self.path(volume)
         return self.host.disk.used(path) if self.host.files.exists(path) else None
 
     async def make(self, volume: Volume) -> None:
-        """Makes an empty volume. All of it is on the disk when this returns.
+        """Creates an empty volume, which is completely on the disk when this returns.
 
-        :raises Problem: 503 `mke2fs` is missing or fails. :raises OSError: the disk fails, or is full.
+        :raises Problem: 503, `mke2fs` is missing or fails. :raises OSError: the disk fails, or is full.
         """
         unfinished = await self._fresh(volume)
         await self.host.disk.allocate(unfinished, volume.size_mb * 2**20, reserve=False)
@@ -81,9 +81,9 @@ class VolumeFiles(msgspec.Struct, frozen=True):
         await self.host.files.put_in_place(unfinished, self.path(volume))
 
     async def copy(self, volume: Volume, source: Path) -> None:
-        """Makes a volume as a copy of a file that nobody writes to.
+        """Creates a volume as a copy of a file without a writer.
 
-        :raises Problem: 503 it takes too long. :raises OSError: the disk fails, or is full.
+        :raises Problem: 503, it takes too long. :raises OSError: the disk fails, or is full.
         """
         unfinished = await self._fresh(volume)
         with trio.move_on_after(_COPY_S) as scope:
@@ -93,12 +93,12 @@ class VolumeFiles(msgspec.Struct, frozen=True):
             raise _failed(volume, f"the copy was not made within {_COPY_S:g} s")
 
     async def grow(self, volume: Volume) -> None:
-        """Makes the file as long as the volume; never shorter. :raises OSError: the disk fails."""
+        """Extends the file to the size of the volume; never shortens it. :raises OSError: the disk fails."""
         if self.host.files.size(self.path(volume)) < volume.size_mb * 2**20:
             await self.host.disk.extend(self.path(volume), volume.size_mb * 2**20)
 
     async def remove(self, volume_id: str) -> None:
-        """Removes what there is of a volume. :raises OSError: the disk fails."""
+        """Removes all files of a volume. :raises OSError: the disk fails."""
         path = volume_path(self.directory, volume_id)
         await self.host.files.remove(fresh(path))
         await self.host.files.remove(path)
@@ -111,7 +111,7 @@ class VolumeFiles(msgspec.Struct, frozen=True):
                     await self.host.files.remove(self.directory / name)
 
     def check_room(self, needed_mb: int) -> None:
-        """:raises Problem: 503 the host's disk has no room for so much."""
+        """Checks the free space. :raises Problem: 503, the host's disk does not have this much."""
         directory = self.directory if self.host.files.exists(self.directory) else self.directory.parent
         try:
             free_mb = self.host.disk.free(directory) // 2**20
@@ -126,7 +126,7 @@ class VolumeFiles(msgspec.Struct, frozen=True):
             )  # fmt: skip
 
     async def _fresh(self, volume: Volume) -> Path:
-        """Returns the path of the unfinished file, where nothing is. :raises OSError:"""
+        """Returns the path of the unfinished file, after removing an old one. :raises OSError:"""
         await self.host.files.mkdir(self.directory)
         unfinished = fresh(self.path(volume))
         await self.host.files.remove(unfinished)

@@ -1,7 +1,7 @@
-"""Makes, copies, grows and removes volumes.
+"""Creates, copies, grows and removes volumes.
 
-The row of a volume comes before its file and goes after it. What a killed daemon has left half-done, the next one
-removes, or grows to the size that the row has.
+The row of a volume is created before its file and removed after it. The next daemon removes the unfinished work of a
+killed one, or grows a file to the size in the row.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ from ._files import VolumeFiles
 
 R = TypeVar("R")
 _MOST_JOBS = 16
-"""So many volumes are made, copied, grown or removed at a time."""
+"""Maximum number of volumes that are created, copied, grown or removed at a time."""
 _RETRY_S, _RETRY_MAX_S = 1.0, 60.0
 _ID_DIGITS = 16
-"""As long as fits into a disk's serial number."""
+"""The length that fits into a disk's serial number."""
 _logger = logging.getLogger("volant.volumes")
 
 
 class Volumes(msgspec.Struct):
-    """The volumes of one daemon. Changes run in tasks of their own: a caller that is cancelled cancels nothing."""
+    """The volumes of one daemon. Changes run in separate tasks, so that they continue when the caller is cancelled."""
 
     host: Host
     store: Store
@@ -66,14 +66,14 @@ class Volumes(msgspec.Struct):
     files: VolumeFiles
     names: Names
     grow_guest: Callable[[Volume], Awaitable[None]]
-    """Has the guest that writes to a volume use its new size, if there is one. Raises Problem 503 when it can't."""
+    """Makes the guest that writes to a volume use its new size, if there is one. Raises Problem 503 if it can't."""
     _nursery: trio.Nursery | None = None
     _jobs: int = 0
     _removals: set[str] = msgspec.field(default_factory=set)
-    """The ids of volumes that are removed in the background."""
+    """The ids of volumes that are being removed in the background."""
 
     async def keep(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Runs the changes until cancelled, and completes what an earlier daemon left half-done. :raises OSError:"""
+        """Runs the changes until cancelled, and completes the unfinished work of an earlier daemon. :raises OSError:"""
         await self.files.remove_unfinished()
         async with trio.open_nursery() as nursery:
             for volume in tuple(self.store.projection.volumes.values()):
@@ -93,28 +93,28 @@ class Volumes(msgspec.Struct):
     # Requests
 
     async def views(self, project: str | None) -> list[VolumeView]:
-        """Returns those of a project, by name; None: of all projects."""
+        """Returns the volumes of a project, by name; None for all projects."""
         volumes = sorted(self.store.projection.volumes.items())
         return await self._views([volume for key, volume in volumes if project in (None, key.project)])
 
     async def view(self, key: Key) -> VolumeView:
-        """Returns one. :raises Problem: 404."""
+        """Returns a volume. :raises Problem: 404."""
         [view] = await self._views([self._find(key)])
         return view
 
     async def create(self, request: CreateVolume, project: str, *, key: IdempotencyKey | None = None) -> Volume:
-        """Makes an empty volume; all of it is on the disk when this returns.
+        """Creates an empty volume, which is completely on the disk when this returns.
 
-        :raises Problem: 400 the request, 409 the name is taken, 503 it can't be made.
+        :raises Problem: 400, the request is invalid; 409, the name is taken; 503, it can't be created.
         :raises DuplicateRequest: the request was answered before.
         """
         self.files.check_room(request.size_mb)
         return await self._run(partial(self._make, request, project, None, key))
 
     async def clone(self, volume: Key, request: CloneVolume, *, key: IdempotencyKey | None = None) -> Volume:
-        """Makes a copy of a volume that no VM writes to; all of it is on the disk when this returns.
+        """Copies a volume that no VM writes to. The copy is completely on the disk when this returns.
 
-        :raises Problem: 400, 404, 409 a VM writes to it, or the name is taken, 503 it can't be made.
+        :raises Problem: 400; 404; 409, a VM writes to it, or the name is taken; 503, it can't be created.
         :raises DuplicateRequest: the request was answered before.
         """
         source = self._find(volume)
@@ -125,10 +125,10 @@ class Volumes(msgspec.Struct):
         return await self._run(partial(self._make, request, source.project, source, key))
 
     async def begin_copy(self, copy: Key, source: Path) -> Volume:
-        """Makes a volume whose content is that of a file, and which stays `creating`: a commit of the caller makes it
-        `ready`, or `abandon` removes it, as the next start does.
+        """Creates a volume with the content of a file, which stays `creating`: a commit of the caller makes it `ready`,
+        or `abandon` or the next start removes it.
 
-        :raises Problem: 409 the name is taken, 503 it can't be made.
+        :raises Problem: 409, the name is taken; 503, it can't be created.
         """
         try:
             size = await self.host.threads.run(self.host.files.size, source)
@@ -154,13 +154,13 @@ class Volumes(msgspec.Struct):
             raise
 
     def abandon(self, volume: Volume) -> None:
-        """Removes a volume, later, unless it has become `ready`."""
+        """Removes a volume in the background, unless it has become `ready`."""
         self._remove_later(volume.key, volume.id)
 
     async def resize(self, volume: Key, request: ResizeVolume, *, key: IdempotencyKey | None = None) -> Volume:
         """Grows a volume, and the filesystem of the guest that writes to it, if there is one.
 
-        :raises Problem: 404, 409 it would shrink, 503 it can't grow now, or its guest can't.
+        :raises Problem: 404; 409, it would shrink; 503, it can't grow now, or its guest can't.
         :raises DuplicateRequest: the request was answered before.
         """
         found = self._find(volume)
@@ -168,7 +168,8 @@ class Volumes(msgspec.Struct):
         return await self._run(partial(self._grow, found, request.size_mb, key))
 
     async def delete(self, key: Key) -> None:
-        """Removes a volume that no VM refers to. :raises Problem: 404, 409 a VM does, 503 it can't be removed now."""
+        """Removes a volume that no VM refers to. :raises Problem: 404; 409, a VM refers to it; 503, it can't be removed
+        now."""
         await self._run(partial(self._delete, key))
 
     # Changes
@@ -236,25 +237,26 @@ class Volumes(msgspec.Struct):
             raise
 
     def _remove_later(self, key: Key, volume_id: str, problem: Problem | None = None) -> None:
-        """Removes a volume in the background; if the daemon stops, the next one does. `problem`: what the journal has
-        answered; only a 503 leaves open whether it has done what it was asked for."""
+        """Removes a volume in the background; if the daemon stops, the next one does. `problem` is the journal's
+        answer; only after a 503 is it unknown whether the journal made the change."""
         open_question = problem is None or problem.status == 503
         if open_question and self._nursery is not None and volume_id not in self._removals:
             self._removals.add(volume_id)
             self._nursery.start_soon(self._remove, key, volume_id)
 
     def _check_not_left(self, key: Key) -> None:
-        """:raises Problem: 503 a volume with this name was not finished, or not removed, and goes soon. A 409 would be
-        stored for the key of a request that is repeated after a kill, though there is no such volume."""
+        """Checks that no unfinished volume has this name. :raises Problem: 503, one was not finished or removed, and
+        will be removed soon. A 409 would be stored for the key of a request that is repeated after a kill, though there
+        is no such volume."""
         left = self.store.projection.volumes.get(key)
         if left is not None and left.id in self._removals:
             what = f"what is left of an earlier volume {key.name!r} is being removed"
             raise Problem(503, "volumes-busy", what, hint="try again in a moment")
 
     async def _remove(self, key: Key, volume_id: str) -> None:
-        """Removes a volume that was not finished, or not removed; retries while disk or journal can't.
+        """Removes a volume that was not finished, or not removed; retries while the disk or the journal fails.
 
-        One that is ready for the journal, whatever was not confirmed, stays.
+        A volume that is ready in the journal is kept, even if that was not confirmed.
         """
         try:
             await self._retry_removal(key, volume_id)
@@ -277,7 +279,7 @@ class Volumes(msgspec.Struct):
             await backoff.pause()
 
     async def _repair_size(self, volume: Volume) -> None:
-        """Grows the file to what the row says. A row from a backup may say less than the file has."""
+        """Grows the file to the size in the row. A row from a backup may have a smaller size than the file."""
         try:
             size_mb = self.host.files.size(self.files.path(volume)) // 2**20
             if size_mb > volume.size_mb:
@@ -292,7 +294,7 @@ class Volumes(msgspec.Struct):
     # Tasks
 
     async def _run(self, change: Callable[[], Awaitable[R]]) -> R:
-        """Returns what a change returns, which goes on when the caller is cancelled. Raises what it raises."""
+        """Returns the result of a change, which continues when the caller is cancelled. Raises its errors."""
         if self._nursery is None or self._jobs >= _MOST_JOBS:
             what = "can't be changed at present" if self._nursery is None else f"{self._jobs} are being changed"
             raise Problem(503, "volumes-busy", f"volumes: {what}", hint="try again in a moment")

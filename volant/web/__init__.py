@@ -1,3 +1,3 @@
-"""The console: a page that shows what the daemon does, live. See docs/explanation/console.md."""
+"""The console: a page that shows the daemon's activity live. See docs/explanation/console.md."""
 
 from ._route import routes as routes

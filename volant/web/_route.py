@@ -1,6 +1,6 @@
 """`/`, `/docs` and `/console/*`: the console, the documentation of the API, and the files of both.
 
-Nothing is imported or read before the first request.
+Files are read, and modules imported, at the first request.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FILE = re.compile(r"/console/([^/]*)/?(.*)\Z")
 
 
 def routes(deps: ApiDeps) -> list[StreamRoute]:
-    """The routes of the console."""
+    """Returns the routes of the console."""
     site = _Lazy(deps)
 
     async def page(call: Call) -> None:
@@ -55,7 +55,7 @@ def routes(deps: ApiDeps) -> list[StreamRoute]:
 
 
 class _Lazy:
-    """The files, once they are asked for."""
+    """The files, loaded at the first request."""
 
     def __init__(self, deps: ApiDeps) -> None:
         self._deps = deps
@@ -63,7 +63,7 @@ class _Lazy:
         self._site: Site | None = None
 
     async def get(self) -> Site:
-        """Returns the files. :raises Problem: 503 they can't be read."""
+        """Returns the files. :raises Problem: 503, they can't be read."""
         async with self._loading:
             if self._site is None:
                 try:

@@ -1,7 +1,7 @@
-"""The files of the console and of `/docs`, as they are sent: read once, compressed, below a path with their digest.
+"""The files of the console and of `/docs`, ready for sending: read once, compressed, below a path with their digest.
 
-All files share one digest. So modules import each other by relative paths, a browser keeps them for good, and an
-upgrade is complete or not there at all.
+All files share one digest. So modules import each other by relative paths, a browser caches them permanently, and an
+upgrade is atomic.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ import msgspec
 _FILES = Path(__file__).with_name("static")
 _PAGE = "index.html"
 PAGES = {"/": b"app", "/docs": b"docs"}
-"""The module that each page begins with. All else in them is the same."""
+"""The first module of each page. The rest of the pages is the same."""
 _TYPES = {
     ".css": b"text/css; charset=utf-8",
     ".html": b"text/html; charset=utf-8",
     ".js": b"text/javascript; charset=utf-8",
     ".svg": b"image/svg+xml",
 }
-"""What else is in the folder, such as licences, is not served."""
+"""The types of served files. Other files in the folder, such as licences, are not served."""
 _INLINE = re.compile(rb'<script type="importmap">(.*?)</script>', re.DOTALL)
 
 
 class File(msgspec.Struct, frozen=True):
-    """A file, and what HTTP says about it."""
+    """A file, and its HTTP headers."""
 
     media: bytes
     body: bytes
@@ -43,18 +43,18 @@ class Site(msgspec.Struct, frozen=True):
     """The console of one version of the program."""
 
     digest: str
-    """Part of the address of each file."""
+    """A part of the path of each file."""
     pages: Mapping[str, File]
-    """By path."""
+    """The pages by path."""
     files: Mapping[str, File]
-    """By path."""
+    """The files by path."""
     inline: bytes
     """The digest of the import map in the pages, for their policy."""
 
     def policy(self, origin: str) -> bytes:
-        """Returns the policy of the pages at an origin, which is written as `host[:port]`.
+        """Returns the policy of the pages at an origin, given as `host[:port]`.
 
-        Scripts and styles are those of the console alone. `'self'` would be wrong: pages and scripts of guests have
+        Only scripts and styles of the console are allowed. `'self'` would be wrong: pages and scripts of guests have
         paths of the same origin.
         """
         # A policy can't name an IPv6 address (CSP 3, 2.3.1).

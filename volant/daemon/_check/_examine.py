@@ -63,7 +63,7 @@ CHECKS: tuple[tuple[str, float, Check], ...] = (
 
 
 def check(settings: Settings) -> tuple[str, int]:
-    """Returns the report as JSON, and the exit code: 0 if VMs can run here, else 1."""
+    """Returns the report as JSON, and the exit code: 0 if VMs can run on this host, otherwise 1."""
     report = trio.run(examine, settings, Host())
     return msgspec.json.format(msgspec.json.encode(report)).decode(), 1 if report.failed else 0
 
