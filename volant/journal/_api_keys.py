@@ -1,4 +1,4 @@
-"""The committed API keys in memory. They are found by their digest, so any number costs what one does."""
+"""The committed API keys in memory. A lookup by digest takes the same time with any number of keys."""
 
 from __future__ import annotations
 

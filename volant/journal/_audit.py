@@ -16,7 +16,7 @@ from ._events import FrameLog
 from ._frames import Readers
 
 AUDIT_EPOCH = "audit"
-"""Stands for the epoch of records, which have none: their numbers go on over a restore."""
+"""Replaces the epoch, which records do not have: their numbers continue after a restore."""
 
 _RING_RECORDS = 1024
 _RING_BYTES = 1024 * 1024
@@ -66,7 +66,7 @@ class AuditFilter(msgspec.Struct, frozen=True, kw_only=True):
     until: datetime | None = None
 
     def wants(self, record: AuditRecord) -> bool:
-        """Whether a record is one of them."""
+        """Returns whether a record matches."""
         at = int(record.time.timestamp())
         return (
             self.caller in (None, record.caller, record.caller_id)
@@ -79,7 +79,7 @@ class AuditFilter(msgspec.Struct, frozen=True, kw_only=True):
         )
 
     def alternatives(self) -> list[dict[str, str]]:
-        """Returns which columns have which values in the wanted records: all of one of these."""
+        """Returns alternatives of column values: each wanted record has all values of one of them."""
         wanted = {
             column: value
             for column in ("request_id", "target", "operation", "project")
@@ -91,7 +91,7 @@ class AuditFilter(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def times(self) -> tuple[int, int]:
-        """From which second on, and before which one."""
+        """The range in seconds: from the first one on, and before the second one."""
         since = 0 if self.since is None else int(self.since.timestamp())
         return since, MAX_ID if self.until is None else int(self.until.timestamp())
 

@@ -39,7 +39,7 @@ class Backup:
         self.name = name
         """A name for the file."""
         self.size = size
-        """In bytes."""
+        """The size in bytes."""
         self.sha256 = sha256
 
     async def read(self) -> bytes:
@@ -64,9 +64,9 @@ class Backups:
 
     @asynccontextmanager
     async def take(self) -> AsyncIterator[Backup]:
-        """Makes a backup, which exists for the length of the block. Commits and readers go on meanwhile.
+        """Makes a backup, which exists for the length of the block. Commits and readers continue in the meantime.
 
-        :raises Problem: 409 another backup is being taken; 503 the disk has no space.
+        :raises Problem: 409, another backup is being made; 503, the disk has no space.
         """
         if self._is_busy:
             raise Problem(409, "backup-under-way", "another backup is being taken", hint="retry when it is done")

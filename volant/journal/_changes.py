@@ -96,11 +96,11 @@ MAX_VOLUMES_OF_PROJECT = 2000
 """Maximum per project, so that none uses up what all share."""
 
 DECISIONS: dict[type[Request[Any]], Decision[Any]] = {}
-"""By the type of the message."""
+"""The deciding functions, by the type of their message."""
 
 
 def decides(decision: Decision[Q]) -> Decision[Q]:
-    """Registers what decides messages of the type of its parameter `message`."""
+    """Registers a function that decides messages of the type of its parameter `message`."""
     DECISIONS[get_type_hints(decision)["message"]] = decision
     return decision
 
@@ -253,8 +253,8 @@ def _fork(stage: Stage, message: messages.ForkRow) -> tuple[VmRow, ...]:
 
 
 def _put_new(stage: Stage, rows: Sequence[VmRow], message: str, *, is_new: bool = True) -> tuple[VmRow, ...]:
-    """Put rows of new VMs, each with its lease, all or none. `is_new`: False: their project had them on another host,
-    so they are in its limits."""
+    """Puts rows of new VMs, each with its lease, all or none. With `is_new` False, their project already had them on
+    another host, so they are in its limits."""
     for row in rows:
         _check_free(stage, row)
         if stage.drain is not None:
@@ -277,9 +277,10 @@ def _put_new(stage: Stage, rows: Sequence[VmRow], message: str, *, is_new: bool 
 
 
 def _connected(stage: Stage, row: VmRow, leases: list[Lease]) -> VmRow:
-    """Returns the row with its lease. One on the bridge is added to `leases`.
+    """Returns the row with its lease, and adds a lease on the bridge to `leases`.
 
-    :raises Problem: 404 no such network, 409 port taken or network refused, 503 the host can't have the network.
+    :raises Problem: 404, there is no such network; 409, the port is taken or the network refused; 503, the host can't
+        have the network.
     """
     networking = stage.networking
     kind = kind_of(row.network)
@@ -395,8 +396,8 @@ def _check_free(stage: Stage, row: VmRow) -> None:
 
 
 def _check_secrets(stage: Stage, row: VmRow, field_of: Callable[[str | None], str]) -> None:
-    """:raises Problem: 404 the VM refers to a secret that is not there. `field_of`: the member that names it, by the
-    variable, None for a file."""
+    """Checks that the secrets of a VM exist. `field_of` returns the member that names a secret, by its environment
+    variable, or None for a file. :raises Problem: 404, a secret does not exist."""
     wanted = [*row.secret_env.items(), *((None, file.name) for file in row.secrets)]
     for variable, name in wanted:
         if stage.secrets.get(Key(row.project, name)) is None:
@@ -417,9 +418,9 @@ def _known(stage: Stage, row: VmRow, mount: VolumeMount) -> VolumeMount:
 
 
 def _open_volumes(stage: Stage, row: VmRow) -> VmRow:
-    """Lets a VM that gets a process have its volumes, and counts it where it writes.
+    """Opens the volumes of a VM that gets a process, and counts each volume that it writes to.
 
-    :raises Problem: 409 another one has them, or they are not what the memory of a copy has of them.
+    :raises Problem: 409, another VM has one open, or a volume has changed since the copy of the VM's memory.
     """
     volumes = stage.volumes.values()
     check_volumes_free(row, stage.all_rows(), volumes, is_launched=True)
@@ -483,7 +484,7 @@ def _finish_volume(stage: Stage, message: messages.FinishVolume) -> Volume:
 
 
 def _made_ready(stage: Stage, key: Key, volume_id: str) -> Volume:
-    """Returns the row of a volume whose file is whole, as `ready`. :raises Problem: 404; 409 it is being deleted."""
+    """Returns the row of a volume with a complete file, as `ready`. :raises Problem: 404; 409, it is being deleted."""
     volume = stage.volumes.get(key)
     if volume is None or volume.id != volume_id:
         raise no_such_volume(key.name)
@@ -735,7 +736,7 @@ def _take_definitions(stage: Stage, message: messages.TakeDefinitions) -> object
 
 @decides
 def _write_record(stage: Stage, message: messages.WriteRecord) -> None:
-    """`decide` puts the record."""
+    """Does nothing itself: `decide` puts the record."""
 
 
 # Maintenance
@@ -771,7 +772,8 @@ def _add_image_event(stage: Stage, message: messages.AddImageEvent) -> None:
 
 
 def check_count(kind: str, there: Iterable[Named], project: str, most: int) -> None:
-    """:raises Problem: 409 a project has as many of a kind as one may have. All of them are in memory."""
+    """Checks the maximum number of objects of one kind in a project. All of them are in memory. :raises Problem: 409,
+    the maximum is reached."""
     if sum(one.project == project for one in there) >= most:
         raise Problem(
             409, f"too-many-{kind}s", f"the project has {most} {kind}s already, which is the limit",
@@ -780,7 +782,7 @@ def check_count(kind: str, there: Iterable[Named], project: str, most: int) -> N
 
 
 def check_unused(kind: str, name: str, users: Sequence[VmRow], hint: str) -> None:
-    """:raises Problem: 409 there are users."""
+    """Checks that an object has no users. :raises Problem: 409, it has users."""
     if users:
         names = sorted(row.name for row in users)
         used = f"{kind} {name!r} is in use by {len(names)} VM{'s' if len(names) > 1 else ''}: {first_few(names)}"

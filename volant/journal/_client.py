@@ -1,4 +1,5 @@
-"""How the rest of the daemon asks the journal for changes, and for records of what is not one of its changes."""
+"""The journal's interface for the rest of the daemon: changes, and audit records of actions that change nothing in the
+journal."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from .messages import WriteRecord
 _log = logging.getLogger("volant.audit")
 
 _MALFORMED = frozenset({400, 405, 406, 408, 411, 413, 414, 415, 426, 431})
-"""Statuses of requests that could not be read, so that nobody has tried to do anything."""
+"""The statuses of unreadable requests, for which no action was tried."""
 _EVERY_S = 60.0
 _MOST_PLACES = 10_000
 
@@ -33,7 +34,7 @@ class _Place(msgspec.Struct, eq=False):
 
 
 class Recorder:
-    """Writes a record before something is done, and one before it is answered."""
+    """Writes a record before an action, and another one before its answer."""
 
     def __init__(self, journal: Ref[Journal], store: Store) -> None:
         self._journal = journal

@@ -114,7 +114,7 @@ class Loaded(msgspec.Struct, frozen=True):
     oldest_at: int | None
     """The time of the oldest event in seconds since 1970; None when no event can expire."""
     unpublished: list[EventFrame]
-    """The events after `published_seq`."""
+    """The events after `published_seq`, which readers have not received."""
     audit: LoadedAudit
 
 
@@ -234,7 +234,7 @@ class Database:
         return LoadedAudit(oldest or newest + 1, newest, self._oldest_at("audit", newest), unpublished)
 
     def _check_size(self) -> None:
-        """:raises DatabaseRefused: its rows would take all memory."""
+        """Checks the size of the tables. :raises DatabaseRefused: their rows would take all memory."""
         for table, column in _COLUMNS:
             query = f"SELECT total(length({column})) FROM {table}"  # noqa: S608 - our own names
             total = self._connection.execute(query).get

@@ -21,14 +21,14 @@ from ._stage import Stage
 from ._store import Store
 
 KEYS_REQUIRED = "keys-required"
-"""The place of what closes TCP for clients without a key. It is never taken back."""
+"""The place of the flag that closes TCP for clients without a key. It is never removed."""
 _KEY = "key"
 _SHARED = (Plugin, Network, Project, Secret)
 _encode = msgspec.json.Encoder().encode
 
 
 class KeysRequired(msgspec.Struct, frozen=True):
-    """TCP is closed for clients without a key, for good."""
+    """TCP is closed permanently for clients without a key."""
 
 
 Definition = Plugin | Network | Project | Secret | ApiKey | KeysRequired
@@ -37,7 +37,7 @@ Changes = Mapping[str, Definition | None]
 
 
 def place_of(definition: Definition) -> str:
-    """Returns where the fleet keeps it."""
+    """Returns the place of a definition."""
     if isinstance(definition, KeysRequired):
         return KEYS_REQUIRED
     if isinstance(definition, ApiKey):
@@ -46,17 +46,17 @@ def place_of(definition: Definition) -> str:
 
 
 def without_use(definition: Definition) -> Definition:
-    """Returns what hosts share of it. Each host knows only when a key was used there."""
+    """Returns the part of a definition that hosts share. The last use of a key is recorded by each host for itself."""
     return msgspec.structs.replace(definition, used=None) if isinstance(definition, ApiKey) else definition
 
 
 def encode_definition(definition: Definition) -> bytes:
-    """Returns it as JSON."""
+    """Returns the JSON of a definition."""
     return _encode(without_use(definition))
 
 
 def read_definition(place: str, data: bytes) -> Definition:
-    """Returns what is at a place. :raises BadRow: no host can have written it."""
+    """Returns the definition at a place. :raises BadRow: no host can have written it."""
     if place == KEYS_REQUIRED:
         return KeysRequired()
     word, _, rest = place.partition("/")
@@ -70,7 +70,7 @@ def read_definition(place: str, data: bytes) -> Definition:
 
 
 def definitions_of(store: Store) -> dict[str, Definition]:
-    """Returns all that the journal has, by place."""
+    """Returns all definitions of the journal, by place."""
     found: list[Definition] = [one for kind in _SHARED for one in store.projection.named(kind).values()]
     found += store.keys.by_digest.values()
     found += [KeysRequired()] * store.keys.required
@@ -78,7 +78,7 @@ def definitions_of(store: Store) -> dict[str, Definition]:
 
 
 def uses_of(projection: Projection) -> set[str]:
-    """Returns the places of the definitions that something on this host needs: VMs, volumes and snapshots."""
+    """Returns the places of the definitions that VMs, volumes and snapshots of this host need."""
     found = set()
     for row in projection.rows():
         found.add(_named_place("plugin", Key(row.project, row.plugin)))
@@ -91,7 +91,7 @@ def uses_of(projection: Projection) -> set[str]:
 
 
 def changes_in(operations: Iterable[op.Operation]) -> dict[str, Definition | None]:
-    """Returns what a transaction would change of what hosts share."""
+    """Returns the changes of a transaction to shared definitions."""
     found: dict[str, Definition | None] = {}
     for operation in operations:
         match operation:
@@ -109,7 +109,7 @@ def changes_in(operations: Iterable[op.Operation]) -> dict[str, Definition | Non
 
 
 def take(stage: Stage, changes: Changes) -> None:
-    """Puts definitions on a stage, whatever is there."""
+    """Puts definitions on a stage, in place of existing ones."""
     for place, definition in changes.items():
         match definition:
             case None:

@@ -47,7 +47,7 @@ class BadRow(DatabaseRefused):
 
 @contextmanager
 def naming(table: str, row: object) -> Iterator[None]:
-    """:raises BadRow: that names the table, the row and the member; for what goes wrong in the block."""
+    """Converts errors of the block. :raises BadRow: names the table, the row and the member."""
     try:
         yield
     except BadMember as bad:

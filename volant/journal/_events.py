@@ -350,12 +350,9 @@ class EventLog(FrameLog[EventFrame]):
         super().__init__(host, self._events, ring_events=ring_events, ring_bytes=ring_bytes)
 
     async def fold(self, types: Collection[EventType], up_to: EventId, use: Callable[[Iterator[Event]], T]) -> T:
-        """Returns what `use` makes, in a worker thread, of all stored events of some types up to one, in order.
-
-        One at a time: with very many events it takes a second.
-
-        :raises Problem: 503 they can't be read.
-        """
+        """Calls `use` in a worker thread with all stored events of some types up to one, in order, and returns its
+        result. Only one call runs at a time: with very many events it takes a second. :raises Problem: 503, the events
+        can't be read."""
         try:
             async with self._folding:
                 return await self._host.threads.run(self._events.fold, types, up_to.seq, use)

@@ -58,12 +58,13 @@ class EventPages(Readers):
             return [EventFrame.read(epoch, seq, frame) for seq, frame in found]
 
     def fold(self, types: Collection[EventType], up_to_seq: int, use: Callable[[Iterator[Event]], T]) -> T:
-        """Returns what `use` makes of all stored events of some types up to a number, in order.
+        """Calls `use` with all stored events of some types up to a number, in order, and returns its result.
 
-        Reads the whole table, as there is no index: some 0.8 s of processor time for a million events, a quarter of
-        them of these types.
+        Reads the whole table, as there is no index: a million events, a quarter of them of these types, take some 0.8 s
+        of processor time.
 
-        :raises apsw.Error: the disk fails. :raises msgspec.ValidationError: one is no event.
+        :raises apsw.Error: the disk fails.
+        :raises msgspec.ValidationError: one is no event.
         """
         marks = ", ".join("?" * len(types))
         query = f"SELECT frame FROM events WHERE seq <= ? AND type IN ({marks}) ORDER BY seq"  # noqa: S608 - only marks

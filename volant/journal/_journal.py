@@ -83,7 +83,7 @@ class _Retained(msgspec.Struct):
 
     @property
     def expires_at(self) -> float:
-        """When the next one expires, in seconds since 1970."""
+        """The expiry of the oldest one, in seconds since 1970."""
         return math.inf if self.oldest_at is None else self.oldest_at + self.max_age_s
 
     @property
@@ -91,7 +91,7 @@ class _Retained(msgspec.Struct):
         return "events" if self.table == "events" else "audit records"
 
     def check_count(self) -> None:
-        """Notes whether there are too many."""
+        """Checks whether there are too many."""
         count = self.log.newest.seq - self.log.oldest.seq + 1
         if count > self.most + min(_TRIM_SLACK, self.most // 10):
             self.due = True
@@ -124,7 +124,8 @@ class Journal(Actor):
         self._last_error = ""
 
     async def on_start(self) -> None:
-        """:raises DatabaseRefused: another version or another program wrote the database, or it is damaged."""
+        """Opens the database and loads its state. :raises DatabaseRefused: another version or another program wrote the
+        database, or it is damaged."""
         store = self._store
         check_fence()
         try:

@@ -32,19 +32,19 @@ class Running(msgspec.Struct, frozen=True):
     """A running hypervisor of this daemon."""
 
     boot: int
-    """The boot of its VM that it is."""
+    """The number of its VM's boot."""
     identity: ProcessIdentity
     serial_socket: str | None = None
     """The socket of its console."""
 
 
 class Evidence(msgspec.Struct, frozen=True):
-    """VMs that the host has traces of, whatever a database says."""
+    """The VMs of which the host has traces, independent of any database."""
 
     newest_id: int = 0
     """The highest id of a VM with a process, a log or a disk."""
     running: Mapping[int, Running] = {}
-    """By the VM's id."""
+    """The running hypervisors, by the id of their VM."""
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -99,10 +99,8 @@ def _same(one: VmRow, other: VmRow) -> bool:
 
 
 def _as_it_runs(row: VmRow, running: Running | None, instance: str) -> VmRow:
-    """Returns the row with the process that the host has, whatever the backup says.
-
-    A process of a later boot than in the backup is the VM: booting another one would make two.
-    """
+    """Returns the row with the process that exists on the host, independent of the backup. A process of a later boot
+    than in the backup is the VM: another boot would run it twice."""
     same = running is not None and running.identity.tag == row.tag
     row = msgspec.structs.replace(
         row,
@@ -130,7 +128,8 @@ def _as_it_runs(row: VmRow, running: Running | None, instance: str) -> VmRow:
 
 
 def _own_tag(row: VmRow, instance: str) -> str:
-    """The tag that this daemon gives the boot that the row is in: nobody else's process carries it."""
+    """Returns the process tag that this daemon gives to the current boot of the row. No other daemon's process has this
+    tag."""
     if not row.tag:
         return ""
     boot = row.boots + 1 if row.phase is Phase.LAUNCH else max(1, row.boots)
@@ -138,9 +137,13 @@ def _own_tag(row: VmRow, instance: str) -> str:
 
 
 def named_after(backup: Loaded, present: Iterable[Named]) -> list[Named]:
-    """Returns the named objects that replace those of a backup: its snapshots without what it says of processes; the
-    snapshots and volumes of now, whose files are what they are; the projects of now, which keys of now refer to; and
-    the secrets of now, which may have been replaced for a reason."""
+    """Returns the named objects that replace those of a backup:
+
+    - the backup's snapshots, without their process data;
+    - the current snapshots and volumes, as their files are the current ones;
+    - the current projects, to which the current keys refer;
+    - the current secrets, which may have been replaced for a reason.
+    """
     kept = [
         msgspec.structs.replace(one, vm=msgspec.structs.replace(one.vm, process=None, serial_socket=None, tag=""))
         for one in backup.named

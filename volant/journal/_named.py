@@ -37,24 +37,25 @@ from volant.model.stored import (
 
 
 class Names(Protocol):
-    """Says which names new things of one kind may have on this host."""
+    """Decides which names new objects of one kind may have on this host."""
 
     def claimed(self, keys: Sequence[Key], movable: Movable | None = None) -> AbstractAsyncContextManager[None]:
-        """Holds names for what the block makes, and frees those of what is not there at its end.
+        """Holds names for the objects that the block creates. At its end, names without an object are freed.
 
-        :param movable: how another host may start it if this one dies, None if none ever does
-        :raises Problem: 409 another host has one; 503 that can't be found out.
+        :param movable: how another host may start the VM if this host is lost; None for objects that no other host
+            starts
+        :raises Problem: 409, another host has one of the names; 503, that can't be checked.
         """
 
     async def free(self, key: Key) -> None:
-        """Frees the name of something that is gone."""
+        """Frees the name of a removed object."""
 
     def elsewhere(self, project: str) -> Collection[str] | None:
         """Returns the names in a project that other hosts have, None if there are no other hosts."""
 
 
 class OwnNames(Names):
-    """The names of a host that is in no fleet: its journal gives them."""
+    """The names of a host without a fleet: only its journal decides."""
 
     def claimed(self, keys: Sequence[Key], movable: Movable | None = None) -> AbstractAsyncContextManager[None]:
         del keys, movable
@@ -69,7 +70,7 @@ class OwnNames(Names):
 
 
 OWN_NAMES: Mapping[str, Names] = dict.fromkeys(("vms", "snapshots", "volumes"), OwnNames())
-"""The names of a host that is in no fleet, by the collection in paths of the API."""
+"""The names of a host without a fleet, by the collection in paths of the API."""
 
 
 class Plugin(msgspec.Struct, frozen=True):
@@ -86,12 +87,12 @@ class Plugin(msgspec.Struct, frozen=True):
 
     @property
     def key(self) -> Key:
-        """Finds it by name."""
+        """The key by which it is found."""
         return Key(self.project, self.name)
 
 
 def built_in(key: Key) -> Plugin | None:
-    """Returns the plugin that every project has, if that is the key of it."""
+    """Returns the built-in plugin of every project if this is its key."""
     return Plugin(BASE, project=key.project) if key.name == BASE.name else None
 
 
@@ -112,7 +113,7 @@ def plugin_view(plugin: Plugin) -> PluginView:
 
 
 def default_project(key: Key) -> Project | None:
-    """Returns the project that always exists, if that is the key of it."""
+    """Returns the project that always exists if this is its key."""
     return Project(name=DEFAULT_PROJECT) if key.name == DEFAULT_PROJECT else None
 
 
@@ -123,13 +124,13 @@ class Kind(msgspec.Struct, frozen=True):
     """A kind of named object."""
 
     word: str
-    """In the database."""
+    """The name of the kind in the database."""
     type: type[Any]
     check: Callable[[Any], None]
-    """:raises BadMember: volantd can't have stored it."""
+    """Checks an object. :raises BadMember: volantd can't have stored it."""
 
     def decode(self, data: bytes) -> Any:
-        """:raises msgspec.MsgspecError: it is none of this kind."""
+        """Returns the object in some JSON. :raises msgspec.MsgspecError: it is not of this kind."""
         return msgspec.json.decode(data, type=self.type)
 
 

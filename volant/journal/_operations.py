@@ -15,7 +15,7 @@ from ._responses import StoredResponse
 class PutRow(msgspec.Struct, frozen=True):
     row: VmRow
     after: int | None
-    """The revision that it replaces, None for a new row."""
+    """The revision that it replaces; None for a new row."""
 
 
 class DropRow(msgspec.Struct, frozen=True):
@@ -32,7 +32,7 @@ class AddRecord(msgspec.Struct, frozen=True):
 
 
 class Put(msgspec.Struct, frozen=True):
-    """Adds it, or replaces the one with its key."""
+    """Adds an object, or replaces the one with its key."""
 
     named: Named
 
@@ -50,7 +50,7 @@ class DropKey(msgspec.Struct, frozen=True):
 
 
 class RequireKeys(msgspec.Struct, frozen=True):
-    """From now on TCP is closed for clients without a key."""
+    """Closes TCP for clients without a key."""
 
 
 class PutDrain(msgspec.Struct, frozen=True):

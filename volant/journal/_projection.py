@@ -33,10 +33,10 @@ _NO_MEMBERS: Mapping[str, str] = {}
 
 
 class Projection:
-    """Holds the committed rows of VMs, and what else has a name. Everybody may read; only the journal writes, after a
-    commit.
+    """The committed rows of VMs, and all other named objects.
 
-    Between two awaits, a reader sees one consistent state: that after `last_event`.
+    Everybody may read them; only the journal writes, after a commit. Between two awaits, a reader sees one consistent
+    state: the state after `last_event`.
     """
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class Projection:
 
     @property
     def snapshots(self) -> Mapping[Key, Snapshot]:
-        """Also those that are being taken. A live view."""
+        """The snapshots, including unfinished ones. A live view."""
         return MappingProxyType(self._named[Snapshot])
 
     @property
@@ -72,7 +72,7 @@ class Projection:
 
     @property
     def volumes(self) -> Mapping[Key, Volume]:
-        """Also those that are being made or deleted. A live view."""
+        """The volumes, including those that are being created or deleted. A live view."""
         return MappingProxyType(self._named[Volume])
 
     @property
@@ -87,12 +87,12 @@ class Projection:
 
     @property
     def secrets(self) -> Mapping[Key, Secret]:
-        """With encrypted values. A live view."""
+        """The secrets, with encrypted values. A live view."""
         return MappingProxyType(self._named[Secret])
 
     def sees(self, project: str | None) -> Callable[[Event], bool]:
-        """Returns a filter for the events of a project (None: all events). It leaves out events of a deleted project
-        that had the same name."""
+        """Returns a filter for the events of a project, or for all events with None. It leaves out events of a deleted
+        project with the same name."""
         if project is None:
             return lambda event: True
         found = self.project(project)
@@ -100,11 +100,11 @@ class Projection:
         return lambda event: event.project == project and (since is None or event.timestamp >= since)
 
     def named(self, kind: type[Named]) -> Mapping[Key, Any]:
-        """Returns all of one kind. A live view."""
+        """Returns all objects of one kind. A live view."""
         return MappingProxyType(self._named[kind])
 
     def plugins_of(self, project: str | None) -> list[Plugin]:
-        """Returns the plugins of a project, the built-in one first; None: of all projects."""
+        """Returns the plugins of a project, or of all projects with None. The built-in one comes first."""
         own = [plugin for key, plugin in self._named[Plugin].items() if project in (None, key.project)]
         return [Plugin(BASE, project=project or DEFAULT_PROJECT), *own]
 
@@ -143,7 +143,7 @@ class Projection:
         return self._by_id.get(vm_id)
 
     def keys(self) -> KeysView[Key]:
-        """Returns what finds each VM by its name."""
+        """Returns the keys of all VMs. A live view."""
         return self._by_key.keys()
 
     def rows(self) -> list[VmRow]:

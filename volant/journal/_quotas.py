@@ -1,4 +1,4 @@
-"""The limits of projects: what a project has, and whether a change fits."""
+"""The limits of projects: their usage, and whether a change fits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NOUNS = {"vms": "VMs", "cpu_cores": "CPU cores", "memory_mb": "MiB of memory", 
 
 
 def used_by(project: str, rows: Iterable[VmRow], volumes: Iterable[Volume], snapshots: Iterable[Snapshot]) -> Used:
-    """Returns what a project has. A disk counts as large as it may become."""
+    """Returns the usage of a project. A disk counts with its maximum size."""
     own = [row for row in rows if row.project == project]
     return Used(
         vms=len(own),
@@ -86,7 +86,8 @@ def check_vms_fit(stage: Stage, rows: Sequence[VmRow]) -> None:
 
 
 def check_fits(stage: Stage, project: str, *, disk_mb: int = 0, snapshots: int = 0) -> None:
-    """:raises Problem: 404 the project is gone; 409 `quota-exceeded`."""
+    """Checks that a change fits the limits of a project. :raises Problem: 404, the project is gone; 409,
+    `quota-exceeded`."""
     _check(stage, require_project(stage, project), disk_mb=disk_mb, snapshots=snapshots)
 
 

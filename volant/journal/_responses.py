@@ -1,4 +1,5 @@
-"""Stored responses: what requests with an idempotency key were answered, so that a repeated one is not carried out."""
+"""Stored responses: the answers to requests with an idempotency key, so that a repeated request is not executed
+again."""
 
 from __future__ import annotations
 
@@ -39,9 +40,9 @@ class StoredResponse(msgspec.Struct, frozen=True):
 
     key: IdempotencyKey
     at: int
-    """Seconds since 1970."""
+    """The time of the response, in seconds since 1970."""
     encoded: bytes
-    """The result as JSON."""
+    """The JSON of the result."""
 
     @classmethod
     def of(cls, key: IdempotencyKey, now: datetime, result: Result) -> StoredResponse:
@@ -49,7 +50,7 @@ class StoredResponse(msgspec.Struct, frozen=True):
 
     @property
     def result(self) -> Result:
-        """:raises msgspec.ValidationError: it isn't one, which a database may contain."""
+        """The decoded result. :raises msgspec.ValidationError: it is not a result, which is possible in a database."""
         return _decode(self.encoded)
 
     @property
@@ -83,7 +84,7 @@ class StoredResponses:
         self._by_scope: dict[bytes, StoredResponse] = {}
         self._by_project: dict[str, dict[bytes, StoredResponse]] = {}
         self._sizes: Counter[str] = Counter()
-        """Bytes by project."""
+        """The bytes of each project."""
 
     def __len__(self) -> int:
         return len(self._by_scope)
@@ -110,8 +111,8 @@ class StoredResponses:
         return list(surplus.difference(response.key.scope for response in new))
 
     def _oldest(self, counts: Counter[str], sizes: Counter[str], now: datetime) -> Iterator[StoredResponse]:
-        """Yields what expires, and then what makes room until `counts` and `sizes`, from which the caller subtracts
-        it, are within the limits."""
+        """Yields the scopes of expired responses, and then of responses to remove until `counts` and `sizes` are within
+        the limits. The caller subtracts each yielded one from them."""
 
         def share(project: str) -> float:
             return max(counts[project] / MAX_RESPONSES, sizes[project] / MAX_BYTES)

@@ -148,7 +148,7 @@ def _put_rows(
     epoch: str,
     now: datetime,
 ) -> None:
-    """Puts the rows that change in the place of the backup's, with an event for each new status."""
+    """Puts the changed rows in place of the backup's, with an event for each new status."""
     execute = connection.execute
     seq = execute("SELECT max(seq) FROM events").get or 0
     for change in changes:

@@ -25,7 +25,7 @@ _decode_key = msgspec.json.Decoder(ApiKey).decode
 
 
 def _same(**columns: tuple[object, object]) -> None:
-    """:raises BadMember: a member says something else than the column of that name."""
+    """Compares members with their columns. :raises BadMember: a member differs from the column of that name."""
     for name, (column, member) in columns.items():
         if column != member:
             raise BadMember(name, member, f"and its column says {shown(column)}")
@@ -80,7 +80,7 @@ def read_epoch(value: object) -> str:
 
 
 def check_ids_differ(named: Sequence[Named]) -> None:
-    """:raises BadRow: two snapshots or two volumes have the same files."""
+    """Checks that ids are unique. :raises BadRow: two snapshots or two volumes have the same files."""
     owners: dict[tuple[type[Named], str], Named] = {}
     for one in named:
         if isinstance(one, Snapshot | Volume) and (other := owners.setdefault((type(one), one.id), one)) is not one:
@@ -89,7 +89,7 @@ def check_ids_differ(named: Sequence[Named]) -> None:
 
 
 def check_tags_differ(rows: Sequence[VmRow]) -> None:
-    """:raises BadRow: two VMs have the same process tag."""
+    """Checks that process tags are unique. :raises BadRow: two VMs have the same process tag."""
     owners: dict[str, int] = {}
     for row in rows:
         if row.tag and (other := owners.setdefault(row.tag, row.id)) != row.id:

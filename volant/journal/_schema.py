@@ -92,7 +92,7 @@ _TABLES = """
 """`row`, `value`, `key`, `frame`, `result` and `record` are JSON. `at` is in seconds since 1970."""
 
 _CHECKSUM_BYTES = 8
-"""At the end of each page. The extension recognises its databases by this number."""
+"""The reserved bytes at the end of each page. The extension recognises its databases by this number."""
 CHANGED_PAGE = "a page is not what was written to it: its checksum differs"
 APPLICATION_ID = 0x566F_6C61
 """`Vola`, in the file's header: other programs' databases are not taken for ours."""
@@ -141,8 +141,8 @@ def open_writer(host: Host, path: Path) -> apsw.Connection:
 
 
 def open_backup(host: Host, path: Path, check_s: float) -> apsw.Connection:
-    """Opens a copy of a backup that nobody else uses, as one file, and checks all of it: an attacker may have written
-    it. Everything that is done with the connection must end within `check_s`.
+    """Opens a copy of a backup without other users, as one file, and checks all of it: an attacker may have written it.
+    All use of the connection must end within `check_s`.
 
     :raises DatabaseRefused: it is damaged, or another version or another program wrote it.
     :raises apsw.Error: the disk fails.
@@ -185,7 +185,8 @@ def _distrust(connection: apsw.Connection) -> None:
 
 
 def _check_schema(connection: apsw.Connection, path: Path) -> None:
-    """:raises DatabaseRefused: it has other tables than volantd creates, or anything else besides."""
+    """Checks the tables. :raises DatabaseRefused: the database has other tables than volantd creates, or any other
+    objects."""
     try:
         found = _schema_of(connection)
     except (apsw.CorruptError, apsw.NotADBError, apsw.SQLError) as error:

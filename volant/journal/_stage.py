@@ -118,18 +118,18 @@ class Stage:
         self.used_elsewhere = used_elsewhere
         """Returns what a project has on the other hosts of the fleet."""
         self.new_creates: Counter[str] = Counter()
-        """VMs that are created, by their projects."""
+        """The numbers of created VMs, by project."""
         self.drain = projection.drain
         self.frames: list[EventFrame] = []
         self.responses: dict[bytes, StoredResponse] = {}
-        """By scope."""
+        """The new responses, by scope."""
         self.dropped_responses: list[bytes] = []
         self.operations: list[op.Operation] = []
-        """In order."""
+        """The operations, in order."""
         self._taken: set[str] | None = None
-        """The addresses on the bridge that are taken, once they were needed."""
+        """The taken addresses on the bridge; None until they are needed."""
         self.taken_up_to: str | None = None
-        """All addresses up to this one are taken; None if that is not known."""
+        """All addresses up to this one are taken; None if unknown."""
 
     # Rows
 
@@ -144,7 +144,7 @@ class Stage:
         yield from (row for row in self._projection.rows() if row.id not in self.rows)
 
     def put_row(self, row: VmRow, after: int | None) -> None:
-        """:param after: the revision that it replaces; None: a new row"""
+        """Puts a row. `after` is the revision that it replaces; None for a new row."""
         self.rows[row.id] = self._by_key[row.key] = row
         self.last_vm_id = max(self.last_vm_id, row.id)
         if self._taken is not None and (address := bridge_address(row)) is not None:
@@ -190,21 +190,21 @@ class Stage:
         return {kind: overlay.changed for kind, overlay in self._named.items() if overlay.changed}
 
     def named(self, kind: type[Named]) -> Overlay[Key, Any]:
-        """Returns all of one kind."""
+        """Returns all objects of one kind."""
         return self._named[kind]
 
     def plugin(self, key: Key) -> Plugin | None:
         return built_in(key) or self._named[Plugin].get(key)
 
     def all_plugins(self) -> list[Plugin]:
-        """Returns those that are installed."""
+        """Returns the installed plugins."""
         return self._named[Plugin].values()
 
     def project(self, key: Key) -> Project | None:
         return self.projects.get(key) or default_project(key)
 
     def everything_named(self) -> Iterator[tuple[str, Named]]:
-        """Yields all of it, each with the word for its kind."""
+        """Yields all named objects, each with the name of its kind."""
         for kind, overlay in self._named.items():
             yield from ((KINDS[kind].word, one) for one in overlay.values())
 
@@ -282,7 +282,7 @@ class Stage:
     # Audit
 
     def put_record(self, cause: Cause, outcome: str, vm_id: int | None) -> None:
-        """Adds a record, unless there is one that says as much."""
+        """Adds a record, unless an equivalent one exists."""
         if cause.recorded == outcome or (outcome == BEGUN and cause.recorded):
             return
         if vm_id is None:

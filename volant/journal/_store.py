@@ -20,7 +20,7 @@ from ._projection import Projection
 from ._responses import StoredResponses
 
 COMMIT_BOUNDS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
-"""From a fast disk to the deadline of a commit."""
+"""The upper bounds of counted durations, from a commit on a fast disk to the deadline of a commit."""
 
 
 class Histogram:
@@ -133,6 +133,7 @@ class Store:
         self.used_elsewhere: Callable[[str], Used] = lambda project: NOTHING_USED
         """Returns the usage of a project on the other hosts of the fleet, which counts for its limits."""
         self.trouble: str | None = None
-        """Why changes are refused at present, None while they are accepted."""
+        """The reason why changes are refused at present; None while they are accepted."""
         self.ids_taken = 0
-        """New ids are higher: the host has traces of VMs that the database may not know, or these are other hosts'."""
+        """New ids are higher than this one. Lower ids may belong to VMs of which only the host has traces, or to other
+        hosts."""

@@ -431,15 +431,15 @@ class RemoveProject(Request[None], msgspec.Struct, frozen=True):
 
 
 class Drafted(msgspec.Struct, frozen=True):
-    """The outcome that a change would have."""
+    """The expected outcome of a change."""
 
     reply: Any
     changes: Changes
-    """The changed definitions. Besides them the change has only its record and its stored response."""
+    """The changed definitions. The change has no other effects than these, its record and its stored response."""
 
 
 class Draft(Request[Drafted], msgspec.Struct, frozen=True):
-    """Decides a change on what is committed, and leaves it at that. :raises: what the change does."""
+    """Decides a change on the committed state, without making it. :raises: the same errors as the change."""
 
     raises = (Problem, DuplicateRequest)
     change: Request[Any]
@@ -457,12 +457,12 @@ class TakeDefinitions(Request[Any], msgspec.Struct, frozen=True):
 
     @property
     def key(self) -> IdempotencyKey | None:
-        """That of the change."""
+        """The idempotency key of the change."""
         return getattr(self.change, "key", None)
 
     @property
     def cause(self) -> Cause | None:
-        """That of the change."""
+        """The cause of the change."""
         return getattr(self.change, "cause", None)
 
 
@@ -504,7 +504,7 @@ class WriteRecord(Request[None], msgspec.Struct, frozen=True):
 
 
 class StillThere(Request[None], msgspec.Struct, frozen=True):
-    """Gets a reply at once from a journal that takes messages, whatever its disk does."""
+    """Gets a reply at once if the journal receives messages, independent of its disk."""
 
 
 RESULTS: Mapping[type[Request[Any]], Callable[[Any], _results.Result]] = {

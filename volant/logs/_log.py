@@ -499,7 +499,7 @@ class VmLog:
         return self._segments[index] if index >= 0 else None
 
     def _next_after(self, seq: int) -> int:
-        """Returns the lowest number after `seq` that begins a segment or is in the ring; else the next new one."""
+        """Returns the lowest number after `seq` that begins a segment or is in the ring; otherwise the next new one."""
         index = bisect.bisect_right(self._segments, seq, key=lambda segment: segment.first)
         first = self._segments[index].first if index < len(self._segments) else self._newest + 1
         ring = self._ring
