@@ -1,7 +1,5 @@
-"""The actor of one VM: takes what was seen, lets `decide` decide, commits, and runs the step that the row then needs.
-
-`docs/explanation/vm.md` says why.
-"""
+"""The actor of one VM: receives observations, lets `decide` decide, commits, and runs the step that the row then needs.
+`docs/explanation/vm.md` has the reasons."""
 
 from __future__ import annotations
 
@@ -71,7 +69,7 @@ _logger = logging.getLogger("volant.vm")
 
 
 class VmActor(Actor):
-    """One incarnation of what drives a VM. The VM's row is in the journal."""
+    """One incarnation of the actor of a VM, whose row is in the journal."""
 
     _vm: VmState
     _steps: Steps
@@ -193,10 +191,8 @@ class VmActor(Actor):
     async def _see(
         self, seen: Seen, revisions: frozenset[int] | None = None, key: IdempotencyKey | None = None
     ) -> None:
-        """Takes one thing that was seen: decides, commits, and starts the step that the row then needs.
-
-        :raises Problem: as `Ask`. :raises DuplicateRequest:
-        """
+        """Handles one observation: decides, commits, and starts the step that the row then needs. :raises Problem: as
+        `Ask`. :raises DuplicateRequest:"""
         seen = self._without_directories(seen)
         vm, deps, projection = self._vm, self._deps, self._deps.store.projection
         unsure = False
@@ -292,10 +288,10 @@ class VmActor(Actor):
             self._step = self.ctx.spawn(self._perform, wanted, (before, copying), name=type(wanted).__name__)
 
     async def _perform(self, effect: Effect, before: tuple[TaskHandle | None, ...]) -> None:
-        """Runs one step after the tasks `before` have ended, and reports what came of it.
+        """Runs one step after the tasks `before` have ended, and reports its outcome.
 
-        A kill, a removal or a resume that failed is tried again, as long as the VM needs it; and so is the wait for the
-        end of a drain, as another drain may have begun.
+        A failed kill, removal or resume is retried as long as the VM needs it. So is the wait for the end of a drain,
+        as another drain may have begun.
         """
         for task in before:
             if task is not None:
@@ -310,7 +306,7 @@ class VmActor(Actor):
             await backoff.pause()
 
     async def _deliver(self, report: Report) -> None:
-        """Sends a report to this actor, again and again while the journal can't keep it."""
+        """Sends a report to this actor, and repeats it while the journal can't store it."""
         backoff = Backoff(_REPORT_S, _REPORT_MAX_S)
         while True:
             try:
@@ -340,7 +336,7 @@ class VmActor(Actor):
             await backoff.pause()
 
     def _without_directories(self, seen: Seen) -> Seen:
-        """Returns what was seen with a reason that all clients may read. The log has the whole one."""
+        """Returns an observation with a reason that all clients may read. The log has the complete reason."""
         if not isinstance(seen, Resumed | StepFailed | Ended) or seen.reason is None:
             return seen
         message = self._deps.settings.without_directories(seen.reason.message)
@@ -351,7 +347,7 @@ class VmActor(Actor):
         return msgspec.structs.replace(seen, reason=msgspec.structs.replace(seen.reason, message=message))
 
     def _remember(self, seen: Seen) -> None:
-        """Keeps what was seen for `inspect`."""
+        """Stores an observation for `inspect`."""
         what = type(seen).__name__
         if isinstance(seen, CommandRequest):
             what = f"{what}: {seen.command}"
@@ -371,8 +367,8 @@ class VmActor(Actor):
     # The process
 
     async def _find(self, row: VmRow) -> ProcessIdentity | None:
-        """Finds the process that the row owns. One that the row names is checked alone: reading all of /proc for each
-        of a thousand VMs would take half a minute."""
+        """Finds the process of the row. A process that the row names is checked alone: reading all of /proc for each of
+        a thousand VMs would take half a minute."""
         host = self._deps.host
         if row.process is not None:
             with suppress(ProcessGone), host.processes.open(row.process) as process:
@@ -381,7 +377,7 @@ class VmActor(Actor):
         return await host.processes.find(row.tag) if row.tag else None
 
     def _watch(self, row: VmRow | None) -> None:
-        """Watches the row's process and no other, or none if the row has none."""
+        """Watches the row's process and no other; no process if the row has none."""
         vm, deps = self._vm, self._deps
         identity = row.process if row is not None else None
         if vm.process is not None and vm.process.identity != identity:
@@ -459,7 +455,7 @@ class VmActor(Actor):
     # Checkpoints
 
     async def _copy(self, message: TakeCheckpoint, deferred: Deferred[CheckpointTaken]) -> None:
-        """Copies the guest. Cancelled when the VM is to be something else."""
+        """Copies the guest. Cancelled when the VM should be in another state."""
         try:
             with trio.fail_after(2 * CHECKPOINT_S):
                 process = self._vm.running_process()
@@ -475,10 +471,9 @@ class VmActor(Actor):
             deferred.fail(CheckpointFailed("refused", "the VM was to be something else, or its guest has ended"))
 
     async def _catch_up(self, paused_s: float) -> None:
-        """Sets the clock of a guest that was paused for a checkpoint, unless it still is.
-
-        First by the time it was paused, in one request; and then, once its copies have begun, by what it shows.
-        """
+        """Sets the clock of a guest that was paused for a checkpoint, unless it still is. First the clock is moved by
+        the length of the pause, in one request. Once the guest's copies have begun, it is corrected by the time that it
+        shows."""
         try:
             process = self._vm.running_process()
             if paused_s and not process.paused:

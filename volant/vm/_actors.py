@@ -1,4 +1,4 @@
-"""The actors of VMs by the VM's id: one is started when it is needed, and again when its supervisor gave it up."""
+"""The actors of VMs by the VM's id. An actor starts when it is needed, and again after its supervisor gave it up."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class VmActors(msgspec.Struct):
             done.set()
 
     async def adopt_all(self) -> None:
-        """Starts the actors of all VMs there are, some at a time."""
+        """Starts the actors of all VMs, some at a time."""
         limiter = trio.CapacityLimiter(_STARTS_AT_ONCE)
 
         async def adopt(row: VmRow) -> None:
@@ -80,10 +80,8 @@ class VmActors(msgspec.Struct):
                 nursery.start_soon(adopt, row)
 
     async def gave_up(self, event: GaveUp) -> None:
-        """Notes in the VM's row that the supervisor gave its actor up; the VM goes on.
-
-        Retries while the journal can't keep that, for as long as the supervisor waits.
-        """
+        """Records in the VM's row that the supervisor gave up its actor; the VM keeps running. Retries while the
+        journal can't store that, for as long as the supervisor waits."""
         row = self.projection.get(_key_of(event.name))
         if row is None:
             return
@@ -91,7 +89,7 @@ class VmActors(msgspec.Struct):
         await self._note_lost(row.id, event.reason)
 
     async def _note_lost(self, vm_id: int, error: object) -> None:
-        """Notes in the VM's row that it has no actor, so that clients see why and can `recover` it."""
+        """Records in the VM's row that it has no actor, so that clients see the reason and can `recover` it."""
         row = self.projection.by_id(vm_id)
         if row is None:
             return

@@ -30,7 +30,7 @@ class BootFiles(msgspec.Struct):
     settings: VmSettings
 
     async def fetch(self, row: VmRow) -> str:
-        """Returns the digest of the built image, or `CUSTOM_IMAGE`, once all that the VM boots from is in the cache.
+        """Returns the digest of the built image, or `CUSTOM_IMAGE`, once all files of the boot are in the cache.
 
         :raises StepError: `image_missing`, `image_failed`, `memory_too_small`, or as `fetch_artifact`.
         """
@@ -49,10 +49,10 @@ class BootFiles(msgspec.Struct):
         return digest
 
     async def fetch_root(self, row: VmRow) -> None:
-        """Fetches what the root filesystem of a VM consists of, and what is not in the cache.
+        """Fetches the files of a VM's root filesystem that are not in the cache.
 
-        :raises StepError: as `fetch_artifact`; an error of `docs/explanation/oci.md`, with `image_` before it;
-            `secret_missing` or `secret_unreadable`, of the credentials for its registry
+        :raises StepError: as `fetch_artifact`; an error of `docs/explanation/oci.md` with the prefix `image_`;
+            `secret_missing` or `secret_unreadable`, for the credentials of its registry.
         """
         boot = row.manifest.boot or Boot()
         if boot.rootfs is not None:
@@ -65,7 +65,7 @@ class BootFiles(msgspec.Struct):
                 raise StepError(error.code, f"the VM can't boot from {error}") from error
 
     async def _auth(self, secret: Key) -> bytes:
-        """Returns the auth file that a secret is. :raises StepError: :raises OciError: it is none"""
+        """Returns the auth file in a secret. :raises StepError: :raises OciError: the secret is not an auth file."""
         try:
             return read_auth_file(await self.secrets.value(secret), secret=secret.name)
         except Problem as problem:
@@ -87,7 +87,7 @@ class BootFiles(msgspec.Struct):
             raise StepError(code, f"the VM can't boot from {error}") from error
 
     def inspect(self) -> object:
-        """Returns the fetches that are under way, ready for JSON."""
+        """Returns the running fetches, ready for JSON."""
         return self.artifacts.inspect()
 
     async def _build_image(self, row: VmRow) -> str:

@@ -18,7 +18,8 @@ import trio
 from volant.journal import Projection
 
 SLOT_S = 30.0
-"""Longer than a guest takes to answer, even when some boot at once. A slower one goes on without a slot."""
+"""How long a boot holds its slot: longer than a guest takes to answer, even if several boot at once. A slower boot
+continues without a slot."""
 
 BootId = int | str
 """The id of a VM, or the digest of a template."""
@@ -37,7 +38,7 @@ class BootLimiter:
     """Hands out boot slots."""
 
     def __init__(self, limit: int, projection: Projection | None = None) -> None:
-        """`projection`: knows whether the daemon drains, None if it never does."""
+        """`projection` shows whether the daemon drains; without it, it never does."""
         self.limit = limit
         self._projection = projection
         self._holders: set[BootId] = set()
@@ -45,14 +46,14 @@ class BootLimiter:
         """Boots that wait for the end of a drain."""
         self._waiting: dict[BootId, _Waiting] = {}
         self._last: dict[BootId, _Waiting] = {}
-        """Behind all of those."""
+        """Boots that wait behind all of those."""
 
     async def acquire(self, boot: BootId, *, due: tuple[float, int] = (0.0, 0), last: bool = False) -> None:
         """Waits for a slot; a boot that holds one keeps it.
 
-        :param due: since when the boot is due, and what decides between boots that are due equally long; at last the
-            first one to come is served
-        :param last: behind all that wait without
+        :param due: the time since which the boot is due, and a number that decides among equal times; the lowest gets
+            the next slot. Equal boots get slots in the order of their calls.
+        :param last: wait behind all boots without it
         """
         while True:
             if self._projection is not None and self._projection.drain is not None:
@@ -83,7 +84,7 @@ class BootLimiter:
         self._holders.add(boot)
 
     def release(self, boot: BootId) -> None:
-        """Gives the slot back, or the place in the queue. Without either nothing happens."""
+        """Returns the slot, or leaves the queue. Does nothing for a boot in neither."""
         self._holders.discard(boot)
         for queue in (self._waiting, self._last):
             queue.pop(boot, None)
@@ -98,7 +99,7 @@ class BootLimiter:
         return bool(self._holders)
 
     def inspect(self, boot: BootId) -> dict[str, object] | None:
-        """Returns the state of one boot, ready for JSON, None if it neither holds a slot nor waits for one."""
+        """Returns the state of one boot, ready for JSON; None if it neither holds a slot nor waits for one."""
         if boot in self._holders:
             return {"state": "booting", "limit": self.limit}
         if boot in self._drained:
@@ -115,10 +116,11 @@ class BootLimiter:
 
 
 def clones_at_once(processors: int) -> int:
-    """Returns how many clones start at a time: enough for all processors, also while one clone waits for the disk.
+    """Returns the number of clones that start at a time: enough to use all processors, also while one clone waits for
+    the disk.
 
-    More would only take turns on them, so that all run late, and that costs processor time: on two processors twenty
-    clones took 10 s with eight at a time, and 6.7 s with three.
+    More clones would share the processors, so all of them would be late, and switching costs processor time. On two
+    processors, twenty clones took 10 s with eight at a time, and 6.7 s with three.
     """
     return processors + 1
 
@@ -130,7 +132,7 @@ class BootSlots(msgspec.Struct, frozen=True):
     clones: BootLimiter = msgspec.field(default_factory=lambda: BootLimiter(clones_at_once(2)))
 
     def of(self, template: str | None) -> BootLimiter:
-        """Returns the limiter for a boot that goes on from `template`; None: a cold boot."""
+        """Returns the limiter for a boot from `template`; without it, for a cold boot."""
         return self.cold if template is None else self.clones
 
     @property
@@ -139,7 +141,7 @@ class BootSlots(msgspec.Struct, frozen=True):
         return self.cold.in_use or self.clones.in_use
 
     def release(self, vm_id: int) -> None:
-        """Gives a VM's slots back."""
+        """Returns a VM's slots."""
         self.cold.release(vm_id)
         self.clones.release(vm_id)
 

@@ -27,18 +27,18 @@ from ._machine_spec import uses_image
 OVERHEAD_MB = 192
 """Memory of a hypervisor's process besides its guest's memory."""
 CEILING_MB = 2 * OVERHEAD_MB
-"""What it may take at most."""
+"""The limit for this memory."""
 IDLE_MB = 48
 """Memory of a hypervisor's process once its guest is idle, with the pages that a clone's guest has written. Measured
 under TCG: 44."""
 _HOST_RESERVE_MB = 512
-"""Kept for the host itself."""
+"""Memory that stays free for the host itself."""
 _DISK_RESERVE_MB = 128
-"""Kept on the disk for the database and the logs."""
+"""Disk space that stays free for the database and the logs."""
 _IMAGE_S = 10.0
-"""How long the boot image's size is remembered. To find it takes a millisecond, and each boot checks it again."""
+"""How long the boot image's size is cached. To find it takes a millisecond, and each boot checks it again."""
 _RETRY_AFTER_S = 10
-"""The kernel's figure of memory pressure is an average over so many seconds."""
+"""The kernel's figure of memory pressure is an average over this many seconds."""
 
 
 class MemoryNeed(NamedTuple):
@@ -47,16 +47,17 @@ class MemoryNeed(NamedTuple):
     at_start: int
     """Memory that it takes as soon as it runs. A VM that boots cold takes all of its guest's memory."""
     promised: int
-    """What it may take at most."""
+    """The most memory that it may take."""
 
     @property
     def growth(self) -> int:
-        """Returns what it may take later."""
+        """The memory that it may take later."""
         return self.promised - self.at_start
 
 
 def memory_need(memory_mb: int, *, clone: bool) -> MemoryNeed:
-    """Returns what a VM of that size takes. `clone`: it goes on from a template or a checkpoint."""
+    """Returns the memory that a VM of that size takes. `clone` means that it continues from a template or a
+    checkpoint."""
     return MemoryNeed(IDLE_MB + (0 if clone else memory_mb), memory_mb + OVERHEAD_MB)
 
 
@@ -66,21 +67,21 @@ class _Room(NamedTuple):
     total: int
     available: int
     returned: int
-    """Memory that guests gave back and may take again."""
+    """Memory that guests have returned and may take again."""
     promised: int
     unpromised: int
     spare_in_full: int
-    """Memory left once VMs that are about to start have taken all that they may."""
+    """Memory left after starting VMs have taken all that they may."""
     to_start: int
-    """Memory that VMs take as soon as they start, of those that are about to start."""
+    """Memory that starting VMs take as soon as they run."""
     spare: int
-    """Memory left after that and after what is kept for the host. Negative if there is too little already."""
+    """Memory left after `to_start` and the memory for the host. Negative if there is too little."""
     growths: list[int]
-    """Memory that VMs that are up, or about to be, may take later."""
+    """Memory that each VM that is up may take later."""
 
     @property
     def in_full(self) -> int:
-        """Returns what one more VM can be promised if all promises have to fit."""
+        """The memory that one more VM can be promised if every promise must be kept."""
         return min(self.unpromised, self.spare_in_full)
 
 
@@ -93,7 +94,7 @@ class Capacity(msgspec.Struct):
     warm_pool: WarmPool
     settings: VmSettings
     _reserved: list[MemoryNeed] = msgspec.field(default_factory=list)
-    """For VMs whose rows are being written."""
+    """The needs of VMs whose rows are being written."""
     _closed: bool = False
     _image: images.Image | None = None
     _image_at: float = -inf
@@ -119,10 +120,8 @@ class Capacity(msgspec.Struct):
 
     @contextmanager
     def reserve(self, need: MemoryNeed, count: int = 1) -> Iterator[None]:
-        """Reserves room for `count` such VMs, for the block in which their rows are written.
-
-        :raises Problem: 503 the host has no room.
-        """
+        """Reserves room for `count` such VMs, for the block in which their rows are written. :raises Problem: 503, the
+        host has no room."""
         reserved = 0
         try:
             for _ in range(count):
@@ -136,16 +135,16 @@ class Capacity(msgspec.Struct):
                 self._reserved.remove(need)
 
     def admit_again(self, row: VmRow) -> None:
-        """Checks that there is room for a VM that is down. :raises Problem: 503 there is none."""
+        """Checks that there is room for a stopped VM. :raises Problem: 503, there is none."""
         # It has a disk since its first boot, which a template's memory does not fit. A template has no volumes.
         cold = row.layer or mounts_of(row)
         clone = not cold and self._boots_from_template(row.boot, row.source, row.cpu_cores, row.memory_mb)
         self._admit(memory_need(row.memory_mb, clone=clone), besides=row.id)
 
     def _admit(self, need: MemoryNeed, *, besides: int | None = None) -> None:
-        """Checks that there is room for one more VM. `besides`: the id of a VM that does not count.
+        """Checks that there is room for one more VM. `besides` is the id of a VM that does not count.
 
-        :raises Problem: 503 there is no room, or all VMs are being deleted.
+        :raises Problem: 503, there is no room, or all VMs are being deleted.
         """
         if self._closed:
             raise Problem(503, "daemon-stopping", "the daemon stops, and its VMs with it")
@@ -160,7 +159,8 @@ class Capacity(msgspec.Struct):
         self._check_memory(need, rows)
 
     def _check_pressure(self) -> None:
-        """:raises Problem: 503 programs wait for memory, so one more VM would slow all down."""
+        """Checks the memory pressure. :raises Problem: 503, programs wait for memory, so one more VM would slow down
+        all."""
         machine = self.host.machine
         if machine.is_short_of_memory():
             raise Problem(
@@ -172,7 +172,7 @@ class Capacity(msgspec.Struct):
             )  # fmt: skip
 
     def _check_memory(self, need: MemoryNeed, rows: list[VmRow]) -> None:
-        """:raises Problem: 503 the host has not enough memory."""
+        """Checks that the memory of the host is sufficient. :raises Problem: 503, it is not."""
         room, ratio = self._room(rows), self.settings.memory_overcommit
         if need.promised <= room.in_full:
             return
@@ -236,8 +236,8 @@ class Capacity(msgspec.Struct):
         return memory_need(row.memory_mb, clone=clone)
 
     def _boots_from_template(self, boot: BootMode, source: str, cpu_cores: int, memory_mb: int) -> bool:
-        """Whether such a VM will be a clone, as far as is known. If it boots cold after all and there is no memory for
-        that, it fails alone, with `memory_refused`."""
+        """Returns whether such a VM will be a clone, according to the present templates. If it boots cold after all and
+        lacks the memory for that, only this VM fails, with `memory_refused`."""
         return boot == "template" or (boot == "auto" and self.templates.has(source, cpu_cores, memory_mb))
 
     def free_disk_mb(self) -> int:
@@ -248,7 +248,7 @@ class Capacity(msgspec.Struct):
             return 0
 
     def check_disk(self, request: CreateVm, manifest: Manifest) -> None:
-        """:raises Problem: 503 the host's disk has no room for the VM's."""
+        """Checks that the host's disk has room for the VM's. :raises Problem: 503, it has not."""
         if manifest.boot is None or not manifest.boot.has_disk:
             return
         directory = self.settings.disk_dir
@@ -266,7 +266,8 @@ class Capacity(msgspec.Struct):
             )  # fmt: skip
 
     async def check_image(self, memory_mb: int, manifest: Manifest) -> None:
-        """:raises Problem: 400 the boot image needs more memory. An image that is not built yet says so later."""
+        """Checks the VM's memory against the boot image's minimum, if the image is already built. :raises Problem: 400,
+        the boot image needs more memory."""
         if not uses_image(self.settings, manifest):
             return
         now = trio.current_time()
@@ -280,10 +281,10 @@ class Capacity(msgspec.Struct):
 
 
 def promised_mb(rows: Iterable[VmRow]) -> int:
-    """Returns what VMs that are up, or about to be, may take of the host's memory at most.
+    """Returns the most memory that VMs that are up may take of the host.
 
-    Clones count in full, as they may write to all they have. The memory of a fork's checkpoint counts, too, as long as
-    one of its copies runs.
+    Clones count in full, as they may write to all of their memory. The memory of a fork's checkpoint counts too, as
+    long as one of its copies runs.
     """
     up = [row for row in rows if _is_up(row)]
     forks = {origin: row.memory_mb for row in up if (origin := row.checkpoint or row.template or "").startswith(FORK)}

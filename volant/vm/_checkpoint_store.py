@@ -1,7 +1,7 @@
-"""The checkpoints on this host: their files, what is known of them, and whether a VM can go on from one.
+"""The checkpoints on this host: their files and properties, and whether a VM can continue from one.
 
-A checkpoint is a directory that got its name when it was whole; while it is made the directory is called `….new`. That
-of a fork lies in memory, as `fork-<id>`; that of a snapshot on the disk, as `snapshot-<id>`.
+A checkpoint is a directory that is renamed when it is complete; before, its name is `….new`. The checkpoint of a fork
+is in memory, as `fork-<id>`; the checkpoint of a snapshot is on the disk, as `snapshot-<id>`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _logger = logging.getLogger("volant.vm")
 
 
 class CheckpointLost(Exception):
-    """There is no checkpoint to go on from. The text is for people."""
+    """A checkpoint can't be used. The text is for people."""
 
     def __init__(self, code: str, message: str) -> None:
         """`code`: `checkpoint_failed`, `checkpoint_gone`, `checkpoint_damaged`, `checkpoint_unfit`."""
@@ -40,16 +40,16 @@ class CheckpointRecord(Seal, frozen=True, kw_only=True):
     """The content of `checkpoint.json`."""
 
     kind: MachineKind | None
-    """See `Hypervisor.incompatibility`. None if it has no memory and no devices, only the disk of a VM at rest, if that
-    has one."""
+    """See `Hypervisor.incompatibility`. None for a checkpoint without memory and devices: at most the disk of a VM at
+    rest."""
     paused_ms: float
 
 
 class ReadyCheckpoint(msgspec.Struct, frozen=True):
-    """A checkpoint that a VM may go on from now."""
+    """A checkpoint from which a VM may continue now."""
 
     layer: Path | None
-    """To be copied."""
+    """The layer, to be copied."""
     paused_ms: float
 
 
@@ -68,11 +68,11 @@ class CheckpointStore:
         return checkpoint_at(self.memory_dir, self.snapshot_dir, checkpoint)
 
     def room_mb(self) -> int:
-        """Returns how much memory is left for checkpoints, in MiB."""
+        """Returns the memory in MiB that is left for checkpoints."""
         return self.host.machine.file_room_mb(self.memory_dir)
 
     async def find(self, checkpoint: str) -> ReadyCheckpoint:
-        """Returns a checkpoint that a VM is to go on from, after a check of its files. :raises CheckpointLost:"""
+        """Returns a checkpoint from which a VM is to continue, after a check of its files. :raises CheckpointLost:"""
         record = await self.record(checkpoint)
         if record.kind is None:
             raise CheckpointLost("checkpoint_damaged", f"{_shown(checkpoint)} has no memory")
@@ -83,7 +83,7 @@ class CheckpointStore:
         return ReadyCheckpoint(layer, record.paused_ms)
 
     async def record(self, checkpoint: str) -> CheckpointRecord:
-        """Returns what is known of a checkpoint, after a check of its files. :raises CheckpointLost:"""
+        """Returns the properties of a checkpoint, after a check of its files. :raises CheckpointLost:"""
         directory, what = self.at(checkpoint), _shown(checkpoint)
         if not self._sealed.exists(directory):
             why = "its files are gone" if checkpoint.startswith(SNAPSHOT) else "it was not made, or is gone again"
@@ -94,12 +94,12 @@ class CheckpointStore:
             raise CheckpointLost("checkpoint_damaged", f"{what} is damaged: {why}") from why
 
     async def disk(self, checkpoint: str) -> Path:
-        """Returns the disk that a VM at rest has in a checkpoint, after a check. :raises CheckpointLost:"""
+        """Returns the disk in the checkpoint of a VM at rest, after a check. :raises CheckpointLost:"""
         await self.record(checkpoint)
         return self.at(checkpoint) / LAYER
 
     def protocol(self, checkpoint: str) -> int:
-        """Returns the newest protocol that the agents of its copies are known to speak; 1 while nothing is known."""
+        """Returns the newest protocol that the agents of its copies are known to support; 1 while unknown."""
         record = self._sealed.known.get(self.at(checkpoint))
         return 1 if record is None else record.protocol
 
@@ -134,8 +134,12 @@ class CheckpointStore:
         return record
 
     async def save_disk(self, checkpoint: str, layer: Path | None) -> CheckpointRecord:
-        """Makes the checkpoint of a VM at rest, on the disk. `layer`: its disk, to which nobody writes; None: it has
-        none. :raises CheckpointLost: the disk has no room, or does not take it. :raises OSError:"""
+        """Makes the checkpoint of a VM at rest, on the disk. `layer` is its disk, which has no writer; None if it has
+        no disk.
+
+        :raises CheckpointLost: the disk has no room, or fails.
+        :raises OSError:
+        """
         host, path = self.host, self.at(checkpoint)
         await host.files.mkdir(fresh(path))
         if layer is not None:
@@ -166,19 +170,24 @@ class CheckpointStore:
         paused_ms: float,
         protocol: int,
     ) -> CheckpointRecord:
-        """Makes files that came from elsewhere the checkpoint of a snapshot. They lie, synced, in a directory beside
-        the others. :raises OSError:"""
+        """Makes files from elsewhere the checkpoint of a snapshot. They are synced, in a directory next to the others.
+        :raises OSError:"""
         record = await self._write(files, names, kind, paused_ms, protocol)
         await self.host.files.put_in_place(files, self.at(checkpoint))
         return record
 
     def in_memory(self, checkpoint: str) -> Path:
-        """Returns where a checkpoint is taken: in memory, as disks are slow and the guest is paused meanwhile."""
+        """Returns the directory in which a checkpoint is taken. It is in memory, because disks are slow and the guest
+        is paused meanwhile."""
         return fresh(self.memory_dir / checkpoint)
 
     async def volume_directory(self, checkpoint: str, needed_bytes: int) -> Path:
-        """Returns where the volumes of a snapshot that is being taken are to be copied: on the disk, as they may be
-        large. :raises CheckpointLost: the disk has no room. :raises OSError:"""
+        """Returns the directory for copies of the volumes of a new snapshot. It is on the disk, as volumes may be
+        large.
+
+        :raises CheckpointLost: the disk has no room.
+        :raises OSError:
+        """
         path = fresh(self.at(checkpoint))
         await self.host.files.mkdir(path)
         if self.host.disk.free(path) < needed_bytes + RESERVE_MB * 2**20:
@@ -188,10 +197,8 @@ class CheckpointStore:
         return path
 
     async def mark_removed(self, checkpoint: str) -> bool:
-        """Marks a snapshot whose row is about to go, so that a daemon that finds it without a row removes it.
-
-        False: it has no files. :raises OSError:
-        """
+        """Marks a snapshot whose row is about to be removed, so that a daemon that finds it without a row removes it.
+        Returns False if it has no files. :raises OSError:"""
         path = self.at(checkpoint)
         if not self.host.files.exists(path):
             return False
@@ -203,13 +210,13 @@ class CheckpointStore:
         await self.host.files.remove(self.at(checkpoint) / _REMOVED)
 
     async def remove(self, checkpoint: str) -> None:
-        """Removes the files of a checkpoint. VMs that run as its copies keep what they map. :raises OSError:"""
+        """Removes the files of a checkpoint. VMs that run as its copies keep their mapped files. :raises OSError:"""
         path = self.at(checkpoint)
         self._sealed.known.pop(path, None)
         await self.host.files.remove_tree(path)
 
     async def clear(self, path: Path) -> None:
-        """Removes a checkpoint, or a part of one, also when cancelled. What can't be removed is logged."""
+        """Removes a checkpoint, or a part of one, also when cancelled. Files that can't be removed are logged."""
         self._sealed.known.pop(path, None)
         try:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLEAR_S):
@@ -218,14 +225,12 @@ class CheckpointStore:
             _logger.error("files of a copy of a VM can't be removed: %s", error)
 
     def forks(self) -> list[str]:
-        """Returns the names of the forks' checkpoints that are there, whole."""
+        """Returns the names of the complete checkpoints of forks."""
         return [name for name in self._names_in(self.memory_dir) if name.startswith(FORK) and not is_fresh(name)]
 
     def left_behind(self, owned: Collection[str]) -> list[Path]:
-        """Returns what an earlier daemon left half-made or half-removed. `owned`: the checkpoints with a row.
-
-        The directory of a snapshot without a row stays, as the database may have been put back from a copy.
-        """
+        """Returns the unfinished and half-removed checkpoints of an earlier daemon. `owned` are the checkpoints with a
+        row. The directory of a snapshot without a row is kept, as the database may be a restored one."""
         found = [
             self.memory_dir / name
             for name in self._names_in(self.memory_dir)
@@ -261,9 +266,9 @@ class CheckpointStore:
 PULLED = "pull-"
 """The prefix of the directory of a snapshot that is being pulled."""
 PULLED_S = 86400.0
-"""How long a partial pull is kept, so that another pull can go on with it."""
+"""How long a partial pull is kept, so that another pull can continue it."""
 RESERVE_MB = 256
-"""Left free beside a copy of a guest, in memory and on the disk."""
+"""Memory or disk space that stays free after a copy of a guest."""
 
 
 def _shown(checkpoint: str) -> str:

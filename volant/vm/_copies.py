@@ -1,8 +1,8 @@
 """Copies of guests: forks, which last until their copies run, and snapshots, which are kept.
 
-The row of a snapshot is there before its files, as they may take a while. The rows of a fork's copies follow the
-checkpoint, so no client sees a copy that a killed daemon could not make. A daemon that starts after a killed one knows
-from the rows what has an owner, and removes the rest.
+The row of a snapshot is created before its files, as they may take a while. The rows of a fork's copies are created
+after the checkpoint, so no client sees a copy that a killed daemon could not make. After a kill, the next daemon
+removes every checkpoint that no row owns.
 """
 
 from __future__ import annotations
@@ -89,9 +89,9 @@ class _Job(msgspec.Struct, eq=False):
     done: trio.Event = msgspec.field(default_factory=trio.Event)
     failure: Exception | None = None
     copies: tuple[VmRow, ...] = ()
-    """The rows of a fork's copies, once they are committed."""
+    """The rows of a fork's copies, after their commit."""
     reserved: ExitStack = msgspec.field(default_factory=ExitStack)
-    """Room for the copies, until the job is over, even if its client has left."""
+    """Room for the copies until the job is over, even if its client has disconnected."""
 
     @property
     def id(self) -> str:
@@ -108,7 +108,7 @@ class _Job(msgspec.Struct, eq=False):
 
 
 class Copies(msgspec.Struct):
-    """Makes and removes copies of VMs, in tasks of its own: a caller that is cancelled cancels nothing."""
+    """Makes and removes copies of VMs, in its own tasks: a cancelled caller cancels nothing."""
 
     host: Host
     store: Store
@@ -122,10 +122,10 @@ class Copies(msgspec.Struct):
     settings: VmSettings
     _nursery: trio.Nursery | None = None
     _jobs: dict[str, _Job] = msgspec.field(default_factory=dict)
-    """By the names of the checkpoints."""
+    """The jobs, by the names of the checkpoints."""
 
     async def keep(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Runs the jobs until cancelled, and removes what an earlier daemon left half-done. :raises OSError:"""
+        """Runs the jobs until cancelled, and removes the unfinished ones of an earlier daemon. :raises OSError:"""
         checkpoints, snapshots = self.checkpoints, self.store.projection.snapshots.values()
         async with trio.open_nursery() as nursery:
             for path in checkpoints.left_behind({snapshot.checkpoint for snapshot in snapshots}):
@@ -321,10 +321,10 @@ class Copies(msgspec.Struct):
         await self._ask(NotePush(snapshot.key, snapshot.id, reference))
 
     async def remove_snapshot(self, key: Key, *, move: str = "") -> None:
-        """Removes a snapshot. VMs that went on from it keep what they have. `move`: the id of the move to another host
-        that it was for, which is over.
+        """Removes a snapshot. VMs made from it keep their data.
 
-        :raises Problem: 404; 409 a VM has yet to go on from it, or it is being made, or is for a move; 503.
+        :param move: the id of the completed move to another host for which it was made
+        :raises Problem: 404; 409, a VM has yet to continue from it, or it is being made, or is for a move; 503.
         """
         snapshot = self.store.projection.snapshots.get(key)
         if snapshot is None:
@@ -357,7 +357,7 @@ class Copies(msgspec.Struct):
     # Jobs
 
     def _claimed(self, snapshot: Snapshot) -> AbstractAsyncContextManager[None]:
-        """Claims the name of a snapshot for a block. A replica has one that nobody asks for."""
+        """Claims the name of a snapshot for a block. A replica needs no claim, as no client uses its name."""
         return nullcontext() if snapshot.is_replica else self.snapshot_names.claimed([snapshot.key])
 
     async def _free(self, snapshot: Snapshot) -> None:
@@ -447,7 +447,8 @@ class Copies(msgspec.Struct):
                 await self._undo(snapshot)
 
     async def _volume_directory(self, job: _Job, snapshot: Snapshot) -> Path | None:
-        """Returns the directory for copies of volumes, None if none is written to. :raises CheckpointLost, OSError:"""
+        """Returns the directory for copies of volumes; None if the VM writes to none. :raises CheckpointLost,
+        OSError:"""
         written = {mount.id for mount in copied_volumes(snapshot)}
         if not written:
             return None
@@ -456,7 +457,8 @@ class Copies(msgspec.Struct):
         return await self.checkpoints.volume_directory(job.checkpoint, sum(used))
 
     async def _disk_at_rest(self, vm: VmRow) -> Path | None:
-        """Returns the disk of a VM at rest, which nothing starts while it leaves. :raises CheckpointLost: it is gone"""
+        """Returns the disk of a VM at rest, which can't start while it is being moved. :raises CheckpointLost: the disk
+        does not exist."""
         if not has_disk_to_move(vm):
             return None
         if vm.disk_from is not None:
@@ -483,7 +485,8 @@ class Copies(msgspec.Struct):
             raise CheckpointLost("checkpoint_failed", f"VM {job.vm.name!r} was not copied: {error}") from error
 
     async def _remove_once_used(self, checkpoint: str) -> None:
-        """Removes a fork's checkpoint once no VM has yet to go on from it. Those that run keep what they map."""
+        """Removes a fork's checkpoint once no VM has yet to continue from it. Running copies keep their mapped
+        files."""
         store = self.store
         async with store.events.cursor(store.projection.last_event) as cursor:
             while any(waits_for(row, checkpoint) for row in store.projection.rows()):

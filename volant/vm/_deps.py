@@ -26,10 +26,10 @@ from ._templates import VmTemplates
 
 
 class Signal(msgspec.Struct):
-    """Something that many tasks may wait for, again and again."""
+    """An event that many tasks may wait for, repeatedly."""
 
     event: trio.Event = msgspec.field(default_factory=trio.Event)
-    """Set by the next `send`."""
+    """Set by the next `send`, and then replaced."""
 
     def send(self) -> None:
         """Wakes all tasks that wait for `event`."""
@@ -61,4 +61,4 @@ class VmDeps(msgspec.Struct, frozen=True, kw_only=True):
     processes: dict[int, VmProcess] = msgspec.field(default_factory=dict)
     """The processes under watch, by the VM's id."""
     workload_changed: Signal = msgspec.field(default_factory=Signal)
-    """Sent when the workload of some VM has another state, which is no event of the VM's."""
+    """Sent when the state of a VM's workload changes, which is no event of the VM."""

@@ -1,7 +1,7 @@
-"""Stops the VMs that are up while the daemon drains, some at a time; they start again afterwards.
+"""Stops running VMs while the daemon drains, some at a time; they start again afterwards.
 
-The drain is kept in the journal, and not in a request: the caller may leave, and a daemon that restarts goes on. A stop
-is a restart whose second half waits (`Hold`), so nothing else has to be remembered about which VMs ran.
+The drain is stored in the journal and not in a request: the caller may disconnect, and a restarted daemon continues it.
+A stop is a restart whose second half waits (`Hold`), so the row itself records that the VM ran.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The fence around VMs that another host may start, which says whether they may run here."""
+"""The fence of VMs that another host may start: decides whether they may run here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from volant.model import CreateVm, Manifest, Movable, Problem, ProcessIdentity, 
 
 
 class FenceFailed(Exception):
-    """A process can't be held back, so it must not run."""
+    """A process can't be put behind the fence, so it must not run."""
 
 
 class VmFence(Protocol):
@@ -35,27 +35,24 @@ class VmFence(Protocol):
         """Waits until they may not run any more."""
 
     def movable(self, request: CreateVm, manifest: Manifest | None) -> Movable:
-        """Returns what makes a new VM movable. :raises Problem: 409, 503 none can be made here, or not now."""
+        """Returns the properties that make a new VM movable. :raises Problem: 409, 503, no movable VM can be created
+        here, or not now."""
 
     async def enclose(self, row: VmRow, identity: ProcessIdentity, limits: ResourceLimits) -> None:
-        """Puts the process of a VM behind the fence before its guest runs, and asks whether it is still this host's.
-
-        :raises FenceFailed:
-        """
+        """Puts the process of a VM behind the fence before its guest runs, and checks that the VM still belongs to this
+        host. :raises FenceFailed:"""
 
     async def withdraw(self, row: VmRow) -> None:
-        """Lets no host start a VM that is being deleted, and that others may start or that has come from one.
-
-        :raises Problem: 503 one still may.
-        """
+        """Prevents other hosts from starting a movable VM that is being deleted, or a VM that has come from another
+        host. :raises Problem: 503, a host may still start it."""
 
     def check_deleted(self, row: VmRow) -> None:
-        """Checks that a VM which is gone here was deleted. :raises Problem: 503 it is at another host"""
+        """Checks that a VM without a row was deleted. :raises Problem: 503, it is on another host."""
 
 
 class NoFence(VmFence):
-    """Of a host that is in no fleet. A VM that is movable all the same is one of a fleet that this host has not left,
-    and may run on another host by now."""
+    """The fence of a host without a fleet, which is closed. A movable VM on such a host belongs to a fleet that the
+    host has not left, and may run on another host by now."""
 
     is_open = False
     times_closed = 0

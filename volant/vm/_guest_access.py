@@ -1,4 +1,4 @@
-"""Access to guests that run: their agents, their serial consoles, and figures measured now."""
+"""Access to running guests: their agents, their serial consoles, and current figures."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ class GuestAccess(msgspec.Struct):
         return connection.client
 
     def console(self, vm: Key) -> tuple[VmRow, SerialConsole]:
-        """Returns the serial console of a VM, which is there from the first line of its boot to the last.
+        """Returns the serial console of a VM, which exists from the first line of its boot to the last.
 
-        :raises Problem: 404, 409 there is no process, 503 the daemon is about to open the console.
+        :raises Problem: 404; 409, there is no process; 503, the daemon is about to open the console.
         """
         row = self.projection.require(vm)
         if row.process is None or row.status not in _WITH_CONSOLE:
@@ -81,7 +81,7 @@ class GuestAccess(msgspec.Struct):
         return row, process.console
 
     async def memory(self, vm: Key) -> VmMemory:
-        """Measures what a VM takes of memory. :raises Problem: 404, 409 it has no process, 503."""
+        """Measures the memory of a VM. :raises Problem: 404; 409, it has no process; 503."""
         row = self.projection.require(vm)
         process = self.processes.get(row.id)
         agent = None
@@ -90,11 +90,11 @@ class GuestAccess(msgspec.Struct):
         return await measure(self.host, row, agent)
 
     async def stats(self, rows: Iterable[VmRow]) -> list[VmStats]:
-        """Measures what VMs use of the host; those without a process are left out."""
+        """Measures the use of the host by VMs; VMs without a process are left out."""
         return await measure_stats(self.host, rows)
 
     def inspect(self, vm: Key) -> Mapping[str, object]:
-        """Returns what is known of a VM, for people who look for a fault. :raises Problem: 404."""
+        """Returns the internal state of a VM, for people who look for a fault. :raises Problem: 404."""
         row = self.projection.require(vm)
         ref = self.actors.find(row.id)
         # Not the whole row: a workload's environment may hold secrets.

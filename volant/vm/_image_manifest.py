@@ -1,4 +1,5 @@
-"""From an OCI image and a request to the manifest of a VM: what a container of that image would run, and how.
+"""Makes the manifest of a VM from an OCI image and a request, so that the VM runs what a container of that image would
+run.
 
 Docker's rules: a request's entrypoint drops the image's command; variables of the request come after the image's; an
 empty user is root, and an empty working directory is `/`.
@@ -31,7 +32,7 @@ from volant.oci import ImageUser
 
 
 def image_users(projection: Projection) -> dict[str, list[ImageUser]]:
-    """Returns who needs which image, by its digest."""
+    """Returns the users of images, by the images' digests."""
     found: dict[str, list[ImageUser]] = {}
     named = [
         *((ImageUser(row.project, f"VM {row.name}"), row.manifest) for row in projection.rows()),

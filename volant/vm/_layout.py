@@ -1,4 +1,4 @@
-"""How VMs appear on the host: where their files lie, and the tags of their processes."""
+"""The representation of VMs on the host: the paths of their files, and the tags of their processes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tag_of(instance: str, row: VmRow) -> str:
 
 
 def parse_tag(instance: str, tag: str) -> tuple[int, int] | None:
-    """Returns the id and the boot of the VM with this process tag, None if it is of no VM of this instance."""
+    """Returns the id and the boot of the VM with this process tag; None if no VM of this instance owns it."""
     found = re.fullmatch(rf"volant-{re.escape(instance)}-([1-9][0-9]{{0,17}})\.([1-9][0-9]{{0,17}})", tag)
     return (int(found[1]), int(found[2])) if found else None
 
@@ -71,22 +71,22 @@ class VmSettings(msgspec.Struct, frozen=True, kw_only=True):
     runtime_dir: Path
     cache_dir: Path
     memory_dir: Path
-    """On a file system in RAM."""
+    """A directory on a file system in RAM."""
     disk_dir: Path
-    """Holds VMs' layers over their root filesystems; as durable as the database."""
+    """The directory of VMs' layers over their root filesystems; as durable as the database."""
     template_dir: Path
     snapshot_dir: Path
-    """As durable as the database."""
+    """A directory that is as durable as the database."""
     volume_dir: Path
-    """As durable as the database."""
+    """A directory that is as durable as the database."""
     kernel: Path | None = None
     initramfs: Path | None = None
-    """Replaces the built image's where a plugin brings none, as `kernel` does."""
+    """Replaces the built image's initramfs if the plugin has none; likewise `kernel`."""
     max_vms: int | None = None
     memory_overcommit: float = 1.0
     """The factor by which VMs may be promised more than the host's memory."""
     return_memory: bool = True
-    """Whether memory that a guest frees goes back to the host, where the guest's memory is its own."""
+    """Whether memory that a guest frees is returned to the host, if the guest's memory is its own."""
     nameservers: tuple[str, ...] = ()
     """DNS servers for guests with a network interface."""
     image_timeout_s: float = 300.0
@@ -107,7 +107,7 @@ MEMORY, STATE, LAYER, RECORD = "memory", "state", "root.qcow2", "checkpoint.json
 
 
 def vm_directory(settings: VmSettings, vm_id: int) -> Path:
-    """Returns the directory with a VM's sockets and console. It exists while a process of the VM may."""
+    """Returns the directory with a VM's sockets and console. It exists as long as a process of the VM may exist."""
     return settings.runtime_dir / "vms" / str(vm_id)
 
 

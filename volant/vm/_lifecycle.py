@@ -1,4 +1,4 @@
-"""The lifecycle of VMs: creates, commands, awaits and deletes them, and drains the host."""
+"""The lifecycle of VMs: creates, commands, waits for and deletes them, and drains the host."""
 
 from __future__ import annotations
 
@@ -83,11 +83,11 @@ _logger = logging.getLogger("volant.vm")
 
 Wait = Literal["met", "failed", "timeout"]
 DELETED: Literal["deleted"] = "deleted"
-"""May be waited for like a status."""
+"""A possible target of a wait, like a status."""
 
 
 class Version(NamedTuple):
-    """One committed state of one VM, whatever has or gets its name."""
+    """One committed state of one VM, independent of its name."""
 
     vm_id: int
     revision: int
@@ -104,7 +104,7 @@ class Lifecycle:
     _virtiofsd: Virtiofsd
     _names: Names
     _workload_changed: Signal
-    """Sent when the workload of some VM has another state."""
+    """Sent when the state of a VM's workload changes."""
     _fence: VmFence
 
     async def create(
@@ -252,7 +252,7 @@ class Lifecycle:
         return "timeout", store.projection.by_id(vm_id)
 
     def load(self) -> HostLoad:
-        """Returns how busy the host is."""
+        """Returns the load of the host."""
         rows = self._store.projection.rows()
         return HostLoad(
             vms=len(rows),
@@ -302,7 +302,7 @@ class Lifecycle:
         return await self._note(row, request)
 
     async def note_replica(self, row: VmRow, replica: Replica) -> None:
-        """Notes which copies other hosts have of a VM; durable when this returns. :raises Problem: 503."""
+        """Records the copies of a VM on other hosts; durable when this returns. :raises Problem: 503."""
         await self._note(row, Replicated(replica))
 
     async def _note(self, row: VmRow, request: Leaves | Stays | Left | Replicated) -> VmRow:
@@ -333,7 +333,7 @@ class Lifecycle:
             return row
 
     def check_arrival(self, row: VmRow) -> None:
-        """:raises Problem: 409, 503 a VM of another host could not go on here now."""
+        """Checks that a VM of another host can continue here. :raises Problem: 409, 503, it can't now."""
         projection = self._store.projection
         if projection.get(row.key) is not None:
             raise name_taken(row.name)
@@ -353,11 +353,11 @@ class Lifecycle:
             pass
 
     def _room_for(self, row: VmRow) -> AbstractContextManager[None]:
-        """Reserves the memory of a VM that arrives for a block, if it goes on at once. :raises Problem: 503"""
+        """Reserves the memory of an arriving VM for a block, if it continues at once. :raises Problem: 503"""
         return nullcontext() if is_at_rest(row) else self._capacity.reserve(memory_need(row.memory_mb, clone=True))
 
     async def _check_start(self, row: VmRow) -> None:
-        """:raises Problem: the VM must not start now."""
+        """Checks that a VM may start. :raises Problem: it must not start now."""
         drain = self._store.projection.drain
         if drain is not None:
             raise draining(drain, vm=row.name)
@@ -405,19 +405,19 @@ def _busy(row: VmRow, error: Exception) -> Problem:
 
 
 def _starts(row: VmRow, command: Command) -> bool:
-    """Whether a command makes a VM start."""
+    """Returns whether a command starts a VM."""
     if command is Command.RESTART:
         return row.status is not Status.DELETING
     return command is Command.START and row.status in (Status.STOPPED, Status.CRASHED, Status.STOPPING)
 
 
 def _came_to_rest(row: VmRow) -> bool:
-    """Whether nothing more will happen to a VM that does not run (contract: Waiting)."""
+    """Returns whether the state of a VM that does not run is final (contract: Waiting)."""
     return row.status in (Status.STOPPED, Status.CRASHED) and settled(row)
 
 
 def _is_applied(row: VmRow, command: Command) -> bool:
-    """Whether a command whose answer was lost has changed the row."""
+    """Returns whether a command whose answer was lost has changed the row."""
     match command:
         case Command.STOP:
             return row.desired is Desired.STOPPED

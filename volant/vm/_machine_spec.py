@@ -1,7 +1,7 @@
-"""From a VM's row to the machine that the hypervisor runs.
+"""Builds a hypervisor's machine from a VM's row.
 
-Three decide about each of kernel, initramfs and root filesystem, the first that says something: the manifest of the
-plugin as it was when the VM was created, the operator's settings, the built image.
+Kernel, initramfs and root filesystem each come from the first of these that has one: the plugin's manifest at the
+creation of the VM, the operator's settings, the built image.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def shared_directories(settings: VmSettings, row: VmRow) -> tuple[SharedDirector
 
 
 def disk_limits(row: VmRow) -> DiskLimits | None:
-    """Returns the limits of a VM's disks, None if there are none."""
+    """Returns the limits of a VM's disks; None if there are none."""
     if row.disk_iops is None and row.disk_mbps is None:
         return None
     return DiskLimits(row.disk_iops, None if row.disk_mbps is None else row.disk_mbps * 2**20)
@@ -87,7 +87,8 @@ def guest_volumes(row: VmRow) -> list[dict[str, object]]:
 
 
 async def check_volumes(host: Host, settings: VmSettings, row: VmRow) -> None:
-    """:raises StepError: `volume_missing`; `volume_not_clean`; `volume_failed`, the disk fails."""
+    """Checks the files of a VM's volumes. :raises StepError: `volume_missing`; `volume_not_clean`; `volume_failed`, the
+    disk fails."""
     for mount in row.volumes:
         path = volume_path(settings.volume_dir, mount.id)
         try:
@@ -110,9 +111,7 @@ async def check_volumes(host: Host, settings: VmSettings, row: VmRow) -> None:
 
 def guest_manifest(row: VmRow) -> dict[str, object]:
     """Returns the body of `PUT /v1/daemon/manifest`: the manifest, with the VM's own environment over that of `exec`.
-
-    It lacks `boot`: the host's paths are no business of a guest's.
-    """
+    It lacks `boot`, because a guest must not learn paths of the host."""
     defaults = row.manifest.exec
     if defaults is not None:
         defaults = msgspec.structs.replace(defaults, env={**defaults.env, **row.env})
@@ -145,7 +144,7 @@ CUSTOM_IMAGE = "custom"
 
 
 def machine_spec(settings: VmSettings, row: VmRow, accelerator: AcceleratorName) -> MachineSpec:
-    """Returns the machine of a VM's newest boot. Launching it and adopting it take the same."""
+    """Returns the machine of a VM's newest boot. Launch and adoption use the same."""
     image = images.load(settings.cache_dir, row.image or "")
     # Adoption needs no image, and a launch fails because this path does not exist.
     gone = settings.cache_dir / f"image-{row.image}-is-gone"
@@ -190,9 +189,9 @@ def nic_of(settings: VmSettings, row: VmRow) -> Nic | None:
 
 
 def nameservers_of(row: VmRow, usual: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the DNS servers of a VM: its gateway, where the daemon answers, if it has an egress policy.
+    """Returns the DNS servers of a VM. With an egress policy that is its gateway, where the daemon answers.
 
-    :param usual: those of other VMs
+    :param usual: the DNS servers of other VMs
     """
     return (row.lease.gateway,) if row.lease is not None and is_restricted(row.egress) else usual
 
@@ -203,7 +202,7 @@ def uses_passt(row: VmRow) -> bool:
 
 
 def uses_image(settings: VmSettings, manifest: Manifest) -> bool:
-    """Whether VMs of that plugin boot a part of the built image, and so need the memory that it declares."""
+    """Returns whether VMs of that plugin boot a part of the built image, and so need the memory that it declares."""
     boot = manifest.boot or Boot()
     return (boot.kernel is None and settings.kernel is None) or (boot.initramfs is None and settings.initramfs is None)
 

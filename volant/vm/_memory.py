@@ -1,4 +1,4 @@
-"""Measures what VMs use of the host."""
+"""Measures the use of the host by VMs."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ async def measure_stats(host: Host, rows: Iterable[VmRow]) -> list[VmStats]:
 
 HOST_S = 5.0
 GUEST_S = 2.0
-"""The host's figures do not wait for a guest that is too busy to answer."""
+"""Deadlines. The host's figures do not wait for a guest that is too busy to answer."""
 _MAX_MB = 2**32
 
 
 async def measure(host: Host, row: VmRow, agent: AgentClient | None) -> VmMemory:
-    """Returns what a VM takes. `agent`: None leaves the guest's own figures out.
+    """Returns the memory of a VM. Without `agent`, the guest's own figures are left out.
 
-    :raises Problem: 409 it has no process, 503 the kernel does not tell.
+    :raises Problem: 409, it has no process; 503, the kernel reports no figures.
     """
     if row.process is None:
         raise _no_process(row)

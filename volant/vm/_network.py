@@ -31,7 +31,7 @@ class VmNetworks(msgspec.Struct):
     hypervisor: Hypervisor
     passt: Passt
     keeper: Ref[NetworkKeeper] | None = None
-    """The actor that manages taps and firewall rules, None if no VM gets a tap."""
+    """The actor that manages taps and firewall rules; None if no VM gets a tap."""
 
     async def attach(self, row: VmRow) -> None:
         """Connects a VM before its launch, once its row has the tag of the process to come.
@@ -44,19 +44,15 @@ class VmNetworks(msgspec.Struct):
         await self._attach(row)
 
     async def reattach(self, row: VmRow) -> None:
-        """Connects a VM again after a hypervisor that may have had its connection was ended: passt ends with that.
-
-        :raises StepError: as `attach`.
-        """
+        """Connects a VM again after its former hypervisor was ended, because its passt ends with the hypervisor.
+        :raises StepError: as `attach`."""
         if uses_passt(row):
             await self.detach(row)
             await self.attach(row)
 
     async def note_connected(self, row: VmRow) -> None:
-        """Notes that the launch has connected the VM's hypervisor to what `attach` started.
-
-        :raises StepError: it can't be noted.
-        """
+        """Records that the launch has connected the VM's hypervisor to the connection of `attach`. :raises StepError:
+        it can't be recorded."""
         try:
             if uses_passt(row):
                 await self.passt.note_connected(row.id)
@@ -76,8 +72,8 @@ class VmNetworks(msgspec.Struct):
             raise StepError("not_removed", f"the VM's network connection can't be removed: {error}") from error
 
     async def _release(self, row: VmRow) -> None:
-        """Removes the egress rules of a VM whose passt has ended. What fails is logged: the next change of the rules
-        removes them, and until then they allow nothing to anybody else."""
+        """Removes the egress rules of a VM whose passt has ended. A failure is logged: the next change of the rules
+        removes them, and until then they give no other process any access."""
         try:
             await self._ask(Release(row.id))
         except (NetworkFailed, StepError) as error:
@@ -95,7 +91,7 @@ class VmNetworks(msgspec.Struct):
             _logger.error("VM %s: %s", row.name, error, extra={"vm": row.name})
 
     async def disconnect_orphan(self, vm_id: int, nic: Nic) -> None:
-        """Removes the connection of an orphaned hypervisor that was killed. What is left goes at the daemon's start."""
+        """Removes the connection of a killed orphan. Remains are removed at the daemon's next start."""
         try:
             if kind_behind(nic) == USER:
                 await self.passt.end(vm_id)
@@ -154,15 +150,13 @@ class VmNetworks(msgspec.Struct):
 
 
 def kind_behind(nic: Nic) -> str:
-    """Returns the kind of network that a machine with this NIC has.
-
-    Only command lines of earlier versions name passt's socket. On others an address without a tap means passt.
-    """
+    """Returns the kind of network of a machine with this NIC. Only command lines of earlier versions name passt's
+    socket. In later ones, an address without a tap means passt."""
     return USER if nic.socket is not None or (nic.tap is None and nic.address) else BRIDGE
 
 
 def lease_of(nic: Nic) -> Lease | None:
-    """Returns the lease of a VM whose machine has this NIC, None if it has no address."""
+    """Returns the lease of a VM whose machine has this NIC; None if it has no address."""
     if not nic.address:
         return None
     address, _, prefix = nic.address.partition("/")

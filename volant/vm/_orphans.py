@@ -58,17 +58,17 @@ _logger = logging.getLogger("volant.vm")
 
 
 class Orphan(msgspec.Struct, frozen=True):
-    """An orphaned hypervisor, as it was a moment ago."""
+    """An orphaned hypervisor, as last read."""
 
     identity: ProcessIdentity
     vm_id: int
     boot: int
     machine: ParsedMachine | None
     obstacle: str | None
-    """Why it can't be adopted."""
+    """The reason why it can't be adopted."""
 
     def view(self) -> OrphanView:
-        """Returns what clients see of it."""
+        """Returns the view for clients."""
         machine = self.machine
         return OrphanView(
             tag=self.identity.tag,
@@ -98,7 +98,7 @@ class Orphans(msgspec.Struct):
     instance: str
 
     async def list(self) -> tuple[Orphan, ...]:
-        """Returns all of them, by id. Reads all of /proc."""
+        """Returns all orphans, by id. Reads all of /proc."""
         projection, settings = self.store.projection, self.settings
         found = []
         # The processes first: a VM that is launched meanwhile has its row before its process.
@@ -120,9 +120,9 @@ class Orphans(msgspec.Struct):
         return tuple(sorted(found, key=lambda orphan: (orphan.vm_id, orphan.boot)))
 
     async def adopt(self, tag: str, project: str, name: str | None = None) -> VmRow:
-        """Makes a VM of one in a project; durable when this returns. `name`: instead of its own.
+        """Adopts an orphan as a VM of a project; durable when this returns. `name` replaces its own.
 
-        :raises Problem: 404; 409 it can't be adopted, or the name is taken; 503.
+        :raises Problem: 404; 409, it can't be adopted, or the name is taken; 503.
         """
         steps = await self._steps(tag, project, name)
         first = steps[0].row
@@ -139,7 +139,8 @@ class Orphans(msgspec.Struct):
         raise Problem(503, "journal-slow", "the VM was not adopted in time; it may still appear")
 
     async def kill(self, tag: str) -> None:
-        """Ends one and removes its files, unless a VM has the same; its disk stays. :raises Problem: 404, 503."""
+        """Ends an orphan and removes its files, unless a VM uses the same; its disk is kept. :raises Problem: 404,
+        503."""
         orphan = await self._find(tag)
         try:
             with trio.fail_after(self.settings.kill_timeout_s):
@@ -235,9 +236,9 @@ def adopted_row(
     now: datetime,
     volumes: Mapping[str, Volume] | None = None,
 ) -> VmRow:
-    """Returns the row of the VM that an orphan becomes. `volumes`: all there are, by id.
+    """Returns the row of the VM for an orphan. `volumes` are all volumes, by id.
 
-    Where it mounts its volumes is not on its command line: the next boot mounts each at `/volumes/<name>`.
+    The mount points of its volumes are not in its command line: the next boot mounts each at `/volumes/<name>`.
     """
     image = images.load(settings.cache_dir, machine.kernel.parent.name)
     ours = image is not None and image.kernel == machine.kernel
@@ -283,13 +284,13 @@ def adopted_row(
 
 
 def _egress_of(nic: Nic | None) -> Egress:
-    """Returns the egress policy of an orphan. Its rules are lost, but not that it had some: its DNS server is its
-    gateway, where only the daemon answers. Then it may connect to nothing."""
+    """Returns the egress policy of an orphan. Its rules are lost, but their existence is known, because its DNS server
+    is then its gateway, where only the daemon answers. Such a VM may connect to nothing."""
     return EGRESS_NONE if nic is not None and nic.nameservers == (nic.gateway,) else EGRESS_ALL
 
 
 def _artifact(settings: VmSettings, path: Path) -> Artifact | None:
-    """The artifact in the cache that lies there; it need not be fetched again."""
+    """Returns the artifact in the cache at this path, which need not be fetched again."""
     if path != images.artifact_path(settings.cache_dir, path.name):
         return None
     return Artifact(str(path), path.name)

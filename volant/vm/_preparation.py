@@ -1,4 +1,4 @@
-"""Prepares a boot: fetches its files, decides what it goes on from, and makes the VM's layer."""
+"""Prepares a boot: fetches its files, chooses its template or checkpoint, and makes the VM's layer."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from .messages import StepError
 
 
 class Prepared(NamedTuple):
-    """The start of a boot."""
+    """The result of the preparation of a boot."""
 
     image: str
-    """The digest of the built image; `CUSTOM_IMAGE` where it is not used."""
+    """The digest of the built image; `CUSTOM_IMAGE` if it is not used."""
     template: str | None
-    """The digest of the template, or the name of the checkpoint, that the boot goes on from."""
+    """The digest of the template, or the name of the checkpoint, from which the boot continues."""
     origin: Origin | None = None
-    """The present row of the VM that it is a copy of."""
+    """The source of the copy, from its present row."""
     warm_process: WarmProcess | None = None
-    """Taken from the warm pool for the boot."""
+    """The process from the warm pool for the boot."""
 
 
 class BootPreparation(msgspec.Struct):
@@ -73,11 +73,11 @@ class BootPreparation(msgspec.Struct):
         return None if row.movable is not None else self.warm_pool.take(row.id, spec)
 
     def inspect(self) -> object:
-        """Returns the fetches that are under way, ready for JSON."""
+        """Returns the running fetches, ready for JSON."""
         return self.files.inspect()
 
     async def _prepare_copy(self, row: VmRow, checkpoint: str) -> Prepared:
-        """A copy has the image that its origin booted, and a copy of its layer."""
+        """Prepares a copy: it has the image that its origin booted, and a copy of its layer."""
         try:
             found = await self.checkpoints.find(checkpoint)
         except CheckpointLost as error:
@@ -132,7 +132,7 @@ class BootPreparation(msgspec.Struct):
         return Prepared(image, template.digest, warm_process=warm_process)
 
     def _check_size(self, disk: Disk) -> None:
-        """:raises StepError: the disk is smaller than the filesystem on it."""
+        """Checks the size of the disk. :raises StepError: the disk is smaller than the filesystem on it."""
         if disk.size_mb is None or disk.base is None:
             return
         try:
@@ -158,7 +158,8 @@ class BootPreparation(msgspec.Struct):
 
 
 async def _check_secrets(secrets: Secrets, row: VmRow) -> None:
-    """:raises StepError: `secret_missing`, `secret_unreadable`, `secret_unusable`."""
+    """Checks that the VM's secrets are readable. :raises StepError: `secret_missing`, `secret_unreadable`,
+    `secret_unusable`."""
     try:
         await secrets.values_for(row)
     except SecretFailed as error:

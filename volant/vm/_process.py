@@ -91,16 +91,18 @@ _CODES = {
     EndKind.INTERNAL_ERROR: "hypervisor_error",
     EndKind.GONE: "hypervisor_gone",
 }
-"""Public."""
+"""The codes of reasons in events and rows, which clients see."""
 
 
 def reason_of_end(
     kind: EndKind, message: str, console: tuple[str, ...], *, short_of_memory: bool = False
 ) -> tuple[EndKind, Reason]:
-    """Returns how it really ended, and why.
+    """Returns the real end of the guest, and its reason.
 
-    A kernel that panics before it has the device to report that reboots, as its command line tells it to. Then only its
-    last words on the console tell a panic from a reboot. `short_of_memory`: the kernel killed a process of the VM.
+    A kernel that panics before it has the device for reports reboots, because of its command line. Then only the last
+    lines of the console distinguish a panic from a reboot.
+
+    :param short_of_memory: the kernel killed a process of the VM
     """
     if kind in (EndKind.PANICKED, EndKind.RESET):
         for line in reversed(console):
@@ -116,15 +118,15 @@ def reason_of_end(
 _RETRY_S, _RETRY_MAX_S = 0.1, 10.0
 _ATTACHED_S = 15.0
 _CLOSING_S = 2.0
-"""A process that ends closes its connections before it is seen to end."""
+"""The wait for the end of a process after its connections have closed."""
 _CONSOLE_LINES = 60
-"""A kernel's panic has some forty lines, the trace included."""
+"""The console lines in a reason. A panic has some forty lines, including its trace."""
 _CONSOLE_CHARACTERS = 500
 _MAX_SANDBOX_BYTES = 65536
 _MAX_WEIGHT = 10_000
 _logger = logging.getLogger("volant.vm")
 _TASKS = 256
-"""Threads that a QEMU may have besides those of its vCPUs. It has some ten, and 64 more where a disk is slow."""
+"""Threads of a QEMU besides those of its vCPUs. It has some ten, and up to 64 more with a slow disk."""
 
 
 class VmProcess:
@@ -145,9 +147,12 @@ class VmProcess:
         take_control: Callable[[], ParkedControl | None],
         fence: VmFence | None,
     ) -> None:
-        """`paused`: whether the guest should be; one that is found otherwise is corrected. `take_control`: returns a
-        connection to the hypervisor that there is already; `fence`: while it is closed, the process is frozen; None:
-        there is none."""
+        """Creates the watch.
+
+        :param paused: whether the guest should be paused; a guest in the other state is corrected
+        :param take_control: returns an existing connection to the hypervisor
+        :param fence: while it is closed, the process is frozen; None without a fence
+        """
         self.identity = identity
         self.agent = agent
         self.console = SerialConsole(host, spec.console_input_path, spec.console_socket_path)
@@ -168,7 +173,7 @@ class VmProcess:
         self._short_of_memory = False
         self._wakeups = Wakeups(host, identity)
         self._sandbox: dict[str, object] = {}
-        """As it was put up when the process was launched."""
+        """The sandbox of the process, from its launch."""
 
     def inspect(self) -> dict[str, object]:
         """Returns figures, ready for JSON."""
@@ -188,7 +193,7 @@ class VmProcess:
         return {**self._sandbox, **msgspec.to_builtins(status), "limits": self._host.limits.of(self.identity)}
 
     async def run(self, beside: Sequence[Callable[[], Awaitable[None]]] = ()) -> None:
-        """Watches the process until cancelled. `beside`: tasks that run as long."""
+        """Watches the process until cancelled. `beside` are tasks that run as long."""
         pump = ConsolePump(self._host, self._spec.console_path, self._log, self._boot_key, feed=self.console.feed)
         with ExitStack() as stack:
             try:
@@ -231,11 +236,8 @@ class VmProcess:
         self._set_paused(False)
 
     async def checkpoint(self, into: Path, volumes: Path | None, timeout_s: float) -> Checkpoint:
-        """Copies the guest into an empty directory, and its volumes into another. Requests to its agent wait for a
-        moment.
-
-        :raises HypervisorError: CheckpointFailed among them.
-        """
+        """Copies the guest into an empty directory, and its volumes into another one. Requests to its agent wait
+        briefly. :raises HypervisorError: including CheckpointFailed."""
         machine = await self.machine()
         try:
             channel = await self.agent.connection.channel()
@@ -244,8 +246,8 @@ class VmProcess:
         return await machine.checkpoint(into, hold=channel.hold, timeout_s=timeout_s, volumes=volumes)
 
     async def report_lost_directory(self, why: str) -> None:
-        """Reports that the guest has lost a directory of the host, unless the hypervisor ends, too: then the
-        directory's process has ended with it."""
+        """Reports that the guest has lost a directory of the host. If the hypervisor ends too, there is no report, as
+        the directory's process has ended with it."""
         with suppress(ProcessGone), self._host.processes.open(self.identity) as process:
             with trio.move_on_after(_CLOSING_S):
                 await process.wait()
@@ -266,8 +268,7 @@ class VmProcess:
         self.agent.connection.set_paused(paused)
 
     async def _limit(self) -> None:
-        """Reads which sandbox there is, applies the resource limits, and notes when the kernel kills for lack of
-        memory."""
+        """Reads the sandbox, applies the resource limits, and notices when the kernel kills for lack of memory."""
         if self._host.files.exists(self._spec.sandbox_path):
             with suppress(OSError, ValueError):
                 data = await self._host.files.read(self._spec.sandbox_path, _MAX_SANDBOX_BYTES)
@@ -287,7 +288,7 @@ class VmProcess:
         return self._short_of_memory
 
     async def _watch(self) -> None:
-        """Attaches to the hypervisor, and reports how the guest ends. A frozen one is not asked anything."""
+        """Attaches to the hypervisor, and reports the end of the guest. A frozen hypervisor is sent no request."""
         while (end := await self._attend()) is None:
             self._attached = trio.Event()
         kind, message = end
@@ -296,7 +297,7 @@ class VmProcess:
         await self._report(Ended(kind, reason))
 
     async def _attend(self) -> tuple[EndKind, str] | None:
-        """Returns how the guest has ended, None if it is being frozen."""
+        """Returns the end of the guest; None if it is being frozen."""
         ended: list[tuple[EndKind, str]] = []
         if self._fence is not None:
             await self._fence.opened()
@@ -308,7 +309,7 @@ class VmProcess:
         return ended[0] if ended else None
 
     async def _attach(self) -> tuple[EndKind, str]:
-        """Attaches to the hypervisor; returns how the guest has ended."""
+        """Attaches to the hypervisor; returns the end of the guest."""
         try:
             attached = self._hypervisor.attach(self._spec, self.identity, self._take_parked())
             async with attached as machine, trio.open_nursery() as nursery:
@@ -322,7 +323,7 @@ class VmProcess:
             self._machine = None
 
     async def _take_control(self, machine: Machine) -> None:
-        """Pauses or resumes the guest where a daemon that was killed left it otherwise; then others may use it."""
+        """Pauses or resumes the guest if a killed daemon left it in the wrong state; then others may use it."""
         backoff = Backoff(_RETRY_S, _RETRY_MAX_S)
         was_left = False
         while True:
@@ -346,7 +347,7 @@ class VmProcess:
                 await self.agent.clock.set()
 
     def _note_disk_error(self, text: str) -> None:
-        """Writes into both logs why the guest gets an I/O error."""
+        """Logs the reason of the guest's I/O errors, in both logs."""
         name = self._spec.name
         _logger.warning("VM %s: %s", name, text, extra={"vm": name})
         now = self._host.clock.now()
@@ -360,7 +361,7 @@ class VmProcess:
         self._log.append([entry])
 
     async def _limit_disks(self, machine: Machine) -> None:
-        """Applies the limits of the VM's disks. A VM that can't have them is under control all the same."""
+        """Applies the limits of the VM's disks. A failure leaves the VM under control."""
         backoff = Backoff(_RETRY_S, _RETRY_MAX_S)
         said = False
         while True:
@@ -389,7 +390,7 @@ async def _end_of(machine: Machine) -> tuple[EndKind, str]:
 
 
 def bounds_of(spec: MachineSpec) -> ResourceLimits:
-    """Returns what the hypervisor's process of a machine may take of the host."""
+    """Returns the limits for the process of a machine's hypervisor."""
     return ResourceLimits(
         memory_mb=spec.memory_mb + CEILING_MB,
         cpus=spec.cpu_cores + 1,

@@ -1,6 +1,5 @@
-"""Runs the steps of one VM: each drives its process, files or guest towards what the row wants, and says what came of
-it. `VmActor` decides which step runs.
-"""
+"""Runs the steps of one VM: each changes its process, files or guest towards the wanted state, and returns its outcome.
+`VmActor` decides which step runs."""
 
 from __future__ import annotations
 
@@ -62,28 +61,28 @@ from .messages import StepError
 
 _AGENT_RETRY_S = 0.05
 _PAUSE_S = 45.0
-"""QEMU pauses a guest once the disk has all that the guest has written."""
+"""The deadline of a pause. QEMU pauses a guest after the disk has all of the guest's writes."""
 _RESUME_S = 60.0
-"""The guest's clock included, which its agent has to answer for."""
+"""The deadline of a resume, including the guest's clock, for which its agent must answer."""
 _CLONE_S = 30.0
-"""A clone that has no identity by then boots cold instead, so this is less than an agent may take."""
+"""The deadline for the identity of a clone, which then boots cold instead. It is shorter than an agent's deadline."""
 _logger = logging.getLogger("volant.vm")
 
 
 class VmState(msgspec.Struct):
-    """The knowledge of one incarnation of the actor about its VM. The actor changes it, and its steps read it."""
+    """The state of one incarnation of the actor about its VM. The actor changes it, and its steps read it."""
 
     row: VmRow
     log: VmLog
     process: VmProcess | None = None
     process_task: TaskHandle | None = None
     fresh_tag: str = ""
-    """The tag of a process that nobody can have started yet."""
+    """The tag of a process that can't have been started yet."""
     warm_process: WarmProcess | None = None
-    """Claimed by this boot."""
+    """The warm process of this boot."""
 
     def running_process(self) -> VmProcess:
-        """:raises AgentUnreachable: the row has no process any more."""
+        """Returns the process of the row. :raises AgentUnreachable: the row has no process any more."""
         if self.process is None:
             raise AgentUnreachable("the hypervisor's process is gone")
         return self.process
@@ -97,7 +96,8 @@ class Steps:
         self._vm = vm
 
     def limit_s(self, effect: Effect) -> float | None:
-        """Returns the deadline of a step, in seconds. None if its parts have their own, or it waits for others."""
+        """Returns the deadline of a step, in seconds. None if its parts have their own, or if it waits for other
+        VMs."""
         settings = self._deps.settings
         match effect:
             case Launch():
@@ -118,7 +118,7 @@ class Steps:
                 return None
 
     async def run(self, effect: Effect) -> Seen:
-        """Runs a step, and returns what came of it."""
+        """Runs a step, and returns its outcome."""
         row = self._vm.row
         try:
             match effect:
@@ -172,7 +172,7 @@ class Steps:
         return await self._unless_frozen(row, partial(self._launch_now, row, tag))
 
     async def _unless_frozen(self, row: VmRow, step: Callable[[], Awaitable[Seen]]) -> Seen:
-        """Takes a step once the VM may run. One that fails as the VM was frozen meanwhile is taken again."""
+        """Runs a step once the VM may run. A step that fails because the VM was frozen in between is repeated."""
         if row.movable is None:
             return await step()
         fence = self._deps.fence
@@ -208,7 +208,7 @@ class Steps:
         return Launched(identity, deps.hypervisor.name, accelerator)
 
     async def _claim(self, row: VmRow, spec: MachineSpec) -> ProcessIdentity | None:
-        """Claims the warm process that the row names. Returns None if it can't go on; it is ended then."""
+        """Claims the warm process of the row. Returns None if it can't continue; the process is then ended."""
         deps, mine = self._deps, self._vm.warm_process
         is_mine = mine is not None and mine.tag == spec.tag
         identity = mine.identity if mine is not None and is_mine else await deps.host.processes.find(spec.tag)
@@ -227,10 +227,8 @@ class Steps:
         return identity
 
     async def _finish_launch(self, row: VmRow, spec: MachineSpec) -> ProcessIdentity | None:
-        """Finds a machine that an earlier incarnation launched, however far it came, and lets it run.
-
-        None if there is none, or if it can't run and is ended.
-        """
+        """Finds a machine that an earlier incarnation launched, in any state, and lets it run. Returns None if there is
+        none, or if it can't run and is ended."""
         host = self._deps.host
         identity = await host.processes.find(spec.tag)
         if identity is None:
@@ -250,7 +248,7 @@ class Steps:
         return None
 
     async def _start_machine(self, row: VmRow, spec: MachineSpec) -> ProcessIdentity:
-        """Launches a machine. Where memory is short, the warm pool and the build of a template give way."""
+        """Launches a machine. If memory is short, the warm pool is emptied and the build of a template is aborted."""
         warm_pool = self._deps.warm_pool
         try:
             return await self._launch_machine(row, spec)
@@ -263,7 +261,7 @@ class Steps:
         return await self._launch_machine(row, spec)
 
     async def _launch_machine(self, row: VmRow, spec: MachineSpec) -> ProcessIdentity:
-        """Launches a machine, with a virtiofsd for each of its directories: they serve no second one."""
+        """Launches a machine, with one virtiofsd for each of its directories, because each serves only one machine."""
         virtiofsd = self._deps.virtiofsd
         try:
             started = await virtiofsd.start(row)
@@ -279,7 +277,8 @@ class Steps:
             raise
 
     async def _launch_fenced(self, row: VmRow, spec: MachineSpec) -> ProcessIdentity:
-        """Launches the machine of a VM that another host may start: its guest runs once it can be held back."""
+        """Launches the machine of a VM that another host may start: its guest runs once its process is behind the
+        fence."""
         identity = await self._deps.hypervisor.launch(msgspec.structs.replace(spec, start_paused=True))
         try:
             await self._let_run(row, spec, identity)
@@ -296,7 +295,7 @@ class Steps:
             await machine.resume()
 
     def _layer_of(self, template: str) -> Path:
-        """Returns the layer that a template's guest, or a checkpoint's, had when it was saved."""
+        """Returns the layer of the template's or checkpoint's guest when it was saved."""
         if is_checkpoint(template):
             return self._deps.checkpoints.at(template) / LAYER
         return template_layer(self._deps.settings.template_dir, template)
@@ -374,7 +373,8 @@ class Steps:
         return Resumed()
 
     async def _ask_stop(self, row: VmRow, grace_s: float) -> Seen:
-        """Asks the guest to stop. When it does, the watch on the process reports that, and this step is cancelled."""
+        """Asks the guest to shut down. When it has, the watch on the process reports that, and this step is
+        cancelled."""
         with trio.move_on_after(grace_s):
             try:
                 process = self._vm.running_process()
@@ -393,7 +393,7 @@ class Steps:
     # The end
 
     async def _kill(self, row: VmRow, tag: str) -> Seen:
-        """Ends the process and removes its files. The log gets all that the console said."""
+        """Ends the process and removes its files. The log gets the rest of the console."""
         host, settings, vm = self._deps.host, self._deps.settings, self._vm
         with _deadline(settings.kill_timeout_s, "unkillable", "the hypervisor's process does not end, although killed"):
             # The row's process is known beyond doubt; others with its tag were launched by a daemon that died.
@@ -427,7 +427,7 @@ class Steps:
         return Cleared()
 
     async def _remove(self, row: VmRow) -> Seen:
-        """Removes what belongs to the VM besides its row."""
+        """Removes all resources of the VM except its row."""
         if row.movable is not None or row.arrived:
             try:
                 await self._deps.fence.withdraw(row)

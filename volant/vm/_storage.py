@@ -1,14 +1,14 @@
-"""Lists what takes disk space for this daemon, and removes what nothing uses.
+"""Lists this daemon's items on the disk, and removes unused ones.
 
-**The users of an item are looked up at the moment at which it goes**, in the projection, without an await in between.
-The row of a VM is there before anything is fetched or made for it, so a VM that begins meanwhile either is seen, or
-makes or fetches what it needs afterwards (`ArtifactCache.remove`). Images that VMs boot are never removed: the current
-one stays, and the others are named in rows. A process with this daemon's tag counts as a user, whatever the database
-says. A VM whose template goes between the lookup and the launch boots cold, as it does when the template is damaged.
+**The users of an item are looked up when it is removed**, in the projection, without an await in between. The row of a
+VM exists before any of its files is fetched or made. So a VM that begins in the meantime is either found, or makes or
+fetches its files afterwards (`ArtifactCache.remove`). Images that VMs boot are never removed: the current one is kept,
+and the others are named in rows. A process with this daemon's tag counts as a user, independent of the database. If the
+template of a VM is removed between the lookup and the launch, the VM boots cold, as with a damaged template.
 
-Disks, snapshots and databases without a row are removed only when they are named: they may be all that is left of
-a user's work, and a restored database may not know of them. A snapshot with a row has its own route. Volumes are
-never removed here, with or without a row.
+Disks, snapshots and databases without a row are only removed if their kind is named: they may be the last copy of a
+user's work, and a restored database may not know of them. A snapshot with a row has its own route. Volumes are never
+removed here, with or without a row.
 """
 
 from __future__ import annotations
@@ -61,17 +61,17 @@ class _Item(msgspec.Struct, frozen=True):
     vm_id: int | None = None
     current: bool = False
     used_at: datetime | None = None
-    """When a VM went on from the template last."""
+    """The time when a VM was last cloned from the template."""
     others: tuple[str, ...] = ()
-    """Other daemons that use it, where they share the cache."""
+    """The other daemons that use it, in a shared cache."""
 
 
 class _Users(msgspec.Struct):
-    """The users of items, as of now."""
+    """The current users of items."""
 
     rows: dict[int, VmRow]
     running: frozenset[int]
-    """The VMs that have a process, also those without a row."""
+    """The VMs with a process, including those without a row."""
     plugins: dict[Key, Manifest] = msgspec.field(default_factory=dict)
     snapshots: tuple[Snapshot, ...] = ()
     volumes: tuple[Volume, ...] = ()
@@ -129,7 +129,7 @@ class Storage(msgspec.Struct):
     instance: str
 
     async def usage(self) -> Usage:
-        """Returns what there is, the largest first. :raises OSError: it can't be listed."""
+        """Returns all items, largest first. :raises OSError: they can't be listed."""
         found, running = await self._list()
         users = self._users(running)
         items = sorted((_shown(one, users) for one in found), key=lambda item: (-item.bytes, item.kind, item.name))
@@ -142,9 +142,10 @@ class Storage(msgspec.Struct):
         )
 
     async def prune(self, kinds: Collection[StoredKind] | None, *, dry_run: bool, unused_for_s: float = 0.0) -> Pruned:
-        """Removes what nothing uses. `kinds`: None means those that can be had again, or are over. `unused_for_s`:
-        templates that a VM went on from within that many seconds stay.
+        """Removes unused items.
 
+        :param kinds: None for the kinds that can be made again, or whose owner was deleted
+        :param unused_for_s: templates from which a VM was cloned within this number of seconds are kept
         :raises OSError: the items can't be listed.
         """
         wanted = PRUNED_KINDS if kinds is None else kinds
@@ -188,7 +189,7 @@ class Storage(msgspec.Struct):
         return found, running
 
     async def _list_templates(self) -> list[_Item]:
-        """Returns the templates, and those that are being built."""
+        """Returns the templates, including those that are being built."""
         host, store = self.host, self.templates
         whole = await store.all()
         names = {path.name: path for path in _in(host, store.directory)}
@@ -241,7 +242,8 @@ class Storage(msgspec.Struct):
         return tuple(f"the daemon of {state_dir}" for state_dir in found if state_dir != own)
 
     async def _remove(self, item: _Item, running: frozenset[int]) -> bool:
-        """Whether it is gone. :raises images.ImageError: :raises OSError: it can't be removed."""
+        """Removes an item and returns whether it is gone. :raises images.ImageError: :raises OSError: it can't be
+        removed."""
 
         def in_use() -> bool:
             return bool(self._users(running).of(item))
@@ -265,7 +267,7 @@ class Storage(msgspec.Struct):
                 return True
 
     def _prune_images(self, digest: str) -> bool:
-        """Whether that image is gone. Images that were listed as used go, too, if they no longer are."""
+        """Removes an image and returns whether it is gone. Other images that are no longer used are removed too."""
         cache_dir, projection = self.settings.cache_dir, self.store.projection
         users = images.users(cache_dir)
         rows = [*projection.rows(), *(one.vm for one in projection.snapshots.values())]

@@ -1,4 +1,4 @@
-"""The templates of VMs: which one a boot goes on from, and what its outcome says about it."""
+"""The templates of VMs: chooses one for a boot, and learns from the boot's outcome."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ from .messages import StepError
 R = TypeVar("R")
 _ASK_S = 60.0
 _BUILD_S = 300.0
-"""Time for building a template besides its guest's boot, as other builds may come first."""
+"""Extra time for a template besides its guest's boot, as other builds may come first."""
 _GIVE_WAY_S = 10.0
 _SUSPECT = frozenset(
     {"template_refused", "clone_refused", "clone_timeout", "guest_panicked", "guest_reset", "hypervisor_exited"}
 )
-"""Failures of a clone that the template may be to blame for, and not the host."""
+"""Failures of a clone that may be caused by the template and not by the host."""
 _logger = logging.getLogger("volant.vm")
 
 
@@ -68,15 +68,15 @@ class VmTemplates(msgspec.Struct):
     settings: VmSettings
 
     def inspect(self) -> Mapping[str, object]:
-        """Returns what is known of the actor that builds templates, ready for JSON."""
+        """Returns the state of the actor that builds templates, ready for JSON."""
         return self.builder.inspect()
 
     # For boots
 
     async def find(self, row: VmRow, image: str) -> tuple[ReadyTemplate, TemplateSpec] | None:
-        """Returns the template that a VM goes on from, None if it boots cold.
+        """Returns the template for a VM; None if it boots cold.
 
-        :raises StepError: `template_failed` the VM must be a clone, and there is no template.
+        :raises StepError: `template_failed`, the VM must be a clone, and there is no template.
         """
         if mounts_of(row):
             # A template's machine has no devices for them.
@@ -99,10 +99,7 @@ class VmTemplates(msgspec.Struct):
         return None if found is None else (found, spec)
 
     async def spec(self, row: VmRow, image: str) -> TemplateSpec:
-        """Returns the template that such a VM can go on from. What it boots from is in the cache.
-
-        :raises OSError: it is not.
-        """
+        """Returns the template for such a VM. The files of its boot are in the cache. :raises OSError: they are not."""
         accelerator = await self.hypervisor.accelerator()
         machine = machine_spec(self.settings, msgspec.structs.replace(row, image=image), accelerator)
         boot = row.manifest.boot or Boot()
@@ -142,13 +139,14 @@ class VmTemplates(msgspec.Struct):
         )
 
     async def give_way(self) -> bool:
-        """Whether a build was under way, and is given up because a VM lacks memory."""
+        """Aborts a running build because a VM lacks memory; returns whether there was one."""
         with suppress(ActorDown, AskTimeout):
             return await self.builder.ask(GiveWay(), timeout_s=_GIVE_WAY_S)
         return False
 
     def note_clone(self, before: VmRow, after: VmRow, *, adopted: bool) -> None:
-        """Notes what a step of a boot says about its template. `adopted`: an earlier incarnation began the boot."""
+        """Learns from a step of a boot whether its template works. `adopted` means that an earlier incarnation began
+        the boot."""
         template = before.template
         if before.status is not Status.STARTING or before.checkpoint is not None or template is None:
             return
@@ -168,7 +166,7 @@ class VmTemplates(msgspec.Struct):
             self._tell(Suspect(template, f"{failed.code}: {failed.message}"))
 
     def is_wanted(self, before: VmRow, after: VmRow) -> bool:
-        """Whether a VM has just booted cold, and the next one like it should not have to."""
+        """Returns whether a VM has just booted cold and the next one like it should be a clone."""
         return (
             (before.status, after.status) == (Status.STARTING, Status.RUNNING)
             and before.checkpoint is None
@@ -179,7 +177,7 @@ class VmTemplates(msgspec.Struct):
         )
 
     async def want(self, row: VmRow) -> None:
-        """Has the template of such a VM built, unless it is there."""
+        """Requests the template of such a VM, unless it exists."""
         with suppress(OSError):
             spec = await self.spec(row, row.image or "")
             if await self.template_store.find(spec.key, spec.digest) is None:
@@ -204,7 +202,7 @@ class VmTemplates(msgspec.Struct):
     # For clients
 
     async def list(self) -> tuple[TemplateView, ...]:
-        """Returns all templates, those being built, and those that could not be built. :raises Problem: 503."""
+        """Returns all templates, including those that are being built or that failed. :raises Problem: 503."""
         return tuple(map(self._without_directories, await self._ask(ListTemplates())))
 
     async def build(self, request: BuildTemplate, project: str) -> TemplateView:
@@ -240,7 +238,7 @@ class VmTemplates(msgspec.Struct):
         return await self._ask(Build(spec), self.settings.agent_timeout_s + _BUILD_S)
 
     async def remove(self, digest: str) -> None:
-        """Removes a template. VMs that began as its clones go on. :raises Problem: 404, 503."""
+        """Removes a template. VMs cloned from it keep running. :raises Problem: 404, 503."""
         await self._ask(RemoveTemplate(digest))
 
     def _without_directories(self, view: TemplateView) -> TemplateView:

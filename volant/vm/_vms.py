@@ -1,4 +1,4 @@
-"""Assembles all that can be done with the VMs of one daemon, and their volumes."""
+"""Assembles the parts for the VMs of one daemon, and their volumes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class GuestVolumes(msgspec.Struct, frozen=True):
     processes: Mapping[int, VmProcess]
 
     async def grow(self, volume: Volume) -> None:
-        """Has the guest that writes to a volume use its new size. :raises Problem: 503 it can't."""
+        """Notifies the guest that writes to a volume of its new size. :raises Problem: 503, it can't use it."""
         row = writer_of(volume.id, self.projection.rows())
         process = None if row is None else self.processes.get(row.id)
         if row is None or process is None or not row.agent_seen:
@@ -72,7 +72,7 @@ class GuestVolumes(msgspec.Struct, frozen=True):
 
 
 class Vms(Lifecycle):
-    """The VMs of one daemon: their lifecycle, and by name what else can be done with them."""
+    """The VMs of one daemon: their lifecycle, and by name all other requests about them."""
 
     def __init__(
         self,
@@ -98,9 +98,14 @@ class Vms(Lifecycle):
         names: Mapping[str, Names] = OWN_NAMES,
         fence: VmFence | None = None,
     ) -> None:
-        """`builder`: the actor that builds templates; `network`: the one that manages taps, None if no VM gets one;
-        `supervisor`: of VMs' actors; `names`: of VMs, snapshots and volumes, by how paths name these;
-        `fence`: around VMs that other hosts may start, None if there are no other hosts."""
+        """Creates them.
+
+        :param builder: the actor that builds templates
+        :param network: the actor that manages taps; None if no VM gets one
+        :param supervisor: the supervisor of VMs' actors
+        :param names: the names of VMs, snapshots and volumes, by the collection in paths of the API
+        :param fence: the fence of VMs that other hosts may start; None if there are no other hosts
+        """
         fence = fence or NoFence()
         self.artifacts = artifacts
         self.oci = oci

@@ -1,4 +1,4 @@
-"""The messages that a VM's actor takes, and the failure of a step."""
+"""The messages that a VM's actor receives, and the failure of a step."""
 
 from __future__ import annotations
 
@@ -21,53 +21,53 @@ class StepError(Exception):
 
 
 CHECKPOINT_S = 60.0
-"""Deadline of the hypervisor for a checkpoint."""
+"""The hypervisor's deadline for a checkpoint."""
 
 
 class Ask(Request[VmRow], msgspec.Struct, frozen=True):
-    """A client's command, or what a move to another host wants -> the row, durable.
+    """Carries out a client's command, or a step of a move to another host -> the row, durable.
 
-    :raises Problem: 409 not legal now; 412 the row is at none of `revisions`; 422 the key was used for another request;
-        503 the journal can't keep it.
-    :raises DuplicateRequest: the same request came before; nothing was done now.
+    :raises Problem: 409, not legal now; 412, the row is at none of `revisions`; 422, the key was used for another
+        request; 503, the journal can't store the change.
+    :raises DuplicateRequest: the same request was executed before, and this one was not.
     """
 
     request: CommandRequest | Leaves | Stays | Left | Replicated
     revisions: frozenset[int] | None = None
-    """None: whatever the row is at."""
+    """The accepted revisions of the row; None for any."""
     key: IdempotencyKey | None = None
     raises = (Problem, DuplicateRequest)
 
 
 class CheckpointTaken(msgspec.Struct, frozen=True):
-    """A guest that was copied."""
+    """The copy of a guest."""
 
     checkpoint: Checkpoint
     protocol: int
-    """The newest that its agent is known to speak."""
+    """The newest protocol that its agent is known to support."""
 
 
 class TakeCheckpoint(Request[CheckpointTaken], msgspec.Struct, frozen=True):
-    """Copies the guest into an empty directory. It is paused for a moment, or stays paused. A command that wants it to
-    be something else ends that.
+    """Copies the guest into an empty directory -> the copy. The guest is paused briefly, or stays paused. A command for
+    another state cancels the copy.
 
-    :raises Problem: 409 there is no guest that runs or is paused, or it is to be something else.
-    :raises CheckpointFailed: there is no copy. The directory is the caller's to remove.
+    :raises Problem: 409, no guest is running or paused, or it should be in another state.
+    :raises CheckpointFailed: there is no copy. The caller must remove the directory.
     """
 
     into: Path
     volumes: Path | None = None
-    """The directory for copies of the volumes that the VM writes to, None if it writes to none."""
+    """The directory for copies of the volumes that the VM writes to; None if it writes to none."""
     raises = (Problem, CheckpointFailed)
 
 
 class Report(Request[None], msgspec.Struct, frozen=True):
     """An observation of a task of the actor.
 
-    `effect`: the step that reports. A late report, of a step that is no longer the wanted one, is dropped. None: the
-    process with the process tag `tag` reports.
+    `effect` is the step that reports; None if it is the process with the process tag `tag`. A late report, of a step
+    that is no longer wanted, is dropped.
 
-    :raises Problem: 503 the journal can't keep it now; report again.
+    :raises Problem: 503, the journal can't store it now; report again.
     """
 
     seen: Seen
