@@ -16,28 +16,28 @@ if TYPE_CHECKING:
     from ._log import VmLog
 
 _BEFORE = Place(0, 0)
-"""Before the first line of a segment."""
+"""The place before the first line of a segment."""
 
 
 class LogGap(msgspec.Struct, frozen=True):
-    """Lines that are not stored any more, from one number to another, both included."""
+    """Expired lines, from one number to another, both included."""
 
     first: int
     last: int
 
     @property
     def frame(self) -> bytes:
-        """The JSON that clients get."""
+        """The JSON for clients."""
         return b'{"gap":{"from":%d,"to":%d}}' % (self.first, self.last)
 
 
 class LogCursor(msgspec.Struct, eq=False):
-    """A place in a VM's log. `VmLog.cursor` creates it."""
+    """A position in a VM's log. `VmLog.cursor` creates it."""
 
     _log: VmLog
     _ring: Log
     position: int
-    """The number of the last line that was taken or skipped."""
+    """The number of the last line taken or skipped."""
     _heads: tuple[bytes, ...]
     _since_us: int
     _end: int | None
@@ -65,7 +65,7 @@ class LogCursor(msgspec.Struct, eq=False):
         return []
 
     async def _follow(self, max_bytes: int) -> list[bytes] | None:
-        """Returns lines of the ring, perhaps none of the wanted streams; None at the end."""
+        """Returns lines of the ring, possibly none of the wanted streams; None at the end."""
         taken = await self._ring.cursor(after=self.position).take(max_bytes)
         if isinstance(taken, Gap):
             return []

@@ -75,7 +75,7 @@ class LogEntry(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class LogStatistics(msgspec.Struct, frozen=True):
-    """Statistics of a `VmLog`. `lost`: lines that could not be written, since the daemon's start."""
+    """Statistics of a `VmLog`. `lost` counts lines that could not be written since the daemon's start."""
 
     oldest: int
     newest: int
@@ -111,8 +111,8 @@ class VmLog:
         self.vm_id = vm_id
         self._throttle = Throttle(share, vm_id)
         self._reading = reading
-        """Shared by all logs. Readers search the history one after the other: each in a thread, they would leave the
-        event loop a fraction of the interpreter's time."""
+        """Shared by all logs, so that readers search the history one after the other: with a thread each, they would
+        leave the event loop a fraction of the interpreter's time."""
         self._key = Key("", "")
         self._newest = 0
         self._resume: dict[str, int] = {}
@@ -169,7 +169,7 @@ class VmLog:
 
     @property
     def oldest(self) -> int:
-        """The number of the oldest stored line; `newest + 1` when there is none."""
+        """The number of the oldest stored line; `newest + 1` if there is none."""
         return self._segments[0].first if self._segments else self._newest + 1
 
     @property
@@ -191,11 +191,13 @@ class VmLog:
     # Writing
 
     def resume_position(self, source: str) -> int:
-        """Returns where to continue in `source`, so that each line is logged exactly once; 0 when that is not known."""
+        """Returns the position at which to continue in `source`, so that each line is logged exactly once; 0 if
+        unknown."""
         return self._resume.get(self._token(source)[0], 0)
 
     async def throttle(self, lines: int, size: int) -> None:
-        """Waits after appending so many lines of `size` bytes in all, longer if they were many. Always a checkpoint."""
+        """Waits after an append of this number of lines, with `size` bytes in total; longer after many. Always a
+        checkpoint."""
         await self._throttle.spend(lines, size)
 
     def append(self, entries: Sequence[LogEntry]) -> None:

@@ -103,10 +103,8 @@ class VmLogs:
         return None
 
     async def forget(self, vm_id: int, keep_s: float = 86400.0) -> None:
-        """Ends the log of a deleted VM, which expires after `keep_s`. The first call counts.
-
-        :raises OSError: the disk fails.
-        """
+        """Ends the log of a deleted VM, which expires after `keep_s`. Only the first call has an effect. :raises
+        OSError: the disk fails."""
         if vm_id not in self._expiry and self.find(vm_id) is not None:
             expiry = self._host.clock.now() + timedelta(seconds=keep_s)
             self._expiry[vm_id] = expiry
@@ -120,10 +118,8 @@ class VmLogs:
                 self._wake.set()
 
     async def forget_unknown(self, vm_ids: Collection[int]) -> None:
-        """Forgets the logs of all VMs but these: a daemon may have been killed during a delete.
-
-        :raises OSError: see `forget`.
-        """
+        """Ends the logs of all other VMs: a daemon may have been killed during a delete. :raises OSError: see
+        `forget`."""
         for vm_id in {*self._logs, *self._found}.difference(vm_ids):
             await self.forget(vm_id)
 
@@ -163,7 +159,7 @@ class VmLogs:
         return {*self._logs, *self._found}
 
     async def keep(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Removes what has expired, from time to time, for ever. :raises OSError: files can't be removed."""
+        """Removes expired lines and logs at intervals, until cancelled. :raises OSError: files can't be removed."""
         await self.prepare()
         task_status.started()
         while True:
@@ -172,7 +168,7 @@ class VmLogs:
                 await self._wake.wait()
 
     async def sweep(self) -> None:
-        """Removes what has expired. :raises OSError: files can't be removed."""
+        """Removes expired lines and logs. :raises OSError: files can't be removed."""
         self._wake = trio.Event()
         now = self._host.clock.now()
         cutoff_us = _us(now - timedelta(seconds=self._max_age_s))
@@ -188,7 +184,7 @@ class VmLogs:
         await self._remove_dropped()
 
     def _is_due(self, vm_id: int, cutoff_us: int) -> bool:
-        """Whether a log that is not open yet has lines that have expired."""
+        """Returns whether a log that is not open yet has expired lines."""
         # `discard` may have removed the log while the sweep waited for the disk.
         segments = self._found.get(vm_id)
         return segments is not None and segments[0].at_us < cutoff_us

@@ -1,8 +1,8 @@
-"""Sets a guest's clock as well as the way to the guest allows.
+"""Sets a guest's clock as exactly as the round trip of a request allows.
 
-A request takes its time to get there, so how far the guest's clock is ahead is known to half of the way there and back
-alone. A step by that may then take as long as it likes. Of all tries the one with the shortest way counts: what was
-measured on a long way moves no clock that is known better.
+A request takes time to arrive, so the lead of the guest's clock is only known to half of the round trip. Setting the
+clock by that lead may then take any time. Of all attempts, the one with the shortest round trip counts: a measurement
+with a long round trip never changes a clock that is known more exactly.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from volant.model.agent import DAEMON_CLOCK
 from ._connection import AgentConnection, NoSuchRoute
 
 _EXACT_NS = 25_000_000
-"""A clock that is off by less is exact."""
+"""The tolerance: a clock with a smaller error is exact."""
 _MAX_LEAD_NS = 20_000_000
-"""A clock set ahead by that is exact even if the way then takes no time."""
+"""The maximum lead to add. A clock set ahead by this much is exact even if the request then takes no time."""
 _TRIES = 5
-"""On a busy host one way in some is short enough."""
+"""Attempts per correction. On a busy host, one of some requests is short enough."""
 FIRST_TRIES = 2
 """Attempts for a clone, which a client waits for. `repair` follows if they are not enough."""
 _REPAIR_S, _REPAIR_MAX_S = 1.0, 60.0
 _REPAIRS = 12
 _REACHABLE_S = 20.0
-"""Deadline for the agent of a guest that was paused to answer again and to set its clock."""
+"""The deadline for the agent of a paused guest to answer again and to set its clock."""
 
 
 class GuestClock:
@@ -43,7 +43,7 @@ class GuestClock:
         self._lock = trio.Lock()
         self._is_exact = True
         self._unsure_ns = math.inf
-        """By so much the clock may be off, as far as is known."""
+        """The maximum error of the clock, as far as known."""
         self._may_be_repaired = trio.Event()
 
     def now_ns(self) -> int:
@@ -51,9 +51,10 @@ class GuestClock:
         return int(self._host.clock.now().timestamp() * 1e6) * 1000
 
     async def set(self) -> None:
-        """Sets the clock of a guest that was paused. An agent that is too old for that is left alone.
+        """Sets the clock of a guest that was paused. Does nothing if the agent is too old for that.
 
-        :raises AgentUnreachable: it can't be reached in time. :raises AgentProtocolError: it refuses.
+        :raises AgentUnreachable: it can't be reached in time.
+        :raises AgentProtocolError: it refuses.
         """
         await self._once_reachable(self._set)
 
@@ -72,7 +73,9 @@ class GuestClock:
         await self._once_reachable(step)
 
     async def check(self, shown_ns: int) -> None:
-        """Sets the clock of a clone, if the time it shows is off: it was sent with a request that is answered just now.
+        """Sets the clock of a clone if it is wrong.
+
+        :param shown_ns: the clone's time, which the daemon sent with the request that was just answered
 
         :raises AgentUnreachable: :raises AgentProtocolError:
         """

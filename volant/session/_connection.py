@@ -15,11 +15,11 @@ from volant.model.agent import HEALTHZ, INFO, PROTOCOL_MIN, PROTOCOL_VERSION
 
 ANSWER_S = 10.0
 IDENTITY_S = 15.0
-"""The agent waits 6 s for a copied workload to be healthy."""
+"""The deadline for an identity. The agent waits 6 s for a copied workload to be healthy."""
 DETAIL_CHARACTERS = 1000
 _OPEN_S = 1.0
 _LIMITED_S = 5.0
-"""A guest that answers needs a small part of it, on a busy host too."""
+"""The maximum time in `limited`. A guest that answers needs a small part of it, even on a busy host."""
 
 
 class WorkloadNotHealthy(AgentProtocolError):
@@ -27,16 +27,16 @@ class WorkloadNotHealthy(AgentProtocolError):
 
 
 class NoSuchRoute(AgentProtocolError):
-    """The agent is too old to know the request."""
+    """The agent is too old for the request."""
 
 
 class AgentConnection:
-    """The connection to one agent. It is there while a task is in `open`."""
+    """The connection to one agent. It exists while a task is in `open`."""
 
     def __init__(
         self, host: Host, address: Address, *, take_link: Callable[[], ParkedLink | None], paused: bool = False
     ) -> None:
-        """`take_link`: returns a link to the agent that there is already."""
+        """`take_link` returns an existing link to the agent."""
         self._host = host
         self._address = address
         self._take_link = take_link
@@ -47,7 +47,7 @@ class AgentConnection:
         self.client: AgentClient | None = None
         """Set while the channel is open, whether or not the agent answers."""
         self.incompatible: str | None = None
-        """Why the daemon can't talk to the agent, although that answers."""
+        """The reason why the daemon can't communicate with the agent, although the agent answers."""
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[None]:
@@ -64,12 +64,12 @@ class AgentConnection:
 
     @property
     def link(self) -> int | None:
-        """The number of the channel's link: while it is the same, so is the agent. None if there is no link."""
+        """The number of the channel's link; None if there is none. The agent is the same as long as the number is."""
         return None if self._channel is None else self._channel.link
 
     @property
     def protocol(self) -> int | None:
-        """The protocol agreed on with the agent; None before that."""
+        """The protocol agreed on with the agent; None before."""
         return self._protocol
 
     def inspect(self) -> dict[str, object]:
@@ -82,7 +82,7 @@ class AgentConnection:
         }
 
     def set_paused(self, paused: bool) -> None:
-        """Says whether the guest is paused. Requests wait while it is."""
+        """Records whether the guest is paused. Requests wait while it is."""
         self._paused = paused
         if self._channel is not None:
             self._channel.set_paused(paused)
@@ -104,10 +104,10 @@ class AgentConnection:
         await (await self.channel()).ready()
 
     async def ask(self, method: str, path: str, body: object = None, *, also: Collection[int] = ()) -> None:
-        """Sends one request of the daemon's. Successes will do, and the statuses in `also`.
+        """Sends one request of the daemon. Success statuses are accepted, and the statuses in `also`.
 
         :raises AgentUnreachable: the agent can't be reached.
-        :raises AgentProtocolError: the agent refuses, or answers with nonsense.
+        :raises AgentProtocolError: the agent refuses, or sends an invalid answer.
         """
         await self.channel()
         answer = await self._client().request_json(method, path, body, timeout_s=ANSWER_S)
@@ -192,7 +192,7 @@ class AgentConnection:
 
 
 def detail_of(body: object) -> str:
-    """Returns a guest's own words on what went wrong, cut to what people read: they get into rows, events and logs."""
+    """Returns a guest's error text, cut to a readable length, for rows, events and logs."""
     return str(body.get("detail"))[:DETAIL_CHARACTERS] if isinstance(body, dict) else ""
 
 
@@ -205,5 +205,5 @@ def _range(offered: object) -> tuple[int, int]:
 
 
 def _is_number(value: object) -> TypeGuard[int]:
-    """Whether it is a number that an agent may send. JSON's may have thousands of digits."""
+    """Returns whether a value is a number that an agent may send. Numbers in JSON may have thousands of digits."""
     return type(value) is int and 0 <= value < 2**63

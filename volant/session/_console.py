@@ -68,7 +68,7 @@ class ConsolePump:
                 await watch.wait()
 
     async def drain(self) -> None:
-        """Carries what is there now, at the rate that the log allows, so that a flood starves nobody."""
+        """Carries the present output, at the rate that the log allows, so that a flood delays no other VM."""
         while piece := self._carry():
             await self._log.throttle(*piece)
 
@@ -125,8 +125,8 @@ class ConsolePump:
         return True
 
     def _reclaim(self) -> None:
-        """Frees space where no line comes from. Only a hypervisor that was taken over uses it: before what was freed,
-        and beyond the end."""
+        """Frees space that contains no lines to carry: before the freed position, and beyond the end. Only a hypervisor
+        that was taken over uses such space."""
         try:
             end = self._host.files.size(self._path)
         except OSError:

@@ -12,7 +12,7 @@ _PIECE_LINES = 2000
 
 
 def piece_of(data: bytes, start: int = 0) -> bytes:
-    """Returns what to carry next of `data` from `start` on: all of it, unless that would hold up the event loop."""
+    """Returns the next part of `data` to carry, from `start` on: all of it, unless that would block the event loop."""
     if len(data) - start > PIECE_BYTES or data.count(b"\n", start) > _PIECE_LINES:
         end = start + PIECE_BYTES
         return data[start : end if data.count(b"\n", start, end) <= _PIECE_LINES else start + _PIECE_LINES]
@@ -20,11 +20,11 @@ def piece_of(data: bytes, start: int = 0) -> bytes:
 
 
 class Line(NamedTuple):
-    """A line without its end, or a part of one that is too long."""
+    """A complete line, an unfinished one, or a part of a line that is too long."""
 
     data: bytes
     partial: bool
-    """The line goes on in the next one."""
+    """Whether the line continues in the next one."""
     end: int
     """The position in the stream after this line."""
 
@@ -78,7 +78,7 @@ class LineSplitter:
         return [line]
 
     def skip_to(self, position: int) -> list[Line]:
-        """Goes on at `position`, as bytes are missing. Returns the unfinished line."""
+        """Continues at `position` after missing bytes. Returns the unfinished line."""
         lines = self.flush()
         self.position = position
         return lines

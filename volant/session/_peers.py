@@ -18,7 +18,7 @@ from ._connection import AgentConnection
 HOSTS_AT_ONCE = 8
 """Maximum number of guests that get new hosts entries at a time."""
 _PAUSE_S = 0.5
-"""Many VMs that join a network at once cost their peers one request."""
+"""The pause between two updates. Many VMs that join a network at once cost their peers one request."""
 _MAX_PAUSE_S = 60.0
 
 
@@ -30,7 +30,7 @@ class HostsEntries:
         self._peers = peers
         self._lock = trio.Lock()
         self.sent: Mapping[str, str] | None = None
-        """The entries that the guest has, None if that is not known."""
+        """The entries of the guest; None if unknown."""
 
     async def send(self) -> None:
         """Sends the entries, unless the guest has them or its agent is too old. Raises as `AgentConnection.ask`."""
@@ -59,7 +59,7 @@ class HostsEntries:
 
 
 class Peers(msgspec.Struct):
-    """The peers of one VM, as the rows have them now."""
+    """The peers of one VM, from the current rows."""
 
     projection: Projection
     row: VmRow
@@ -67,7 +67,7 @@ class Peers(msgspec.Struct):
 
     @property
     def can_change(self) -> bool:
-        """Whether the VM's network has a name, and so may have other members."""
+        """Whether the VM's network has a name, so that it may have other members."""
         return is_named(self.row.network)
 
     def hosts(self) -> Mapping[str, str]:
@@ -75,11 +75,11 @@ class Peers(msgspec.Struct):
         return self.projection.members(self.row.network_key) if self.can_change else {}
 
     async def changed(self, hosts: Mapping[str, str]) -> None:
-        """Returns once the members are others than `hosts`."""
+        """Waits until the members differ from `hosts`."""
         await self.projection.members_are_not(self.row.network_key, hosts)
 
     def interface(self) -> dict[str, object] | None:
-        """Returns the configuration of a clone's network interface (`GuestNetwork`), None if it has none."""
+        """Returns the configuration of a clone's network interface (`GuestNetwork`); None if it has none."""
         lease = self.row.lease
         if lease is None:
             return None

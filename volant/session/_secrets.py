@@ -1,4 +1,4 @@
-"""Gives the guest of a VM the values of its secrets."""
+"""Sends the values of a VM's secrets to its guest."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from volant.secrets import SecretFailed, Secrets
 
 
 class SecretsFailed(AgentProtocolError):
-    """The guest can't have its secrets. The text is for people, and has no part of a value."""
+    """The guest can't receive its secrets. The text is for people, and contains no part of a value."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -25,7 +25,7 @@ class GuestSecrets(msgspec.Struct, frozen=True):
     secrets: Secrets
     row: VmRow
     boot: str
-    """Identifies the boot, for the agent: the values that it got for one stay."""
+    """The id of the boot, for the agent: a boot's values do not change."""
 
     async def body(self) -> dict[str, object]:
         """Returns the body of `PUT /v1/daemon/secrets`, with the present values. :raises SecretsFailed:"""
@@ -44,7 +44,10 @@ class GuestSecrets(msgspec.Struct, frozen=True):
 
 
 def guest_secrets(secrets: Secrets, row: VmRow, instance: str) -> GuestSecrets | None:
-    """Returns the secrets of a VM's present boot, None if it has none. `instance`: names this daemon."""
+    """Returns the secrets of a VM's present boot; None if it has none.
+
+    :param instance: the name of this daemon
+    """
     if not row.secret_env and not row.secrets:
         return None
     return GuestSecrets(secrets, row, f"{instance}.{row.boot_key}")

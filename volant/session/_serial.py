@@ -32,7 +32,7 @@ from volant.host import Host
 from ._console import ConsolePump
 
 TYPE_S = 10.0
-"""Deadline for a guest to read its input, once the pipe is full."""
+"""The deadline for a guest to read its input, once the pipe is full."""
 _RING_BYTES = 256 * 1024
 _RING_FRAMES = 4096
 _TAKE_BYTES = 64 * 1024
@@ -50,11 +50,11 @@ class KeyboardTaken(Exception):
 
 
 class NotTyped(Exception):
-    """The guest, or its hypervisor, does not take the input. The text is for people."""
+    """The guest, or its hypervisor, does not accept the input. The text is for people."""
 
 
 class Missed(msgspec.Struct, frozen=True):
-    """A reader was too slow, and missed so many bytes."""
+    """A reader was too slow, and missed this number of bytes."""
 
     bytes: int
 
@@ -127,10 +127,8 @@ class SerialConsole(msgspec.Struct, eq=False):
 
     @contextmanager
     def keyboard(self, *, take: bool = False) -> Iterator[Keyboard]:
-        """Gives the keyboard for a block. `take`: also if another client has it, which loses it.
-
-        :raises KeyboardTaken: another client has it.
-        """
+        """Gives the keyboard to the caller for a block. With `take`, another client with the keyboard loses it. :raises
+        KeyboardTaken: another client has it."""
         if self._keyboard is not None:
             if not take:
                 raise KeyboardTaken
@@ -146,7 +144,7 @@ class SerialConsole(msgspec.Struct, eq=False):
     # The Unix socket
 
     async def serve(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Serves the Unix socket until cancelled. Where that fails, the VM goes on without."""
+        """Serves the Unix socket until cancelled. If that fails, the VM runs without it."""
         try:
             listener = self._host.sockets.listen_unix(self._socket_path)
         except OSError as error:
@@ -184,8 +182,10 @@ class SerialConsole(msgspec.Struct, eq=False):
             nursery.cancel_scope.cancel()
 
     async def _type(self, stream: trio.SocketStream, connection: trio.CancelScope) -> None:
-        """Types what the client sends; the first byte takes the keyboard. After the client's end the connection stays
-        open for a moment, as the client may have closed one half only."""
+        """Types the client's input; the first byte takes the keyboard.
+
+        After the client's end, the connection stays open briefly, as the client may have closed only its direction.
+        """
         data = await stream.receive_some(_SOCKET_PIECE)
         if data:
             with self.keyboard() as keyboard:
@@ -206,7 +206,7 @@ class Reader:
         self._position = position
 
     async def take(self) -> bytes | Missed | None:
-        """Returns the output since the last call, or how much of it is lost; None at the end. A cancelled call takes
+        """Returns the output since the last call, or the size of the lost part; None at the end. A cancelled call takes
         nothing."""
         if self._recent:
             await trio.lowlevel.checkpoint()

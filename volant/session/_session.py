@@ -46,29 +46,29 @@ _logger = logging.getLogger("volant.vm")
 
 _RETRY_S, _RETRY_MAX_S = 0.1, 10.0
 _ROOT_S = 20.0
-"""The agent waits 15 s for the guest to be set up before it says that it is not."""
+"""The deadline for the root filesystem. The agent waits 15 s for the guest's setup before it reports a failure."""
 _VOLUMES_S = 60.0
-"""A journal may have to be replayed."""
+"""The deadline for volumes. A journal may need a replay."""
 _SECRETS_S = 20.0
 _ENTROPY_BYTES = 64
 _CLONE_OUTPUT_S = 0.3
-"""The answer that a client waits for goes before a clone's output, unless the workload has ended: then it is the output
-that is waited for."""
+"""The delay of a clone's output, so that the client first receives its answer. There is no delay if the workload has
+ended: then the client waits for the output."""
 
 
 class RootFailed(Exception):
-    """The guest can't mount its root filesystem. The text is for people, in part the guest's."""
+    """The guest can't mount its root filesystem. The text is for people, and partly from the guest."""
 
 
 class VolumesFailed(AgentProtocolError):
-    """The guest can't mount its volumes. The text is for people, in part the guest's."""
+    """The guest can't mount its volumes. The text is for people, and partly from the guest."""
 
 
 class GuestLimits(msgspec.Struct, frozen=True):
     """Maximum number of guests that the daemon updates at a time."""
 
     clocks: trio.CapacityLimiter = msgspec.field(default_factory=lambda: trio.CapacityLimiter(1))
-    """To set a clock takes processor time that other guests lack, and that keeps their clocks wrong."""
+    """One at a time: setting a clock takes processor time from other guests, whose clocks then stay wrong."""
     hosts: trio.CapacityLimiter = msgspec.field(default_factory=lambda: trio.CapacityLimiter(HOSTS_AT_ONCE))
 
 
@@ -95,11 +95,17 @@ class AgentSession:
         paused: bool,
         take_link: Callable[[], ParkedLink | None],
     ) -> None:
-        """`manifest`, `workload`: what to configure the guest with; no manifest: nothing. `volumes`: what it mounts
-        before (`GuestVolume`). `secrets`: what it gets before, too. `signal`: sent to a copied
-        workload. `configured`: an earlier incarnation of the actor did it. `is_clone`: the guest has another one's
-        identity until it gets its own. `paused`: whether the guest is. `take_link`: as in
-        `AgentConnection`."""
+        """Creates the session.
+
+        :param manifest, workload: the configuration of the guest; nothing is configured without a manifest
+        :param volumes: the volumes that it mounts before (`GuestVolume`)
+        :param secrets: the secrets that it receives before
+        :param signal: the signal for a copied workload
+        :param configured: an earlier incarnation of the actor configured the guest
+        :param is_clone: the guest has another guest's identity until it receives its own
+        :param paused: the guest is paused
+        :param take_link: see `AgentConnection`
+        """
         self._host = host
         self._name = spec.name
         self._log = log
@@ -126,7 +132,7 @@ class AgentSession:
 
     @property
     def protocol(self) -> int:
-        """The newest protocol that the agent is known to speak; the oldest there is while nothing is known."""
+        """The newest protocol that the agent is known to support; the oldest one while unknown."""
         return self.connection.protocol or PROTOCOL_MIN
 
     def inspect(self) -> dict[str, object]:
@@ -150,9 +156,10 @@ class AgentSession:
             _logger.warning(text, self._name, extra={"vm": self._name})
 
     async def root_mounted(self) -> None:
-        """Returns once the guest has mounted its root filesystem.
+        """Waits until the guest has mounted its root filesystem.
 
-        :raises AgentUnreachable: it has not yet, or can't be asked. :raises RootFailed: it can't mount it.
+        :raises AgentUnreachable: it has not yet, or can't be asked.
+        :raises RootFailed: it can't mount it.
         :raises AgentProtocolError: it has no root filesystem to mount.
         """
         root = await self.connection.get(DAEMON_ROOT, _ROOT_S)
@@ -167,10 +174,11 @@ class AgentSession:
                 raise AgentProtocolError("its initramfs mounts no root filesystem")
 
     async def mount_volumes(self, sizes: Mapping[str, int] | None = None) -> None:
-        """Has the guest mount its volumes that are not mounted, and grow them. `sizes`: by serial number, in bytes, of
-        those that have just grown.
+        """Requests that the guest mounts its unmounted volumes, and grows them.
 
-        :raises AgentUnreachable: it can't be reached, or is at it already. :raises VolumesFailed: it can't.
+        :param sizes: the sizes in bytes of volumes that have just grown, by serial number
+        :raises AgentUnreachable: it can't be reached, or is busy with a mount.
+        :raises VolumesFailed: it can't mount them.
         """
         if not self._volumes:
             return
@@ -188,10 +196,11 @@ class AgentSession:
             raise VolumesFailed(f"the guest can't mount its volumes: {detail}")
 
     async def give_secrets(self, protocol: int | None = None) -> None:
-        """Has the guest take the values of its secrets, unless it has those of this boot. `protocol`: the newest that
-        its agent is known to speak.
+        """Sends the guest the values of its secrets, unless it has those of this boot.
 
-        :raises AgentUnreachable: :raises SecretsFailed: it can't have them.
+        :param protocol: the newest protocol that its agent is known to support
+        :raises AgentUnreachable:
+        :raises SecretsFailed: it can't receive them.
         """
         secrets = self._secrets
         if secrets is None:
@@ -213,12 +222,12 @@ class AgentSession:
     async def assign_identity(
         self, hostname: str, machine_id: str, vm_id: int, *, protocol: int, as_it_is: bool = False
     ) -> None:
-        """Gives a clone its identity, fresh entropy, the time, and its configuration; returns once it has them.
+        """Gives a clone its identity, fresh entropy, the time, and its configuration; returns once the guest has them.
 
-        `protocol`: the newest that its agent is known to speak. `as_it_is`: its workload may be unhealthy or have
-        ended, as that of the VM that it is a copy of.
-
-        :raises AgentUnreachable: it can't be reached. :raises AgentProtocolError: it refuses, and says why.
+        :param protocol: the newest protocol that its agent is known to support
+        :param as_it_is: its workload may be unhealthy or have ended, like the workload of the copied VM
+        :raises AgentUnreachable: it can't be reached.
+        :raises AgentProtocolError: it refuses, with a reason.
         """
         connection = self.connection
         # The identity has the time in it, so it is not sent before the agent can receive it.
@@ -268,9 +277,8 @@ class AgentSession:
             await self.configure(negotiated=True)
 
     async def configure(self, *, negotiated: bool = False) -> None:
-        """Agrees on a protocol, and gives the agent its manifest and its workload.
-
-        From then on each agent of this boot gets them: one that was restarted has none.
+        """Agrees on a protocol, and sends the agent its manifest and its workload. From then on, each agent of this
+        boot receives them: a restarted agent has none.
 
         :raises AgentUnreachable: :raises AgentProtocolError: as `AgentConnection.ask`.
         """
@@ -301,7 +309,7 @@ class AgentSession:
         await self._hosts.keep(self._limits.hosts)
 
     async def _keep_workload(self) -> None:
-        """Reports the workload's state until its agent turns out to be too old for that."""
+        """Reports the workload's state until cancelled. Returns if the agent is too old for that."""
         await self._identity_assigned.wait()
 
         async def report(workload: WorkloadView | None) -> None:

@@ -22,11 +22,9 @@ _MAX_STATUS_BYTES = 64 * 1024
 
 
 class ReportLimit:
-    """Limits the reports of one guest: each is a commit and may have events, and a guest may send as many as it likes.
-
-    Five at once, as a program that starts and ends has three; ten a second, at most 20 in a row; and one in 10 s after
-    that.
-    """
+    """The limit for the reports of one guest: each is a commit and may have events, and a guest may send any number.
+    Five are allowed at once, because a program that starts and ends has three; then ten per second, at most 20 in a
+    row; and then one in 10 s."""
 
     def __init__(self) -> None:
         self._left = float(_BURST)
@@ -50,9 +48,12 @@ class ReportLimit:
 async def follow_workload(
     client: AgentClient, report: Callable[[WorkloadView | None], Awaitable[None]], limit: ReportLimit
 ) -> bool:
-    """Reports the workload's state whenever it changes, until the stream ends. False: the agent is too old for that.
+    """Reports the workload's state whenever it changes, until the stream ends. Returns False if the agent is too old
+    for that.
 
-    :raises AgentUnreachable: :raises AgentProtocolError: :raises ValueError: the agent sends nonsense.
+    :raises AgentUnreachable:
+    :raises AgentProtocolError:
+    :raises ValueError: the agent sends invalid data.
     """
     async with client.stream("GET", DAEMON_WATCH, timeout_s=ANSWER_S, reserved=True) as response:
         if response.status == 404:
@@ -83,7 +84,8 @@ class _Status(msgspec.Struct):
 
 
 def workload_of(line: bytes) -> WorkloadView | None:
-    """Returns the state in a line of the agent, None if there is no workload. :raises ValueError: nonsense."""
+    """Returns the state in a line of the agent; None if there is no workload. :raises ValueError: the line is
+    invalid."""
     status = msgspec.json.decode(line, type=_Status)
     if status.state == "none":
         return None
