@@ -38,7 +38,7 @@ RETRY_MAX_S = 5.0
 RETRY_CONNECT_MAX_S = 0.5
 """Maximum delay before the connection of a stream is retried."""
 STEADY_S = 10.0
-"""After a link of this age the next one is opened at once."""
+"""The age of a link after which the next one is opened at once."""
 _CHECK_S = 0.001
 
 

@@ -210,7 +210,7 @@ def _made_later(settings: Settings) -> Iterator[Path]:
 
 
 def _put_aside(path: Path) -> None:
-    """As root, renames another user's file in a directory where every user can create files, so that it can't prevent
+    """Renames, as root, another user's file in a directory where every user can create files, so that it can't prevent
     the daemon from starting."""
     try:
         owner = path.lstat().st_uid

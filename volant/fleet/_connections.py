@@ -37,7 +37,7 @@ class Connections:
         """Creates it. `context` trusts the hosts of the fleet, and presents the certificate of this one."""
         self._context = context
         self._kept: dict[str, list[tuple[float, _Tls]]] = {}
-        """By address: the time since which each connection is kept, newest last."""
+        """The kept connections, each with the time since which it is kept, by address; newest last."""
         self._keeps = False
 
     async def keep(self) -> None:

@@ -318,7 +318,7 @@ class Fleet:
 
     @property
     def moves_since(self) -> datetime | None:
-        """Since when this host moves its VMs to others; None if it does not."""
+        """The time since which this host moves its VMs to others; None if it does not."""
         draining = _draining_of(self._mirror.section("draining").get(self.host))
         return None if draining is None or draining.keep_vms or self.left else draining.since
 

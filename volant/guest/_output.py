@@ -103,7 +103,7 @@ class _Reader:
         self.positions = positions
         self.wakeup = Wakeup()
         self.stalled_at: float | None = None
-        """Since when it has accepted none of the pending output."""
+        """The time since which it has accepted none of the pending output."""
         self.displaced = False
 
 

@@ -27,7 +27,7 @@ _PRESSURE_FILE = Path("/proc/pressure/memory")
 _PRESSURE = 0.1
 """Programs that wait for memory during this share of the time are slowed down noticeably."""
 _LITTLE = 4
-"""If a quarter of the memory is available, the machine does not lack memory."""
+"""The machine does not lack memory if this part of it, a quarter, is available."""
 
 
 class Machine(Protocol):

@@ -5,12 +5,12 @@ They run in this order, so that a refused client learns as little as possible:
 1. The client's address, against `VOLANT_API_ALLOW_CIDR`: 403. Behind a proxy of `VOLANT_TRUSTED_PROXIES` it is the last
    address in `X-Forwarded-For` that is not a trusted proxy's; any client can forge the addresses before that one.
 2. `Host`: 421. An open web page can send requests to loopback, and can even read the answers by rebinding its name to
-127.0.0.1 (DNS rebinding). But its requests still have its own name in `Host`.
+   127.0.0.1 (DNS rebinding). But its requests still have its own name in `Host`.
 3. `Origin` on unsafe methods and WebSockets: 403. `Sec-Fetch-Site` on all requests: a request by a page of another site
    is 403, except for documents that pages may link to, and for origins in `VOLANT_CORS_ORIGINS`.
 4. The API key or the issuer's token, the session of a page that has signed in, or the client's certificate: 401. There
-is no such check for a browser's preflight, which can't have a key; for `/healthz`, `/api/v1/auth`, `/docs` and the
-files of the console, which show nothing of this daemon's VMs; and for the paths at which a browser signs in.
+   is no such check for a browser's preflight, which can't have a key; for `/healthz`, `/api/v1/auth`, `/docs` and the
+   files of the console, which show nothing of this daemon's VMs; and for the paths at which a browser signs in.
 
 A Unix socket has its own permissions and skips the first and the last check. All checks together take a few
 microseconds. A reload of the settings replaces them.

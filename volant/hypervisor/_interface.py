@@ -277,7 +277,7 @@ class AcceleratorChoice(msgspec.Struct, frozen=True):
 
     accelerator: AcceleratorName
     reason: str
-    """For people."""
+    """The reason, in a text for people."""
     version: str | None
     """The hypervisor's version; None if it is not installed."""
 
@@ -287,7 +287,7 @@ class End(msgspec.Struct, frozen=True):
 
     kind: EndKind
     message: str
-    """For people."""
+    """The reason of the end, in a text for people."""
     exit_status: int | None = None
     """The process's exit status, 0 to 255, or minus the signal number. None if it runs or is not a child."""
 
@@ -332,8 +332,8 @@ class Machine(Protocol):
         HypervisorError."""
 
     def watch_disks(self, report: Callable[[str], None]) -> None:
-        """From now on, calls `report` with a text for people when the host fails to read or write for a disk of the
-        guest, which gets an I/O error then. At most once a minute, as a guest can cause errors forever."""
+        """Starts calling `report` with a text for people when the host fails to read or write for a disk of the guest,
+        which then gets an I/O error. There is at most one call per minute, as a guest can cause errors forever."""
 
     async def grow_volume(self, serial: str, size_bytes: int) -> None:
         """Lets the guest see the new size of a volume whose file has grown. Raises HypervisorError."""

@@ -66,7 +66,7 @@ class SnapshotList(msgspec.Struct, frozen=True):
 @tool(
     "snapshots_list",
     "List snapshots",
-    "List the snapshots taken with vms_snapshot, newest first.",
+    "List the snapshots that were taken with vms_snapshot, newest first.",
     operation="list_snapshots",
     read_only=True,
 )

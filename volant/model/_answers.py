@@ -199,7 +199,7 @@ class PluginView(msgspec.Struct, frozen=True):
     """Null for built-in plugins."""
     labels: Mapping[str, str]
     project: str = "default"
-    """For a built-in plugin, the caller's project."""
+    """The plugin's project; for a built-in plugin, the caller's."""
 
 
 class TemplateView(msgspec.Struct, frozen=True, kw_only=True):
@@ -369,7 +369,7 @@ class ProblemDetails(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     title: str
     status: int
     detail: str
-    """What failed, which value and why, for people."""
+    """The failed action, the value and the reason, for people."""
     error: str
     """The same as `detail`."""
     request_id: str
@@ -378,4 +378,4 @@ class ProblemDetails(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     field: str | None = None
     """The member of the body, the parameter or the part of the path that is wrong."""
     hint: str | None = None
-    """The fix."""
+    """A suggestion how to fix the problem."""

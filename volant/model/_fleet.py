@@ -49,7 +49,7 @@ class HostView(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     state: HostState
     draining_since: Time | None
-    """Since when it gets no new VMs; null if it gets new VMs."""
+    """The time since which it gets no new VMs; null if it gets new VMs."""
     address: str
     """The address at which other hosts reach it, `HOST:PORT`."""
     version: str

@@ -216,7 +216,7 @@ class DevTools(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class Cloning(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_defaults=True):
-    """The creation of templates for VMs of the plugin."""
+    """Settings for the templates of the plugin's VMs."""
 
     after: Literal["agent", "workload"] = "agent"
     """When the template is taken: `agent`, before the workload starts, so each clone starts it; or `workload`, once it
@@ -260,7 +260,7 @@ class Manifest(msgspec.Struct, forbid_unknown_fields=True, frozen=True, omit_def
     devtools: DevTools | None = None
     """The target of `/ws/v1/vms/{name}/devtools/`; null for port 9222."""
     template: Cloning = Cloning()
-    """The templates of its VMs."""
+    """Settings for the templates of its VMs."""
     labels: Labels = {}
     """Labels of each VM of the plugin. The VM's own override them."""
 

@@ -43,7 +43,7 @@ class HostMoves(msgspec.Struct, frozen=True, kw_only=True):
 
     host: str
     since: Time | None
-    """Since when the host moves its VMs to other hosts; null if it does not."""
+    """The time since which the host moves its VMs to other hosts; null if it does not."""
     moves: Sequence[MoveView]
     """Its VMs while it does so, and the VMs whose moves are being ended."""
 

@@ -21,11 +21,11 @@ _NO_NETWORKING = Networking()
 
 
 DEFAULT_MEMORY_MB = 256
-"""For VMs of `base`. The minimum of its image leaves little for programs."""
+"""The default for VMs of `base`. The minimum of its image leaves little for programs."""
 IMAGE_MEMORY_MB = 512
-"""For VMs of an OCI image."""
+"""The default for VMs of an OCI image."""
 IMAGE_DISK_MB = 10 * 1024
-"""For VMs of an OCI image. The disk only takes up the space that is written."""
+"""The default for VMs of an OCI image. The disk only takes up the space that is written."""
 _FILES_OF_ONE_HOST = ("oci:", "oci-archive:", "docker-archive:")
 _ONLY_FOR_IMAGES = (
     "registry_secret",

@@ -19,7 +19,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     means: str = ""
     """The consequence, if it is not `ok`."""
     advice: str = ""
-    """The fix, if there is one."""
+    """A suggestion how to fix the problem, if there is one."""
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):

@@ -37,7 +37,7 @@ class Page(Generic[T], msgspec.Struct, frozen=True):
     event_id: str
     """The last event that the list includes."""
     cursors: Sequence[int]
-    """For each item, the cursor after it."""
+    """The cursor after each item."""
 
 
 class Shown(msgspec.Struct, frozen=True):

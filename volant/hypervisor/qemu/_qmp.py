@@ -110,7 +110,7 @@ class QmpClient:
         return self.is_parked
 
     def set_handler(self, on_event: EventHandler) -> None:
-        """From now on, calls another handler."""
+        """Replaces the handler of events."""
         self._on_event = on_event
 
     async def execute(
