@@ -376,10 +376,10 @@ class PluginsOperations(Operations):
     ) -> PluginView:
         """Install a plugin from its manifest.
 
-        `boot` names files by URL, or by path. A path is one of the daemon's host: administrators may name those
-        below a directory of the setting `artifact_dirs`, which are read when a VM boots. Otherwise it is 403
+        `boot` names files by URL or by path. Administrators may name files of the daemon's host by path, below a
+        directory of the setting `artifact_dirs`; they are read when a VM boots. Other paths get 403
         `artifact-not-allowed`: send the file with `PUT /api/v1/artifacts/{sha256}`, then install the plugin. An OCI
-        image in a file of the host has to be below `artifact_dirs`, too. A plugin of a fleet names no files: 422
+        image in a file of the host must be below `artifact_dirs`, too. A plugin of a fleet can't name files: 422
         `file-of-one-host`.
 
         :param timeout_s: how long to wait for the answer

@@ -68,8 +68,8 @@ async def install_plugin(context: Context, *, body: Manifest) -> PluginInstalled
 
     `boot` names files by URL or by path. Administrators may name files of the daemon's host by path, below a directory
     of the setting `artifact_dirs`; they are read when a VM boots. Other paths get 403 `artifact-not-allowed`: send the
-    file with `PUT /api/v1/artifacts/{sha256}`, then install the plugin. An OCI image in a file of the host must be below
-    `artifact_dirs`, too. A plugin of a fleet can't name files: 422 `file-of-one-host`.
+    file with `PUT /api/v1/artifacts/{sha256}`, then install the plugin. An OCI image in a file of the host must be
+    below `artifact_dirs`, too. A plugin of a fleet can't name files: 422 `file-of-one-host`.
     """
     manifest = check_manifest(body)
     if context.deps.fleet is not None:

@@ -85,7 +85,7 @@ class VmActor(Actor):
         """The copy that is being made."""
         self._launched: tuple[Launched, datetime] | None = None
         self._launch_steps: tuple[Step, ...] = ()
-        """What `_launched` changed in the row of this actor, and is committed with whatever is seen next."""
+        """The changes of `_launched` to the row of this actor, which are committed with the next observation."""
         self._adopted_tag = ""
         """The process tag of a boot that an earlier incarnation began."""
         self._history: deque[dict[str, object]] = deque(maxlen=_HISTORY)
@@ -242,12 +242,12 @@ class VmActor(Actor):
         self._drive()
 
     def _take(self, row: VmRow) -> None:
-        """Takes a row that is committed, and on top of it a launch that is not."""
+        """Takes a committed row, and applies the uncommitted launch to it."""
         self._launch_steps = () if self._launched is None else decide(row, *self._launched)
         self._vm.row = (self._launch_steps[-1].row if self._launch_steps else None) or row
 
     async def _commit_launch(self, report: Report) -> None:
-        """Commits a launch after a while by itself, so that clients see the process of a guest that boots slowly."""
+        """Commits a launch after a delay, so that clients see the process of a guest that boots slowly."""
         await trio.sleep(_LAUNCH_ALONE_S)
         await self._deliver(msgspec.structs.replace(report, effect=None))
 
