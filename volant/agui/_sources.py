@@ -116,7 +116,7 @@ class _OfFleet:
         try:
             events = [msgspec.json.decode(block.data, type=Event) for _, block in taken]
         except msgspec.MsgspecError:
-            # Of a host with a newer version, which knows other events.
+            # An event of a host with a newer version, which has other events.
             return "behind"
         now = await self._now({Key(event.project, event.name) for event in events})
         return [(event, now[Key(event.project, event.name)]) for event in events]

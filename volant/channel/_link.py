@@ -242,7 +242,7 @@ class Link:
             self._out += data
             self._out_filled.set()
 
-    # What the guest sends
+    # Input from the guest
 
     def _on_event(self, event: Event) -> None:
         match event:

@@ -102,7 +102,7 @@ async def send(reader: ChunkReader, description: Description, sink: Sink, progre
             progress.count(place.length)
             return
         data = await reader.read(place)
-        # What was described may have changed, or the disk fails.
+        # The content may have changed since its description, or the disk fails.
         check_chunk(digest, data)
         progress.count(place.length, moved=await sink.put(digest, data))
 

@@ -93,7 +93,7 @@ async def _wait(session: Streaming, name: str, timeout_s: float) -> None:
             if was_drained and found.since is None:
                 raise Failure(f"{safe(name)} is not drained any more")
             was_drained = found.since is not None
-            # What has not seen yet that it is drained moves nothing.
+            # A host that has not noticed its drain yet moves no VMs.
             if found.since is not None and all(move.state == "stays" for move in found.moves):
                 break
             await trio.sleep(_LOOK_S)

@@ -53,7 +53,7 @@ async def poll(look: Callable[[], Awaitable[None]]) -> None:
         try:
             await look()
         except (ClientError, Problem):
-            # What is shown is an extra; the command itself reports what is wrong.
+            # The progress is optional; the command itself reports errors.
             return
         await trio.sleep(_POLL_S)
 

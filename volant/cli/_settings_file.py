@@ -31,7 +31,7 @@ class SettingsFile:
     """
 
     def __init__(self, path: Path, *, toml: bool, service: bool) -> None:
-        # What a link names is replaced, and the link stays.
+        # For a link, its target is replaced, and the link is kept.
         self.path = path.resolve()
         self.toml = toml
         self.service = service

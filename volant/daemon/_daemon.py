@@ -109,7 +109,7 @@ class Daemon:
         self._member = self._join_fleet(settings, fleet_sockets, etcd, key_file)
         journal: JournalRef = self._journal.ref if self._member is None else self._member.fleet.definitions
 
-        # Who may call, and which networks that leaves to VMs.
+        # Access to the API, and the networks that remain for VMs.
         self._admission = Admission(given, sockets, reload, self.host, self.store, journal, as_service=as_service)
         self._networks = GuestNetworks(settings, self.host, self.store, self._admission, instance, network, dns)
 
@@ -132,7 +132,7 @@ class Daemon:
             obstacle=directory_obstacle(sandbox, settings),
         )
 
-        # What they boot from.
+        # The sources of boots.
         artifacts = ArtifactCache(
             settings.cache_dir,
             settings.state_dir,
@@ -181,7 +181,7 @@ class Daemon:
             transfer_settings(settings, os.environ),
         )
 
-        # What clients ask.
+        # The parts for requests of clients.
         self.status = DaemonStatus(
             self.host,
             self.store,

@@ -193,7 +193,7 @@ def _strange(directory: Path, settings: Settings) -> list[str]:
     try:
         entries = list(directory.iterdir())
     except (FileNotFoundError, PermissionError):
-        # Of guest memory, which is created later: `_claim` refuses what others can list and we can't.
+        # For guest memory it is created later. `_claim` refuses a directory that others can list and the daemon can't.
         return []
     for entry in entries:
         path = directory.resolve() / entry.name

@@ -196,7 +196,7 @@ class Evacuation:
     async def _move(self, row: VmRow, task: _Task) -> None:
         leaving, reason = row.leaving, _UNDRAINED
         if leaving is not None and leaving.deciding:
-            # Of the daemon before.
+            # A decision that an earlier daemon requested.
             reason = "the daemon was restarted while that was decided, and the other host had not got it"
         else:
             with task.scope:
@@ -284,7 +284,7 @@ class Evacuation:
         key = Key(row.project, leaving.snapshot)
         snapshot = self._store.projection.snapshots.get(key)
         if snapshot is not None and snapshot.status == "ready":
-            # Of a daemon before. The VM has not run since.
+            # A snapshot of an earlier daemon. The VM has not run since.
             return snapshot
         if not is_at_rest(row):
             await self._until_paused(row)

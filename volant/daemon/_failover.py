@@ -106,7 +106,7 @@ class Failover(VmFence, Vms):
             while not self._ready.is_set():
                 await trio.sleep(_OPEN_AGAIN_S)
                 await self._open()
-            # What was found is frozen, and asked for first.
+            # VMs that were found are frozen, until etcd was asked for them.
             self._fleet().lapse()
         try:
             with trio.CancelScope() as self._keeping:

@@ -107,7 +107,7 @@ class Replication:
             return
         wanted = self._wanted()
         self._states = {row.id: self._states.get(row.id) or _State() for row, _, _ in wanted}
-        # Who has waited longest comes first.
+        # The VM that has waited longest comes first.
         for row, movable, replicate in sorted(wanted, key=lambda each: self._states[each[0].id].not_before):
             state = self._states[row.id]
             state.has_run = state.has_run or row.status is Status.RUNNING
@@ -173,7 +173,7 @@ class Replication:
     def _not_made(self, row: VmRow, reason: Reason) -> Replica:
         """Returns the replica of a VM on other hosts, after a newer one failed."""
         newest = self._fleet().replica_of(row.key)
-        # What it has gone on from here itself is no copy elsewhere.
+        # A replica from which this host itself continued is no copy on another host.
         hosts = () if newest is None else tuple(sorted(newest.copies.keys() - {self._name}))
         return Replica(hosts=hosts, at=newest.at if newest is not None and hosts else None, reason=reason)
 
@@ -217,7 +217,7 @@ class Replication:
         """
         hosts = self._sending.hosts_for(row)
         newest = self._fleet().replica_of(row.key)
-        # Those that have a copy lack the least.
+        # Hosts with a copy lack the least data.
         hosts.sort(key=lambda host: newest is None or host not in newest.copies)
         found: list[Leaving] = []
         reasons: list[str] = []

@@ -176,7 +176,7 @@ class Sending:
             raise Problem(404, "no-chunk", "the snapshot has no such chunk")
         try:
             data = await sent.reader.read(found)
-            # What was described may have changed, or the disk fails.
+            # The content may have changed since its description, or the disk fails.
             check_chunk(want.digest, data)
         except (OSError, ChunkError) as error:
             raise Problem(503, "snapshot-damaged", f"the snapshot can't be read: {error}") from error

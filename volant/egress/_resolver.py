@@ -41,7 +41,7 @@ _MAX_CACHED = 256
 _MAX_DENIED = 32
 _LOG_S = 60.0
 """The interval of log lines about failures of one VM."""
-# What guests get to know. The reasons name addresses and programs of the host; `inspect` and the log have them.
+# The errors for guests. The full reasons, in `inspect` and the log, name addresses and programs of the host.
 _NO_RULE = "no egress rule of the VM allows it"
 _NOT_PUBLIC = "it leads to no address that the VM may reach"
 _FAILED = "it can't be resolved now"

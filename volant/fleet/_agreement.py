@@ -13,8 +13,8 @@ from volant.model import ApiKey, Problem, first_few
 from ._interface import Entry, EtcdError, KeyValues, OutcomeUnknown, Step, absent, put, unchanged
 from ._mirror import Mirror
 
-# What each host uses of the definitions, and which keys of secrets it has: what others have to know before they remove
-# a definition or encrypt a secret.
+# The definitions that each host uses, and the keys of secrets that it has. Other hosts check both before they remove a
+# definition or encrypt a secret.
 
 
 USAGE = "usage/"

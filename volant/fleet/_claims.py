@@ -320,11 +320,11 @@ class Claims:
             dead,
             owner=self._host,
             epoch=dead.epoch + 1,
-            # Who offers it has never run it.
+            # The host that offers it has never run it.
             before=dead.before if dead.offered else dead.owner,
             taking=True,
             offered=False,
-            # What it had has another host.
+            # Its former snapshot is on another host.
             snapshot=snapshot or "",
         )
         conditions = [unchanged(entry)]

@@ -243,7 +243,7 @@ class Definitions:
         self._moved.set()
         self._moved = trio.Event()
 
-    # What other hosts change
+    # Changes of other hosts
 
     async def keep(self) -> None:
         """Joins, and keeps the journal's copy equal to the fleet's, until cancelled."""
@@ -421,7 +421,7 @@ class Definitions:
         part = first_part(missing)
         steps = _steps(part)
         if len(part) == len(missing):
-            # What has the same name is the same. Taken later, it would look as if it were made anew.
+            # Objects with the same name are equal. If they were taken later, they would look newly created.
             same = {place: each for place, each in self._differences().items() if each is not None and place in here}
             await self._take(same)
             steps.append(put(JOINED + self._id, self._host.encode()))

@@ -127,7 +127,7 @@ class Fence:
     def _turn(self, is_open: bool) -> None:
         if is_open != self._is_open:
             self._is_open = is_open
-            # Who waits hears of each turn, however short it is.
+            # Waiting tasks are notified of each change, however short.
             if is_open:
                 self._opened.set()
                 self._closed = trio.Event()
@@ -330,7 +330,7 @@ class Successor:
             is_known = self._mirror.trouble is None and self._mirror.revision >= self._revision
             self._revision = self._mirror.revision
             if not is_known or not self._fence.is_open:
-                # What is not known is not dead.
+                # Without current data, no host counts as dead.
                 self._gone_since.clear()
                 self._seen.clear()
                 continue

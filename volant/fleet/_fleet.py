@@ -393,7 +393,7 @@ class Fleet:
         :raises Problem: 409, it has VMs, and `keep_vms` is not set; 503, etcd does not answer: it stays.
         """
         if self.left:
-            # What a leave before could not finish.
+            # The rest of an earlier, unfinished leave.
             await self._release()
             return
         has = {kind: sorted(key.name for key in there()) for kind, there in self._there.items()}
@@ -440,7 +440,7 @@ class Fleet:
                 part = own[begin : begin + _AT_ONCE]
                 await self._remove(part, _freeing(kind, part))
         steps = [delete(section + self.host) for section in (HOSTS, LOADS, _DRAINING, _ALIVE, USAGE, SEEN, CHANGED)]
-        # What it makes alone is new to the fleet, if it joins again.
+        # Objects that it creates alone are new to the fleet if it joins again.
         steps.append(delete(JOINED + self._id))
         await self._remove([] if entry is None else [entry], steps)
 

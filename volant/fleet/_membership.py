@@ -153,7 +153,7 @@ class Membership:
                 await self._report()
             except (EtcdError, NameInUse) as error:
                 self.trouble = str(error)
-                # What was written may have been deleted meanwhile.
+                # The written record may have been deleted in the meantime.
                 self._written = self._reported = None
                 await backoff.pause()
                 continue
@@ -163,7 +163,7 @@ class Membership:
 
     async def _has_record(self) -> bool:
         """Returns whether the fleet has the present facts of this host. :raises NameInUse: :raises EtcdError:"""
-        # What was written is gone if etcd was restored, or has lost its data.
+        # The written record is missing if etcd was restored, or has lost its data.
         seen = record_of(self._mirror.section("hosts").get(self._name))
         if seen is not None and seen == self._written and seen.facts == self._facts():
             return True

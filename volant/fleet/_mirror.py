@@ -66,7 +66,7 @@ class Mirror:
                     await self._list()
                 await self._watch()
             except Compacted:
-                # What has changed meanwhile is not kept any more.
+                # Etcd no longer has the changes in between.
                 self.revision = 0
                 await backoff.pause()
             except EtcdError as error:

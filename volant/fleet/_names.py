@@ -112,7 +112,7 @@ class Names:
         claim = self._claim_of(name)
         if claim is not None and claim.owner != self._host:
             return claim
-        # What is known here may be old.
+        # The mirror may be outdated.
         try:
             with trio.fail_after(_FIND_S):
                 return await self._claims.get(name)
@@ -199,7 +199,7 @@ class Names:
         there = {text_of(vm): vm for vm in self._there()}
         claims = {name: claim for name in self._mirror.section(self._kind) if (claim := self._claim_of(name))}
         owners = {name: claim.owner for name, claim in claims.items()}
-        # What another host has from this one is about to be removed here.
+        # A VM that another host has taken over from this one is about to be removed here.
         self._note_conflicts(
             {name for name in there if name in claims and self._host not in (owners[name], claims[name].before)}
         )
@@ -208,7 +208,7 @@ class Names:
             if name not in owners and not self._is_unsure(vm):
                 async with self._holding([vm]):
                     if vm in self._there():
-                        # Who else has it, the mirror will show.
+                        # If another host has it, the mirror will show that.
                         with suppress(NameTaken):
                             await self._claims.create(name, self._new_id(), is_there=lambda: True)
         for name, owner in owners.items():

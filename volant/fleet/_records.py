@@ -76,7 +76,7 @@ class Records:
             if (name not in there or there[name].value != value) and self._is_own(name)
         ]
         for name, entry in there.items():
-            # Those of a newer version, which this one may not understand, are their host's.
+            # Records of a newer version may be unreadable here, and are left to their host.
             if name not in wanted and _host_of(entry.value) in (None, self._host):
                 steps.append(delete(f"{RECORDS}/{name}"))
         return steps

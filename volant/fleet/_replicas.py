@@ -70,7 +70,7 @@ class Replicas:
 
         :raises EtcdError: it is unknown.
         """
-        # Who could still make it one has done so before the rest is read.
+        # After this, no arrival can make it a replica. One that already has is visible in the reads below.
         await self._claims.refuse_arrival(arrival)
         record = replica_of(await self._etcd.get(_PREFIX + name))
         claim = await self._claims.get(name)

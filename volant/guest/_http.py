@@ -210,7 +210,7 @@ class BodyFilter:
         self._chunked = framing.chunked
         self._left = framing.length if not framing.chunked else 0
         self._raw = raw
-        # What comes next of a chunked body: "size" a size line, "data", "end" the CRLF after the data, "trailer".
+        # The next part of a chunked body: "size" a size line, "data", "end" the CRLF after the data, "trailer".
         self._part = "size"
         self._line = bytearray()
         self._trailer = 0

@@ -10,7 +10,7 @@ import msgspec
 
 from ._disk import Disk
 
-# Of the thread that reads, as only the main thread stays in the daemon's own namespace for sure.
+# The file of the reading thread, because only the main thread certainly stays in the daemon's own namespace.
 _INTERFACES = Path("/proc/thread-self/net/dev")
 _CLOCK = Path("/sys/devices/system/clocksource/clocksource0/current_clocksource")
 

@@ -186,7 +186,7 @@ class Middleware:
         if standing is not None and (caller.id != ANONYMOUS or not self._access.asks_for_key):
             standing.let_in = True
         path = scope["raw_path"].decode("ascii")
-        # What no stream takes is routed by its decoded path, so that is the one to judge.
+        # Other requests than streams are routed by the decoded path, so that path is checked.
         routed = path if route is not None else scope["path"]
         use, limits = self._access.use, self._access.caller_limits
         call.body.belongs_to(caller, use, limits)
@@ -306,7 +306,7 @@ class _Answer:
             self.status = message["status"]
             headers = message["headers"]
             names = {name for name, _ in headers}
-            # What another host has answered has its own. A `Vary` adds to another one (RFC 9110, 12.5.5).
+            # Answers of other hosts already have these headers. A `Vary` is added to another one (RFC 9110, 12.5.5).
             headers.extend(field for field in self._added if field[0] == b"vary" or field[0] not in names)
             if b"cross-origin-resource-policy" not in names:
                 headers.append((b"cross-origin-resource-policy", b"same-origin"))

@@ -42,7 +42,7 @@ async def _exchange(
 
     content = b""
     try:
-        # What is too long is cancelled: a generator of httpx that is left in the middle would stay behind.
+        # A body that is too long is cancelled: an unfinished generator of httpx would not be closed.
         with trio.fail_after(FETCH_S), trio.CancelScope() as reading:
             async with (
                 httpx.AsyncClient(timeout=FETCH_S, follow_redirects=False, auth=login) as client,

@@ -176,7 +176,7 @@ class IssuerTokens:
         if settings is not self._settings:
             raise _invalid("the settings of the issuer have changed meanwhile")
         found = self._verify(token, nonce)
-        if len(self._ends) < MAX_VERIFIED:  # Of more, the streams end up to a minute late.
+        if len(self._ends) < MAX_VERIFIED:  # Above this, streams end up to a minute late.
             self._ends.add(found.expires)
             self._new.set()
         return msgspec.structs.replace(found.caller, address=address)

@@ -32,7 +32,7 @@ class ApiKeys:
 
     def __init__(self) -> None:
         self._by_digest: dict[str, ApiKey] = {}
-        # Of plain text, so that thousands cost the garbage collector nothing.
+        # Plain tuples of text, so that thousands cost the garbage collector nothing.
         self._by_name: dict[str, tuple[str, ...]] = {}
         self._changed = trio.Event()
         self.required = False

@@ -722,7 +722,7 @@ def _remove_network(stage: Stage, message: messages.RemoveNetwork) -> None:
     stage.drop(network)
 
 
-# What the hosts of a fleet share
+# Objects that the hosts of a fleet share
 
 
 @decides

@@ -111,7 +111,7 @@ class EventFrame(msgspec.Struct, frozen=True):
 
     @classmethod
     def _with(cls, seq: int, event: Event, data: bytes) -> EventFrame:
-        # What we encode has no raw line break, so one data line holds it.
+        # Encoded JSON has no raw line break, so it fits into one data line.
         return cls(seq, event, data, f"id: {event.id}\nevent: {event.type}\ndata: ".encode() + data + b"\n\n")
 
 

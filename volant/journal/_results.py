@@ -97,7 +97,7 @@ class _OfVolume(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, volume: Volume) -> Self:
-        # What is measured or follows from VMs is no part of a stored result.
+        # Measured and derived values are no part of a stored result.
         return cls(volume_view(volume, used_bytes=None))
 
 

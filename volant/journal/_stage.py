@@ -182,7 +182,7 @@ class Stage:
             above=given[-1].address if given else self.taken_up_to,
         )
 
-    # What else has a name; maintenance
+    # Other named objects; maintenance
 
     @property
     def changed(self) -> dict[type[Named], dict[Key, Any]]:

@@ -1,7 +1,7 @@
 """Messages to the journal. All but `StillThere` and `Draft` are changes.
 
 A change is durable once the journal replies. Any of them can fail with a `Problem` 503: `journal-full`,
-`journal-unwritable`, `journal-slow` (the change may still be made), `journal-busy`. The journal then goes on.
+`journal-unwritable`, `journal-slow` (the change may still be made), `journal-busy`. The journal then continues.
 
 A message with a `key` stores its result in the same transaction (`RESULTS`). A repeated one changes nothing and raises
 `DuplicateRequest`; one whose key was used for another request raises a `Problem` 422.
@@ -98,11 +98,11 @@ class RestoreRow(Request[VmRow], msgspec.Struct, frozen=True):
 
 
 class ArriveRow(Request[VmRow], msgspec.Struct, frozen=True):
-    """Creates the VM, of status `pending`, that goes on here from the snapshot of its move -> its row; that which is
-    there already, if this was done before.
+    """Creates the VM, of status `pending`, that continues here from the snapshot of its move -> its row, or the
+    existing row if this was done before.
 
-    :raises Problem: 404 the snapshot is gone, or its network or a secret; 409 name or port taken, or the snapshot is
-        not ready; 503 as with `CreateRow`.
+    :raises Problem: 404, the snapshot is gone, or its network or a secret; 409, the name or a port is taken, or the
+        snapshot is not ready; 503 as with `CreateRow`.
     """
 
     named: Key

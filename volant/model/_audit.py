@@ -98,7 +98,7 @@ class Cause(msgspec.Struct, eq=False):
 
 
 def _cut(text: str) -> str:
-    # What callers have written is shown in terminals and logs.
+    # The text of callers is shown in terminals and logs.
     plain = (
         text
         if text.isprintable()

@@ -151,7 +151,7 @@ def decide(row: VmRow, seen: Seen, now: datetime, *, held: bool = False) -> tupl
                 change.to("", generation=row.generation + 1, restarts=row.restarts + 1)
                 _boot(change, f"started again by its restart policy, {row.restarts + 1} of {MAX_RESTARTS}")
         case WorkloadChanged(workload):
-            # What happens to it while the guest shuts down says nothing about the workload.
+            # A change while the guest shuts down says nothing about the workload.
             if row.process is not None and row.status in _WITH_WORKLOAD and workload != row.workload:
                 change.to("the workload is " + (workload.state if workload is not None else "gone"), workload=workload)
                 _stop_if_finished(change)

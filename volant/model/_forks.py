@@ -112,7 +112,7 @@ def fork_tree(
         else:
             place, name = (event.vm_id, event.snapshot_id), event.snapshot or ""
             tree.add_snapshot(place, name, event.name, event.project, event.paused_ms, None, created_at, deleted_at)
-    # What is there counts more than its events: some may be gone, and after a restore they may be of another time.
+    # Existing objects override events: some events may have expired, and after a restore they may be older or newer.
     for row in rows:
         tree.add_vm(row.id, row.name, row.project, row.origin, row.status.value, row.created_at)
     for one in snapshots:

@@ -30,7 +30,7 @@ _PATH = re.compile(_PATH_PATTERN.rstrip("$") + r"\Z")
 _PRINTABLE = re.compile(r"[\x21-\x7e]*\Z")
 _OPENAPI_3 = re.compile(r"3\.\d+(\.\d+)?\Z")
 
-# What stands in `extra_json_schema` is for the schema alone: the checks below tell people better what is wrong.
+# `extra_json_schema` is only for the schema: the checks below have better error messages for people.
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 PlainPath = Annotated[
     str,

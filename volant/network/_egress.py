@@ -208,7 +208,7 @@ class EgressFilter:
 
     @property
     def is_loaded(self) -> bool:
-        """Whether the table exists, as far as is known."""
+        """Whether the table exists, as last known."""
         return self._has_table
 
     def has(self, vm_id: int) -> bool:
@@ -225,7 +225,7 @@ class EgressFilter:
 
     async def _replace(self, wanted: Mapping[int, EgressGuest]) -> Mapping[int, NetworkFailed]:
         """Creates the table, or removes that of an earlier daemon if no VM needs it."""
-        # What is counted is in the kernel, and in no other place. So is what an earlier daemon has allowed.
+        # Only the kernel has the counters, and the addresses that an earlier daemon has allowed.
         listed = await self._backend.listed(f"table {self._settings.egress_table}")
         if not wanted and not listed:
             self._loaded, self._was_read = {}, True

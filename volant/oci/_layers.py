@@ -140,7 +140,7 @@ def _gunzip(data: bytes, stream: _Hashed) -> Iterator[bytes]:
         if piece := member.decompress(data, _PIECE):
             yield piece
         if not member.eof:
-            # What it holds back when a piece is full comes with the next call.
+            # Data that it holds back when a piece is full comes with the next call.
             data = member.unconsumed_tail or stream.read(_COMPRESSED_PIECE)
             continue
         # Layers may consist of many members, or be padded with zeros.

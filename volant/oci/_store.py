@@ -230,7 +230,7 @@ class Store:
             record = _Record(digest=digest, config=config, sizes=tuple(sizes))
             write_atomically(work.image / "image.json", _encoded(record))
             if self.find(digest) is None:
-                # What is there is damaged.
+                # The existing image is damaged.
                 self._remove_files(digest)
             try:
                 work.image.rename(self._image(digest))
@@ -428,7 +428,7 @@ class Store:
     def _remove_work(self, work: Path) -> None:
         scratch = work / "scratch"
         if self._user is not None:
-            # What the programs have made, only their user may remove.
+            # Only their user may remove the files of the programs.
             with contextlib.suppress(OSError):
                 as_user(self._user, lambda: shutil.rmtree(scratch, ignore_errors=True))
         shutil.rmtree(work, ignore_errors=True)

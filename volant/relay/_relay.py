@@ -269,7 +269,7 @@ class _Splice:
                     with trio.fail_after(_SEND_S):
                         await self.upstream.send_all(data)
                 except (trio.BrokenResourceError, trio.ClosedResourceError):
-                    # What the guest has sent before comes first, and how it has ended.
+                    # First read the data that the guest has already sent, and its end.
                     await trio.sleep(_REST_S)
                     break
                 except trio.TooSlowError:

@@ -111,7 +111,7 @@ class GuestClock:
         raise AgentUnreachable(f"the agent did not take the time within {_REACHABLE_S:g} s")
 
     async def _set(self, tries: int = _TRIES, lead_ns: int = 0) -> None:
-        """`lead_ns`: how long the way there will take, as far as is known."""
+        """`lead_ns` is the expected duration of the way there."""
         async with self._lock:
             time_ns = self.now_ns() + max(0, min(lead_ns, _MAX_LEAD_NS))
             self._is_exact = await self._measure(tries, {"time_ns": time_ns})

@@ -226,7 +226,7 @@ class VmActor(Actor):
                     raise journal_down(error) from error
                 unsure = unsure or not isinstance(error, StaleRow)
                 await backoff.pause()
-                # The commit may have been kept: read the row again, and go on from there.
+                # The commit may have succeeded: read the row again, and continue from there.
                 row = projection.by_id(self._vm_id)
                 if row is not None:
                     self._take(row)
@@ -279,7 +279,7 @@ class VmActor(Actor):
         if before is not None:
             before.cancel()
         if copying is not None and not is_copyable(row):
-            # The wanted step begins once the guest goes on.
+            # The wanted step begins once the guest continues.
             copying.cancel()
         self._effect = wanted
         self._step_began = trio.current_time()
@@ -411,7 +411,7 @@ class VmActor(Actor):
             log,
             row.boot_key,
             report,
-            # What the guest of an adopted orphan was configured with is not known.
+            # The configuration of an adopted orphan's guest is unknown.
             manifest=None if row.boots == row.found_boot else guest_manifest(row),
             workload=workload_spec(row),
             volumes=() if row.boots == row.found_boot else guest_volumes(row),

@@ -231,7 +231,7 @@ class Capacity(msgspec.Struct):
         clone = row.template is not None or row.checkpoint is not None
         cold = mounts_of(row) or row.fallback is not None or (row.layer and row.boots)
         if not row.tag and not clone and not cold:
-            # What it boots from is not decided yet.
+            # The source of its boot is not decided yet.
             clone = self._boots_from_template(row.boot, row.source, row.cpu_cores, row.memory_mb)
         return memory_need(row.memory_mb, clone=clone)
 

@@ -106,16 +106,17 @@ class CheckpointStore:
     # Making and removing them
 
     async def finish(self, checkpoint: str, taken: CheckpointTaken) -> CheckpointRecord:
-        """Gives a fork's checkpoint, which lies where `fresh` says, its record and its name. :raises OSError:"""
+        """Completes a fork's checkpoint, whose files are at `fresh`, with its record and its name. :raises OSError:"""
         path = self.at(checkpoint)
         record = await self._write_record(fresh(path), taken)
         await self.host.files.put_in_place(fresh(path), path)
         return record
 
     async def save(self, checkpoint: str, taken: CheckpointTaken) -> CheckpointRecord:
-        """Brings a snapshot's checkpoint from memory, where `in_memory` says, to the disk, where its volumes are.
+        """Copies a snapshot's checkpoint from memory, at `in_memory`, to the disk, where its volumes are.
 
-        :raises CheckpointLost: the disk has no room, or does not take it. :raises OSError:
+        :raises CheckpointLost: the disk has no room, or fails.
+        :raises OSError:
         """
         host, path, source = self.host, self.at(checkpoint), self.in_memory(checkpoint)
         volumes = taken.checkpoint.volumes

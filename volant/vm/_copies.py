@@ -150,15 +150,16 @@ class Copies(msgspec.Struct):
     # Requests
 
     async def fork(self, vm: Key, request: ForkVm, *, key: IdempotencyKey | None = None) -> tuple[VmRow, ...]:
-        """Makes VMs that go on from where this one is, and returns their rows. This one goes on itself.
+        """Makes VMs that continue from the present state of this one, and returns their rows. The VM itself keeps
+        running.
 
-        :raises Problem: 400 the request, 404, 409 it is neither running nor paused, or a name is taken, 503 no
-            capacity, it could not be copied, others are being copied, or the daemon drains.
+        :raises Problem: 400, the request; 404; 409, it is neither running nor paused, or a name is taken; 503, no
+            capacity, it could not be copied, other VMs are being copied, or the daemon drains.
         :raises DuplicateRequest: the request was answered before.
         """
         row, projection = self.store.projection.require(vm), self.store.projection
         check_copyable(row)
-        # What is known to fail is no reason to pause the guest.
+        # Checked first, so that a request that will fail does not pause the guest.
         if projection.drain is not None:
             raise draining(projection.drain, vm=vm.name)
         for copy_name in request.names or ():
@@ -187,7 +188,8 @@ class Copies(msgspec.Struct):
         return job.copies
 
     def _with_names(self, row: VmRow, request: ForkVm) -> ForkVm:
-        """Returns a request with the names of all copies, if they have to be claimed; else the journal finds some."""
+        """Returns a request with the names of all copies if they must be claimed. Otherwise the journal chooses
+        names."""
         elsewhere = self.names.elsewhere(row.project)
         if elsewhere is None or request.names is not None:
             return request
@@ -195,10 +197,10 @@ class Copies(msgspec.Struct):
         return msgspec.structs.replace(request, count=None, names=fork_names(request, row.name, {*here, *elsewhere}))
 
     async def restore(self, request: RestoreVm, project: str, *, key: IdempotencyKey | None = None) -> VmRow:
-        """Makes a VM that goes on from a snapshot of its project; durable when this returns.
+        """Makes a VM that continues from a snapshot of its project; durable when this returns.
 
-        :raises Problem: 400 the request, 404 no such snapshot, 409 name taken, or it is not ready, 503 no capacity or
-            the daemon drains.
+        :raises Problem: 400, the request; 404, no such snapshot; 409, the name is taken, or the snapshot is not ready;
+            503, no capacity, or the daemon drains.
         :raises DuplicateRequest: the request was answered before.
         """
         snapshot = self.store.projection.snapshots.get(Key(project, request.from_snapshot))
@@ -219,10 +221,12 @@ class Copies(msgspec.Struct):
 
     @asynccontextmanager
     async def _own_volumes(self, snapshot: Snapshot, vm: str) -> AsyncIterator[dict[str, Volume]]:
-        """Copies the volumes of a snapshot for one VM. They become `ready` with the row of the VM, in one commit; those
-        that are not by the end of the block are removed. By the ids of the volumes that were copied.
+        """Copies the volumes of a snapshot for one VM, and yields the copies by the ids of the originals.
 
-        :raises Problem: 409 a name is taken; 503 they can't be made.
+        They become `ready` with the row of the VM, in one commit. Copies that are not `ready` at the end of the block
+        are removed.
+
+        :raises Problem: 409, a name is taken; 503, they can't be made.
         """
         made: dict[str, Volume] = {}
         try:
@@ -238,11 +242,11 @@ class Copies(msgspec.Struct):
     async def take_snapshot(
         self, vm: Key, request: TakeSnapshot, *, key: IdempotencyKey | None = None, move: str = ""
     ) -> Snapshot:
-        """Copies a VM as it is now, and keeps that; all of it is on the disk when this returns. `move`: the id of the
-        move to another host that it is for; the VM may be at rest then.
+        """Takes a snapshot of a VM, which is completely on the disk when this returns.
 
-        :raises Problem: 400 the request, 404, 409 it is neither running nor paused, the name is taken, or it could not
-            be copied, 503 no capacity, or others are being copied.
+        :param move: the id of the move to another host for which it is taken; the VM may then be at rest
+        :raises Problem: 400, the request; 404; 409, it is neither running nor paused, the name is taken, or it could
+            not be copied; 503, no capacity, or other VMs are being copied.
         :raises DuplicateRequest: the request was answered before.
         """
         row = self.store.projection.require(vm)
@@ -291,12 +295,11 @@ class Copies(msgspec.Struct):
         *,
         key: IdempotencyKey | None = None,
     ) -> Snapshot:
-        """Keeps a snapshot that came from another host, whose files are on the disk, in a directory beside those of the
-        others. A caller that is cancelled cancels nothing.
+        """Stores a snapshot from another host. Its files are on the disk, in a directory next to those of the others. A
+        cancelled caller cancels nothing.
 
-        :param names: of its files: those of a checkpoint
-
-        :raises Problem: 404 the project is gone; 409 the name is taken, or the quota is used up; 503.
+        :param names: the names of its files, those of a checkpoint
+        :raises Problem: 404, the project is gone; 409, the name is taken, or the quota is used up; 503.
         :raises DuplicateRequest: the request was answered before.
         """
         is_kept = False
@@ -365,7 +368,7 @@ class Copies(msgspec.Struct):
             await self.snapshot_names.free(snapshot.key)
 
     def _begin(self, vm: VmRow, kind: str) -> _Job:
-        """Begins a job, which ends with `_end`. :raises Problem: 503 there are too many, or too little memory."""
+        """Begins a job, which ends with `_end`. :raises Problem: 503, there are too many jobs, or too little memory."""
         if self._nursery is None:
             raise _busy("no copies are made at present", vm)
         if any(job.vm.id == vm.id for job in self._jobs.values()):
@@ -469,7 +472,7 @@ class Copies(msgspec.Struct):
         return disk.layer
 
     async def _take(self, job: _Job, into: Path, volumes: Path | None) -> CheckpointTaken:
-        """Has the VM's actor copy the guest. :raises CheckpointLost: :raises OSError:"""
+        """Requests the copy of the guest from the VM's actor. :raises CheckpointLost: :raises OSError:"""
         now = self.store.projection.by_id(job.vm.id)
         if now is None or not is_copyable(now) or now.process != job.vm.process:
             raise CheckpointLost("checkpoint_failed", f"VM {job.vm.name!r} has changed before it was copied")
@@ -500,10 +503,8 @@ class Copies(msgspec.Struct):
             self._nursery.start_soon(self._undo, snapshot)
 
     async def _undo(self, snapshot: Snapshot) -> None:
-        """Removes the row of a snapshot that failed, and then its files; retries while the journal can't.
-
-        One that the journal kept as ready, without a confirmation, stays.
-        """
+        """Removes the row of a failed snapshot, and then its files; retries while the journal can't. A snapshot that
+        the journal stored as ready, without a confirmation, is kept."""
         # It undoes a request, and is none: its record must not say that the request was done.
         current_cause.set(None)
         backoff = Backoff(_RETRY_S, _RETRY_MAX_S)

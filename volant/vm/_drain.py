@@ -40,7 +40,7 @@ async def _stop_all(vms: Lifecycle, store: Store, grace_s: float) -> None:
     async with store.events.cursor(store.projection.last_event) as cursor:
         while True:
             rows = store.projection.rows()
-            # Those that an earlier daemon asked to stop count, too.
+            # VMs that an earlier daemon asked to stop count, too.
             stopping = [row.id for row in rows if row.status is Status.STOPPING]
             async with trio.open_nursery() as nursery:
                 for vm_id in (*stopping, *(row.id for row in rows if _is_up(row))):

@@ -116,13 +116,12 @@ class Lifecycle:
         key: IdempotencyKey | None = None,
         taken_over: Movable | None = None,
     ) -> VmRow:
-        """Makes a VM in a project; durable when this returns. A cancelled caller cancels nothing.
+        """Creates a VM in a project; durable when this returns. A cancelled caller cancels nothing.
 
-        :param manifest: the manifest made from the request's OCI image, None for the plugin's
-        :param taken_over: this host has taken it over from another one, and has its name
-
-        :raises Problem: 400 the request, 404 no such plugin, 409 name taken or plugin disabled, 503 no capacity or
-            the daemon drains.
+        :param manifest: the manifest made from the request's OCI image; None for the plugin's
+        :param taken_over: this host has taken over the VM from another one, and has its name
+        :raises Problem: 400, the request; 404, no such plugin; 409, the name is taken or the plugin disabled; 503, no
+            capacity, or the daemon drains.
         :raises DuplicateRequest: the request was answered before.
         """
         plugin = self._store.projection.plugin(Key(project, request.plugin))
@@ -156,10 +155,10 @@ class Lifecycle:
         only_at: Collection[Version] | None = None,
         key: IdempotencyKey | None = None,
     ) -> VmRow:
-        """Changes what a VM should be, if it is at one of the versions `only_at`; durable when this returns.
+        """Changes the desired state of a VM, if it is at one of the versions `only_at`; durable when this returns.
 
-        :raises Problem: 404, 409 not legal now, 412 it is at another version, 503 (among others: it would start, and
-            the daemon drains).
+        :raises Problem: 404; 409, not legal now; 412, it is at another version; 503, among others if it would start and
+            the daemon drains.
         :raises DuplicateRequest: the request was answered before.
         """
         row = self._store.projection.require(vm)
@@ -189,12 +188,13 @@ class Lifecycle:
             await backoff.pause()
 
     async def delete(self, vm: Key, *, only_at: Collection[Version] | None = None) -> None:
-        """Deletes a VM, if it is at one of the versions `only_at`, and returns once nothing of it is left on the host.
+        """Deletes a VM, if it is at one of the versions `only_at`, and returns once it is completely removed from the
+        host.
 
         A cancelled caller cancels nothing. A second delete joins the first.
 
-        :raises Problem: 404; 412 it is at another version; 503 after 60 s, and says what is left, or another host has
-            taken it over meanwhile.
+        :raises Problem: 404; 412, it is at another version; 503, after 60 s, with the remaining parts, or if another
+            host has taken it over in the meantime.
         """
         row = await self.apply(vm, CommandRequest(Command.DELETE), only_at=only_at)
         _, after = await self.wait(row.id, {DELETED}, _DELETE_S)
@@ -209,7 +209,7 @@ class Lifecycle:
         await self._names.free(vm)
 
     async def delete_all(self, timeout_s: float) -> list[str]:
-        """Deletes every VM and admits no more; returns the names of those that are left after `timeout_s` seconds."""
+        """Deletes every VM and admits no more; returns the names of those that remain after `timeout_s` seconds."""
         self._capacity.close()
         projection = self._store.projection
         with trio.move_on_after(timeout_s):
@@ -265,26 +265,20 @@ class Lifecycle:
     # Draining
 
     async def drain(self, stop_grace_s: float | None = None) -> None:
-        """Lets no VM be made or start, until `undrain`; durable when this returns.
-
-        VMs that are up go on. With a grace, in seconds, they are stopped and start again afterwards (`keep_drained`).
-
-        :raises Problem: 503.
-        """
+        """Prevents the creation and start of VMs until `undrain`; durable when this returns. Running VMs keep running.
+        With a grace, in seconds, they are stopped and start again afterwards (`keep_drained`). :raises Problem: 503."""
         drain = await self._ask(SetDrain(stop_grace_s))
         since = drain.since.strftime("%Y-%m-%d %H:%M:%S UTC")
         _logger.warning("draining since %s: no VM starts until `volar system undrain`", since)
 
     async def undrain(self) -> None:
-        """Lets VMs start again, those that are due among them. :raises Problem: 503."""
+        """Allows VMs to start again, and starts due ones. :raises Problem: 503."""
         await self._ask(EndDrain())
         _logger.warning("not draining: VMs start")
 
     async def stop_for_drain(self, row: VmRow, grace_s: float) -> None:
-        """Stops a VM that is up and at the version of `row`; it starts again once the daemon does not drain.
-
-        :raises Problem: 412 it has changed; 503.
-        """
+        """Stops a running VM that is at the version of `row`; it starts again once the daemon does not drain. :raises
+        Problem: 412, it has changed; 503."""
         ref = await self._actors.get(row)
         stop = Ask(CommandRequest(Command.RESTART, grace_s=grace_s, aside=True), frozenset({row.revision}))
         try:
@@ -295,10 +289,8 @@ class Lifecycle:
     # Moves
 
     async def move(self, row: VmRow, request: Leaves | Stays | Left) -> VmRow:
-        """Lets a VM leave for another host, stay after all, or end as it is there; durable when this returns.
-
-        :raises Problem: 409 it can't move as it is; 503.
-        """
+        """Records that a VM leaves for another host, stays after all, or ends as it has left; durable when this
+        returns. :raises Problem: 409, it can't move in its state; 503."""
         return await self._note(row, request)
 
     async def note_replica(self, row: VmRow, replica: Replica) -> None:
@@ -318,11 +310,8 @@ class Lifecycle:
             raise _busy(row, error) from error
 
     async def arrive(self, snapshot: Snapshot, epoch: int) -> VmRow:
-        """Lets a VM go on here from the snapshot of its move; that it does may be known already. Durable when this
-        returns.
-
-        :raises Problem: as `ArriveRow`; 503 no capacity
-        """
+        """Continues a VM here from the snapshot of its move; the request may be a repetition. Durable when this
+        returns. :raises Problem: as `ArriveRow`; 503, no capacity."""
         there = self._store.projection.get(snapshot.vm.key)
         if there is not None and there.arrived == snapshot.move:
             await self._actors.get(there)

@@ -26,7 +26,7 @@ async def measure_stats(host: Host, rows: Iterable[VmRow]) -> list[VmStats]:
             used = host.proc.usage(row.process)
         except ProcessGone:
             continue
-        # What the tap receives, the guest has sent.
+        # The tap receives the data that the guest sends.
         sent, received = interfaces.get(row.lease.tap, (None, None)) if row.lease is not None else (None, None)
         found.append(
             VmStats(

@@ -80,10 +80,8 @@ class VmNetworks(msgspec.Struct):
             _logger.warning("VM %s: its egress rules can't be removed now: %s", row.name, error, extra={"vm": row.name})
 
     async def reconnect_adopted(self, row: VmRow) -> None:
-        """Gives an adopted VM its tap again. A failure is logged, and the VM goes on without.
-
-        `keep_passt` does the same where passt carries the traffic.
-        """
+        """Gives an adopted VM its tap again. After a failure, which is logged, the VM runs without it. If passt carries
+        its traffic, `keep_passt` does the same."""
         try:
             if not uses_passt(row):
                 await self._attach(row)

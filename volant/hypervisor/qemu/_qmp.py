@@ -87,7 +87,7 @@ class QmpClient:
                 self._lose("the control socket was closed")
 
     async def _negotiate(self) -> None:
-        # What was meant for the previous session may come before the greeting, too.
+        # Messages for the previous session may come before the greeting.
         while "QMP" not in (greeting := _decode(await self._lines.next())):
             if not greeting.keys() & {"return", "error", "event"}:
                 raise QmpLost("the control socket does not greet as QMP does")
