@@ -140,7 +140,7 @@ class Model:
                 node = self.random.choice(list(self.snapshots))
                 snapshot = self.snapshots[node]
                 if any(row.checkpoint == snapshot.checkpoint and row.status == "pending" for row in self.rows.values()):
-                    with pytest.raises(Problem, match="is about to go on from snapshot"):
+                    with pytest.raises(Problem, match="is about to continue from snapshot"):
                         await bench.ask(RemoveSnapshot(snapshot.key, snapshot.id))
                     return
                 await bench.ask(RemoveSnapshot(snapshot.key, snapshot.id))

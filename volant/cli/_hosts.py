@@ -100,7 +100,7 @@ async def _wait(session: Streaming, name: str, timeout_s: float) -> None:
         if found.moves:
             raise Failure(f"{safe(name)} is draining, and keeps {len(found.moves)} of its VMs")
         return
-    raise Failure(f"after {timeout_s:g} s {safe(name)} still moves VMs; it goes on", code=TIMED_OUT)
+    raise Failure(f"after {timeout_s:g} s {safe(name)} still moves VMs; the drain continues", code=TIMED_OUT)
 
 
 async def _moves(session: Streaming, name: str) -> HostMoves:

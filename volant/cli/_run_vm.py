@@ -217,7 +217,7 @@ async def _detached(session: Session, wanted: _Wanted) -> int:
     try:
         vm = await _until_running(session, vm, wanted.image) or vm
     except trio.Cancelled:
-        session.out.note(f"volar: VM {vm.name} goes on starting; `volar rm -f {vm.name}` deletes it")
+        session.out.note(f"volar: VM {vm.name} keeps starting; `volar rm -f {vm.name}` deletes it")
         raise
     session.out.result(vm, safe(vm.name))
     return 0
@@ -325,7 +325,7 @@ class _Foreground:
                     raise
             await trio.sleep(_AGAIN_S)
         self._at_the_end = "leave"
-        hint = f"if the VM runs, the program goes on: `volar exec --attach {identifier} {name}`"
+        hint = f"if the VM runs, the program keeps running: `volar exec --attach {identifier} {name}`"
         raise ConnectionLost(lost.detail, hint=hint) from lost
 
     async def _watch_signals(

@@ -357,7 +357,7 @@ def _adopt(stage: Stage, message: messages.AdoptRow) -> VmRow:
     except BadMember as bad:
         raise Problem(
             409, "orphan-not-adoptable", f"{row.tag} can't be adopted: {bad}", vm=row.name,
-            hint="it goes on running; `volar vms kill` ends it",
+            hint="it keeps running; `volar vms kill` ends it",
         ) from bad  # fmt: skip
     if stage.by_id(row.id) is not None:
         raise Problem(409, "vm-exists", f"there is a VM with the id {row.id} already", vm=row.name)
@@ -627,7 +627,7 @@ def _remove_snapshot(stage: Stage, message: messages.RemoveSnapshot) -> None:
         raise Problem(
             409,
             "snapshot-in-use",
-            f"VM {users[0]!r} is about to go on from snapshot {snapshot.name!r}",
+            f"VM {users[0]!r} is about to continue from snapshot {snapshot.name!r}",
             hint="wait until it runs, or delete it",
         )
     stage.drop(snapshot)

@@ -302,7 +302,7 @@ def restored_event(before: VmRow | None, after: VmRow | None, *, event_id: Event
     origin = after.origin
     if origin is None or origin.kind != "snapshot" or after.status is not Status.RUNNING or after.arrived:
         return None
-    message = f"goes on from snapshot {origin.snapshot} of VM {origin.vm}"
+    message = f"continues from snapshot {origin.snapshot} of VM {origin.vm}"
     return _event(EventType.VM_RESTORED, after, event_id, now, message, status=after.status, snapshot=origin.snapshot)
 
 

@@ -177,5 +177,5 @@ def _hope(record: VmRecord) -> str:
     if record.replica is None:
         return ""
     if not record.replica.hosts:
-        return ", and no host has a replica to continue it from: it goes on when its host is back"
+        return ", and no host has a replica to continue it from: it continues when its host is back"
     return f", and a host that has its newest replica continues it: {', '.join(record.replica.hosts)}"

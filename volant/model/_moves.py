@@ -56,7 +56,7 @@ def obstacle_to_move(row: VmRow) -> str | None:
     if row.volumes:
         return f"it mounts the volume {row.volumes[0].name!r}, which is on its host alone"
     if row.checkpoint is not None and is_at_rest(row):
-        return f"it is {row.status.value}, and was to go on from a snapshot that is only here: start it, or delete it"
+        return f"it is {row.status.value}, and was to continue from a snapshot that is only here: start it, or delete it"
     return None
 
 
@@ -78,7 +78,7 @@ def moving(row: VmRow, leaving: Leaving) -> Problem:
     """Returns the 503 for a request about a VM that moves to another host."""
     return Problem(
         503, "vm-moving", f"VM {row.name!r} is moving from {leaving.from_host} to {leaving.to_host}", vm=row.name,
-        hint="try again: it goes on there, or here if that fails", retry_after_s=2,
+        hint="try again: it continues there, or here if that fails", retry_after_s=2,
     )  # fmt: skip
 
 

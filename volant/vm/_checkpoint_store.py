@@ -87,7 +87,7 @@ class CheckpointStore:
         directory, what = self.at(checkpoint), _shown(checkpoint)
         if not self._sealed.exists(directory):
             why = "its files are gone" if checkpoint.startswith(SNAPSHOT) else "it was not made, or is gone again"
-            raise CheckpointLost("checkpoint_gone", f"the VM can't go on from {what}: {why}")
+            raise CheckpointLost("checkpoint_gone", f"the VM can't continue from {what}: {why}")
         try:
             return await self._sealed.check(directory)
         except Damaged as why:

@@ -203,7 +203,7 @@ class Lifecycle:
             raise Problem(
                 503, "delete-slow",
                 f"VM {vm.name!r} is not gone after {_DELETE_S:g} s, phase {after.phase.value!r}{reason}",
-                vm=vm.name, hint="it goes on being deleted; DELETE again to wait on",
+                vm=vm.name, hint="the deletion continues; DELETE again to wait for it",
             )  # fmt: skip
         self._fence.check_deleted(row)
         await self._names.free(vm)

@@ -305,5 +305,5 @@ def _mount(disk: VolumeDisk, volumes: Mapping[str, Volume]) -> VolumeMount:
 def _not_adoptable(orphan: Orphan, why: str) -> Problem:
     return Problem(
         409, "orphan-not-adoptable", f"{orphan.identity.tag} can't be adopted: {why}",
-        hint="it goes on running; `volar vms kill` ends it",
+        hint="it keeps running; `volar vms kill` ends it",
     )  # fmt: skip
