@@ -127,7 +127,7 @@ def test_it_polls_at_the_issuers_pace(issuer: Issuer, time: Time) -> None:
     ("error", "words"),
     [
         ("access_denied", "the sign-in was denied"),
-        ("expired_token", "nobody signed in before the code expired"),
+        ("expired_token", "no user signed in before the code expired"),
         ("invalid_client", "the issuer refuses the sign-in: invalid_client"),
     ],
 )
@@ -139,7 +139,7 @@ def test_it_says_why_it_ends(issuer: Issuer, time: Time, error: str, words: str)
 
 def test_it_ends_when_the_code_does(issuer: Issuer, time: Time) -> None:
     issuer.say(*["authorization_pending"] * 100)
-    with pytest.raises(Failure, match="nobody signed in"):
+    with pytest.raises(Failure, match="no user signed in"):
         sign_in(issuer)
     assert time.now <= 100
 

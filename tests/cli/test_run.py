@@ -295,7 +295,7 @@ async def test_a_program_that_another_client_has_taken_is_left_alone() -> None:
         await stream.send_all(socket.send(AcceptConnection()))
         await stream.receive_some()
         await stream.send_all(socket.send(TextMessage('{"id":"workload","tty":false,"position":0}')))
-        await stream.send_all(socket.send(CloseConnection(4000, "somebody else has attached")))
+        await stream.send_all(socket.send(CloseConnection(4000, "another client has attached")))
         while await stream.receive_some():
             pass
 
@@ -304,7 +304,7 @@ async def test_a_program_that_another_client_has_taken_is_left_alone() -> None:
         server.routes["GET /api/v1/vms/demo/agent/v1/exec"] = taken
         done = await volar(server, "run", "-i", "--rm", "example/tool:1")
     assert done.code == 125
-    assert "somebody else has attached" in done.err
+    assert "another client has attached" in done.err
     assert not sent(server, "DELETE")
     assert sent(server, "POST") == ["/api/v1/vms"]
 

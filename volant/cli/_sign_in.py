@@ -126,7 +126,7 @@ class IssuerClient:
                     break
                 elif refused.code != "authorization_pending":
                     raise Failure(f"the issuer refuses the sign-in: {refused}") from None
-        raise Failure("nobody signed in before the code expired", code=TIMED_OUT, hint="run `volar login` again")
+        raise Failure("no user signed in before the code expired", code=TIMED_OUT, hint="run `volar login` again")
 
     def _discover(self) -> dict[str, Any]:
         issuer = self._sign_in.issuer

@@ -123,9 +123,7 @@ class ExecSession:
                 await self._socket.ping()
             nursery.cancel_scope.cancel()
         if scope.cancelled_caught:
-            raise ConnectionLost(
-                f"the command in {self._vm} does not read its input", hint="what it had not read is lost"
-            )
+            raise ConnectionLost(f"the command in {self._vm} does not read its input", hint="unread input is lost")
 
     async def begin(self) -> None:
         """Waits for the first message of a command that continues without its client."""

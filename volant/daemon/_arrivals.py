@@ -156,7 +156,7 @@ class Arrivals:
         try:
             want = msgspec.json.decode(body, type=WantArrival)
         except (msgspec.MsgspecError, ValueError) as error:
-            raise Problem(400, "malformed-request", f"another version has written what is to arrive: {error}") from None
+            raise Problem(400, "malformed-request", f"the request was written by another version: {error}") from None
         leaving = want.vm.leaving
         if leaving is None or self._nursery is None:
             raise Problem(503, "daemon-starting", "no VM can arrive now", retry_after_s=2)

@@ -197,7 +197,7 @@ class Evacuation:
         leaving, reason = row.leaving, _UNDRAINED
         if leaving is not None and leaving.deciding:
             # A decision that an earlier daemon requested.
-            reason = "the daemon was restarted while that was decided, and the other host had not got it"
+            reason = "the daemon was restarted during the decision, and the other host has not received the VM"
         else:
             with task.scope:
                 try:

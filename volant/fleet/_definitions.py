@@ -133,7 +133,7 @@ class Definitions:
             return answer
         except OutcomeUnknown as error:
             raise Problem(
-                503, "fleet-outcome-unknown", f"nobody knows whether the fleet has this change: {error}",
+                503, "fleet-outcome-unknown", f"it is unknown whether the fleet has this change: {error}",
                 hint="look whether it was made before you send it again",
             ) from error  # fmt: skip
         except EtcdError as error:

@@ -105,7 +105,7 @@ class Session:
                 before, self._next = self._next, peer
                 self._wakeup.wake()
         if before is not None:
-            before.socket.close(_websocket.REPLACED, "somebody else has attached")
+            before.socket.close(_websocket.REPLACED, "another client has attached")
             before.released.set()
         if over:
             peer.replay(self.output, self._hello(), self.end)
@@ -195,7 +195,7 @@ class Session:
         if peer is None:
             return
         if self._peer is not None:
-            self._peer.socket.close(_websocket.REPLACED, "somebody else has attached")
+            self._peer.socket.close(_websocket.REPLACED, "another client has attached")
             try:
                 self._peer.socket.flush()
             except Gone:

@@ -193,7 +193,7 @@ def _prepare_put(stream: Stream, request: Request, path: bytes) -> Callable[[], 
     mode = _parse_mode(query["mode"]) if "mode" in query else None
     owner = _parse_owner(query["user"]) if "user" in query else None
     if request.header(b"content-encoding"):
-        raise Problem(415, "a file is taken as it is, without a Content-Encoding")
+        raise Problem(415, "a file is stored unchanged; send it without Content-Encoding")
     is_tar = request.header(b"content-type").partition(b";")[0].strip().lower() == TAR
     if is_tar and mode is not None:
         raise Problem(400, "mode is for a file; a tar says the modes itself", field="mode")

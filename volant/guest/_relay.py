@@ -188,7 +188,7 @@ class _Exchange:
         lines = [b"HTTP/1.1 " + rest]
         if status == 101:
             if not self._upgrade:
-                raise ValueError("an upgrade that nobody asked for")
+                raise ValueError("an upgrade that was not requested")
             protocol = b", ".join(value for name, value in headers if name == b"upgrade")
             fields += [(b"connection", b"upgrade"), (b"upgrade", protocol)]
             self._head = None

@@ -104,7 +104,7 @@ class CodeFlow:
             if answer["error"] == "access_denied":
                 raise Problem(
                     403, "sign-in-denied", f"the issuer {issuer} denies the sign-in: {said}",
-                    hint="sign in again, as somebody who may use this client",
+                    hint="sign in again, as a user who may use this client",
                 )  # fmt: skip
             raise _failed(f"the issuer {issuer} answers with an error: {said}")
         if not answer.get("code"):

@@ -456,7 +456,7 @@ def _begin_volume(stage: Stage, message: messages.BeginVolume) -> Volume:
         if writer is not None:
             raise Problem(
                 409, "volume-in-use", f"VM {writer.name!r} writes to the volume {source.name!r}", vm=writer.name,
-                hint="stop the VM first: what it is writing is no state to begin with",
+                hint="stop the VM first: a volume can't be copied while a VM writes to it",
             )  # fmt: skip
         size_mb = source.size_mb
     else:

@@ -168,7 +168,7 @@ def unreachable_view(vm: Key, record: VmRecord) -> VmView:
         replicate=record.replicate,
         replica=record.replica,
         unreachable=record.host,
-        warnings=(f"the host {record.host!r} gives no sign of life; this is what it last reported{_hope(record)}",),
+        warnings=(f"the host {record.host!r} gives no sign of life; this is its last report{_hope(record)}",),
     )
 
 

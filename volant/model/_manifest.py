@@ -401,7 +401,9 @@ def _check_url(url: str, field: str) -> None:
     if not _PRINTABLE.match(url):
         raise invalid(field, f"{field} has spaces or characters beyond ASCII", hint="percent-encode them")
     if parts.username is not None or parts.password is not None:
-        raise invalid(field, f"{field} has a user or a password in it, and whoever may list plugins could read them")
+        raise invalid(
+            field, f"{field} has a user or a password in it, and every client that may list plugins could read them"
+        )
     if "#" in url:
         raise invalid(field, f"{field} has a fragment, which no server sees")
     if parts.scheme == "file":

@@ -56,7 +56,7 @@ def obstacle_to_move(row: VmRow) -> str | None:
     if row.volumes:
         return f"it mounts the volume {row.volumes[0].name!r}, which is on its host alone"
     if row.checkpoint is not None and is_at_rest(row):
-        return f"it is {row.status.value}, and was to continue from a snapshot that is only here: start it, or delete it"
+        return f"it is {row.status.value}, and continues from a snapshot that is only here: start it, or delete it"
     return None
 
 

@@ -137,7 +137,7 @@ def value_of(request: SetSecret) -> bytes:
     if len(value) > MAX_SECRET_BYTES:
         raise invalid(
             "value", f"value has {len(value)} bytes, at most {MAX_SECRET_BYTES} are allowed",
-            hint="keep what is larger in a volume, encrypted with a key that is a secret",
+            hint="store larger values in a volume, encrypted with a key that is a secret",
         )  # fmt: skip
     return value
 

@@ -290,7 +290,7 @@ class Repository:
                             raise OciError(
                                 "image_invalid",
                                 f"{self._shown}: the registry sends more than {limit} bytes for {method}",
-                                "push the image again, or ask whoever runs the registry",
+                                "push the image again, or ask the registry's operator",
                             )
                         await self._moved(len(piece), scope, is_blob)
                     return _Answer(response.status, _headers(response.headers), bytes(received))
@@ -309,7 +309,7 @@ class Repository:
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.ProxyError) as error:
             interrupted = OciError(
                 "fetch_interrupted", f"{self._shown}: the connection to the registry broke: {_cut(str(error))}",
-                "try again: what has arrived is not moved again",
+                "try again: data that has arrived is not sent again",
             )  # fmt: skip
             raise _Again(interrupted) from error
         except (httpcore.UnsupportedProtocol, ValueError, OSError) as error:

@@ -92,7 +92,7 @@ def confine(confinement: Confinement) -> None:
     except (OSError, ValueError) as error:
         raise OciError(
             "sandbox_failed", f"the process that converts layers can't be confined: {error}",
-            "see what `volar setup --check` says of the sandbox, or turn it off with VOLANT_SANDBOX=off",
+            "see the sandbox in `volar setup --check`, or turn it off with VOLANT_SANDBOX=off",
         ) from error  # fmt: skip
 
 

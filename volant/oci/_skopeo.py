@@ -363,7 +363,7 @@ class Skopeo:
         except OSError as error:
             raise OciError(
                 "sandbox_failed", f"{PROGRAM} can't be started in a sandbox: {error}",
-                "see what `volar setup --check` says of the sandbox, or turn it off with VOLANT_SANDBOX=off",
+                "see the sandbox in `volar setup --check`, or turn it off with VOLANT_SANDBOX=off",
             ) from error  # fmt: skip
         if status == 0:
             return output
@@ -410,7 +410,7 @@ def failure(reference: Reference, said: str) -> OciError:
     for pattern, code, why, hint in _REASONS:
         if re.search(pattern, reason, re.IGNORECASE):
             return OciError(code, f"{reference} can't be fetched: {why}", hint)
-    return OciError("fetch_failed", f"{reference} can't be fetched: skopeo failed", "the daemon's log has what it says")
+    return OciError("fetch_failed", f"{reference} can't be fetched: skopeo failed", "the daemon's log has its output")
 
 
 def used_bytes(directory: Path) -> int:

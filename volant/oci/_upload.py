@@ -93,6 +93,6 @@ def archive_kind(path: Path) -> Literal["oci-archive", "docker-archive"]:
         if is_oci:
             return "oci-archive"
     raise OciError(
-        "image_invalid", "what was sent is no archive of an image",
+        "image_invalid", "the body is not an archive of an image",
         "make one with `docker save`, `podman save` or `skopeo copy … oci-archive:FILE`",
     )  # fmt: skip

@@ -202,7 +202,7 @@ async def get_vm(context: Context, name: str) -> VmChanged:
     tool=Tool(
         "vms_delete",
         "Delete a VM",
-        "Destroy a VM with its disk, for good. To get it back later, use vms_stop instead.",
+        "Delete a VM with its disk, permanently. To get it back later, use vms_stop instead.",
         destructive=True,
         idempotent=True,
     ),

@@ -64,7 +64,7 @@ async def follow_workload(
         async for chunk in response:
             *lines, buffer = (buffer + chunk).split(b"\n")
             if len(buffer) > _MAX_STATUS_BYTES:
-                raise AgentProtocolError("what it says of its workload has no end")
+                raise AgentProtocolError("its report on the workload is too long")
             # Only the newest counts: a guest may send more than anybody wants to keep.
             if lines:
                 await report(workload_of(lines[-1]))

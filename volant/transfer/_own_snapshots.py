@@ -269,7 +269,7 @@ class OwnSnapshots:
             raise TransferError(
                 "disk_full",
                 f"the disk has no room for {needed // 2**20} MiB more",
-                "delete snapshots that nobody needs",
+                "delete snapshots that are not needed",
             )
 
 
@@ -301,5 +301,5 @@ def _disk_errors(directory: Path) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise TransferError(
             "disk_full" if full else "transfer_failed", f"{directory} can't be written: {error.strerror or error}",
-            "call again once that is solved: what has arrived is kept",
+            "call again once that is solved: data that has arrived is kept",
         ) from error  # fmt: skip

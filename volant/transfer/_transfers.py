@@ -253,7 +253,7 @@ class Transfers:
             raise TransferError(
                 "transfer_timeout",
                 f"the transfer took longer than {self._settings.timeout_s:g} s",
-                "call again: what has arrived is not moved again; or raise the setting transfer_timeout_s",
+                "call again: data that has arrived is not sent again; or raise the setting transfer_timeout_s",
             ) from None
 
     @asynccontextmanager

@@ -255,7 +255,7 @@ class Copies(msgspec.Struct):
         earlier = self.store.projection.snapshots.get(Key(vm.project, request.name or ""))
         if earlier is not None and earlier.status == "creating" and earlier.checkpoint not in self._jobs:
             # "The name is taken" would be stored for the request's key, though there is no such snapshot.
-            raise _busy(f"what is left of snapshot {earlier.name!r}, which came to nothing, is being removed", row)
+            raise _busy(f"the remains of snapshot {earlier.name!r}, which failed, are being removed", row)
         job = self._begin(row, SNAPSHOT)
         expected: Snapshot | None = None
         begun: Snapshot | None = None

@@ -263,7 +263,7 @@ def adopted_row(
         updated_at=now,
         layer=machine.root.layer.parent.name if machine.root else "",
         network=NONE if machine.nic is None else kind_behind(machine.nic),
-        network_reason="it was found on the host, where nobody knew of a network with a name",
+        network_reason="the VM was adopted as an orphan; the name of its network is unknown",
         lease=None if machine.nic is None else lease_of(machine.nic),
         egress=_egress_of(machine.nic),
         status=Status.RUNNING,

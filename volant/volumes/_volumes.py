@@ -250,7 +250,7 @@ class Volumes(msgspec.Struct):
         is no such volume."""
         left = self.store.projection.volumes.get(key)
         if left is not None and left.id in self._removals:
-            what = f"what is left of an earlier volume {key.name!r} is being removed"
+            what = f"the remains of an earlier volume {key.name!r} are being removed"
             raise Problem(503, "volumes-busy", what, hint="try again in a moment")
 
     async def _remove(self, key: Key, volume_id: str) -> None:
@@ -275,7 +275,7 @@ class Volumes(msgspec.Struct):
                 await self.names.free(key)
                 return
             except (OSError, Problem) as error:
-                _logger.warning("what is left of volume %s is not removed yet: %s", key.name, error)
+                _logger.warning("the remains of volume %s are not removed yet: %s", key.name, error)
             await backoff.pause()
 
     async def _repair_size(self, volume: Volume) -> None:

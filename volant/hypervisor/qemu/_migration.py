@@ -134,7 +134,7 @@ async def _listening(host: Host, spec: MachineSpec, qmp: QmpClient) -> AsyncIter
 
     async with stream, open_helpers() as helpers:
         if not await _poll_until(partial(_has_peer, qmp, True), LOAD_S):
-            raise QmpLost("the hypervisor accepts nobody at the agent's port")
+            raise QmpLost("the hypervisor accepts no connection at the agent's port")
         helpers.start_soon(read)
         yield
         quiet = 0
