@@ -1,4 +1,4 @@
-"""What is whole on the disk or not there: caches that several daemons share, and directories that are sealed."""
+"""Files that are on the disk completely or not at all: caches that several daemons share, and sealed directories."""
 
 from ._files import (
     check_space as check_space,

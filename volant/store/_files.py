@@ -23,7 +23,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
 _MAX_RECORD_BYTES = 16 * 1024 * 1024
 _RESERVE_BYTES = 256 * 1024 * 1024
-"""Stays free on the file system of a cache, which is often that of the database, too."""
+"""Space that stays free on the file system of a cache, which often contains the database too."""
 
 
 def write_atomically(path: Path, data: bytes, *, mode: int = 0o600) -> None:

@@ -22,21 +22,21 @@ _NEW = ".new"
 
 
 class Damaged(Exception):
-    """A sealed directory is not as it was sealed. The text says why, for people."""
+    """A sealed directory was changed. The text has the reason, for people."""
 
 
 class Seal(msgspec.Struct, frozen=True, kw_only=True):
-    """What every record has."""
+    """The members of every record."""
 
     version: int = 1
     state_sha256: str
-    """Of the file `state`; empty if there is none."""
+    """The digest of the file `state`; empty if there is none."""
     fingerprints: dict[str, str]
-    """By the names of the files, as they were when all were written."""
+    """The fingerprints of the complete files, by their names."""
     size_bytes: int
     """Space on the disk, or in memory."""
     protocol: int = 1
-    """The newest that the guest's agent is known to speak."""
+    """The newest protocol that the guest's agent is known to support."""
 
 
 S = TypeVar("S", bound=Seal)
@@ -56,7 +56,7 @@ class SealedDirectories(Generic[S]):
         self._state = state
         self._kind = kind
         self.known: dict[Path, S] = {}
-        """Those whose `state` had its digest."""
+        """The records of directories whose `state` matched its digest."""
 
     def exists(self, path: Path) -> bool:
         """Returns whether there is such a directory, and no removal of it has begun."""
@@ -106,7 +106,7 @@ class SealedDirectories(Generic[S]):
         return record
 
     async def remove(self, path: Path) -> None:
-        """Removes a directory, if it is there. VMs that run from it keep what they map. :raises OSError:"""
+        """Removes a directory, if it exists. VMs that run from it keep their mapped files. :raises OSError:"""
         self.known.pop(path, None)
         if self._host.files.exists(path):
             await self._host.files.remove(path / self._record)
@@ -114,10 +114,10 @@ class SealedDirectories(Generic[S]):
 
 
 def fresh(path: Path) -> Path:
-    """Returns where the file or directory is made that is to have a name."""
+    """Returns the path at which a file or directory is made before it gets its name."""
     return path.with_name(path.name + _NEW)
 
 
 def is_fresh(name: str) -> bool:
-    """Returns whether a name is that of something unfinished."""
+    """Returns whether a name belongs to an unfinished file or directory."""
     return name.endswith(_NEW)

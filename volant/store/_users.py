@@ -40,13 +40,13 @@ class Users:
         _drop(self._note(digest, owner))
 
     def forget_others(self, owner: Path, keep: Collection[str]) -> None:
-        """Removes the notes of a daemon but those of some digests. :raises OSError: the disk fails"""
+        """Removes the notes of a daemon, except for some digests. :raises OSError: the disk fails"""
         for digest in entries(self._directory):
             if digest not in keep:
                 self.forget(digest, owner)
 
     def of(self, digest: str) -> list[Path]:
-        """Returns the daemons that use what has a digest. Removes the notes of those that are gone."""
+        """Returns the daemons that use the item with a digest. Removes the notes of daemons that no longer exist."""
         found = []
         for name in entries(self._directory / digest):
             note = self._directory / digest / name
