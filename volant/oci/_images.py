@@ -393,7 +393,8 @@ class OciImages:
         """
         if self._owner is not None:
             used = {digits(digest) for digest in self._users()}
-            await trio.to_thread.run_sync(self._store.users.forget_others, self._owner, used)
+            with disk_errors(OciError):
+                await trio.to_thread.run_sync(self._store.users.forget_others, self._owner, used)
         images = await self.all()
         users = {image.digest: await self.users_of(image.digest) for image in images}
         since = time.time() - unused_for_s

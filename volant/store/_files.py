@@ -61,10 +61,10 @@ def read_record(path: Path, kind: type[T]) -> T | None:
 
 
 def entries(directory: Path) -> list[str]:
-    """Returns the names in a directory without hidden ones, sorted; none if it is missing."""
+    """Returns the names in a directory without hidden ones, sorted; none if it is missing or a file."""
     try:
         return sorted(name for name in os.listdir(directory) if not name.startswith("."))  # noqa: PTH208
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 

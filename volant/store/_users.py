@@ -78,7 +78,8 @@ def _is_there(owner: Path) -> bool:
 
 
 def _drop(note: Path) -> None:
-    note.unlink(missing_ok=True)
+    with suppress(FileNotFoundError, NotADirectoryError):
+        note.unlink()
     # Fails while there are other notes.
     with suppress(OSError):
         note.parent.rmdir()
