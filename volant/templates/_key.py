@@ -39,7 +39,7 @@ class TemplateKey(msgspec.Struct, frozen=True, kw_only=True):
     has_nic: bool = False
     """Whether its machine has a network interface, which each clone configures for itself."""
     config: GuestConfig | None = msgspec.field(default=None, name="told")
-    """None if each clone receives its manifest and its workload itself. Named `told` in files and digests."""
+    """None if each clone receives its manifest and its workload itself. Its name in files and digests is `told`."""
 
     @property
     def digest(self) -> str:
