@@ -4,11 +4,11 @@
     volar plugins install DIR/manifest.json
 
 It needs neither root nor mounts, and copies none of this host's configuration into the image. The same packages make
-the same bytes. A run without new packages only asks the archive.
+the same bytes. A run without new packages leaves the image as it is.
 
-Packages are unpacked and not installed, because their maintainer scripts need a running system. This script does the
-parts that matter: a user for the browser, the links of a merged /usr, Python's byte code. The linker needs no cache,
-because all libraries are in its default directories; nor does fontconfig, for one family of fonts.
+mmdebstrap unpacks the packages. They are not installed, because their maintainer scripts need root. This script does
+the parts that matter: a user for the browser, the links of a merged /usr, Python's byte code. The linker needs no
+cache, because all libraries are in its default directories; nor does fontconfig, for one family of fonts.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from volant.images import ImageError, Package, Progress, fetch_packages
+from volant.images import Archive, ImageError, Package, Progress, extract_packages
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
@@ -38,7 +38,7 @@ CHROMIUM = "chromium-headless-shell"
 PACKAGES = (CHROMIUM, "fonts-dejavu-core", "python3.13-minimal", "libpython3.13-stdlib", "busybox-static")
 WITHOUT = ("x11-utils", "xdg-utils", "mesa-libgallium", "debconf")
 """Dependencies for desktops, graphics cards and the questions of an installation, left out: half of all files."""
-PROGRAMS = {"dpkg-deb": "dpkg", "mke2fs": "e2fsprogs", "debugfs": "e2fsprogs"}
+PROGRAMS = {"mmdebstrap": "mmdebstrap", "mke2fs": "e2fsprogs", "debugfs": "e2fsprogs"}
 """The programs that build the image, and the Debian packages that contain them."""
 SIZE_MB = 1024
 """Size of the filesystem; the file is sparse."""
@@ -100,18 +100,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for program in PROGRAMS:
             located(program)
-        with locked(output):
-            packages = fetch_packages(
+        with locked(output), tempfile.TemporaryDirectory(dir=output, prefix="build-") as scratch:
+            root = Path(scratch, "root")
+            packages = extract_packages(
                 output / "packages",
                 PACKAGES,
+                root,
                 without=WITHOUT,
                 progress=say.progress,
-                mirror=options.mirror,
-                security_mirror=options.security_mirror,
-                keyring=options.keyring,
-                offline=options.offline,
+                archive=Archive(options.mirror, options.security_mirror, options.keyring, options.offline),
             )
-            build(output, packages, say)
+            build(output, root, packages, say)
     except ImageError as error:
         say(f"error: {error}")
         return 1
@@ -153,39 +152,32 @@ def locked(output: Path) -> Iterator[None]:
         yield
 
 
-def build(output: Path, packages: Mapping[Package, Path], say: Teller) -> None:
-    """Makes `rootfs.img` and `manifest.json`, unless they are up to date."""
+def build(output: Path, root: Path, packages: Sequence[Package], say: Teller) -> None:
+    """Makes `rootfs.img` and `manifest.json` of the packages unpacked in `root`, unless they are up to date."""
     record = output / "build.json"
     key = digest_of_inputs(packages)
     if is_built(output, record, key):
         say("The image is up to date")
         return
-    with tempfile.TemporaryDirectory(dir=output, prefix="build-") as folder:
-        scratch = Path(folder)
-        root = scratch / "root"
-        root.mkdir()
-        say("Unpacking")
-        for file in packages.values():
-            run("dpkg-deb", "-x", str(file), str(root))
-        arrange(root)
-        say("Compiling Python's modules")
-        compile_python(root)
-        make_uniform(root)
-        say("Writing the filesystem")
-        image = scratch / "rootfs.img"
-        make_filesystem(root, image, key)
-        say("Computing its digest")
-        with image.open("rb") as handle:
-            sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
-        version = next(package.version for package in packages if package.name == CHROMIUM)
-        record.unlink(missing_ok=True)
-        image.replace(output / "rootfs.img")
-        write(output / "manifest.json", manifest(output / "rootfs.img", sha256, version))
-        write(record, {"inputs": key, "sha256": sha256, "size": SIZE_MB << 20})
+    arrange(root)
+    say("Compiling Python's modules")
+    compile_python(root)
+    make_uniform(root)
+    say("Writing the filesystem")
+    image = root.with_name("rootfs.img")
+    make_filesystem(root, image, key)
+    say("Computing its digest")
+    with image.open("rb") as handle:
+        sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
+    version = next(package.version for package in packages if package.name == CHROMIUM)
+    record.unlink(missing_ok=True)
+    image.replace(output / "rootfs.img")
+    write(output / "manifest.json", manifest(output / "rootfs.img", sha256, version))
+    write(record, {"inputs": key, "sha256": sha256, "size": SIZE_MB << 20})
     say(f"The image has Chromium {version}, and {(output / 'rootfs.img').stat().st_blocks >> 11} MiB")
 
 
-def digest_of_inputs(packages: Mapping[Package, Path]) -> str:
+def digest_of_inputs(packages: Sequence[Package]) -> str:
     """Returns a digest of everything that determines the image."""
     parts = [f"{package.name} {package.version} {package.sha256}" for package in packages]
     for path in (Path(__file__), *workload_files()):

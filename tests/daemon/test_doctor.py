@@ -88,7 +88,7 @@ def directory(**changes: Any) -> Inspected:
         (judge_own(Path("/")), "ok", "/"),
         (judge_own(Path("/none")), "fails", "VOLANT_KERNEL"),
         (judge_unbuilt(HERE, None), "less", "volar boot-images build"),
-        (judge_unbuilt(HERE, ImageError("no_apt", "There is no apt", "install apt")), "fails", "install apt"),
+        (judge_unbuilt(HERE, ImageError("no_mmdebstrap", "There is none", "install it")), "fails", "install it"),
         (judge_directory(STATE, directory()), "ok", "10000 MiB free (ext4)"),
         (judge_directory(STATE, directory(writable=False)), "fails", "VOLANT_STATE_DIR"),
         (judge_directory(RUNTIME, directory(writable=False, existing=Path("/var"))), "fails", "in /var"),

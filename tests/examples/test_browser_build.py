@@ -21,7 +21,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.parametrize(
-    ("lacks", "package"), [("dpkg-deb", "dpkg"), ("mke2fs", "e2fsprogs"), ("debugfs", "e2fsprogs")]
+    ("lacks", "package"), [("mmdebstrap", "mmdebstrap"), ("mke2fs", "e2fsprogs"), ("debugfs", "e2fsprogs")]
 )
 def test_a_missing_program_and_its_package_are_named(tmp_path: Path, lacks: str, package: str) -> None:
     output = tmp_path / "browser"

@@ -11,16 +11,17 @@ import sys
 import threading
 import tomllib
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
+from msgspec.structs import replace
 
 from volant.images import (
+    Archive,
     Image,
     ImageError,
-    _apt,
+    Package,
     _build,
     _cpio,
     _kernel,
@@ -35,8 +36,8 @@ from volant.images import (
 from volant.images._imports import imported_modules
 
 PACKAGES = [
-    _apt.Package("b", "1:2-3", "amd64", "b" * 64, 10, "b_1%3a2-3_amd64.deb"),
-    _apt.Package("linux-image-6", "6-1", "amd64", "a" * 64, 20, "linux-image-6_6-1_amd64.deb"),
+    Package("b", "1:2-3", "amd64", "b" * 64, 10, "b_1%3a2-3_amd64.deb"),
+    Package("linux-image-6", "6-1", "amd64", "a" * 64, 20, "linux-image-6_6-1_amd64.deb"),
 ]
 
 
@@ -112,16 +113,6 @@ def test_a_malformed_digest_is_not_found(tmp_path: Path, digest: str) -> None:
     assert _store.load(tmp_path, digest) is None
 
 
-def test_the_next_build_removes_the_rest_of_killed_ones(tmp_path: Path) -> None:
-    place(tmp_path)
-    left = tmp_path / "build-left" / "image"
-    left.mkdir(parents=True)
-    (left / "vmlinux").write_bytes(b"half")
-    _store.clean_up(tmp_path)
-    assert not list(tmp_path.glob("build-*"))
-    assert len(list_images(tmp_path)) == 1
-
-
 def test_pruning_keeps_the_current_image_and_listed_ones(tmp_path: Path) -> None:
     for letter in "abcd":
         place(tmp_path, letter * 64)
@@ -148,39 +139,11 @@ def test_the_second_builder_waits_for_the_first(tmp_path: Path) -> None:
     assert order == ["first", "second"]
 
 
-def test_the_list_of_packages_survives_json() -> None:
-    assert _apt.load_list(json.dumps(_apt.dump_list(PACKAGES))) == PACKAGES
-    for bad in ("", "{}x", '[{"name": 1}]', '[{"x": 1}]', "5"):
-        with pytest.raises(ValueError, match=r"."):
-            _apt.load_list(bad)
-    evil = json.dumps([{**_apt.dump_list(PACKAGES)[0], "filename": "../../etc/passwd"}])
-    with pytest.raises(ValueError, match="file name"):
-        _apt.load_list(evil)
-
-
-def test_lines_of_apt_are_parsed() -> None:
-    line = "'http://m.example/pool/b_1.deb' busybox-static_1%3a1.37.0-6+b9_amd64.deb 955316 SHA256:" + "a" * 64
-    package = _apt._package(line)
-    assert package is not None
-    assert (package.name, package.version, package.size) == ("busybox-static", "1:1.37.0-6+b9", 955316)
-    for bad in ("", "x", line.replace("SHA256", "MD5Sum"), line.replace("_amd64", "")):
-        assert _apt._package(bad) is None
-
-
 def test_offline_without_an_earlier_build_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ImageError) as caught:
-        build(tmp_path, offline=True)
+        build(tmp_path, archive=Archive(offline=True))
     assert caught.value.code == "offline"
     assert caught.value.hint
-
-
-def test_a_host_without_debians_sources_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("volant.images._sources.host_sources", list)
-    with pytest.raises(ImageError) as caught:
-        build(tmp_path)
-    assert caught.value.code == "no_sources"
-    assert "--mirror" in caught.value.hint
-    assert not list(tmp_path.glob("build-*"))
 
 
 def test_an_unwritable_cache_is_reported() -> None:

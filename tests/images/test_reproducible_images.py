@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from volant.images import Image, build, find, list_images
+from volant.images import Archive, Image, build, find, list_images
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -60,8 +60,7 @@ def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
             parent.chmod(parent.stat().st_mode | 0o011)
     second_cache = tmp_path / "another folder" / "with a longer name"
     second_cache.mkdir(parents=True)
-    shutil.copytree(first_cache / "debs", second_cache / "debs")
-    shutil.copy(first_cache / "packages.json", second_cache)
+    shutil.copytree(first_cache / "packages", second_cache / "packages")
     user = None
     if os.geteuid() == 0 and all(map(open_to_others, (Path(sys.executable).resolve(), ROOT))):
         for path in [second_cache, *second_cache.rglob("*")]:
@@ -97,13 +96,13 @@ def test_two_builds_are_the_same_bytes(tmp_path: Path) -> None:
 
     # A third build finds the image and changes nothing.
     before = second.kernel.stat()
-    assert build(first_cache, offline=True) == first
+    assert build(first_cache, archive=Archive(offline=True)) == first
     assert second.kernel.stat().st_mtime == before.st_mtime
     assert [image.digest for image in list_images(first_cache)] == [first.digest]
     assert not list(first_cache.glob("build-*"))
 
     # Nor does one whose mirror can't be reached.
     said: list[str] = []
-    unreachable = "http://127.0.0.1:9/debian"
-    assert build(first_cache, mirror=unreachable, progress=lambda progress: said.append(progress.message)) == first
+    unreachable = Archive("http://127.0.0.1:9/debian")
+    assert build(first_cache, archive=unreachable, progress=lambda progress: said.append(progress.message)) == first
     assert any("can't be reached" in text for text in said), said

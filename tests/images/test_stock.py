@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -14,88 +13,41 @@ from pathlib import Path
 import pytest
 
 from volant.images import STOCK, ImageError, build_stock
-from volant.images._dpkg_tree import Tree, in_order
 from volant.images._oci_archive import write_archive
-from volant.images._stock import _is_omitted
 
-needs_dpkg = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="dpkg is not installed")
+ROOT = Path(__file__).parents[2]
+USER = 65534
+_AS_USER = f"""
+for each in /etc/subuid /etc/subgid; do mount --bind "$0" $each; done
+exec setpriv --reuid={USER} --regid={USER} --clear-groups env -i HOME=/nonexistent \
+    PATH="$PATH" PYTHONPATH={ROOT} PYTHONDONTWRITEBYTECODE=1 TZ=Asia/Kathmandu sh -c 'umask 077 && exec "$@"' sh "$@"
+"""
 
-
-def deb(folder: Path, name: str, files: dict[str, str], fields: str = "", **control: str) -> Path:
-    """Builds a package."""
-    root = folder / name
-    sums = ""
-    for path, text in files.items():
-        target = root / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if text.startswith("-> "):
-            target.symlink_to(text[3:])
-        else:
-            target.write_text(text)
-            sums += f"{hashlib.md5(text.encode(), usedforsecurity=False).hexdigest()}  {path}\n"
-    (root / "DEBIAN").mkdir(parents=True)
-    stanza = f"Package: {name}\nVersion: 1\nArchitecture: amd64\nMaintainer: nobody <a@b>\n{fields}Description: x\n"
-    (root / "DEBIAN/control").write_text(stanza)
-    for file, text in {"md5sums": sums, **control}.items():
-        (root / "DEBIAN" / file).write_text(text)
-        (root / "DEBIAN" / file).chmod(0o755)
-    done = folder / f"{name}.deb"
-    subprocess.run(["dpkg-deb", "--build", "--root-owner-group", root, done], check=True, capture_output=True)
-    return done
+needs_users = pytest.mark.skipif(
+    os.geteuid() != 0
+    or not all(map(shutil.which, ("mmdebstrap", "newuidmap")))
+    or not Path("/etc/subuid").exists()
+    or not all(place.stat().st_mode & 1 for path in (ROOT, Path(sys.executable)) for place in (path, *path.parents)),
+    reason="only root becomes an ordinary user, who needs mmdebstrap, newuidmap, and to read this repository",
+)
 
 
-def unpack(folder: Path, debs: list[Path]) -> Path:
-    """Makes a layer of packages and extracts it."""
-    with tarfile.open(folder / "layer.tar", "w") as out:
-        tree = Tree(out, wanted=lambda path: path.startswith("etc/"), omitted=lambda path: "/man/" in path)
-        for each in debs:
-            tree.unpack(each)
-        tree.finish()
-    root = folder / "made"
-    with tarfile.open(folder / "layer.tar") as archive:
-        names = archive.getnames()
-        archive.extractall(root, filter="tar")
-    assert len(names) == len(set(names)), "a path is written twice"
-    return root
+def owned(folder: Path) -> Path:
+    """Makes a folder, which everybody reaches, that of an ordinary user."""
+    folder.mkdir()
+    os.chown(folder, USER, USER)
+    for parent in folder.parents:
+        if parent.stat().st_mode & 0o011 != 0o011:
+            parent.chmod(parent.stat().st_mode | 0o011)
+    return folder
 
 
-@needs_dpkg
-@pytest.mark.programs
-def test_packages_are_installed_for_dpkg(tmp_path: Path) -> None:
-    base = deb(tmp_path, "base", {"usr/bin/.keep": "", "bin": "-> usr/bin", "etc/base.conf": "a=1\n"},
-               conffiles="/etc/base.conf\n", triggers="interest ldconfig\ninterest-noawait /usr/lib\n")  # fmt: skip
-    tool = deb(tmp_path, "tool", {"usr/bin/tool": "#!/bin/sh\n", "usr/share/man/man1/tool.1": "x"},
-               "Multi-Arch: same\nDepends: base\n", postinst="#!/bin/sh\nexit 0\n")  # fmt: skip
-    root = unpack(tmp_path, [base, tool])
-    assert (root / "bin/tool").read_text() == "#!/bin/sh\n"
-    assert not (root / "usr/share/man/man1/tool.1").exists()
-    database = root / "var/lib/dpkg"
-    assert "/usr/bin/tool" in (database / "info/tool:amd64.list").read_text().splitlines()
-    assert os.access(database / "info/tool:amd64.postinst", os.X_OK)
-    assert (database / "triggers/ldconfig").read_text() == "base\n"
-    assert (database / "triggers/File").read_text() == "/usr/lib base/noawait\n"
-    command = ["dpkg-query", f"--admindir={database}", "-W", "-f", "${Package} ${db:Status-Status} ${Conffiles}\n"]
-    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\n")
-    assert shown == ["base installed  /etc/base.conf d5e29449b9e66d5b4bb0d6ce48fbbcb1", "tool installed ", ""]
-    audited = subprocess.run(["dpkg", f"--admindir={database}", "--audit"], check=True, capture_output=True, text=True)
-    assert audited.stdout == ""
-
-
-@needs_dpkg
-@pytest.mark.programs
-def test_the_first_package_decides_about_a_path(tmp_path: Path) -> None:
-    one = deb(tmp_path, "one", {"etc/same": "one"})
-    two = deb(tmp_path, "two", {"etc/same": "two"})
-    debs = in_order({"one": one, "two": two}, ["two", "missing"])
-    assert debs == [two, one]
-    assert (unpack(tmp_path, debs) / "etc/same").read_text() == "two"
-
-
-def test_documentation_is_left_out_and_licences_stay() -> None:
-    left_out = ["usr/share/doc/a/README", "usr/share/doc/a/b/copyright", "usr/share/man/man1/a.1", "usr/share/locale/x"]
-    assert all(map(_is_omitted, left_out))
-    assert not any(map(_is_omitted, ["usr/share/doc/", "usr/share/doc/a", "usr/share/doc/a/copyright", "usr/bin/man"]))
-    assert _is_omitted("usr/lib/python3.13/EXTERNALLY-MANAGED"), "pip would refuse to install"
+def as_user(tmp_path: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command as the ordinary user, who has subordinate IDs."""
+    ids = tmp_path / "ids"
+    ids.write_text(f"{USER}:100000:65536\n")
+    prefix = ["unshare", "--mount", "sh", "-ec", _AS_USER, str(ids)]
+    return subprocess.run([*prefix, *command], check=True, capture_output=True, text=True, cwd="/", timeout=900)
 
 
 def test_an_archive_has_the_image(tmp_path: Path) -> None:
@@ -121,21 +73,45 @@ def test_an_unknown_stock_image_is_an_error(tmp_path: Path) -> None:
     assert all(name in caught.value.hint for name in STOCK)
 
 
+@pytest.mark.programs
+@needs_users
+def test_the_next_build_removes_what_a_killed_one_of_a_user_left(tmp_path: Path) -> None:
+    """Some of its files are owned by subordinate IDs of the user, who alone can't remove them."""
+    mine = owned(tmp_path / "mine")
+    script = """cd "$0" && mkdir -p cache/build-killed elsewhere && chmod 777 elsewhere
+        ln -s "$0/elsewhere" cache/build-killed/work
+        mmdebstrap --unshare-helper install -d -m 700 -o 42 "$0/elsewhere/left" "$0/elsewhere/left/deep"
+        chmod 711 elsewhere"""
+    as_user(tmp_path, "sh", "-ec", script, str(mine))
+    assert (mine / "elsewhere/left").stat().st_uid == 100042
+    prune = "import sys; from pathlib import Path; from volant.images import prune; prune(Path(sys.argv[1]), [])"
+    as_user(tmp_path, sys.executable, "-c", prune, str(mine / "cache"))
+    assert [path.name for path in mine.rglob("*")] == ["cache", "lock"]
+
+
 @pytest.mark.full
 @pytest.mark.system
 @pytest.mark.slow
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root extracts owners and changes its root directory")
+@needs_users
 def test_debian_works_in_its_image(tmp_path: Path) -> None:
     """Reads and checks the database with the image's own programs, and configures a package again."""
     archive, root = tmp_path / "debian.tar", tmp_path / "root"
+    mine = owned(tmp_path / "mine")
     cache = tmp_path / "cache"
-    command = [sys.executable, "-m", "volant.images", "stock", "debian", "--output", str(archive)]
-    command += ["--cache", str(cache)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    stock = [sys.executable, "-m", "volant.images", "stock", "debian", "--cache", str(cache), "--output"]
+    done = subprocess.run([*stock, str(archive)], check=True, capture_output=True, text=True)
     built = json.loads(done.stdout)["stock"]
     assert built["reference"] == "localhost/debian:13"
-    again = build_stock("debian", tmp_path / "again.tar", cache, offline=True)
-    assert again.digest == built["digest"], "the same packages make the same image"
+    before = set(Path("/var/tmp").iterdir())
+    shutil.copytree(cache, mine / "cache")
+    subprocess.run(["chown", "-R", str(USER), str(mine)], check=True)
+    again = as_user(
+        tmp_path, *(word.replace(str(cache), f"{mine}/cache") for word in stock), f"{mine}/tar", "--offline"
+    )
+    assert json.loads(again.stdout)["stock"] == built, "the same packages make the same image, for any user"
+    for folder in (cache, mine / "cache"):
+        assert {path.name for path in folder.rglob("*") if path.is_dir()} == {"debian", "packages", "archives", "lists"}
+    assert set(Path("/var/tmp").iterdir()) == before
     with tarfile.open(archive) as outer:
         largest = max(outer, key=lambda member: member.size)
         layer = outer.extractfile(largest)
@@ -158,3 +134,8 @@ def test_debian_works_in_its_image(tmp_path: Path) -> None:
         inside("dpkg-reconfigure", package)
     assert inside("dpkg", "--audit") == ""
     assert (root / "etc/ssl/certs/ca-certificates.crt").read_text().count("BEGIN CERTIFICATE") > 50
+    documents = {path.name for path in (root / "usr/share/doc").rglob("*") if path.is_file()}
+    assert documents == {"copyright"}, "documentation is left out, and licences stay"
+    assert not list((root / "usr/share/man").rglob("*.gz"))
+    host = {"etc/hostname", "etc/resolv.conf", "etc/apt/apt.conf.d/99mmdebstrap", "volant"}
+    assert not [name for name in host if (root / name).exists()], "something of this host is in the image"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import subprocess
+import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from tests.oci.kit import tar
-from volant.images._debs import read_files
 from volant.model import Artifact, Boot, Manifest
 
 APPLETS = ("cat", "dd", "echo", "env", "grep", "httpd", "id", "ls", "mkdir", "mount", "pwd", "rm", "sleep", "sync")
@@ -19,9 +20,13 @@ APPLETS = ("cat", "dd", "echo", "env", "grep", "httpd", "id", "ls", "mkdir", "mo
 
 def busybox(cache: Path) -> bytes:
     """Returns BusyBox, linked statically, from the packages of the boot image."""
-    (deb,) = (cache / "debs").glob("busybox-static_*.deb")
-    (data,) = read_files(deb, lambda path: path.endswith("bin/busybox")).values()
-    return data
+    (deb,) = (cache / "packages/archives").glob("busybox-static_*.deb")
+    command = ["dpkg-deb", "--fsys-tarfile", str(deb)]
+    files = subprocess.run(command, check=True, capture_output=True, timeout=60).stdout
+    with tarfile.open(fileobj=io.BytesIO(files)) as archive:
+        program = archive.extractfile("./usr/bin/busybox")
+        assert program is not None
+        return program.read()
 
 
 def busybox_layer(cache: Path, *entries: tuple[str, dict[str, Any]]) -> bytes:

@@ -15,6 +15,7 @@ import click
 from volant.images import (
     ANYWHERE,
     DIGEST,
+    Archive,
     CachedArtifact,
     ImageError,
     Progress,
@@ -40,6 +41,7 @@ cache_option = click.option(
     show_envvar=True,
     help="The cache folder; the default is the daemon's.",
 )
+_FILE = click.Path(path_type=Path)
 
 
 @click.group(name="boot-images", cls=LazyGroup)
@@ -72,33 +74,33 @@ def _command(name: str) -> Callable[[Callable[..., None]], click.Command]:
     return decorate
 
 
+def archive_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds the options that name the source of Debian's packages; the function gets them as `archive`."""
+
+    @functools.wraps(function)
+    def call(
+        *words: Any, mirror: str | None, security_mirror: str | None, keyring: Path | None, offline: bool, **given: Any
+    ) -> Any:
+        if security_mirror and not mirror:
+            raise click.UsageError("--security-mirror needs --mirror")
+        return function(*words, archive=Archive(mirror, security_mirror, keyring, offline), **given)
+
+    for option in (
+        click.option("--offline", is_flag=True, help="Use the packages of the last build."),
+        click.option("--keyring", type=_FILE, metavar="FILE", help="The keys that sign the mirror's packages."),
+        click.option("--security-mirror", metavar="URL", help="With --mirror: the mirror of security updates."),
+        click.option("--mirror", metavar="URL", help="A Debian mirror, instead of this host's apt sources."),
+    ):
+        call = option(call)
+    return call
+
+
 @_command("build")
-@click.option("--mirror", metavar="URL", help="A Debian mirror, instead of this host's apt sources.")
-@click.option("--security-mirror", metavar="URL", help="With --mirror: the mirror of security updates.")
-@click.option(
-    "--keyring", type=click.Path(path_type=Path), metavar="FILE", help="The keys that sign the mirror's packages."
-)
-@click.option("--offline", is_flag=True, help="Use the packages of the last build.")
-def build_(
-    out: Output,
-    cache: Path,
-    mirror: str | None,
-    security_mirror: str | None,
-    keyring: Path | None,
-    offline: bool,
-) -> None:
+@archive_options
+def build_(out: Output, cache: Path, archive: Archive) -> None:
     """Build the boot image from Debian's current packages, unless it exists."""
-    if security_mirror and not mirror:
-        raise click.UsageError("--security-mirror needs --mirror")
     with _progress(out) as report:
-        image = build(
-            cache,
-            progress=report,
-            mirror=mirror,
-            security_mirror=security_mirror,
-            keyring=keyring,
-            offline=offline,
-        )
+        image = build(cache, archive=archive, progress=report)
     summary = f"image {image.digest[:12]}, kernel {safe(image.kernel_version)}, {size(image.size_bytes)}"
     out.result(image.as_json(), summary)
 

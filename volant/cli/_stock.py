@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import click
-import trio
 
-from volant.images import STOCK, BuiltStock, ImageError, Progress, build_stock
+from volant.images import STOCK, Archive, ImageError, Progress, build_stock_in_child
 from volant.model import ImageView
 
-from ._boot_images import cache_option, default_cache_dir
+from ._boot_images import archive_options, cache_option, default_cache_dir
 from ._call import FileBody
 from ._output import Output
 from ._run import Failure
@@ -25,31 +23,14 @@ from ._text import safe, size
 @command(None, "build")
 @click.argument("name", type=click.Choice(sorted(STOCK)))
 @click.option("--reference", metavar="REF", help="The image's reference; the default is `localhost/NAME:VERSION`.")
-@click.option("--mirror", metavar="URL", help="A Debian mirror, instead of this host's apt sources.")
-@click.option("--security-mirror", metavar="URL", help="With --mirror: the mirror of security updates.")
-@click.option(
-    "--keyring", type=click.Path(path_type=Path), metavar="FILE", help="The keys that sign the mirror's packages."
-)
-@click.option("--offline", is_flag=True, help="Use the packages of the last build.")
+@archive_options
 @cache_option
-async def build(
-    session: Session,
-    name: str,
-    reference: str | None,
-    mirror: str | None,
-    security_mirror: str | None,
-    keyring: Path | None,
-    offline: bool,
-    cache: Path | None,
-) -> None:
+async def build(session: Session, name: str, reference: str | None, archive: Archive, cache: Path | None) -> None:
     """Build an image of debian, python or node from Debian's packages, without a registry.
 
-    The packages are fetched and the image is built on this machine, without root. Then it is sent to the daemon.
+    mmdebstrap fetches and installs the packages on this machine, without root. Then it is sent to the daemon.
     """
-    if security_mirror and not mirror:
-        raise click.UsageError("--security-mirror needs --mirror")
-    work = partial(build_stock, mirror=mirror, security_mirror=security_mirror, keyring=keyring, offline=offline)
-    image, called, packages = await built(session, name, cache, reference, work)
+    image, called, packages = await built(session, name, cache, reference, archive)
     said = f"{safe(called)}, {packages} packages, {size(image.size_bytes)}"
     session.out.result(image, f"{said}; `volar run {safe(called)}` starts a VM of it")
 
@@ -59,7 +40,7 @@ async def built(
     name: str,
     cache: Path | None = None,
     reference: str | None = None,
-    work: Callable[..., BuiltStock] = build_stock,
+    archive: Archive | None = None,
 ) -> tuple[ImageView, str, int]:
     """Builds a stock image and sends it to the daemon. Returns the image, its reference and the number of its packages.
 
@@ -69,12 +50,12 @@ async def built(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".archive-") as scratch:
-            archive = Path(scratch) / "image.tar"
-            # An interrupt must not leave a build behind that writes into the cache.
-            made = await trio.to_thread.run_sync(partial(work, name, archive, folder, progress=_notes(session.out)))
+            file = Path(scratch) / "image.tar"
+            progress = _notes(session.out)
+            made = await build_stock_in_child(name, file, folder, archive=archive or Archive(), progress=progress)
             session.out.note(f"sending {size(made.size_bytes)}")
             called = reference or made.reference
-            with archive.open("rb") as handle:
+            with file.open("rb") as handle:
                 image = await session.client.images.load(FileBody(handle.fileno()), made.size_bytes, called)
     except ImageError as error:
         raise Failure(error.message, hint=error.hint or None) from error

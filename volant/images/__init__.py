@@ -1,6 +1,6 @@
 """The files that VMs boot: images built from Debian's packages, and artifacts of manifests, both in a cache folder.
 
-`fetch_packages` is for scripts that make root filesystems, as `examples/browser` does."""
+`extract_packages` is for scripts that make root filesystems, as `examples/browser` does."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from ._store import DIGEST, Image, find, list_images, load, prune, users
 from ._urls import local_path, shown
 
 if TYPE_CHECKING:
-    from ._apt import Package
     from ._build import build
     from ._fetch import fetch
-    from ._obstacle import obstacle
-    from ._packages import fetch_packages
-    from ._stock import STOCK, BuiltStock, build_stock
+    from ._mmdebstrap import obstacle
+    from ._packages import Archive, Package, extract_packages
+    from ._stock import STOCK, BuiltStock, build_stock, build_stock_in_child
 else:
     # The daemon leaves building and fetching to other processes, and its start need not import what they need.
     _MODULES = {
         "STOCK": "_stock",
+        "Archive": "_packages",
         "BuiltStock": "_stock",
-        "Package": "_apt",
+        "Package": "_packages",
         "build": "_build",
         "build_stock": "_stock",
+        "build_stock_in_child": "_stock",
+        "extract_packages": "_packages",
         "fetch": "_fetch",
-        "fetch_packages": "_packages",
-        "obstacle": "_obstacle",
+        "obstacle": "_mmdebstrap",
     }
 
     __getattr__ = lazy_exports(__name__, _MODULES)
@@ -45,6 +46,7 @@ __all__ = [
     "DIGEST",
     "PUBLIC",
     "STOCK",
+    "Archive",
     "ArtifactCache",
     "BuiltStock",
     "CachedArtifact",
@@ -57,9 +59,10 @@ __all__ = [
     "artifact_path",
     "build",
     "build_stock",
+    "build_stock_in_child",
     "ensure",
+    "extract_packages",
     "fetch",
-    "fetch_packages",
     "find",
     "list_artifacts",
     "list_images",

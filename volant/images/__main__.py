@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from msgspec import structs
 
-from . import ImageError, Origins, Progress, build, build_stock, fetch, list_images, parse_networks
+from . import Archive, ImageError, Origins, Progress, build, build_stock, fetch, list_images, parse_networks
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,18 +63,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         if options.security_mirror and not options.mirror:
             parser.error("--security-mirror goes with --mirror")
-        source = {
-            "progress": report,
-            "mirror": options.mirror,
-            "security_mirror": options.security_mirror,
-            "keyring": options.keyring,
-            "offline": options.offline,
-        }
+        archive = Archive(options.mirror, options.security_mirror, options.keyring, options.offline)
         if options.command == "stock":
-            built = build_stock(options.name, options.output.absolute(), options.cache, **source)
+            # mmdebstrap sends it to its whole process group if it can't write its tar.
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            built = build_stock(
+                options.name, options.output.absolute(), options.cache, archive=archive, progress=report
+            )
             _print({"stock": structs.asdict(built)})
             return 0
-        image = build(options.cache, **source)
+        image = build(options.cache, archive=archive, progress=report)
     except ImageError as error:
         if options.json_progress:
             _print({"error": {"code": error.code, "message": error.message, "hint": error.hint}})

@@ -1,4 +1,4 @@
-"""Builds an image: resolves, fetches and verifies packages, composes, and renames into place."""
+"""Builds an image: unpacks Debian's packages, composes, and renames into place."""
 
 from __future__ import annotations
 
@@ -6,40 +6,37 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import msgspec
 from msgspec.structs import replace
 
 from volant.model import agent
 from volant.store import sync_directory, write_atomically
 
-from . import _apt, _compose, _cpio, _packages, _recipe, _store
+from . import _compose, _cpio, _packages, _recipe, _store
 from ._errors import ImageError
+from ._mmdebstrap import Bootstrap
+from ._packages import THIS_HOST, Archive, Package
 from ._progress import WAITING, Progress, silent
 from ._store import Image
 
+_BOOTSTRAP = Bootstrap(
+    variant="extract", include=(_recipe.KERNEL_METAPACKAGE, *_recipe.PACKAGES), without=_recipe.WITHOUT
+)
+_KERNEL = re.compile(r"linux-image-\d")
 
-def build(
-    cache_dir: Path,
-    *,
-    progress: Callable[[Progress], None] = silent,
-    mirror: str | None = None,
-    security_mirror: str | None = None,
-    keyring: Path | None = None,
-    offline: bool = False,
-) -> Image:
+
+def build(cache_dir: Path, *, archive: Archive = THIS_HOST, progress: Callable[[Progress], None] = silent) -> Image:
     """Builds the image from the archive's packages of today, unless the cache has it; blocks for some seconds.
 
     If the mirror can't be reached, it takes the packages of the last build. Needs no root. Of several callers one
     builds, the others wait.
 
     :param cache_dir: the only folder that is written to
-    :param mirror: the address of a Debian mirror, instead of this host's apt sources
-    :param security_mirror: the address of the security archive, with `mirror`; without it there are no security updates
-    :param keyring: the keys that must have signed the archive; default: this host's keyring of the Debian archive
-    :param offline: take the packages of the last build, without the network
     :raises ImageError: the image can't be built
     """
     if platform.machine() != "x86_64":
@@ -50,37 +47,41 @@ def build(
         )
     cache_dir = cache_dir.absolute()
     with _store.building(cache_dir, lambda: progress(WAITING)) as scratch:
-        archive = None if offline else _packages.Archive(mirror, security_mirror, keyring)
         return _build(cache_dir, scratch, progress, archive)
 
 
-def _build(
-    cache_dir: Path, scratch: Path, progress: Callable[[Progress], None], archive: _packages.Archive | None
-) -> Image:
+def _build(cache_dir: Path, scratch: Path, progress: Callable[[Progress], None], archive: Archive) -> Image:
     recipe = _recipe.recipe_digest()
     guest = _recipe.guest_sources()
     guest_digest = _recipe.sources_digest(guest)
-    packages, apt = _packages.resolve(cache_dir, _apt.Apt.resolve, progress, archive)
-    digest = _store.image_digest(recipe, packages, guest_digest)
-    image = _store.load(cache_dir, digest)
+    image = None
+    if archive.offline:
+        packages = _wanted(_packages.last(cache_dir).packages)
+        image = _store.load(cache_dir, _store.image_digest(recipe, packages, guest_digest))
     if image is None:
-        debs = _packages.fetch(cache_dir, scratch, packages, apt, progress)
-        kernel, tree = _compose.compose(
-            _apt.packages_by_name(packages, debs),
-            guest,
-            scratch,
-            lambda phase, message: progress(Progress(phase, message)),
+        tree = scratch / "tree"
+        packages = _wanted(_packages.make(_BOOTSTRAP, tree, cache_dir, scratch, archive, progress))
+        digest = _store.image_digest(recipe, packages, guest_digest)
+        image = _store.load(cache_dir, digest)
+    if image is None:
+        kernel, contents = _compose.compose(
+            tree, guest, scratch, lambda phase, message: progress(Progress(phase, message))
         )
         progress(Progress("write", "Writing the image"))
-        _place(cache_dir, scratch, digest, recipe, guest_digest, packages, kernel, tree)
+        _place(cache_dir, scratch, digest, recipe, guest_digest, packages, kernel, contents)
         image = _store.load(cache_dir, digest)
         if image is None:
             raise ImageError(
                 "io_error", "The image was written and can't be read back", "check the cache folder's disk"
             )
-    _store.make_current(cache_dir, digest)
-    progress(Progress("done", f"The image {digest[:12]} is ready"))
+    _store.make_current(cache_dir, image.digest)
+    progress(Progress("done", f"The image {image.digest[:12]} is ready"))
     return replace(image, current=True)
+
+
+def _wanted(packages: list[Package]) -> list[Package]:
+    """Returns the packages of the recipe, without those that only came along."""
+    return [each for each in packages if each.name in _recipe.PACKAGES or _KERNEL.match(each.name)]
 
 
 def _place(
@@ -89,7 +90,7 @@ def _place(
     digest: str,
     recipe: str,
     guest_digest: str,
-    packages: list[_apt.Package],
+    packages: list[Package],
     kernel: bytes,
     tree: _cpio.Tree,
 ) -> None:
@@ -105,7 +106,7 @@ def _place(
         "kernel_version": next(item.version for item in packages if item.name.startswith("linux-image-")),
         "kernel": _write(made / "vmlinux", [kernel]),
         "initramfs": _write(made / "initramfs", _cpio.archive(tree)),
-        "packages": _apt.dump_list(packages),
+        "packages": msgspec.to_builtins(packages),
     }
     write_atomically(made / "image.json", json.dumps(record, indent=1, sort_keys=True).encode() + b"\n", mode=0o644)
     target = cache_dir / "images" / digest

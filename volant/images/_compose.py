@@ -1,41 +1,37 @@
-"""Makes kernel and initramfs of packages: a pure function of their bytes and of our guest code."""
+"""Makes kernel and initramfs of unpacked packages and of our guest code: a pure function of their bytes."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from . import _bytecode, _cpio, _debs, _kernel, _recipe
+from . import _bytecode, _cpio, _kernel, _recipe
 from ._errors import ImageError
 from ._imports import imported_modules
 
-_DIST_PACKAGES = "usr/lib/python3/dist-packages/"
-_STDLIB = "usr/lib/python3.13/"
+_DIST_PACKAGES = "usr/lib/python3/dist-packages"
+_STDLIB = "usr/lib/python3.13"
 
 
 def compose(
-    debs: Mapping[str, Path], guest: Mapping[str, bytes], scratch: Path, tell: Callable[[str, str], None]
+    root: Path, guest: Mapping[str, bytes], scratch: Path, tell: Callable[[str, str], None]
 ) -> tuple[bytes, _cpio.Tree]:
     """Returns the kernel, and the tree of the initramfs.
 
-    :param debs: the packages by name
+    :param root: the folder with the unpacked packages
     :param guest: our own sources
     :param tell: called with phase and message
     :raises ImageError: a package does not fit the recipe
     """
+    root = root.resolve()
     tell("unpack", "Unpacking the kernel")
-    kernel, modules = _kernel_parts(debs[_kernel_package(debs)])
-    tell("unpack", "Unpacking Python and BusyBox")
-    binaries = _binaries(debs)
-    stdlib: dict[str, bytes] = {}
-    for package in ("libpython3.13-minimal", "libpython3.13-stdlib"):
-        stdlib |= _debs.read_files(debs[package], lambda path: path.startswith(_STDLIB) and path.endswith(".py"))
+    kernel, modules = _kernel_parts(root)
+    binaries = {path: _read(root, path) for path in _recipe.BINARIES}
+    stdlib = {f"{_STDLIB}/{name}": data for name, data in _python_sources(root / _STDLIB).items()}
     sources = dict(guest)
-    for package, library in _recipe.LIBRARIES.items():
-        files = _debs.read_files(debs[package], lambda path: path.startswith(_DIST_PACKAGES) and path.endswith(".py"))
-        names = {path: path.removeprefix(_DIST_PACKAGES) for path in files}
-        sources |= {name: files[path] for path, name in names.items() if name.startswith(f"{library}/")}
+    for library in _recipe.LIBRARIES.values():
+        found = _python_sources(root / _DIST_PACKAGES / library)
+        sources |= {f"{library}/{name}": data for name, data in found.items()}
 
     tell("compile", "Compiling the guest's Python modules")
     # All of our modules and their imports, as some are imported late.
@@ -47,7 +43,7 @@ def compose(
     tree: _cpio.Tree = {path: _cpio.file(data, 0o755) for path, data in binaries.items()}
     tree |= {path: _cpio.file(data) for path, data in compiled.items()}
     # Python finds its home by this file, although `os` is built in.
-    landmark = _STDLIB + "os.pyc"
+    landmark = f"{_STDLIB}/os.pyc"
     if landmark not in compiled:
         raise ImageError("compile_failed", "The standard library has no os module")
     _bytecode.verify_modules(binaries | compiled, roots, scratch)
@@ -63,42 +59,31 @@ def compose(
     return kernel, tree
 
 
-def _kernel_package(debs: Mapping[str, Path]) -> str:
-    for name in debs:
-        if name.startswith("linux-image-") and name != _recipe.KERNEL_METAPACKAGE:
-            return name
-    raise ImageError("bad_list", "The list of packages has no kernel")
-
-
-def _kernel_parts(deb: Path) -> tuple[bytes, dict[str, tuple[bytes, tuple[str, ...]]]]:
-    files = _debs.read_files(deb, lambda path: path.startswith("boot/vmlinuz-") or path.endswith(".ko.xz"))
-    kernels = [data for path, data in files.items() if path.startswith("boot/vmlinuz-")]
+def _kernel_parts(root: Path) -> tuple[bytes, dict[str, tuple[bytes, tuple[str, ...]]]]:
+    kernels = list(root.glob("boot/vmlinuz-*"))
     if len(kernels) != 1:
         raise ImageError("bad_kernel", f"The kernel package has {len(kernels)} kernels")
     packed = {
-        path.rsplit("/", 1)[1].removesuffix(".ko.xz").replace("-", "_"): data
-        for path, data in files.items()
-        if path.endswith(".ko.xz")
+        path.name.removesuffix(".ko.xz").replace("-", "_"): path for path in root.glob("usr/lib/modules/**/*.ko.xz")
     }
-    return _kernel.unpack_vmlinuz(kernels[0]), _kernel.select_modules(packed, _recipe.KERNEL_MODULES)
+    return _kernel.unpack_vmlinuz(kernels[0].read_bytes()), _kernel.select_modules(packed, _recipe.KERNEL_MODULES)
 
 
-def _binaries(debs: Mapping[str, Path]) -> dict[str, bytes]:
-    binaries: dict[str, bytes] = {}
-    for package in sorted(set(_recipe.BINARIES.values())):
-        wanted = tuple(path for path, owner in _recipe.BINARIES.items() if owner == package)
-        # A library's name is a link to the file with its version, perhaps in another folder.
-        names = tuple(path.rsplit("/", 1)[1] for path in wanted)
-        found = _debs.read_files(debs[package], functools.partial(_is_named, names))
-        for path in wanted:
-            if path not in found:
-                raise ImageError("bad_package", f"{package} has no {path}")
-            binaries[path] = found[path]
-    return binaries
+def _read(root: Path, path: str) -> bytes:
+    """Returns the content of a file, which may be a link to one with its version in the name."""
+    file = (root / path).resolve()
+    if not file.is_file() or not file.is_relative_to(root):
+        raise ImageError("bad_package", f"No package has {path}")
+    return file.read_bytes()
 
 
-def _is_named(prefixes: tuple[str, ...], path: str) -> bool:
-    return path.rsplit("/", 1)[1].startswith(prefixes) if "/" in path else False
+def _python_sources(folder: Path) -> dict[str, bytes]:
+    """Returns the modules in a folder, by relative path. Links to settings elsewhere are none."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*.py"))
+        if path.resolve().is_relative_to(folder)
+    }
 
 
 def _applets(tree: _cpio.Tree) -> _cpio.Tree:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import lzma
 import re
 import struct
+from pathlib import Path
 
 import zstandard
 
@@ -49,7 +50,7 @@ def module_dependencies(module: bytes) -> tuple[str, ...]:
     return tuple(name.decode() for name in found[1].split(b",") if name) if found else ()
 
 
-def select_modules(packed: dict[str, bytes], wanted: tuple[str, ...]) -> dict[str, tuple[bytes, tuple[str, ...]]]:
+def select_modules(packed: dict[str, Path], wanted: tuple[str, ...]) -> dict[str, tuple[bytes, tuple[str, ...]]]:
     """Returns modules and their dependencies, unpacked, each with its direct dependencies.
 
     Names are those of the kernel, with `_` for `-`.
@@ -65,7 +66,7 @@ def select_modules(packed: dict[str, bytes], wanted: tuple[str, ...]) -> dict[st
             continue
         if name not in packed:
             raise ImageError("bad_kernel", f"The kernel package has no module {name}")
-        data = lzma.decompress(packed[name])
+        data = lzma.decompress(packed[name].read_bytes())
         needs = tuple(need.replace("-", "_") for need in module_dependencies(data))
         chosen[name] = (data, needs)
         queue.extend(needs)

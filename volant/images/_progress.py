@@ -9,7 +9,7 @@ class Progress(msgspec.Struct, frozen=True):
     """The progress of a build or fetch."""
 
     phase: str
-    """`wait`, `update`, `resolve`, `download`, `unpack`, `compile`, `compose`, `write` or `done`, in this order."""
+    """`wait`, `update`, `resolve`, `download`, `unpack`, `install`, `compile`, `compose`, `write` or `done`."""
     message: str
     """For people."""
     done: int = 0

@@ -19,6 +19,9 @@ PYTHON = "python3.13"
 KERNEL_METAPACKAGE = "linux-image-cloud-amd64"
 """Depends on the package with the kernel, whose name has its version."""
 
+WITHOUT = ("initramfs-tools", "kmod", "linux-base", "python3")
+"""Dependencies of these packages that no image needs; left out, with what only they need."""
+
 LIBRARIES = {
     "python3-h11": "h11",  # wsproto needs it
     "python3-h2": "h2",
@@ -39,16 +42,16 @@ PACKAGES = (
     "zlib1g",
 )
 
-BINARIES = {
-    "usr/bin/busybox": "busybox-static",
-    "usr/bin/python3.13": "python3.13-minimal",
-    "usr/lib64/ld-linux-x86-64.so.2": "libc6",
-    "usr/lib/x86_64-linux-gnu/libc.so.6": "libc6",
-    "usr/lib/x86_64-linux-gnu/libm.so.6": "libc6",
-    "usr/lib/x86_64-linux-gnu/libexpat.so.1": "libexpat1",
-    "usr/lib/x86_64-linux-gnu/libz.so.1": "zlib1g",
-}
-"""Files that are copied into the image, and the packages that have them."""
+BINARIES = (
+    "usr/bin/busybox",
+    "usr/bin/python3.13",
+    "usr/lib64/ld-linux-x86-64.so.2",
+    "usr/lib/x86_64-linux-gnu/libc.so.6",
+    "usr/lib/x86_64-linux-gnu/libm.so.6",
+    "usr/lib/x86_64-linux-gnu/libexpat.so.1",
+    "usr/lib/x86_64-linux-gnu/libz.so.1",
+)
+"""Files that are copied into the image."""
 
 KERNEL_MODULES = (
     "virtio_mmio",
@@ -187,7 +190,6 @@ _PARTS = (
     "_bytecode.py",
     "_compile_in_guest.py",
     "_compose.py",
-    "_debs.py",
     "_imports.py",
 )
 _PACKAGE = Path(__file__).parent.parent

@@ -2,9 +2,8 @@
 
     images/<digest>/vmlinux, initramfs, image.json    never changed once they are there
     current.json                                      which image fits the present recipe and guest code
-    debs/, packages.json                              the packages of the last build, to build without a network
-    apt/                                              the private apt's state
-    artifacts/                                            artifacts of manifests; see `_artifacts.py`
+    packages/                                         the packages of the last build; see `_packages.py`
+    artifacts/                                        artifacts of manifests; see `_artifacts.py`
     lock                                              held by the one builder
     build-*/                                          a build in progress, or the rest of a killed one
 
@@ -17,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -33,7 +33,7 @@ from . import _recipe
 from ._errors import ImageError
 
 if TYPE_CHECKING:
-    from ._apt import Package
+    from ._packages import Package
 
 DIGEST = re.compile(r"[0-9a-f]{64}")
 """A complete SHA-256 in hex."""
@@ -181,17 +181,30 @@ def building(cache_dir: Path, waiting: Callable[[], None]) -> Iterator[Path]:
     with locked(cache_dir, waiting):
         clean_up(cache_dir)
         scratch = Path(tempfile.mkdtemp(dir=cache_dir, prefix="build-"))
+        # Started by root, apt downloads as a user of its own, who has to reach the folders below.
+        scratch.chmod(0o711)
         try:
             with disk_errors(ImageError):
                 yield scratch
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            _remove(scratch)
 
 
 def clean_up(cache_dir: Path) -> None:
     """Removes the rest of killed builds. The caller holds the lock, so no build is in progress."""
     for path in cache_dir.glob("build-*"):
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
+
+
+def _remove(scratch: Path) -> None:
+    """Removes the folder of a build, and the one that a killed build of this user used besides."""
+    work = scratch / "work"
+    # Not as root, who may clean the cache of another user: that one decides where the link leads.
+    if work.is_symlink() and os.geteuid() != 0:
+        from ._mmdebstrap import remove_tree
+
+        remove_tree(work.resolve())
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def users(cache_dir: Path) -> Users:
