@@ -18,7 +18,7 @@ test-all: programs ## All tests, with full loads, rounds and matrices; goes on w
 	@.ci/test -p tests.resume $(PARALLEL) $(TESTS)
 
 programs:
-	@.ci/system-packages python qemu ext4
+	@.ci/system-packages python qemu images ext4
 	@[ "$$(id -u)" != 0 ] || .ci/system-packages systemd || echo "Without it, tests under systemd are skipped" >&2
 	@[ "$$(id -u)" != 0 ] || .ci/system-packages network || echo "Without it, tests of networks are skipped" >&2
 	@[ "$$(id -u)" != 0 ] || .ci/system-packages oci || echo "Without it, tests of OCI images are skipped" >&2
@@ -47,14 +47,14 @@ fmt:
 	@.ci/in-venv ruff format .
 
 demo: ## Builds an image, boots a VM, uses it, deletes it; leaves nothing behind
-	@.ci/system-packages python qemu oci
+	@.ci/system-packages python qemu images oci
 	@.ci/in-venv python examples/demo.py
 
 simulate: ## SEEDS runs of a daemon on a simulated host, with faults and kills
 	@.ci/in-venv python -m tests.simulation --seeds $(SEEDS)
 
 bench: ## Measure against the bare hypervisor and an empty route
-	@.ci/system-packages python qemu
+	@.ci/system-packages python qemu images
 	@.ci/in-venv python -m tests.bench
 	@.ci/in-venv python -m tests.bench.actors_bench
 	@.ci/in-venv python -m tests.bench.simulation_bench
@@ -71,7 +71,7 @@ vendor: ## Fetch the libraries of the console again, as volant/web/static/vendor
 	@.ci/in-venv python .ci/vendor.py
 
 setup: ## The virtual environment
-	@.ci/system-packages python qemu oci
+	@.ci/system-packages python qemu images oci
 	@.ci/in-venv true
 
 clean: ## Remove what can be made again, but not the images in the cache
