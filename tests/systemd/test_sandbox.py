@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 from tests.system.kit import boot, run, until
 from tests.systemd.kit import Box
 from volant.daemon._settings import parse_uids
@@ -50,3 +53,19 @@ async def test_hypervisors_are_sandboxed_and_limited_and_can_be_copied(box: Box)
         for text in box.said()
         if "no users of their own" in text or "stays in the daemon's" in text or "for memory" in text
     ]
+
+
+async def test_the_daemon_builds_its_boot_image(box: Box, image_cache: Path) -> None:
+    """It has no network here, so of the packages of the last build."""
+    cache = box.root / "var/cache/volant"
+    shutil.rmtree(cache / "images")
+    (cache / "current.json").unlink()
+    shutil.copytree(image_cache / "packages", cache / "packages")
+    box.volar("setup")
+    async with box.client() as client:
+        await boot(client, "one")
+        assert await run(client, "one", "echo", "well") == "well\n"
+        await client.vms.delete("one")
+    (built,) = (cache / "images").iterdir()
+    assert (image_cache / "images" / built.name).is_dir()
+    assert not list(cache.glob("build-*"))
