@@ -23,8 +23,8 @@ from volant.api._openapi import document
 from volant.api._quart import quart_app
 from volant.http import ApiSettings, Limits, Nothing, StreamRoute
 from volant.mcp._server import McpServer
+from volant.model.docstrings import member_texts
 from volant.operations import TABLE, Operation
-from volant.operations._schema import _member_texts
 
 UPGRADE_HEADERS = {name.replace("_", "-"): value for name, value in UPGRADE.items()}
 KEPT = Path(__file__).resolve().parents[2] / "docs" / "api" / "openapi.yaml"
@@ -84,7 +84,7 @@ async def test_two_threads_never_make_syntax_trees_at_once(served: Api, monkeypa
             at_work.pop()
 
     monkeypatch.setattr(ast, "parse", parse)
-    _member_texts.cache_clear()
+    member_texts.cache_clear()
     app = partial(quart_app, served.deps, Limits(), TABLE)
     async with trio.open_nursery() as nursery:
         for make in (app, document.__wrapped__, partial(McpServer, served.deps)):

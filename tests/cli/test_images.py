@@ -35,7 +35,7 @@ async def test_images_are_listed(words: list[str]) -> None:
         names = await volar(server, *words, "-q")
         document = await volar(server, *words, "--json")
     title, row = table.out.decode().splitlines()
-    assert title.split()[:4] == ["IMAGE", "REFERENCES", "SIZE", "OWN"]
+    assert title.split()[:4] == ["IMAGE", "REFERENCE", "SIZE", "OWN"]
     assert row.split()[:4] == [SHORT, "registry.test/example/tool:1", "1.0", "MiB"]
     assert row.endswith("VM web")
     assert names.out.decode().split() == [SHORT]

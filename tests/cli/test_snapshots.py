@@ -39,7 +39,7 @@ async def test_snapshots_are_taken_listed_shown_and_removed() -> None:
         listed = await volar(server, "snapshots", "list")
         shown = await volar(server, "snapshots", "get", "warm", "--json")
         gone = await volar(server, "snapshots", "delete", "warm")
-    assert taken.out.decode().strip() == "snapshot warm of demo is ready: 3 MiB, the guest was paused for 12 ms"
+    assert taken.out.decode().strip() == "snapshot warm of demo is ready: 3.0 MiB, the guest was paused for 12 ms"
     assert listed.out.decode().splitlines()[1].split()[:3] == ["warm", "ready", "demo"]
     assert json.loads(shown.out) == WARM
     assert gone.out.decode().strip() == "snapshot warm is deleted"

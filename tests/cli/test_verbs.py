@@ -111,15 +111,14 @@ async def test_what_is_no_size_is_wrong_usage(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "status", "says"),
+    ("command", "status", "wanted", "says"),
     [
-        ("pause", "paused", b"demo is being paused\n"),
-        ("resume", "running", b"demo is running\n"),
-        # It has no code of its own.
-        ("recover", "running", b"demo is running\n"),
+        ("pause", "paused", "paused", b"demo is being paused\n"),
+        ("resume", "running", "running", b"demo is running\n"),
+        ("recover", "running", "ready", b"demo is running\n"),
     ],
 )
-async def test_pause_and_resume_wait_only_with_wait(command: str, status: str, says: bytes) -> None:
+async def test_pause_and_resume_wait_only_with_wait(command: str, status: str, wanted: str, says: bytes) -> None:
     async with serving() as server:
         path = f"/api/v1/vms/demo/{command}"
         server.routes[f"POST {path}"] = [
@@ -135,4 +134,4 @@ async def test_pause_and_resume_wait_only_with_wait(command: str, status: str, s
         queries = [request.query for request in server.asked(path)]
     assert (asked.code, asked.out) == (0, says)
     assert (waited.code, failed.code) == (0, 1)
-    assert queries == [[], [("wait", status), ("timeout", "5s")], [("wait", status), ("timeout", "5s")]]
+    assert queries == [[], [("wait", wanted), ("timeout", "5s")], [("wait", wanted), ("timeout", "5s")]]

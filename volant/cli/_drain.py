@@ -1,4 +1,4 @@
-"""`volar system drain|undrain`: maintenance."""
+"""`volar system drain`: maintenance."""
 
 from __future__ import annotations
 
@@ -41,13 +41,6 @@ async def drain(session: Session, stop_vms: bool, grace: float | None, wait: boo
     if wait:
         session.stream(lambda streaming: _wait(streaming, timeout))
     session.out.result(found, "draining: no VM starts until `volar system undrain`")
-
-
-@command(group, "undrain")
-async def undrain(session: Session) -> None:
-    """End the drain; waiting VMs boot now."""
-    found = await session.client.system.undrain()
-    session.out.result(found, "VMs start again")
 
 
 async def _wait(session: Streaming, timeout_s: float) -> None:

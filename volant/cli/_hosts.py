@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 import click
 
 from volant.client import ClientProblem, ConnectionLost, DeadlineExceeded, HostsOperations, Unreachable
+from volant.model import HostView
 
 from ._complete import NAMES
-from ._derived import add_commands
+from ._derived import Shown, add_commands
 from ._lazy_group import LazyGroup
-from ._options import listing
 from ._run import TIMED_OUT, UNREACHABLE, Duration, Failure, Session, command
+from ._shown import Sheet
 from ._text import safe
 
 if TYPE_CHECKING:
@@ -28,26 +29,6 @@ _SILENT_S = 60.0
 @click.group(name="hosts", cls=LazyGroup)
 def group() -> None:
     """Manage the hosts of a fleet."""
-
-
-@command(group, "list")
-@listing
-async def list_(session: Session) -> None:
-    """List hosts, with their free resources."""
-    hosts = await session.client.hosts.list()
-    rows = (
-        (
-            host.name,
-            host.state if host.draining_since is None else f"{host.state}, draining",
-            host.zone or "-",
-            host.vms,
-            f"{host.used_cpu_cores}/{host.cpu_cores}",
-            f"{host.free_memory_mb}/{host.memory_mb}",
-            host.address,
-        )
-        for host in hosts
-    )
-    session.out.listing(hosts, ("NAME", "STATE", "ZONE", "VMS", "CPUS", "FREE MEMORY (MiB)", "ADDRESS"), rows)
 
 
 @command(group, "drain")
@@ -137,4 +118,12 @@ def _text_of(move: MoveView) -> str:
     return f"{safe(move.vm)}: {move.state}{to_host}{share}{reason}"
 
 
-add_commands(group, "hosts", HostsOperations)
+_SHEET = Sheet(
+    ("name", "state", "zone", "vms", "cpus", "free_memory_mb", "address"),
+    cells={
+        "state": lambda host: host.state if host.draining_since is None else f"{host.state}, draining",
+        "cpus": lambda host: f"{host.used_cpu_cores}/{host.cpu_cores}",
+    },
+)
+_SHOWN = Shown({HostView: _SHEET}, {"undrain": "host {name} gets new VMs again"})
+add_commands(group, "hosts", HostsOperations, _SHOWN)

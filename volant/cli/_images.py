@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,14 +11,15 @@ from typing import TYPE_CHECKING
 import click
 
 from volant.client import ImagesOperations
-from volant.model import ImageView, PullImage
+from volant.model import ImageView, PrunedImages, PullImage
 
-from ._derived import add_commands
+from ._derived import Shown, add_commands
 from ._image_options import registry_options
 from ._lazy_group import Lazy, LazyGroup
-from ._options import Size, listing
+from ._output import Output
 from ._registry_auth import registry_auth
-from ._run import Duration, Failure, Session, command
+from ._run import Failure, Session, command
+from ._shown import Sheet, show_one
 from ._text import safe, size, span
 
 if TYPE_CHECKING:
@@ -46,53 +46,11 @@ def group() -> None:
     """
 
 
-@command(group, "list")
-@listing
-async def list_(session: Session) -> None:
-    """List the OCI images in the daemon's cache."""
-    images = await session.client.images.list()
-    rows = (
-        (
-            _short(image.digest),
-            _first(image.references),
-            size(image.size_bytes),
-            size(image.own_bytes),
-            _ago(image.created_at),
-            _ago(image.used_at),
-            ", ".join(image.used_by),
-        )
-        for image in images
-    )
-    session.out.listing(images, ("IMAGE", "REFERENCES", "SIZE", "OWN", "CREATED", "USED", "USED BY"), rows)
-
-
 @command(group, "get")
 @click.argument("image")
 async def get(session: Session, image: str) -> None:
     """Show an image, by a reference or the start of its digest."""
-    found = await _find(session, image)
-    session.out.facts(
-        found,
-        (
-            ("digest", found.digest),
-            ("references", ", ".join(found.references)),
-            ("platform", found.platform),
-            ("size", f"{size(found.size_bytes)}, {size(found.own_bytes)} of it its own, {len(found.layers)} layers"),
-            ("created", found.created_at),
-            ("used", found.used_at),
-            ("used by", ", ".join(found.used_by)),
-            ("entrypoint", _words(found.entrypoint)),
-            ("command", _words(found.command)),
-            ("user", found.user),
-            ("workdir", found.workdir),
-            ("ports", ", ".join(f"{each.port}/{each.protocol}" for each in found.exposed_ports)),
-            ("volumes", ", ".join(found.volumes)),
-            ("health check", _health_check(found)),
-            ("stop signal", found.stop_signal),
-            ("env", found.env),
-            ("labels", found.labels),
-        ),
-    )
+    show_one(session.out, await _find(session, image), _SHEET)
 
 
 @command(group, "pull")
@@ -150,22 +108,14 @@ async def delete(session: Session, images: tuple[str, ...]) -> None:
             session.out.line(f"{safe(image)} is deleted")
 
 
-@command(group, "prune")
-@click.option(
-    "--max", "max_mb", type=Size(0), metavar="SIZE", help="Stop once all images together take up at most this: 20G."
-)
-@click.option("--unused-for", type=Duration(), help="Only images that were not used for this time: 12h.")
-@click.option("--dry-run", is_flag=True, help="Show what would be deleted; delete nothing.")
-async def prune(session: Session, max_mb: int | None, unused_for: float | None, dry_run: bool) -> None:
-    """Delete all images that no VM and no snapshot uses, the least recently used first."""
-    done = await session.client.images.prune(max_mb=max_mb, unused_for_s=unused_for, dry_run=dry_run)
-    if session.out.json:
-        session.out.document(done)
+def _show_pruned(out: Output, done: PrunedImages) -> None:
+    if out.json:
+        out.document(done)
         return
     if done.images:
         rows = [(_short(each.digest), ", ".join(each.references), size(each.own_bytes)) for each in done.images]
-        session.out.table(("IMAGE", "REFERENCES", "OWN"), rows)
-    session.out.line(f"{size(done.freed_bytes)} {'would be' if dry_run else 'are'} freed")
+        out.table(("IMAGE", "REFERENCES", "OWN"), rows)
+    out.line(f"{size(done.freed_bytes)} {'would be' if done.dry_run else 'are'} freed")
 
 
 def _health_check(image: ImageView) -> str:
@@ -197,16 +147,29 @@ def _short(digest: str) -> str:
     return digest.removeprefix("sha256:")[:_SHORT]
 
 
-def _ago(moment: datetime | None) -> str:
-    if moment is None:
-        return ""
-    return f"{span((datetime.now(UTC) - moment).total_seconds())} ago"
-
-
 def _words(words: tuple[str, ...]) -> str:
     import shlex
 
     return shlex.join(words)
 
 
-add_commands(group, "images", ImagesOperations, besides=["pulls"])
+_SHEET = Sheet(
+    ("image", "reference", "size_bytes", "own_bytes", "created_at", "used_at", "used_by"),
+    fields=(
+        *("digest", "references", "platform", "size_bytes", "own_bytes", "layers", "created_at", "used_at", "used_by"),
+        *("entrypoint", "command", "user", "workdir", "exposed_ports", "volumes", "health_check", "stop_signal"),
+        *("env", "labels"),
+    ),
+    cells={
+        "image": lambda image: _short(image.digest),
+        "reference": lambda image: _first(image.references),
+        "layers": lambda image: len(image.layers),
+        "entrypoint": lambda image: _words(image.entrypoint),
+        "command": lambda image: _words(image.command),
+        "exposed_ports": lambda image: ", ".join(f"{each.port}/{each.protocol}" for each in image.exposed_ports),
+        "health_check": _health_check,
+    },
+)
+add_commands(
+    group, "images", ImagesOperations, Shown({ImageView: _SHEET, PrunedImages: _show_pruned}), besides=["pulls"]
+)

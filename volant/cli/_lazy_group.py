@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import click
@@ -14,12 +14,19 @@ ALIASES: Mapping[str, str] = {"ls": "list", "show": "get", "rm": "delete", "remo
 
 
 class Lazy(NamedTuple):
-    """A command whose module is not imported yet."""
+    """A command that is imported or made when it is used."""
 
-    where: str
-    """The command's `module:name` in this package."""
+    where: str | Callable[[], click.Command]
+    """The command's `module:name` in this package, or a function that makes it."""
     text: str
     """The first sentence of its help."""
+
+    def command(self) -> click.Command:
+        if not isinstance(self.where, str):
+            return self.where()
+        module, _, attribute = self.where.partition(":")
+        found: click.Command | Lazy = getattr(importlib.import_module(f".{module}", __package__), attribute)
+        return found.command() if isinstance(found, Lazy) else found
 
 
 class LazyGroup(click.Group):
@@ -30,7 +37,8 @@ class LazyGroup(click.Group):
         self, *arguments: Any, lazy: Mapping[str, Lazy] | None = None, default: str | None = None, **named: Any
     ) -> None:
         super().__init__(*arguments, **named)
-        self.lazy = lazy or {}
+        self.lazy = dict(lazy or {})
+        self._made: dict[str, click.Command] = {}
         self.default = default
         """The command that runs if none is given: `volar images -q` means `volar images list -q`."""
 
@@ -46,10 +54,11 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         alias = ALIASES.get(cmd_name)
         for name in (cmd_name, alias) if alias else (cmd_name,):
-            if name in self.lazy:
-                module, _, attribute = self.lazy[name].where.partition(":")
-                found: click.Command = getattr(importlib.import_module(f".{module}", __package__), attribute)
-                return found
+            if name in self.lazy and name not in self._made:
+                self._made[name] = made = self.lazy[name].command()
+                made.name = name
+            if name in self._made:
+                return self._made[name]
             if (command := super().get_command(ctx, name)) is not None:
                 return command
         return None

@@ -112,7 +112,7 @@ class Output:
 
     def table(self, titles: Sequence[str], rows: Sequence[Sequence[object]], *, status_column: int = -1) -> None:
         """Prints columns under titles; in a pipe, cells are not wrapped."""
-        cells = [["" if cell is None else safe(cell) for cell in row] for row in rows]
+        cells = [["" if cell is None else safe(_plain(cell)) for cell in row] for row in rows]
         widths = [max(map(len, column)) for column in zip(titles, *cells, strict=True)]
         if sys.stdout.isatty() and not _fits(cells, widths):
             self._folded(titles, cells, status_column)

@@ -12,12 +12,14 @@ from typing import Any
 
 import click
 
-from volant.client import ClientProblem
+from volant.client import ClientProblem, PluginsOperations
+from volant.model import PluginView
 
 from ._complete import plugin_names
+from ._derived import Shown, add_commands
 from ._lazy_group import Lazy, LazyGroup
-from ._options import listing
 from ._run import Failure, Session, command
+from ._shown import Sheet
 from ._text import safe
 
 _MAX_SHOWN = 200
@@ -29,18 +31,6 @@ _LAZY = {"upload": Lazy("_upload:upload", "Upload FILE, which a manifest names, 
 @click.group(name="plugins", cls=LazyGroup, lazy=_LAZY)
 def group() -> None:
     """Manage plugins: kinds of VMs."""
-
-
-@command(group, "list")
-@listing
-async def list_(session: Session) -> None:
-    """List plugins."""
-    plugins = await session.client.plugins.list()
-    rows = (
-        (plugin.name, plugin.version, plugin.runtime, "yes" if plugin.enabled else "no", plugin.description)
-        for plugin in plugins
-    )
-    session.out.listing(plugins, ("NAME", "VERSION", "RUNTIME", "ENABLED", "DESCRIPTION"), rows)
 
 
 @command(group, "install")
@@ -135,14 +125,6 @@ async def _enable(session: Session, name: str, enabled: bool) -> None:
     session.out.result(plugin, f"{safe(plugin.name)} is {'enabled' if plugin.enabled else 'disabled'}")
 
 
-@command(group, "delete")
-@click.argument("name", shell_complete=plugin_names)
-async def delete(session: Session, name: str) -> None:
-    """Delete a plugin that no VM uses."""
-    await session.client.plugins.delete(name)
-    session.out.result({"name": name, "deleted": True}, f"{safe(name)} is deleted")
-
-
 def _read(manifest: str) -> dict[str, Any]:
     try:
         text = sys.stdin.read() if manifest == "-" else Path(manifest).read_text()
@@ -154,3 +136,12 @@ def _read(manifest: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Failure(f"{manifest} is no manifest: a manifest is an object")
     return value
+
+
+add_commands(
+    group,
+    "plugins",
+    PluginsOperations,
+    Shown({PluginView: Sheet(("name", "version", "runtime", "enabled", "description"))}),
+    besides=["manifest", "enable"],
+)

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 import msgspec
 
 from volant.client import ProjectsOperations
-from volant.model import EGRESS_ALL, CreateProject, Egress, ProjectView, Quota, SetEgress, egress_text
+from volant.model import EGRESS_ALL, Egress, ProjectView, Quota, SetEgress, egress_text
 
 from ._complete import project_names
-from ._derived import add_commands
+from ._derived import Shown, add_commands, member_options
 from ._lazy_group import LazyGroup
-from ._options import Size, egress_option, listing
-from ._output import Output
+from ._options import egress_option
 from ._run import Session, command
-from ._text import safe
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-_LIMITS = (
-    ("vms", "VMs", int, "N"),
-    ("cpu_cores", "CPU cores of all VMs together", int, "N"),
-    ("memory_mb", "memory of all VMs together", Size(), "SIZE"),
-    ("disk_mb", "disks of VMs and volumes together", Size(), "SIZE"),
-    ("snapshots", "snapshots", int, "N"),
-    ("creates_per_minute", "VMs created within a minute", int, "N"),
-)
+from ._shown import Sheet, show_one, text_of
 
 
 @click.group(name="projects", cls=LazyGroup)
@@ -40,49 +27,10 @@ def group() -> None:
     """
 
 
-project_argument = click.argument("project", shell_complete=project_names)
-
-
-def _limits(function: F) -> F:
-    for name, text, of, word in reversed(_LIMITS):
-        flag = "--" + name.removesuffix("_mb").replace("cpu_cores", "cpus").replace("_", "-")
-        function = click.option(flag, name, type=of, metavar=word, help=f"Maximum {text}.")(function)
-    return function
-
-
-@command(group, "list")
-@listing
-async def list_(session: Session) -> None:
-    """List projects, with their use and limits."""
-    projects = await session.client.projects.list()
-    rows = (
-        (each.name, *(_of(each, name) for name, _, _, _ in _LIMITS if hasattr(each.used, name))) for each in projects
-    )
-    session.out.listing(projects, ("NAME", "VMS", "CPUS", "MEMORY (MiB)", "DISK (MiB)", "SNAPSHOTS"), rows)
-
-
-@command(group, "create")
-@click.argument("project")
-@_limits
-@egress_option("its VMs", default=EGRESS_ALL)
-async def create(session: Session, /, project: str, egress: Egress | None, **limits: int | None) -> None:
-    """Create a project."""
-    body = CreateProject(name=project, quota=Quota(**limits), egress=EGRESS_ALL if egress is None else egress)
-    made = await session.client.projects.create(body)
-    session.out.result(made, f"project {safe(made.name)} is created")
-
-
-@command(group, "get")
-@project_argument
-async def get(session: Session, project: str) -> None:
-    """Show a project, with its use and limits."""
-    _show(session.out, await session.client.projects.get(project))
-
-
 @command(group, "limit")
-@project_argument
+@click.argument("project", shell_complete=project_names)
 @click.option("--none", "none", is_flag=True, help="Remove all limits first; --egress stays.")
-@_limits
+@member_options(Quota)
 @egress_option("its new VMs")
 async def limit(session: Session, /, project: str, none: bool, egress: Egress | None, **limits: int | None) -> None:
     """Change limits of a project; others stay. Objects that exceed a new limit stay too."""
@@ -95,24 +43,31 @@ async def limit(session: Session, /, project: str, none: bool, egress: Egress | 
         shown = await projects.set_quota(project, quota)
     if egress is not None:
         shown = await projects.set_egress(project, SetEgress(egress=egress))
-    _show(session.out, shown)
+    show_one(session.out, shown, _SHEET)
 
 
-def _show(out: Output, project: ProjectView) -> None:
-    if out.json:
-        out.document(project)
-        return
-    fields = [("name", project.name)]
-    for name, _, _, _ in _LIMITS:
-        fields.append((name.replace("_", " "), _of(project, name)))
-    fields.append(("egress", egress_text(project.egress)))
-    out.fields(fields)
+def _limit(name: str) -> Any:
+    """Returns the function that shows how much of a limit a project uses."""
+
+    def text(project: ProjectView) -> str:
+        most, used = getattr(project.quota, name), getattr(project.used, name, None)
+        limit = "no limit" if most is None else str(text_of(name, most))
+        return limit if used is None else f"{text_of(name, used)} of {limit}"
+
+    return text
 
 
-def _of(project: ProjectView, name: str) -> str:
-    most = getattr(project.quota, name)
-    limit = "no limit" if most is None else str(most)
-    return f"{used} of {limit}" if (used := getattr(project.used, name, None)) is not None else limit
-
-
-add_commands(group, "projects", ProjectsOperations, besides=("set_quota", "set_egress"))
+_LIMITS = [field.name for field in msgspec.structs.fields(Quota)]
+_SHEET = Sheet(
+    ("name", "vms", "cpu_cores", "memory_mb", "disk_mb", "snapshots"),
+    fields=("name", *_LIMITS, "egress", "created_at"),
+    cells={"egress": lambda project: egress_text(project.egress), **{name: _limit(name) for name in _LIMITS}},
+)
+add_commands(
+    group,
+    "projects",
+    ProjectsOperations,
+    Shown({ProjectView: _SHEET}),
+    besides=("set_quota", "set_egress"),
+    options={"create": {"egress": egress_option("its VMs", default=EGRESS_ALL)}},
+)

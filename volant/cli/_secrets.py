@@ -15,11 +15,10 @@ from volant.client import SecretsOperations
 from volant.model import MAX_SECRET_BYTES, SecretView, SetSecret
 
 from ._complete import secret_names
-from ._derived import add_commands
+from ._derived import Shown, add_commands
 from ._lazy_group import LazyGroup
-from ._options import listing
-from ._output import Output
 from ._run import Failure, Session, command
+from ._shown import Sheet
 from ._text import safe
 
 
@@ -60,45 +59,9 @@ def _value(secret: str) -> bytes:
     return value
 
 
-@command(group, "list")
-@listing
-async def list_(session: Session) -> None:
-    """List secrets."""
-    secrets = await session.client.secrets.list()
-    rows = (
-        (
-            each.name,
-            each.version,
-            f"{each.updated_at:%Y-%m-%d %H:%M:%S}",
-            ",".join(each.used_by),
-            "" if each.readable else "no key",
-        )
-        for each in secrets
-    )
-    session.out.listing(secrets, ("NAME", "VERSION", "SET (UTC)", "VMS", "PROBLEM"), rows)
-
-
-@command(group, "get")
-@secret_argument
-async def get(session: Session, secret: str) -> None:
-    """Show a secret's metadata. Its value is never shown."""
-    _show(session.out, await session.client.secrets.get(secret))
-
-
-def _show(out: Output, secret: SecretView) -> None:
-    if out.json:
-        out.document(secret)
-        return
-    out.fields(
-        [
-            ("name", secret.name),
-            ("version", secret.version),
-            ("created", f"{secret.created_at:%Y-%m-%d %H:%M:%S} UTC"),
-            ("set", f"{secret.updated_at:%Y-%m-%d %H:%M:%S} UTC"),
-            ("VMs", ", ".join(map(safe, secret.used_by))),
-            ("problem", "" if secret.readable else "the daemon lacks the key that it is encrypted with"),
-        ]
-    )
-
-
-add_commands(group, "secrets", SecretsOperations)
+add_commands(
+    group,
+    "secrets",
+    SecretsOperations,
+    Shown({SecretView: Sheet(("name", "version", "updated_at", "used_by", "readable"))}),
+)

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 import click
 
 from volant.client import SnapshotsOperations
-from volant.model import MAX_COPIES, ForkVm, PullSnapshot, PushSnapshot, SnapshotView, TakeSnapshot
+from volant.model import MAX_COPIES, ForkVm, PullSnapshot, PushSnapshot, SnapshotView
 
 from ._complete import snapshot_names, vm_names
-from ._derived import add_commands
+from ._derived import Shown, add_commands, derived
 from ._image_options import registry_options
 from ._lazy_group import LazyGroup
 from ._options import listing
-from ._output import Output
 from ._registry_auth import registry_auth
-from ._run import FAILED, TIMED_OUT, Pair, Session, command
-from ._text import safe, size, span
+from ._run import FAILED, TIMED_OUT, Session, command
+from ._shown import Sheet, show_list
+from ._text import safe, size
 from ._vms_group import name_argument, timeout_option
 
 if TYPE_CHECKING:
@@ -42,30 +42,7 @@ snapshot_argument = click.argument("snapshot", shell_complete=snapshot_names)
 async def list_(session: Session, vm: str | None) -> None:
     """List snapshots, including those of deleted VMs."""
     listed = session.client.snapshots
-    snapshots = await (listed.list() if vm is None else listed.list_of_vm(vm))
-    rows = (
-        (
-            each.name,
-            each.status,
-            each.vm,
-            each.plugin,
-            each.cpu_cores,
-            f"{each.memory_mb} MiB",
-            f"{each.size_bytes / 2**20:.0f}",
-            f"{each.created_at:%Y-%m-%d %H:%M:%S}",
-            each.description,
-        )
-        for each in snapshots
-    )
-    titles = ("NAME", "STATUS", "VM", "PLUGIN", "CPUS", "MEMORY", "SIZE_MB", "CREATED", "DESCRIPTION")
-    session.out.listing(snapshots, titles, rows)
-
-
-@command(group, "get")
-@snapshot_argument
-async def get(session: Session, snapshot: str) -> None:
-    """Show one snapshot."""
-    _show(session.out, await session.client.snapshots.get(snapshot))
+    show_list(session.out, await (listed.list() if vm is None else listed.list_of_vm(vm)), _SHEET)
 
 
 @command(group, "push")
@@ -122,30 +99,6 @@ async def pull(
     return session.stream(fetch)
 
 
-@command(None, "snapshot")
-@name_argument
-@click.option("--name", "as_name", help="The snapshot's name; default: the VM's name and the time.")
-@click.option("--description", default="", help="A description.")
-@click.option("--label", "labels", type=Pair(), multiple=True, help="KEY=VALUE; may be repeated.")
-@click.option("--volumes", is_flag=True, help="Also copy the volumes that the VM writes to; it is paused meanwhile.")
-async def snapshot_(
-    session: Session,
-    name: str,
-    as_name: str | None,
-    description: str,
-    labels: tuple[tuple[str, str], ...],
-    volumes: bool,
-) -> None:
-    """Take a snapshot of a VM: memory, devices and disk. The VM is paused briefly."""
-    wanted = TakeSnapshot(name=as_name, description=description, labels=dict(labels), volumes=volumes)
-    taken = await session.client.snapshots.take(name, wanted)
-    session.out.result(
-        taken,
-        f"snapshot {safe(taken.name)} of {safe(taken.vm)} is ready: {taken.size_bytes / 2**20:.0f} MiB, "
-        f"the guest was paused for {taken.paused_ms or 0:.0f} ms",
-    )
-
-
 @command(None, "fork")
 @name_argument
 @click.option("-n", "--count", type=click.IntRange(1, MAX_COPIES), help="Number of copies; default 1.")
@@ -184,26 +137,14 @@ async def fork(
     return code
 
 
-def _show(out: Output, snapshot: SnapshotView) -> None:
-    out.facts(
-        snapshot,
-        (
-            ("name", snapshot.name),
-            ("status", snapshot.status),
-            ("vm", f"{snapshot.vm} ({snapshot.vm_id})"),
-            ("plugin", snapshot.plugin),
-            ("cpus", snapshot.cpu_cores),
-            ("memory", f"{snapshot.memory_mb} MiB"),
-            ("disk", snapshot.disk),
-            ("volumes", ", ".join(snapshot.volumes)),
-            ("size", f"{snapshot.size_bytes / 2**20:.0f} MiB"),
-            ("paused for", "" if snapshot.paused_ms is None else span(snapshot.paused_ms / 1000)),
-            ("created", f"{snapshot.created_at:%Y-%m-%d %H:%M:%S} UTC"),
-            ("pulled from", snapshot.source or ""),
-            ("description", snapshot.description),
-            ("labels", ", ".join(f"{key}={value}" for key, value in snapshot.labels.items())),
-        ),
-    )
-
-
-add_commands(group, "snapshots", SnapshotsOperations, besides=["list_of_vm", "take"])
+_SHEET = Sheet(
+    ("name", "status", "vm", "plugin", "cpu_cores", "memory_mb", "size_bytes", "created_at", "description"),
+    cells={"vm": lambda snapshot: f"{snapshot.vm} ({snapshot.vm_id})"},
+)
+_SHOWN = Shown(
+    {SnapshotView: _SHEET},
+    {"take": "snapshot {name} of {vm} is ready: {size_bytes}, the guest was paused for {paused_ms}"},
+)
+add_commands(group, "snapshots", SnapshotsOperations, _SHOWN, besides=["list_of_vm", "take"])
+take = derived("snapshots", SnapshotsOperations, "take", _SHOWN, name=name_argument)
+"""Becomes `volar vms snapshot`."""

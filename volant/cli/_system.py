@@ -4,47 +4,26 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
+
+import click
 
 from volant.client import SystemOperations
+from volant.model import PRUNED_KINDS, Pruned, StoredKind, SystemStatus, Usage
 
-from . import _drain, _storage
-from ._derived import add_commands
+from . import _drain
+from ._derived import Shown, add_commands
 from ._output import styled
 from ._run import Session, command
+from ._shown import Sheet
+from ._storage import show_pruned, show_usage
 from ._system_group import group
-from ._text import safe, span
+from ._text import safe
 
 __all__ = ["group"]
 
-# Importing them adds their commands to the group.
-del _drain, _storage
-
-
-@command(group, "status")
-async def status(session: Session) -> None:
-    """Show the state of the daemon, the number of VMs, and the host's load."""
-    found = await session.client.system.status()
-    session.out.facts(
-        found,
-        [
-            ("status", found.status),
-            ("draining", f"since {found.draining_since:%Y-%m-%d %H:%M:%S} UTC" if found.draining_since else None),
-            ("version", found.version),
-            ("up", span(found.uptime_s)),
-            ("VMs", found.vm_count),
-            *((f"  {state}", count) for state, count in found.vms.items() if count),
-            ("host CPU", f"{found.cpu_percent:.0f} %"),
-            ("host memory", f"{found.mem_percent:.0f} %"),
-        ],
-    )
-
-
-@command(group, "tree")
-async def tree(session: Session) -> None:
-    """Show the supervisor tree."""
-    found = await session.client.system.tree()
-    session.out.result(found, "\n".join(_lines(found, "", "")))
+# Importing it adds its commands to the group.
+del _drain
 
 
 @command(group, "tasks")
@@ -70,4 +49,28 @@ def _lines(node: Mapping[str, Any], first: str, rest: str) -> Iterator[str]:
         yield from _lines(child, rest + ("└─ " if last else "├─ "), rest + ("   " if last else "│  "))
 
 
-add_commands(group, "system", SystemOperations, besides=["adopt_orphan", "kill_orphan", "orphans"])
+_SHOWN = Shown(
+    {
+        SystemStatus: Sheet(
+            cells={"vms": lambda found: ", ".join(f"{state}: {count}" for state, count in found.vms.items() if count)}
+        ),
+        Usage: show_usage,
+        Pruned: show_pruned,
+    },
+    {"tree": lambda found: "\n".join(_lines(found, "", "")), "undrain": lambda _: "VMs start again"},
+)
+_KIND = click.option(
+    "--kind",
+    "kinds",
+    multiple=True,
+    type=click.Choice(get_args(StoredKind)),
+    help=f"Only this kind; may be repeated.  [default: {', '.join(PRUNED_KINDS)}]",
+)
+add_commands(
+    group,
+    "system",
+    SystemOperations,
+    _SHOWN,
+    besides=["adopt_orphan", "kill_orphan", "orphans"],
+    options={"prune": {"kinds": _KIND}},
+)

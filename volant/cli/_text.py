@@ -31,8 +31,8 @@ def clock(moment: datetime) -> str:
 
 def size(count: float) -> str:
     """Returns a number of bytes, for people."""
-    for unit in ("B", "KiB", "MiB"):
+    for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
-    return f"{count:.1f} GiB"
+    return f"{count:.1f} TiB"

@@ -41,7 +41,7 @@ _LAZY = {
     "sessions": Lazy(
         "_sessions:sessions", "List the detached commands in a VM; an ended one is listed for ten minutes."
     ),
-    "snapshot": Lazy("_snapshots:snapshot_", "Take a snapshot of a VM: memory, devices and disk."),
+    "snapshot": Lazy("_snapshots:take", "Save a VM's present memory, devices and disk."),
     "top": Lazy("_top:top", "Show the resource use of VMs, until interrupted."),
     "wait": Lazy("_waiting:wait_for", "Wait until a VM reaches one of some states."),
     "watch": Lazy(

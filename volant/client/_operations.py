@@ -128,7 +128,7 @@ class VmsOperations(Operations):
         return await self._transport.get(f"/api/v1/vms/{check_name(name, 'name')}", VmView)
 
     async def delete(self, name: str, *, timeout_s: float = 75) -> None:
-        """Delete a VM.
+        """Delete a VM with its disk.
 
         A second request joins the first. The deletion continues if the client disconnects; after 60 s the answer is
         503.
@@ -479,7 +479,7 @@ class ImagesOperations(Operations):
         """Remove OCI images that no VM and no snapshot uses, the least recently used first.
 
         :param reference: only this reference, and its image unless something else needs it
-        :param max_mb: stop once all images together take up at most this many MiB; default 0
+        :param max_mb: stop once all images together take up at most this; default 0
         :param unused_for_s: only images that were not used for this time: `12h`
         :param dry_run: report what would be removed, without removing it
         :param timeout_s: how long to wait for the answer
@@ -733,7 +733,7 @@ class KeysOperations(Operations):
     async def rotate(self, name: str, request: RotateApiKey | Mapping[str, Any] | None = None) -> NewApiKey:
         """Replace an API key by a new one with the same name, role and project, and show it once.
 
-        The present key stays valid for `overlap_s`. Without an overlap it ends at once, like the keys before it.
+        Without an overlap, the present key becomes invalid at once, and its requests and streams end.
         """
         return decode(
             await self._transport.send(
@@ -867,7 +867,7 @@ class SystemOperations(Operations):
         return await self._transport.get("/api/v1/system/tree", dict[str, Any])
 
     async def df(self) -> Usage:
-        """Show the disk space that the daemon's files take up on the host."""
+        """Show disk usage with its users, and how much a prune can free."""
         return await self._transport.get("/api/v1/system/df", Usage)
 
     async def prune(
@@ -880,7 +880,9 @@ class SystemOperations(Operations):
     ) -> Pruned:
         """Remove unused files.
 
-        Files that a VM, a plugin or a process uses are kept, also if the use begins meanwhile.
+        Files that a VM, a plugin, a snapshot or a process uses are kept, also if the use begins meanwhile. Disks
+        without a VM, snapshots that are not in the database, and databases that a restore has replaced are removed
+        only if you name their kind.
 
         :param dry_run: report what would be removed, without removing it
         :param kinds: kinds to remove; default `log`, `image`, `artifact`, `template`, `leftover`; `disk`,

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import ast
-import inspect
 import sys
-import textwrap
 from collections.abc import Mapping, Sequence
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
+
+import msgspec
+
+from volant.model.docstrings import member_texts
 
 from ._settings import Settings, resolve
 
@@ -161,16 +161,11 @@ def _metavar(field: str, hint: Any) -> str:
 
 
 def _descriptions() -> dict[str, str]:
-    """Returns each field's docstring in `Settings`, with the default."""
-    (node,) = ast.parse(textwrap.dedent(inspect.getsource(Settings))).body
-    assert isinstance(node, ast.ClassDef)
-    found = {}
-    for field, text in pairwise(node.body):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-            says = text.value if isinstance(text, ast.Expr) else None
-            if isinstance(says, ast.Constant) and isinstance(says.value, str):
-                default = ast.literal_eval(field.value) if isinstance(field.value, ast.Constant) else None
-                shown = f" Default: {default}." if default not in (None, "", False) else ""
-                # argparse expands percent signs.
-                found[field.target.id] = (" ".join(says.value.split()) + shown).replace("%", "%%")
+    """Returns the docstring of each member of `Settings`, with its default."""
+    texts, found = member_texts(Settings) or {}, {}
+    for field in msgspec.structs.fields(Settings):
+        is_plain = isinstance(field.default, str | int | float) and field.default not in ("", False)
+        shown = f" Default: {field.default}." if is_plain else ""
+        # argparse expands percent signs.
+        found[field.name] = (texts.get(field.name, "") + shown).replace("%", "%%")
     return found

@@ -30,7 +30,7 @@ class CreateApiKey(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     project: Name | None = None
     """The project that the key sees; null for `default`. An administrator's key sees all projects and has none."""
     expires_in_s: Lifetime | None = None
-    """How long the key is valid; null if it is valid until it is deleted."""
+    """How long the key is valid; by default until it is deleted."""
 
 
 class RotateApiKey(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -39,7 +39,7 @@ class RotateApiKey(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     overlap_s: Annotated[float, msgspec.Meta(ge=0, le=_TEN_YEARS_S)] = 0
     """How long the present key stays valid; with 0 it ends at once."""
     expires_in_s: Lifetime | None = None
-    """How long the new key is valid; null if it is valid until it is deleted."""
+    """How long the new key is valid; by default until it is deleted."""
 
 
 class NewApiKey(msgspec.Struct, frozen=True):

@@ -32,10 +32,9 @@ class Quota(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=Tru
     cpu_cores: Limit | None = None
     """Maximum CPU cores of all VMs together."""
     memory_mb: Limit | None = None
-    """Maximum memory of all VMs together, in MiB."""
+    """Maximum memory of all VMs together."""
     disk_mb: Limit | None = None
-    """Maximum size of all VM disks and volumes together, in MiB. The maximum size of each counts, not what it
-    occupies."""
+    """Maximum size of all VM disks and volumes together. The maximum size of each counts, not what it occupies."""
     snapshots: Limit | None = None
     """Maximum number of snapshots."""
     creates_per_minute: Limit | None = None

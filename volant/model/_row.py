@@ -345,14 +345,15 @@ class BuildTemplate(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_
 
     plugin: Name = "base"
     cpu_cores: Annotated[int, msgspec.Meta(ge=1, le=256)] | None = None
-    """The number of CPU cores; null for the plugin's."""
+    """The number of CPU cores; by default the plugin's."""
     memory_mb: Annotated[int, msgspec.Meta(ge=64, le=16 * 1024 * 1024)] | None = None
-    """The memory in MiB; null for the plugin's."""
+    """The memory; by default the plugin's."""
     kernel_cmdline: KernelCmdline = ""
+    """The kernel command line of the VMs."""
     env: Env = {}
     """The environment. It only matters with `template.after: workload`."""
     disk_mb: Annotated[int, msgspec.Meta(ge=1, le=MAX_DISK_MB)] | None = None
-    """The size of the clones' disks; null for the size of the plugin's root filesystem."""
+    """The size of the clones' disks; by default the size of the plugin's root filesystem."""
     network: Name | None = None
     """`none` or another network: all others share one template. Null for the daemon's setting."""
 

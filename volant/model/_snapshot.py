@@ -36,7 +36,7 @@ class TakeSnapshot(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     """The body of `POST /api/v1/vms/{name}/snapshots`."""
 
     name: Name | None = None
-    """The snapshot's name. Null for the VM's name and the time."""
+    """The snapshot's name; by default the VM's name and the time."""
     description: Plain = ""
     labels: Labels = {}
     volumes: bool = False

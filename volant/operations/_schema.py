@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
-import threading
 from collections.abc import Iterator
-from functools import cache
-from itertools import pairwise
 from typing import Any, get_args, get_type_hints, is_typeddict
 
 import msgspec
 
-Schema = dict[str, Any]
+from volant.model.docstrings import member_texts
 
-_SYNTAX_TREES = threading.Lock()
-"""Held by a thread while it creates syntax trees. On Python 3.11 all threads share one counter of the depth, so two at
-once may fail with a SystemError: garbage collection can run Python code in the middle, and another thread continues
-there."""
+Schema = dict[str, Any]
 
 
 def standalone(kind: type[msgspec.Struct]) -> Schema:
@@ -54,7 +45,7 @@ def owners(kind: Any) -> Iterator[type]:
 
 def describe(owner: type, schema: Schema) -> None:
     """Adds the docstrings of a class and its members, and the rules that its types can't express, to its schema."""
-    texts = _member_texts(owner)
+    texts = member_texts(owner)
     if texts is None:
         return
     wire = dict(
@@ -67,25 +58,3 @@ def describe(owner: type, schema: Schema) -> None:
     if "description" in schema:
         schema["description"] = " ".join(schema["description"].split())
     schema.update(getattr(owner, "SCHEMA", {}))
-
-
-@cache
-def _member_texts(owner: type) -> dict[str, str] | None:
-    """Returns the docstring of each member of a class; None for a class without source.
-
-    A type created by a call, whose members' names are not valid in Python, has no source.
-    """
-    # On Python 3.11, `getsource` parses the whole module.
-    with _SYNTAX_TREES:
-        try:
-            source = inspect.getsource(owner)
-        except OSError:
-            return None
-        definition = ast.parse(textwrap.dedent(source)).body[0]
-    assert isinstance(definition, ast.ClassDef)
-    texts = {}
-    for member, after in pairwise(definition.body):
-        match member, after:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                texts[name] = " ".join(text.split())
-    return texts

@@ -112,9 +112,7 @@ async def prune_images(
     ] = None,
     max_mb: Annotated[
         int,
-        Integer(
-            help="Stop once all images together take up at most this many MiB; default 0", minimum=0, maximum=_MAX_MB
-        ),
+        Integer(help="Stop once all images together take up at most this; default 0", minimum=0, maximum=_MAX_MB),
     ] = 0,
     unused_for_s: Annotated[
         float,

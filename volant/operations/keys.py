@@ -86,7 +86,7 @@ async def delete_key(context: Context, name: str) -> None:
 async def rotate_key(context: Context, name: str, *, body: RotateApiKey = RotateApiKey()) -> NewApiKey:  # noqa: B008 - frozen
     """Replace an API key by a new one with the same name, role and project, and show it once.
 
-    The present key stays valid for `overlap_s`. Without an overlap it ends at once, like the keys before it.
+    Without an overlap, the present key becomes invalid at once, and its requests and streams end.
     """
     return await context.deps.keys.rotate(name, body, by=str(context.caller))
 

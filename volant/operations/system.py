@@ -174,7 +174,7 @@ async def system_tree(context: Context) -> JsonObject:
     client="system.df",
 )
 async def disk_usage(context: Context) -> Usage:
-    """Show the disk space that the daemon's files take up on the host."""
+    """Show disk usage with its users, and how much a prune can free."""
     with _disk():
         return await context.deps.vms.storage.usage()
 
@@ -211,7 +211,9 @@ async def prune(
 ) -> Pruned:
     """Remove unused files.
 
-    Files that a VM, a plugin or a process uses are kept, also if the use begins meanwhile.
+    Files that a VM, a plugin, a snapshot or a process uses are kept, also if the use begins meanwhile. Disks without a
+    VM, snapshots that are not in the database, and databases that a restore has replaced are removed only if you name
+    their kind.
     """
     only = cast("frozenset[StoredKind]", frozenset(kinds)) or None
     with _disk():

@@ -210,7 +210,7 @@ async def get_vm(context: Context, name: str) -> VmChanged:
     journaled=True,
 )
 async def delete_vm(context: Context, name: str) -> None:
-    """Delete a VM.
+    """Delete a VM with its disk.
 
     A second request joins the first. The deletion continues if the client disconnects; after 60 s the answer is 503.
     """
