@@ -188,7 +188,7 @@ async def test_tools_declare_their_arguments_results_and_hints(served: Api) -> N
             assert hint["idempotentHint"] is (reads or declared.idempotent)
     # Those that are written by hand.
     assert {name for name, hint in hints.items() if hint["readOnlyHint"]} == {
-        "vms_read_file", "vms_logs", "vms_events", "plugins_list", "snapshots_list", "networks_list", "secrets_list",
+        "vms_read_file", "vms_logs", "vms_events", "plugins_list",
     }  # fmt: skip
     assert {name for name, hint in hints.items() if hint["destructiveHint"]} == {
         "vms_exec", "vms_write_file", "vms_call_action",

@@ -79,6 +79,10 @@ def _tool(operation: Operation, declared: Declared) -> Tool:
                 (name, _described(each.tool_type, each.help), _default(operation.defaults[name], each.tool_type))
                 for name, each in operation.query.items()
             ),
+            *(
+                (name, _described(Name | None, f"Only results whose `{member}` is this."), None)
+                for name, member in declared.only.items()
+            ),
             *(_WAITING if waits else ()),
         ],
         bases=None if body is None else (body,),
@@ -99,6 +103,8 @@ def _tool(operation: Operation, declared: Declared) -> Tool:
         result = await operation.call(call, *arguments, **parameters)
         if waits:
             return await _settled(call, operation, result, wanted)
+        if declared.only or declared.last_first:
+            result = _selected(declared, result, wanted)
         return present(call, result, arguments)
 
     return Tool(
@@ -113,6 +119,16 @@ def _tool(operation: Operation, declared: Declared) -> Tool:
         destructive=declared.destructive,
         idempotent=declared.idempotent,
     )
+
+
+def _selected(declared: Declared, found: list[Any], wanted: Any) -> list[Any]:
+    """Returns the objects that the arguments select. :raises Problem: 404, none has the name."""
+    for argument, member in declared.only.items():
+        if (value := getattr(wanted, argument)) is not None:
+            found = [one for one in found if getattr(one, member) == value]
+            if member == "name" and not found:
+                raise Problem(404, f"{argument}-not-found", f"there is no {argument} named {value!r}")
+    return found[::-1] if declared.last_first else found
 
 
 def _described(of: Any, text: str) -> Any:

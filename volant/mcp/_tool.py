@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 import msgspec
 import trio
-from msgspec import UNSET, UnsetType
+from msgspec import UnsetType
 
 from volant.operations import Context
 
@@ -110,11 +110,6 @@ def tool(name: str, title: str, description: str, **more: Any) -> Callable[[Run]
         )
 
     return make
-
-
-def missing_hosts(call: ToolCall) -> list[str] | UnsetType:
-    """Returns the hosts that a list lacks, so far."""
-    return sorted(call.missing_hosts) or UNSET
 
 
 def log_link(vm: str) -> Link:

@@ -13,7 +13,7 @@ from volant.operations import Table
 from ._derived import derived_tools
 from ._guest_tools import call_action, execute, read_file, write_file
 from ._history import read_logs, see_events
-from ._lists import list_networks, list_plugins, list_secrets, list_snapshots
+from ._plugins import list_plugins
 from ._tool import Tool
 
 RESOURCE = re.compile(r"volant://vms/([^/]+)(?:/(logs|files)(/.*)?)?\Z", re.DOTALL)
@@ -27,9 +27,6 @@ def tools(table: Table) -> tuple[Tool, ...]:
 
 
 _BY_HAND = (
-    list_snapshots,
-    list_networks,
-    list_secrets,
     execute,
     read_file,
     write_file,

@@ -53,5 +53,3 @@ from ._table import (
 # In the order in which documents show them.
 from . import vms, snapshots, forks, streams, guests, plugins, networks, images  # isort: skip  # noqa: F401
 from . import volumes, secrets, templates, projects, keys, hosts, system  # isort: skip  # noqa: F401
-
-from .networks import shown_networks as shown_networks

@@ -98,6 +98,11 @@ class Tool(msgspec.Struct, frozen=True):
     """Whether a repeated call has no further effect."""
     body: type[msgspec.Struct] | None = None
     """The body type of the tool, for an operation with several."""
+    only: Mapping[str, str] = {}
+    """Arguments that select from a list, each with the member that has to be equal. No object with a `name` that was
+    asked for is an error."""
+    last_first: bool = False
+    """Whether the tool reverses a list, so that its last objects are not those that are left out."""
 
 
 class Recorded(Enum):

@@ -9,10 +9,21 @@ from ._context import Context
 from ._table import TABLE, Tool
 
 
-@TABLE.operation("GET /api/v1/networks", permission=Permission.VIEW, answer="The networks, by name")
+@TABLE.operation(
+    "GET /api/v1/networks",
+    permission=Permission.VIEW,
+    answer="The networks, by name",
+    tool=Tool(
+        title="List networks",
+        description="List the networks in which VMs reach each other by name, with their VMs and addresses.",
+        only={"network": "name"},
+    ),
+)
 async def list_networks(context: Context) -> list[NetworkView]:
     """List networks in which VMs reach each other."""
-    return shown_networks(context.deps.store.projection, context.listed)
+    projection, project = context.deps.store.projection, context.listed
+    networks = sorted(projection.networks.items())
+    return [_shown(network, projection) for key, network in networks if project in (None, key.project)]
 
 
 @TABLE.operation(
@@ -66,12 +77,6 @@ async def get_network(context: Context, name: str) -> NetworkView:
 async def delete_network(context: Context, name: str) -> None:
     """Delete a network that no VM is in."""
     await ask_journal(context.deps.journal, RemoveNetwork(context.named(name)))
-
-
-def shown_networks(projection: Projection, project: str | None) -> list[NetworkView]:
-    """Returns the networks of a project, by name; None for all projects."""
-    networks = sorted(projection.networks.items())
-    return [_shown(network, projection) for key, network in networks if project in (None, key.project)]
 
 
 def _shown(network: Network, projection: Projection) -> NetworkView:

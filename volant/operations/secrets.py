@@ -5,12 +5,22 @@ from __future__ import annotations
 from volant.model import Permission, ReencryptedSecrets, SecretView, SetSecret
 
 from ._context import Context
-from ._table import TABLE
+from ._table import TABLE, Tool
 
 _ONE = "/api/v1/secrets/{name}"
 
 
-@TABLE.operation("GET /api/v1/secrets", permission=Permission.VIEW, answer="The secrets without their values, by name")
+@TABLE.operation(
+    "GET /api/v1/secrets",
+    permission=Permission.VIEW,
+    answer="The secrets without their values, by name",
+    tool=Tool(
+        title="List secrets",
+        description="List the names of the secrets that vms_create can pass to a VM, in `env` as "
+        '`{"secret": NAME}` or in `secrets` as the file /run/secrets/NAME. You can\'t read or set their values; ask a '
+        "person to run `volar secrets set NAME`.",
+    ),
+)
 async def list_secrets(context: Context) -> list[SecretView]:
     """List secrets, which VMs receive as environment variables or files. Their values are never shown."""
     return await context.deps.vms.secrets.views(context.listed)

@@ -77,6 +77,12 @@ async def list_vm_snapshots(context: Context, name: str) -> list[SnapshotView]:
     permission=Permission.VIEW,
     answer="The snapshots, oldest first",
     spans=Spans(SnapshotView, lambda one: (one.created_at, one.project, one.name)),
+    tool=Tool(
+        title="List snapshots",
+        description="List the snapshots that were taken with vms_snapshot, newest first.",
+        only={"vm": "vm"},
+        last_first=True,
+    ),
 )
 async def list_snapshots(context: Context) -> list[SnapshotView]:
     """List all snapshots, including those of deleted VMs. Replicas are not listed, as they belong to their VMs."""
