@@ -24,7 +24,7 @@ import msgspec
 import trio
 
 from volant.channel import AgentClient, AgentProtocolError, AgentUnreachable
-from volant.concurrency import FairShare
+from volant.concurrency import Backoff, FairShare
 from volant.http import Call, StreamRoute, for_ticket, interruptible, without_credentials
 from volant.model import DEVTOOLS_PORT, Desired, Key, Problem, Status, VmRow
 from volant.operations import ApiDeps, find_vm, record_access
@@ -132,16 +132,15 @@ class _Browsers:
         give_up_at = trio.current_time() + (self._patience_s(row) if row is not None else 0.0)
         if row is not None and row.status is not Status.RUNNING and trio.current_time() < give_up_at:
             await self._deps.vms.wait(row.id, {Status.RUNNING}, give_up_at - trio.current_time())
-        pause_s = _FIRST_PAUSE_S
-        while trio.current_time() + pause_s < give_up_at:
+        backoff = Backoff(_FIRST_PAUSE_S, _LAST_PAUSE_S)
+        while trio.current_time() + backoff.next_s < give_up_at:
             try:
                 async with self._connected(browser):
                     return True
             except Problem as problem:
                 if problem.status != 502:
                     break
-            await trio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LAST_PAUSE_S)
+            await backoff.pause()
         return True
 
     def _patience_s(self, row: VmRow) -> float:

@@ -10,47 +10,39 @@ from ._output import Output
 
 _BAR_FROM = 1024 * 1024
 
+Draw = Callable[[str, int, int], None]
+"""Draws a bar: with a text, the completed bytes, and all bytes, 0 if unknown."""
+
 
 class Bar:
-    """Counts copied bytes; draws a bar only on a terminal."""
+    """Counts copied bytes, and draws them on a terminal."""
 
-    def __init__(self) -> None:
+    def __init__(self, draw: Draw | None = None) -> None:
         self.done = 0
         self.total: int | None = None
+        self._draw = draw
 
     def add(self, count: int) -> None:
         """Adds to the count of bytes."""
         self.done += count
+        # A small file is copied before anyone could read a bar.
+        if self._draw is not None and self.done > _BAR_FROM:
+            self._draw("", self.done, self.total or 0)
 
 
 @contextmanager
 def progress(out: Output) -> Iterator[Bar]:
-    """Shows a bar on standard error, for the length of a block."""
+    """Yields the count of a copy, with a bar on standard error if that is a terminal."""
     if out.json or not sys.stderr.isatty():
         yield Bar()
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
-
-    with Progress(
-        BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn(),
-        console=Console(stderr=True), transient=True,
-    ) as drawn:  # fmt: skip
-        task = drawn.add_task("", total=None, visible=False)
-
-        class Drawn(Bar):
-            def add(self, count: int) -> None:
-                super().add(count)
-                # A small file is copied before anyone could read a bar.
-                drawn.update(task, completed=self.done, total=self.total, visible=self.done > _BAR_FROM)
-
-        yield Drawn()
+    with drawing() as draw:
+        yield Bar(draw)
 
 
 @contextmanager
-def described_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """Yields a function that draws a bar on standard error: with a text, the completed bytes, and all bytes, 0 if
-    unknown. There is no bar before its first call."""
+def drawing() -> Iterator[Draw]:
+    """Yields a function that draws a bar on standard error. There is no bar before its first call."""
     from rich.console import Console
     from rich.markup import escape
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from typing import Protocol
+from functools import cache
 
 import trio
 
@@ -14,17 +14,11 @@ from volant.concurrency import open_helpers
 from volant.model import Problem, PullView
 
 from ._output import Output
-from ._progress import described_bar
+from ._progress import drawing
 from ._text import safe
 
 _POLL_S = 0.5
 _PHASES = {"waiting": "Waiting for", "resolving": "Resolving", "fetching": "Fetching", "converting": "Unpacking"}
-
-
-class _Screen(Protocol):
-    """Shows the state of a fetch."""
-
-    def show(self, pull: PullView) -> None: ...
 
 
 @asynccontextmanager
@@ -36,11 +30,11 @@ async def showing_pull(client: Client, out: Output, reference: str, digest: str 
     if out.json:
         yield
         return
-    with _screen(out, reference) as screen:
+    with _screen(out, reference) as show:
 
         async def look() -> None:
             if (pull := find_pull(await client.images.pulls(), reference, digest)) is not None:
-                screen.show(pull)
+                show(pull)
 
         async with open_helpers() as helpers:
             helpers.start_soon(poll, look)
@@ -78,31 +72,15 @@ def find_pull(pulls: Sequence[PullView], reference: str, digest: str | None) -> 
 
 
 @contextmanager
-def _screen(out: Output, reference: str) -> Iterator[_Screen]:
-    if not sys.stderr.isatty():
-        yield _Line(out, reference)
-        return
-    with described_bar() as draw:
-
-        class Bar:
-            def show(self, pull: PullView) -> None:
-                draw(describe(reference, pull), pull.done_bytes, pull.total_bytes)
-
-        yield Bar()
-
-
-class _Line:
-    """Prints one line instead of a bar, if there is no terminal."""
-
-    def __init__(self, out: Output, reference: str) -> None:
-        self._out = out
-        self._text = f"volar: fetching {safe(reference)}"
-        self._shown = False
-
-    def show(self, pull: PullView) -> None:
-        if not self._shown:
-            self._shown = True
-            self._out.note(self._text)
+def _screen(out: Output, reference: str) -> Iterator[Callable[[PullView], None]]:
+    """Yields a function that shows the state of a fetch: as a bar, or once as a line if there is no terminal."""
+    if sys.stderr.isatty():
+        with drawing() as draw:
+            yield lambda pull: draw(describe(reference, pull), pull.done_bytes, pull.total_bytes)
+    else:
+        # Printed once, however often it is shown.
+        note = cache(out.note)
+        yield lambda pull: note(f"volar: fetching {safe(reference)}")
 
 
 def describe(reference: str, pull: PullView) -> str:

@@ -11,7 +11,7 @@ from volant.concurrency import open_helpers
 from volant.model import TransferView
 
 from ._output import Output
-from ._progress import described_bar
+from ._progress import drawing
 from ._pulls import names_of, poll
 from ._text import safe
 
@@ -27,7 +27,7 @@ async def showing_transfer(client: Client, out: Output, kind: str, reference: st
     if out.json or not sys.stderr.isatty():
         yield
         return
-    with described_bar() as draw:
+    with drawing() as draw:
 
         async def look() -> None:
             transfer = find_transfer(await client.snapshots.transfers(), kind, reference)

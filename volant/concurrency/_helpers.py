@@ -30,11 +30,15 @@ class Backoff:
         """Starts over with the first delay."""
         self._next_s = self._first_s
 
-    async def pause(self) -> None:
-        """Sleeps before the next attempt."""
+    def take(self) -> float:
+        """Returns the length of the next delay, and doubles that of the one after it."""
         pause_s = self.next_s
         self._next_s = min(2 * pause_s, self._max_s)
-        await trio.sleep(pause_s)
+        return pause_s
+
+    async def pause(self) -> None:
+        """Sleeps before the next attempt."""
+        await trio.sleep(self.take())
         self._try_began = trio.current_time()
 
 

@@ -78,7 +78,7 @@ class _Later(msgspec.Struct):
     """A VM that could not move."""
 
     at: float
-    pause_s: float
+    backoff: Backoff
     reason: str
 
 
@@ -338,5 +338,5 @@ class Evacuation:
         self._later = {vm_id: later for vm_id, later in self._later.items() if vm_id in there}
         if before is None or before.reason != reason:
             _logger.warning("VM %s does not move: %s", row.name, reason, extra={"vm": row.name})
-        pause_s = _AGAIN_S if before is None else min(2 * before.pause_s, _AGAIN_MAX_S)
-        self._later[row.id] = _Later(trio.current_time() + pause_s, pause_s, reason)
+        backoff = Backoff(_AGAIN_S, _AGAIN_MAX_S) if before is None else before.backoff
+        self._later[row.id] = _Later(trio.current_time() + backoff.take(), backoff, reason)

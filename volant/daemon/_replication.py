@@ -12,6 +12,7 @@ import msgspec
 import trio
 
 from volant.chunks import ChunkError
+from volant.concurrency import Backoff
 from volant.fleet import Claim, EtcdError, Fleet, text_of
 from volant.host import Host
 from volant.journal import Store
@@ -51,8 +52,7 @@ class _State(msgspec.Struct, eq=False):
     """The state of a replicated VM, since this daemon has started."""
 
     not_before: float = 0.0
-    pause_s: float = _AGAIN_S
-    """The delay before the next attempt, if this one fails."""
+    backoff: Backoff = msgspec.field(default_factory=lambda: Backoff(_AGAIN_S, _AGAIN_MAX_S))
     has_run: bool = True
     """Whether it may have run since it was copied."""
 
@@ -141,12 +141,11 @@ class Replication:
             with trio.fail_after(_WHOLE_S):
                 made = await self._replicate(row, movable, replicate, state, replica)
         except _Failed as error:
-            state.not_before = trio.current_time() + state.pause_s
-            state.pause_s = min(2 * state.pause_s, _AGAIN_MAX_S)
+            state.not_before = trio.current_time() + state.backoff.take()
             made = self._not_made(row, _reason_of(error))
         else:
             state.not_before = began + replicate_every_s(replicate)
-            state.pause_s = _AGAIN_S
+            state.backoff.reset()
         finally:
             self._sent.discard(replica)
             self._copying.discard(row.id)

@@ -286,7 +286,7 @@ class _Later(msgspec.Struct):
     """A VM whose start has failed."""
 
     at: float
-    pause_s: float
+    backoff: Backoff
     reason: str
     tries: int = 1
 
@@ -421,9 +421,9 @@ class Successor:
         self._later = {each: later for each, later in self._later.items() if now < later.at + 2 * _RETRY_MAX_S}
         if before is None or before.reason != reason:
             _logger.warning("%s has come from another host, and does not start yet: %s", name, reason)
-        pause_s = _RETRY_S if before is None else min(2 * before.pause_s, _RETRY_MAX_S)
+        backoff = Backoff(_RETRY_S, _RETRY_MAX_S) if before is None else before.backoff
         tries = 1 if before is None else before.tries + 1
-        self._later[name] = _Later(now + pause_s, pause_s, reason, tries)
+        self._later[name] = _Later(now + backoff.take(), backoff, reason, tries)
         # Nobody else has the memory of one that was moved; others may have the same replica.
         if tries >= _TRIES and name not in self._mine.held and self._others_can(name, claim):
             with suppress(EtcdError, NameTaken):

@@ -53,6 +53,7 @@ from hypercorn.trio.tcp_server import TCPServer
 from hypercorn.typing import ConnectionState
 from hypercorn.utils import parse_socket_addr
 
+from volant.concurrency import Backoff
 from volant.model import Problem
 from volant.model.heads import MAX_FIELDS, head_of
 
@@ -414,10 +415,9 @@ class Connection(TCPServer):
             await self.http.handle(RawData(b""))
         except trio.BrokenResourceError:
             return
-        pause_s = 0.02
+        backoff = Backoff(0.02, _LEFT_POLL_S)
         while not self.peer_left() and (self.is_unix or not is_abandoned(self._socket)):
-            await trio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LEFT_POLL_S)
+            await backoff.pause()
 
 
 def _free_frames(error: BaseException) -> None:

@@ -30,7 +30,7 @@ from hypercorn.config import Config
 from hypercorn.trio.lifespan import Lifespan
 from hypercorn.trio.worker_context import EventWrapper, WorkerContext
 
-from volant.concurrency import FairShare
+from volant.concurrency import Backoff, FairShare
 from volant.model import Problem
 
 from ._connection import Connection
@@ -157,7 +157,7 @@ class Server:
     async def _accept(self, listener: trio.SocketListener, connections: trio.Nursery) -> None:
         """Accepts connections until cancelled. If the process or the host has no file descriptor left, new connections
         wait in the kernel's queue, and the one that was idle longest is closed."""
-        pause_s = _FULL_S
+        backoff = Backoff(_FULL_S, _FULL_MAX_S)
         async with listener:
             while True:
                 try:
@@ -167,10 +167,9 @@ class Server:
                         raise
                     self._warn_of_no_descriptor(error)
                     self._make_room(self._connections)
-                    await trio.sleep(pause_s)
-                    pause_s = min(2 * pause_s, _FULL_MAX_S)
+                    await backoff.pause()
                     continue
-                pause_s = _FULL_S
+                backoff.reset()
                 connections.start_soon(self._handle, stream)
 
     def _warn_of_no_descriptor(self, error: OSError) -> None:

@@ -19,6 +19,7 @@ import msgspec
 import trio
 
 from actors import Actor, Deferred, handles
+from volant.concurrency import Backoff
 from volant.host import Host
 from volant.journal import Projection
 from volant.model import Problem, TemplateView, draining
@@ -52,7 +53,7 @@ class _Job(msgspec.Struct):
 
 class _Failure(msgspec.Struct):
     spec: TemplateSpec | None
-    count: int
+    backoff: Backoff
     until: float
     message: str
     at: datetime
@@ -311,12 +312,11 @@ class Templates(Actor):
 
     def _note_failure(self, digest: str, spec: TemplateSpec | None, message: str) -> None:
         before = self._failures.pop(digest, None)
-        count = 1 if before is None else before.count + 1
-        pause_s = min(_RETRY_S * 2.0 ** (count - 1), _RETRY_MAX_S)
+        backoff = Backoff(_RETRY_S, _RETRY_MAX_S) if before is None else before.backoff
         if spec is None and before is not None:
             spec = before.spec
-        until, now = trio.current_time() + pause_s, self._host.clock.now()
-        self._failures[digest] = _Failure(spec, count, until, message, now)
+        until, now = trio.current_time() + backoff.take(), self._host.clock.now()
+        self._failures[digest] = _Failure(spec, backoff, until, message, now)
         while len(self._failures) > _FAILURES:
             del self._failures[next(iter(self._failures))]
 

@@ -18,6 +18,7 @@ import msgspec
 import trio
 
 from volant.channel import ParkedLink
+from volant.concurrency import Backoff
 from volant.host import Host, ProcessGone, ResourceLimits, inside
 from volant.hypervisor import Hypervisor, HypervisorError, MachineSpec, Nic, ParkedControl
 from volant.journal import Projection
@@ -275,19 +276,19 @@ class WarmPool:
                 except OSError as error:
                     _logger.error("warm processes of an earlier daemon can't be ended: %s", error)
                 self._swept.set()
-                retry_s = _RETRY_S
+                backoff = Backoff(_RETRY_S, _RETRY_MAX_S)
                 while True:
                     try:
                         if await self._tend(nursery):
-                            retry_s = _RETRY_S
+                            backoff.reset()
                             continue
                     except OSError as error:
                         # The host is short of descriptors, say. The pool waits; nothing else depends on it.
                         _logger.warning("the warm pool can't be filled now: %s", error)
-                    with trio.move_on_after(min(retry_s if self.lacks() else math.inf, self._until_next_look())):
+                    retry_s = backoff.take() if self.lacks() else math.inf
+                    with trio.move_on_after(min(retry_s, self._until_next_look())):
                         await self._wake.wait()
-                        retry_s = _RETRY_S / 2
-                    retry_s = min(2 * retry_s, _RETRY_MAX_S)
+                        backoff.reset()
                     self._wake = trio.Event()
         finally:
             with trio.CancelScope(shield=True, deadline=trio.current_time() + _CLEAR_S):
