@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from tests.client.kit import answer, serving, vm
-from volant.cli import _plugins, _system_group, _vms_group
+from volant.cli import _plugins, _system, _vms_group
 from volant.cli._lazy_group import LazyGroup
 from volant.cli._volar import volar as root
 
@@ -110,7 +110,7 @@ async def test_a_table_that_fits_into_the_terminal_needs_no_library(columns: int
         assert text.startswith("\x1b[1mNAME\x1b[0m    \x1b[1mSTATUS")
 
 
-@pytest.mark.parametrize("group", [root, _vms_group.group, _system_group.group, _plugins.group])
+@pytest.mark.parametrize("group", [root, _vms_group.group, _system.group, _plugins.group])
 def test_a_command_that_is_not_imported_yet_is_listed_as_it_will_be(group: LazyGroup) -> None:
     context = click.Context(group)
     for name, lazy in group.lazy.items():

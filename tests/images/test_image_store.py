@@ -33,7 +33,7 @@ from volant.images import (
     list_images,
     prune,
 )
-from volant.images._imports import imported_modules
+from volant.images._compose import imported_modules
 
 PACKAGES = [
     Package("b", "1:2-3", "amd64", "b" * 64, 10, "b_1%3a2-3_amd64.deb"),

@@ -12,10 +12,9 @@ from ._artifact_cache import ArtifactCache, Upload
 from ._artifacts import CachedArtifact, artifact_path, list_artifacts, remove_artifact
 from ._ensure import ensure
 from ._errors import ImageError
-from ._origins import ANYWHERE, PUBLIC, Origins, parse_networks
+from ._origins import ANYWHERE, PUBLIC, Origins, local_path, parse_networks, shown
 from ._progress import Progress
 from ._store import DIGEST, Image, find, list_images, load, prune, users
-from ._urls import local_path, shown
 
 if TYPE_CHECKING:
     from ._build import build

@@ -18,19 +18,18 @@ from . import _artifacts
 from ._artifacts import CachedArtifact
 from ._child import run_child
 from ._errors import ImageError
-from ._origins import ANYWHERE, PUBLIC, Origins, checked
+from ._origins import ANYWHERE, PUBLIC, Origins, checked, shown
 from ._part import Part
 from ._progress import Progress
-from ._urls import shown
 
 _FETCHES_AT_ONCE = 4
 _UPLOADS_AT_ONCE = 16
 _UPLOADS_OF_ONE = 4
-"""Of one project."""
+"""The limit for one project."""
 _PLACED_AT_ONCE = 4
-"""Received files that are moved to their place, each by a thread."""
+"""The maximum number of received files that are renamed at the same time, each by a thread."""
 _PIECE = 1024 * 1024
-"""How much of an upload is written at once."""
+"""The number of bytes of an upload that are written at once."""
 
 
 class _Fetch:
@@ -38,7 +37,7 @@ class _Fetch:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        """Its failure says nothing about another source of the same artifact."""
+        """Callers that want the artifact from another URL do not share the error."""
         self.done = trio.Event()
         self.error: ImageError | None = None
         self.progress: Progress | None = None
@@ -52,7 +51,7 @@ class ArtifactCache:
     ) -> None:
         """
         :param owner: the daemon's state directory, which marks its artifacts for daemons that share the cache
-        :param timeout_s: for one artifact to arrive
+        :param timeout_s: maximum time for one artifact to arrive
         :param max_mb: the largest artifact, in MiB
         :param origins: from where artifacts may be fetched
         """
@@ -97,11 +96,12 @@ class ArtifactCache:
         )
 
     def may_read(self, path: Path) -> bool:
-        """Whether files at this path may be fetched for every client; does not access the file."""
+        """Returns whether files at this path may be fetched for every client; does not access the file."""
         return is_below(self._origins.directories, path)
 
     async def may_connect(self, host: str, port: int) -> bool:
-        """Whether clients may have the daemon connect there: each address is public, or allowed, and is known now."""
+        """Returns whether clients may make the daemon connect to a host: all its addresses are public or allowed, and
+        it can be looked up now."""
         try:
             await trio.to_thread.run_sync(checked, host, port, self._origins, abandon_on_cancel=True)
         except (ImageError, OSError):
@@ -109,9 +109,10 @@ class ArtifactCache:
         return True
 
     async def addresses(self, host: str, port: int, *, anywhere: bool, must_exist: bool = True) -> list[str]:
-        """Returns the addresses of a host to which clients may have the daemon connect; `anywhere`: all.
+        """Returns the addresses of a host, all of which clients may make the daemon connect to.
 
-        :param must_exist: False: a host without an address is no error
+        :param anywhere: whether all addresses are allowed
+        :param must_exist: whether a host without an address is an error
         :raises ImageError: `artifact_refused` :raises OSError: the name can't be looked up at present
         """
         look_up = partial(checked, host, port, ANYWHERE if anywhere else self._origins, must_exist=must_exist)
@@ -119,14 +120,14 @@ class ArtifactCache:
         return [str(address[0]) for _, address in found]
 
     async def has(self, artifact: Artifact) -> bool:
-        """Whether an artifact is in the cache, and stays there until this daemon removes it."""
+        """Returns whether an artifact is in the cache. Then it stays there until this daemon removes it."""
         return await self._find(artifact) is not None
 
     @asynccontextmanager
     async def receiving(self, digest: str, project: str) -> AsyncIterator[Upload]:
-        """Receives an artifact from a client in a block. Without `Upload.finish` nothing of it stays.
+        """Yields an upload of a client. What was received is removed at the end, unless `Upload.finish` was called.
 
-        :param project: of the client
+        :param project: the client's project
         :raises ImageError: `cache_busy`: too many uploads at once; `cache_unwritable`; `timeout` after `timeout_s`
         """
         upload = Upload(self, digest)

@@ -146,7 +146,7 @@ def reverify(cache_dir: Path, digest: str, url: str) -> CachedArtifact | None:
 
 @contextlib.contextmanager
 def locked_part(cache_dir: Path, digest: str) -> Iterator[Path]:
-    """Holds the lock of a digest; gives the path of its empty part, which is removed at the end unless it was renamed.
+    """Holds the lock of a digest; yields the path of its empty part, which is removed at the end unless it was renamed.
 
     Waits without a deadline: the process that has the lock has one, and this process can be killed.
 
@@ -158,7 +158,7 @@ def locked_part(cache_dir: Path, digest: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def new_part(cache_dir: Path) -> Iterator[Path]:
-    """Gives the path of an empty part for an upload, which is removed at the end unless it was renamed.
+    """Yields the path of an empty part for an upload, which is removed at the end unless it was renamed.
 
     :raises ImageError: the cache can't be written to
     """
@@ -182,7 +182,8 @@ def _part(path: Path) -> Iterator[Path]:
 
 
 def _remove_others(path: Path) -> None:
-    """Keeps what groups of hypervisors were granted, and search permission on directories."""
+    """Removes the permissions of other users. Keeps those that groups of hypervisors were granted, and search
+    permission on directories."""
     mode = stat.S_IMODE(path.lstat().st_mode)
     kept = mode & ~0o066 if path.is_dir() else mode & ~0o007
     if path.suffix == ".json":
@@ -221,7 +222,7 @@ def place(cache_dir: Path, part: Path, digest: str, url: str) -> CachedArtifact:
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether a process holds a lock on a file, as QEMU does on the images of its disks."""
+    """Returns whether a process holds a lock on a file, as QEMU does on the images of its disks."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:

@@ -161,8 +161,8 @@ class _Handler(urllib.request.AbstractHTTPHandler):
     https_request = urllib.request.AbstractHTTPHandler.do_request_
 
     def _has_proxy(self, req: urllib.request.Request) -> bool:
-        """Whether the operator's proxy connects to the target, and decides where that may be. The target is checked as
-        far as this host can look it up."""
+        """Returns whether the operator's proxy connects to the target, and decides where that may be. The target is
+        checked as far as this host can look it up."""
         # Not by comparing hosts: `req.host` is decoded, so `%31%32%37.0.0.1` would count as a proxy.
         if not (req.has_proxy() or getattr(req, "_tunnel_host", None)):
             return False

@@ -17,9 +17,8 @@ from . import _artifacts
 from ._artifacts import CachedArtifact
 from ._download import Download, ProgressReporter, Tell
 from ._errors import ImageError
-from ._origins import PUBLIC, Origins
+from ._origins import PUBLIC, Origins, local_path, shown
 from ._part import Part
-from ._urls import local_path, shown
 
 _READ = 1024 * 1024
 

@@ -28,9 +28,9 @@ EPOCH = 1754697600
 """2025-08-09, when Debian 13 was released: files of an image that are newer, or made by its build, have this time. So
 the same packages make the same bytes."""
 _KEPT_LINES = 400
-"""Of the output, for errors; apt repeats its errors at the end."""
+"""The number of lines of output that are kept for error messages; apt repeats its errors at the end."""
 _MAX_LINE = 4096
-"""In characters. What is longer counts as several lines."""
+"""In characters. A longer line counts as several."""
 _REAP_S = 10.0
 
 _SETTINGS = """

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import socket
+import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,25 @@ from typing import Any, NamedTuple
 from volant.model.addresses import METADATA
 
 from ._errors import ImageError
+
+
+def local_path(url: str) -> Path | None:
+    """Returns the path of a file of this host, or None for other URLs."""
+    if url.startswith("/"):
+        return Path(url)
+    if url.startswith("file://"):
+        return Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path))
+    return None
+
+
+def shown(url: str) -> str:
+    """Returns a URL for people, without login and query, which may be secrets."""
+    if local_path(url) is not None:
+        return url
+    parts = urllib.parse.urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    return urllib.parse.urlunsplit((parts.scheme, host, parts.path, "…" if parts.query else "", ""))
+
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -116,7 +136,7 @@ def _embedded(address: _Address) -> _Address:
 
 
 def _is_own(address: _Address) -> bool:
-    """Whether an address is one of this host's, where services may be for this host only."""
+    """Returns whether an address is one of this host's, where services may be for this host only."""
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
         # This sends nothing. The kernel chooses the route, and with it our own address.
@@ -131,7 +151,7 @@ def _is_own(address: _Address) -> bool:
 
 
 def _binds_any(version: int) -> bool:
-    """Whether the kernel lets sockets bind to foreign addresses (`ip_nonlocal_bind`)."""
+    """Returns whether the kernel lets sockets bind to foreign addresses (`ip_nonlocal_bind`)."""
     try:
         return Path(f"/proc/sys/net/ipv{version}/ip_nonlocal_bind").read_text().strip() != "0"
     except OSError:

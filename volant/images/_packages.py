@@ -40,7 +40,7 @@ class Package(msgspec.Struct, frozen=True, order=True):
 
 
 class Archive(msgspec.Struct, frozen=True):
-    """Where packages come from, and the keys that must have signed them; None: what this host uses."""
+    """Where packages come from, and the keys that must have signed them. With None, this host's own are used."""
 
     mirror: str | None = None
     """The address of a Debian mirror."""
@@ -55,7 +55,7 @@ THIS_HOST = Archive()
 
 
 class Cached(msgspec.Struct, frozen=True):
-    """What the last build left."""
+    """The packages that the last build left in the cache, and where they came from."""
 
     sources: list[str]
     """Lines of apt's sources."""
@@ -139,8 +139,8 @@ def _make(
     progress: Callable[[Progress], None],
 ) -> list[Package]:
     """
-    :param given: the packages in the cache that may be used, and from where others come
-    :param keyring: the keys of the archive; None: no others come
+    :param given: the packages in the cache that may be used, and the sources of others
+    :param keyring: the keys of the archive; None to use only packages in the cache
     """
     made = scratch / "packages"
     shutil.rmtree(made, ignore_errors=True)
@@ -183,7 +183,7 @@ def _work_folder(scratch: Path, *, own_files: bool) -> Path:
 
 
 def _prepare(work: Path, folder: Path, packages: Iterable[Package], keyring: bytes | None) -> None:
-    """Fills a work folder with the keys, and with the index and packages of a folder that are what they were."""
+    """Fills a work folder with the keys, and with the index and the unchanged packages of a folder."""
     archives, lists = work / "packages" / "archives", work / "packages" / "lists"
     for path in (work / "keys", archives, lists):
         path.mkdir(parents=True)
@@ -207,7 +207,7 @@ def _prepare(work: Path, folder: Path, packages: Iterable[Package], keyring: byt
 
 
 def last(cache_dir: Path) -> Cached:
-    """Returns what the last build left. :raises ImageError: there was none"""
+    """Returns the packages that the last build left in the cache. :raises ImageError: there was none"""
     cached = _load(cache_dir)
     if cached is None:
         raise ImageError("offline", "No earlier build left its packages in this cache", "build without --offline once")

@@ -68,7 +68,7 @@ KERNEL_MODULES = (
     "squashfs",
     "erofs",
 )
-"""Their dependencies are added."""
+"""Kernel modules in the image. Their dependencies are added."""
 
 PYTHON_MODULES = (
     "_sitebuiltins",
@@ -190,7 +190,6 @@ _PARTS = (
     "_bytecode.py",
     "_compile_in_guest.py",
     "_compose.py",
-    "_imports.py",
 )
 _PACKAGE = Path(__file__).parent.parent
 

@@ -21,7 +21,7 @@ from ._packages import THIS_HOST, Archive
 from ._progress import WAITING, Progress, silent
 
 _BASE = ("ca-certificates", "debian-archive-keyring", "mount", "netbase", "passwd", "tzdata")
-"""Besides Debian's essential packages and apt."""
+"""The packages of all images, besides Debian's essential ones and apt."""
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _DPKG_OPTIONS = (
     # Documentation and translations, as in other slim images; licences stay. It holds for what is installed later, too.
@@ -34,22 +34,24 @@ _DPKG_OPTIONS = (
 _FASTER = "etc/dpkg/dpkg.cfg.d/00faster"
 """A half-written tree is thrown away, so dpkg need not wait for the disk."""
 _DEADLINE_S = 1800.0
-"""For a build in a child process: that of `node` takes two minutes on two slow processors, and a slow network more."""
+"""The maximum time for a build in a child process: that of `node` takes two minutes on two slow processors, and more
+with a slow network."""
 
 
 class StockImage(msgspec.Struct, frozen=True, kw_only=True):
-    """A recipe."""
+    """The recipe of a stock image."""
 
     repository: str
-    """Of the reference; the tag follows from the package `versioned_by`."""
+    """The repository in the image's reference. The tag is the version of the package `versioned_by`."""
     packages: tuple[str, ...]
     command: str
-    """Started without a command of its own."""
+    """Runs if a VM has no command of its own."""
     versioned_by: str = ""
-    """Empty: the tag is Debian's version."""
+    """If empty, the tag is Debian's version."""
     parts: int = 1
-    """How many parts of that version are the tag."""
+    """The number of parts of that version that are in the tag."""
     links: dict[str, str] = {}
+    """Symbolic links to create: the target by path."""
 
 
 STOCK = {
@@ -64,14 +66,14 @@ STOCK = {
     ),
     "node": StockImage(repository="node", packages=(*_BASE, "nodejs", "npm"), command="node", versioned_by="nodejs"),
 }
-"""By name."""
+"""The stock images by name."""
 
 
 class BuiltStock(msgspec.Struct, frozen=True):
     """An archive that was written."""
 
     reference: str
-    """The name for it, below `localhost`."""
+    """The image's reference, which begins with `localhost/`."""
     digest: str
     size_bytes: int
     packages: int
@@ -89,9 +91,9 @@ def build_stock(
 
     The user must be root, have subordinate IDs, or have fakechroot.
 
-    :param name: of `STOCK`
-    :param target: the archive
-    :param cache_dir: for packages
+    :param name: a name in `STOCK`
+    :param target: the path of the archive
+    :param cache_dir: a folder for packages
     :raises ImageError: the image can't be built
     """
     recipe = STOCK.get(name)
@@ -119,7 +121,7 @@ async def build_stock_in_child(
     archive: Archive = THIS_HOST,
     progress: Callable[[Progress], None] | None = None,
 ) -> BuiltStock:
-    """Does the same in a child process. Cancelling kills it.
+    """Calls `build_stock` in a child process. Cancelling kills it.
 
     :raises ImageError: the image can't be built; `timeout` after half an hour
     """

@@ -56,7 +56,7 @@ class Image(JsonFields, frozen=True):
     """An uncompressed ELF kernel with a PVH entry point."""
     initramfs: Path
     min_memory_mb: int
-    """The least memory that a guest boots with."""
+    """The minimum memory of a guest."""
     kernel_parameters: tuple[str, ...]
     """Optional words for the kernel's command line that make the boot faster."""
     protocol: int
@@ -173,7 +173,7 @@ def locked(cache_dir: Path, waiting: Callable[[], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def building(cache_dir: Path, waiting: Callable[[], None]) -> Iterator[Path]:
-    """Holds the cache's lock, removes the rest of killed builds, and gives a folder that is removed at the end.
+    """Holds the cache's lock, removes the rest of killed builds, and yields a folder that is removed at the end.
 
     :param waiting: called once if another process has the lock
     :raises ImageError: the folder can't be written to
