@@ -34,8 +34,8 @@ _MARK = "__handles__"
 class Request(Generic[R_co]):
     """Base of the messages that have an answer, of type `R`. Derive a frozen dataclass from it.
 
-    `raises` names the exceptions by which a handler refuses: they travel to the asker, and the actor lives on. So raise
-    them before you change anything. Any other exception is a crash, an exception group as well::
+    `raises` names the exceptions by which a handler rejects a request: the caller of `ask` receives them, and the actor
+    keeps running. So raise them before you change anything. Any other exception is a crash, also an exception group::
 
         @dataclass(frozen=True)
         class Withdraw(Request[int]):
@@ -45,7 +45,7 @@ class Request(Generic[R_co]):
 
     __slots__ = ()
 
-    #: The exceptions that travel to the asker and are no crash.
+    #: The exceptions that the caller of `ask` receives, and that do not crash the actor.
     raises: ClassVar[tuple[type[Exception], ...]] = ()
 
 
@@ -79,7 +79,7 @@ class _HandlesMessages(Generic[M1]):
 
 # mypy joins the types of several arguments to their base, so each number of arguments has a signature of its own.
 @overload
-def handles(m1: type[Q1], /) -> _HandlesRequests[Q1]: ...  # type: ignore[overload-overlap]  # the first match is meant
+def handles(m1: type[Q1], /) -> _HandlesRequests[Q1]: ...  # type: ignore[overload-overlap]  # the first match wins
 @overload
 def handles(m1: type[Q1], m2: type[Q2], /) -> _HandlesRequests[Q1 | Q2]: ...  # type: ignore[overload-overlap]
 @overload
@@ -112,7 +112,7 @@ def handles(*messages: type[Any]) -> Any:
 def handlers_of(cls: type) -> dict[type, Handler]:
     """Returns the handlers of an actor class, inherited ones included. An override needs no mark of its own.
 
-    :raises TypeError: two methods claim the same message.
+    :raises TypeError: two methods of one class handle the same message. A subclass may handle it in another method.
     """
     names: dict[type, str] = {}
     for base in reversed(cls.__mro__):

@@ -114,7 +114,7 @@ def upload(pieces: Iterable[bytes], pause_s: float) -> Call:
         (1, 59.0, "less than 32768 bytes", 300.0),
         # 64 KiB in four minutes and three quarters would never end.
         (16 * 1024, 59.0, "less than 32768 bytes", 302.0),
-        (200_000, 61.0, "nothing of the body came", 60.0),
+        (200_000, 61.0, "no data of the body arrived", 60.0),
     ],
 )
 async def test_a_client_that_trickles_a_file_does_not_block_others(

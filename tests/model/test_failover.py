@@ -57,7 +57,7 @@ def test_a_vm_that_was_taken_over_ends_when_it_would_have_ended() -> None:
     wanted = request(ttl="1h")
     ends = NOW + timedelta(hours=1)
     first = new_row(wanted, BASE, vm_id=1, now=NOW, movable=Movable(id="a", request=wanted, expires_at=ends))
-    move = Move("h1", "h2", NOW + timedelta(minutes=50))
+    move = Move("h1", "h2", NOW + timedelta(minutes=50), "taken_over")
     movable = Movable(id="a", epoch=2, request=wanted, expires_at=first.expires_at, move=move)
     second = new_row(wanted, BASE, vm_id=2, now=NOW + timedelta(minutes=50), movable=movable)
     assert second.expires_at == first.expires_at

@@ -193,7 +193,7 @@ def test_a_vm_at_rest_without_a_disk_of_its_own_needs_no_snapshot(changes: dict[
 
 def test_a_vm_that_arrives_is_what_it_was() -> None:
     wanted = msgspec.convert({"name": "demo", "failover": "restart"}, CreateVm)
-    movable = Movable(id="c1", request=wanted, epoch=3, move=Move("h0", "h1", NOW))
+    movable = Movable(id="c1", request=wanted, epoch=3, move=Move("h0", "h1", NOW, "taken_over"))
     origin = Origin("fork", "other", 5)
     row = msgspec.structs.replace(
         leaving(), labels={"a": "b"}, env={"X": "y"}, movable=movable, origin=origin, layer="7-old", restarts=2,

@@ -36,7 +36,7 @@ from tests.network.kit import (
     vm,
     with_vm,
 )
-from volant.host import Host, make_permanent, open_tap
+from volant.host import Host, make_permanent, open_or_create_tap
 from volant.host._sockets import LinuxSockets
 from volant.hypervisor.qemu import _netdev
 from volant.model import VmRow
@@ -445,7 +445,7 @@ class Handing(LinuxSockets):
 
 
 async def test_a_launch_waits_for_a_tap_that_is_being_set_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    tun = open_tap("vtap0")
+    tun = open_or_create_tap("vtap0")
     make_permanent(tun, os.geteuid())
     host = Host()
     host.sockets = handing = Handing(tun)

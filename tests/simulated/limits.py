@@ -21,14 +21,14 @@ class SimLimits(Limits):
         description: str,
         limits: ResourceLimits | None = None,
         *,
-        spare: bool = False,
+        expendable: bool = False,
     ) -> None:
         def move() -> None:
             machine = self._calls.machine
             process = machine.processes.get(identity.pid)
             if process is not None and process.alive:
                 machine.groups[identity.tag] = identity.pid
-                process.is_spare = process.is_spare and spare
+                process.is_expendable = process.is_expendable and expendable
 
         await self._calls.run(move)
 

@@ -19,7 +19,7 @@ class SimProcess:
         self.status: int | None = None
         self.ended = trio.Event()
         self.stubborn_s = stubborn_s
-        self.is_spare = True
+        self.is_expendable = True
         """Whether the kernel ends it first when the host runs out of memory."""
         self.on_end: Callable[[], None] = lambda: None
         self.signals: list[int] = []

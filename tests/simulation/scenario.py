@@ -448,7 +448,7 @@ class Scenario:
         self.seen.copies += sum(row.origin is not None and row.checkpoint is None for row in rows.values())
         self.seen.standbys += sum("-s." in row.tag for row in alive)
         assert set(world.machine.groups) == set(running), "control groups are not those of hypervisors"
-        spare = {tag for tag, qemu in running.items() if qemu.process.is_spare}
+        spare = {tag for tag, qemu in running.items() if qemu.process.is_expendable}
         assert spare == pool, "processes that the kernel ends first are not those of the warm pool"
         self._check_files({str(row.id) for row in alive}, {str(row.id) for row in alive if row.template is None})
         self._check_networks(list(rows.values()), running)

@@ -24,7 +24,7 @@ INSTANCE = sys.argv[1]
 async def start(host, runtime, tag):
     argv = [sys.executable, "-c", "import time; time.sleep(600)", tag]
     vm = await host.processes.spawn(argv, tag=tag, env={}, cwd=runtime, stdout_path=runtime / "log")
-    await host.limits.apply(vm, "a VM", spare=True)
+    await host.limits.apply(vm, "a VM", expendable=True)
     return vm
 
 async def main():

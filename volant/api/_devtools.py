@@ -291,7 +291,7 @@ def _decoded(body: bytes, browser: _Browser) -> Any:
     try:
         return msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise browser.problem("is no browser: its answer is no JSON") from None
+        raise browser.problem("is no browser: its answer is not JSON") from None
 
 
 def _address(answer: Mapping[str, Any], name: str) -> str:

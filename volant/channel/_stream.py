@@ -61,18 +61,19 @@ Address = VirtioSerial | Vsock
 
 
 WHY_CHARACTERS = 300
-"""Maximum length of a parser's error. It may quote a whole head of the guest, and is included in rows and events."""
+"""Maximum length of a parser's error. It may quote a whole header block of the guest, and is part of rows and
+events."""
 
 
 class AgentUnreachable(Exception):
-    """No byte stream into the guest could be opened, or it broke before the answer was complete.
+    """The agent did not answer: no stream into the guest could be opened, or it broke, or the deadline passed.
 
-    The guest may be booting, hung or gone. A request that was sent may have had an effect.
+    The guest may be booting, paused, hung or gone. A request that was sent may have had an effect.
     """
 
 
 class AgentProtocolError(Exception):
-    """The agent's answer is malformed. That is no bug of the daemon, as a guest is not trusted."""
+    """The agent's answer is malformed. That is not a bug of the daemon, as a guest is not trusted."""
 
 
 class LinkLost(Exception):
@@ -91,7 +92,7 @@ class ChannelStream(trio.abc.HalfCloseableStream):
     """
 
     is_persistent = False
-    """Whether it may carry several requests one after the other, so that no request ends it."""
+    """Whether it stays open after a request, and can carry the next one."""
     is_free = False
     """Whether the last request and its answer ended, so that the next one may follow on a persistent stream."""
 
@@ -106,11 +107,11 @@ class Sockets:
     def __init__(self) -> None:
         self.bytes_in = 0
         self.bytes_out = 0
-        self.open = set[SocketChannelStream]()
+        self.open_streams = set[SocketChannelStream]()
 
     def fail(self, why: str) -> None:
         """Breaks all open streams, as the channel is closed."""
-        for stream in self.open.copy():
+        for stream in self.open_streams.copy():
             stream.fail(why)
 
 
@@ -122,7 +123,7 @@ class SocketChannelStream(ChannelStream):
         self._stream = stream
         self._sockets = sockets
         self._failure: str | None = None
-        sockets.open.add(self)
+        sockets.open_streams.add(self)
 
     async def send_all(self, data: Bytes) -> None:
         self._check()
@@ -167,7 +168,7 @@ class SocketChannelStream(ChannelStream):
 
     def _over(self) -> None:
         self._slot.release()
-        self._sockets.open.discard(self)
+        self._sockets.open_streams.discard(self)
 
 
 class PrefixedStream(ChannelStream):

@@ -75,7 +75,7 @@ def _member(text: str) -> tuple[str, Any]:
     try:
         return key[:-1], msgspec.json.decode(value)
     except (ValueError, RecursionError) as error:
-        raise click.UsageError(f"{key[:-1]}: {value[:80]!r} is no JSON: {error}") from None
+        raise click.UsageError(f"{key[:-1]}: {value[:80]!r} is not valid JSON: {error}") from None
 
 
 def _content(data: str) -> bytes | FileBody:

@@ -361,7 +361,7 @@ class Failover(VmFence, Vms):
             movable = msgspec.json.decode(spec, type=Movable)
         except (msgspec.MsgspecError, ValueError) as error:
             raise Problem(503, "spec-unreadable", f"another version has written what the VM is: {error}") from None
-        move = Move(claim.before, self._name, self._host.clock.now())
+        move = Move(claim.before, self._name, self._host.clock.now(), "taken_over")
         movable = msgspec.structs.replace(movable, id=claim.vm, epoch=claim.epoch, move=move)
         await self._vms().create(movable.request, key.project, manifest=movable.manifest, taken_over=movable)
 

@@ -12,8 +12,8 @@ import msgspec
 from ._interface import Change, Compare, Entry, Step
 
 MAX_ANSWER = 8 * 1024 * 1024
-"""Maximum size of one answer or of one line of a watch. A request of etcd has 1.5 MiB at most by default, and base64
-and JSON add half."""
+"""Maximum size of one answer or of one line of a watch. A line of a watch has at most one transaction: by default
+1.5 MiB, which is about 2.3 MiB in base64 and JSON. Larger pages of a read are requested again in smaller ones."""
 
 
 def condition(compare: Compare) -> dict[str, str]:
@@ -40,7 +40,7 @@ def range_of(prefix: str, *, after: str = "") -> dict[str, str]:
 
 
 def _next(prefix: bytes) -> bytes:
-    """Returns the first key after all keys with a prefix that does not end with the byte 255."""
+    """Returns the first key after all keys with a prefix. Prefixes are UTF-8, so their last byte is never 255."""
     return prefix[:-1] + bytes([prefix[-1] + 1])
 
 
@@ -52,7 +52,6 @@ class Header(msgspec.Struct, frozen=True):
     """The header of each answer."""
 
     revision: str = "0"
-    member_id: str = ""
 
 
 class RawEntry(msgspec.Struct, frozen=True):
@@ -95,7 +94,7 @@ class Transacted(msgspec.Struct, frozen=True):
 
 
 class Granted(msgspec.Struct, frozen=True):
-    """A lease. An ended lease has no TTL."""
+    """The answer to the grant or the renewal of a lease. An ended lease has no TTL."""
 
     header: Header = Header()
     id: str = msgspec.field(name="ID", default="0")
@@ -116,7 +115,6 @@ class Failure(msgspec.Struct, frozen=True):
 
     code: int = 0
     """A gRPC code."""
-    grpc_code: int = 0
     message: str = ""
     error: str = ""
 
@@ -153,7 +151,7 @@ class Line(msgspec.Struct, frozen=True):
     compacted: bool
     """Whether etcd has ended the watch because the requested changes have expired."""
     broken: str | None
-    """Why the stream ends, for example because the member has lost its leader."""
+    """The error that ends the stream, for example that the member has lost its leader; None if there is none."""
 
 
 def read_line(content: bytes) -> Line:

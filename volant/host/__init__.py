@@ -47,6 +47,11 @@ from ._sandbox import (
 )
 from ._sandbox_access import SandboxAccess as SandboxAccess, SandboxSupport as SandboxSupport
 from ._scopes import Scopes as Scopes
-from ._sockets import TUN as TUN, Sockets as Sockets, make_permanent as make_permanent, open_tap as open_tap
+from ._sockets import (
+    TUN as TUN,
+    Sockets as Sockets,
+    make_permanent as make_permanent,
+    open_or_create_tap as open_or_create_tap,
+)
 from ._walk import is_below as is_below, open_below as open_below
 from ._watches import FileWatch as FileWatch, Watches as Watches

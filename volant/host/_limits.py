@@ -1,4 +1,4 @@
-"""The facet that limits the resources of processes."""
+"""The facet that places processes in control groups, limits their resources, and lowers their priority."""
 
 from __future__ import annotations
 
@@ -32,19 +32,26 @@ class Limits(Protocol):
         description: str,
         limits: ResourceLimits | None = None,
         *,
-        spare: bool = False,
+        expendable: bool = False,
     ) -> None:
         """Moves a process out of the daemon's control group, so that systemd's actions on the daemon do not affect it,
-        and limits its resources, as far as the host can; `limits` is None for no limits. Its tag becomes the name of
-        its scope, or of its control group without systemd. If neither works, the process stays in its group, and a
-        warning is logged. A process that is already in its group stays there, also after `enclose`. If the host runs
-        out of memory, the kernel no longer ends the process first, unless it is `spare`."""
+        and limits its resources, as far as the host can.
+
+        With systemd, it moves to the scope `<tag>.scope`; otherwise to the control group `<tag>`. If the host allows
+        neither, it stays, and a warning is logged. A process that is in such a group already, or in one of `enclose`,
+        stays there. May take 10 s, as the kernel limits changes of priorities.
+
+        :param limits: None for no limits
+        :param expendable: whether the kernel ends this process first if the host runs out of memory. A process starts
+            like that
+        """
 
     movable: Cgroups | None = None
-    """The place for the groups of `enclose`, set by the `Freezer`."""
+    """The parent of the groups of `enclose`, set by the `Freezer`; None without a fleet."""
 
     async def enclose(self, identity: ProcessIdentity, limits: ResourceLimits | None) -> None:
-        """Moves a process into a separate group below one that is frozen as a whole. Raises ProcessGone, OSError."""
+        """Moves a process into a separate group below one that the `Freezer` can freeze as a whole. Raises ProcessGone,
+        OSError."""
 
     def is_frozen(self, identity: ProcessIdentity) -> bool:
         """Returns whether a process is frozen, or is about to be, because of its group. It can then only be killed."""
@@ -68,7 +75,7 @@ class LinuxLimits(Limits):
     def __init__(
         self, processes: Processes, scopes: Scopes | None, groups: Cgroups | None, *, lowers: bool = False
     ) -> None:
-        """Creates it. `lowers` is whether processes get less processor time than the daemon."""
+        """:param lowers: whether processes get less processor time than the daemon"""
         self._processes = processes
         self._scopes = scopes
         self._groups = groups
@@ -81,16 +88,16 @@ class LinuxLimits(Limits):
         description: str,
         limits: ResourceLimits | None = None,
         *,
-        spare: bool = False,
+        expendable: bool = False,
     ) -> None:
-        if not spare and not self._end_by_size(identity):
+        if not expendable and not self._end_by_size(identity):
             return
         async with self._moving(identity):
-            frozen = _frozen_group(identity)
+            freezable = _freezable_group(identity)
             try:
-                if frozen is not None:
-                    # Anywhere else it would run when it must not.
-                    await self._limit(frozen, limits)
+                if freezable is not None:
+                    # In another group, it would keep running while its VM must be frozen.
+                    await self._limit(freezable, limits)
                 elif self._scopes is not None:
                     await self._scopes.enclose(identity.pid, identity.tag, description, limits)
                 elif self._groups is not None:
@@ -101,8 +108,8 @@ class LinuxLimits(Limits):
             await self._lower(identity)
 
     def _moving(self, identity: ProcessIdentity) -> trio.Lock:
-        """Returns the lock that is held while a process is moved; it prevents `apply` from moving a process out of its
-        group from `enclose`."""
+        """Returns the lock that is held while a process is moved, so that `apply` can't move it out of the group that
+        `enclose` put it in."""
         return self._moves.setdefault(identity, trio.Lock())
 
     async def enclose(self, identity: ProcessIdentity, limits: ResourceLimits | None) -> None:
@@ -112,6 +119,7 @@ class LinuxLimits(Limits):
         group = groups.directory / identity.tag
         async with self._moving(identity):
             with self._processes.open(identity) as process:
+                # Limits are set afterwards, as their failure is only a warning.
                 await trio.to_thread.run_sync(groups.enclose, process.pid, identity.tag, None)
                 if process.exited:
                     raise ProcessGone(f"process {identity.pid} has ended")
@@ -135,7 +143,11 @@ class LinuxLimits(Limits):
         except ProcessGone:
             return False
         except (OSError, ValueError) as error:
-            _logger.warning("process %d is the first that the kernel ends for memory: %s", identity.pid, error)
+            _logger.warning(
+                "the kernel will end process %d first if memory runs out, as its score can't be lowered: %s",
+                identity.pid,
+                error,
+            )
         return True
 
     async def _lower(self, identity: ProcessIdentity) -> None:
@@ -147,11 +159,11 @@ class LinuxLimits(Limits):
             except BlockingIOError:
                 await trio.sleep(_LOWER_AGAIN_S)
             except (ProcessGone, OSError):
-                # Without it busy guests slow the daemon down, and nothing else.
+                # Not fatal: busy guests only slow the daemon down.
                 return
 
     def is_frozen(self, identity: ProcessIdentity) -> bool:
-        group = _frozen_group(identity)
+        group = _freezable_group(identity)
         return group is not None and _cgroups.is_to_freeze(group.parent)
 
     async def remove_empty(self, ended: str | None = None) -> None:
@@ -179,8 +191,8 @@ def _own_group(identity: ProcessIdentity) -> Path | None:
     return group if group is not None and group.name in (identity.tag, f"{identity.tag}.scope") else None
 
 
-def _frozen_group(identity: ProcessIdentity) -> Path | None:
-    """Returns the group of a process if that is frozen as a whole."""
+def _freezable_group(identity: ProcessIdentity) -> Path | None:
+    """Returns the group of a process if it is below the group of the `Freezer`."""
     try:
         group = _cgroups.group_of(identity.pid)
     except OSError:

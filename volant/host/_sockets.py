@@ -20,7 +20,7 @@ _TUNSETIFF, _TUNSETPERSIST, _TUNSETOWNER = 0x400454CA, 0x400454CB, 0x400454CC
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 
 
-def open_tap(name: str) -> int:
+def open_or_create_tap(name: str) -> int:
     """Returns a descriptor of a tap that no other process has open. Creates the tap if it does not exist.
 
     A tap created here is removed with its last descriptor, unless `make_permanent` was called.
@@ -54,20 +54,21 @@ class Sockets(Protocol):
         """
 
     async def open_unix(self, path: Path, timeout_s: float) -> AbstractContextManager[int]:
-        """Connects to a Unix stream socket, whose descriptor is open for the block. Raises the errors of
-        `connect_unix`."""
+        """Connects to a Unix stream socket, and yields the descriptor, which is closed at the end of the block. Raises
+        the errors of `connect_unix`."""
 
     def listen_unix(self, path: Path, *, mode: int = 0o600, backlog: int = 16) -> trio.SocketListener:
-        """Listens on a Unix stream socket, in place of an existing file. The path may have any length; it stays when
-        the listener is closed. Raises OSError."""
+        """Listens on a Unix stream socket, in place of an existing file. The path may exceed the kernel's limit of 108
+        bytes; the file stays when the listener is closed. Raises OSError."""
 
     def listen_for(self, path: Path) -> AbstractContextManager[int]:
         """Listens on a Unix stream socket for a process that is started in the block and inherits the descriptor. The
         socket then lives as long as that process. Raises OSError."""
 
     def unread(self, stream: trio.SocketStream) -> tuple[int, int]:
-        """Returns the bytes of a Unix stream that the peer has not read yet, and the bytes that this end has not read.
-        Raises OSError."""
+        """Returns how many bytes of a Unix stream the peer has not read yet, and how many this end has not read. The
+        first number includes the kernel's overhead, so it only shows whether there are any, or a change. Raises
+        OSError."""
 
     async def connect_vsock(self, cid: int, port: int, timeout_s: float) -> trio.SocketStream:
         """Connects to a port of a guest over vsock. Raises OSError, trio.TooSlowError."""
@@ -87,8 +88,8 @@ class LinuxSockets(Sockets):
                         sock.connect(address)
                         return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
                     except BlockingIOError:
-                        # The queue is full, and nothing tells when it no longer is. Trio 0.35 takes such a socket for a
-                        # connected one.
+                        # The queue is full, and the kernel does not report when it has room. Trio 0.35 takes such a
+                        # socket for a connected one.
                         await trio.sleep(_FULL_S)
 
     async def open_unix(self, path: Path, timeout_s: float) -> AbstractContextManager[int]:
@@ -135,7 +136,7 @@ class LinuxSockets(Sockets):
     @contextmanager
     def open_tap(self, name: str) -> Iterator[int]:
         socket.if_nametoindex(name)  # a missing one would be created
-        tap = open_tap(name)
+        tap = open_or_create_tap(name)
         try:
             yield tap
         finally:

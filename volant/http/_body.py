@@ -14,50 +14,12 @@ from ._call import Call
 from ._problems import not_json, too_large
 from ._settings import Limits
 
-_MEMBER = re.compile(r"`\$(?P<way>(?:\.[A-Za-z_]\w*|\[\d+\])*)\[\.\.\.\]")
-_STEP = re.compile(r"\.([A-Za-z_]\w*)|\[(\d+)\]")
-
-
-def with_member(text: str, data: bytes, kind: type[Any]) -> str:
-    """Returns the text of a ValidationError about `data`, with the name of the member in place of its first `[...]`.
-
-    msgspec does not reveal the name, so it is found by bisection: a dictionary of n members takes log n conversions.
-    """
-    found = _MEMBER.search(text)
-    if found is None:
-        return text
-    try:
-        root = msgspec.json.decode(data)
-        owner, last = None, None
-        inner = root
-        for name, index in _STEP.findall(found["way"]):
-            owner, last = inner, name or int(index)
-            inner = inner[last]
-        if owner is None or not isinstance(inner, dict):
-            return text
-        members = list(inner.items())
-        while len(members) > 1:
-            half = members[: len(members) // 2]
-            owner[last] = dict(half)
-            members = half if _error(root, kind) == text else members[len(half) :]
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, LookupError, TypeError):
-        return text
-    name = members[0][0][:80].replace("`", "'")
-    return f"{text[: found.end() - len('[...]')]}.{name}{text[found.end() :]}"
-
-
-def _error(value: object, kind: type[Any]) -> str:
-    try:
-        msgspec.convert(value, kind)
-    except msgspec.ValidationError as error:
-        return str(error)
-    return ""
-
-
 JSON = "application/json"
 
 T = TypeVar("T")
 
+_MEMBER = re.compile(r"`\$(?P<path>(?:\.[A-Za-z_]\w*|\[\d+\])*)\[\.\.\.\]")
+_STEP = re.compile(r"\.([A-Za-z_]\w*)|\[(\d+)\]")
 _AT = re.compile(r"(?P<what>.*) - at `(?P<where>[^`]*)`\Z", re.DOTALL)
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>.*)`\Z", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(?P<name>.*)`\Z", re.DOTALL)
@@ -66,8 +28,8 @@ BODY_S = 30
 _SILENCE_S = 60.0
 """Maximum pause within an upload."""
 _GRACE_S, _LEAST_RATE = 300.0, 32 * 1024
-"""Maximum time for an upload, plus the time for its bytes at this rate in bytes per second. Few uploads are accepted at
-once, and a slow one would block others."""
+"""An upload may take `_GRACE_S` and the time that its bytes take at `_LEAST_RATE` bytes per second: for 320 MiB,
+300 + 10,240 s. Few uploads are accepted at once, and a slow one would block others."""
 
 
 class Nothing(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -93,7 +55,7 @@ class Upload(Protocol):
 async def receive_into(call: Call, upload: Upload) -> None:
     """Passes on the body of a request as it arrives. Memory never holds more than one piece of it.
 
-    :raises Problem: 408, nothing arrives for 60 s, or less than 32 KiB/s on average after 5 minutes
+    :raises Problem: 408, nothing arrives for 60 s, or less than 32 KiB/s on average besides the first 5 minutes
     :raises trio.BrokenResourceError: the client disconnected
     """
     length = call.header(b"content-length")
@@ -107,9 +69,9 @@ async def receive_into(call: Call, upload: Upload) -> None:
             message = await call.receive()
         left_s -= trio.current_time() - began
         if scope.cancelled_caught:
-            slow = f"the body came at less than {_LEAST_RATE} bytes a second"
+            slow = f"the body arrived at less than {_LEAST_RATE} bytes per second"
             raise Problem(
-                408, "request-timeout", slow if left_s <= 0 else f"nothing of the body came for {_SILENCE_S:g} s"
+                408, "request-timeout", slow if left_s <= 0 else f"no data of the body arrived for {_SILENCE_S:g} s"
             )
         if message["type"] == "http.disconnect":
             raise trio.BrokenResourceError("the client left")
@@ -137,7 +99,7 @@ async def read_call_bytes(call: Call, limits: Limits) -> bytes:
                 raise too_large(limits.json_body)
             more = message["more_body"]
     if scope.cancelled_caught:
-        raise Problem(408, "request-timeout", "the body of the request took too long")
+        raise Problem(408, "request-timeout", f"the body did not arrive within {BODY_S} s")
     return bytes(data)
 
 
@@ -157,11 +119,47 @@ def decode(data: bytes, kind: type[T], what: str = "the body") -> T:
     try:
         return _decoder(kind).decode(data)
     except msgspec.ValidationError as error:
-        raise _problem(with_member(str(error), data, kind), what) from None
+        raise _problem(_with_member(str(error), data, kind), what) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise Problem(400, "invalid-json", f"{what} is no JSON: {error}") from None
+        raise Problem(400, "invalid-json", f"{what} is not valid JSON: {error}") from None
     except RecursionError:
         raise Problem(400, "invalid-json", f"{what} is nested too deeply") from None
+
+
+def _with_member(text: str, data: bytes, kind: type[Any]) -> str:
+    """Returns the text of a ValidationError about `data`, with the name of the member in place of its first `[...]`.
+
+    msgspec does not reveal the name, so it is found by bisection: a dictionary of n members takes log n conversions.
+    """
+    found = _MEMBER.search(text)
+    if found is None:
+        return text
+    try:
+        root = msgspec.json.decode(data)
+        parent, key = None, None
+        inner = root
+        for name, index in _STEP.findall(found["path"]):
+            parent, key = inner, name or int(index)
+            inner = inner[key]
+        if parent is None or not isinstance(inner, dict):
+            return text
+        members = list(inner.items())
+        while len(members) > 1:
+            half = members[: len(members) // 2]
+            parent[key] = dict(half)
+            members = half if _error(root, kind) == text else members[len(half) :]
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, LookupError, TypeError):
+        return text
+    name = members[0][0][:80].replace("`", "'")
+    return f"{text[: found.end() - len('[...]')]}.{name}{text[found.end() :]}"
+
+
+def _error(value: object, kind: type[Any]) -> str:
+    try:
+        msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        return str(error)
+    return ""
 
 
 def _decoder(kind: type[T]) -> msgspec.json.Decoder[T]:
@@ -175,7 +173,7 @@ _decoders: dict[type[Any], msgspec.json.Decoder[Any]] = {}
 
 
 def _problem(text: str, body: str) -> Problem:
-    """Converts a message of msgspec to a problem: `Expected `int`, got `str` - at `$.cpu_cores``."""
+    """Converts a message of msgspec to a problem, such as "Expected `int`, got `str` - at `$.cpu_cores`"."""
     at = _AT.match(text)
     what, where = (at["what"], at["where"].removeprefix("$").removeprefix(".")) if at else (text, "")
     for pattern, words in ((_UNKNOWN, "there is no field"), (_MISSING, f"{body} lacks the field")):

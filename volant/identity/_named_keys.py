@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from datetime import datetime
 from hashlib import sha256
 
 import msgspec
@@ -33,7 +32,7 @@ from volant.model import (
 )
 
 WRITE_USES_S = 60.0
-"""The interval of writes of last uses."""
+"""The interval at which last uses are saved."""
 _CHECK_S = 60.0
 """Maximum time between two checks for expired keys, because the clock may be set in between."""
 _KEY_BYTES = 32
@@ -123,7 +122,7 @@ class NamedKeys:
         return [self.view(name) for name in self._store.keys.names()]
 
     def view(self, name: str) -> ApiKeyView:
-        """Returns a key without the key itself. :raises Problem: 404."""
+        """Returns the name, role, project and times of a key. :raises Problem: 404."""
         keys = [self._with_use(key) for key in self._store.keys.of(name)]
         if not keys:
             raise no_such_key(name)
@@ -154,9 +153,11 @@ class NamedKeys:
             except Problem as problem:
                 # They are written with the next ones.
                 self._uses = uses | self._uses
-                _logger.warning("the last uses of API keys can't be written: %s", problem.detail)
+                _logger.warning(
+                    "the last uses of API keys can't be saved, and are saved a minute later: %s", problem.detail
+                )
 
 
 def _expired(key: ApiKey) -> str:
-    at = key.expires_at or datetime.min
-    return f"the API key {key.name!r} expired at {at:%Y-%m-%d %H:%M:%S} UTC"
+    assert key.expires_at is not None
+    return f"the API key {key.name!r} expired at {key.expires_at:%Y-%m-%d %H:%M:%S} UTC"

@@ -113,7 +113,7 @@ def decide(stage: Stage, message: Request[Any]) -> object:
     """
     key: IdempotencyKey | None = getattr(message, "key", None)
     if key is not None:
-        stage.check_key(key)
+        stage.check_idempotency_key(key)
     cause: Cause | None = getattr(message, "cause", None)
     stage.cause = cause
     reply = DECISIONS[type(message)](stage, message)
@@ -653,7 +653,7 @@ def _install_plugin(stage: Stage, message: messages.InstallPlugin) -> Plugin:
             "plugin", manifest.name, "delete that one first; VMs keep the manifest that they were created with"
         )
     require_project(stage, message.project)
-    check_count("plugin", stage.all_plugins(), message.project, MAX_PLUGINS)
+    check_count("plugin", stage.installed_plugins(), message.project, MAX_PLUGINS)
     plugin = Plugin(manifest, True, stage.now, message.project)
     stage.put(plugin)
     return plugin

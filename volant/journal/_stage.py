@@ -1,8 +1,8 @@
-"""One transaction in the making, in memory, before the disk sees any of it.
+"""A transaction that is being built in memory.
 
-Requests are decided when their transaction is made up, not when they arrive (`_changes`). So a request is judged by
-what is committed and what precedes it in the same transaction, and a transaction that fails takes nothing else with it:
-the stage is thrown away, and ids and event numbers are given out again.
+The journal decides requests when it builds their transaction, not when they arrive (`_changes`). So a request is judged
+by what is committed and what precedes it in the same transaction. If the commit fails, nothing else fails: the stage is
+discarded, and its ids and event numbers are used by the next one.
 
 Rejected: to decide on arrival against a staged state, so that the reply is known earlier. One failed commit would then
 fail everything that came after it, and refusals (`name taken`) that were based on it would be wrong.
@@ -78,7 +78,7 @@ class Overlay(Generic[K, V]):
 class Stage:
     """A transaction on top of the projection: the state as it would be, and the operations that lead there.
 
-    Nothing here refuses a change, except that an address or a key may be taken.
+    Only `lease` and `check_idempotency_key` can refuse a change.
     """
 
     def __init__(
@@ -93,6 +93,13 @@ class Stage:
         newest_record: int,
         used_elsewhere: Callable[[str], Used],
     ) -> None:
+        """
+        :param stored: the stored responses
+        :param keys: the API keys
+        :param creates: the VMs that were created in the last minute, for the limit of projects
+        :param newest_record: the number of the last audit record
+        :param used_elsewhere: returns what a project has on the other hosts of the fleet
+        """
         self._projection = projection
         self._stored = stored
         self.now = now
@@ -116,7 +123,6 @@ class Stage:
         self.projects: Overlay[Key, Project] = self._named[Project]
         self._creates = creates
         self.used_elsewhere = used_elsewhere
-        """Returns what a project has on the other hosts of the fleet."""
         self.new_creates: Counter[str] = Counter()
         """The numbers of created VMs, by project."""
         self.drain = projection.drain
@@ -143,13 +149,13 @@ class Stage:
         yield from (row for row in self.rows.values() if row is not None)
         yield from (row for row in self._projection.rows() if row.id not in self.rows)
 
-    def put_row(self, row: VmRow, after: int | None) -> None:
-        """Puts a row. `after` is the revision that it replaces; None for a new row."""
+    def put_row(self, row: VmRow, replaces: int | None) -> None:
+        """Puts a row. `replaces` is the revision that the database must have; None for a new row."""
         self.rows[row.id] = self._by_key[row.key] = row
         self.last_vm_id = max(self.last_vm_id, row.id)
         if self._taken is not None and (address := bridge_address(row)) is not None:
             self._taken.add(address)
-        self.operations.append(op.PutRow(row, after))
+        self.operations.append(op.PutRow(row, replaces))
 
     def drop_row(self, row: VmRow) -> None:
         self.rows[row.id] = self._by_key[row.key] = None
@@ -196,8 +202,8 @@ class Stage:
     def plugin(self, key: Key) -> Plugin | None:
         return built_in(key) or self._named[Plugin].get(key)
 
-    def all_plugins(self) -> list[Plugin]:
-        """Returns the installed plugins."""
+    def installed_plugins(self) -> list[Plugin]:
+        """Returns the installed plugins, without those that are built in."""
         return self._named[Plugin].values()
 
     def project(self, key: Key) -> Project | None:
@@ -209,7 +215,8 @@ class Stage:
             yield from ((KINDS[kind].word, one) for one in overlay.values())
 
     def recent_creates(self, project: str) -> int:
-        """Returns how many VMs were created in a project in the last minute, of those that were counted."""
+        """Returns how many VMs were created in a project in the last minute. VMs that came from other hosts do not
+        count."""
         return self._creates.of(project, self.now) + self.new_creates[project]
 
     def put(self, named: Named) -> None:
@@ -255,7 +262,7 @@ class Stage:
         return EventId(self.last_event.epoch, self.last_event.seq + 1)
 
     def add_events(self, before: VmRow | None, after: VmRow | None, message: str) -> None:
-        """Add the events of a change of a row, if there are any."""
+        """Adds the events of a change of a row, if there are any."""
         event_id = self.next_event_id()
         event = event_for(before, after, event_id=event_id, message=message, now=self.now, cause=self.cause)
         if event is not None:
@@ -297,7 +304,7 @@ class Stage:
 
     # Stored responses
 
-    def check_key(self, key: IdempotencyKey) -> None:
+    def check_idempotency_key(self, key: IdempotencyKey) -> None:
         """:raises DuplicateRequest: it was carried out. :raises Problem: 422 the key was used for another request."""
         here = self.responses.get(key.scope)
         result = self._stored.find(key, self.now) if here is None else here.result_for(key)
@@ -310,7 +317,7 @@ class Stage:
         self.operations.append(op.PutResponse(response))
 
     def drop_surplus_responses(self) -> None:
-        """Drop stored responses that make room for the new ones. Call it last."""
+        """Drops surplus stored responses, to make room for new ones. Call it last."""
         if self.responses:
             self.dropped_responses = self._stored.surplus(self.responses.values(), self.now)
             self.operations.extend(map(op.DropResponse, self.dropped_responses))

@@ -1,4 +1,5 @@
-"""The API's own commands at `POST /api/v1/mcp`: `{"command": …, "params": {…}}`, always answered with 200."""
+"""The API's own commands at `POST /api/v1/mcp`: `{"command": …, "params": {…}}`, whose failures are answers with
+the status 200, too."""
 
 from __future__ import annotations
 
@@ -86,7 +87,7 @@ async def answer_command(call: ToolCall, table: Table, data: bytes) -> CommandAn
         known = COMMANDS.get(command.command)
         if known is None:
             raise invalid(
-                "command", f"there is no command {command.command[:80]!r}", hint=f"there are {', '.join(COMMANDS)}"
+                "command", f"there is no command {command.command[:80]!r}", hint=f"use one of: {', '.join(COMMANDS)}"
             )
         operation, run = known
         async with acting(call, table[operation]):
@@ -132,4 +133,4 @@ COMMANDS: Mapping[str, tuple[str, Callable[[ToolCall, bytes], Awaitable[object]]
     "volant.vms.delete": ("delete_vm", _delete),
     "volant.system.get_capabilities": ("system_status", _capabilities),
 }
-"""The function of each command, and the operation whose permission it needs."""
+"""Each command's operation, whose permission it needs, and its function, which takes the parameters as JSON."""

@@ -103,7 +103,7 @@ class Origin(msgspec.Struct, frozen=True):
     paused_ms: float | None = None
     """How long the source guest was paused; null until known."""
     snapshot_id: str | None = None
-    """The id of the snapshot, which is never used again; null for a fork."""
+    """The snapshot's id, which no later snapshot gets; null for a fork."""
 
 
 class WorkloadView(msgspec.Struct, frozen=True):
@@ -187,8 +187,9 @@ class CreateVm(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     plugin: Name = "base"
     image: Annotated[str, msgspec.Meta(min_length=1, max_length=1024)] | None = None
     """An OCI image in place of a plugin: `name:tag`, `registry:5000/name:tag`, `name@sha256:…`, or a file of the
-    daemon's host as `oci:/path`, `oci-archive:/path` or `docker-archive:/path`. The request resolves it. The members
-    from `registry_secret` to `publish_all` are only for images; each overrides the image's own setting."""
+    daemon's host as `oci:/path`, `oci-archive:/path` or `docker-archive:/path`. The VM keeps the digest that it has
+    now. The members from `registry_secret` to `publish_all` need an image. `command`, `entrypoint`, `user`, `workdir`,
+    `stop_signal` and `health_check` override the image's own settings."""
     registry_secret: Name | None = None
     """A secret of the project: an auth file with credentials for the image's registry, instead of
     `Volant-Registry-Auth`. It is read when the image is fetched."""
@@ -212,8 +213,8 @@ class CreateVm(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=
     (`GET /api/v1/vms/{name}/agent/v1/exec?workload=true`), so that it has a terminal or standard input and no output is
     lost. It fails if no client attaches within a minute. In later boots it starts with the VM."""
     on_exit: OnExit = "stop"
-    """The fate of the VM when the program has ended. `keep`: it runs on. `stop`: it stops. `delete`: it stops and is
-    deleted, as it is whenever it has stopped for good. A VM that has crashed is kept."""
+    """The fate of the VM when the program has ended. `keep`: it runs on. `stop`: it stops. `delete`: it is deleted,
+    also when it stops for another reason and is not restarted. A VM that has crashed is kept."""
     publish_all: bool = False
     """Whether each port that the image exposes gets a free port of the host."""
     runtime: Name | None = None
@@ -269,7 +270,7 @@ class Move(msgspec.Struct, frozen=True):
     to_host: str
     at: Time
     """When the move began; for a failover, when it was completed."""
-    state: Literal["moving", "moved", "taken_over", "restored"] = "taken_over"
+    state: Literal["moving", "moved", "taken_over", "restored"]
     """`moving`: it is paused and being copied; `moved`: it moved with memory and disk; `taken_over`: the other host was
     unreachable, so it was booted again; `restored`: the other host was unreachable, and it continued from its newest
     replica."""
@@ -281,17 +282,18 @@ Both hosts use this name for a replica's snapshot."""
 
 
 class Leaving(msgspec.Struct, frozen=True, kw_only=True):
-    """A VM that is about to continue on another host. It stays paused and does not boot until the move is decided.
+    """The plan by which a VM continues on another host.
 
-    In a replica's snapshot, it says how the VM continues there after the loss of its host; the VM keeps running. See
-    `docs/explanation/fleet.md` for the decision.
+    In a move, the VM stays paused and does not boot until etcd decides who has it; see `docs/explanation/fleet.md`.
+    With `replica`, it keeps running here, and the plan is in the copy, in case this host is lost.
     """
 
     id: str
-    """The id of the move or of the copy, which is never started again."""
+    """The id of the move or of the replica, which no later one gets."""
     vm: str
-    """The VM's id in its claim when the move began; `epoch` likewise."""
+    """The VM's id in the fleet (`Movable.id`) when the move began."""
     epoch: int
+    """The epoch of its claim then."""
     from_host: str
     to_host: str
     at: Time
@@ -304,7 +306,7 @@ class Leaving(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def snapshot(self) -> str:
-        """The name of the snapshot that this host takes."""
+        """The name of the snapshot that this host takes for a move."""
         return f"move-{self.id}"
 
     @property
@@ -355,11 +357,12 @@ class BuildTemplate(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_
     disk_mb: Annotated[int, msgspec.Meta(ge=1, le=MAX_DISK_MB)] | None = None
     """The size of the clones' disks; by default the size of the plugin's root filesystem."""
     network: Name | None = None
-    """`none` or another network: all others share one template. Null for the daemon's setting."""
+    """The network of the VMs: all except `none` share one template. Null for the daemon's setting."""
 
 
 class VmRow(msgspec.Struct, frozen=True, kw_only=True):
-    """The durable state of a VM. Only `decide` changes it, and only the journal stores it."""
+    """The durable state of a VM. `decide` makes its transitions; the journal stores it, and changes what depends on
+    other rows, such as leases."""
 
     id: int
     name: str
@@ -389,7 +392,7 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
     placement: Placement | None = None
     """The placement of the request."""
     movable: Movable | None = None
-    """None if no other host ever starts it by itself."""
+    """None unless other hosts of the fleet may start it without a request."""
     leaving: Leaving | None = None
     """None unless it moves to another host or is replicated."""
     move: Move | None = None
@@ -402,12 +405,12 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
     updated_at: datetime
     expires_at: datetime | None = None
     layer: str = ""
-    """The name of its copy-on-write layer over the manifest's root filesystem. It is never used again, so neither a new
-    nor a restored database gives a VM the disk of another. Empty if it has no layer."""
+    """The name of its copy-on-write layer over the manifest's root filesystem. No later layer gets the name, so neither
+    a new nor a restored database gives a VM the disk of another. Empty if it has no layer."""
     disk_mb: int | None = None
     """The size of its disk; None for the size of the root filesystem."""
     network: str = NONE
-    """`none`, `bridge`, `user`, or the name of a network. This and the following members never change."""
+    """`none`, `bridge`, `user`, or the name of a network. It never changes."""
     network_reason: str = "it was created before there were networks"
     """The reason for its network."""
     network_fallback: bool = False
@@ -446,12 +449,12 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
     """The digest of the template, or the name of the checkpoint, that the newest boot continues from; None for a cold
     boot."""
     fallback: Reason | None = None
-    """Why the last boot was cold although there was a template."""
+    """Why the last boot was cold although it began as a clone of a template."""
     balloon: bool = False
     """Whether the machine of the last boot has the device that returns freed memory to the host. A copy of it needs one
     too."""
     origin: Origin | None = None
-    """The guest that it is a copy of; None if it is no copy."""
+    """The guest that it is a copy of; None if it is not a copy."""
     checkpoint: str | None = None
     """The name of the checkpoint that its first boot continues from; None once it has run."""
     disk_from: str | None = None
@@ -470,7 +473,7 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
     """The last reported state of this boot's workload; None if it has none, or has not reported yet. For a stopped VM:
     the state with which its workload ended, if the VM stopped with it."""
     found_boot: int = 0
-    """The number of the boot that was adopted as an orphan, with unknown data sent to its guest; 0 if none was."""
+    """The value of `boots` when the VM was adopted as an orphan, or 0. It is unknown what was sent to that guest."""
     revision: int = 0
     """Increased by the journal with each commit."""
 
@@ -557,7 +560,7 @@ class VmView(msgspec.Struct, frozen=True, kw_only=True):
     booted_from: Literal["cold", "template", "snapshot", "fork"] | None
     """The kind of the last boot; null before the first one."""
     fallback: Reason | None
-    """Why the last boot was cold although it began as a clone."""
+    """Why the last boot was cold although it began as a clone of a template."""
     disk: Literal["none", "overlay"]
     created_at: Time
     updated_at: Time
@@ -665,7 +668,7 @@ def shown_replica(row: VmRow) -> Replica | None:
     """Returns the VM's replicas as clients see them; None if it needs none."""
     if row.movable is None or row.movable.request.replicate is None:
         return None
-    return row.replica or Replica(reason=Reason("replica_due", "none was made yet since the VM came to its host"))
+    return row.replica or Replica(reason=Reason("replica_due", "no replica was made since the VM came to its host"))
 
 
 def _move(row: VmRow) -> Move | None:
@@ -698,5 +701,5 @@ def _booted_from(row: VmRow) -> Literal["cold", "template", "snapshot", "fork"] 
         return "cold"
     if not is_checkpoint(row.template):
         return "template"
-    # One that was moved goes on from a snapshot, and is no copy.
+    # A VM that was moved continues from a snapshot, and is not a copy.
     return "snapshot" if row.origin is None or row.arrived else row.origin.kind

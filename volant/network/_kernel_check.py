@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
-from volant.host import open_tap
+from volant.host import open_or_create_tap
 
 _CLONE_NEWUSER, _CLONE_NEWNET = 0x10000000, 0x40000000
 _NETFILTER = 12
@@ -49,7 +49,7 @@ def _bridge() -> None:
 
 
 def _tap() -> None:
-    os.close(open_tap("volant-check-t"))
+    os.close(open_or_create_tap("volant-check-t"))
 
 
 def _nftables() -> None:

@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from volant.host import make_permanent, open_tap
+from volant.host import make_permanent, open_or_create_tap
 
 from ._backend import (
     BridgeDown,
@@ -256,7 +256,7 @@ def _forward(bridge: str) -> None:
 def _make_tap(ipr: Any, step: MakeTap) -> None:
     bridge = _index_of_bridge(step.bridge)
     try:
-        tun = open_tap(step.name)
+        tun = open_or_create_tap(step.name)
     except OSError as error:
         if error.errno == errno.EINVAL:
             raise NetworkFailed(

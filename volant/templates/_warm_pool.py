@@ -363,7 +363,7 @@ class WarmPool:
             identity = await hypervisor.launch(spec)
             # Now and not in the claim, as it takes long. They are those of a VM with this template.
             description = f"warm VM of template {wanted.digest[:12]}"
-            await host.limits.apply(identity, description, self._bounds(spec), spare=True)
+            await host.limits.apply(identity, description, self._bounds(spec), expendable=True)
             # A workload does not run before it belongs to a VM.
             if wanted.key.config is None:
                 connections = await self._warm_up(host, hypervisor, spec, identity)

@@ -505,7 +505,7 @@ async function forms(page) {
   await page.getByLabel("deep").fill("{");
   const call = page.getByRole("button", { name: "Call", exact: true });
   await call.click();
-  await page.getByRole("alert").getByText("deep is no JSON").waitFor();
+  await page.getByRole("alert").getByText("deep is not valid JSON").waitFor();
   await page.getByLabel("deep").fill("{\"a\": [1]}");
   await accessible(page, "a form");
   await call.click();
