@@ -157,7 +157,7 @@ class _Bare:
         self._row = row
         self._frame = frame
         self._numbers = count(1)
-        self._execute("INSERT INTO vms VALUES (1, 'bench', 0, ?)", (row,))
+        self._execute("INSERT INTO vms VALUES (1, 'default', 'bench', 0, ?)", (row,))
 
     def changes_per_s(self, seconds: float, group: int) -> float:
         """Writes rows, `group` of them in one transaction."""
