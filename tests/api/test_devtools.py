@@ -577,8 +577,8 @@ async def test_the_default_port_is_9222(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("said", "told"),
     [
-        (b"<html>", "no JSON"),
-        (b"[" * 100_000, "no JSON"),
+        (b"<html>", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
         (b'"' + b"x" * (5 * MIB) + b'"', "more than"),
         (b"[" + b"{}," * 1_000 + b"{}]", "more than 1000 pages"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nx", "within"),

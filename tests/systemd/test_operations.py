@@ -30,7 +30,7 @@ async def test_maintenance_sets_guests_aside_and_brings_them_back(box: Box) -> N
     assert refused.returncode == 1
     assert "is draining for maintenance since" in refused.stderr
     assert "volar system undrain" in refused.stderr
-    assert "draining:" in box.volar("system", "status").stdout
+    assert "draining since:" in box.volar("system", "status").stdout
     assert box.scopes() == []
 
     box.volar("system", "undrain")
