@@ -19,7 +19,7 @@ from volant.agui import _sources
 from volant.agui._events import AguiEvent, Boots, State
 from volant.fleet._events import Block
 from volant.journal import EventCursor, EventFrame, EventGap, FrameCursor
-from volant.model import BASE, CreateVm, EventId, EventType, Phase, Reason, Status, VmRow, event_for, new_row, view
+from volant.model import BASE, CreateVm, EventId, EventType, Phase, Reason, Status, VmRow, event_for, new_row
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 
@@ -110,15 +110,15 @@ def test_a_vm_that_moves_to_another_host_stays_in_the_state() -> None:
         for number in (5, 2_000_000_001)
     )
     state = State()
-    state.snapshot([view(here)])
+    state.snapshot([here.view])
     deleting = msgspec.structs.replace(here, status=Status.DELETING)
     gone = event_for(deleting, None, event_id=EventId("e", 1), message="moved", now=NOW)
     assert gone is not None
-    (delta,) = state.after(gone, view(there))
+    (delta,) = state.after(gone, there.view)
     (change,) = delta.delta
-    assert (change.op, change.path, change.value) == ("add", "/vms/demo", msgspec.to_builtins(view(there)))
+    assert (change.op, change.path, change.value) == ("add", "/vms/demo", msgspec.to_builtins(there.view))
     # A late event of the VM on its first host changes nothing.
-    assert state.after(msgspec.structs.replace(gone, type=EventType.VM_PAUSED), view(there)) == []
+    assert state.after(msgspec.structs.replace(gone, type=EventType.VM_PAUSED), there.view) == []
     (removed,) = state.after(msgspec.structs.replace(gone, vm_id=there.id), None)
     assert removed.delta[0].op == "remove"
 

@@ -36,7 +36,6 @@ from volant.model import (
     TakeSnapshot,
     VmRow,
     tap_of,
-    view,
 )
 from volant.model._network import mac_of
 
@@ -96,7 +95,7 @@ async def test_a_lease_belongs_to_this_daemon_and_never_changes(path: Path) -> N
         row = await running_vm(bench, "demo")
         assert row.lease is not None
         assert (row.lease.mac, row.lease.tap) == (mac_of(INSTANCE, row.id), tap_of(INSTANCE, row.id))
-        assert (view(row).ip_address, view(row).mac_address) == ("192.168.127.3", row.lease.mac)
+        assert (row.view.ip_address, row.view.mac_address) == ("192.168.127.3", row.lease.mac)
         frames = await events_after(bench.store.events)
         assert {frame.event.ip_address for frame in frames if frame.event.name == "demo"} == {"192.168.127.3"}
     # Also when those that come have another subnet.
@@ -108,7 +107,7 @@ async def test_a_lease_belongs_to_this_daemon_and_never_changes(path: Path) -> N
 async def test_without_a_network_there_is_no_lease(path: Path) -> None:
     async with running(path) as bench:
         row = await bench.create("demo")
-        assert (row.network, row.lease, view(row).ip_address, view(row).mac_address) == ("none", None, "", "")
+        assert (row.network, row.lease, row.view.ip_address, row.view.mac_address) == ("none", None, "", "")
 
 
 async def test_each_vm_with_a_user_network_has_the_same_address(path: Path) -> None:
@@ -150,14 +149,14 @@ async def test_each_boot_updates_whether_destinations_are_filtered(path: Path) -
     said = "volantd does not run as root"
     async with running(path, networking=Networking(user_unfiltered=said)) as bench:
         row = await bench.create("demo", network="user")
-        assert view(row).network_reason == (
+        assert row.view.network_reason == (
             "asked for when it was created; its destinations are not filtered, so a guest reaches this host's own "
             f"addresses: {said}"
         )
-        assert "not filtered" not in view(await bench.create("other", network="none")).network_reason
+        assert "not filtered" not in (await bench.create("other", network="none")).view.network_reason
     async with running(path) as bench:
         row = await bench.to(row, Status.STARTING)
-        assert view(row).network_reason == "asked for when it was created"
+        assert row.view.network_reason == "asked for when it was created"
 
 
 async def test_concurrent_requests_publish_a_port_once(path: Path) -> None:
@@ -181,7 +180,7 @@ async def test_concurrent_requests_publish_a_port_once(path: Path) -> None:
         assert (await bench.create("next", ports=("8080:53/udp",))).ip_address == "192.168.127.3"
         await bench.delete(row)
         again = await bench.create("again", ports=("8080:80",))
-        assert view(again).ports == ("127.0.0.1:8080:80/tcp",)
+        assert again.view.ports == ("127.0.0.1:8080:80/tcp",)
 
 
 async def test_copies_connect_to_no_more_than_their_project_allows_now(path: Path) -> None:

@@ -22,7 +22,6 @@ from volant.model import (
     TakeSnapshot,
     VmRow,
     snapshot_view,
-    view,
 )
 
 
@@ -121,7 +120,7 @@ async def test_a_vm_from_a_snapshot_has_its_members_and_an_event_once_it_runs(pa
         frames = await events_after(bench.store.events, newest)
         assert types(frames) == ["VM_STARTING", "VM_RUNNING", "VM_RESTORED"]
         assert (frames[-1].event.snapshot, frames[-1].event.status) == ("warm", "running")
-        shown = view(runs).origin
+        shown = runs.view.origin
         assert shown is not None
         assert (shown.kind, shown.snapshot, shown.paused_ms) == ("snapshot", "warm", 12.5)
         await bench.ask(RemoveSnapshot(named("warm"), "id-warm"))

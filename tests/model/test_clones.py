@@ -26,7 +26,6 @@ from volant.model import (
     Woke,
     decide,
     effect_of,
-    view,
 )
 
 CLONE = ImageReady("digest", "volant-tag", template="t")
@@ -37,12 +36,12 @@ def cloning(*seen: Seen, **fields: object) -> VmRow:
 
 
 def test_a_view_has_the_kind_of_the_last_boot() -> None:
-    assert view(create()).booted_from is None
-    clone = view(cloning(LAUNCHED, AgentAnswered()))
+    assert create().view.booted_from is None
+    clone = cloning(LAUNCHED, AgentAnswered()).view
     assert (clone.status, clone.booted_from, clone.boot) == (Status.RUNNING, "template", "auto")
     cold = settle(see(create(boot="cold"), Woke(None)))
     assert cold is not None
-    assert (view(cold).booted_from, view(cold).boot) == ("cold", "cold")
+    assert (cold.view.booted_from, cold.view.boot) == ("cold", "cold")
 
 
 @pytest.mark.parametrize("so_far", [(), (LAUNCHED,)])
@@ -57,7 +56,7 @@ def test_a_cold_boot_follows_a_failed_clone(so_far: tuple[Seen, ...], trouble: S
     assert (row.tag, row.process, row.template) == ("", None, None)
     after = settle(row)
     assert after is not None
-    shown = view(after)
+    shown = after.view
     assert (shown.status, shown.booted_from, shown.fallback, shown.boots) == (Status.RUNNING, "cold", WHY, 2)
     again = settle(see(after, CommandRequest(Command.RESTART)))
     assert again is not None

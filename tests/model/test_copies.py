@@ -28,7 +28,6 @@ from volant.model import (
     effect_of,
     fork_names,
     settled,
-    view,
     waits_for,
 )
 
@@ -45,7 +44,7 @@ def test_a_copy_has_an_origin_and_needs_no_checkpoint_once_it_runs() -> None:
     row = copy(READY, LAUNCHED)
     assert waits_for(row, "fork-a")
     row = see(row, AgentAnswered())
-    shown = view(row)
+    shown = row.view
     assert (shown.status, shown.booted_from, row.checkpoint) == (Status.RUNNING, "fork", None)
     assert shown.origin == Origin("fork", "demo", 7, paused_ms=3.5)
     assert not waits_for(row, "fork-a")

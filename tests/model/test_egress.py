@@ -19,7 +19,6 @@ from volant.model import (
     new_row,
     parse_egress_texts,
     port_ranges,
-    view,
 )
 from volant.model._egress import MAX_PORTS_IN_RULE, MAX_RULES, parse_egress
 from volant.model._snapshot import copied_row
@@ -171,7 +170,7 @@ def test_a_rule_for_names_below_does_not_match_the_name_itself_or_a_longer_label
 
 def test_copies_inherit_the_policy_and_clients_see_it() -> None:
     vm = row([{"name": "A.B", "ports": [80]}])
-    assert view(vm).egress == (EgressRule(name="a.b", ports=(80,)),)
+    assert vm.view.egress == (EgressRule(name="a.b", ports=(80,)),)
     origin = Origin("fork", vm.name, vm.id)
     copy = copied_row(vm, vm_id=2, name="copy", origin=origin, checkpoint="fork-1", now=NOW)
     assert copy.egress == vm.egress

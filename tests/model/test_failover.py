@@ -26,7 +26,6 @@ from volant.model import (
     record_of_vm,
     replica_event,
     unreachable_view,
-    view,
 )
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -61,7 +60,7 @@ def test_a_vm_that_was_taken_over_ends_when_it_would_have_ended() -> None:
     movable = Movable(id="a", epoch=2, request=wanted, expires_at=first.expires_at, move=move)
     second = new_row(wanted, BASE, vm_id=2, now=NOW + timedelta(minutes=50), movable=movable)
     assert second.expires_at == first.expires_at
-    shown = view(second)
+    shown = second.view
     assert (shown.failover, shown.move) == ("restart", move)
 
 
@@ -69,10 +68,10 @@ def test_a_copy_is_not_movable() -> None:
     """It goes on from memory and a disk that its host has."""
     wanted = request(placement={"zone": "r1", "anti_affinity": {"app": "db"}})
     row = new_row(wanted, BASE, vm_id=1, now=NOW, movable=Movable(id="a", request=wanted))
-    assert view(row).placement == Placement(zone="r1", anti_affinity={"app": "db"})
+    assert row.view.placement == Placement(zone="r1", anti_affinity={"app": "db"})
     copy = copied_row(row, vm_id=2, name="copy", origin=Origin("fork", "web", 1), checkpoint="fork-1", now=NOW)
     assert copy.movable is None
-    assert (view(copy).failover, view(copy).placement) == ("never", None)
+    assert (copy.view.failover, copy.view.placement) == ("never", None)
 
 
 @pytest.mark.parametrize(
@@ -106,20 +105,20 @@ def test_there_are_one_to_three_copies(to: int) -> None:
 def test_the_view_says_how_old_the_newest_replica_is_or_why_there_is_none() -> None:
     wanted = request(failover="restore", replicate={"every": "5m"})
     row = new_row(wanted, BASE, vm_id=1, now=NOW, movable=Movable(id="a", request=wanted))
-    shown = view(row)
+    shown = row.view
     assert (shown.failover, shown.replicate) == ("restore", wanted.replicate)
     assert shown.replica is not None
     assert (shown.replica.at, shown.replica.reason and shown.replica.reason.code) == (None, "replica_due")
     made = Replica(hosts=("h2",), at=NOW)
     row = see(row, Replicated(made))
-    assert view(row).replica == made
+    assert row.view.replica == made
     lost = unreachable_view(row.key, record_of_vm(row, "h1"))
     assert (lost.failover, lost.replica) == ("restore", made)
     assert "continues it: h2" in lost.warnings[0]
     none = unreachable_view(row.key, record_of_vm(see(row, Replicated(Replica())), "h1"))
     assert "no host has a replica" in none.warnings[0]
     # One that is this host's alone has none.
-    assert view(msgspec.structs.replace(row, movable=None)).replica is None
+    assert msgspec.structs.replace(row, movable=None).view.replica is None
 
 
 def test_an_event_says_once_for_each_reason_that_a_vm_is_not_replicated() -> None:

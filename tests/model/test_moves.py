@@ -44,7 +44,6 @@ from volant.model import (
     effect_of,
     is_at_rest,
     obstacle_to_move,
-    view,
     waits_for,
 )
 
@@ -60,7 +59,7 @@ def leaving() -> VmRow:
 def test_a_vm_that_leaves_is_paused_and_takes_no_commands() -> None:
     row = leaving()
     assert (row.status, row.desired, effect_of(row)) == (Status.PAUSED, Desired.PAUSED, None)
-    assert view(row).move == Move("h1", "h2", NOW, "moving")
+    assert row.view.move == Move("h1", "h2", NOW, "moving")
     for command in (Command.RESUME, Command.STOP, Command.DELETE, Command.RESTART):
         with pytest.raises(Problem) as refused:
             decide(row, CommandRequest(command), NOW)
@@ -78,7 +77,7 @@ def test_a_vm_that_stays_goes_on_as_it_was() -> None:
     assert isinstance(effect_of(row), Resume)
     after = settle(row)
     assert after is not None
-    assert (after.status, after.desired, after.leaving, view(after).move) == (
+    assert (after.status, after.desired, after.leaving, after.view.move) == (
         Status.RUNNING,
         Desired.RUNNING,
         None,
@@ -208,7 +207,7 @@ def test_a_vm_that_arrives_is_what_it_was() -> None:
     for same in ("name", "project", "labels", "env", "created_at", "expires_at", "origin", "restarts", "manifest"):
         assert getattr(new, same) == getattr(row, same), same
     assert new.movable == msgspec.structs.replace(movable, epoch=4, move=None)
-    assert (new.leaving, view(new).move) == (None, Move("h1", "h2", NOW, "moved"))
+    assert (new.leaving, new.view.move) == (None, Move("h1", "h2", NOW, "moved"))
     boots = see(new, Woke(None))
     assert boots.status is Status.STARTING
 
@@ -222,4 +221,4 @@ def test_a_vm_that_goes_on_from_a_replica_says_so() -> None:
     later = NOW + timedelta(minutes=4)
     new = arrived_row(snapshot, vm_id=20, epoch=2, now=later)
     assert (new.desired, new.checkpoint, new.arrived, new.replica) == (Desired.RUNNING, "snapshot-s1", "m1", None)
-    assert view(new).move == Move("h1", "h2", later, "restored")
+    assert new.view.move == Move("h1", "h2", later, "restored")

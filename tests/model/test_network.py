@@ -26,7 +26,6 @@ from volant.model import (
     parse_subnet,
     tap_of,
     tap_prefix,
-    view,
 )
 from volant.model._network import MAX_PORTS, capacity_of, mac_of, parse_port, parse_ports
 
@@ -190,7 +189,7 @@ def test_a_row_has_its_network_and_the_reason() -> None:
     def made(**fields: object) -> tuple[str, str]:
         request = CreateVm(name="demo", cpu_cores=1, memory_mb=128, **fields)  # type: ignore[arg-type] # by the test
         networking = Networking(default=NetworkChoice("bridge", "the daemon's setting `network`"))
-        shown = view(new_row(request, Manifest(name="base"), vm_id=1, now=NOW, networking=networking))
+        shown = new_row(request, Manifest(name="base"), vm_id=1, now=NOW, networking=networking).view
         return shown.network, shown.network_reason
 
     assert made() == ("bridge", "the daemon's setting `network`")

@@ -47,7 +47,6 @@ from volant.model import (
     new_row,
     readiness,
     settled,
-    view,
     workload_events,
 )
 from volant.vm._machine_spec import workload_spec
@@ -85,7 +84,7 @@ def test_a_vm_stops_once_its_workload_has_exited() -> None:
     assert (row.status, row.process, effect_of(row)) == (Status.STOPPED, None, None)
     assert settled(row)
     assert reason_of(row) == (WORKLOAD_EXITED, "the workload has ended with exit code 0")
-    assert view(row).workload == EXITED
+    assert row.view.workload == EXITED
 
 
 @pytest.mark.parametrize(
@@ -98,7 +97,7 @@ def test_a_vm_stops_once_its_workload_has_exited() -> None:
 def test_a_vm_whose_workload_failed_stops_with_a_reason(workload: WorkloadView, text: str) -> None:
     row = see(running(), WorkloadChanged(workload), *GONE)
     assert (row.status, row.desired, reason_of(row)) == (Status.STOPPED, Desired.STOPPED, (WORKLOAD_FAILED, text))
-    assert view(row).workload == workload
+    assert row.view.workload == workload
 
 
 def test_the_next_boot_forgets_how_the_last_one_ended() -> None:
@@ -116,8 +115,8 @@ def launched(row: VmRow) -> Seen:
 @pytest.mark.parametrize("workload", [EXITED, FAILED])
 def test_by_default_a_vm_outlives_its_workload(workload: WorkloadView) -> None:
     row = see(running("keep"), WorkloadChanged(workload))
-    assert (row.status, effect_of(row), view(row).workload) == (Status.RUNNING, None, workload)
-    assert view(see(row, CommandRequest(Command.STOP), *GONE)).workload is None
+    assert (row.status, effect_of(row), row.view.workload) == (Status.RUNNING, None, workload)
+    assert see(row, CommandRequest(Command.STOP), *GONE).view.workload is None
 
 
 def test_a_workload_that_ends_before_the_vm_runs_stops_it_then() -> None:
@@ -241,7 +240,7 @@ def test_a_restart_by_a_client_is_not_undone_by_the_end_of_the_workload() -> Non
 
 def test_what_a_guest_reports_while_it_shuts_down_does_not_count() -> None:
     row = see(running(), CommandRequest(Command.STOP), WorkloadChanged(FAILED), *GONE)
-    assert (row.status, row.reason, view(row).workload) == (Status.STOPPED, None, None)
+    assert (row.status, row.reason, row.view.workload) == (Status.STOPPED, None, None)
 
 
 def test_a_guest_that_does_not_shut_down_is_killed_and_keeps_its_reason() -> None:

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from tests.vm.kit import vm_settings
 from volant.hypervisor import Disk
 from volant.images import artifact_path
-from volant.model import Artifact, Boot, CreateVm, Manifest, VmRow, new_row, view
+from volant.model import Artifact, Boot, CreateVm, Manifest, VmRow, new_row
 from volant.vm import VmSettings
 from volant.vm._machine_spec import machine_spec, uses_image
 
@@ -63,7 +63,7 @@ def test_a_root_filesystem_gives_a_layer_of_its_own() -> None:
     one = row(Boot(rootfs=artifact("a")))
     spec = machine_spec(SETTINGS, one, "kvm")
     assert spec.root == Disk(artifact_path(CACHE, "a" * 64), SETTINGS.disk_dir / one.layer / "root.qcow2")
-    assert view(one).disk == "overlay"
+    assert one.view.disk == "overlay"
     assert uses_image(SETTINGS, one.manifest)
     # Neither another VM nor one with the same id in another database has it.
     others = [
@@ -77,7 +77,7 @@ def test_without_one_there_is_no_disk() -> None:
     for boot in (None, Boot(kernel=artifact("a"))):
         without = row(boot)
         assert machine_spec(SETTINGS, without, "tcg").root is None
-        assert (without.layer, view(without).disk) == ("", "none")
+        assert (without.layer, without.view.disk) == ("", "none")
 
 
 def test_a_row_of_an_older_daemon_has_no_layer() -> None:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from volant.model import Event, EventType, Phase, Status, VmRow, VmView, view
+from volant.model import Event, EventType, Phase, Status, VmRow, VmView
 
 PROTOCOL_VERSION = "1.0"
 
@@ -237,7 +237,7 @@ class Boots:
         self._status = row.status if row is not None else None
         up = row is not None and row.status in _UP
         if self.run_id:
-            events.append(self._state.snapshot([view(row)] if row is not None else []))
+            events.append(self._state.snapshot([row.view] if row is not None else []))
             if row is None or not up or self.boot not in (0, row.booted):
                 reason = row.reason if row is not None and row.status is Status.CRASHED else None
                 events += self._end(reason.code, reason.message) if reason else self._end()
@@ -263,7 +263,7 @@ class Boots:
             events += self._begin(row)
         if not self.run_id:
             return events
-        events += self._state.after(event, None if row is None else view(row))
+        events += self._state.after(event, None if row is None else row.view)
         events += [
             TextMessageStart(event.id),
             TextMessageContent(event.id, event.message or str(event.type)),
@@ -295,7 +295,7 @@ class Boots:
     def _begin(self, row: VmRow) -> list[AguiEvent]:
         self.run_id, self._next_run_id = self._next_run_id or self._new_run_id(), ""
         self.boot = row.booted
-        return [RunStarted(self._thread_id, self.run_id), self._state.snapshot([view(row)])]
+        return [RunStarted(self._thread_id, self.run_id), self._state.snapshot([row.view])]
 
     def _end(self, code: str | None = None, message: str = "") -> list[AguiEvent]:
         events = self._step(None)

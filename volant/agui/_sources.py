@@ -11,7 +11,7 @@ import trio
 
 from volant.http import Call
 from volant.journal import EventCursor, EventGap
-from volant.model import Event, Key, Problem, VmView, view
+from volant.model import Event, Key, Problem, VmView
 from volant.operations import ApiDeps, Context
 from volant.operations.vms import list_vms
 
@@ -79,7 +79,7 @@ class _OfThisHost:
 
     async def state(self) -> Sequence[VmView]:
         self._true_to = self._projection.last_event.seq
-        return [view(row) for row in self._projection.rows() if self._listed in (None, row.project)]
+        return [row.view for row in self._projection.rows() if self._listed in (None, row.project)]
 
     async def take(self) -> Sequence[Happened] | Literal["behind"]:
         taken = await self._cursor.take()
@@ -92,7 +92,7 @@ class _OfThisHost:
 
     def _now(self, event: Event) -> VmView | None:
         row = self._projection.by_id(event.vm_id)
-        return None if row is None else view(row)
+        return None if row is None else row.view
 
 
 class _OfFleet:
@@ -147,7 +147,7 @@ class _OfFleet:
                 return None
             if host == self._fleet.host:
                 row = self._deps.store.projection.get(key)
-                return None if row is None else view(row)
+                return None if row is None else row.view
             headers = request_headers({"state": named})
             answer = await self._fleet.peers.ask(host, f"/api/v1/vms/{key.name}", headers, timeout_s=_VM_S)
             return msgspec.json.decode(answer.body, type=VmView) if answer.status == 200 else None

@@ -27,7 +27,6 @@ from volant.model import (
     VolumeView,
     network_view,
     snapshot_view,
-    view,
     volume_view,
 )
 
@@ -40,7 +39,7 @@ class _OfVm(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, row: VmRow) -> Self:
-        return cls(view(row), row.revision)
+        return cls(row.view, row.revision)
 
 
 class VmCreated(_OfVm, frozen=True, tag="vm-created"):
@@ -56,7 +55,7 @@ class VmForked(msgspec.Struct, frozen=True, tag="vm-forked"):
 
     @classmethod
     def of(cls, rows: Iterable[VmRow]) -> Self:
-        return cls(tuple(map(view, rows)))
+        return cls(tuple(row.view for row in rows))
 
 
 class SnapshotTaken(msgspec.Struct, frozen=True, tag="snapshot-taken"):

@@ -42,7 +42,7 @@ from mcp_types import (
 from volant import __version__
 from volant.http import Limits, decode, first_problem, internal_error
 from volant.logs import LogGap
-from volant.model import Caller, Key, LogLine, Problem, VmRow, is_name, view
+from volant.model import Caller, Key, LogLine, Problem, VmRow, is_name
 from volant.operations import TABLE, ApiDeps, Table, acting, find_vm, name_target, open_log, standalone, vms
 
 from . import _guest
@@ -194,7 +194,7 @@ class McpServer:
     ) -> TextResourceContents | BlobResourceContents:
         row = find_vm(self._deps, vm)
         if not what:
-            text = _encode(view(row)).decode()
+            text = _encode(row.view).decode()
             return TextResourceContents(uri=uri, mime_type="application/json", text=text)
         if what == "logs":
             text = await _log_text(call, row)

@@ -275,7 +275,6 @@ from ._row import (
     VmView as VmView,
     WorkloadView as WorkloadView,
     is_checkpoint as is_checkpoint,
-    view as view,
     visible_workload as visible_workload,
 )
 from ._secret import (

@@ -8,7 +8,7 @@ from typing import Literal
 import msgspec
 
 from ._project import Key
-from ._row import Desired, Failover, ImageOfVm, Replica, Replicate, Status, VmRow, VmView, view
+from ._row import Desired, Failover, ImageOfVm, Replica, Replicate, Status, VmRow, VmView
 from ._text import Time
 
 HostState = Literal["up", "unreachable"]
@@ -112,7 +112,7 @@ class VmRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 def record_of_vm(row: VmRow, host: str) -> VmRecord:
     """Returns the data that other hosts need of a VM of this host."""
-    shown = view(row)
+    shown = row.view
     return VmRecord(
         host=host,
         id=row.id,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import datetime
 from enum import StrEnum
+from functools import cached_property
 from typing import Annotated, Literal
 
 import msgspec
@@ -360,7 +361,7 @@ class BuildTemplate(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_
     """The network of the VMs: all except `none` share one template. Null for the daemon's setting."""
 
 
-class VmRow(msgspec.Struct, frozen=True, kw_only=True):
+class VmRow(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """The durable state of a VM. `decide` makes its transitions; the journal stores it, and changes what depends on
     other rows, such as leases."""
 
@@ -476,6 +477,11 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True):
     """The value of `boots` when the VM was adopted as an orphan, or 0. It is unknown what was sent to that guest."""
     revision: int = 0
     """Increased by the journal with each commit."""
+
+    @cached_property
+    def view(self) -> VmView:
+        """The VM as clients see it. It is made once, as clients read a row more often than it changes."""
+        return _view(self)
 
     @property
     def key(self) -> Key:
@@ -611,8 +617,7 @@ class VmView(msgspec.Struct, frozen=True, kw_only=True):
     are current."""
 
 
-def view(row: VmRow) -> VmView:
-    """Returns the view of `row`."""
+def _view(row: VmRow) -> VmView:
     return VmView(
         id=row.id,
         name=row.name,

@@ -23,7 +23,6 @@ from volant.model import (
     check_fork,
     check_restore,
     parse_mounts,
-    view,
 )
 from volant.model.agent import MAX_GRACE_S
 from volant.vm import image_manifest, with_exposed_ports
@@ -99,7 +98,7 @@ async def list_vms(
     left = [row for row in rows if row.id > cursor]
     page = left if limit is None else left[:limit]
     return Page(
-        [view(row) for row in page],
+        [row.view for row in page],
         len(rows),
         page[-1].id if len(page) < len(left) else None,
         str(context.deps.store.projection.last_event),

@@ -9,7 +9,7 @@ import msgspec
 from volant.channel import AgentClient
 from volant.host import Host
 from volant.journal import Projection
-from volant.model import Key, Problem, Status, VmMemory, VmRow, VmStats, moving, view
+from volant.model import Key, Problem, Status, VmMemory, VmRow, VmStats, moving
 from volant.session import SerialConsole
 
 from ._actors import VmActors
@@ -99,7 +99,7 @@ class GuestAccess(msgspec.Struct):
         ref = self.actors.find(row.id)
         # Not the whole row: a workload's environment may hold secrets.
         return {
-            "vm": view(row),
+            "vm": row.view,
             "phase": row.phase,
             "generation": row.generation,
             "revision": row.revision,
