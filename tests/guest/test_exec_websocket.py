@@ -31,7 +31,8 @@ from wsproto.events import (
 from tests.guest.conftest import TIMEOUT_S, Asker
 from tests.guest.test_exec_http import gone
 from volant.guest import _exec_session, _exec_sessions
-from volant.guest._exec_output import OutputHistory, Peer
+from volant.guest._exec_program import OutputHistory
+from volant.guest._exec_session import Peer
 
 
 class Talk:

@@ -13,8 +13,7 @@ from __future__ import annotations
 import time
 
 from ._checks import decode_json
-from ._exec_output import MAX_UNSENT, STALL_S, OutputHistory
-from ._exec_program import REAP_S, STDOUT, Command, Program
+from ._exec_program import MAX_UNSENT, REAP_S, STALL_S, STDOUT, Command, OutputHistory, Program
 from ._http import Gone
 from ._process import SpawnError
 from ._stream import LAST_CHUNK, chunk

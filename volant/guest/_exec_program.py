@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+from collections import deque
 
 from ._checks import (
     check_base64,
@@ -23,9 +24,8 @@ from ._watch import poll
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import subprocess
+    from collections.abc import Callable
     from typing import Any
-
-    from ._exec_output import OutputHistory
 
 STDIN, STDOUT, STDERR = 0, 1, 2
 MAX_INPUT = 1024 * 1024
@@ -37,6 +37,82 @@ _MAX_PIPE = 1024 * 1024
 """Maximum content of a pipe."""
 _HANG_UP_S = 1.0
 _MAX_TIMEOUT_S = 7 * 86400.0
+MAX_UNSENT = 256 * 1024
+"""Maximum output in a client's buffer. While it is full, the command's output is not read."""
+STALL_S = 600.0
+"""How long a client may accept no output."""
+_PIECE_COST = 64
+"""The cost of a piece besides its bytes."""
+_PIECE = 16 * 1024
+
+
+class OutputHistory:
+    """The output of a command in order: everything after `release`, and at least the last `keep` bytes.
+
+    A position counts the bytes of both channels since the start.
+    """
+
+    def __init__(self, keep: int, also: Callable[[int, bytes], None] | None = None) -> None:
+        """Creates it. `also` is called with all output too, channel by channel."""
+        self._also = also
+        self.position = 0
+        """The total number of bytes so far."""
+        self.ends: dict[int, int] = {}
+        """The end position of each ended channel."""
+        self._keep = keep
+        self._held = 0
+        self._pieces: deque[tuple[int, int, bytearray]] = deque()
+
+    @property
+    def oldest(self) -> int:
+        """The position of the first stored byte."""
+        return self._pieces[0][0] if self._pieces else self.position
+
+    def add(self, channel: int, data: bytes) -> None:
+        """Appends output of a channel."""
+        if self._also is not None:
+            self._also(channel, data)
+        self.position += len(data)
+        self._held += len(data)
+        if self._pieces:
+            _, last_channel, last = self._pieces[-1]
+            if last_channel == channel and len(last) + len(data) <= _PIECE:
+                last += data
+                return
+        self._pieces.append((self.position - len(data), channel, bytearray(data)))
+        self._held += _PIECE_COST
+
+    def release(self, position: int) -> None:
+        """Drops output before `position`, except the last `keep` bytes."""
+        while self._held > self._keep and self._pieces:
+            begin, _, data = self._pieces[0]
+            if begin + len(data) > position:
+                break
+            self._held -= len(data) + _PIECE_COST
+            self._pieces.popleft()
+
+    def take_all(self) -> list[tuple[int, bytes]]:
+        """Returns channels and bytes of all stored output, and drops it."""
+        pieces = [(channel, bytes(data)) for _, channel, data in self._pieces]
+        self._pieces.clear()
+        self._held = 0
+        return pieces
+
+    def after(self, position: int, limit: int) -> list[tuple[int, bytes]]:
+        """Returns channels and bytes from `position` on, about `limit` bytes of them."""
+        found: deque[tuple[int, int, bytearray]] = deque()
+        for piece in reversed(self._pieces):
+            if piece[0] + len(piece[2]) <= position:
+                break
+            found.appendleft(piece)
+        out = []
+        for begin, channel, data in found:
+            if limit <= 0:
+                break
+            part = bytes(data[max(0, position - begin) :])
+            limit -= len(part)
+            out.append((channel, part))
+        return out
 
 
 class Command:

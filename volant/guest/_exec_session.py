@@ -23,8 +23,7 @@ import threading
 import time
 
 from . import _websocket
-from ._exec_output import MAX_UNSENT, OutputHistory, Peer
-from ._exec_program import STDIN, Command, Program
+from ._exec_program import MAX_UNSENT, STALL_S, STDIN, Command, OutputHistory, Program
 from ._http import Gone
 from ._watch import POLLRDHUP, Wakeup, poll
 
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ._output import Output
+    from ._websocket import WebSocket
 
 KEPT_BYTES = 512 * 1024
 """Maximum stored output of a detached command."""
@@ -332,3 +332,75 @@ class Session:
 
 def _is_size(number: int) -> bool:
     return number is not True and 0 < number < 65536
+
+
+class Peer:
+    """A client that is or will be attached to a command."""
+
+    def __init__(self, socket: WebSocket, position: int | None) -> None:
+        """Creates it. `position` is the number of bytes of output that the client has; None to send all stored
+        output."""
+        self.socket = socket
+        self.cursor = -1 if position is None else position
+        self.sent_end = False
+        self.released = threading.Event()
+        """Set when the session has released the connection."""
+        self._sent_hello = False
+        self._sent_ends: set[int] = set()
+        self._progress_at = time.monotonic()
+
+    @property
+    def stalls_in_s(self) -> float:
+        """Returns the seconds until it has accepted nothing for too long."""
+        return self._progress_at + STALL_S - time.monotonic()
+
+    def flush(self) -> None:
+        """Writes as much as the socket accepts. :raises Gone: the client has disconnected."""
+        if self.socket.flush():
+            self._progress_at = time.monotonic()
+
+    def send_output(self, output: OutputHistory, hello: dict[str, Any] | None) -> None:
+        """Puts output into the client's buffer, until that is full, preceded by `hello` the first time."""
+        import json
+
+        if not self._sent_hello:
+            self._sent_hello = True
+            wanted = max(self.cursor, 0)
+            self.cursor = min(max(wanted, output.oldest), output.position)
+            if hello is not None:
+                self.socket.send(json.dumps(hello | {"position": self.cursor}))
+                if self.cursor > wanted:
+                    self.socket.send(json.dumps({"gap": {"from": wanted, "to": self.cursor - 1}}))
+        if len(self.socket.out) < MAX_UNSENT:
+            for channel, data in output.after(self.cursor, MAX_UNSENT - len(self.socket.out)):
+                self.socket.send(bytes((channel,)) + data)
+                self.cursor += len(data)
+        for channel, position in output.ends.items():
+            if self.cursor >= position and channel not in self._sent_ends:
+                self._sent_ends.add(channel)
+                self.socket.send(bytes((channel,)))
+
+    def send_end(self, output: OutputHistory, end: dict[str, Any] | None) -> None:
+        """Sends the command's end, once all of its output was sent, and closes the WebSocket."""
+        import json
+
+        if self.cursor >= output.position and not self.sent_end:
+            self.sent_end = True
+            self.socket.send(json.dumps(end))
+            self.socket.close(_websocket.NORMAL)
+
+    def replay(self, output: OutputHistory, hello: dict[str, Any] | None, end: dict[str, Any] | None) -> None:
+        """Sends all stored output of an ended command, in the client's own thread."""
+        self._progress_at = time.monotonic()
+        try:
+            while not self.sent_end or self.socket.out:
+                self.send_output(output, hello)
+                self.send_end(output, end)
+                if not poll({self.socket.sock.fileno(): select.POLLIN | select.POLLOUT}, self.stalls_in_s):
+                    return
+                self.flush()
+                self.socket.receive()
+                if self.socket.closing and not self.sent_end:
+                    return
+        except Gone:
+            return

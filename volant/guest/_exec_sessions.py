@@ -15,9 +15,8 @@ from volant.model.agent import WORKLOAD_SESSION
 
 from . import _websocket
 from ._checks import decode_json, parse_query
-from ._exec_output import Peer
 from ._exec_program import MAX_INPUT, Command
-from ._exec_session import Session
+from ._exec_session import Peer, Session
 from ._http import Gone, Problem
 from ._process import SpawnError
 from ._stream import HEAD_TIMEOUT_S

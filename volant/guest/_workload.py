@@ -41,9 +41,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from ._exec_output import Peer
     from ._exec_program import Program
-    from ._exec_session import Session
+    from ._exec_session import Peer, Session
     from ._http import Request
     from ._output import Output
     from ._plugin import Plugin
