@@ -129,6 +129,9 @@ async def test_a_body_of_100_mb_is_413_and_the_client_sees_it(served: Api) -> No
         ("GET", "/api/v1/vms/none/inspect", 404),
         ("GET", "/api/v1/vms/none/memory", 404),
         ("GET", "/api/v1/vms/..%2f..%2fetc", 404),
+        ("GET", "/api/v1/vms//inspect", 404),
+        ("POST", "/api/v1/vms//start", 404),
+        ("POST", "/api/v1/vms/a%2Fb/start", 404),
         ("GET", "/api/v1/vms/none/agent/healthz", 404),
         ("GET", "/api/v1/vms/none/ports/80/", 404),
         ("GET", "/api/v1/vms/none/logs", 404),
@@ -155,6 +158,13 @@ async def test_what_is_not_there_is_a_problem(served: Api, method: str, path: st
     answer = await served.client.request(method, path)
     problem(answer, status)
     assert (status == 405) == ("allow" in answer.headers)
+
+
+async def test_a_list_is_found_with_a_final_slash_and_with_head(served: Api) -> None:
+    (await served.client.post("/api/v1/vms/", json=GOOD)).raise_for_status()
+    listed, named = await served.client.get("/api/v1/vms/"), await served.client.head("/api/v1/vms/demo/")
+    assert [one["name"] for one in listed.json()] == ["demo"]
+    assert (named.status_code, named.content) == (200, b"")
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,17 @@ daemon.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import msgspec
 from quart import Response, request
+from quart.ctx import RequestContext
 from quart.routing import QuartRule
+from quart.typing import ResponseReturnValue
+from quart.wrappers.base import BaseRequestWebsocket
 from quart_trio import QuartTrio
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+from werkzeug.routing import MapAdapter
 
 from volant.http import Limits, internal_error, problem_body, too_large
 from volant.model import Problem
@@ -34,7 +38,7 @@ def quart_app(deps: ApiDeps, limits: Limits, table: Table) -> QuartTrio:
     app.url_map.merge_slashes = False
     app.url_map.strict_slashes = False
     _answer_errors(app, limits)
-    _rest.add_routes(app, deps, table)
+    app.operations = _rest.add_routes(app, deps, table)
     for resource in (_metrics, _workload_api):
         resource.add_routes(app, deps)
     _add_document(app, deps, table)
@@ -70,7 +74,22 @@ def _no_address(*_: object, **__: object) -> tuple[str, str]:
 
 
 class _App(QuartTrio):
+    """Serves a request by the operation for which it was admitted, so that its path is matched once. Other requests are
+    matched by Werkzeug, which also finds out why there is no operation: 404 or 405."""
+
     url_rule_class = _Rule  # type: ignore[assignment] # as Quart does for its own: a rule there is not one of Flask's
+    operations: Mapping[str, _rest.Route]
+
+    def create_url_adapter(self, request: BaseRequestWebsocket | None) -> MapAdapter | None:
+        return super().create_url_adapter(request) if self._route_of(request) is None else None
+
+    async def dispatch_request(self, request_context: RequestContext | None = None) -> ResponseReturnValue:
+        route = self._route_of(request)
+        return await (super().dispatch_request(request_context) if route is None else route.serve())
+
+    def _route_of(self, request: BaseRequestWebsocket | None) -> _rest.Route | None:
+        operation = None if request is None else request.scope["state"]["operation"]
+        return None if operation is None else self.operations.get(operation.name)
 
 
 def _answer_errors(app: QuartTrio, limits: Limits) -> None:

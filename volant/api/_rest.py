@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from functools import partial
-from typing import Any
+from hashlib import sha256
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 from urllib.parse import urlencode
 
 import msgspec
 from quart import Response, request
 from quart_trio import QuartTrio
 
-from volant.http import Nothing, Query, has_etag, project_of_link
-from volant.journal import IdempotencyKey
-from volant.model import current_cause, invalid
+from volant.http import Nothing, Query, has_etag, one_project, project_of_link
+from volant.journal import DuplicateRequest, IdempotencyKey, Refusal, Result, StoreRefusal, ask_journal
+from volant.model import Problem, current_cause, invalid
 from volant.operations import (
     DEFAULT_WAIT_S,
     TIMEOUT,
@@ -32,8 +33,13 @@ from volant.operations import (
 )
 from volant.vm import Version
 
-from ._idempotency import Outcome, Repeats
 from ._json import empty_response, json_response, read_body, read_body_or, read_one_of
+
+R = TypeVar("R", bound=Result)
+
+_IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}\Z")
+
+_encode = msgspec.json.Encoder(order="sorted").encode
 
 _ETAG = re.compile(r'"(\d{1,18})-(\d{1,18})"\Z', re.ASCII)
 
@@ -63,17 +69,19 @@ def if_none_match(etag: str) -> bool:
     return has_etag(request.headers.getlist("If-None-Match"), etag)
 
 
-def add_routes(app: QuartTrio, deps: ApiDeps, table: Table) -> None:
-    """Adds the route of each operation of a table that has a function."""
+def add_routes(app: QuartTrio, deps: ApiDeps, table: Table) -> Mapping[str, Route]:
+    """Adds the route of each operation of a table that has a function; returns them by the names of the operations."""
     repeats = Repeats(deps)
-    for operation in table:
-        if operation.call is not None:
-            route = _Route(operation, deps, repeats)
-            rule = operation.path.replace("{", "<").replace("}", ">")
-            app.add_url_rule(rule, operation.name, route.serve, methods=[operation.method])
+    routes = {one.name: Route(one, deps, repeats) for one in table if one.call is not None}
+    for name in routes:
+        rule = table[name].path.replace("{", "<").replace("}", ">")
+        app.add_url_rule(rule, name, methods=[table[name].method])
+    return routes
 
 
-class _Route:
+class Route:
+    """The route of an operation."""
+
     def __init__(self, operation: Operation, deps: ApiDeps, repeats: Repeats) -> None:
         assert operation.call is not None
         self._operation = operation
@@ -81,8 +89,10 @@ class _Route:
         self._deps = deps
         self._repeats = repeats
         self._read_body = _body_reader(operation)
+        self._arguments = [place for place, part in enumerate(operation.path.split("/")) if part.startswith("{")]
 
-    async def serve(self, **path: str) -> Response:
+    async def serve(self) -> Response:
+        """Answers the current request. :raises Problem: as the operation does."""
         operation = self._operation
         wait, timeout_s, parameters = self._parameters()
         if self._read_body is not None:
@@ -92,7 +102,8 @@ class _Route:
         context = Context(deps=self._deps, scope=request.scope)
         if operation.if_match:
             context.versions = if_match()
-        arguments = [path[name] for name in operation.arguments]
+        parts = request.path.split("/")
+        arguments = [parts[place] for place in self._arguments]
         name_target(arguments, parameters.get("body"))
 
         async def act(key: IdempotencyKey | None) -> Any:
@@ -178,3 +189,93 @@ def _add_links(response: Response, page: Page[Any]) -> None:
         pairs = [(key, value) for key, value in request.args.items(multi=True) if key != "cursor"]
         query = urlencode([*pairs, *project_of_link(request.scope), ("cursor", str(page.next_cursor))])
         response.headers["Link"] = f'<{request.path}?{query}>; rel="next"'
+
+
+# `Idempotency-Key`: a repeated POST is executed once, and gets the first response again.
+#
+# The journal stores a result in the transaction of the change, and only the journal decides whether a request is
+# repeated (docs/explanation/journal.md). This module computes the digests of a request. A malformed request (400, 408,
+# 413, 415) is refused before that and not stored: its response is the same each time, and there is no decoded body to
+# compare. Tickets are not stored either, as secrets must not be written to the disk.
+
+
+class Outcome(NamedTuple, Generic[R]):
+    """The result of a request; `replayed` if it is the stored one of the first request."""
+
+    result: R
+    replayed: bool = False
+
+
+class Repeats:
+    """Detects repeated requests."""
+
+    def __init__(self, deps: ApiDeps) -> None:
+        self._deps = deps
+        self._running: set[bytes] = set()
+
+    async def run(self, content: object, act: Callable[[IdempotencyKey | None], Awaitable[R]]) -> Outcome[R]:
+        """Executes the current request, unless it was executed before.
+
+        :param content: the parts of the request, besides its path, that must be equal in a repetition
+        :param act: executes it; passes its argument to the journal
+        :raises Problem: 400, the key is malformed; 409, the first request is still running; 422, the key was used for
+            another request; and the errors of `act`
+        """
+        text = _idempotency_key()
+        if text is None:
+            return Outcome(await act(None))
+        caller = request.scope["state"]["caller"].id
+        project = one_project(request.scope)
+        of = (caller, request.method, request.path, project, text)
+        key = IdempotencyKey(_digest(of), _digest(content), project)
+        stored = self._deps.store.responses.find(key, self._deps.host.clock.now())
+        if stored is not None:
+            return _replay(stored)
+        if key.scope in self._running:
+            raise Problem(
+                409,
+                "idempotency-key-in-use",
+                "the request with this Idempotency-Key is still running",
+                field="Idempotency-Key",
+                hint="send it again in a moment",
+            )
+        self._running.add(key.scope)
+        try:
+            return Outcome(await self._act(act, key))
+        except DuplicateRequest as duplicate:
+            return _replay(duplicate.result)
+        finally:
+            self._running.discard(key.scope)
+
+    async def _act(self, act: Callable[[IdempotencyKey | None], Awaitable[R]], key: IdempotencyKey) -> R:
+        try:
+            return await act(key)
+        except Problem as refusal:
+            # One that says to try again later is no answer to keep.
+            if refusal.status < 500 and refusal.status != 429 and refusal.field != "Idempotency-Key":
+                await ask_journal(self._deps.journal, StoreRefusal(Refusal.of(refusal), key))
+            raise
+
+
+def _replay(result: Result) -> Outcome[R]:
+    if isinstance(result, Refusal):
+        raise result.problem()
+    # The key counts for one method and path, so for one type of result.
+    return Outcome(cast(R, result), replayed=True)
+
+
+def _idempotency_key() -> str | None:
+    given = request.headers.getlist("Idempotency-Key")
+    if not given:
+        return None
+    if len(given) > 1 or not _IDEMPOTENCY_KEY.match(given[0]):
+        raise invalid(
+            "Idempotency-Key",
+            "the header Idempotency-Key is not one word of 1 to 255 visible ASCII characters",
+            hint="use a UUID, for instance",
+        )
+    return str(given[0])
+
+
+def _digest(value: Any) -> bytes:
+    return sha256(_encode(value)).digest()

@@ -212,6 +212,7 @@ class Middleware:
     ) -> None:
         scope = call.scope
         operation = self._admission.find(call, routed)
+        scope["state"]["operation"] = operation
         cause = call.cause = self._admission.cause(call, routed, operation)
         current_cause.set(cause)
         choose_project(scope, caller.project, in_query=route is None or not route.query_is_guests)

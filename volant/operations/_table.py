@@ -235,11 +235,11 @@ class Table:
         return self._operations[name]
 
     def find(self, method: str, path: str) -> Operation | None:
-        """Returns the operation of a request."""
+        """Returns the operation of a request. No name is empty."""
         node, rest = self._routes, None
         for part in path.split("/"):
             rest = node.get(_REST, rest)
-            following = node.get(part) or node.get(_ANY_PART)
+            following = node.get(part) or (node.get(_ANY_PART) if part else None)
             if following is None:
                 node = {}
                 break
