@@ -53,6 +53,17 @@ def test_a_copy_has_an_origin_and_needs_no_checkpoint_once_it_runs() -> None:
     assert (again.template, again.checkpoint) == (None, None)
 
 
+def test_the_workload_of_a_copy_waits_for_a_client_as_that_of_its_origin_does() -> None:
+    """Also if the copy was stopped before it ran, so that it continues in its second boot."""
+    row = msgspec.structs.replace(copy(), attach=True)
+    row = see(row, StepFailed(WHY), Cleared(), CommandRequest(Command.START), READY, LAUNCHED)
+    assert (row.generation, row.waits_for_client) == (2, True)
+    copies = copied_row(row, vm_id=9, name="next", origin=Origin("fork", "copy", 8), checkpoint="fork-b", now=NOW)
+    assert copies.attach
+    again = see(row, AgentAnswered(), CommandRequest(Command.RESTART, grace_s=0), Cleared())
+    assert not again.waits_for_client
+
+
 @pytest.mark.parametrize("so_far", [(), (READY,), (READY, LAUNCHED)])
 @pytest.mark.parametrize("trouble", [StepFailed(WHY), Ended(EndKind.KILLED, WHY)])
 @pytest.mark.parametrize("policy", ["never", "on-failure", "always"])

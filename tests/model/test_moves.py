@@ -212,6 +212,13 @@ def test_a_vm_that_arrives_is_what_it_was() -> None:
     assert boots.status is Status.STARTING
 
 
+@pytest.mark.parametrize(("generation", "waits"), [(1, True), (2, False)])
+def test_a_workload_waits_for_a_client_as_before_the_move(generation: int, waits: bool) -> None:
+    row = msgspec.structs.replace(leaving(), attach=True, generation=generation, booted=generation)
+    snapshot = Snapshot(id="s1", name="moved-m1", status="ready", vm=row, created_at=NOW, move="m1")
+    assert arrived_row(snapshot, vm_id=20, epoch=2, now=NOW).waits_for_client is waits
+
+
 def test_a_vm_that_goes_on_from_a_replica_says_so() -> None:
     leaving = msgspec.structs.replace(LEAVING, replica=True)
     assert leaving.arrival == "replica-m1"

@@ -98,6 +98,8 @@ def arrived_row(snapshot: Snapshot, *, vm_id: int, epoch: int, now: datetime) ->
     row = msgspec.structs.replace(
         vm,
         id=vm_id,
+        # Its agent is asked for the same workload as before.
+        attach=vm.waits_for_client,
         movable=None if movable is None else msgspec.structs.replace(movable, epoch=epoch, move=None),
         leaving=None,
         move=move,

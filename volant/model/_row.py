@@ -522,7 +522,9 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     @property
     def waits_for_client(self) -> bool:
         """Whether the workload waits in this boot for a client that attaches to it."""
-        return self.attach and self.generation == 1
+        # A copy may continue in a later boot, if it was stopped before its first one. Its guest waits as its origin's did.
+        goes_on = self.template is not None and is_checkpoint(self.template)
+        return self.attach and (self.generation == 1 or goes_on)
 
     @property
     def boot_key(self) -> str:
