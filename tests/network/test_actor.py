@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +15,9 @@ import trio
 from actors import Ref
 from tests.network.kit import INSTANCE, SETTINGS, keeper, stopped, vm
 from tests.simulated import SimLinks, SimNetwork
-from volant.model import VmRow, tap_of
+from tests.simulated.dns import SimDns
+from volant.egress import VmResolvers
+from volant.model import EgressRule, VmRow, tap_of
 from volant.network import Link, MakeBridge, NetworkFailed, Networks, Step
 from volant.network.messages import Attach, Detach, Reconcile
 
@@ -192,6 +194,25 @@ async def test_a_failed_repair_is_retried_without_a_request(
         await trio.sleep(1000)
         assert bench.loads == done
     assert len([text for text in caplog.messages if "without a network" in text]) == 1
+
+
+async def test_the_resolver_of_a_vm_ends_although_its_rules_were_never_loaded(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    dns = SimDns()
+    bench = Bench(rows=[vm(1, egress=(EgressRule(name="a.example"),))], firewall_refuses=True)
+
+    async def allow(vm_id: int, name: str, addresses: Mapping[str, float]) -> None:
+        raise AssertionError("no name is asked for")
+
+    resolvers = VmResolvers(dns, (), allow)
+    async with keeper(Networks(Door(bench), SETTINGS, lambda: bench.rows, None, resolvers)) as network:
+        with pytest.raises(NetworkFailed, match="refused"):
+            await network.ask(Attach(1), timeout_s=FOREVER_S)
+        assert dns.open
+        bench.rows, bench.firewall_refuses = [], False
+        await network.ask(Reconcile(), timeout_s=FOREVER_S)
+        assert dns.open == set()
 
 
 @pytest.mark.parametrize("somebody_comes", [False, True])

@@ -228,7 +228,8 @@ class EgressFilter:
         # Only the kernel has the counters, and the addresses that an earlier daemon has allowed.
         listed = await self._backend.listed(f"table {self._settings.egress_table}")
         if not wanted and not listed:
-            self._loaded, self._was_read = {}, True
+            self._was_read = True
+            self._note(wanted, {})
             return {}
         if not self._was_read:
             self._deadlines = _deadlines(listed, wanted)
