@@ -522,7 +522,7 @@ class VmRow(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     @property
     def waits_for_client(self) -> bool:
         """Whether the workload waits in this boot for a client that attaches to it."""
-        # A copy may continue in a later boot, if it was stopped before its first one. Its guest waits as its origin's did.
+        # A copy that was stopped before its first boot continues in a later one. Its guest waits as its origin's did.
         goes_on = self.template is not None and is_checkpoint(self.template)
         return self.attach and (self.generation == 1 or goes_on)
 
