@@ -280,10 +280,9 @@ async def test_the_recorder_notices_what_is_left_out(left_out: str, tmp_path: Pa
     flaw = _WITHOUT_EPOCHS if left_out == "epochs" else None
     async with bed("--templates", "off", random=random, logs=tmp_path, hosts=2, members=1, flaw=flaw) as found:
         users = Users(found, random)
-        with Recorder(found.lab.directory) as recorder, trio.fail_after(_CALM_S):
-            made = await users._request(found.hosts[0], "POST", "/api/v1/vms", {"name": "v1", "failover": "restart"})
-            assert made is not None
-            first = next(host for host in found.hosts if host.name == made.headers["Volant-Host"])
+        with Recorder(found.lab.directory) as recorder:
+            with trio.fail_after(_CALM_S):
+                first = await _movable_vm(found, users)
             await _seen(recorder, first.name)
             watchdog = found.processes(first, "_watchdog.py") if left_out == "watchdog" else []
             async with found.frozen(first.pid, *watchdog):
@@ -294,10 +293,25 @@ async def test_the_recorder_notices_what_is_left_out(left_out: str, tmp_path: Pa
             assert bool(recorder.twice()) is (left_out != "nothing"), recorder.twice()
 
 
+async def _movable_vm(found: Bed, users: Users) -> HostOfLab:
+    """Creates a VM that may be taken over; returns its host."""
+    while True:
+        made = await users._request(found.hosts[0], "POST", "/api/v1/vms", {"name": "v1", "failover": "restart"})
+        assert made is not None
+        if made.status_code == 201:
+            return next(host for host in found.hosts if host.name == made.headers["Volant-Host"])
+        # A host that has just started may not hold VMs back yet.
+        assert made.status_code == 503, made.text
+        await trio.sleep(0.5)
+
+
 async def _seen(recorder: Recorder, host: str) -> None:
     """Waits until a VM runs on a host."""
-    while not any(each.host == host for each in recorder.running()):  # noqa: ASYNC110 - of another process
-        await trio.sleep(0.2)
+    with trio.move_on_after(_CALM_S):
+        while not any(each.host == host for each in recorder.running()):  # noqa: ASYNC110 - of another process
+            await trio.sleep(0.2)
+        return
+    raise AssertionError(f"no VM runs on {host}: { {each: vars(seen) for each, seen in recorder.seen.items()} }")
 
 
 async def settled(found: Bed, users: Users) -> dict[str, dict[str, Any]]:
