@@ -14,8 +14,9 @@ import pytest
 import trio
 
 from tests.fleet.cluster import needs_etcd
-from tests.fleet.hosts import TTL_S, fleet
+from tests.fleet.hosts import READY_S, TTL_S, fleet
 from tests.fleet.test_hosts import create, output_of, until
+from volant.host._cgroups import group_of, is_frozen
 
 pytestmark = [
     pytest.mark.system,
@@ -25,7 +26,13 @@ pytestmark = [
 
 
 async def movable(http: httpx.AsyncClient, name: str, host: str, **more: Any) -> dict[str, Any]:
-    made = await create(http, name, host, failover="restart", boot="cold", **more)
+    with trio.fail_after(READY_S):
+        # A host that has just joined may not hold VMs back yet.
+        while True:
+            made = await create(http, name, host, failover="restart", boot="cold", **more)
+            if made.status_code != 503:
+                break
+            await trio.sleep(0.1)
     assert made.status_code == 201, made.text
     shown: dict[str, Any] = made.json()
     assert (shown["status"], shown["failover"], shown["move"]) == ("running", "restart", None)
@@ -47,6 +54,21 @@ def work_of(pid: int) -> int:
     """Returns how long the processors of a VM have run, in nanoseconds."""
     tasks = Path(f"/proc/{pid}/task").iterdir()
     return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks)
+
+
+async def frozen(pid: int) -> int:
+    """Waits until a VM is frozen; returns how long its processors have run, in nanoseconds."""
+    group = group_of(pid)
+    assert group is not None
+    with trio.fail_after(30):
+        while not is_frozen(group):  # noqa: ASYNC110 - of another process
+            await trio.sleep(0.05)
+        # The last thread still runs for a moment after the kernel has said so.
+        before, done = -1, work_of(pid)
+        while done != before:
+            await trio.sleep(0.05)
+            before, done = done, work_of(pid)
+    return done
 
 
 async def gone(pid: int) -> None:
@@ -88,7 +110,7 @@ async def test_a_vm_goes_on_elsewhere_when_its_host_is_gone(tmp_path: Path) -> N
             shown = await until(
                 h1, "/api/v1/vms/web", lambda answer: answer.status_code == 200 and answer.json()["move"] is not None
             )
-            done = work_of(before["pid"])
+            done = await frozen(before["pid"])
             after = shown.json()
             assert shown.headers["Volant-Host"] == "h1"
             assert (after["move"]["from_host"], after["move"]["to_host"]) == ("h2", "h1")
@@ -157,7 +179,7 @@ async def test_a_host_that_does_not_reach_etcd_pauses_its_movable_vms(tmp_path: 
                 refused = await until(h1, "/api/v1/fleet", lambda answer: answer.json()["etcd"] == "unreachable")
                 assert refused.json()["fence"] in ("open", "closed")
                 await until(h1, "/api/v1/fleet", lambda answer: answer.json()["fence"] == "closed")
-                done = work_of(vm["pid"])
+                done = await frozen(vm["pid"])
                 shown = (await h1.get("/api/v1/vms/web")).json()
                 assert (shown["status"], shown["pid"]) == ("running", vm["pid"])
                 another = await create(h1, "other", failover="restart")

@@ -6,6 +6,7 @@ on port 9000. `other` is for requests that create, change and delete VMs.
 
 from __future__ import annotations
 
+import base64
 import os
 import random
 from typing import Any
@@ -52,17 +53,28 @@ def before_call(context: Any, case: Any, kwargs: dict[str, Any]) -> None:
     if path == "/api/v1/vms" and case.method == "POST" and isinstance(case.body, dict):
         if isinstance(case.body.get("name"), str) and _chance.random() < 0.5:
             case.body["name"] = "other"
-        # A second to 366 days: the pattern of durations cannot express this.
+        if fits and case.headers and "Volant-Registry-Auth" in case.headers:
+            # The document does not say what the base64 contains.
+            case.headers["Volant-Registry-Auth"] = base64.b64encode(b'{"auths":{}}').decode()
+        # The pattern of durations cannot express their limits.
         if fits and not _is_duration(case.body.get("ttl", "1s"), 1, 366 * 86400):
             case.body["ttl"] = "1h"
+        replicate = case.body.get("replicate") or {}
+        # It also cannot require `replicate` for only one value of `failover`.
+        needs_one = replicate or case.body.get("failover") == "restore"
+        if fits and needs_one and not _is_duration(replicate.get("every"), 10, 86400):
+            case.body["replicate"] = {"every": "1h"}
     if path in ("/api/v1/vms", "/api/v1/templates") and isinstance(case.body, dict):
         memory_mb = case.body.get("memory_mb")
         # The document does not know how much the boot image needs.
         if isinstance(memory_mb, int) and 64 <= memory_mb < 128:
             case.body["memory_mb"] = 128
-    if path == "/api/v1/vms" and isinstance(case.body, dict) and _chance.random() < 0.95:
-        # A registry that nobody can reach is tried several times.
-        case.body.pop("image", None)
+    if path == "/api/v1/vms" and isinstance(case.body, dict) and isinstance(case.body.get("image"), str):
+        # A registry that nobody can reach is tried several times, and no pattern has the grammar of references.
+        if _chance.random() < 0.95:
+            case.body.pop("image")
+        elif fits:
+            case.body["image"] = "oci:/nowhere"
     if path == "/api/v1/images/pull" and isinstance(case.body, dict) and fits:
         case.body["reference"] = "oci:/nowhere"
     if path in ("/api/v1/events/vms", "/api/v1/events/images"):
