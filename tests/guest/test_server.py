@@ -12,6 +12,8 @@ import pytest
 
 from tests.guest.conftest import Answer, Asker, read_all
 from volant import __version__
+from volant.guest import _identity, _main, _server
+from volant.guest._watch import Wakeup
 from volant.model import agent as wire
 
 
@@ -143,6 +145,44 @@ def test_a_workload_waits_until_the_guest_is_set_up(agent: Asker) -> None:
     agent.server.set_up.set()
     put.join(10)
     assert not put.is_alive()
+
+
+def test_what_needs_the_setup_is_refused_or_unanswered_while_it_takes_long(
+    agent: Asker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_server, "_SET_UP_S", 0.05)
+    agent.server.set_up.clear()
+    answer = agent.ask("POST", wire.EXEC, {"command": ["true"]})
+    assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+    assert agent.ask("GET", wire.DAEMON_ROOT).json()["state"] == "pending"
+    identity = b"PUT /v1/daemon/identity HTTP/1.1\r\nHost: agent\r\nContent-Length: 2\r\n\r\n{}"
+    assert agent.raw(identity) == b"", "the daemon sends it again, with another time"
+    agent.server.set_up.set()
+    assert agent.ask("GET", wire.DAEMON_ROOT).json()["state"] == "none"
+    assert Answer(agent.raw(identity)).status == 400
+
+
+def test_an_identity_whose_sender_has_left_is_not_taken(agent: Asker, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[object] = []
+    monkeypatch.setattr(_identity, "serve_identity", lambda *given: taken.append(given))
+    agent.server.set_up.clear()
+    agent.open(b"PUT /v1/daemon/identity HTTP/1.1\r\nHost: agent\r\nContent-Length: 2\r\n\r\n{}").close()
+    assert agent.server.answered.wait(5), "it waits"
+    agent.server.set_up.set()
+    wait_for_streams(agent, 0)
+    assert not taken
+
+
+def test_the_setup_ends_with_pid_1s_pipe_and_the_wait_for_it_with_a_shutdown() -> None:
+    end = Wakeup()
+    pipe, writer = os.pipe()
+    os.close(writer)
+    assert _main._is_set_up(pipe, end.fd)
+    pipe, writer = os.pipe()
+    end.wake()
+    assert not _main._is_set_up(pipe, end.fd)
+    os.close(writer)
+    end.close()
 
 
 def test_waiting_for_quiet_ends_after_a_pause_or_the_limit(agent: Asker) -> None:

@@ -21,6 +21,7 @@ from ._output import Output
 from ._plugin import Plugin
 from ._stream import Stream
 from ._system import memory, read_text
+from ._watch import has_left
 from ._workload import Workload
 
 TYPE_CHECKING = False
@@ -111,13 +112,15 @@ class Server:
             if self._wanted.wait(left):
                 return
 
-    def _wait_until_set_up(self) -> None:
-        """Waits for `set_up`, at most 15 s: after that PID 1 has written the error to the console."""
+    def _is_set_up(self) -> bool:
+        """Waits for `set_up`, at most 15 s, and returns whether it is set."""
         if not self.set_up.is_set():
             self._wanted.set()
             self.answered.set()
-            self.set_up.wait(_SET_UP_S)
+            if not self.set_up.wait(_SET_UP_S):
+                return False
         self.plugin.write()
+        return True
 
     def statistics(self) -> dict[str, int]:
         """Returns the number of streams that are open, were open at most, were served and were refused."""
@@ -202,8 +205,9 @@ class Server:
             raise Problem(404, f"the agent has no {path[:200]}")
 
     def _wait_for_root(self) -> None:
-        """Waits for the root filesystem. :raises Problem: 503, it is not mounted."""
-        self._wait_until_set_up()
+        """Waits for the setup. :raises Problem: 503, it is not done, or there is no root filesystem."""
+        if not self._is_set_up():
+            raise Problem(503, "the guest is not set up yet", headers=[("Retry-After", "1")])
         _root.root()
 
     def _serve_info(self, stream: Stream, request: Request) -> None:
@@ -233,7 +237,10 @@ class Server:
     def _serve_identity(self, stream: Stream, request: Request) -> None:
         from . import _identity
 
-        self._wait_for_root()
+        # No 503, which means that the workload is not healthy. Without an answer the daemon sends a newer identity.
+        if not self._is_set_up() or has_left(stream.sock):
+            raise Gone
+        _root.root()
         _identity.serve_identity(stream, request, self.output, self.workload, self.plugin)
 
     def _serve_clock(self, stream: Stream, request: Request) -> None:
@@ -268,8 +275,7 @@ class Server:
         _answer_json(stream, request, {})
 
     def _serve_root(self, stream: Stream, request: Request) -> None:
-        self._wait_until_set_up()
-        state, detail = _root.state()
+        state, detail = _root.state() if self._is_set_up() else ("pending", "")
         _answer_json(stream, request, {"state": state, "detail": detail})
 
     def _serve_exec_sessions(self, stream: Stream, request: Request, identifier: str) -> None:

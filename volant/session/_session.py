@@ -46,7 +46,7 @@ _logger = logging.getLogger("volant.vm")
 
 _RETRY_S, _RETRY_MAX_S = 0.1, 10.0
 _ROOT_S = 20.0
-"""The deadline for the root filesystem. The agent waits 15 s for the guest's setup before it reports a failure."""
+"""The deadline for the root filesystem. The agent waits 15 s for the guest's setup before it answers."""
 _VOLUMES_S = 60.0
 """The deadline for volumes. A journal may need a replay."""
 _SECRETS_S = 20.0
